@@ -1,0 +1,65 @@
+"""Rows of different length in two flat arrays (CSR): the one shape of histories everywhere."""
+
+from __future__ import annotations
+
+__all__ = ["Ragged", "flat_index"]
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.integer]
+
+
+def flat_index(starts: IntArray, lengths: IntArray) -> npt.NDArray[np.int64]:
+    """Positions ``starts[i], ..., starts[i] + lengths[i] - 1`` of all rows, concatenated. int64."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(
+        np.asarray(starts, dtype=np.int64) - (ends - lengths), lengths
+    )
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """``values``: [total] ints; ``offsets``: [rows + 1] int64; row i is values[offsets[i]:offsets[i+1]]."""
+
+    values: npt.NDArray[np.integer]
+    offsets: npt.NDArray[np.int64]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Sequence[int] | IntArray]) -> Ragged:
+        arrays = [np.asarray(row, dtype=np.int32) for row in rows]
+        offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in arrays], out=offsets[1:])
+        values = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+        return cls(values, offsets)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[rows] int64."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.integer]:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def take(self, rows: IntArray) -> Ragged:
+        """The given rows, in the given order, as a new Ragged."""
+        lengths = self.lengths[rows]
+        return self._gather(self.offsets[:-1][rows], lengths)
+
+    def tail(self, limit: int) -> Ragged:
+        """Each row cut to its newest (last) ``limit`` values."""
+        lengths = np.minimum(self.lengths, limit)
+        return self._gather(self.offsets[1:] - lengths, lengths)
+
+    def _gather(self, starts: IntArray, lengths: IntArray) -> Ragged:
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return Ragged(np.asarray(self.values[flat_index(starts, lengths)]), offsets)

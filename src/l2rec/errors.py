@@ -1,0 +1,55 @@
+"""Every error a user can cause, in one hierarchy.
+
+    L2RecError
+    ├── DataError        input files, datasets, unknown ids
+    ├── ConfigError      recipes, overrides, options that do not fit together
+    ├── BackboneError    a language model that cannot be loaded or adapted
+    ├── CheckpointError  a run folder that is missing, torn or does not match
+    └── TrainingError    a training that cannot go on (NaN, full disk)
+
+Each message is one line: the value, the limit, the remedy. The command line prints it
+and exits with code 2. All but the root are also ``ValueError``.
+"""
+
+__all__ = [
+    "BackboneError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "L2RecError",
+    "TrainingError",
+    "nearest",
+]
+
+import difflib
+from collections.abc import Iterable
+
+
+class L2RecError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class DataError(L2RecError, ValueError):
+    """Input files, datasets or ids that cannot be used as they are."""
+
+
+class ConfigError(L2RecError, ValueError):
+    """A recipe or option that is unknown or does not fit the others."""
+
+
+class BackboneError(L2RecError, ValueError):
+    """A language model that cannot be loaded or adapted."""
+
+
+class CheckpointError(L2RecError, ValueError):
+    """A run folder that is missing, torn, or does not match what it says."""
+
+
+class TrainingError(L2RecError, ValueError):
+    """A training that cannot go on."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
