@@ -1,0 +1,468 @@
+"""Full ranking of every target over the whole catalog, per-user ranks on disk, significance.
+
+One evaluator for all methods: it sees a ``Recommender``, scores one block of users at a time and
+keeps per-user ranks, with the history in the ranking and with it masked. The matrix of all users
+by all items never exists.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "LEAVE_ONE_OUT",
+    "Evaluation",
+    "PairedTest",
+    "Ranks",
+    "aligned_ranks",
+    "by_segment",
+    "evaluate",
+    "paired_test",
+    "read_ranks",
+    "top_k",
+    "write_ranks",
+]
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from l2rec.data.ragged import IntArray, Ragged
+from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
+from l2rec.methods.protocols import Recommender, Scorer, TopK
+from l2rec.metrics import (
+    KS,
+    FloatArray,
+    coverage,
+    items_ahead,
+    items_ahead_among,
+    rank_values,
+    ranking_metrics,
+)
+
+LEAVE_ONE_OUT = "leave-one-out, full ranking, expected rank on ties"
+"""The default name of the protocol, stored beside ranks."""
+
+_TOP = 20
+_COVERAGE_AT = 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over M users leaves.
+
+    ``ranks``, ``ranks_masked``: [M] float64 expected ranks from 1, with the history in the
+    ranking and without it. ``users``: [M] int64 dense user ints. ``top``: [M, min(20, N)] int32
+    best items, history not masked, equal scores in order of item int. ``targets``: [M] int64.
+    ``n_items``: N.
+    """
+
+    ranks: npt.NDArray[np.float64]
+    ranks_masked: npt.NDArray[np.float64]
+    users: npt.NDArray[np.int64]
+    top: npt.NDArray[np.int32]
+    targets: npt.NDArray[np.int64]
+    n_items: int
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def metrics(self, ks: Sequence[int] = KS) -> dict[str, float]:
+        """``recall@K``, ``ndcg@K``, ``mrr``, each also ``..._masked``, and ``coverage@10``.
+
+        Raises ``ValueError`` for an evaluation of no users.
+        """
+        masked = ranking_metrics(self.ranks_masked, ks)
+        return {
+            **ranking_metrics(self.ranks, ks),
+            **{f"{name}_masked": value for name, value in masked.items()},
+            f"coverage@{_COVERAGE_AT}": coverage(self.top[:, :_COVERAGE_AT], self.n_items),
+        }
+
+    def take(self, rows: IntArray | npt.NDArray[np.bool_]) -> Evaluation:
+        """The given rows (ints or a mask) as a new Evaluation."""
+        return Evaluation(
+            self.ranks[rows],
+            self.ranks_masked[rows],
+            self.users[rows],
+            self.top[rows],
+            self.targets[rows],
+            self.n_items,
+        )
+
+
+def evaluate(
+    recommender: Recommender,
+    histories: Ragged,
+    targets: IntArray,
+    *,
+    users: IntArray | None = None,
+    batch_size: int = 256,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Rank ``targets[i]`` among all N items given ``histories[i]``, for M users.
+
+    ``histories``: M rows of item ints, oldest first. ``targets``: [M] item ints. ``users``: [M]
+    dense user ints, 0..M-1 by default. At most ``batch_size`` users are scored at once; it
+    changes memory and speed, never the result. ``progress`` is called after each block with the
+    number of users ranked so far. Runs in ``torch.inference_mode``; a recommender that has
+    training-time noise turns it off in ``scorer()``.
+
+    Raises ``DataError`` for lengths that differ or items outside the catalog, ``TrainingError``
+    for NaN scores, ``ConfigError`` for a batch size below 1.
+    """
+    n_items = recommender.n_items
+    targets = np.asarray(targets, dtype=np.int64)
+    users = np.arange(len(targets)) if users is None else np.asarray(users)
+    if not len(histories) == len(targets) == len(users):
+        raise DataError(
+            f"{len(histories)} histories, {len(targets)} targets and {len(users)} users;"
+            " pass one of each for every evaluated user"
+        )
+    _check_items(targets, n_items, "target")
+    _check_items(histories.values, n_items, "history")
+    ranks = np.empty(len(targets), dtype=np.float64)
+    ranks_masked = np.empty(len(targets), dtype=np.float64)
+    top = np.empty((len(targets), min(_TOP, n_items)), dtype=np.int32)
+    with torch.inference_mode():
+        scorer = recommender.scorer()
+        for rows in _blocks(len(targets), batch_size):
+            block = _rows(histories, rows)
+            ranks[rows], ranks_masked[rows], top[rows] = _rank_block(
+                scorer, block, torch.from_numpy(targets[rows]), n_items, rows.start
+            )
+            if progress is not None:
+                progress(rows.stop)
+    return Evaluation(ranks, ranks_masked, users.astype(np.int64), top, targets, n_items)
+
+
+def top_k(
+    scorer_or_recommender: Scorer | Recommender,
+    histories: Ragged,
+    k: int,
+    *,
+    exclude: Ragged | None = None,
+    candidates: IntArray | None = None,
+    batch_size: int = 256,
+) -> TopK:
+    """The ``k`` best items for each of B histories: items [B, k] int64, scores [B, k] float32.
+
+    Best first; equal scores in order of item int. ``exclude``: B rows of items never listed.
+    ``candidates``: [C] item ints, nothing else is listed (to anyone). Where fewer than ``k``
+    items are left, and for items scored -inf, the rest is item -1 with score -inf.
+
+    Raises ``DataError`` for ``k`` below 1 or above the catalog, rows that do not fit, or items
+    outside the catalog; ``TrainingError`` for NaN scores.
+    """
+    if isinstance(scorer_or_recommender, Recommender):
+        known: int | None = scorer_or_recommender.n_items
+    else:
+        known = None  # a bare scorer shows its catalog with its first block
+    _check_k(k, known)
+    if exclude is not None and len(exclude) != len(histories):
+        raise DataError(f"{len(exclude)} rows to exclude for {len(histories)} histories")
+    chosen = None if candidates is None else np.unique(np.asarray(candidates, dtype=np.int64))
+    items = np.full((len(histories), k), -1, dtype=np.int64)
+    scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
+    with torch.inference_mode():
+        if isinstance(scorer_or_recommender, Recommender):
+            scorer = scorer_or_recommender.scorer()
+        else:
+            scorer = scorer_or_recommender
+        for rows in _blocks(len(histories), batch_size):
+            block = _score(scorer, _rows(histories, rows), known)
+            if known is None:
+                known = block.shape[1]
+                _check_k(k, known)
+            if exclude is not None:
+                block = _without(block, _rows(exclude, rows))
+            values, found = _best_of(block, k, chosen, rows.start)
+            items[rows, : found.shape[1]] = found.cpu().numpy()
+            scores[rows, : found.shape[1]] = values.cpu().numpy()
+    items[np.isneginf(scores)] = -1
+    return TopK(items, scores)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The content of ``ranks.parquet``: one row per evaluated user.
+
+    ``users``: [M] external ids. ``ranks``, ``ranks_masked``: [M] float64. ``targets``: [M] int64.
+    """
+
+    users: list[str]
+    ranks: npt.NDArray[np.float64]
+    ranks_masked: npt.NDArray[np.float64]
+    targets: npt.NDArray[np.int64]
+    fingerprint: str
+    protocol: str
+
+
+def write_ranks(
+    path: str | os.PathLike[str],
+    evaluation: Evaluation,
+    user_ids: Sequence[str],
+    *,
+    fingerprint: str = "",
+    protocol: str = LEAVE_ONE_OUT,
+) -> None:
+    """Write per-user ranks as Parquet, whole or not at all (temporary file, then rename).
+
+    ``user_ids[u]`` is the external id of dense user u, so row i is ``user_ids[users[i]]``.
+    ``fingerprint`` and ``protocol`` say which data set was ranked how. Raises ``DataError``
+    where a user has no id.
+    """
+    users = evaluation.users
+    if len(users) and (int(users.min()) < 0 or int(users.max()) >= len(user_ids)):
+        raise DataError(
+            f"user int {int(users.max())} for {len(user_ids)} user ids; pass the ids of all users"
+        )
+    table = pa.table(
+        {
+            "user": pa.array([str(user_ids[user]) for user in users.tolist()], pa.string()),
+            "rank": evaluation.ranks,
+            "rank_masked": evaluation.ranks_masked,
+            "target": evaluation.targets,
+        }
+    ).replace_schema_metadata({"l2rec.fingerprint": fingerprint, "l2rec.protocol": protocol})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Same folder, so that the rename stays within one file system; the process id keeps two
+    # writers apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_ranks(path: str | os.PathLike[str]) -> Ranks:
+    """Read what ``write_ranks`` wrote; ``CheckpointError`` for a missing, torn or other file."""
+    try:
+        table = pq.read_table(path)
+        stored = table.schema.metadata or {}
+        return Ranks(
+            users=table["user"].to_pylist(),
+            ranks=table["rank"].to_numpy(),
+            ranks_masked=table["rank_masked"].to_numpy(),
+            targets=table["target"].to_numpy(),
+            fingerprint=stored[b"l2rec.fingerprint"].decode(),
+            protocol=stored[b"l2rec.protocol"].decode(),
+        )
+    except (OSError, KeyError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{os.fspath(path)} holds no ranks ({reason}); evaluate the run again"
+        ) from error
+
+
+def aligned_ranks(
+    a: Ranks, b: Ranks, *, masked: bool = False
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The ranks of two runs in one order of users: two [M] float64, ready for ``paired_test``.
+
+    Raises ``DataError`` unless both ranked the same (user, target) pairs of the same data by the
+    same protocol.
+    """
+    for what in ("fingerprint", "protocol"):
+        if getattr(a, what) != getattr(b, what):
+            raise DataError(
+                f"{what} {getattr(a, what)!r} against {getattr(b, what)!r}:"
+                " only runs on the same data and protocol can be paired"
+            )
+    place = {pair: row for row, pair in enumerate(zip(b.users, b.targets.tolist(), strict=True))}
+    pairs = list(zip(a.users, a.targets.tolist(), strict=True))
+    if len(place) != len(b.users) or len(set(pairs)) != len(pairs):
+        raise DataError("a user is ranked twice for one target; ranks cannot be paired")
+    if place.keys() != set(pairs):
+        raise DataError(
+            f"{len(pairs)} and {len(place)} ranked users, {len(place.keys() & set(pairs))} in"
+            " common; only evaluations of the same users can be paired"
+        )
+    order = np.array([place[pair] for pair in pairs], dtype=np.int64)
+    if masked:
+        return a.ranks_masked, np.asarray(b.ranks_masked[order])
+    return a.ranks, np.asarray(b.ranks[order])
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """``difference`` = ``mean_a`` - ``mean_b``; ``t`` has its sign; ``p`` is two-sided."""
+
+    mean_a: float
+    mean_b: float
+    difference: float
+    standard_error: float
+    t: float
+    p: float
+
+
+def paired_test(ranks_a: FloatArray, ranks_b: FloatArray, metric: str = "ndcg@10") -> PairedTest:
+    """Paired two-sided t-test on the per-user values of ``metric``.
+
+    ``ranks_a``, ``ranks_b``: [M] ranks of the same users in the same order, M from 2. Identical
+    values give t = 0 and p = 1. Raises ``DataError`` for other lengths, ``ValueError`` for an
+    unknown metric.
+    """
+    if len(ranks_a) != len(ranks_b) or len(ranks_a) < 2:
+        raise DataError(
+            f"{len(ranks_a)} and {len(ranks_b)} ranks; a paired test needs 2 or more users in both"
+        )
+    from scipy.special import stdtr  # scipy is slow to import and only tests need it
+
+    a, b = rank_values(ranks_a, metric), rank_values(ranks_b, metric)
+    differences = a - b
+    difference = float(differences.mean())
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    if error > 0:
+        t = difference / error
+    else:  # every user differs by the same amount: none at all, or certainly some
+        t = math.copysign(math.inf, difference) if difference else 0.0
+    p = 2.0 * float(stdtr(len(differences) - 1, -abs(t)))
+    return PairedTest(float(a.mean()), float(b.mean()), difference, error, t, p)
+
+
+def by_segment(
+    evaluation: Evaluation, labels: npt.ArrayLike, ks: Sequence[int] = KS
+) -> dict[str, dict[str, float]]:
+    """``Evaluation.metrics`` of each segment, plus its number of users as ``count``.
+
+    ``labels``: [M] strings, one per evaluated user. Segments come in sorted order. Raises
+    ``DataError`` for another number of labels.
+    """
+    names = np.asarray(labels).astype(str)
+    if names.shape != evaluation.ranks.shape:
+        raise DataError(f"labels {list(names.shape)} for {len(evaluation)} users; pass one each")
+    segments: dict[str, dict[str, float]] = {}
+    for name in np.unique(names).tolist():
+        part = evaluation.take(names == name)
+        segments[name] = {"count": float(len(part)), **part.metrics(ks)}
+    return segments
+
+
+def _rank_block(
+    scorer: Scorer, histories: Ragged, targets: Tensor, n_items: int, first: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int32]]:
+    """Ranks [B], masked ranks [B] and best items [B, min(20, N)] of one block of users.
+
+    A function of its own, so that its scores are freed before the next block is scored.
+    """
+    scores = _score(scorer, histories, n_items)
+    # Top-k first: it also finds NaN, which the counts would not see.
+    _, top = _best(scores, min(_TOP, n_items), first)
+    ranks = 1.0 + items_ahead(scores, targets)
+    masked = ranks - items_ahead_among(scores, targets, histories)
+    return ranks.numpy(), masked.numpy(), top.to(torch.int32).cpu().numpy()
+
+
+def _score(scorer: Scorer, histories: Ragged, n_items: int | None) -> Tensor:
+    """Scores of a block, held to the contract: [B, N] float32."""
+    scores = scorer(histories)
+    width = n_items if n_items is not None else scores.shape[-1]
+    if scores.dtype != torch.float32 or scores.shape != (len(histories), width):
+        raise ValueError(
+            f"the scorer returned {list(scores.shape)} {scores.dtype} for"
+            f" [{len(histories)}, {width}] torch.float32"
+        )
+    return scores
+
+
+def _best_of(
+    scores: Tensor, k: int, candidates: npt.NDArray[np.int64] | None, first: int
+) -> tuple[Tensor, Tensor]:
+    """``_best`` among the candidate columns (sorted, distinct), or among all."""
+    if candidates is None:
+        return _best(scores, k, first)
+    _check_items(candidates, scores.shape[1], "candidate")
+    columns = torch.from_numpy(candidates).to(scores.device)
+    values, places = _best(scores[:, columns], min(k, len(candidates)), first)
+    return values, columns[places]
+
+
+def _best(scores: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of every row, (values, columns) [B, k], ties in order of column.
+
+    ``torch.topk`` leaves open which of several equal scores it returns. One more value than
+    asked for shows whether a tie crosses the cut; only those rows are looked at again.
+    """
+    if k == 0 or len(scores) == 0:
+        return scores[:, :0], torch.zeros((len(scores), 0), dtype=torch.int64)
+    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    broken = values[:, 0].isnan()  # topk holds NaN to be the greatest value
+    if bool(broken.any()):
+        row = first + int(broken.nonzero()[0, 0])
+        raise TrainingError(
+            f"NaN among the scores of row {row}: the model has diverged; train it again with a"
+            " lower learning rate or rank with an earlier checkpoint"
+        )
+    if bool((values[:, 1:] == values[:, :-1]).any()):
+        columns, order = columns.sort(dim=1)
+        values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+        columns = columns.gather(1, order)
+        if values.shape[1] > k:
+            crossing = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
+            if len(crossing):
+                columns[crossing, :k] = _cut_tie(
+                    scores[crossing], values[crossing, :k], columns[crossing, :k]
+                )
+    return values[:, :k], columns[:, :k]
+
+
+def _cut_tie(scores: Tensor, values: Tensor, columns: Tensor) -> Tensor:
+    """Columns [B, k] with the slots of the last, tied value given to its lowest columns.
+
+    ``scores``: [B, N]; ``values``, ``columns``: [B, k], right above the tie.
+    """
+    n_items, k = scores.shape[1], values.shape[1]
+    last = values[:, -1:]
+    # N, N-1, ..., 1 where tied and 0 elsewhere: its greatest k are the lowest tied columns.
+    place = torch.arange(n_items, 0, -1, dtype=torch.int32, device=scores.device)
+    lowest = n_items - torch.where(scores == last, place, 0).topk(k, dim=1).values.long()
+    slot = torch.arange(k, device=scores.device)[None, :]
+    above = (values > last).sum(1, keepdim=True)
+    return torch.where(slot < above, columns, lowest.gather(1, (slot - above).clamp(min=0)))
+
+
+def _without(scores: Tensor, exclude: Ragged) -> Tensor:
+    """A copy of ``scores`` [B, N] with the excluded items at -inf: scorers may return a view."""
+    _check_items(exclude.values, scores.shape[1], "excluded")
+    row_of = np.repeat(np.arange(len(exclude)), exclude.lengths)
+    at = torch.from_numpy(row_of).to(scores.device)
+    column = torch.from_numpy(exclude.values.astype(np.int64)).to(scores.device)
+    scores = scores.clone(memory_format=torch.contiguous_format)
+    scores[at, column] = -math.inf
+    return scores
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    if size < 1:
+        raise ConfigError(f"batch_size={size}; score at least 1 user at a time")
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _rows(ragged: Ragged, rows: slice) -> Ragged:
+    """Consecutive rows without copying their values."""
+    offsets = ragged.offsets[rows.start : rows.stop + 1]
+    return Ragged(np.asarray(ragged.values[offsets[0] : offsets[-1]]), offsets - offsets[0])
+
+
+def _check_k(k: int, n_items: int | None) -> None:
+    if k < 1 or (n_items is not None and k > n_items):
+        limit = "the catalog" if n_items is None else f"{n_items}, the number of items"
+        raise DataError(f"k={k}; choose from 1 to {limit}")
+
+
+def _check_items(items: IntArray, n_items: int, what: str) -> None:
+    if len(items) and (int(items.min()) < 0 or int(items.max()) >= n_items):
+        bad = int(items.min()) if int(items.min()) < 0 else int(items.max())
+        raise DataError(
+            f"{what} item {bad} is outside the catalog of {n_items} items (0..{n_items - 1})"
+        )

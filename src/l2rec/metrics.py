@@ -1,0 +1,223 @@
+"""Scores -> ranks -> Recall, NDCG, MRR; coverage, popularity and novelty of lists. Pure functions.
+
+The rank of a target is its *expected* rank under random tie breaking,
+
+    rank = 1 + #{j : s_j > s_t} + 1/2 #{j != t : s_j = s_t},
+
+so a constant scorer ranks everything at ``(N + 1) / 2`` and wins nothing by ties. Optimistic
+ranks (only strictly greater scores count) give the same scorer rank 1.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "KS",
+    "coverage",
+    "expected_ranks",
+    "items_ahead",
+    "items_ahead_among",
+    "novelty",
+    "popularity_bias",
+    "rank_values",
+    "ranking_metrics",
+]
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from l2rec.data.ragged import IntArray, Ragged
+
+FloatArray = npt.NDArray[np.floating]
+
+KS = (5, 10, 20)
+"""The default cut-offs of Recall and NDCG."""
+
+# A comparison block of about 1 MB stays in the processor's cache between the comparison that
+# writes it and the sum that reads it; an accelerator rather wants few launches.
+_CPU_CELLS = 1 << 18
+_DEVICE_CELLS = 1 << 26
+# Counts are summed in float32, which is exact for integers up to here.
+_EXACT_FLOAT32 = 1 << 24
+
+
+def expected_ranks(scores: Tensor, targets: Tensor, exclude: Ragged | None = None) -> Tensor:
+    """Expected rank of each row's target among all items: [B] float64 on the CPU, from 1.
+
+    ``scores``: [B, N] float32, higher is better. ``targets``: [B] int64 columns.
+    ``exclude``: B rows of items taken out of the ranking (a user's history); each distinct item
+    once, the target itself never.
+
+    Raises ``ValueError`` for shapes that do not fit, items outside the N columns, or NaN scores.
+    """
+    _check(scores, targets)
+    _reject_nan(scores)
+    ranks = 1.0 + items_ahead(scores, targets)
+    if exclude is not None:
+        ranks -= items_ahead_among(scores, targets, exclude)
+    return ranks
+
+
+def items_ahead(scores: Tensor, targets: Tensor) -> Tensor:
+    """#{s_j > s_t} + 1/2 #{j != t, s_j = s_t} over all N columns: [B] float64 on the CPU.
+
+    ``scores``: [B, N], free of NaN (not checked here; a NaN would count as not ahead).
+    ``targets``: [B] int64.
+    """
+    scores = scores.detach()
+    rows, n_items = scores.shape
+    of_target = scores.gather(1, targets.to(scores.device)[:, None])  # [B, 1]
+    cells = _CPU_CELLS if scores.device.type == "cpu" else _DEVICE_CELLS
+    step = max(1, min(rows, cells // max(1, n_items)))
+    # Comparisons written as 0.0 / 1.0 sum several times faster than booleans, which torch widens
+    # to int64 first.
+    buffer = torch.empty((step, n_items), dtype=torch.float32, device=scores.device)
+    wide = torch.float32 if n_items <= _EXACT_FLOAT32 else torch.float64
+    above = torch.empty(rows, dtype=wide, device=scores.device)
+    at_least = torch.empty_like(above)
+    for start in range(0, rows, step):
+        part, limit = scores[start : start + step], of_target[start : start + step]
+        out, stop = buffer[: len(part)], start + len(part)
+        above[start:stop] = torch.gt(part, limit, out=out).sum(1, dtype=wide)
+        at_least[start:stop] = torch.ge(part, limit, out=out).sum(1, dtype=wide)
+    # above + at_least = 2 #{>} + #{=}, and the target equals itself.
+    return (above.cpu().double() + at_least.cpu().double() - 1.0) / 2.0
+
+
+def items_ahead_among(scores: Tensor, targets: Tensor, items: Ragged) -> Tensor:
+    """``items_ahead`` counted over each row's distinct ``items`` only: [B] float64 on the CPU.
+
+    ``items``: B rows of columns, repeats and the target allowed (counted once and not at all).
+    It reads as many scores as there are items, never a whole row. Raises ``ValueError`` for
+    another number of rows or an item outside the N columns.
+    """
+    rows, n_items = scores.shape
+    if len(items) != rows:
+        raise ValueError(f"{len(items)} rows of items for {rows} rows of scores; pass one each")
+    _check_columns(items.values, n_items, "item")
+    # Row and column in one key: sorting it once makes the items of every row distinct.
+    row_of = np.repeat(np.arange(rows, dtype=np.int64), items.lengths)
+    keys = np.unique(row_of * n_items + items.values)
+    row_of, item = np.divmod(keys, max(1, n_items))
+    wanted = targets.cpu().numpy()
+    others = item != wanted[row_of]
+    row_of, item = row_of[others], item[others]
+    scores = scores.detach()
+    at, column = _indices(row_of, scores), _indices(item, scores)
+    of_item = scores[at, column]
+    of_target = scores.gather(1, targets.to(scores.device)[:, None])[at, 0]
+    twice = (of_item > of_target).to(torch.int8) + (of_item >= of_target).to(torch.int8)
+    ahead = np.bincount(row_of, weights=twice.cpu().numpy() / 2.0, minlength=rows)
+    return torch.from_numpy(ahead.astype(np.float64, copy=False))
+
+
+def rank_values(ranks: FloatArray, metric: str) -> npt.NDArray[np.float64]:
+    """The per-user values whose mean is ``metric``: [M] float64, for paired tests.
+
+    ``ranks``: [M] from 1. ``metric``: ``"recall@K"``: 1[rank <= K]; ``"ndcg@K"``:
+    1[rank <= K] / log2(rank + 1), one relevant item; ``"mrr"``: 1 / rank, uncut.
+    Raises ``ValueError`` for another metric or a rank that is NaN or below 1.
+    """
+    ranks = np.asarray(ranks, dtype=np.float64)
+    if not bool(np.all(ranks >= 1.0)):
+        bad = int(np.flatnonzero(~(ranks >= 1.0))[0])
+        raise ValueError(f"rank {ranks[bad]} at row {bad}: ranks count from 1")
+    if metric == "mrr":
+        return 1.0 / ranks
+    name, _, cut = metric.partition("@")
+    if name not in ("recall", "ndcg") or not cut.isdecimal() or int(cut) < 1:
+        raise ValueError(f"unknown metric {metric!r}; choose recall@K, ndcg@K or mrr, K from 1")
+    hits = (ranks <= int(cut)).astype(np.float64)
+    return hits if name == "recall" else hits / np.log2(ranks + 1.0)
+
+
+def ranking_metrics(ranks: FloatArray, ks: Sequence[int] = KS) -> dict[str, float]:
+    """``{"recall@5": ..., "ndcg@5": ..., ..., "mrr": ...}``: means over ``ranks``, [M] from 1.
+
+    Raises ``ValueError`` where there are no ranks, or as ``rank_values``.
+    """
+    if len(ranks) == 0:
+        raise ValueError("0 ranks have no mean; evaluate at least one user")
+    names = [f"{name}@{k}" for name in ("recall", "ndcg") for k in ks]
+    return {name: float(rank_values(ranks, name).mean()) for name in [*names, "mrr"]}
+
+
+def coverage(top_items: IntArray, n_items: int) -> float:
+    """Share of the catalog that appears in anyone's list.
+
+    ``top_items``: [M, k] item ints, -1 = no item. Raises ``ValueError`` for ``n_items`` < 1 or
+    an item outside the catalog.
+    """
+    if n_items < 1:
+        raise ValueError(f"n_items={n_items}: coverage needs a catalog of at least one item")
+    listed = _listed(top_items)
+    _check_columns(listed, n_items, "item")
+    seen = np.zeros(n_items, dtype=bool)
+    seen[listed] = True
+    return float(seen.mean())
+
+
+def popularity_bias(top_items: IntArray, counts: IntArray) -> float:
+    """Mean share of all training events that a listed item has; higher leans on popular items.
+
+    ``top_items``: [M, k] item ints, -1 = no item. ``counts``: [N] training events of each item.
+    Raises ``ValueError`` as ``novelty``.
+    """
+    return float(_shares(top_items, counts, least=0).mean())
+
+
+def novelty(top_items: IntArray, counts: IntArray) -> float:
+    """Mean of -log2(share of all training events) over listed items, in bits.
+
+    ``top_items``: [M, k] item ints, -1 = no item. ``counts``: [N] training events of each item;
+    an item without events counts as having one, so that novelty stays finite. Raises
+    ``ValueError`` where no item is listed, no event counted, or an item is outside the catalog.
+    """
+    return float(-np.log2(_shares(top_items, counts, least=1)).mean())
+
+
+def _shares(top_items: IntArray, counts: IntArray, least: int) -> npt.NDArray[np.float64]:
+    listed, counts = _listed(top_items), np.asarray(counts)
+    total = int(counts.sum())
+    if len(listed) == 0 or total == 0:
+        raise ValueError(f"{len(listed)} listed items and {total} training events; need both")
+    _check_columns(listed, len(counts), "item")
+    return np.asarray(np.maximum(counts[listed], least) / total, dtype=np.float64)
+
+
+def _listed(top_items: IntArray) -> IntArray:
+    """All item ints of the lists, without the -1 that stand for no item."""
+    flat = np.asarray(top_items).reshape(-1)
+    return np.asarray(flat[flat != -1])
+
+
+def _indices(values: npt.NDArray[np.int64], scores: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(scores.device)
+
+
+def _check(scores: Tensor, targets: Tensor) -> None:
+    if scores.ndim != 2 or targets.shape != scores.shape[:1]:
+        raise ValueError(
+            f"scores {list(scores.shape)} and targets {list(targets.shape)} do not fit;"
+            " pass [B, N] and [B]"
+        )
+    _check_columns(targets.cpu().numpy(), scores.shape[1], "target")
+
+
+def _check_columns(values: IntArray, n_items: int, what: str) -> None:
+    if len(values) and (int(values.min()) < 0 or int(values.max()) >= n_items):
+        bad = int(values.min()) if int(values.min()) < 0 else int(values.max())
+        raise ValueError(f"{what} {bad} is outside the {n_items} scored items (0..{n_items - 1})")
+
+
+def _reject_nan(scores: Tensor) -> None:
+    if scores.numel() == 0:
+        return
+    # The maximum of a row is NaN as soon as one score is: one cheap pass, no boolean block.
+    broken = scores.detach().amax(1).isnan()
+    if bool(broken.any()):
+        row = int(broken.nonzero()[0, 0])
+        raise ValueError(f"NaN among the scores of row {row}; NaN cannot be ranked")
