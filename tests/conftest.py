@@ -1,0 +1,24 @@
+"""What every test shares: no network, few threads, an empty run folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch or transformers. Under xdist each worker gets one thread:
+# two workers with two threads each fight over two cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+
+
+@pytest.fixture
+def tmp_run(tmp_path: Path) -> Path:
+    """An empty run folder."""
+    run = tmp_path / "run"
+    run.mkdir()
+    return run
