@@ -52,14 +52,19 @@ class Ragged:
     def take(self, rows: IntArray) -> Ragged:
         """The given rows, in the given order, as a new Ragged."""
         lengths = self.lengths[rows]
-        return self._gather(self.offsets[:-1][rows], lengths)
+        return self.gather(self.offsets[:-1][rows], lengths)
 
     def tail(self, limit: int) -> Ragged:
         """Each row cut to its newest (last) ``limit`` values."""
         lengths = np.minimum(self.lengths, limit)
-        return self._gather(self.offsets[1:] - lengths, lengths)
+        return self.gather(self.offsets[1:] - lengths, lengths)
 
-    def _gather(self, starts: IntArray, lengths: IntArray) -> Ragged:
+    def head(self, limit: int) -> Ragged:
+        """Each row cut to its first ``limit`` values."""
+        return self.gather(self.offsets[:-1], np.minimum(self.lengths, limit))
+
+    def gather(self, starts: IntArray, lengths: IntArray) -> Ragged:
+        """Rows of ``lengths`` values from ``starts`` (positions in ``values``) on."""
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return Ragged(np.asarray(self.values[flat_index(starts, lengths)]), offsets)

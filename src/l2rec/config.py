@@ -1,0 +1,215 @@
+"""Typed, closed configuration: every default lives once, an unknown key is an error.
+
+A run is described by one YAML file, the recipe, and ``key=value`` overrides:
+
+    method: l2rec.methods.l2rec:L2Rec     import path of the method; there is no registry
+    backbone: {name: minilm}
+    model: {...}                          the method's own Config class
+    training: {...}
+
+Recipes hold only what differs from the defaults of the classes below.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackboneConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "find_recipe",
+    "load_recipe",
+    "method_class",
+    "recipe_names",
+    "resolve",
+]
+
+import importlib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from l2rec.errors import ConfigError, nearest
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneConfig(_Closed):
+    """The frozen language model."""
+
+    name: str = "minilm"
+    """``minilm`` (the real pretrained all-MiniLM-L6-v2), a Hugging Face hub id, or a folder."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto``: bfloat16 where the processor multiplies it natively, else float32."""
+    trust_remote_code: bool = False
+    random_weights: bool = False
+    """Only the architecture, with seeded random weights: for tests and timings."""
+
+
+class TrainingConfig(_Closed):
+    """The one training loop."""
+
+    epochs: int = Field(30, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimiser steps, whatever ``epochs`` says."""
+    max_minutes: float | None = Field(None, gt=0)
+    """Stop after so much training time (summed over resumed parts), with a last evaluation."""
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the planned steps in which the learning rate rises linearly."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    batch_users: int = Field(32, ge=1)
+    """Most users in a batch."""
+    batch_tokens: int = Field(8192, ge=1)
+    """Most input tokens of user histories in a batch."""
+    eval_every: float = Field(1.0, gt=0)
+    """Epochs between validations (all users)."""
+    patience: int = Field(5, ge=1)
+    """Validations without a better NDCG@10 before training stops."""
+    checkpoint_minutes: float = Field(3.0, ge=0)
+    """Minutes between checkpoints within an epoch."""
+    log_every: int = Field(10, ge=1)
+    """Steps between log lines and TensorBoard points."""
+
+
+class RunConfig(_Closed):
+    """A whole run, resolved: what ``config.yaml`` of a run folder holds."""
+
+    method: str = "l2rec.methods.l2rec:L2Rec"
+    seed: int = Field(0, ge=0)
+    backbone: BackboneConfig = BackboneConfig()
+    model: Any = None
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed_model(cls, values: Any) -> Any:
+        """Parse ``model`` with the Config class of the method that ``method`` names."""
+        if isinstance(values, Mapping):
+            values = dict(values)
+            method = values.get("method", cls.model_fields["method"].default)
+            model = values.get("model") or {}
+            if isinstance(model, Mapping):
+                values["model"] = method_class(method).Config(**model)
+        return values
+
+
+def method_class(path: str) -> Any:
+    """The class at ``package.module:Name``; ConfigError if it is not there."""
+    module_name, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"method={path!r} cannot be imported: {error}") from error
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, such as ``scientific/l2rec``."""
+    root = Path(str(resources.files("l2rec") / "recipes"))
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+
+
+def find_recipe(recipe: str) -> Path | None:
+    """The YAML file of ``recipe``: a path, or the name of a shipped recipe.
+
+    A bare method name (``l2rec``) means that method with its defaults: None.
+
+    Raises:
+        ConfigError: nothing has that name.
+    """
+    if recipe.endswith((".yaml", ".yml")):
+        path = Path(recipe)
+        if not path.is_file():
+            raise ConfigError(f"recipe {recipe!r}: no such file")
+        return path
+    shipped = Path(str(resources.files("l2rec") / "recipes")) / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped
+    if recipe == "l2rec":
+        return None
+    known = recipe_names()
+    raise ConfigError(
+        f"no recipe {recipe!r}{nearest(recipe, known)} (shipped: {', '.join(known)}; or a .yaml file)"
+    )
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe with ``dotted.key=value`` overrides (values are YAML), checked and resolved.
+
+    Raises:
+        ConfigError: unknown recipe or key (the nearest name is offered), or a bad value.
+    """
+    path = find_recipe(recipe)
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
+    for override in overrides:
+        _set(values, override)
+    return resolve(values, where=str(path) if path else f"recipe {recipe!r}")
+
+
+def resolve(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Checked RunConfig from plain values; ``where`` names their origin in errors."""
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error, values)}") from None
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override {override!r}: write key=value, such as training.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+    # YAML 1.1 reads 1e-4 (no dot) as a string; people who type it mean a number.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    node = values
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is not a group of keys")
+    node[leaf] = value
+
+
+def _fields_at(location: tuple[Any, ...], values: Mapping[str, Any]) -> list[str]:
+    """Known names beside the offending key."""
+    if location[:1] == ("training",):
+        return list(TrainingConfig.model_fields)
+    if location[:1] == ("backbone",):
+        return list(BackboneConfig.model_fields)
+    if len(location) == 1 and location[0] in values:
+        return list(RunConfig.model_fields)
+    method = values.get("method", RunConfig.model_fields["method"].default)
+    return list(method_class(method).Config.model_fields)
+
+
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
+    first = error.errors()[0]
+    location = first["loc"]
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(str(location[-1]), _fields_at(location, values))}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}={first['input']!r}: {message}" if key else message

@@ -1,0 +1,120 @@
+"""Training batches: which users, which input, which targets; equal token budgets, no padding."""
+
+from __future__ import annotations
+
+__all__ = ["Batch", "TrainingBatches", "plan_batches"]
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from l2rec.data.ragged import Ragged, flat_index
+
+
+@dataclass(frozen=True)
+class Batch:
+    """users: [B] int64. histories: B rows of item ints, oldest first, the input.
+
+    targets: the next items. With supervision ``last`` [B], one per row; with ``all`` one per input
+    item, aligned with ``histories.values``. negatives: [B, k] int32 sampled items (k may be 0).
+    """
+
+    users: npt.NDArray[np.int64]
+    histories: Ragged
+    targets: npt.NDArray[np.integer]
+    negatives: npt.NDArray[np.integer]
+
+
+def plan_batches(
+    costs: npt.NDArray[np.integer], rng: np.random.Generator | None, *, max_rows: int, max_cost: int
+) -> list[npt.NDArray[np.int64]]:
+    """Rows of like cost together, at most ``max_rows`` and about ``max_cost`` in a batch.
+
+    Args:
+        costs: [M] tokens of each row. A row above ``max_cost`` is a batch of its own.
+        rng: shuffles rows of equal cost and the order of the batches; None keeps cost order,
+            longest first (memory trouble shows at once).
+
+    Returns:
+        Index arrays that together hold every row exactly once.
+    """
+    costs = np.asarray(costs, dtype=np.int64)
+    noise = rng.random(len(costs)) if rng is not None else np.arange(len(costs))
+    order = np.lexsort((noise, -costs))
+    batches, start = [], 0
+    while start < len(order):
+        # Longest first, so the first row bounds the cost of every row after it.
+        rows = max(1, min(max_rows, max_cost // max(1, int(costs[order[start]]))))
+        batches.append(order[start : start + rows])
+        start += rows
+    if rng is not None:
+        rng.shuffle(batches)  # type: ignore[arg-type]
+    return batches
+
+
+class TrainingBatches:
+    """One epoch of batches, the same for the same (seed, epoch); cheap to enter in the middle.
+
+    Args:
+        sequences: training prefixes s[:-2] of all users, user int = row. Nothing else is seen.
+        supervision: ``last`` draws one target position per user and epoch and predicts it from
+            the items before it; ``all`` predicts every next item of the sequence in one row.
+        negatives: sampled items per row, uniform over the catalog.
+        item_costs: [N] tokens of each item, for the budget.
+    """
+
+    def __init__(
+        self,
+        sequences: Ragged,
+        *,
+        supervision: Literal["last", "all"],
+        max_items: int,
+        negatives: int,
+        item_costs: npt.NDArray[np.integer],
+        batch_users: int,
+        batch_tokens: int,
+        seed: int,
+        epoch: int,
+        targets_per_user: int = 1,
+    ) -> None:
+        self._rng = [seed, epoch]
+        rng = np.random.default_rng(self._rng)
+        self.negatives = negatives
+        self.n_items = len(item_costs)
+        lengths = sequences.lengths
+        users = np.flatnonzero(lengths >= 2)
+        if supervision == "all":
+            ends = sequences.offsets[1:][users] - 1  # inputs stop before the last training item
+            sizes = np.minimum(lengths[users] - 1, max_items)
+        else:
+            users = np.repeat(users, np.minimum(targets_per_user, lengths[users] - 1))
+            position = 1 + np.floor(rng.random(len(users)) * (lengths[users] - 1)).astype(np.int64)
+            ends = sequences.offsets[:-1][users] + position
+            sizes = np.minimum(position, max_items)
+        self.users, self._ends, self._sizes = users, ends, sizes
+        self._supervision, self._values = supervision, sequences.values
+        total = np.concatenate(([0], np.cumsum(item_costs[np.asarray(sequences.values)])))
+        costs = total[ends] - total[ends - sizes]
+        self._plan = plan_batches(costs, rng, max_rows=batch_users, max_cost=batch_tokens)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """Batches ``start``, ``start + 1``, ... of the epoch."""
+        for number in range(start, len(self._plan)):
+            yield self[number]
+
+    def __getitem__(self, number: int) -> Batch:
+        chosen = self._plan[number]
+        sizes, ends = self._sizes[chosen], self._ends[chosen]
+        index = flat_index(ends - sizes, sizes)
+        offsets = np.concatenate(([0], np.cumsum(sizes)))
+        histories = Ragged(np.asarray(self._values[index]), offsets)
+        targets = self._values[index + 1 if self._supervision == "all" else ends]
+        rng = np.random.default_rng([*self._rng, number])
+        negatives = rng.integers(self.n_items, size=(len(chosen), self.negatives), dtype=np.int32)
+        return Batch(self.users[chosen], histories, np.asarray(targets), negatives)

@@ -1,0 +1,95 @@
+"""Item texts -> token ids, once: a ragged table, memory-mapped and cached by content hash."""
+
+from __future__ import annotations
+
+__all__ = ["TokenTable", "special_tokens", "tokenize"]
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from l2rec.data.ragged import Ragged
+
+TokenTable = Ragged
+"""Row i: int32 token ids of item i's text, without special tokens."""
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text: ([CLS], [SEP]) for BERT, ([<s>], []) for
+    Llama, ([], []) for Qwen."""
+    wrapped = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(
+        (i for i in range(len(wrapped)) if wrapped[i : i + len(bare)] == bare), len(wrapped)
+    )
+    return list(wrapped[:start]), list(wrapped[start + len(bare) :])
+
+
+def tokenize(
+    texts: Sequence[str], tokenizer: Any, max_tokens: int, cache: Path | None = None
+) -> TokenTable:
+    """Tokenise every text once, each cut to its first ``max_tokens`` tokens.
+
+    Args:
+        texts: one text per item; an empty text gives an empty row.
+        tokenizer: a fast Hugging Face tokenizer.
+        max_tokens: longest row kept.
+        cache: folder for the table; its name there is a hash of texts, tokenizer and limit.
+    """
+    if cache is None:
+        return _tokenize(texts, tokenizer, max_tokens)
+    path = cache / f"tokens-{_content_hash(texts, tokenizer, max_tokens)}"
+    if not path.is_dir():
+        table = _tokenize(texts, tokenizer, max_tokens)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        partial.mkdir(parents=True, exist_ok=True)
+        np.save(partial / "values.npy", table.values)
+        np.save(partial / "offsets.npy", table.offsets)
+        try:
+            partial.rename(path)
+        except OSError:  # another process was first; its table has the same content
+            return table
+    return Ragged(
+        np.load(path / "values.npy", mmap_mode="r"), np.load(path / "offsets.npy", mmap_mode="r")
+    )
+
+
+def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int, chunk: int = 4096) -> Ragged:
+    values: list[npt.NDArray[np.int32]] = []
+    lengths: list[int] = []
+    for start in range(0, len(texts), chunk):
+        encoded = tokenizer(
+            list(texts[start : start + chunk]),
+            add_special_tokens=False,
+            truncation=True,
+            max_length=max_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        lengths.extend(len(row) for row in encoded)
+        values.append(np.fromiter((token for row in encoded for token in row), dtype=np.int32))
+    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return Ragged(np.concatenate(values) if values else np.zeros(0, np.int32), offsets)
+
+
+def _content_hash(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> str:
+    digest = hashlib.sha256()
+    digest.update(f"{tokenizer.__class__.__name__} {len(tokenizer)} {max_tokens}".encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        # Truncation and padding are settings of the last call, not of the vocabulary.
+        state.pop("truncation", None)
+        state.pop("padding", None)
+        digest.update(json.dumps(state, sort_keys=True).encode())
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass"))
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]

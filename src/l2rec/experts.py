@@ -1,0 +1,320 @@
+"""Dual-view personalised mixture of LoRA experts: DPMoE, Eq. 3-6 of L2Rec (SIGIR '26).
+
+For every adapted matrix W_j of the frozen backbone, every view v in {semantic, behavioural}:
+
+    dW_j x = alpha/r * ( sum_{i in shared} B_i A_i x + sum_{i in E_v} g_i B_i A_i x )     Eq. 3
+    g^(m)  = softmax(R2^(m) relu(R1^(m) z^(m) + b1^(m)) + b2^(m)),  m in {c, u, f}        Eq. 4
+             z^c = x,  z^u = u,  z^f = [u; x]
+    g_hat  = g^c + (g^u + g^f) * g^c;  g_i = g_hat_i where i is in Top-N, else 0          Eq. 5
+
+No loop over experts: the A of all experts and the x-halves of R1^c and R1^f are one stacked
+matrix, so one skinny matmul of x gives every low-rank activation and the routers' hidden layers;
+the activations are scaled by the gates and one matmul with the stacked B brings them back. What
+depends on the user alone (R1^u u and the u-half of R1^f [u; x]) is one matmul for all matrices.
+
+The backbone stays Hugging Face's code: `DPMoE.attach` hooks its Linear modules by name, and
+`DPMoE.detach` takes the hooks away again.
+
+Legend: n tokens, U users (rows or running prefixes), J adapted matrices, E experts of a view,
+V views, R rank, W router width, D hidden size.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DPMoE", "Routing", "ViewSlice", "find_linears", "load_balance", "top_n"]
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from l2rec.errors import BackboneError, ConfigError
+
+# What the matrices of one attention or MLP block are called across model families.
+MATRIX_NAMES = {
+    "q": ("q_proj", "query", "q_lin", "q"),
+    "k": ("k_proj", "key", "k_lin", "k"),
+    "v": ("v_proj", "value", "v_lin", "v"),
+    "o": ("o_proj", "attention.output.dense", "out_lin", "attn.Wo", "attn.o"),
+    "gate": ("gate_proj",),
+    "up": ("up_proj", "intermediate.dense", "lin1", "mlp.Wi"),
+    "down": ("down_proj", "lin2", "mlp.Wo"),
+}
+
+
+def find_linears(model: nn.Module, matrices: Sequence[str]) -> dict[str, nn.Linear]:
+    """The Linear modules of every block that play the given parts (``q``, ``k``, ``v``, ``o``,
+    ``gate``, ``up``, ``down``), by full name, in the model's order.
+
+    Raises:
+        ConfigError: an unknown part. BackboneError: the model has none of that part.
+    """
+    found: dict[str, nn.Linear] = {}
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for matrix in matrices:
+        if matrix not in MATRIX_NAMES:
+            raise ConfigError(f"matrices: unknown {matrix!r}; choose from {', '.join(MATRIX_NAMES)}")
+        hits = {
+            n: m
+            for n, m in linears.items()
+            if any(n == s or n.endswith(f".{s}") for s in MATRIX_NAMES[matrix])
+        }
+        if not hits:
+            raise BackboneError(f"the backbone has no {matrix!r} matrix; change model.matrices")
+        found.update(hits)
+    order = list(linears)
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+
+
+@dataclass(frozen=True)
+class ViewSlice:
+    """Tokens [start, stop) of a packed batch that belong to one view.
+
+    u: [U, D] float32 user vectors of this view. user: [stop - start] int64, the row of u that
+    each token is routed by (one per history, or one per prefix of it).
+    """
+
+    view: int
+    start: int
+    stop: int
+    u: Tensor
+    user: Tensor
+
+
+@dataclass
+class Routing:
+    """What one forward pass of the backbone needs to know, and what it notes down.
+
+    balance: per view, one load-balancing term for each adapted matrix that was passed.
+    load: per view, for each matrix the share of tokens that each expert received, [E], detached.
+    """
+
+    slices: Sequence[ViewSlice]
+    user_gates: list[Tensor]  # per slice: g^u [U, J, E]
+    user_hidden: list[Tensor]  # per slice: the u-half of R1^f [u; x], [U, J, W]
+    balance: dict[int, list[Tensor]] = field(default_factory=dict)
+    load: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+def top_n(scores: Tensor, n: int) -> Tensor:
+    """Indicator of the ``n`` largest of the last dimension, [..., E] bool; exactly n are True."""
+    kept = scores.detach().topk(n, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
+
+
+def load_balance(scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Switch-style balance of one router: E * sum_i f_i P_i, 1 when the load is even.
+
+    Args:
+        scores: [n, E] fused scores g_hat of Eq. 5. kept: [n, E] bool, the chosen experts.
+
+    Returns:
+        The scalar term, and f [E], each expert's share of the choices (detached).
+    """
+    share = kept.to(scores.dtype).mean(0) / kept[0].sum()
+    probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    return scores.shape[-1] * (share * probability).sum(), share.detach()
+
+
+class _Mixture(nn.Module):
+    """The experts and routers of one adapted matrix, all views."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        views: int,
+        shared: int,
+        experts: int,
+        rank: int,
+        width: int,
+        signals: int,
+    ) -> None:
+        super().__init__()
+        self.shared_a = nn.Parameter(torch.empty(shared * rank, d_in))
+        self.shared_b = nn.Parameter(torch.empty(shared * rank, d_out))
+        self.a = nn.Parameter(torch.empty(views, experts * rank, d_in))
+        self.b = nn.Parameter(torch.empty(views, experts * rank, d_out))
+        # x-halves of the first router layers, rows [context; interaction]: signals is 2, or 1
+        # where the router does not know the user.
+        self.router_x = nn.Parameter(torch.empty(views, signals * width, d_in))
+        self.router_x_bias = nn.Parameter(torch.empty(views, signals * width))
+        self.router_out = nn.Parameter(torch.empty(views, signals, experts, width))
+        self.router_out_bias = nn.Parameter(torch.empty(views, signals, experts))
+
+    def reset_parameters(self) -> None:
+        for a in (self.shared_a, self.a):
+            nn.init.uniform_(a, -1 / math.sqrt(a.shape[-1]), 1 / math.sqrt(a.shape[-1]))
+        for b in (self.shared_b, self.b):
+            nn.init.zeros_(b)
+        bound = 1 / math.sqrt(self.router_x.shape[-1])
+        nn.init.uniform_(self.router_x, -bound, bound)
+        nn.init.zeros_(self.router_x_bias)
+        _init_router_out(self.router_out, self.router_out_bias)
+
+
+def _init_router_out(weight: Tensor, bias: Tensor) -> None:
+    """Every expert equally likely at the start; only tiny differences break the ties of Top-N."""
+    nn.init.normal_(weight, std=1e-3)
+    nn.init.zeros_(bias)
+
+
+class DPMoE(nn.Module):
+    """Experts and three-signal routers for the adapted matrices of one backbone.
+
+    Args:
+        linears: the frozen modules to adapt, by name.
+        dim: size D of the user vectors.
+        views: number of views V; each sees the shared experts and its own.
+        shared_experts, view_experts: experts shared by all views, and of each view.
+        rank, alpha: of every LoRA expert; the update is scaled by alpha / rank.
+        top: experts of a view kept for a token (Top-N of Eq. 5).
+        width: hidden width W of the routers.
+        personalized: False removes the user from the router: g = g^c (the paper's "w/o PR").
+    """
+
+    def __init__(
+        self,
+        linears: dict[str, nn.Linear],
+        dim: int,
+        *,
+        views: int = 2,
+        shared_experts: int = 1,
+        view_experts: int = 8,
+        rank: int = 8,
+        alpha: float = 16.0,
+        top: int = 2,
+        width: int = 16,
+        personalized: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top <= view_experts:
+            raise ConfigError(f"top_n={top} must lie between 1 and view_experts={view_experts}")
+        self.names = list(linears)
+        self.shared_experts, self.view_experts = shared_experts, view_experts
+        self.rank, self.scaling, self.top, self.width = rank, alpha / rank, top, width
+        self.personalized = personalized
+        self.mixtures = nn.ModuleList(
+            _Mixture(
+                m.in_features,
+                m.out_features,
+                views=views,
+                shared=shared_experts,
+                experts=view_experts,
+                rank=rank,
+                width=width,
+                signals=2 if personalized else 1,
+            )
+            for m in linears.values()
+        )
+        if personalized:
+            matrices = len(self.names)
+            # First router layers on u, all matrices: rows [user; interaction's u-half].
+            self.router_u = nn.Parameter(torch.empty(views, matrices, 2 * width, dim))
+            self.router_u_bias = nn.Parameter(torch.empty(views, matrices, width))
+            self.user_out = nn.Parameter(torch.empty(views, matrices, view_experts, width))
+            self.user_out_bias = nn.Parameter(torch.empty(views, matrices, view_experts))
+        self._linears = list(linears.values())
+        self._handles: list[RemovableHandle] = []
+        self._routing: Routing | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform, B zero, routers near uniform: the untrained mixture changes nothing."""
+        for mixture in self.mixtures:
+            mixture.reset_parameters()  # type: ignore[operator]
+        if self.personalized:
+            bound = 1 / math.sqrt(self.router_u.shape[-1])
+            nn.init.uniform_(self.router_u, -bound, bound)
+            nn.init.zeros_(self.router_u_bias)
+            _init_router_out(self.user_out, self.user_out_bias)
+
+    # -- attaching to the backbone ---------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Hook every adapted Linear: inside `routed`, its output gains the mixture's update."""
+        if not self._handles:
+            self._handles = [
+                linear.register_forward_hook(self._hook(j)) for j, linear in enumerate(self._linears)
+            ]
+
+    def detach(self) -> None:
+        """Take the hooks away: the backbone is what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, j: int):  # type: ignore[no-untyped-def]
+        def add_update(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self._routing is None:
+                return None
+            return output + self.update(j, inputs[0][0], self._routing)[None]
+
+        return add_update
+
+    @contextmanager
+    def routed(self, slices: Sequence[ViewSlice]) -> Iterator[Routing]:
+        """Within this context the hooked backbone adapts the given slices of its packed input."""
+        shares = [self._user_share(s) for s in slices]
+        self._routing = Routing(slices, [g for g, _ in shares], [h for _, h in shares])
+        try:
+            yield self._routing
+        finally:
+            self._routing = None
+
+    # -- the equations ---------------------------------------------------------------------------
+
+    def _user_share(self, part: ViewSlice) -> tuple[Tensor, Tensor]:
+        """g^u [U, J, E] and the u-half of the interaction's hidden layer [U, J, W], all matrices."""
+        if not self.personalized:
+            return part.u.new_zeros(0), part.u.new_zeros(0)
+        v = part.view
+        matrices, width = self.router_u.shape[1], self.width
+        hidden = F.linear(part.u, self.router_u[v].flatten(0, 1)).view(-1, matrices, 2 * width)
+        user = F.relu(hidden[..., :width] + self.router_u_bias[v])
+        logits = torch.einsum("ujw,jew->uje", user, self.user_out[v]) + self.user_out_bias[v]
+        return logits.softmax(-1), hidden[..., width:]
+
+    def update(self, j: int, x: Tensor, routing: Routing) -> Tensor:
+        """Eq. 3 for matrix j: x [N, d_in] of a whole packed batch -> dW_j x [N, d_out]."""
+        parts = [self._view_update(j, x, k, routing) for k in range(len(routing.slices))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _view_update(self, j: int, x: Tensor, k: int, routing: Routing) -> Tensor:
+        part = routing.slices[k]
+        v = part.view
+        mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
+        x = x[part.start : part.stop]
+        stacked = torch.cat((mixture.shared_a, mixture.a[v], mixture.router_x[v]))
+        routers = mixture.router_x.shape[1]
+        low, hidden = F.linear(x, stacked.to(x.dtype)).split(
+            (len(stacked) - routers, routers), dim=-1
+        )
+        scores = self._fused_scores(j, hidden.float() + mixture.router_x_bias[v], k, routing)
+        kept = top_n(scores, self.top)
+        balance, load = load_balance(scores, kept)
+        routing.balance.setdefault(v, []).append(balance)
+        routing.load.setdefault(v, []).append(load)
+        gates = F.pad(scores * kept, (self.shared_experts, 0), value=1.0) * self.scaling
+        low = low.unflatten(-1, (-1, self.rank)) * gates.to(x.dtype)[..., None]
+        stacked_b = torch.cat((mixture.shared_b, mixture.b[v]))
+        return low.flatten(1) @ stacked_b.to(x.dtype)
+
+    def _fused_scores(self, j: int, hidden: Tensor, k: int, routing: Routing) -> Tensor:
+        """Eq. 4 and the first line of Eq. 5: g_hat [n, E] float32."""
+        part = routing.slices[k]
+        mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
+        out, bias = mixture.router_out[part.view], mixture.router_out_bias[part.view]
+        g_context = F.linear(F.relu(hidden[:, : self.width]), out[0], bias[0]).softmax(-1)
+        if not self.personalized:
+            return g_context
+        interaction = F.relu(hidden[:, self.width :] + routing.user_hidden[k][:, j].index_select(0, part.user))
+        g_interaction = F.linear(interaction, out[1], bias[1]).softmax(-1)
+        g_user = routing.user_gates[k][:, j].index_select(0, part.user)
+        return g_context + (g_user + g_interaction) * g_context

@@ -1,0 +1,47 @@
+"""Adaptive cross-view fusion: ACF, Eq. 7 of L2Rec (SIGIR '26)."""
+
+from __future__ import annotations
+
+__all__ = ["AdaptiveFusion"]
+
+import torch
+from torch import Tensor, nn
+
+
+class AdaptiveFusion(nn.Module):
+    """Residual projections of both views and a gate between them.
+
+        h~^v = h^v + P_v(h^v),    delta = sigmoid(W_g [h~^B; h~^S] + b_g)
+        h^F  = delta h~^B + (1 - delta) h~^S
+
+    P_v and W_g start at zero: the untrained fusion is the plain mean of the views.
+
+    Args:
+        dim: size D of both views.
+        gate: ``vector`` gates every dimension on its own, ``scalar`` one for the user.
+    """
+
+    def __init__(self, dim: int, gate: str = "vector") -> None:
+        super().__init__()
+        self.project_behavioral = nn.Linear(dim, dim)
+        self.project_semantic = nn.Linear(dim, dim)
+        self.gate = nn.Linear(2 * dim, dim if gate == "vector" else 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All zero: h~ = h and delta = 1/2."""
+        for module in (self.project_behavioral, self.project_semantic, self.gate):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def residual(self, behavioral: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
+        """h~^B and h~^S, [B, D] each."""
+        return (
+            behavioral + self.project_behavioral(behavioral),
+            semantic + self.project_semantic(semantic),
+        )
+
+    def fuse(self, behavioral: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
+        """h~^B, h~^S [B, D] -> h^F [B, D] and delta [B, D] or [B, 1] (1: all behavioural)."""
+        delta = torch.sigmoid(self.gate(torch.cat((behavioral, semantic), dim=-1)))
+        return delta * behavioral + (1 - delta) * semantic, delta

@@ -1,0 +1,704 @@
+"""L2Rec: Towards Dual-View Understanding of LLMs for Personalized Recommendation.
+
+Pan, Zhou, Lu, Fei, Chen, Luo. SIGIR '26, https://doi.org/10.1145/3805712.3809943
+
+    Eq. 1-2   two views of a user                     l2rec.views
+    Eq. 3-6   experts and routers (DPMoE)             l2rec.experts
+    Eq. 7     adaptive cross-view fusion (ACF)        l2rec.fusion
+    Eq. 8-9   losses                                  l2rec.objectives
+    this file how they are joined: h_u, h_i, r_{u,i}, the total loss, and every choice
+
+Where the paper leaves a choice, the default is the reading below; each is an option of `Config`.
+
+- "32M parameters" on Qwen3-0.6B: LoRA r=8 on q and v, one shared expert and eight for each view,
+  routers of hidden width 16, square P_U and P_v, a gate for every dimension.
+- u is the mean of the view's *input* over real positions (``user_pooling=mean``). It sees the whole
+  input, so one input predicts one target. ``running`` takes the mean up to each item instead.
+- h_u: the last position for causal backbones, the mean for bidirectional ones (``pooling``).
+- An item is a history of one item through the same pipeline, with u from the item itself.
+- Negatives are the other positives of the batch and 10 sampled for each user; another occurrence
+  of the positive item is never its negative.
+
+Deviations from the paper are named options, off by default:
+
+- ``items=table``: the item side is a trained table T = norm(E + E L + R) that starts at the
+  backbone's text vectors E (L, R zero), with the full softmax; a new item enters as norm(e + e L).
+- ``supervision=all``: every position predicts its next item in one pass; attention is causal over
+  items and u is the running mean, so that no prediction sees what follows it.
+- ``pooling=blend``: newest item plus a learned share of the mean.
+- ``last_item_skip``: the newest item's table vector is added to the behavioural output.
+- ``view_loss``: each view is also trained on the recommendation loss alone.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ItemTable", "L2Rec", "L2RecConfig", "UserState"]
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2rec.backbone import Attend, Backbone, Group, Packing, pack
+from l2rec.data.batches import Batch, TrainingBatches, plan_batches
+from l2rec.data.ragged import Ragged
+from l2rec.data.text import special_tokens, tokenize
+from l2rec.errors import ConfigError, DataError
+from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
+from l2rec.fusion import AdaptiveFusion
+from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
+from l2rec.objectives import bpc_loss, catalog_loss, contrastive_loss, cosine
+from l2rec.views import (
+    BehavioralProjector,
+    Segments,
+    mean_of,
+    prefix_mean,
+    semantic_tokens,
+)
+
+View = Literal["semantic", "behavioral"]
+VIEW_INDEX: dict[str, int] = {"semantic": 0, "behavioral": 1}
+
+
+class L2RecConfig(BaseModel):
+    """Options of L2Rec; the defaults are the paper's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Eq. 1-2: the views
+    views: tuple[View, ...] = ("semantic", "behavioral")
+    """Drop one for the ablations "w/o Semantic" and "w/o Behavioral"."""
+    max_items: int = Field(50, ge=1)
+    """L, most items of a history."""
+    semantic_items: int = Field(50, ge=1)
+    """Most items of the semantic view."""
+    max_tokens: int = Field(1024, ge=8)
+    """T, most tokens of the semantic view."""
+    item_tokens: int = Field(32, ge=1)
+    """Most tokens of one item's text inside a view."""
+    behavioral_pool: Literal["embeddings", "encoder"] = "embeddings"
+    """An item's vector: mean of its token embeddings, or of the frozen backbone's outputs."""
+    behavioral_boost: float = Field(2.0, gt=0)
+    """Scale at which item vectors enter, in units of the word embeddings' RMS."""
+
+    # Eq. 3-6: experts and routers
+    adapt: bool = True
+    """False: the frozen backbone alone, no experts, no projections, no training ("w/o Adapt")."""
+    matrices: tuple[str, ...] = ("q", "v")
+    shared_experts: int = Field(1, ge=0)
+    view_experts: int = Field(8, ge=1)
+    top_n: int = Field(2, ge=1)
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    router_width: int = Field(16, ge=1)
+    personalized_router: bool = True
+    """False: g = g^c, the router does not know the user ("w/o PR")."""
+    user_pooling: Literal["mean", "running"] = "mean"
+
+    # outputs and Eq. 7
+    pooling: Literal["auto", "mean", "last", "blend"] = "auto"
+    gate: Literal["vector", "scalar"] = "vector"
+
+    # items
+    items: Literal["encode", "table"] = "encode"
+    text_tokens: int = Field(128, ge=1)
+    """Most tokens of an item's text for the backbone's own text vectors (table, encoder pool)."""
+    table_dropout: float = Field(0.2, ge=0, lt=1)
+    table_lr: float = Field(2e-4, gt=0)
+    last_item_skip: bool = False
+
+    # Eq. 8-9
+    supervision: Literal["last", "all"] = "last"
+    targets_per_user: int = Field(1, ge=1)
+    temperature: float = Field(0.05, gt=0)
+    learn_temperature: bool = False
+    negatives: int = Field(10, ge=0)
+    """Sampled negatives for each user."""
+    share_negatives: bool = False
+    """Every user is also contrasted with the negatives sampled for the others of the batch."""
+    bpc: float = Field(0.1, ge=0)
+    """gamma; 0 is "w/o BPC"."""
+    bpc_distance: float = Field(1e-4, ge=0)
+    """lambda."""
+    balance: float = Field(0.01, ge=0)
+    """beta."""
+    view_loss: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> L2RecConfig:
+        if not self.views or len(set(self.views)) != len(self.views):
+            raise ValueError("views must name semantic, behavioral, or both, once each")
+        if self.top_n > self.view_experts:
+            raise ValueError(f"top_n={self.top_n} exceeds view_experts={self.view_experts}")
+        if self.supervision == "all" and self.user_pooling != "running":
+            raise ValueError(
+                "supervision=all with user_pooling=mean would route by items still to be "
+                "predicted; set user_pooling=running"
+            )
+        if self.item_tokens + 8 > self.max_tokens:
+            raise ValueError(f"item_tokens={self.item_tokens} leaves no room in {self.max_tokens=}")
+        if self.last_item_skip and self.items != "table":
+            raise ValueError("last_item_skip needs items=table")
+        return self
+
+
+@dataclass(frozen=True)
+class UserState:
+    """Both views and their fusion for P predictions (one per row, or one per position).
+
+    behavioral, semantic: h~^B, h~^S [P, D], or None where the view is switched off.
+    fused: h^F [P, D]. delta: [P, D] or [P, 1], None with one view. position: [P] index into the
+    histories' flat items of the newest item that each prediction has seen. row: [P].
+    """
+
+    behavioral: Tensor | None
+    semantic: Tensor | None
+    fused: Tensor
+    delta: Tensor | None
+    position: Tensor
+    row: Tensor
+    routing: Routing | None
+    tokens: int
+    computed_tokens: int
+
+
+class ItemTable(nn.Module):
+    """items=table: T = norm(E + E L + R), rows of unit length.
+
+    E: [N, D] the backbone's text vectors, centred and normalised, frozen. L: [D, D] and R: [N, D]
+    start at zero. Items added after training have no row of R: norm(e + e L).
+    """
+
+    def __init__(self, text: Tensor, dropout: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", text.mean(0), persistent=True)
+        self.text: Tensor
+        self.mean: Tensor
+        self.register_buffer("text", F.normalize(text - self.mean, dim=-1), persistent=False)
+        dim = text.shape[-1]
+        self.linear = nn.Parameter(torch.zeros(dim, dim))
+        self.residual = nn.Parameter(torch.zeros_like(text))
+        self.dropout = dropout
+
+    def extend(self, text: Tensor) -> None:
+        """Add items by their backbone text vectors [n, D] alone."""
+        self.text = torch.cat((self.text, F.normalize(text - self.mean, dim=-1)))
+
+    def forward(self) -> Tensor:
+        """T [N, D] float32."""
+        rows = self.text + self.text @ self.linear
+        residual = F.dropout(self.residual, self.dropout, self.training)
+        trained = len(self.residual)
+        rows = torch.cat((rows[:trained] + residual, rows[trained:]))
+        return F.normalize(rows, dim=-1)
+
+
+class L2Rec(nn.Module):
+    """The recommender. Only experts, P_U, ACF (and the table) are trained.
+
+    Args:
+        config: options. backbone: the frozen language model.
+        texts: the catalog, one text per item int.
+        cache: folder for token tables and text vectors, keyed by content; None keeps nothing.
+    """
+
+    Config = L2RecConfig
+
+    def __init__(
+        self,
+        config: L2RecConfig,
+        backbone: Backbone,
+        texts: Sequence[str],
+        *,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self._cache = cache
+        self._check_lengths()
+        self.before, self.after = self._separators()
+        self.linears = find_linears(backbone.model, config.matrices)
+        self.experts = DPMoE(
+            self.linears,
+            backbone.dim,
+            views=len(VIEW_INDEX),
+            shared_experts=config.shared_experts,
+            view_experts=config.view_experts,
+            rank=config.rank,
+            alpha=config.alpha,
+            top=config.top_n,
+            width=config.router_width,
+            personalized=config.personalized_router,
+        )
+        self.experts.attach()
+        self.projector = BehavioralProjector(backbone.dim)
+        self.fusion = AdaptiveFusion(backbone.dim, config.gate)
+        self.log_temperature = nn.Parameter(
+            torch.tensor(math.log(config.temperature)), requires_grad=config.learn_temperature
+        )
+        self.blend = nn.Parameter(torch.tensor(0.5), requires_grad=config.pooling == "blend")
+        self.skip = nn.Parameter(torch.tensor(1.0), requires_grad=config.last_item_skip)
+        self.table: ItemTable | None = None
+        self.item_vectors: Tensor
+        self._set_catalog(texts)
+        if not config.adapt:
+            for parameter in self.parameters():
+                parameter.requires_grad_(False)
+
+    # -- construction ----------------------------------------------------------------------------
+
+    def _check_lengths(self) -> None:
+        limit = self.backbone.max_positions
+        needed = self.config.max_tokens if "semantic" in self.config.views else 0
+        needed = max(needed, self.config.max_items if "behavioral" in self.config.views else 0)
+        if limit is not None and needed > limit:
+            raise ConfigError(
+                f"max_tokens={self.config.max_tokens}, max_items={self.config.max_items}: backbone "
+                f"{self.backbone.name!r} has {limit} positions; lower them to at most {limit}"
+            )
+
+    def _separators(self) -> tuple[list[int], list[int]]:
+        """Token ids that start a row and that end an item."""
+        tokenizer = self.backbone.tokenizer
+        if tokenizer is None:
+            return [], [0]
+        before, after = special_tokens(tokenizer)
+        return before, after or tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+    def _set_catalog(self, texts: Sequence[str]) -> None:
+        config, device = self.config, self.backbone.device
+        self.tokens = self._tokenize(texts)
+        if device.type == "meta":
+            self.item_vectors = torch.empty(0, self.backbone.dim, device=device)
+            return
+        if config.items == "table":
+            self.table = ItemTable(self._text_vectors(self.tokens), config.table_dropout).to(device)
+            with torch.no_grad():
+                vectors = self.table()
+        else:
+            vectors = self.item_vectors = self._pooled(self.tokens)
+        words = self.backbone.word_embeddings.weight.float().square().mean().sqrt()
+        self.projector.calibrate(vectors, config.behavioral_boost * float(words))
+
+    def _tokenize(self, texts: Sequence[str]) -> Ragged:
+        longest = max(self.config.text_tokens, self.config.item_tokens)
+        if not len(texts):
+            return Ragged.from_rows([])
+        return tokenize(texts, self.backbone.tokenizer, longest, self._cache)
+
+    def _pooled(self, tokens: Ragged) -> Tensor:
+        """pool(Embed(c_i)) of Eq. 2, or the frozen encoder's text vector: [N, D] float32."""
+        if self.config.behavioral_pool == "encoder":
+            return self._text_vectors(tokens)
+        out = torch.zeros(len(tokens), self.backbone.dim, device=self.backbone.device)
+        for start in range(0, len(tokens), 4096):
+            part = Ragged(tokens.values, tokens.offsets[start : start + 4097])
+            rows = part.take(np.arange(len(part))).head(self.config.item_tokens)
+            ids = torch.from_numpy(rows.values.astype(np.int64)).to(out.device)
+            index = np.repeat(np.arange(len(rows)), rows.lengths)
+            out[start : start + len(rows)] = mean_of(
+                self.backbone.embed(ids), torch.from_numpy(index).to(out.device), len(rows)
+            )
+        return out
+
+    @torch.no_grad()
+    def _text_vectors(self, tokens: Ragged) -> Tensor:
+        """The bare backbone's text vectors: mean of the outputs, unit length. [N, D] float32.
+
+        The experts do not act here: no routing is set.
+        """
+        out = torch.zeros(len(tokens), self.backbone.dim, device=self.backbone.device)
+        lengths = np.minimum(tokens.lengths, self.config.text_tokens)
+        for rows in plan_batches(lengths + 2, None, max_rows=256, max_cost=8192):
+            part = semantic_tokens(
+                Ragged(rows.astype(np.int32), np.arange(len(rows) + 1)),
+                tokens,
+                item_tokens=self.config.text_tokens,
+                max_tokens=self.config.text_tokens + len(self.before) + len(self.after),
+                max_items=1,
+                before=self.before,
+                after=self.after,
+                device=out.device,
+            )
+            attend = Attend.CAUSAL if self.backbone.causal else Attend.FULL
+            group, positions = pack(part.segments.lengths, attend)
+            states = self.backbone(self.backbone.embed(part.ids), Packing((group,), positions))
+            out[torch.from_numpy(rows).to(out.device)] = mean_of(
+                states, part.segments.block, len(rows)
+            )
+        return F.normalize(out, dim=-1)
+
+    def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        """New items by text alone, recommendable at once. Returns their item ints.
+
+        Raises:
+            DataError: an empty text.
+        """
+        if any(not text.strip() for text in texts):
+            raise DataError("a new item needs a text: it is all that is known of it")
+        tokens = tokenize(
+            texts, self.backbone.tokenizer, max(self.config.text_tokens, self.config.item_tokens)
+        )
+        first = self.n_items
+        with torch.no_grad():
+            if self.table is not None:
+                self.table.extend(self._text_vectors(tokens))
+            else:
+                self.item_vectors = torch.cat((self.item_vectors, self._pooled(tokens)))
+        self.tokens = Ragged(
+            np.concatenate((self.tokens.values, tokens.values)),
+            np.concatenate((self.tokens.offsets, self.tokens.offsets[-1] + tokens.offsets[1:])),
+        )
+        return np.arange(first, self.n_items, dtype=np.int32)
+
+    # -- the pipeline ----------------------------------------------------------------------------
+
+    @property
+    def n_items(self) -> int:
+        """N, items of the catalog, those added later included."""
+        return len(self.tokens)
+
+    @property
+    def temperature(self) -> Tensor:
+        """tau of Eq. 8, a scalar."""
+        return self.log_temperature.exp()
+
+    def forward(self, histories: Ragged, *, every: bool = False, table: Tensor | None = None) -> UserState:
+        """Both views of every row through the one backbone in one pass, then the fusion.
+
+        Args:
+            histories: item ints, oldest first, no row empty; only the newest ``max_items`` count.
+            every: one prediction per (kept) position instead of one per row.
+            table: T, where it was computed already.
+        """
+        config, device = self.config, self.backbone.device
+        if table is None and self.table is not None:
+            table = self.table()
+        # Positions of the newest max_items, in the caller's flat items.
+        recent = Ragged(np.arange(len(histories.values)), histories.offsets).tail(config.max_items)
+        items = Ragged(histories.values[recent.values], recent.offsets)
+        inputs: list[Tensor] = []
+        groups: list[Group] = []
+        positions: list[Tensor] = []
+        slices: list[ViewSlice] = []
+        segments: list[Segments] = []
+        kept = items.lengths
+        start = 0
+        for view in config.views:
+            if view == "semantic":
+                read = semantic_tokens(
+                    items,
+                    self.tokens,
+                    item_tokens=config.item_tokens,
+                    max_tokens=config.max_tokens,
+                    max_items=config.semantic_items,
+                    before=self.before,
+                    after=self.after,
+                    device=device,
+                )
+                x, parts, kept = self.backbone.embed(read.ids), read.segments, read.kept
+            else:
+                index = torch.from_numpy(items.values.astype(np.int64)).to(device)
+                source = self.item_vectors if table is None else table
+                x = self.projector(source.index_select(0, index))
+                parts = Segments.of_items(torch.from_numpy(items.lengths).to(device))
+            u, user = self._user(x, parts)
+            group, position = pack(parts.lengths, self._attend(), blocks=parts.block, start=start)
+            slices.append(ViewSlice(VIEW_INDEX[view], start, group.stop, u, user))
+            start = group.stop
+            inputs.append(x.to(self.backbone.dtype))
+            groups.append(group)
+            positions.append(position)
+            segments.append(parts)
+        packing = Packing(tuple(groups), torch.cat(positions))
+        packed = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        routing = None
+        if config.adapt:
+            with self.experts.routed(slices) as routing:
+                states = self.backbone(packed, packing)
+        else:
+            states = self.backbone(packed, packing)
+
+        # Predictions: every position that all views kept, or the last of each row.
+        counts = kept if every else np.ones_like(kept)
+        chosen = Ragged(recent.values, recent.offsets).gather(recent.offsets[1:] - counts, counts)
+        outputs: dict[str, Tensor] = {}
+        for view, part, group in zip(config.views, segments, groups, strict=True):
+            h = self._read(view, states[group.start : group.stop], part)
+            # Blocks of this view that the predictions read: the newest `counts` of each row.
+            blocks = part.blocks.cpu().numpy()
+            ends = np.cumsum(blocks)
+            index = Ragged(np.arange(int(ends[-1])), np.concatenate(([0], ends)))
+            newest = index.gather(ends - counts, counts).values
+            outputs[view] = h[torch.from_numpy(newest).to(device)]
+        last = torch.from_numpy(histories.values[chosen.values].astype(np.int64)).to(device)
+        if table is not None and "behavioral" in outputs:
+            h = 0.5 * F.normalize(outputs["behavioral"], dim=-1)
+            if config.last_item_skip:
+                h = h + self.skip * table.index_select(0, last)
+            outputs["behavioral"] = h
+        behavioral, semantic, fused, delta = self._fuse(outputs)
+        return UserState(
+            behavioral=behavioral,
+            semantic=semantic,
+            fused=fused,
+            delta=delta,
+            position=torch.from_numpy(chosen.values),
+            row=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+            routing=routing,
+            tokens=len(packed),
+            computed_tokens=packing.computed,
+        )
+
+    def _attend(self) -> Attend:
+        if self.backbone.causal:
+            return Attend.CAUSAL
+        return Attend.BLOCK_CAUSAL if self.config.supervision == "all" else Attend.FULL
+
+    def _user(self, x: Tensor, parts: Segments) -> tuple[Tensor, Tensor]:
+        """u of Eq. 6 and the row of u each token is routed by."""
+        if self.config.user_pooling == "running":
+            return prefix_mean(x, parts), parts.block
+        row = parts.row[parts.block]
+        return mean_of(x, row, len(parts.lengths)), row
+
+    def _read(self, view: str, states: Tensor, parts: Segments) -> Tensor:
+        """h^v at every block of the view: [K, D] float32."""
+        pooling = self.config.pooling
+        if pooling == "auto":
+            pooling = "last" if self.backbone.causal else "mean"
+        if pooling == "mean":
+            h = prefix_mean(states, parts)
+        elif view == "behavioral" or self.backbone.causal:
+            h = states[parts.last_token].float()
+        else:
+            h = mean_of(states, parts.block, len(parts.row))
+        if pooling == "blend" and view == "semantic":
+            h = h + self.blend * prefix_mean(states, parts)
+        if self.table is not None and view == "semantic":
+            h = F.normalize(F.normalize(h, dim=-1) - self.table.mean, dim=-1)
+        return h
+
+    def _fuse(
+        self, outputs: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        behavioral, semantic = outputs.get("behavioral"), outputs.get("semantic")
+        if behavioral is None or semantic is None:
+            h = behavioral if behavioral is not None else semantic
+            assert h is not None
+            project = (
+                self.fusion.project_behavioral
+                if behavioral is not None
+                else self.fusion.project_semantic
+            )
+            h = h + project(h)
+            return (h, None, h, None) if behavioral is not None else (None, h, h, None)
+        behavioral, semantic = self.fusion.residual(behavioral, semantic)
+        fused, delta = self.fusion.fuse(behavioral, semantic)
+        return behavioral, semantic, fused, delta
+
+    # -- training --------------------------------------------------------------------------------
+
+    def batches(
+        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+    ) -> TrainingBatches:
+        """The batches of one epoch over training prefixes."""
+        config = self.config
+        return TrainingBatches(
+            sequences,
+            supervision=config.supervision,
+            max_items=config.max_items,
+            negatives=0 if config.items == "table" else config.negatives,
+            item_costs=self._item_costs(),
+            batch_users=batch_users,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            epoch=epoch,
+            targets_per_user=config.targets_per_user,
+        )
+
+    def _item_costs(self) -> npt.NDArray[np.int64]:
+        """[N] tokens an item adds to a row, both views."""
+        text = np.minimum(self.tokens.lengths, self.config.item_tokens) + len(self.after)
+        views = self.config.views
+        return text * ("semantic" in views) + ("behavioral" in views)
+
+    def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        """One stage; the free residual of the table has a learning rate of its own."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        if not named:
+            return []
+        plain = [p for n, p in named if p.ndim < 2]
+        slow = [p for n, p in named if n == "table.residual"]
+        rest = [p for n, p in named if p.ndim >= 2 and n != "table.residual"]
+        groups = [
+            ParameterGroup("matrices", rest, lr, weight_decay),
+            ParameterGroup("vectors", plain, lr, 0.0),
+            ParameterGroup("table", slow, self.config.table_lr, 0.0),
+        ]
+        return [Stage("train", [g for g in groups if g.parameters])]
+
+    def loss(self, batch: Batch) -> Losses:
+        """L = L_Rec + gamma L_BPC + beta L_LB (and, as an option, each view's own L_Rec)."""
+        config = self.config
+        table = None if self.table is None else self.table()
+        every = config.supervision == "all"
+        state = self(batch.histories, every=every, table=table)
+        targets = batch.targets[state.position.numpy()] if every else batch.targets
+        positive = torch.from_numpy(targets.astype(np.int64)).to(self.backbone.device)
+        tokens, computed = state.tokens, state.computed_tokens
+        balances = [state.routing] if state.routing is not None else []
+        if table is not None:
+            items: dict[str, Tensor | None] = dict.fromkeys(("fused", *VIEW_INDEX), table)
+            allowed = None
+        else:
+            # Every distinct item of the batch is encoded once.
+            distinct = np.unique(np.concatenate((targets, batch.negatives.reshape(-1))))
+            encoded = self(Ragged(distinct, np.arange(len(distinct) + 1)))
+            tokens, computed = tokens + encoded.tokens, computed + encoded.computed_tokens
+            balances += [encoded.routing] if encoded.routing is not None else []
+            items = {
+                "fused": encoded.fused,
+                "behavioral": encoded.behavioral,
+                "semantic": encoded.semantic,
+            }
+            column = torch.from_numpy(np.searchsorted(distinct, targets)).to(positive.device)
+            allowed = self._negatives(batch, state.row, distinct, column)
+            positive = column
+
+        def rec(users: Tensor, side: Tensor | None) -> Tensor:
+            assert side is not None
+            scores = cosine(users, side) / self.temperature
+            if allowed is None:
+                return catalog_loss(scores, positive)
+            return contrastive_loss(scores, positive, allowed)
+
+        total = rec(state.fused, items["fused"])
+        parts = {"rec": total}
+        both = state.behavioral is not None and state.semantic is not None
+        if both and config.bpc > 0:
+            assert state.behavioral is not None and state.semantic is not None
+            parts["bpc"] = bpc_loss(
+                state.behavioral,
+                state.semantic,
+                torch.from_numpy(batch.users)[state.row].to(positive.device),
+                self.temperature,
+                config.bpc_distance,
+            )
+            total = total + config.bpc * parts["bpc"]
+        if both and config.view_loss > 0:
+            for view, users in (("behavioral", state.behavioral), ("semantic", state.semantic)):
+                assert users is not None
+                parts[view] = rec(users, items[view])
+                total = total + config.view_loss * parts[view]
+        if balances and config.balance > 0:
+            terms = [t for routing in balances for view in routing.balance.values() for t in view]
+            parts["balance"] = torch.stack(terms).mean()
+            total = total + config.balance * parts["balance"]
+        return Losses(
+            total,
+            {name: part.detach() for name, part in parts.items()},
+            tokens=tokens,
+            computed_tokens=computed,
+        )
+
+    def _negatives(
+        self, batch: Batch, row: Tensor, distinct: npt.NDArray[np.integer], positive: Tensor
+    ) -> Tensor:
+        """[P, n] bool: the positives of the batch, and each user's own sampled items (or, with
+        ``share_negatives``, everybody's). The positive item's column is set by the loss."""
+        device = positive.device
+        if self.config.share_negatives:
+            return torch.ones(len(positive), len(distinct), dtype=torch.bool, device=device)
+        allowed = torch.zeros(len(batch.users), len(distinct), dtype=torch.bool, device=device)
+        own = torch.from_numpy(np.searchsorted(distinct, batch.negatives)).to(device)
+        allowed.scatter_(1, own, True)
+        allowed[:, positive.unique()] = True
+        return allowed[row.to(device)]
+
+    # -- inference -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def user_states(self, histories: Ragged, batch_tokens: int = 16384) -> UserState:
+        """`forward` over any number of rows in batches of equal token budget, in the rows' order.
+
+        Raises:
+            DataError: an empty history.
+        """
+        if len(histories) and int(histories.lengths.min()) == 0:
+            raise DataError("an empty history: give at least one item")
+        cost = np.concatenate(([0], np.cumsum(self._item_costs()[histories.values])))
+        costs = np.minimum(
+            cost[histories.offsets[1:]] - cost[histories.offsets[:-1]], self.config.max_tokens
+        )
+        was_training = self.training
+        self.eval()
+        table = None if self.table is None else self.table()
+        plan = plan_batches(costs, None, max_rows=512, max_cost=batch_tokens)
+        states = [self(histories.take(rows), table=table) for rows in plan]
+        self.train(was_training)
+        order = torch.from_numpy(np.argsort(np.concatenate(plan))) if plan else torch.zeros(0).long()
+
+        def join(name: str) -> Any:
+            values = [getattr(state, name) for state in states]
+            return None if values[0] is None else torch.cat(values)[order.to(values[0].device)]
+
+        return UserState(
+            behavioral=join("behavioral"),
+            semantic=join("semantic"),
+            fused=join("fused"),
+            delta=join("delta"),
+            position=histories.offsets[1:] - 1,  # type: ignore[arg-type]
+            row=torch.arange(len(histories)),
+            routing=None,
+            tokens=sum(state.tokens for state in states),
+            computed_tokens=sum(state.computed_tokens for state in states),
+        )
+
+    def encode_users(self, histories: Ragged) -> Tensor:
+        """Unit-length user vectors [B, D] float32; scores are their inner products with items'."""
+        return F.normalize(self.user_states(histories).fused.float(), dim=-1)
+
+    @torch.inference_mode()
+    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
+        """Unit-length item vectors [n, D] float32, of catalog ints or of raw texts."""
+        if len(items) and isinstance(items[0], str):
+            return self._encode_texts([str(text) for text in items])
+        chosen = np.asarray(items, dtype=np.int32)
+        if self.table is not None:
+            was_training = self.training
+            self.eval()
+            table = self.table()
+            self.train(was_training)
+            return table[torch.from_numpy(chosen.astype(np.int64)).to(table.device)]
+        return self.encode_users(Ragged(chosen, np.arange(len(chosen) + 1)))
+
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        known = self.tokens, self.item_vectors if self.table is None else self.table.text
+        try:
+            return self.encode_items(self.add_items(texts))
+        finally:
+            self.tokens = known[0]
+            if self.table is None:
+                self.item_vectors = known[1]
+            else:
+                self.table.text = known[1]
+
+    def scorer(self) -> Scorer:
+        """Histories -> cosine / tau with every catalog item [B, N] float32. Encodes the catalog."""
+        vectors = self.encode_items(np.arange(self.n_items, dtype=np.int32))
+        temperature = float(self.temperature.detach())
+
+        def score(histories: Ragged) -> Tensor:
+            return self.encode_users(histories) @ vectors.T / temperature
+
+        return score

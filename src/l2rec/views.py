@@ -1,0 +1,193 @@
+"""The two inputs of L2Rec, Eq. 1-2, and how outputs are read back.
+
+Semantic view: all tokens of the newest items that fit, item after item; one block per item.
+Behavioural view: one vector per item, pooled and projected; one block is one position.
+
+Both are flat (packed) runs over the rows of a batch. Legend: B rows, K blocks (items kept in all
+rows together), n tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BehavioralProjector",
+    "Segments",
+    "SemanticTokens",
+    "mean_of",
+    "prefix_mean",
+    "semantic_tokens",
+]
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from l2rec.data.ragged import Ragged, flat_index
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which tokens form a block and which blocks a row.
+
+    lengths: [B] int64 tokens per row. blocks: [B] int64 blocks per row (at least 1).
+    block: [n] int64 block of each token, 0..K-1 over the whole batch, ascending.
+    row: [K] int64 row of each block.
+    """
+
+    lengths: Tensor
+    blocks: Tensor
+    block: Tensor
+    row: Tensor
+
+    @property
+    def last(self) -> Tensor:
+        """[B] int64: the newest block of each row."""
+        return self.blocks.cumsum(0) - 1
+
+    @property
+    def last_token(self) -> Tensor:
+        """[K] int64: the last token of each block."""
+        counts = torch.bincount(self.block, minlength=len(self.row))
+        return counts.cumsum(0) - 1
+
+    @classmethod
+    def of_items(cls, counts: Tensor) -> Segments:
+        """The behavioural view: counts [B] items per row, every item a block of one token."""
+        total = int(counts.sum())
+        rows = torch.repeat_interleave(
+            torch.arange(len(counts), device=counts.device), counts, output_size=total
+        )
+        return cls(counts, counts, torch.arange(total, device=counts.device), rows)
+
+
+@dataclass(frozen=True)
+class SemanticTokens:
+    """ids: [n] int64 token ids. kept: [B] int64, how many newest items of each row are in."""
+
+    ids: Tensor
+    segments: Segments
+    kept: npt.NDArray[np.int64]
+
+
+def semantic_tokens(
+    histories: Ragged,
+    table: Ragged,
+    *,
+    item_tokens: int,
+    max_tokens: int,
+    max_items: int,
+    before: list[int],
+    after: list[int],
+    device: torch.device | str = "cpu",
+) -> SemanticTokens:
+    """Eq. 1: ``before``, then for each of the newest items that fit its tokens and ``after``.
+
+    Each item is cut to its own budget; items that do not fit are dropped whole, oldest first, and
+    never more than ``max_items`` are kept. A one-item history reads as the backbone reads a
+    single text: [CLS] text [SEP].
+
+    Args:
+        histories: item ints, oldest first, no row empty.
+        table: token ids of every item, without special tokens.
+        item_tokens: most tokens of one item's text. max_tokens: T, most tokens of a row.
+        before: token ids that start a row. after: token ids that end an item, at least one where
+            texts may be empty.
+    """
+    histories = histories.tail(max_items)
+    items = histories.values
+    starts = table.offsets[:-1][items]
+    text = np.minimum(table.offsets[1:][items] - starts, item_tokens)
+    cost = text + len(after)
+    # Tokens from each item to the end of its row; monotone, so what fits is a newest run.
+    total = np.concatenate(([0], np.cumsum(cost)))
+    to_end = np.repeat(total[histories.offsets[1:]], histories.lengths) - total[:-1]
+    fits = to_end <= max_tokens - len(before)
+    newest = np.zeros(len(items), dtype=bool)
+    newest[histories.offsets[1:] - 1] = True
+    fits |= newest
+    row = np.repeat(np.arange(len(histories)), histories.lengths)[fits]
+    starts, text, cost = starts[fits], text[fits], cost[fits]
+    kept = np.bincount(row, minlength=len(histories)).astype(np.int64)
+    first = np.concatenate(([0], np.cumsum(kept)[:-1]))
+
+    size = cost.copy()
+    size[first] += len(before)
+    block_start = np.concatenate(([0], np.cumsum(size)[:-1]))
+    text_start = block_start.copy()
+    text_start[first] += len(before)
+    ids = np.empty(int(size.sum()), dtype=np.int64)
+    for k, token in enumerate(before):
+        ids[block_start[first] + k] = token
+    ids[flat_index(text_start, text)] = table.values[flat_index(starts, text)]
+    for k, token in enumerate(after):
+        ids[text_start + text + k] = token
+
+    lengths = np.add.reduceat(size, first)
+    segments = Segments(
+        lengths=torch.from_numpy(lengths).to(device),
+        blocks=torch.from_numpy(kept).to(device),
+        block=torch.from_numpy(np.repeat(np.arange(len(size)), size)).to(device),
+        row=torch.from_numpy(row).to(device),
+    )
+    return SemanticTokens(torch.from_numpy(ids).to(device), segments, kept)
+
+
+class BehavioralProjector(nn.Module):
+    """P_U of Eq. 2 with its gain: [n, D] item vectors -> [n, D] inputs, gain * (W x + b).
+
+    W starts at the identity and b at minus the mean item vector. Pooled token embeddings are
+    small and share a large common part: left as they are, the backbone's position and type
+    embeddings drown them and all single-item outputs coincide. `calibrate` sets the gain so that
+    item vectors enter at the scale of the backbone's own word embeddings times ``boost``.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        self.gain = nn.Parameter(torch.ones(()))
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    @torch.no_grad()
+    def calibrate(self, vectors: Tensor, scale: float) -> None:
+        """Centre on ``vectors`` [N, D] and set the gain so that they enter with RMS ``scale``."""
+        mean = vectors.float().mean(0)
+        self.linear.bias.copy_(-self.linear.weight @ mean)
+        spread = (vectors.float() - mean).square().mean().sqrt()
+        self.gain.copy_(scale / spread.clamp_min(1e-8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.gain * self.linear(x)
+        return out
+
+
+def mean_of(x: Tensor, index: Tensor, n: int) -> Tensor:
+    """Mean of the rows of x [m, D] that share an index [m]: [n, D] float32."""
+    sums = x.new_zeros((n, x.shape[-1]), dtype=torch.float32).index_add_(0, index, x.float())
+    return sums / torch.bincount(index, minlength=n).clamp_min(1)[:, None]
+
+
+def prefix_mean(x: Tensor, segments: Segments) -> Tensor:
+    """Mean over all tokens of a row from its start to the end of each block.
+
+    x: [n, D] tokens. Returns [K, D] float32: row k knows nothing of later blocks.
+    """
+    blocks, row = len(segments.row), segments.row
+    sums = x.new_zeros((blocks, x.shape[-1]), dtype=torch.float32)
+    sums = sums.index_add_(0, segments.block, x.float())
+    counts = torch.bincount(segments.block, minlength=blocks).float()
+    if blocks == len(segments.blocks):
+        return sums / counts[:, None]
+    # Cumulate inside a padded [B, K_max] grid: a global cumulative sum would tie a row's rounding
+    # to the rows before it.
+    width = int(segments.blocks.max())
+    place = torch.arange(blocks, device=x.device) - (segments.blocks.cumsum(0) - segments.blocks)[row]
+    place = row * width + place
+    grid = sums.new_zeros((len(segments.blocks) * width, x.shape[-1])).index_copy(0, place, sums)
+    number = counts.new_zeros(len(segments.blocks) * width).index_copy(0, place, counts)
+    grid = grid.view(-1, width, x.shape[-1]).cumsum(1).flatten(0, 1)
+    number = number.view(-1, width).cumsum(1).flatten()
+    return grid[place] / number[place, None]
