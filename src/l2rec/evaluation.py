@@ -119,28 +119,30 @@ def evaluate(
     for NaN scores, ``ConfigError`` for a batch size below 1.
     """
     n_items = recommender.n_items
-    targets = np.asarray(targets, dtype=np.int64)
-    users = np.arange(len(targets)) if users is None else np.asarray(users)
-    if not len(histories) == len(targets) == len(users):
+    wanted: npt.NDArray[np.int64] = np.asarray(targets, dtype=np.int64)
+    user_ints: npt.NDArray[np.int64] = np.asarray(
+        np.arange(len(wanted)) if users is None else users, dtype=np.int64
+    )
+    if not len(histories) == len(wanted) == len(user_ints):
         raise DataError(
-            f"{len(histories)} histories, {len(targets)} targets and {len(users)} users;"
+            f"{len(histories)} histories, {len(wanted)} targets and {len(user_ints)} users;"
             " pass one of each for every evaluated user"
         )
-    _check_items(targets, n_items, "target")
+    _check_items(wanted, n_items, "target")
     _check_items(histories.values, n_items, "history")
-    ranks = np.empty(len(targets), dtype=np.float64)
-    ranks_masked = np.empty(len(targets), dtype=np.float64)
-    top = np.empty((len(targets), min(_TOP, n_items)), dtype=np.int32)
+    ranks = np.empty(len(wanted), dtype=np.float64)
+    ranks_masked = np.empty(len(wanted), dtype=np.float64)
+    top = np.empty((len(wanted), min(_TOP, n_items)), dtype=np.int32)
     with torch.inference_mode():
         scorer = recommender.scorer()
-        for rows in _blocks(len(targets), batch_size):
+        for rows in _blocks(len(wanted), batch_size):
             block = _rows(histories, rows)
             ranks[rows], ranks_masked[rows], top[rows] = _rank_block(
-                scorer, block, torch.from_numpy(targets[rows]), n_items, rows.start
+                scorer, block, torch.from_numpy(wanted[rows]), n_items, rows.start
             )
             if progress is not None:
                 progress(rows.stop)
-    return Evaluation(ranks, ranks_masked, users.astype(np.int64), top, targets, n_items)
+    return Evaluation(ranks, ranks_masked, user_ints, top, wanted, n_items)
 
 
 def top_k(

@@ -121,17 +121,17 @@ def rank_values(ranks: FloatArray, metric: str) -> npt.NDArray[np.float64]:
     1[rank <= K] / log2(rank + 1), one relevant item; ``"mrr"``: 1 / rank, uncut.
     Raises ``ValueError`` for another metric or a rank that is NaN or below 1.
     """
-    ranks = np.asarray(ranks, dtype=np.float64)
+    ranks = np.asarray(ranks)
     if not bool(np.all(ranks >= 1.0)):
         bad = int(np.flatnonzero(~(ranks >= 1.0))[0])
         raise ValueError(f"rank {ranks[bad]} at row {bad}: ranks count from 1")
     if metric == "mrr":
-        return 1.0 / ranks
+        return np.asarray(1.0 / ranks, dtype=np.float64)
     name, _, cut = metric.partition("@")
     if name not in ("recall", "ndcg") or not cut.isdecimal() or int(cut) < 1:
         raise ValueError(f"unknown metric {metric!r}; choose recall@K, ndcg@K or mrr, K from 1")
     hits = (ranks <= int(cut)).astype(np.float64)
-    return hits if name == "recall" else hits / np.log2(ranks + 1.0)
+    return hits if name == "recall" else np.asarray(hits / np.log2(ranks + 1.0), dtype=np.float64)
 
 
 def ranking_metrics(ranks: FloatArray, ks: Sequence[int] = KS) -> dict[str, float]:
