@@ -119,7 +119,7 @@ class Dataset:
         wanted = pa.array([str(i) for i in ids], type=self.item_ids.type)
         found = pc.fill_null(pc.index_in(wanted, value_set=self.item_ids), -1)
         indices: npt.NDArray[np.int32] = found.to_numpy(zero_copy_only=False).astype(np.int32)
-        unknown = list(dict.fromkeys(str(ids[i]) for i in np.flatnonzero(indices < 0)))
+        unknown = list(dict.fromkeys(str(ids[int(i)]) for i in np.flatnonzero(indices < 0)))
         if unknown:
             shown = ", ".join(repr(i) for i in unknown[:5])
             more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
@@ -182,7 +182,8 @@ class Dataset:
 
 def open_dataset(path: str | Path) -> Dataset:
     """Map a prepared folder. Raises DataError if it is missing, torn, of another version, or
-    if its parts disagree on the counts."""
+    if its parts disagree on the counts.
+    """
     path = Path(path)
     meta = _read_meta(path)
     offsets = _load_array(path, "offsets.npy", np.dtype(np.int64))

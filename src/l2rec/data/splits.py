@@ -28,7 +28,8 @@ MIN_EVENTS = 3  # one to learn from, one to validate, one to test
 @dataclass(frozen=True)
 class Split:
     """``train``: U rows, aligned with user ints. ``users``: [M] int64, the evaluated users,
-    ascending. ``*_histories``: M rows, ``*_targets``: [M] int32, aligned with ``users``."""
+    ascending. ``*_histories``: M rows, ``*_targets``: [M] int32, aligned with ``users``.
+    """
 
     train: Ragged
     users: npt.NDArray[np.int64]
@@ -93,7 +94,8 @@ def _heads(
     users: npt.NDArray[np.int64] | None = None,
 ) -> Ragged:
     """The first ``keep[u]`` values of each row; only the rows ``users`` if given (the others
-    must keep none). A byte per event, where positions would take eight."""
+    must keep none). A byte per event, where positions would take eight.
+    """
     lengths = sequences.lengths
     # Each row is a run of ones and a run of zeros, so repeat over (kept, left out) pairs.
     runs = np.stack([keep, lengths - keep], axis=1).reshape(-1)

@@ -1,0 +1,829 @@
+"""From a public log to a prepared data set, in bounded memory.
+
+    catalog file ──► item ids, fields, text                          (in memory: Arrow)
+    event file  ──► user int, item int, time, type, in file order    (temporary files, mapped)
+                ──► which users and items stay: k-core, by counting  (a few passes)
+                ──► grouped by user, file order kept                 (counting scatter, mapped)
+                ──► sorted by time within each user, ties in file order; cut to the newest
+                ──► the folder, renamed into place when everything is written
+
+In memory are the ids, the catalog, a byte or eight per user and item, and one chunk of events.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PrepareConfig", "prepare"]
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import string
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from l2rec.data.dataset import (
+    FORMAT,
+    VERSION,
+    Dataset,
+    content_fingerprint,
+    open_dataset,
+    user_blocks,
+)
+from l2rec.data.formats import Columns, Source, open_source
+from l2rec.data.splits import MIN_EVENTS
+from l2rec.errors import DataError, nearest
+
+CHUNK_EVENTS = 1 << 20
+Ints = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
+
+class PrepareConfig(BaseModel):
+    """How a log is filtered and how an item's text is made. All are written to dataset.json.
+
+    ``k_core``: drop users and items with fewer events, again and again, until none is left.
+    ``min_history``: likewise for users alone. ``max_history``: keep each user's newest events.
+    ``text``: a template over catalog fields, such as ``"{title}. {brand}"``; by default all
+    fields that are not empty, joined by ". ". ``drop_unknown_items``: drop events of items that
+    the catalog does not have, instead of refusing. ``drop_textless``: drop items without text.
+    ``keep_all_items``: keep catalog items without events. ``duplicate_items``: what to do about
+    different catalog rows with one id. ``user`` to ``encoding``: see `formats.Columns`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    k_core: int = Field(default=0, ge=0)
+    min_history: int = Field(default=0, ge=0)
+    max_history: int | None = Field(default=None, ge=1)
+    text: str | None = None
+    drop_unknown_items: bool = False
+    drop_textless: bool = False
+    keep_all_items: bool = False
+    duplicate_items: Literal["error", "first"] = "error"
+    user: str = "user_id"
+    item: str = "item_id"
+    timestamp: str | None = "timestamp"
+    event_type: str | None = None
+    encoding: str = "utf-8"
+
+    @field_validator("timestamp", mode="before")
+    @classmethod
+    def _none_by_name(cls, value: Any) -> Any:
+        # A command line can only say the word.
+        return None if isinstance(value, str) and value.lower() in ("none", "null", "") else value
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    config: PrepareConfig | None = None,
+    *,
+    items: str | Path | None = None,
+    format: str | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """Read a log in any of `formats.FORMATS` and write the data set folder ``out``.
+
+    ``items``: the catalog file where it does not lie beside the events. ``progress``: report
+    rows and notes on standard error. An existing data set at ``out`` is replaced once the new
+    one is complete; on any error ``out`` stays as it was. Raises DataError.
+    """
+    config = config or PrepareConfig()
+    columns = Columns(
+        config.user, config.item, config.timestamp, config.event_type, config.encoding
+    )
+    opened = open_source(source, items=items, format=format, columns=columns)
+    return build(opened, Path(out), config, origin=str(source), progress=progress)
+
+
+def build(
+    source: Source,
+    out: Path,
+    config: PrepareConfig,
+    *,
+    origin: str,
+    progress: bool = False,
+    chunk_events: int = CHUNK_EVENTS,
+) -> Dataset:
+    """`prepare` for a log that is open already. ``origin``: what dataset.json calls it.
+
+    ``chunk_events``: events in memory at a time; the result does not depend on it.
+    """
+    report = _Report(progress)
+    with _staging(out) as folder, report:
+        work = folder / "work"
+        work.mkdir()
+        state = _State(work, config, chunk_events, report)
+        catalog = _read_catalog(source, state)
+        log = _read_events(source, catalog.ids if catalog else None, state)
+        if catalog is None:
+            catalog = _Catalog.of_ids(log.item_ids)
+        kept = _filter(log, catalog, state)
+        item_ok = _write_events(log, kept, folder, state)
+        _write_tables(log, catalog, kept.users, item_ok, folder)
+        _write_meta(source, catalog, folder, state, name=out.name, origin=origin)
+        shutil.rmtree(work)
+    dataset = open_dataset(out)
+    report.notes(dataset)
+    return dataset
+
+
+@dataclass
+class _State:
+    work: Path
+    config: PrepareConfig
+    chunk: int
+    report: _Report
+    counters: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    event_types: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- the catalog
+
+
+@dataclass(frozen=True)
+class _Catalog:
+    """``table``: item_id, stored fields, text. ``ids``: its ids as one array."""
+
+    table: pa.Table
+    ids: pa.Array
+    fields: tuple[str, ...]
+
+    @classmethod
+    def of_ids(cls, ids: pa.Array) -> _Catalog:
+        texts = pa.array(np.full(len(ids), ""), type=pa.string())
+        return cls(pa.table({"item_id": ids, "text": texts}), ids, ())
+
+
+def _read_catalog(source: Source, state: _State) -> _Catalog | None:
+    config = state.config
+    template = None if config.text is None else _parse_template(config.text)
+    if source.catalog is None:
+        if template is not None:
+            raise DataError(
+                f"text={config.text!r} needs a catalog, but {source.files[0].name} comes without "
+                f"one; pass items=FILE or leave text out"
+            )
+        state.notes.append("no catalog: items have no text, only their ids are known")
+        return None
+    known = (*source.fields, *source.more_fields)
+    named = [name for _, name in template or [] if name is not None]
+    for name in named:
+        if name not in known:
+            raise DataError(
+                f"text={config.text!r} names the field {name!r}, which the catalog does not "
+                f"have{nearest(name, known)}; it has {', '.join(known) or 'only ids'}"
+            )
+    extra = [name for name in source.more_fields if name in named]
+    fields = (*source.fields, *extra)
+    frames = []
+    for batch in source.catalog(fields):
+        frames.append(cast(pl.DataFrame, pl.from_arrow(batch)))
+        state.report.rows("catalog rows", batch.num_rows)
+    if not frames:
+        raise DataError(
+            f"the catalog of {source.files[-1].name} has no rows; "
+            f"give a catalog with items, or none at all"
+        )
+    frame = _without_duplicates(pl.concat(frames), state)
+    text = _default_text(source.fields) if template is None else _apply(template)
+    frame = frame.with_columns(text.alias("__text"))
+    # The two columns that are ours keep their names; fields of the same name step aside.
+    taken = {name: f"raw_{name}" for name in fields if name in ("text", "item_id")}
+    frame = frame.rename(taken | {"__id": "item_id", "__text": "text"})
+    ids = frame["item_id"].to_arrow().cast(pa.large_string())
+    state.counters["catalog_items"] = len(ids)
+    return _Catalog(_plain(frame), ids, tuple(taken.get(name, name) for name in fields))
+
+
+def _without_duplicates(frame: pl.DataFrame, state: _State) -> pl.DataFrame:
+    frame = frame.rename({"item_id": "__id"})
+    rows = len(frame)
+    if frame["__id"].n_unique() == rows:
+        return frame
+    frame = frame.unique(maintain_order=True)
+    double = frame["__id"].is_duplicated()
+    if double.any() and state.config.duplicate_items == "error":
+        ids = frame["__id"].filter(double).unique(maintain_order=True)
+        raise DataError(
+            f"{len(ids):,} item ids have different rows in the catalog, the first is {ids[0]!r}; "
+            f"remove one of the rows or pass duplicate_items=first"
+        )
+    frame = frame.unique(subset="__id", keep="first", maintain_order=True)
+    state.counters["duplicate_catalog_rows"] = rows - len(frame)
+    state.notes.append(f"{rows - len(frame):,} repeated catalog rows were left out")
+    return frame
+
+
+def _parse_template(template: str) -> list[tuple[str, str | None]]:
+    """Literal text and the field after it."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(
+            f"text={template!r} is not a template ({error}); write fields as {{title}}"
+        ) from error
+    if not any(name for _, name, _, _ in parts):
+        raise DataError(f"text={template!r} names no field; write fields as {{title}}")
+    for _, name, spec, conversion in parts:
+        if name == "" or spec or conversion:
+            raise DataError(
+                f"text={template!r} has a field that is not a plain name; write it as {{title}}"
+            )
+    return [(literal, name) for literal, name, _, _ in parts]
+
+
+def _apply(template: list[tuple[str, str | None]]) -> pl.Expr:
+    """Fill the template; an item of which every named field is empty has no text at all."""
+    parts = []
+    for literal, name in template:
+        parts.append(pl.lit(literal))
+        if name is not None:
+            parts.append(pl.col(name))
+    named = [pl.col(name).str.strip_chars() != "" for _, name in template if name is not None]
+    filled = pl.concat_str(parts).str.strip_chars()
+    return pl.when(pl.any_horizontal(named)).then(filled).otherwise(pl.lit(""))
+
+
+def _default_text(fields: Sequence[str]) -> pl.Expr:
+    if not fields:
+        return pl.lit("")
+    trimmed = [pl.col(name).str.strip_chars() for name in fields]
+    filled = [pl.when(column != "").then(column) for column in trimmed]
+    return pl.concat_str(filled, separator=". ", ignore_nulls=True).fill_null("")
+
+
+def _plain(frame: pl.DataFrame) -> pa.Table:
+    table = frame.to_arrow()
+    return table.cast(pa.schema([(name, _string_type(table[name])) for name in table.column_names]))
+
+
+def _string_type(column: pa.ChunkedArray) -> pa.DataType:
+    """Offsets of four bytes where they reach."""
+    return pa.string() if column.nbytes < 1 << 30 else pa.large_string()
+
+
+# ---------------------------------------------------------------- events, as they come
+
+
+@dataclass(frozen=True)
+class _Log:
+    """Events in file order, mapped: ``users``, ``items`` [E] int32 (items -1: unknown),
+    ``times`` [E] float64, ``types`` [E] int8 or None.
+    """
+
+    users: Ints
+    items: Ints
+    times: npt.NDArray[np.float64]
+    types: npt.NDArray[np.int8] | None
+    user_ids: pa.Array
+    item_ids: pa.Array
+
+    def chunks(self, events: int) -> Iterator[slice]:
+        return (slice(at, at + events) for at in range(0, len(self.users), events))
+
+
+class _Ids:
+    """Strings to ints, in order of first appearance, without a Python object per string."""
+
+    def __init__(self, known: pa.Array | None = None) -> None:
+        self.closed = known is not None
+        self.values = known if known is not None else pa.array([], type=pa.large_string())
+
+    def encode(self, column: pa.Array) -> Ints:
+        """Ints of the strings; new strings get the next ones, or -1 if the ids are closed."""
+        encoded = column.dictionary_encode()
+        distinct = encoded.dictionary.cast(pa.large_string())
+        found = pc.index_in(distinct, value_set=self.values)
+        if not self.closed and found.null_count:
+            new = pc.is_null(found)
+            fresh = distinct.filter(new)
+            codes = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).copy()
+            at = new.to_numpy(zero_copy_only=False)
+            codes[at] = np.arange(len(self.values), len(self.values) + len(fresh))
+            self.values = pa.concat_arrays([self.values, fresh])
+        else:
+            codes = pc.fill_null(found, -1).to_numpy(zero_copy_only=False)
+        ints: Ints = codes.astype(np.int32)[encoded.indices.to_numpy()]
+        return ints
+
+
+def _read_events(source: Source, known_items: pa.Array | None, state: _State) -> _Log:
+    users, items, types = _Ids(), _Ids(known_items), _Ids()
+    unknown = _Unknown()
+    total = 0
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: stack.enter_context((state.work / name).open("wb"))
+            for name in ("users", "items", "times", "types")
+        }
+        for table in _rechunk(source.events(), state):
+            item_ints = items.encode(_one(table["item_id"]))
+            unknown.see(item_ints, table["item_id"])
+            _append(files["users"], users.encode(_one(table["user_id"])))
+            _append(files["items"], item_ints)
+            _append(files["times"], _one(table["timestamp"]).to_numpy())
+            if "event_type" in table.column_names:
+                codes = types.encode(_one(table["event_type"]))
+                if len(types.values) > 127:
+                    raise DataError(
+                        f"event_type has more than 127 different values, the last is "
+                        f"{types.values[-1].as_py()!r}; name another column"
+                    )
+                _append(files["types"], codes.astype(np.int8))
+            total += len(item_ints)
+    if not total:
+        raise DataError(f"{source.files[0]} has no events; give a log with at least one")
+    state.counters |= {
+        "events_read": total,
+        "users_read": len(users.values),
+        "events_of_unknown_items": unknown.events,
+    }
+    state.event_types = types.values.to_pylist()
+    if unknown.events:
+        unknown.tell(source, total, state)
+    return _Log(
+        users=np.memmap(state.work / "users", np.int32, "r"),
+        items=np.memmap(state.work / "items", np.int32, "r"),
+        times=np.memmap(state.work / "times", np.float64, "r"),
+        types=np.memmap(state.work / "types", np.int8, "r") if state.event_types else None,
+        user_ids=users.values,
+        item_ids=items.values,
+    )
+
+
+@dataclass
+class _Unknown:
+    """Events of items that the catalog does not have."""
+
+    events: int = 0
+    examples: dict[str, None] = field(default_factory=dict)
+
+    def see(self, items: Ints, ids: pa.ChunkedArray) -> None:
+        at = np.flatnonzero(items < 0)
+        self.events += len(at)
+        if len(at) and len(self.examples) < 5:
+            seen = ids.take(pa.array(at[:1000])).to_pylist()
+            self.examples |= dict.fromkeys(seen)
+
+    def tell(self, source: Source, total: int, state: _State) -> None:
+        shown = ", ".join(repr(i) for i in list(self.examples)[:5])
+        if not state.config.drop_unknown_items:
+            raise DataError(
+                f"{self.events:,} of {total:,} events are of items that the catalog "
+                f"{source.files[-1].name} does not have (such as {shown}); complete the catalog "
+                f"or pass drop_unknown_items=true"
+            )
+        state.notes.append(
+            f"{self.events:,} of {total:,} events were dropped: their items are not in the "
+            f"catalog (such as {shown})"
+        )
+
+
+def _rechunk(batches: Iterable[pa.RecordBatch], state: _State) -> Iterator[pa.Table]:
+    """Batches joined or cut to ``state.chunk`` rows: looking ids up costs as much as there are
+    ids, so it must not happen for every small batch.
+    """
+    waiting: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in batches:
+        waiting.append(batch)
+        rows += batch.num_rows
+        if rows >= state.chunk:
+            table = pa.Table.from_batches(waiting)
+            whole = rows - rows % state.chunk
+            for at in range(0, whole, state.chunk):
+                yield table.slice(at, state.chunk)
+                state.report.rows("events", state.chunk)
+            waiting = table.slice(whole).to_batches()
+            rows -= whole
+    if rows:
+        yield pa.Table.from_batches(waiting)
+        state.report.rows("events", rows)
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _append(file: IO[bytes], array: npt.NDArray[Any]) -> None:
+    file.write(np.ascontiguousarray(array).data)
+
+
+# ---------------------------------------------------------------- who stays
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """``users`` [users] and ``items`` [items + 1] bool: who stays (the last item is "unknown",
+    so that item -1 is never kept). ``counts`` [users] int64: events that stay.
+    """
+
+    users: Mask
+    items: Mask
+    counts: npt.NDArray[np.int64]
+
+
+def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Kept:
+    config = state.config
+    items = np.ones(len(catalog.ids) + 1, dtype=np.bool_)
+    items[-1] = False
+    if config.drop_textless:
+        has_text = pc.not_equal(pc.utf8_trim_whitespace(catalog.table["text"]), "")
+        items[:-1] = has_text.to_numpy()
+        state.counters["textless_items_dropped"] = int((~items[:-1]).sum())
+    kept = core(
+        log.users,
+        log.items,
+        items,
+        n_users=len(log.user_ids),
+        user_min=max(config.k_core, config.min_history, 1),
+        item_min=config.k_core,
+        chunk=state.chunk,
+    )
+    if not kept.users.any():
+        limits = f"k_core={config.k_core}, min_history={config.min_history}"
+        raise DataError(
+            f"no event is left of {len(log.users):,} after filtering with {limits}, "
+            f"drop_textless={config.drop_textless}; choose smaller limits"
+        )
+    return kept
+
+
+def core(
+    users: Ints,
+    items: Ints,
+    item_ok: Mask,
+    *,
+    n_users: int,
+    user_min: int,
+    item_min: int,
+    chunk: int = CHUNK_EVENTS,
+) -> _Kept:
+    """The largest set of events where each user has ``user_min`` and each item ``item_min``.
+
+    Events count, not distinct pairs. ``users``, ``items``: [E]; ``item_ok``: [items + 1], False
+    for items that are out from the start, the last one always. Such a set is unique, whichever
+    is dropped first.
+    """
+    user_ok = np.ones(n_users, dtype=np.bool_)
+    while True:
+        user_counts = np.zeros(n_users, dtype=np.int64)
+        item_counts = np.zeros(len(item_ok), dtype=np.int64)
+        for at in range(0, len(users), chunk):
+            u, i = np.asarray(users[at : at + chunk]), np.asarray(items[at : at + chunk])
+            alive = user_ok[u] & item_ok[i]
+            if not alive.all():
+                u, i = u[alive], i[alive]
+            user_counts += np.bincount(u, minlength=n_users)
+            if item_min > 1:
+                item_counts += np.bincount(i, minlength=len(item_ok))
+        users_left = user_ok & (user_counts >= user_min)
+        items_left = item_ok & (item_counts >= item_min) if item_min > 1 else item_ok
+        # Dropping users who have no event left changes nothing for the items.
+        stable = not (user_counts[user_ok & ~users_left]).any() and not (
+            item_counts[item_ok & ~items_left].any()
+        )
+        user_ok, item_ok = users_left, items_left
+        if stable:
+            return _Kept(user_ok, item_ok, np.where(user_ok, user_counts, 0))
+
+
+# ---------------------------------------------------------------- sequences
+
+
+def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
+    """Write the four arrays. Returns which catalog items stay, [items] bool."""
+    counts = kept.counts[kept.users]
+    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    grouped = _group_by_user(log, kept, offsets, state)
+    limit = state.config.max_history
+    lengths = counts if limit is None else np.minimum(counts, limit)
+    final = np.zeros_like(offsets)
+    np.cumsum(lengths, out=final[1:])
+    np.save(folder / "offsets.npy", final)
+    written = {
+        name: _allocate_npy(folder / f"{name}.npy", array.dtype, int(final[-1]))
+        for name, array in grouped.items()
+    }
+    item_counts = np.zeros(len(kept.items) - 1, dtype=np.int64)
+    for first, last in user_blocks(offsets, 4 * state.chunk):
+        low, high = offsets[first], offsets[last]
+        order = _time_order(grouped["timestamps"][low:high], offsets[first : last + 1] - low)
+        keep = _newest(offsets[first : last + 1], lengths[first:last])
+        for name, array in grouped.items():
+            block = np.asarray(array[low:high])
+            block = block if order is None else block[order]
+            block = block if keep is None else block[keep]
+            written[name][final[first] : final[last]] = block
+            if name == "items":
+                item_counts += np.bincount(block, minlength=len(item_counts))
+    item_ok = kept.items[:-1] if state.config.keep_all_items else item_counts > 0
+    _renumber(written["items"], item_ok, state.chunk)
+    for array in written.values():
+        array.flush()
+    state.counters |= {
+        "users": len(lengths),
+        "items": int(item_ok.sum()),
+        "events": int(final[-1]),
+        "users_dropped": len(log.user_ids) - len(lengths),
+        "items_dropped": len(item_ok) - int(item_ok.sum()),
+    }
+    short = int((lengths < MIN_EVENTS).sum())
+    if short:
+        state.notes.append(
+            f"{short:,} users have fewer than {MIN_EVENTS} events; they are trained on "
+            f"but cannot be evaluated"
+        )
+    return item_ok
+
+
+def _group_by_user(
+    log: _Log, kept: _Kept, offsets: npt.NDArray[np.int64], state: _State
+) -> dict[str, npt.NDArray[Any]]:
+    """Scatter the events that stay to their users, in file order within each."""
+    sources: dict[str, npt.NDArray[Any]] = {"items": log.items, "timestamps": log.times}
+    if log.types is not None:
+        sources["event_types"] = log.types
+    total = int(offsets[-1])
+    grouped = {
+        name: _allocate(state.work / f"grouped_{name}", array.dtype, total)
+        for name, array in sources.items()
+    }
+    renumbered = np.cumsum(kept.users) - 1
+    cursor = offsets[:-1].copy()
+    for at in log.chunks(state.chunk):
+        users = np.asarray(log.users[at])
+        alive = np.flatnonzero(kept.users[users] & kept.items[log.items[at]])
+        users = renumbered[users[alive]]
+        order = np.argsort(users, kind="stable")
+        users = users[order]
+        starts = np.flatnonzero(np.diff(users, prepend=-1))
+        runs = np.diff(starts, append=len(users))
+        places = np.arange(len(users)) + np.repeat(cursor[users[starts]] - starts, runs)
+        cursor[users[starts]] += runs
+        for name, array in sources.items():
+            grouped[name][places] = np.asarray(array[at])[alive[order]]
+        state.report.rows("events sorted", len(users))
+    return grouped
+
+
+def _time_order(
+    times: npt.NDArray[np.float64], offsets: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64] | None:
+    """Stable order by (user, time) of a block of whole users; None if they are in order."""
+    times = np.asarray(times)
+    falls = np.flatnonzero(times[1:] < times[:-1]) + 1
+    if np.isin(falls, offsets).all():
+        return None
+    users = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
+    order: npt.NDArray[np.int64] = np.lexsort((times, users))
+    return order
+
+
+def _newest(offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Mask | None:
+    """Which events of a block are among each user's last ``lengths``; None if all are."""
+    before = np.diff(offsets) - lengths
+    if not before.any():
+        return None
+    runs = np.stack([before, lengths], axis=1).reshape(-1)
+    return np.repeat(np.tile(np.array([False, True]), len(lengths)), runs)
+
+
+def _renumber(items: npt.NDArray[np.int32], item_ok: Mask, chunk: int) -> None:
+    if item_ok.all():
+        return
+    numbers = (np.cumsum(item_ok) - 1).astype(np.int32)
+    for at in range(0, len(items), chunk):
+        items[at : at + chunk] = numbers[items[at : at + chunk]]
+
+
+def _allocate(path: Path, dtype: np.dtype[Any], length: int, offset: int = 0) -> Any:
+    """A mapped array whose disk space is reserved: writing to a map on a full disk would kill
+    the process, reserving raises an error.
+    """
+    with path.open("r+b" if offset else "w+b") as file:
+        _reserve(file, offset + dtype.itemsize * length)
+    return np.memmap(path, dtype, "r+", offset=offset, shape=(length,))
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:  # no such call on macOS and Windows
+        file.truncate(size)
+
+
+def _allocate_npy(path: Path, dtype: np.dtype[Any], length: int) -> Any:
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        offset = file.tell()
+    return _allocate(path, dtype, length, offset)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def _write_tables(log: _Log, catalog: _Catalog, users: Mask, items: Mask, folder: Path) -> None:
+    user_ids = log.user_ids.filter(pa.array(users))
+    table = pa.table({"user_id": user_ids})
+    table = table.cast(pa.schema([("user_id", _string_type(table["user_id"]))]))
+    _write_parquet(table, folder / "users.parquet")
+    _write_parquet(catalog.table.filter(pa.array(items)), folder / "catalog.parquet")
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    pq.write_table(table.combine_chunks(), path, compression="zstd", row_group_size=1 << 17)
+
+
+def _write_meta(
+    source: Source, catalog: _Catalog, folder: Path, state: _State, *, name: str, origin: str
+) -> None:
+    arrays = [np.load(folder / f"{n}.npy", mmap_mode="r") for n in _array_names(state)]
+    users = pq.read_table(folder / "users.parquet")["user_id"]
+    table = pq.read_table(folder / "catalog.parquet", columns=["item_id", "text"])
+    trimmed = pc.utf8_trim_whitespace(table["text"])
+    textless = int(pc.sum(pc.equal(trimmed, "")).as_py() or 0)
+    state.counters["items_without_text"] = textless
+    if textless and source.catalog is not None:
+        state.notes.append(
+            f"{textless:,} items have no text; they can be read in a history but only their id "
+            f"is known; use drop_textless to drop them"
+        )
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "users": len(users),
+        "items": len(table),
+        "events": len(arrays[1]),
+        "fingerprint": content_fingerprint(
+            len(users), len(table), arrays, [users, table["item_id"], table["text"]]
+        ),
+        "fields": list(catalog.fields),
+        "event_types": state.event_types,
+        "source": {
+            "origin": origin,
+            "format": source.format,
+            "files": [{"name": f.name, "bytes": f.stat().st_size} for f in source.files],
+        },
+        "options": state.config.model_dump(mode="json"),
+        "counters": state.counters,
+        "notes": state.notes,
+    }
+    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+
+
+def _array_names(state: _State) -> list[str]:
+    names = ["offsets", "items", "timestamps"]
+    return [*names, "event_types"] if state.event_types else names
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of ``out`` if the block ends well."""
+    _may_write(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise DataError(
+            f"cannot write beside {out} ({error.strerror}); choose another out"
+        ) from error
+    try:
+        yield folder
+        folder.chmod(0o755)  # temporary folders are private, data sets are not
+        _flush(folder)
+        _replace(folder, out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise DataError(
+                f"the disk of {out.parent} is full; nothing was written to {out}; free some "
+                f"space (about 60 bytes per event) or choose another disk"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _may_write(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out} is a file, not a folder; choose another out")
+    if (out / "dataset.json").is_file():
+        with contextlib.suppress(ValueError, AttributeError):
+            known = json.loads((out / "dataset.json").read_text(encoding="utf-8"))
+            if known.get("format") == FORMAT:
+                return
+    elif not any(out.iterdir()):
+        return
+    raise DataError(
+        f"{out} exists and is not a prepared data set, so it is not overwritten; "
+        f"choose another out or remove it"
+    )
+
+
+def _flush(folder: Path) -> None:
+    """Make sure the content is on disk before the name is."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _replace(folder: Path, out: Path) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        folder.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class _Report:
+    """Rows and rates on standard error: one live line on a terminal, now and then elsewhere."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, on: bool) -> None:
+        self._on = on
+        self._console = Console(stderr=True) if on else None
+        self._live: Progress | None = None
+        self._counts: dict[str, int] = {}
+        self._since: dict[str, float] = {}
+        self._said = time.monotonic()
+
+    def __enter__(self) -> _Report:
+        if self._console is not None and self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:,.0f}  {task.fields[rate]:,.0f}/s"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def rows(self, what: str, more: int) -> None:
+        if not self._on:
+            return
+        now = time.monotonic()
+        self._counts[what] = self._counts.get(what, 0) + more
+        start = self._since.setdefault(what, now)
+        rate = self._counts[what] / (now - start) if now > start else 0.0
+        if self._live is not None:
+            tasks = {task.description: task.id for task in self._live.tasks}
+            task = tasks.get(what)
+            if task is None:
+                task = self._live.add_task(what, total=None, rate=0.0)
+            self._live.update(task, completed=self._counts[what], rate=rate)
+        elif now - self._said >= self.SECONDS_BETWEEN_LINES:
+            self._said = now
+            print(f"{what}: {self._counts[what]:,} ({rate:,.0f}/s)", file=sys.stderr)
+
+    def notes(self, dataset: Dataset) -> None:
+        """The result and everything worth a warning, once."""
+        if not self._on:
+            return
+        print(
+            f"{dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
+            f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}",
+            file=sys.stderr,
+        )
+        for note in dataset.meta["notes"]:
+            print(f"note: {note}", file=sys.stderr)
