@@ -16,7 +16,6 @@ from l2rec.data.ragged import Ragged
 from l2rec.metrics import (
     coverage,
     expected_ranks,
-    items_ahead,
     items_ahead_among,
     novelty,
     popularity_bias,
@@ -71,16 +70,13 @@ def test_expected_ranks_equal_the_definition(
     ]
 
 
-def test_ranks_do_not_depend_on_how_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counting_on_the_processor_equals_counting_on_a_device() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 30, (37, 101), generator=generator).float()
-    targets = torch.randint(0, 101, (37,), generator=generator)
-    whole = items_ahead(scores, targets)
-    for cells in (1, 101 * 5, 101 * 36):
-        monkeypatch.setattr(module, "_CPU_CELLS", cells)
-        assert torch.equal(items_ahead(scores, targets), whole)
-    monkeypatch.setattr(module, "_EXACT_FLOAT32", 10)  # the wide sums of huge catalogs
-    assert torch.equal(items_ahead(scores, targets), whole)
+    limits = scores.gather(1, torch.randint(0, 101, (37, 1), generator=generator))
+    here, there = module._at_least_and_above_cpu, module._at_least_and_above
+    assert torch.equal(here(scores, limits), there(scores, limits))
+    assert torch.equal(here(scores.T[:37], limits), there(scores.T[:37], limits))
 
 
 def test_a_constant_scorer_ranks_at_chance() -> None:
