@@ -1,0 +1,799 @@
+"""A run folder as one HTML page that needs nothing else: no scripts, fonts or requests.
+
+    metrics.jsonl ──┐                 ┌─ scores, curves
+    report.json ────┼─ Page ─ Jinja2 ─┼─ experts, gate, examples
+    diagnostics.json┘                 └─ how it was made
+
+Whatever a run does not have is left out with a note. This file turns numbers into texts and
+coordinates; ``report.html.j2`` holds all markup and colours.
+"""
+
+from __future__ import annotations
+
+__all__ = ["write_report"]
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from jinja2 import Environment, StrictUndefined
+
+from l2rec.errors import CheckpointError
+
+Json = Mapping[str, Any]
+Point = tuple[float, float]
+
+METRICS = {
+    "recall@5": "R@5",
+    "recall@10": "R@10",
+    "recall@20": "R@20",
+    "ndcg@5": "N@5",
+    "ndcg@10": "N@10",
+    "ndcg@20": "N@20",
+    "mrr": "MRR",
+}
+MAIN = "ndcg@10"
+NONE = "–"
+CURVE_POINTS = 300
+SHOWN_HISTORY = 10
+SIGNIFICANT = 0.05
+
+
+def write_report(run: Path) -> Path:
+    """Render ``run/report.html`` from the files in the run folder and return its path."""
+    if not run.is_dir():
+        raise CheckpointError(f"{run} is not a run folder; give the --out of a training")
+    target = run / "report.html"
+    part = run / "report.html.part"
+    part.write_text(_render(_page(run)), encoding="utf-8")
+    os.replace(part, target)
+    return target
+
+
+def _render(page: Page) -> str:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = resources.files("l2rec").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(page=page)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, empty where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); evaluate the run again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object; evaluate the run again")
+    return found
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file. Lines torn by an interruption are skipped."""
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
+
+
+# ---------------------------------------------------------------------------- numbers as text
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _formatted(value: Any, write: Callable[[Any], str]) -> str:
+    return write(value) if _is_number(value) else NONE
+
+
+def _score(value: Any) -> str:
+    return _formatted(value, lambda v: f"{v:.4f}")
+
+
+def _count(value: Any) -> str:
+    return _formatted(value, lambda v: f"{v:,.0f}")
+
+
+def _percent(value: Any) -> str:
+    return _formatted(value, lambda v: f"{v:.1%}" if v < 0.0995 else f"{v:.0%}")
+
+
+def _signed(value: Any) -> str:
+    return _formatted(value, lambda v: f"{v:+.4f}".replace("-", "−"))
+
+
+def _probability(value: Any) -> str:
+    return _formatted(value, lambda v: "p < 0.001" if v < 0.001 else f"p = {v:.3f}")
+
+
+def _large(value: Any) -> str:
+    def write(v: float) -> str:
+        for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+            if v >= size:
+                return f"{v / size:.3g}{unit}"
+        return f"{v:.0f}"
+
+    return _formatted(value, write)
+
+
+def _memory(megabytes: Any) -> str:
+    return _formatted(megabytes, lambda v: f"{v / 1000:.2f} GB" if v >= 1000 else f"{v:.0f} MB")
+
+
+def _duration(seconds: Any) -> str:
+    def write(v: float) -> str:
+        if v < 60:
+            return f"{v:.1f} s" if v < 10 else f"{v:.0f} s"
+        minutes, rest = divmod(round(v), 60)
+        if minutes < 60:
+            return f"{minutes} min {rest} s"
+        return f"{minutes // 60} h {minutes % 60} min"
+
+    return _formatted(seconds, write)
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score as text, and whether it is the best of its column."""
+
+    text: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's scores; ``against`` compares the trained model with this one on N@10."""
+
+    model: str
+    trained: bool
+    cells: list[Cell]
+    against: str
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of all models with the history masked, or not."""
+
+    caption: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The main score and what it is worth against the best floor."""
+
+    value: str
+    lift: str
+    floor: str
+    verdict: str
+    better: bool
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A labelled position on an axis, in the units of the drawing."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A path in SVG notation; ``style`` is its class in the template."""
+
+    path: str
+    style: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point worth a label: the untrained model, the best step."""
+
+    x: float
+    y: float
+    label_y: float
+    anchor: str
+    text: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The rectangle that data are drawn into, and the data range it spans."""
+
+    x_range: Point
+    y_range: Point
+    width: float = 480
+    height: float = 260
+    left: float = 52
+    right: float = 466
+    top: float = 16
+    bottom: float = 222
+
+    def x(self, value: float) -> float:
+        return round(_scale(value, self.x_range, (self.left, self.right)), 1)
+
+    def y(self, value: float) -> float:
+        return round(_scale(value, self.y_range, (self.bottom, self.top)), 1)
+
+    def path(self, points: Sequence[Point]) -> str:
+        return "M" + "L".join(f"{self.x(x):g} {self.y(y):g}" for x, y in points)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over training steps."""
+
+    title: str
+    summary: str
+    note: str
+    frame: Frame
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: list[Line]
+    marks: list[Mark]
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """One expert's share: ``strength`` is its place on the colour scale, from 0 to 1."""
+
+    x: float
+    y: float
+    strength: float
+    text: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Expert load of one view: rows are adapted matrices, columns are experts."""
+
+    view: str
+    label: str
+    width: float
+    height: float
+    left: float
+    cell_width: float
+    row_height: float
+    legend_y: float
+    columns: list[Tick]
+    rows: list[Tick]
+    cells: list[HeatCell]
+    show_numbers: bool
+    experts: int
+    uniform: str
+    uniform_at: float
+    top: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bin of a histogram."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the fusion gate is spread over users."""
+
+    frame: Frame
+    bars: list[Bar]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    mean_at: float
+    mean: str
+    mean_anchor: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """One place of a recommendation list."""
+
+    rank: int
+    text: str
+    id: str
+    score: str
+    hit: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """A user's history and what was recommended to them."""
+
+    user: str
+    earlier: int
+    history: list[Json]
+    items: list[Recommended]
+    held_out: str
+    held_out_rank: int | None
+    gate: str
+    gate_percent: float | None
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything the template shows."""
+
+    title: str
+    subtitle: str
+    split: str
+    headline: Headline | None
+    tiles: list[tuple[str, str]]
+    columns: list[str]
+    tables: list[ScoreTable]
+    compared: bool
+    loss: Chart | None
+    validation: Chart | None
+    heats: list[Heat]
+    gate: Histogram | None
+    examples: list[Example]
+    command: str
+    facts: list[tuple[str, str]]
+    versions: list[tuple[str, str]]
+
+
+def _page(run: Path) -> Page:
+    report = _read_object(run / "report.json")
+    diagnostics = _read_object(run / "diagnostics.json")
+    events = _read_events(run / "metrics.jsonl")
+    data = report.get("dataset") or {}
+    method = str(report.get("method") or run.resolve().name)
+    return Page(
+        title=f"{method} on {data['name']}" if data.get("name") else method,
+        subtitle=str(report.get("recipe") or ""),
+        split=str(report.get("split") or "test"),
+        headline=_headline(report),
+        tiles=_tiles(report),
+        columns=list(METRICS.values()),
+        tables=_score_tables(report),
+        compared=bool(report.get("significance")),
+        loss=_loss_chart(events),
+        validation=_validation_chart(events, report.get("best_step")),
+        heats=_heats(diagnostics),
+        gate=_histogram(diagnostics.get("gate") or {}),
+        examples=[_example(found) for found in diagnostics.get("examples") or []],
+        command=str(report.get("command") or ""),
+        facts=_facts(report),
+        versions=[(str(k), str(v)) for k, v in (report.get("versions") or {}).items()],
+    )
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+def _headline(report: Json) -> Headline | None:
+    scores: Json = report.get("scores") or {}
+    if not scores:
+        return None
+    trained, *floors = scores
+    value = scores[trained].get(MAIN)
+    known = [name for name in floors if _is_number(scores[name].get(MAIN))]
+    if not _is_number(value) or not known:
+        return Headline(_score(value), "", "", "", better=True)
+    floor = max(known, key=lambda name: scores[name][MAIN])
+    base = scores[floor][MAIN]
+    better = value >= base
+    return Headline(
+        value=_score(value),
+        lift=f"{abs(value / base - 1):.1%} {'above' if better else 'below'}" if base else "above",
+        floor=f"{floor}, the best floor ({_score(base)})",
+        verdict=_verdict((report.get("significance") or {}).get(floor)),
+        better=better,
+    )
+
+
+def _verdict(test: Json | None) -> str:
+    if not test or not _is_number(test.get("p")):
+        return ""
+    sure = "significant" if test["p"] < SIGNIFICANT else "not significant"
+    return f"{sure} over users, {_probability(test['p'])}"
+
+
+def _tiles(report: Json) -> list[tuple[str, str]]:
+    scores: Json = report.get("scores") or {}
+    trained: Json = next(iter(scores.values()), {})
+    backbone: Json = report.get("backbone") or {}
+    tiles = [
+        ("Recall@10", _score(trained.get("recall@10"))),
+        ("MRR", _score(trained.get("mrr"))),
+        ("NDCG@10, history masked", _score(trained.get(f"{MAIN}_masked"))),
+        ("trained parameters", _large(backbone.get("trained_parameters"))),
+        ("wall time", _duration(report.get("wall_seconds"))),
+        ("peak memory", _memory(report.get("peak_memory_mb"))),
+    ]
+    return [(name, text) for name, text in tiles if text != NONE]
+
+
+def _score_tables(report: Json) -> list[ScoreTable]:
+    scores: Json = report.get("scores") or {}
+    tests: Json = report.get("significance") or {}
+    tables = []
+    for caption, suffix in (("History not masked", ""), ("History masked", "_masked")):
+        keys = [metric + suffix for metric in METRICS]
+        if any(_is_number(row.get(key)) for row in scores.values() for key in keys):
+            tables.append(ScoreTable(caption, _score_rows(scores, keys, {} if suffix else tests)))
+    return tables
+
+
+def _score_rows(scores: Json, keys: Sequence[str], tests: Json) -> list[Row]:
+    # Ties at the printed precision are all best: bold must not claim what is not shown.
+    best = {
+        key: max((_score(row.get(key)) for row in scores.values()), key=_as_sortable)
+        for key in keys
+    }
+    first = next(iter(scores), None)
+    return [
+        Row(
+            model=name,
+            trained=name == first,
+            cells=[Cell(text := _score(row.get(key)), text == best[key] != NONE) for key in keys],
+            against=_against(tests.get(name)),
+        )
+        for name, row in scores.items()
+    ]
+
+
+def _as_sortable(text: str) -> float:
+    return -math.inf if text == NONE else float(text)
+
+
+def _against(test: Json | None) -> str:
+    if not test:
+        return ""
+    return f"{_signed(test.get('difference'))} ({_probability(test.get('p'))})"
+
+
+# ---------------------------------------------------------------------------- curves
+
+
+def _scale(value: float, source: Point, target: Point) -> float:
+    span = source[1] - source[0]
+    share = (value - source[0]) / span if span else 0.5
+    return target[0] + share * (target[1] - target[0])
+
+
+def _ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten) from ``low`` to ``high``, about ``count``."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * power for unit in (1, 2, 5, 10) if unit * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _padded(values: Sequence[float]) -> Point:
+    low, high = min(values), max(values)
+    room = (high - low) or 0.5 * abs(high) or 1.0
+    return low - 0.16 * room, high + 0.1 * room
+
+
+def _curve(events: Sequence[Json], kind: str, key: str) -> list[Point]:
+    return [
+        (float(event["step"]), float(event[key]))
+        for event in events
+        if event.get("event") == kind
+        and _is_number(event.get("step"))
+        and _is_number(event.get(key))
+    ]
+
+
+def _thinned(points: Sequence[Point], limit: int = CURVE_POINTS) -> list[Point]:
+    """At most ``limit`` points, each the mean of as many neighbours."""
+    size = max(1, math.ceil(len(points) / limit))
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(_mean([x for x, _ in g]), _mean([y for _, y in g])) for g in groups]
+
+
+def _smoothed(points: Sequence[Point]) -> list[Point]:
+    """Mean of a centred window of about a twelfth of the curve; shorter towards the ends."""
+    reach = len(points) // 24
+    out = []
+    for i, (x, _) in enumerate(points):
+        near = min(reach, i, len(points) - 1 - i)
+        out.append((x, _mean([y for _, y in points[i - near : i + near + 1]])))
+    return out
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _axes(frame: Frame) -> tuple[list[Tick], list[Tick]]:
+    steps = [t for t in _ticks(*frame.x_range) if t == int(t)]
+    values = _ticks(*frame.y_range)
+    digits = max((len(f"{v:g}".partition(".")[2]) for v in values), default=0)
+    return (
+        [Tick(frame.x(t), f"{t:,.0f}") for t in steps],
+        [Tick(frame.y(v), f"{v:.{digits}f}") for v in values],
+    )
+
+
+def _loss_chart(events: Sequence[Json]) -> Chart | None:
+    points = _thinned(_curve(events, "train", "loss"))
+    if not points:
+        return None
+    smooth = _smoothed(points)
+    x_range = (min(0.0, points[0][0]), max(points[-1][0], 1.0))
+    frame = Frame(x_range, _padded([y for _, y in points]))
+    x_ticks, y_ticks = _axes(frame)
+    start, end = smooth[0][1], smooth[-1][1]
+    return Chart(
+        title="Training loss",
+        summary=f"Training loss over steps, from {start:.3g} to {end:.3g}, smoothed.",
+        note=_parts_note(events),
+        frame=frame,
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        lines=[
+            Line(frame.path(points), "raw", "per step"),
+            Line(frame.path(smooth), "main", "moving average"),
+        ],
+        marks=[],
+    )
+
+
+def _parts_note(events: Sequence[Json]) -> str:
+    """The named parts of the loss, averaged over the last tenth of the training."""
+    parts = [
+        event["parts"] for event in events if event.get("event") == "train" and event.get("parts")
+    ]
+    last = parts[-max(1, len(parts) // 10) :]
+    names = list(last[-1]) if last else []
+    means = {
+        name: _mean(values)
+        for name in names
+        if (values := [part[name] for part in last if _is_number(part.get(name))])
+    }
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+    return f"Parts over the last tenth: {listed}." if listed else ""
+
+
+def _validation_chart(events: Sequence[Json], best_step: Any) -> Chart | None:
+    plain = _curve(events, "valid", MAIN)
+    masked = _curve(events, "valid", f"{MAIN}_masked")
+    if not plain:
+        return None
+    frame = Frame(
+        (min(0.0, plain[0][0]), max(plain[-1][0], 1.0)), _padded([y for _, y in plain + masked])
+    )
+    x_ticks, y_ticks = _axes(frame)
+    best = next((p for p in plain if p[0] == best_step), max(plain, key=lambda p: p[1]))
+    lines = [Line(frame.path(plain), "main", "history not masked")]
+    if masked:
+        lines.append(Line(frame.path(masked), "second", "history masked"))
+    start = f" from {plain[0][1]:.4f} untrained" if plain[0][0] == 0 else ""
+    return Chart(
+        title="Validation NDCG@10",
+        summary=f"Validation NDCG@10 over steps,{start} to {best[1]:.4f} at step {best[0]:,.0f}.",
+        note="Step 0 is the untrained model. The best step by the unmasked score is kept.",
+        frame=frame,
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        lines=lines,
+        marks=_validation_marks(frame, plain, best),
+    )
+
+
+def _validation_marks(frame: Frame, points: Sequence[Point], best: Point) -> list[Mark]:
+    marks = []
+    for point in points:
+        if point == best:
+            text, style = f"best {point[1]:.4f}", "best"
+        elif point[0] == 0:
+            text, style = f"untrained {point[1]:.4f}", "start"
+        else:
+            text, style = "", "dot"
+        marks.append(_mark(frame, point, text, style))
+    return marks
+
+
+def _mark(frame: Frame, point: Point, text: str, style: str) -> Mark:
+    """A mark whose label stays inside the frame."""
+    x, y = frame.x(point[0]), frame.y(point[1])
+    share = (x - frame.left) / (frame.right - frame.left)
+    anchor = "start" if share < 0.2 else "end" if share > 0.8 else "middle"
+    below = style == "start" and y < frame.bottom - 24
+    return Mark(x, y, y + 19 if below else max(y - 11, frame.top), anchor, text, style)
+
+
+# ---------------------------------------------------------------------------- experts and gate
+
+
+def _heats(diagnostics: Json) -> list[Heat]:
+    experts: Json = diagnostics.get("experts") or {}
+    names = [str(name) for name in diagnostics.get("matrices") or []]
+    return [_heat(str(view), shares, names) for view, shares in experts.items() if shares]
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Dotted module names without the pieces that all of them share."""
+    pieces = [name.split(".") for name in names]
+    if len(set(map(len, pieces))) != 1 or len(pieces) < 2:
+        return list(names)
+    differs = [len(set(column)) > 1 for column in zip(*pieces, strict=True)]
+    return [
+        " ".join(p for p, d in zip(row, differs, strict=True) if d) or ".".join(row)
+        for row in pieces
+    ]
+
+
+def _heat(view: str, shares: Sequence[Sequence[float]], names: Sequence[str]) -> Heat:
+    experts = max(len(row) for row in shares)
+    uniform = 1 / experts
+    top = max(2 * uniform, *(share for row in shares for share in row))
+    full = [names[i] if i < len(names) else f"matrix {i + 1}" for i in range(len(shares))]
+    short = _short_names(full)
+    row_height = 24.0 if len(shares) <= 32 else 12.0
+    left = min(150.0, 14 + 6.6 * max(len(name) for name in short))
+    cell_width = (480 - left) / experts
+    head = 24.0
+    cells = [
+        HeatCell(
+            x=round(left + j * cell_width, 1),
+            y=head + i * row_height,
+            strength=round(max(0.0, share) / top, 3),
+            text=f"{share * 100:.0f}",
+            title=f"{full[i]}, expert {j + 1}: {_percent(share)}",
+        )
+        for i, row in enumerate(shares)
+        for j, share in enumerate(row)
+    ]
+    peak = max(cells, key=lambda cell: cell.strength)
+    return Heat(
+        view=view,
+        label={"behavioral": "Behavioural"}.get(view, view.capitalize()),
+        width=480,
+        height=head + len(shares) * row_height + 46,
+        left=left,
+        cell_width=round(cell_width, 2),
+        row_height=row_height,
+        legend_y=head + len(shares) * row_height + 14,
+        columns=[Tick(round(left + (j + 0.5) * cell_width, 1), str(j + 1)) for j in range(experts)],
+        rows=[
+            Tick(head + (i + 0.5) * row_height, name)
+            for i, name in enumerate(short)
+            if row_height > 20 or i % 2 == 0
+        ],
+        cells=cells,
+        show_numbers=row_height > 20 and cell_width >= 26,
+        experts=experts,
+        uniform=f"{100 * uniform:.3g}%",
+        uniform_at=round(uniform / top, 3),
+        top=_percent(top),
+        summary=f"Expert load of the {view} view: {len(shares)} matrices by {experts} experts. "
+        f"Largest: {peak.title}.",
+    )
+
+
+def _histogram(gate: Json) -> Histogram | None:
+    edges, counts = gate.get("bin_edges") or [], gate.get("counts") or []
+    if len(edges) != len(counts) + 1 or not sum(counts):
+        return None
+    total = sum(counts)
+    shares = [count / total for count in counts]
+    frame = Frame(
+        (float(edges[0]), float(edges[-1])), (0.0, max(shares) * 1.15), left=44, width=480
+    )
+    mean = gate.get("mean")
+    mean_at = frame.x(mean) if _is_number(mean) else frame.left
+    return Histogram(
+        frame=frame,
+        bars=[_bar(frame, edges[i], edges[i + 1], share) for i, share in enumerate(shares)],
+        x_ticks=[Tick(frame.x(t), f"{t:g}") for t in _ticks(*frame.x_range)],
+        y_ticks=[Tick(frame.y(t), f"{t:.0%}") for t in _ticks(*frame.y_range, 4)],
+        mean_at=mean_at,
+        mean=_formatted(mean, lambda v: f"{v:.2f}"),
+        mean_anchor="end" if mean_at > (frame.left + frame.right) / 2 else "start",
+        summary=f"Histogram of the fusion gate over {_count(total)} users, "
+        f"mean {_formatted(mean, lambda v: f'{v:.2f}')}.",
+    )
+
+
+def _bar(frame: Frame, low: float, high: float, share: float) -> Bar:
+    x, top = frame.x(low), frame.y(share)
+    return Bar(
+        x=x + 1,
+        y=top,
+        width=round(max(frame.x(high) - x - 2, 0.5), 1),
+        height=round(frame.bottom - top, 1),
+        title=f"{low:.2f} to {high:.2f}: {_percent(share)} of users",
+    )
+
+
+# ---------------------------------------------------------------------------- examples and facts
+
+
+def _example(found: Json) -> Example:
+    history = list(found.get("history") or [])
+    held_out: Json = found.get("held_out") or {}
+    items = [
+        Recommended(
+            rank=rank,
+            text=str(item.get("text") or item.get("id", "")),
+            id=str(item.get("id", "")),
+            score=_formatted(item.get("score"), lambda v: f"{v:.3f}"),
+            hit="id" in held_out and item.get("id") == held_out["id"],
+        )
+        for rank, item in enumerate(found.get("items") or [], start=1)
+    ]
+    gate = found.get("gate")
+    return Example(
+        user=str(found.get("user", "")),
+        earlier=max(0, len(history) - SHOWN_HISTORY),
+        history=history[-SHOWN_HISTORY:],
+        items=items,
+        held_out=str(held_out.get("text") or held_out.get("id", "")),
+        held_out_rank=next((item.rank for item in items if item.hit), None),
+        gate=_formatted(gate, lambda v: f"{v:.2f}"),
+        gate_percent=round(100 * float(gate), 1) if _is_number(gate) else None,
+    )
+
+
+def _facts(report: Json) -> list[tuple[str, str]]:
+    data: Json = report.get("dataset") or {}
+    facts = [
+        ("Data", _joined(data, {"users": "users", "items": "items", "events": "events"})),
+        ("Data fingerprint", str(data.get("fingerprint") or "")),
+        ("Backbone", _backbone(report.get("backbone") or {})),
+        ("Seed", str(report.get("seed", ""))),
+        ("Steps", _steps(report)),
+        ("Tokens seen", _count(report.get("tokens_seen"))),
+        ("Wall time", _duration(report.get("wall_seconds"))),
+        ("Peak memory", _memory(report.get("peak_memory_mb"))),
+        ("Hardware", str(report.get("hardware") or "")),
+        ("Date", str(report.get("date") or "")),
+    ]
+    return [(name, text) for name, text in facts if text not in ("", NONE)]
+
+
+def _joined(counts: Json, names: Mapping[str, str]) -> str:
+    listed = [f"{_count(counts[key])} {name}" for key, name in names.items() if key in counts]
+    return ", ".join([str(counts["name"]), *listed] if counts.get("name") else listed)
+
+
+def _backbone(backbone: Json) -> str:
+    name = str(backbone.get("name") or "")
+    parts = [
+        f"{_large(backbone.get(key))} {word}"
+        for key, word in (("parameters", "parameters"), ("trained_parameters", "trained"))
+        if _is_number(backbone.get(key))
+    ]
+    return f"{name}: {', '.join(parts)}" if name and parts else name or ", ".join(parts)
+
+
+def _steps(report: Json) -> str:
+    steps, best = _count(report.get("steps")), _count(report.get("best_step"))
+    return steps if best == NONE else f"{steps}, best at {best}"
