@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -166,7 +167,7 @@ class Dataset:
             low, high = self.offsets[first], self.offsets[last]
             users = np.repeat(np.arange(last - first), np.diff(self.offsets[first : last + 1]))
             pairs = users * self.n_items + self.items[low:high]
-            repeats += len(pairs) - len(np.unique(pairs))
+            repeats += len(pairs) - pl.Series(pairs).n_unique()
         return repeats
 
     def _event_type_counts(self) -> dict[str, int]:
