@@ -477,6 +477,12 @@ def test_unknown_format(tmp_path: Path) -> None:
     assert set(FORMATS) >= {"recbole", "csv", "parquet"}
 
 
+def test_a_prepared_data_set_is_no_source(tmp_path: Path) -> None:
+    write(tmp_path / "dataset.json", "{}")
+    with pytest.raises(DataError, match="is a prepared data set already"):
+        open_source(tmp_path)
+
+
 def test_format_overrides_detection(tmp_path: Path) -> None:
     log = write(tmp_path / "log.txt", "user_id,item_id,timestamp\nu,i,1\n")
     assert events_of(open_source(log, format="csv")) == [("u", "i", 1.0)]

@@ -116,6 +116,10 @@ def open_source(
         )
     if items is not None and not Path(items).is_file():
         raise DataError(f"catalog file {items} does not exist; check items=")
+    if (path / "dataset.json").is_file():
+        raise DataError(
+            f"{path} is a prepared data set already; use it as it is, or prepare its source"
+        )
     files = _listing(path)
     catalog_file = _File(Path(items)) if items is not None else None
     kind = format or _detect(path, files)
