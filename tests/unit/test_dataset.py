@@ -6,8 +6,10 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -138,7 +140,7 @@ def text(content: str) -> Callable[[Path], None]:
     return damage
 
 
-def array(name: str, values: np.ndarray) -> Callable[[Path], None]:  # type: ignore[type-arg]
+def array(name: str, values: npt.NDArray[Any]) -> Callable[[Path], None]:
     return lambda path: np.save(path / name, values)
 
 

@@ -93,7 +93,7 @@ def test_recbole_two_logs_in_one_folder(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- Amazon
 
-REVIEWS = [
+REVIEWS: list[dict[str, Any]] = [
     {"reviewerID": "A1", "asin": "B1", "unixReviewTime": 1393545600, "reviewText": "x"},
     {"reviewerID": "A2", "asin": "B2", "unixReviewTime": 1393545601, "vote": "3"},
 ]
