@@ -126,7 +126,7 @@ def test_amazon_2018(tmp_path: Path, suffix: str) -> None:
 
 
 def test_amazon_2014_python_literals(tmp_path: Path) -> None:
-    meta = [
+    meta: list[dict[str, Any]] = [
         {
             "asin": "B1",
             "title": "Nuts &amp; Bolts M3 box",
