@@ -296,7 +296,7 @@ class DPMoE(nn.Module):
         low, hidden = F.linear(x, stacked.to(x.dtype)).split(
             (len(stacked) - routers, routers), dim=-1
         )
-        scores = self._fused_scores(j, hidden.float() + mixture.router_x_bias[v], k, routing)
+        scores = self._fused_scores(j, hidden + mixture.router_x_bias[v], k, routing)
         kept = top_n(scores, self.top)
         balance, load = load_balance(scores, kept)
         routing.balance.setdefault(v, []).append(balance)

@@ -1,0 +1,293 @@
+"""The stacked mixture against Eq. 3-6 written out, and the hooks against the bare backbone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.parity import reference
+from tests.tiny import random_backbone
+from torch import Tensor, nn
+
+from l2rec.backbone import Attend, Packing, pack
+from l2rec.errors import BackboneError, ConfigError
+from l2rec.experts import DPMoE, ViewSlice, find_linears, load_balance, top_n
+
+DIM, WIDTH, RANK = 5, 3, 2
+SHAPES = [(DIM, DIM), (4, 6)]  # of the adapted matrices: d_in, d_out
+
+
+def mixture_of(seed: int, shared: int, experts: int, top: int, personalized: bool) -> DPMoE:
+    """In float64, with every parameter drawn: nothing is at its neutral start."""
+    torch.manual_seed(seed)
+    linears = {f"m{j}": nn.Linear(i, o) for j, (i, o) in enumerate(SHAPES)}
+    moe = DPMoE(
+        linears,
+        DIM,
+        shared_experts=shared,
+        view_experts=experts,
+        rank=RANK,
+        alpha=3.0,
+        top=top,
+        width=WIDTH,
+        personalized=personalized,
+    ).double()
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    return moe
+
+
+def matrix_of(moe: DPMoE, j: int, v: int) -> reference.Matrix:
+    """The stacked parameters taken apart, expert by expert (views: gradients reach the leaves)."""
+    m = moe.mixtures[j]
+
+    def pairs(b: Tensor, a: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (b[i * RANK : (i + 1) * RANK].T, a[i * RANK : (i + 1) * RANK])
+            for i in range(len(a) // RANK)
+        ]
+
+    bias, out, out_bias = m.router_x_bias[v], m.router_out[v], m.router_out_bias[v]
+    context = reference.Router(m.router_x[v][:WIDTH], bias[:WIDTH], out[0], out_bias[0])
+    user = interaction = None
+    if moe.personalized:
+        r1_u = moe.router_u[v, j]
+        user = reference.Router(
+            r1_u[:WIDTH], moe.router_u_bias[v, j], moe.user_out[v, j], moe.user_out_bias[v, j]
+        )
+        r1_f = torch.cat((r1_u[WIDTH:], m.router_x[v][WIDTH:]), dim=1)  # on [u; x]
+        interaction = reference.Router(r1_f, bias[WIDTH:], out[1], out_bias[1])
+    return reference.Matrix(
+        pairs(m.shared_b, m.shared_a), pairs(m.b[v], m.a[v]), context, user, interaction
+    )
+
+
+def packed(running: bool) -> tuple[list[ViewSlice], list[Tensor], int]:
+    """Two views of three ragged users: u per row, or per token (a running prefix)."""
+    slices, us, start = [], [], 0
+    for view, lengths in enumerate(([3, 1, 2], [1, 2, 1])):
+        total = sum(lengths)
+        rows = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+        user = torch.arange(total) if running else rows
+        u = torch.randn(total if running else 3, DIM, dtype=torch.float64, requires_grad=True)
+        slices.append(ViewSlice(view, start, start + total, u, user))
+        us.append(u)
+        start += total
+    return slices, us, start
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["row", "running"])
+@pytest.mark.parametrize(
+    ("seed", "shared", "experts", "top", "personalized"),
+    [
+        (0, 1, 4, 2, True),
+        (1, 1, 4, 2, False),
+        (2, 0, 3, 1, True),
+        (3, 2, 3, 3, True),
+        (4, 2, 1, 1, True),
+        (5, 0, 4, 3, False),
+        (6, 1, 4, 1, True),
+        (7, 1, 4, 4, True),
+    ],
+)
+def test_update_is_eq_3_to_5(
+    seed: int, shared: int, experts: int, top: int, personalized: bool, running: bool
+) -> None:
+    moe = mixture_of(seed, shared, experts, top, personalized)
+    slices, us, n = packed(running)
+    for j, (d_in, d_out) in enumerate(SHAPES):
+        x = torch.randn(n, d_in, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(n, d_out, dtype=torch.float64)
+        with moe.routed(slices) as routing:
+            ours = moe.update(j, x, routing)
+
+        theirs, balances = [], []
+        for part in slices:
+            matrix = matrix_of(moe, j, part.view)
+            scores, kept = [], []
+            for t in range(part.start, part.stop):
+                u = part.u[part.user[t - part.start]]
+                theirs.append(reference.update(matrix, u, x[t], top, 3.0 / RANK))
+                scores.append(reference.fused_gates(matrix, u, x[t]))
+                kept.append(reference.chosen(scores[-1], top))
+            balances.append(reference.load_balance(scores, kept))
+            load = torch.tensor(kept, dtype=torch.float64).mean(0) / top
+            torch.testing.assert_close(routing.load[part.view][0], load)
+        torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-10, atol=1e-12)
+        for part, balance in zip(slices, balances, strict=True):
+            torch.testing.assert_close(routing.balance[part.view][0], balance, rtol=1e-10, atol=0)
+
+        leaves = [*moe.parameters(), x, *(us if personalized else [])]
+        ours_total = (ours * weight).sum() + routing.balance[0][0] + routing.balance[1][0]
+        their_total = (torch.stack(theirs) * weight).sum() + sum(balances)
+        grads = torch.autograd.grad(ours_total, leaves, allow_unused=True)
+        expected = torch.autograd.grad(their_total, leaves, allow_unused=True)
+        for mine, other in zip(grads, expected, strict=True):
+            zero = torch.zeros(())
+            torch.testing.assert_close(
+                zero if mine is None else mine,
+                (zero if mine is None else torch.zeros_like(mine)) if other is None else other,
+                rtol=1e-9,
+                atol=1e-11,
+            )
+
+
+def test_every_parameter_is_trained() -> None:
+    moe = mixture_of(0, 1, 4, 2, True)
+    slices, _, n = packed(False)
+    total = torch.zeros((), dtype=torch.float64)
+    with moe.routed(slices) as routing:
+        for j, (d_in, _) in enumerate(SHAPES):
+            total = total + moe.update(j, torch.randn(n, d_in).double(), routing).square().sum()
+    total.backward()
+    for name, parameter in moe.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.any()), name
+
+
+def test_views_do_not_share_their_own_experts() -> None:
+    moe = mixture_of(0, 1, 4, 2, True)
+    slices, _, n = packed(False)
+    x = torch.randn(n, DIM, dtype=torch.float64)
+    with moe.routed(slices) as routing:
+        before = moe.update(0, x, routing)
+    with torch.no_grad():
+        for parameter in (moe.mixtures[0].a, moe.mixtures[0].b, moe.router_u, moe.user_out):
+            parameter[1] += 1
+    with moe.routed(slices) as routing:
+        after = moe.update(0, x, routing)
+    semantic, behavioral = slices
+    torch.testing.assert_close(before[: semantic.stop], after[: semantic.stop], rtol=0, atol=0)
+    assert not torch.allclose(before[behavioral.start :], after[behavioral.start :])
+
+
+def test_without_the_personal_router_the_user_changes_nothing() -> None:
+    for personalized in (True, False):
+        moe = mixture_of(0, 1, 4, 2, personalized)
+        slices, _, n = packed(False)
+        x = torch.randn(n, DIM, dtype=torch.float64)
+        others = [ViewSlice(s.view, s.start, s.stop, s.u.detach() + 3, s.user) for s in slices]
+        results = []
+        for chosen in (slices, others):
+            with moe.routed(chosen) as routing:
+                results.append(moe.update(0, x, routing))
+        assert torch.equal(*results) is not personalized
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_top_n_keeps_exactly_n_of_ties(n: int) -> None:
+    scores = torch.tensor([[0.25] * 4, [0.0] * 4, [0.4, 0.3, 0.3, 0.0], [0.3, 0.3, 0.3, 0.1]])
+    kept = top_n(scores, n)
+    assert kept.dtype == torch.bool
+    assert kept.sum(-1).tolist() == [n] * 4
+    assert kept[2, 0]
+    assert bool((scores[kept].view(4, n).amin(-1) >= scores.topk(n).values.amin(-1)).all())
+
+
+def test_load_balance_is_one_when_even_and_e_when_collapsed() -> None:
+    even = torch.eye(4).repeat(3, 1) * 0.4 + 0.15
+    term, load = load_balance(even, top_n(even, 1))
+    torch.testing.assert_close(term, torch.tensor(1.0))
+    torch.testing.assert_close(load, torch.full((4,), 0.25))
+    collapsed = torch.tensor([[1.0, 0, 0, 0]]).repeat(6, 1)
+    term, load = load_balance(collapsed, top_n(collapsed, 1))
+    torch.testing.assert_close(term, torch.tensor(4.0))
+    assert load.tolist() == [1, 0, 0, 0]
+
+
+def test_new_routers_are_even_and_new_experts_silent() -> None:
+    torch.manual_seed(0)
+    moe = DPMoE({"m": nn.Linear(DIM, DIM)}, DIM, view_experts=4, top=2)
+    slices, _, n = packed(False)
+    slices = [ViewSlice(s.view, s.start, s.stop, s.u.float(), s.user) for s in slices]
+    with moe.routed(slices) as routing:
+        update = moe.update(0, torch.randn(n, DIM), routing)
+        hidden = torch.zeros(slices[0].stop, 2 * moe.width)
+        scores = moe._fused_scores(0, hidden, 0, routing)
+    assert not update.any()
+    # g^c = g^u = g^f = 1/E
+    torch.testing.assert_close(
+        scores, torch.full_like(scores, 0.25 + 2 * 0.0625), rtol=0.05, atol=0
+    )
+
+
+# ------------------------------------------------------------------------------- the hooks
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "qwen3", "llama"])
+def test_untrained_mixture_leaves_the_backbone_exactly_as_it_is(family: str) -> None:
+    backbone = random_backbone(family)
+    linears = find_linears(backbone.model, ("q", "k", "v", "o"))
+    assert len(linears) == 2 * 4
+    moe = DPMoE(linears, backbone.dim, rank=2, width=4, view_experts=4)
+    moe.attach()
+    lengths = torch.tensor([5, 2, 4])
+    group, positions = pack(lengths, Attend.CAUSAL if backbone.causal else Attend.FULL)
+    packing = Packing((group,), positions)
+    x = backbone.embed(torch.randint(6, 40, (11,)))
+    rows = torch.repeat_interleave(torch.arange(3), lengths)
+    slices = [ViewSlice(0, 0, 11, torch.randn(3, backbone.dim), rows)]
+
+    bare = backbone(x, packing)
+    with moe.routed(slices) as routing:
+        assert torch.equal(backbone(x, packing), bare)
+    assert len(routing.balance[0]) == len(linears)
+    for mixture in moe.mixtures:
+        nn.init.normal_(mixture.b)
+    with moe.routed(slices):
+        assert not torch.allclose(backbone(x, packing), bare)
+    assert torch.equal(backbone(x, packing), bare), "outside routed() nothing is adapted"
+
+    moe.detach()
+    with moe.routed(slices) as routing:
+        assert torch.equal(backbone(x, packing), bare)
+    assert not routing.balance
+    assert not any(linear._forward_hooks for linear in linears.values())
+    moe.attach()
+    moe.attach()
+    with moe.routed(slices) as routing:
+        backbone(x, packing)
+    assert len(routing.balance[0]) == len(linears), "attached once, however often it is asked"
+
+
+def test_two_mixtures_on_one_backbone_do_not_meet() -> None:
+    backbone = random_backbone()
+    first, second = (DPMoE(find_linears(backbone.model, ("q",)), backbone.dim) for _ in range(2))
+    for moe in (first, second):
+        moe.attach()
+        for mixture in moe.mixtures:
+            nn.init.normal_(mixture.b)
+    group, positions = pack(torch.tensor([3]), Attend.FULL)
+    x, packing = torch.randn(3, backbone.dim), Packing((group,), positions)
+    part = [ViewSlice(0, 0, 3, torch.randn(1, backbone.dim), torch.zeros(3, dtype=torch.long))]
+    with first.routed(part):
+        together = backbone(x, packing)
+    second.detach()
+    with first.routed(part):
+        assert torch.equal(backbone(x, packing), together)
+
+
+def test_an_error_inside_leaves_no_routing_behind() -> None:
+    backbone = random_backbone()
+    moe = DPMoE(find_linears(backbone.model, ("q",)), backbone.dim)
+    moe.attach()
+    part = [ViewSlice(0, 0, 1, torch.zeros(1, backbone.dim), torch.zeros(1, dtype=torch.long))]
+    with pytest.raises(ZeroDivisionError), moe.routed(part):
+        raise ZeroDivisionError
+    assert moe._routing is None
+
+
+def test_find_linears() -> None:
+    bert, qwen = random_backbone("bert").model, random_backbone("qwen3").model
+    assert [n.rsplit(".", 1)[1] for n in find_linears(qwen, ("v", "q"))] == ["q_proj", "v_proj"] * 2
+    parts = ("q", "k", "v", "o", "gate", "up", "down")
+    assert len(find_linears(qwen, parts)) == 2 * 7
+    assert all("attention" in name for name in find_linears(bert, ("o",)))
+    with pytest.raises(ConfigError, match="unknown 'w'; choose from q, k, v, o"):
+        find_linears(bert, ("w",))
+    with pytest.raises(BackboneError, match="no 'gate' matrix; change model.matrices"):
+        find_linears(bert, ("gate",))
+
+
+@pytest.mark.parametrize("top", [0, 5])
+def test_top_n_outside_the_experts_is_refused(top: int) -> None:
+    with pytest.raises(ConfigError, match=f"top_n={top} must lie between 1 and view_experts=4"):
+        DPMoE({"m": nn.Linear(2, 2)}, 2, view_experts=4, top=top)
