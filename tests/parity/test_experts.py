@@ -283,7 +283,7 @@ def test_find_linears() -> None:
     assert all("attention" in name for name in find_linears(bert, ("o",)))
     with pytest.raises(ConfigError, match="unknown 'w'; choose from q, k, v, o"):
         find_linears(bert, ("w",))
-    with pytest.raises(BackboneError, match="no 'gate' matrix; change model.matrices"):
+    with pytest.raises(BackboneError, match=r"no .gate. matrix; change model\.matrices"):
         find_linears(bert, ("gate",))
 
 
