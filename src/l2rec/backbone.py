@@ -104,7 +104,7 @@ def pack(
     elif attend is Attend.BLOCK_CAUSAL:
         assert blocks is not None
         grid = blocks.view(rows, width) if pad is None else blocks[pad]  # [B, T]
-        seen = (grid[:, None, None, :] <= grid[:, None, :, None])
+        seen = grid[:, None, None, :] <= grid[:, None, :, None]
         mask = seen if mask is None else mask & seen
     if mask is not None and mask.shape[2] == 1:
         mask = mask.expand(-1, -1, width, -1)
@@ -204,12 +204,12 @@ def packed_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T scale) v; [B, H, T, d] each."""
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     # The fused CPU kernel's backward costs several times these explicit products in bfloat16.
     scores = (q * scale) @ k.transpose(2, 3)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, dim=-1) @ v
 
 
@@ -291,7 +291,9 @@ class Backbone(nn.Module):
 
 
 def _is_causal(model: nn.Module) -> bool:
-    attentions = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    attentions = [
+        m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)
+    ]
     return bool(attentions) and all(attentions)
 
 
@@ -358,7 +360,9 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **common)
         except (OSError, ValueError) as error:
-            raise BackboneError(f"backbone {config.name!r} has no usable tokenizer: {error}") from error
+            raise BackboneError(
+                f"backbone {config.name!r} has no usable tokenizer: {error}"
+            ) from error
     except BackboneError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:

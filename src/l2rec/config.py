@@ -154,7 +154,9 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+            raise ConfigError(
+                f"{path}: not readable as YAML: {str(error).splitlines()[0]}"
+            ) from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
     for override in overrides:

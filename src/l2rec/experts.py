@@ -58,7 +58,9 @@ def find_linears(model: nn.Module, matrices: Sequence[str]) -> dict[str, nn.Line
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for matrix in matrices:
         if matrix not in MATRIX_NAMES:
-            raise ConfigError(f"matrices: unknown {matrix!r}; choose from {', '.join(MATRIX_NAMES)}")
+            raise ConfigError(
+                f"matrices: unknown {matrix!r}; choose from {', '.join(MATRIX_NAMES)}"
+            )
         hits = {
             n: m
             for n, m in linears.items()
@@ -241,7 +243,8 @@ class DPMoE(nn.Module):
         """Hook every adapted Linear: inside `routed`, its output gains the mixture's update."""
         if not self._handles:
             self._handles = [
-                linear.register_forward_hook(self._hook(j)) for j, linear in enumerate(self._linears)
+                linear.register_forward_hook(self._hook(j))
+                for j, linear in enumerate(self._linears)
             ]
 
     def detach(self) -> None:
@@ -314,7 +317,9 @@ class DPMoE(nn.Module):
         g_context = F.linear(F.relu(hidden[:, : self.width]), out[0], bias[0]).softmax(-1)
         if not self.personalized:
             return g_context
-        interaction = F.relu(hidden[:, self.width :] + routing.user_hidden[k][:, j].index_select(0, part.user))
+        interaction = F.relu(
+            hidden[:, self.width :] + routing.user_hidden[k][:, j].index_select(0, part.user)
+        )
         g_interaction = F.linear(interaction, out[1], bias[1]).softmax(-1)
         g_user = routing.user_gates[k][:, j].index_select(0, part.user)
         return g_context + (g_user + g_interaction) * g_context

@@ -184,7 +184,9 @@ def prefix_mean(x: Tensor, segments: Segments) -> Tensor:
     # Cumulate inside a padded [B, K_max] grid: a global cumulative sum would tie a row's rounding
     # to the rows before it.
     width = int(segments.blocks.max())
-    place = torch.arange(blocks, device=x.device) - (segments.blocks.cumsum(0) - segments.blocks)[row]
+    place = (
+        torch.arange(blocks, device=x.device) - (segments.blocks.cumsum(0) - segments.blocks)[row]
+    )
     place = row * width + place
     grid = sums.new_zeros((len(segments.blocks) * width, x.shape[-1])).index_copy(0, place, sums)
     number = counts.new_zeros(len(segments.blocks) * width).index_copy(0, place, counts)

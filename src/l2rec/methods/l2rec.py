@@ -34,7 +34,9 @@ from __future__ import annotations
 
 __all__ = ["ItemTable", "L2Rec", "L2RecConfig", "UserState"]
 
+import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,8 +89,9 @@ class L2RecConfig(BaseModel):
     """Most tokens of one item's text inside a view."""
     behavioral_pool: Literal["embeddings", "encoder"] = "embeddings"
     """An item's vector: mean of its token embeddings, or of the frozen backbone's outputs."""
-    behavioral_boost: float = Field(2.0, gt=0)
-    """Scale at which item vectors enter, in units of the word embeddings' RMS."""
+    behavioral_boost: float = Field(16.0, gt=0)
+    """Scale at which item vectors enter, in units of the word embeddings' RMS. Small values drown in
+    position and type embeddings: on MiniLM all single-item outputs coincide below 4."""
 
     # Eq. 3-6: experts and routers
     adapt: bool = True
@@ -224,6 +228,8 @@ class L2Rec(nn.Module):
         self.config = config
         self.backbone = backbone
         self._cache = cache
+        self.cached: list[Path] = []
+        """Cache entries this model was built from."""
         self._check_lengths()
         self.before, self.after = self._separators()
         self.linears = find_linears(backbone.model, config.matrices)
@@ -281,11 +287,11 @@ class L2Rec(nn.Module):
             self.item_vectors = torch.empty(0, self.backbone.dim, device=device)
             return
         if config.items == "table":
-            self.table = ItemTable(self._text_vectors(self.tokens), config.table_dropout).to(device)
+            self.table = ItemTable(self._catalog_text(), config.table_dropout).to(device)
             with torch.no_grad():
                 vectors = self.table()
         else:
-            vectors = self.item_vectors = self._pooled(self.tokens)
+            vectors = self.item_vectors = self._pooled(self.tokens, cached=True)
         words = self.backbone.word_embeddings.weight.float().square().mean().sqrt()
         self.projector.calibrate(vectors, config.behavioral_boost * float(words))
 
@@ -295,10 +301,10 @@ class L2Rec(nn.Module):
             return Ragged.from_rows([])
         return tokenize(texts, self.backbone.tokenizer, longest, self._cache)
 
-    def _pooled(self, tokens: Ragged) -> Tensor:
+    def _pooled(self, tokens: Ragged, *, cached: bool = False) -> Tensor:
         """pool(Embed(c_i)) of Eq. 2, or the frozen encoder's text vector: [N, D] float32."""
         if self.config.behavioral_pool == "encoder":
-            return self._text_vectors(tokens)
+            return self._catalog_text() if cached else self._text_vectors(tokens)
         out = torch.zeros(len(tokens), self.backbone.dim, device=self.backbone.device)
         for start in range(0, len(tokens), 4096):
             part = Ragged(tokens.values, tokens.offsets[start : start + 4097])
@@ -309,6 +315,23 @@ class L2Rec(nn.Module):
                 self.backbone.embed(ids), torch.from_numpy(index).to(out.device), len(rows)
             )
         return out
+
+    def _catalog_text(self) -> Tensor:
+        """Text vectors of the whole catalog, from the cache if they are there."""
+        if self._cache is None:
+            return self._text_vectors(self.tokens)
+        digest = hashlib.sha256(self.backbone.weight_hash().encode())
+        digest.update(f"{self.backbone.dtype} {self.config.text_tokens}".encode())
+        digest.update(np.ascontiguousarray(self.tokens.offsets).tobytes())
+        digest.update(np.ascontiguousarray(self.tokens.values).tobytes())
+        path = self._cache / f"text-{digest.hexdigest()[:16]}.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+            save_file({"vectors": self._text_vectors(self.tokens).cpu()}, partial)
+            os.replace(partial, path)
+        self.cached.append(path)
+        return load_file(path)["vectors"].to(self.backbone.device)
 
     @torch.no_grad()
     def _text_vectors(self, tokens: Ragged) -> Tensor:
@@ -372,7 +395,9 @@ class L2Rec(nn.Module):
         """tau of Eq. 8, a scalar."""
         return self.log_temperature.exp()
 
-    def forward(self, histories: Ragged, *, every: bool = False, table: Tensor | None = None) -> UserState:
+    def forward(
+        self, histories: Ragged, *, every: bool = False, table: Tensor | None = None
+    ) -> UserState:
         """Both views of every row through the one backbone in one pass, then the fusion.
 
         Args:
@@ -646,7 +671,9 @@ class L2Rec(nn.Module):
         plan = plan_batches(costs, None, max_rows=512, max_cost=batch_tokens)
         states = [self(histories.take(rows), table=table) for rows in plan]
         self.train(was_training)
-        order = torch.from_numpy(np.argsort(np.concatenate(plan))) if plan else torch.zeros(0).long()
+        order = (
+            torch.from_numpy(np.argsort(np.concatenate(plan))) if plan else torch.zeros(0).long()
+        )
 
         def join(name: str) -> Any:
             values = [getattr(state, name) for state in states]

@@ -1,0 +1,66 @@
+"""l2rec: a frozen language model, adapted twice for each user, as a recommender.
+
+    import l2rec
+    model = l2rec.load("runs/demo")
+    model.recommend(["50", "172", "181"], k=10).items
+
+Names are imported when they are first used, so that ``import l2rec`` stays quick.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Dataset",
+    "L2Rec",
+    "L2RecConfig",
+    "L2RecError",
+    "Predictor",
+    "PrepareConfig",
+    "__version__",
+    "evaluate",
+    "leave_one_out",
+    "load",
+    "load_backbone",
+    "open_dataset",
+    "prepare",
+]
+
+__version__ = "0.1.0"
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from l2rec.backbone import load_backbone
+    from l2rec.data.dataset import Dataset, open_dataset
+    from l2rec.data.prepare import PrepareConfig, prepare
+    from l2rec.data.splits import leave_one_out
+    from l2rec.errors import L2RecError
+    from l2rec.evaluation import evaluate
+    from l2rec.methods.l2rec import L2Rec, L2RecConfig
+    from l2rec.runs import Predictor, load
+
+_HOME = {
+    "Dataset": "l2rec.data.dataset",
+    "L2Rec": "l2rec.methods.l2rec",
+    "L2RecConfig": "l2rec.methods.l2rec",
+    "L2RecError": "l2rec.errors",
+    "Predictor": "l2rec.runs",
+    "PrepareConfig": "l2rec.data.prepare",
+    "evaluate": "l2rec.evaluation",
+    "leave_one_out": "l2rec.data.splits",
+    "load": "l2rec.runs",
+    "load_backbone": "l2rec.backbone",
+    "open_dataset": "l2rec.data.dataset",
+    "prepare": "l2rec.data.prepare",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'l2rec' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

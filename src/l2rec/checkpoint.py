@@ -1,0 +1,216 @@
+"""The run folder: what a training leaves, written so that a kill at any moment loses nothing.
+
+    RUN/config.yaml         the resolved recipe, data set, backbone and its weight hash
+    RUN/catalog.parquet     item ids and texts: a run can be used without its data set
+    RUN/model.safetensors   trained tensors of the best step, and nothing of the backbone
+    RUN/items.safetensors   vectors of the catalog under that model
+    RUN/metrics.jsonl       one line per log point and validation
+    RUN/report.json         scores, seeds, fingerprints, hardware, time, tokens, memory
+    RUN/ranks.parquet       per-user ranks on the test split, for paired tests
+    RUN/state/step-N/       to go on from: model, optimiser, random state, counters
+    RUN/tensorboard/        event files
+
+Files are written under another name, flushed to disk and renamed. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "State",
+    "latest_state",
+    "load_tensors",
+    "load_trained",
+    "read_json",
+    "read_state",
+    "save_tensors",
+    "trained_tensors",
+    "write_json",
+    "write_state",
+    "write_text",
+]
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from l2rec.errors import CheckpointError
+
+KEEP_STATES = 2
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to, flushed and renamed to ``path`` at the end.
+
+    Raises:
+        CheckpointError: the disk is full; what was at ``path`` is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise CheckpointError(
+                f"{path}: the disk is full; nothing was replaced, free some space and --resume"
+            ) from error
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with _replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError if it is missing or torn."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; is this a run folder?") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return value
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file whole or not at all."""
+    with _replacing(path) as partial:
+        contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+        save_file(contiguous, partial, metadata=dict(metadata))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; CheckpointError if missing or torn."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(
+                file.metadata() or {}
+            )  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; was this run ever checkpointed?") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: torn or not a safetensors file: {error}") from error
+
+
+# -- trained tensors -----------------------------------------------------------------------------
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the model's state that is not the frozen backbone's."""
+    return {n: t for n, t in model.state_dict().items() if not n.startswith("backbone.")}
+
+
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Strict: names and shapes must be exactly the model's trained ones.
+
+    Raises:
+        CheckpointError: what is missing, unexpected, or of another shape.
+    """
+    own = trained_tensors(model)
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{where}: its tensors are not this model's: missing {missing[:3] or 'none'}, "
+            f"unexpected {unexpected[:3] or 'none'}"
+        )
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, this model and data set need "
+                f"{tuple(own[name].shape)}"
+            )
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+# -- states to resume from -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """One resumable moment: model and optimiser tensors, and plain counters."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    counters: dict[str, Any]
+
+
+def write_state(run: Path, step: int, state: State) -> Path:
+    """Write RUN/state/step-N as a whole folder, then drop all but the newest two."""
+    root = run / "state"
+    partial, final = root / f".step-{step:08d}.part", root / f"step-{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_tensors(partial / "model.safetensors", state.model)
+        save_tensors(partial / "optimizer.safetensors", state.optimizer)
+        write_json(partial / "counters.json", state.counters)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in sorted(root.glob("step-*"))[:-KEEP_STATES]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_state(run: Path) -> Path | None:
+    """The newest complete state of a run, or None."""
+    states = sorted((run / "state").glob("step-*"))
+    return states[-1] if states else None
+
+
+def read_state(path: Path) -> State:
+    """A state folder; CheckpointError if it is torn."""
+    return State(
+        load_tensors(path / "model.safetensors")[0],
+        load_tensors(path / "optimizer.safetensors")[0],
+        read_json(path / "counters.json"),
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's per-parameter tensors under flat names, plus the CPU random state."""
+    state = optimizer.state_dict()["state"]
+    tensors = {f"{index}.{key}": value for index, s in state.items() for key, value in s.items()}
+    tensors["rng"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng_cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`; restores the random state too."""
+    tensors = dict(tensors)
+    rng, cuda = tensors.pop("rng"), tensors.pop("rng_cuda", None)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    torch.set_rng_state(rng)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)

@@ -1,0 +1,304 @@
+"""The command line: ``l2rec <verb> ...``. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+__all__ = ["app", "main"]
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from l2rec.errors import L2RecError
+
+app = typer.Typer(
+    name="l2rec",
+    help="Turn a frozen language model into a personalised recommender (L2Rec, SIGIR '26).",
+    epilog="Start with: l2rec demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+DEBUG = False
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Run = Annotated[
+    Path, typer.Argument(help="Run folder written by `l2rec train`.", show_default=False)
+]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    global DEBUG
+    DEBUG = debug
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="File, folder, or a name such as movielens-100k.")],
+    out: Annotated[Path, typer.Option(help="Data set folder to write.")],
+    items: Annotated[Path | None, typer.Option(help="Catalog file, if it lies elsewhere.")] = None,
+    format: Annotated[str | None, typer.Option(help="Instead of recognising the format.")] = None,
+    text: Annotated[str | None, typer.Option(help='Item text, such as "{title}. {brand}".')] = None,
+    k_core: Annotated[int, typer.Option(help="Fewest events of every user and item.")] = 0,
+    min_history: Annotated[int, typer.Option(help="Fewest events of a user.")] = 0,
+    max_history: Annotated[int | None, typer.Option(help="Newest events kept of a user.")] = None,
+    drop_unknown_items: Annotated[
+        bool, typer.Option(help="Drop events of items that the catalog does not have.")
+    ] = False,
+    drop_textless: Annotated[bool, typer.Option(help="Drop items without a text.")] = False,
+    keep_all_items: Annotated[bool, typer.Option(help="Keep items without events.")] = False,
+    duplicate_items: Annotated[
+        str, typer.Option(help="Two items with one id: error, or first to keep the first.")
+    ] = "error",
+    user: Annotated[str, typer.Option(help="Column of the user (CSV, Parquet).")] = "user_id",
+    item: Annotated[str, typer.Option(help="Column of the item.")] = "item_id",
+    timestamp: Annotated[
+        str, typer.Option(help="Column of the time; none: the order of the file.")
+    ] = "timestamp",
+    event_type: Annotated[str | None, typer.Option(help="Column of the event's type.")] = None,
+    encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = "utf-8",
+    cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
+        "~/.cache/l2rec"
+    ),
+) -> None:
+    """Read interaction logs and item texts into a data set folder.
+
+    Formats: RecBole atomic files, Amazon reviews (2014, 2018, 2023), MovieLens (100K, 1M, latest),
+    CSV and Parquet; plain or gzip. Files larger than memory are fine.
+
+    Example: `l2rec prepare movielens-100k --out data/ml-100k`
+    """
+    from pydantic import ValidationError
+
+    from l2rec.data.prepare import PrepareConfig
+    from l2rec.data.prepare import prepare as run_prepare
+    from l2rec.data.sources import SOURCES, fetch
+    from l2rec.errors import ConfigError
+
+    if source in SOURCES and not Path(source).exists():
+        path = fetch(source, cache.expanduser())
+        text = text or SOURCES[source].text
+    elif not Path(source).exists() and not any(mark in source for mark in "/.\\"):
+        path = fetch(source, cache.expanduser())  # names the nearest source
+    else:
+        path = Path(source)
+    try:
+        config = PrepareConfig(
+            k_core=k_core,
+            min_history=min_history,
+            max_history=max_history,
+            text=text,
+            drop_unknown_items=drop_unknown_items,
+            drop_textless=drop_textless,
+            keep_all_items=keep_all_items,
+            duplicate_items=duplicate_items,  # type: ignore[arg-type]
+            user=user,
+            item=item,
+            timestamp=timestamp,
+            event_type=event_type,
+            encoding=encoding,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{name} {first['input']}: {first['msg']}") from None
+    dataset = run_prepare(path, out, config, items=items, format=format)
+    typer.echo(
+        f"{out}: {dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.n_events:,} "
+        f"events, fingerprint {dataset.fingerprint}"
+    )
+    typer.echo(f"next: l2rec train l2rec-table --data {out} --out runs/{out.name}")
+
+
+@app.command()
+def describe(
+    data: Annotated[Path, typer.Argument(help="Data set folder.")], as_json: Json = False
+) -> None:
+    """Print counts, density, history and text lengths, and the fingerprint of a data set."""
+    from l2rec.console import print_table
+    from l2rec.data.dataset import open_dataset
+
+    facts = open_dataset(data).describe()
+    if as_json:
+        _print_json(facts)
+    else:
+        print_table(str(data), facts)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Shipped recipe, YAML file, or method name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as training.epochs=3")
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Data set folder.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Run folder to write.")] = ...,  # type: ignore[assignment]
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this run (fine-tune after pre-training).")
+    ] = None,
+) -> None:
+    """Train, stop early on validation NDCG@10, score on test, and write a run folder.
+
+    Recipes shipped: see `l2rec recipes`. Any key of a recipe can be overridden.
+
+    Example: `l2rec train l2rec-table --data data/ml-100k --out runs/ml training.epochs=5`
+    """
+    from l2rec.config import load_recipe
+    from l2rec.console import Console
+    from l2rec.runs import train_run
+
+    config = load_recipe(recipe, overrides or ())
+    with Console() as console:
+        report = train_run(
+            config,
+            data,
+            out,
+            progress=console,
+            resume=resume,
+            init=init,
+            recipe=recipe,
+            command=shlex.join(["l2rec", *sys.argv[1:]]),
+        )
+        console.scores(report)
+        console.line(f"report: {out}/report.html")
+        console.line(f"next: l2rec recommend {out} --history ID,ID,ID")
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from l2rec.config import recipe_names
+
+    for name in recipe_names():
+        typer.echo(name)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    split: Annotated[str, typer.Option(help="valid or test.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a finished run again: full ranking, history masked and not."""
+    from l2rec.console import Console, print_table
+    from l2rec.runs import evaluate_run
+
+    with Console(quiet=as_json) as console:
+        scores = evaluate_run(run, split, console, data)
+    if as_json:
+        _print_json(scores)
+    else:
+        print_table(f"{run} on {split}", scores)
+
+
+@app.command()
+def recommend(
+    run: Run,
+    history: Annotated[str | None, typer.Option(help="Item ids, oldest first: A,B,C")] = None,
+    user: Annotated[str | None, typer.Option(help="A user of the data set, by id.")] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="How many items.")] = 10,
+    include_seen: Annotated[
+        bool, typer.Option(help="Also recommend items of the history.")
+    ] = False,
+    new_item: Annotated[
+        list[str] | None,
+        typer.Option(help='An item added by text alone: "ID=its text". Repeatable.'),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set folder, for --user.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rank the next items for a history, or for a user of the data set.
+
+    A user need not have been seen in training, nor an item: `--new-item "N1=Cordless drill, 18 V"`
+    enters the ranking by its text, and may be part of the history.
+    """
+    from l2rec.console import print_recommendations
+    from l2rec.errors import DataError
+    from l2rec.runs import load, user_history
+
+    if (history is None) == (user is None):
+        raise DataError("give either --history ID,ID,... or --user ID")
+    added = {}
+    for entry in new_item or ():
+        name, sep, text = entry.partition("=")
+        if not sep:
+            raise DataError(f'--new-item {entry!r}: write "ID=its text"')
+        added[name.strip()] = text.strip()
+    if history is not None:
+        ids = [part.strip() for part in history.split(",") if part.strip()]
+    else:
+        ids = user_history(run, str(user), data)
+    predictor = load(run)
+    if added:
+        predictor.add_items(added)
+    found = predictor.recommend(ids, k, exclude_seen=not include_seen)
+    if as_json:
+        _print_json({"items": found.items, "gate": found.gate, "version": predictor.version})
+    else:
+        texts = [(i, predictor.text_of(i)) for i in ids]
+        print_recommendations(texts, found)
+
+
+@app.command()
+def embed(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder for items.parquet and users.parquet.")],
+    users: Annotated[bool, typer.Option(help="Also the users of the data set.")] = True,
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+) -> None:
+    """Write item and user vectors as Parquet: id, vector, version. Scores are inner products."""
+    from l2rec.console import Console
+    from l2rec.runs import embed_run
+
+    with Console() as console:
+        written = embed_run(run, out, console, with_users=users, data=data)
+        for path, count, dim in written:
+            console.line(f"{path}: {count:,} vectors of {dim} numbers")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("runs/demo"),
+    data: Annotated[Path, typer.Option(help="Folder for the data set.")] = Path("data/ml-100k"),
+    minutes: Annotated[float, typer.Option(help="Training time at most.")] = 4.0,
+) -> None:
+    """The whole road on MovieLens-100K in minutes: prepare, train, score, recommend, report."""
+    from l2rec.demo import run_demo
+
+    run_demo(out, data, minutes)
+
+
+def main() -> None:
+    """Entry point: errors raised on purpose are one line on standard error and exit code 2."""
+    try:
+        app()
+    except L2RecError as error:
+        if DEBUG:
+            raise
+        sys.stderr.write(f"l2rec: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("l2rec: interrupted; a training goes on with --resume\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What the command line shows: progress bars on a terminal, plain lines elsewhere, tables."""
+
+from __future__ import annotations
+
+__all__ = ["Console", "print_recommendations", "print_table"]
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+PLAIN_EVERY = 15.0
+"""Seconds between progress lines where there is no terminal."""
+
+
+class Console:
+    """The `Progress` that training and evaluation talk to; everything goes to standard error."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = RichConsole(stderr=True, quiet=quiet, highlight=False)
+        self._live = self._console.is_terminal and not quiet
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last = 0.0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Console:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def line(self, text: str) -> None:
+        """One permanent line."""
+        self._console.print(escape(text), soft_wrap=True)
+
+    def training(self, epoch: float, step: int, total: int, text: str) -> None:
+        """Step ``step`` of ``total`` is done."""
+        if self._live:
+            self._bar("training", step, total, f"epoch {epoch:.2f}  {text}")
+        elif time.monotonic() - self._last > PLAIN_EVERY:
+            self._last = time.monotonic()
+            left = (self._last - self._started) / max(step, 1) * (total - step)
+            self.line(f"step {step}/{total}  epoch {epoch:.2f}  {text}  ~{left / 60:.0f} min left")
+
+    def validating(self, done: int, total: int) -> None:
+        """``done`` of ``total`` users are ranked."""
+        if self._live:
+            self._bar("ranking users", done, total, "")
+            if done >= total:
+                self._bars.remove_task(self._tasks.pop("ranking users"))
+
+    def _bar(self, name: str, done: int, total: int, text: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total, text=text)
+        self._bars.update(self._tasks[name], completed=done, total=total, text=text)
+
+    def scores(self, report: Mapping[str, Any]) -> None:
+        """The score table of a report, on standard output."""
+        table = Table(title=f"test scores, {report['dataset']['name']}")
+        keys = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
+        table.add_column("model")
+        for key in keys:
+            table.add_column(key.replace("_masked", " (masked)"), justify="right")
+        for name, scores in report["scores"].items():
+            table.add_row(name, *(f"{scores[key]:.4f}" for key in keys))
+        _out().print(table)
+
+
+def _out() -> RichConsole:
+    return RichConsole(file=sys.stdout, highlight=False)
+
+
+def print_table(title: str, facts: Mapping[str, Any]) -> None:
+    """Names and values, nested ones flattened, on standard output."""
+    table = Table(title=escape(title), show_header=False)
+    table.add_column("name")
+    table.add_column("value", justify="right", overflow="fold")
+    for name, value in facts.items():
+        table.add_row(escape(str(name)), escape(_shown(value)))
+    _out().print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "  ".join(f"{k} {_shown(v)}" for k, v in value.items())
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, Sequence):
+        return "; ".join(_shown(v) for v in value)
+    return str(value)
+
+
+def print_recommendations(history: Sequence[tuple[str, str]], found: Any) -> None:
+    """History and ranked items with scores and the gate, on standard output."""
+    out = _out()
+    out.print("[bold]history[/bold] (oldest first)")
+    for item, text in history:
+        out.print(f"  {escape(item)}  {escape(_short(text))}", soft_wrap=True)
+    gate = ""
+    if found.gate is not None:
+        gate = f"  (gate δ = {found.gate:.2f}: 1 is all behavioural, 0 all semantic)"
+    out.print(f"[bold]recommended[/bold]{gate}")
+    for rank, item in enumerate(found.items, 1):
+        out.print(
+            f"  {rank:2d}. {item['score']:7.3f}  {escape(item['id'])}  {escape(_short(item['text']))}",
+            soft_wrap=True,
+        )
+
+
+def _short(text: str, limit: int = 90) -> str:
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"

@@ -1,0 +1,632 @@
+"""A run from recipe to report, and back from its folder to a model that recommends.
+
+train_run(recipe, data, out)   train, score on test beside the floors, write the run folder
+evaluate_run(out, split)       score a finished run again
+load(out)                      a Predictor: histories of external ids in, ranked items out
+"""
+
+from __future__ import annotations
+
+__all__ = ["Predictor", "Recommendation", "evaluate_run", "load", "load_run_config", "train_run"]
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from torch import Tensor
+
+from l2rec import __version__
+from l2rec.backbone import Backbone, load_backbone
+from l2rec.checkpoint import (
+    latest_state,
+    load_tensors,
+    load_trained,
+    read_json,
+    save_tensors,
+    trained_tensors,
+    write_json,
+    write_text,
+)
+from l2rec.config import RunConfig, method_class, resolve
+from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.ragged import Ragged
+from l2rec.data.splits import Split, leave_one_out
+from l2rec.diagnostics import expert_load, gate_histogram
+from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError, nearest
+from l2rec.evaluation import Evaluation, evaluate, paired_test, top_k, write_ranks
+from l2rec.methods.floors import LastItemNeighbour, Popularity
+from l2rec.report import write_report
+from l2rec.training import Progress, TrainingResult, peak_memory_mb, train
+
+RUN_VERSION = 1
+UNTRAINED = "untrained backbone"
+EXAMPLES = 6
+
+
+def device() -> str:
+    """The accelerator if there is one, else the processor."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build_model(
+    config: RunConfig, texts: Sequence[str], backbone: Backbone, cache: Path | None
+) -> Any:
+    """The method of a config over a catalog, freshly initialised from the config's seed."""
+    torch.manual_seed(config.seed)
+    return method_class(config.method)(config.model, backbone, texts, cache=cache).to(
+        backbone.device
+    )
+
+
+# -- from recipe to report -----------------------------------------------------------------------
+
+
+def train_run(
+    config: RunConfig,
+    data: Path,
+    out: Path,
+    *,
+    progress: Progress,
+    resume: bool = False,
+    init: Path | None = None,
+    recipe: str = "",
+    command: str = "",
+) -> dict[str, Any]:
+    """Train, evaluate on the test split beside the floors, and write the whole run folder.
+
+    Args:
+        resume: go on from the last state of ``out``; without one, start.
+        init: a finished run whose trained tensors are the start (fine-tuning after pre-training
+            on other data); tensors that belong to its items are left out.
+
+    Returns:
+        The report, as written to ``report.json``.
+    """
+    started = time.monotonic()
+    dataset = open_dataset(data)
+    _claim(out, config, dataset, resume)
+    progress.line(
+        f"data {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
+        f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
+    )
+    backbone = load_backbone(config.backbone, device())
+    cache = data / "cache"
+    split = leave_one_out(dataset.sequences)
+    progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
+    model = build_model(config, dataset.texts(), backbone, cache)
+    if init is not None:
+        progress.line(_start_from(model, init))
+    _write_identity(out, config, dataset, backbone)
+    floors = _floor_scores(split, dataset, model, out, progress, resume)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    progress.line(f"training {trained:,} parameters; the backbone is frozen")
+    result = train(
+        model, split, config.training, seed=config.seed, run=out, progress=progress, resume=resume
+    )
+    progress.line(
+        f"stopped ({result.stopped}) after {result.steps} steps; best step {result.best_step}"
+    )
+    evaluation = _test(model, split, progress)
+    write_ranks(
+        out / "ranks.parquet",
+        evaluation,
+        _Ids(dataset),
+        fingerprint=dataset.fingerprint,
+    )
+    save_tensors(
+        out / "items.safetensors",
+        {"vectors": model.encode_items(np.arange(dataset.n_items, dtype=np.int32))},
+        model=_file_hash(out / "model.safetensors"),
+    )
+    for entry in getattr(model, "cached", ()):
+        (out / "cache").mkdir(exist_ok=True)
+        shutil.copy2(entry, out / "cache" / entry.name)
+    report = _report(config, dataset, backbone, trained, result, evaluation, floors)
+    report |= {
+        "recipe": recipe,
+        "command": command,
+        "wall_seconds": round(time.monotonic() - started, 1),
+    }
+    write_json(out / "report.json", report)
+    write_json(out / "diagnostics.json", _diagnose(model, split, dataset, evaluation))
+    write_report(out)
+    return report
+
+
+def _claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> None:
+    """Refuse a folder that holds something else; refuse to mix two runs."""
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "config.yaml").is_file():
+        raise CheckpointError(f"{out} is not empty and not a run folder; choose another --out")
+    if not resume:
+        raise CheckpointError(
+            f"{out} holds a run already; add --resume to go on, or choose another"
+        )
+    saved, identity = load_run_config(out)
+    if saved.model_copy(update={"training": config.training}) != config:
+        raise CheckpointError(f"{out} was started with another recipe; resume it with its own")
+    if identity["dataset"]["fingerprint"] != dataset.fingerprint:
+        raise CheckpointError(
+            f"{out} was started on data {identity['dataset']['fingerprint']}, this is "
+            f"{dataset.fingerprint}; resume it with the data it was started on"
+        )
+
+
+def _write_identity(out: Path, config: RunConfig, dataset: Dataset, backbone: Backbone) -> None:
+    identity = {
+        "run_version": RUN_VERSION,
+        "config": config.model_dump(mode="json"),
+        "dataset": {
+            "path": str(dataset.path.resolve()),
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+        },
+        "backbone": {
+            "name": backbone.name,
+            "revision": backbone.revision,
+            "weight_hash": backbone.weight_hash(),
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+        },
+    }
+    write_text(out / "config.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
+    catalog = pa.table({"item_id": dataset.item_ids, "text": pa.array(dataset.texts())})
+    partial = out / f".catalog.{os.getpid()}.part"
+    pq.write_table(catalog, partial)
+    os.replace(partial, out / "catalog.parquet")
+
+
+def _start_from(model: Any, init: Path) -> str:
+    """Load the trained tensors of another run that are not rows of its items."""
+    tensors, _ = load_tensors(init / "model.safetensors")
+    own = trained_tensors(model)
+    of_items = {"table.residual", "table.mean"}
+    shared = {n: t for n, t in tensors.items() if n not in of_items}
+    wrong = [n for n, t in shared.items() if n not in own or own[n].shape != t.shape]
+    missing = sorted(own.keys() - shared.keys() - of_items)
+    if wrong or missing:
+        raise CheckpointError(
+            f"--init {init}: {(wrong or missing)[0]} does not fit this recipe; pre-train with the "
+            "same backbone and model options"
+        )
+    load_trained(model, {**own, **shared}, str(init))
+    return f"starting from {init}: {len(shared)} tensors, the rows of its items left out"
+
+
+def _floor_scores(
+    split: Split, dataset: Dataset, model: Any, out: Path, progress: Progress, resume: bool
+) -> dict[str, Any]:
+    """Test metrics and NDCG ranks of the floors, and of the backbone before any training."""
+    progress.line("scoring the floors: popularity, last-item neighbour, untrained backbone")
+    floors: dict[str, Evaluation] = {}
+    for name, floor in (
+        ("popularity", Popularity.from_sequences(split.train, dataset.n_items)),
+        ("last item neighbour", LastItemNeighbour.from_sequences(split.train, dataset.n_items)),
+        (UNTRAINED, model),
+    ):
+        floors[name] = _test(floor, split, progress)
+    return floors
+
+
+def _test(recommender: Any, split: Split, progress: Progress) -> Evaluation:
+    return evaluate(
+        recommender,
+        split.test_histories,
+        split.test_targets,
+        users=split.users,
+        batch_size=1024,
+        progress=lambda done: progress.validating(done, len(split.users)),
+    )
+
+
+class _Ids(Sequence[str]):
+    """External user ids by dense int, without a Python list of all of them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._ids = dataset.user_ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._ids[index].as_py()
+
+
+def _report(
+    config: RunConfig,
+    dataset: Dataset,
+    backbone: Backbone,
+    trained: int,
+    result: TrainingResult,
+    evaluation: Evaluation,
+    floors: Mapping[str, Evaluation],
+) -> dict[str, Any]:
+    name = config.method.rpartition(":")[2]
+    tests = {f: paired_test(evaluation.ranks, e.ranks) for f, e in floors.items()}
+    return {
+        "method": name,
+        "seed": config.seed,
+        "dataset": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "users": dataset.n_users,
+            "items": dataset.n_items,
+            "events": dataset.n_events,
+        },
+        "backbone": {
+            "name": backbone.name,
+            "parameters": sum(p.numel() for p in backbone.parameters()),
+            "trained_parameters": trained,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+        },
+        "hardware": hardware(),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "split": "test",
+        "protocol": "leave-one-out by time, full ranking, expected rank on ties",
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "stopped": result.stopped,
+        "training_seconds": round(result.seconds, 1),
+        "validation_seconds": round(result.eval_seconds, 1),
+        "tokens_seen": result.tokens,
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "valid": result.valid,
+        "scores": {name: evaluation.metrics(), **{f: e.metrics() for f, e in floors.items()}},
+        "significance": {f: {"difference": t.difference, "p": t.p} for f, t in tests.items()},
+    }
+
+
+def hardware() -> str:
+    """Processor or accelerator, and how many cores were used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on."""
+    found = {"l2rec": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy", "polars"):
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _diagnose(model: Any, split: Split, dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:
+    sample = np.linspace(0, len(split.users) - 1, min(512, len(split.users))).astype(np.int64)
+    found: dict[str, Any] = {}
+    if hasattr(model, "user_states"):
+        histories = split.test_histories.take(np.unique(sample))
+        found |= expert_load(model, histories.take(np.arange(min(128, len(histories)))))
+        gate = gate_histogram(model.user_states(histories).delta)
+        if gate:
+            found["gate"] = gate
+    found["examples"] = _examples(model, split, dataset, sample[:: max(1, len(sample) // EXAMPLES)])
+    return found
+
+
+def _examples(
+    model: Any, split: Split, dataset: Dataset, rows: npt.NDArray[np.int64]
+) -> list[dict[str, Any]]:
+    rows = rows[:EXAMPLES]
+    histories = split.test_histories.take(rows)
+    best = top_k(model, histories, min(10, dataset.n_items))
+    gates = _gates(model, histories)
+    ids, texts = dataset.item_ids, dataset.texts()
+
+    def item(number: int) -> dict[str, Any]:
+        return {"id": ids[number].as_py(), "text": texts[number]}
+
+    return [
+        {
+            "user": dataset.user_ids[int(split.users[row])].as_py(),
+            "history": [item(int(i)) for i in histories[n][-8:]],
+            "items": [
+                {**item(int(i)), "score": float(s)}
+                for i, s in zip(best.items[n], best.scores[n], strict=True)
+                if i >= 0
+            ],
+            "held_out": item(int(split.test_targets[row])),
+            "gate": gates[n],
+        }
+        for n, row in enumerate(rows)
+    ]
+
+
+def _gates(model: Any, histories: Ragged) -> list[float | None]:
+    if not hasattr(model, "user_states"):
+        return [None] * len(histories)
+    delta = model.user_states(histories).delta
+    if delta is None:
+        return [None] * len(histories)
+    return [float(x) for x in delta.float().mean(-1)]
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+# -- and back ------------------------------------------------------------------------------------
+
+
+def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The recipe of a run folder and its identity (data set, backbone).
+
+    Raises:
+        CheckpointError: not a run folder, or torn.
+    """
+    path = run / "config.yaml"
+    try:
+        identity = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(identity, dict) or identity.get("run_version") != RUN_VERSION:
+            raise CheckpointError(f"{path}: not a run of this version of l2rec")
+        return resolve(identity["config"], where=str(path)), identity
+    except FileNotFoundError:
+        raise CheckpointError(f"{run} is not a run folder: it has no config.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError) as error:
+        raise CheckpointError(f"{path}: torn or edited: {error}") from error
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """items: best first. gate: mean delta of Eq. 7 (1: all behavioural), None with one view."""
+
+    items: list[dict[str, Any]]
+    gate: float | None
+
+
+class Predictor:
+    """A trained model with its catalog: everything by external ids.
+
+    Attributes:
+        model: the method. ids: external item ids by item int. texts: their texts.
+        vectors: [N, D] item vectors. version: short hash of the trained tensors.
+    """
+
+    def __init__(
+        self, model: Any, ids: list[str], texts: list[str], vectors: Tensor, version: str
+    ) -> None:
+        self.model = model
+        self.ids, self.texts, self.vectors, self.version = ids, texts, vectors, version
+        self._index = {item: n for n, item in enumerate(ids)}
+
+    def text_of(self, item: str) -> str:
+        """The text of an item id."""
+        return self.texts[int(self._ints([item])[0])]
+
+    def _ints(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
+        unknown = [i for i in ids if i not in self._index]
+        if unknown:
+            named = ", ".join(repr(i) for i in unknown[:5])
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            raise DataError(f"unknown item ids: {named}{more}{nearest(unknown[0], self._index)}")
+        return np.asarray([self._index[i] for i in ids], dtype=np.int32)
+
+    def recommend(
+        self, history: Sequence[str], k: int = 10, *, exclude_seen: bool = True
+    ) -> Recommendation:
+        """The k best next items for a user who is this history, oldest first.
+
+        Raises:
+            DataError: an empty history, unknown ids (all are named), k outside 1..N.
+        """
+        if not history:
+            raise DataError("an empty history: give at least one item id")
+        rows = Ragged.from_rows([self._ints(history)])
+        state = self.model.user_states(rows)
+        user = torch.nn.functional.normalize(state.fused.float(), dim=-1)
+        temperature = float(self.model.temperature.detach())
+        best = top_k(
+            lambda _: user @ self.vectors.T / temperature,
+            rows,
+            self._check_k(k),
+            exclude=rows if exclude_seen else None,
+        )
+        items = [
+            {"id": self.ids[i], "score": float(s), "text": self.texts[i]}
+            for i, s in zip(best.items[0], best.scores[0], strict=True)
+            if i >= 0
+        ]
+        gate = None if state.delta is None else float(state.delta.float().mean())
+        return Recommendation(items, gate)
+
+    def _check_k(self, k: int) -> int:
+        if not 1 <= k <= len(self.ids):
+            raise DataError(
+                f"k={k}: the catalog has {len(self.ids)} items; choose 1..{len(self.ids)}"
+            )
+        return k
+
+    def encode_users(self, histories: Sequence[Sequence[str]]) -> Tensor:
+        """[B, D] float32 unit vectors of histories of external ids."""
+        rows: Tensor = self.model.encode_users(Ragged.from_rows([self._ints(h) for h in histories]))
+        return rows
+
+    def encode_items(self, texts: Sequence[str]) -> Tensor:
+        """[n, D] float32 unit vectors of raw texts; the catalog stays as it is."""
+        rows: Tensor = self.model.encode_items(list(texts))
+        return rows
+
+    def add_items(self, items: Mapping[str, str]) -> None:
+        """New items by id and text alone: from now on ranked and allowed in histories.
+
+        Raises:
+            DataError: an id that is in the catalog already, or an empty text.
+        """
+        known = [i for i in items if i in self._index]
+        if known:
+            raise DataError(f"item {known[0]!r} is in the catalog already")
+        added = self.model.add_items(list(items.values()))
+        self.vectors = torch.cat((self.vectors, self.model.encode_items(added)))
+        for item, text in items.items():
+            self._index[item] = len(self.ids)
+            self.ids.append(item)
+            self.texts.append(text)
+
+
+def load(run: str | Path) -> Predictor:
+    """The model of a run folder, ready to recommend; needs neither the data set nor a GPU.
+
+    Raises:
+        CheckpointError: missing or torn files, another backbone than the run was made on, or
+            tensors that do not fit.
+    """
+    run = Path(run)
+    config, identity = load_run_config(run)
+    tensors, _ = load_tensors(run / "model.safetensors")
+    ids, texts = _catalog(run)
+    backbone = load_backbone(config.backbone, device())
+    same_dtype = str(backbone.dtype).removeprefix("torch.") == identity["backbone"]["dtype"]
+    if same_dtype and backbone.weight_hash() != identity["backbone"]["weight_hash"]:
+        raise CheckpointError(
+            f"{run} was trained on other weights of {backbone.name!r} than are installed here; "
+            "install the version it was trained on (config.yaml names it)"
+        )
+    model = build_model(config, texts, backbone, run / "cache")
+    load_trained(model, tensors, str(run / "model.safetensors"))
+    model.eval()
+    version = _file_hash(run / "model.safetensors")
+    vectors = _stored_vectors(run, version, len(ids))
+    if vectors is None:
+        vectors = model.encode_items(np.arange(len(ids), dtype=np.int32))
+    return Predictor(model, ids, texts, vectors.to(backbone.device), version)
+
+
+def _catalog(run: Path) -> tuple[list[str], list[str]]:
+    try:
+        table = pq.read_table(run / "catalog.parquet")
+        return table["item_id"].to_pylist(), table["text"].to_pylist()
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise CheckpointError(f"{run}/catalog.parquet: missing or torn: {error}") from error
+
+
+def _stored_vectors(run: Path, version: str, items: int) -> Tensor | None:
+    """Vectors written with this very model, or None."""
+    path = run / "items.safetensors"
+    if not path.is_file():
+        return None
+    tensors, metadata = load_tensors(path)
+    vectors = tensors.get("vectors")
+    if vectors is None or metadata.get("model") != version or len(vectors) != items:
+        return None
+    return vectors
+
+
+def evaluate_run(
+    run: Path, split_name: str, progress: Progress, data: Path | None = None
+) -> dict[str, Any]:
+    """Scores of a finished run on ``valid`` or ``test``, with the fingerprint they belong to.
+
+    Raises:
+        CheckpointError: the data set is not the one the run was made on.
+    """
+    if split_name not in ("valid", "test"):
+        raise ConfigError(f"split={split_name!r}: choose valid or test")
+    _, identity = load_run_config(run)
+    dataset = open_dataset(data or Path(identity["dataset"]["path"]))
+    if dataset.fingerprint != identity["dataset"]["fingerprint"]:
+        raise CheckpointError(
+            f"{run} was trained on data {identity['dataset']['fingerprint']}, {dataset.path} is "
+            f"{dataset.fingerprint}; scores would not be comparable"
+        )
+    predictor = load(run)
+    split = leave_one_out(dataset.sequences)
+    if split_name == "test":
+        evaluation = _test(predictor.model, split, progress)
+        write_ranks(
+            run / "ranks.parquet", evaluation, _Ids(dataset), fingerprint=dataset.fingerprint
+        )
+    else:
+        evaluation = evaluate(
+            predictor.model,
+            split.valid_histories,
+            split.valid_targets,
+            users=split.users,
+            batch_size=1024,
+            progress=lambda done: progress.validating(done, len(split.users)),
+        )
+    return {
+        **evaluation.metrics(),
+        "users": len(evaluation),
+        "split": split_name,
+        "fingerprint": dataset.fingerprint,
+        "version": predictor.version,
+    }
+
+
+def user_history(run: Path, user: str, data: Path | None = None) -> list[str]:
+    """Item ids of a user of the run's data set, oldest first."""
+    _, identity = load_run_config(run)
+    dataset = open_dataset(data or Path(identity["dataset"]["path"]))
+    rows = dataset.sequences[dataset.user_index(user)]
+    return [dataset.item_ids[int(i)].as_py() for i in rows]
+
+
+def embed_run(
+    run: Path, out: Path, progress: Progress, *, with_users: bool = True, data: Path | None = None
+) -> list[tuple[Path, int, int]]:
+    """Write OUT/items.parquet and OUT/users.parquet: id, vector [D] float32, version.
+
+    Users are encoded from their whole history, the newest event included.
+
+    Returns:
+        (path, rows, D) of each file.
+    """
+    predictor = load(run)
+    out.mkdir(parents=True, exist_ok=True)
+    written = [_write_vectors(out / "items.parquet", predictor.ids, predictor.vectors, predictor)]
+    if with_users:
+        _, identity = load_run_config(run)
+        dataset = open_dataset(data or Path(identity["dataset"]["path"]))
+        if dataset.fingerprint != identity["dataset"]["fingerprint"]:
+            raise CheckpointError(
+                f"{dataset.path} is {dataset.fingerprint}, the run was made on "
+                f"{identity['dataset']['fingerprint']}: item ints would not match"
+            )
+        sequences = dataset.sequences
+        some = np.flatnonzero(sequences.lengths > 0)
+        blocks = []
+        for start in range(0, len(some), 1024):
+            rows = some[start : start + 1024]
+            blocks.append(predictor.model.encode_users(sequences.take(rows)).cpu())
+            progress.validating(min(start + 1024, len(some)), len(some))
+        ids = dataset.user_ids.take(pa.array(some)).to_pylist()
+        written.append(_write_vectors(out / "users.parquet", ids, torch.cat(blocks), predictor))
+    return written
+
+
+def _write_vectors(
+    path: Path, ids: Sequence[str], vectors: Tensor, predictor: Predictor
+) -> tuple[Path, int, int]:
+    flat = vectors.float().cpu().numpy()
+    column = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
+    table = pa.table(
+        {"id": pa.array(ids, pa.string()), "vector": column},
+        metadata={"l2rec.version": predictor.version, "l2rec.rows": str(len(ids))},
+    )
+    table = table.append_column("version", pa.array([predictor.version] * len(ids), pa.string()))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    pq.write_table(table, partial)
+    os.replace(partial, path)
+    return path, len(ids), flat.shape[1]

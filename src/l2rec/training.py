@@ -1,0 +1,412 @@
+"""The one training loop: stages, validation on all users, early stopping, exact resume.
+
+It knows methods through `l2rec.methods.protocols` alone. Everything random is a function of
+(seed, epoch, batch) or of the random state kept in each checkpoint, so a run that was killed and
+resumed ends with the weights of a run that was not.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Progress", "TrainingResult", "train"]
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from l2rec.checkpoint import (
+    State,
+    latest_state,
+    load_tensors,
+    load_trained,
+    optimizer_tensors,
+    read_state,
+    restore_optimizer,
+    save_tensors,
+    trained_tensors,
+    write_state,
+)
+from l2rec.config import TrainingConfig
+from l2rec.data.ragged import Ragged
+from l2rec.data.splits import Split
+from l2rec.errors import CheckpointError, TrainingError
+from l2rec.evaluation import evaluate
+from l2rec.methods.protocols import Losses, Stage, Trainable
+
+SELECT = "ndcg@10"
+
+
+class Progress(Protocol):
+    """What the loop tells whoever watches."""
+
+    def training(self, epoch: float, step: int, total: int, text: str) -> None: ...
+    def validating(self, done: int, total: int) -> None: ...
+    def line(self, text: str) -> None: ...
+
+
+@dataclass
+class _Counters:
+    """Everything of the loop's state that is not a tensor. Saved as JSON."""
+
+    stage: int = 0
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done."""
+    next_eval: float = 0.0
+    """Epochs at which the next validation is due."""
+    best: float = -math.inf
+    best_step: int = 0
+    bad: int = 0
+    """Validations since the best."""
+    seconds: float = 0.0
+    """Training time of all parts of this run, validations excluded."""
+    eval_seconds: float = 0.0
+    tokens: int = 0
+    computed: int = 0
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What the loop hands to the report. ``valid``: metrics of the best step on validation."""
+
+    steps: int
+    best_step: int
+    valid: dict[str, float]
+    untrained: dict[str, float]
+    seconds: float
+    eval_seconds: float
+    tokens: int
+    stopped: str
+
+
+@dataclass
+class _Run:
+    """One training in flight."""
+
+    model: Any
+    split: Split
+    config: TrainingConfig
+    seed: int
+    folder: Path
+    progress: Progress
+    watch: Callable[[str, int, dict[str, float]], None]
+    counters: _Counters = field(default_factory=_Counters)
+    untrained: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    model: Trainable,
+    split: Split,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    run: Path,
+    progress: Progress,
+    resume: bool = False,
+) -> TrainingResult:
+    """Train to early stopping; RUN/model.safetensors holds the best step at the end.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite (step and cause are named; the last good
+            state stays), or there is nothing to train on.
+        CheckpointError: the disk is full, or ``resume`` finds another model's state.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    run.mkdir(parents=True, exist_ok=True)
+    with SummaryWriter(str(run / "tensorboard")) as board:
+
+        def watch(kind: str, step: int, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                board.add_scalar(f"{kind}/{name}", value, step)
+
+        loop = _Run(model, split, config, seed, run, progress, watch)
+        return _train(loop, resume)
+
+
+def _train(run: _Run, resume: bool) -> TrainingResult:
+    torch.manual_seed(run.seed)
+    stages = run.model.stages(run.config.lr, run.config.weight_decay)
+    state_path = latest_state(run.folder) if resume else None
+    state = read_state(state_path) if state_path is not None else None
+    if state is not None:
+        saved = dict(state.counters)
+        run.untrained, run.best = saved.pop("untrained"), saved.pop("best_metrics")
+        run.counters = _Counters(**saved)
+        _trim_log(run.folder / "metrics.jsonl", run.counters.step)
+        run.progress.line(f"resuming at step {run.counters.step}, epoch {run.counters.epoch}")
+    else:
+        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+        run.untrained = run.best = _validate(run, 0.0)
+        run.counters.best = run.untrained[SELECT]
+        run.counters.next_eval = run.config.eval_every
+        _keep_best(run)
+    stopped = "untrained" if not stages else "finished"
+    for number in range(run.counters.stage, len(stages)):
+        run.counters.stage = number
+        stopped = _run_stage(run, stages[number], state)
+        state = None
+    if stages:
+        tensors, _ = load_tensors(run.folder / "model.safetensors")
+        load_trained(run.model, tensors, str(run.folder))
+    c = run.counters
+    return TrainingResult(
+        c.step, c.best_step, run.best, run.untrained, c.seconds, c.eval_seconds, c.tokens, stopped
+    )
+
+
+def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
+    """One stage to its end; returns why it ended."""
+    config, c, model = run.config, run.counters, run.model
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay, "peak": g.lr}
+            for g in stage.groups
+        ]
+    )
+    parameters = [p for g in stage.groups for p in g.parameters]
+    if state is not None:
+        load_trained(model, state.model, f"{run.folder}/state")
+        restore_optimizer(optimizer, state.optimizer)
+        if c.done:
+            return "finished before"
+    per_epoch = len(_batches(run, c.epoch))
+    if per_epoch == 0:
+        raise TrainingError("no user has two training events: there is nothing to train on")
+    total = config.epochs * per_epoch
+    if config.max_steps is not None:
+        total = min(total, config.max_steps)
+    saved_at = time.monotonic()
+    window = _Window()
+    model.train()
+    for epoch in range(c.epoch, config.epochs):
+        c.epoch = epoch
+        batches = _batches(run, epoch)
+        for batch in batches.iterate(c.batch):
+            started = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _schedule(c.step, total, config)
+            optimizer.zero_grad(set_to_none=True)
+            losses: Losses = model.loss(batch)
+            losses.total.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+            _check_finite(run, losses, norm)
+            optimizer.step()
+            c.step, c.batch = c.step + 1, c.batch + 1
+            c.tokens, c.computed = c.tokens + losses.tokens, c.computed + losses.computed_tokens
+            c.seconds += time.monotonic() - started
+            window.add(losses, time.monotonic() - started)
+            position = epoch + c.batch / len(batches)
+            if c.step % config.log_every == 0:
+                _log_window(run, window, position, total)
+                window = _Window()
+            over = _over(run, total)
+            if over or position >= c.next_eval - 1e-9:
+                _log_window(run, window, position, total)
+                window = _Window()
+                patience_left = _validate_and_keep(run, position)
+                c.next_eval = position + config.eval_every
+                over = over or ("" if patience_left else "patience")
+                c.done = bool(over)
+                _save(run, optimizer)
+                saved_at = time.monotonic()
+                model.train()
+            elif time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+                _save(run, optimizer)
+                saved_at = time.monotonic()
+            if over:
+                return over
+        c.batch = 0
+        c.epoch = epoch + 1
+    return "epochs"
+
+
+def _batches(run: _Run, epoch: int) -> Any:
+    sequences: Ragged = run.split.train
+    return run.model.batches(
+        sequences,
+        seed=run.seed,
+        epoch=epoch,
+        batch_users=run.config.batch_users,
+        batch_tokens=run.config.batch_tokens,
+    )
+
+
+def _schedule(step: int, total: int, config: TrainingConfig) -> float:
+    """Share of the peak learning rate: linear warm-up, then cosine to zero or constant."""
+    warm = max(1, round(config.warmup * total))
+    if step < warm:
+        return (step + 1) / warm
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def _over(run: _Run, total: int) -> str:
+    config = run.config
+    if run.counters.step >= total:
+        return "max_steps" if config.max_steps is not None else "epochs"
+    if config.max_minutes is not None and run.counters.seconds >= 60 * config.max_minutes:
+        return "max_minutes"
+    return ""
+
+
+def _check_finite(run: _Run, losses: Losses, norm: torch.Tensor) -> None:
+    if torch.isfinite(losses.total) and torch.isfinite(norm):
+        return
+    bad = [name for name, part in losses.parts.items() if not torch.isfinite(part)]
+    cause = f"the loss part {', '.join(bad)}" if bad else "the gradient"
+    raise TrainingError(
+        f"step {run.counters.step + 1}: {cause} is not finite (gradient norm {float(norm):.3g}); "
+        "the best model so far and the last state are kept; lower training.lr, or use "
+        "backbone.dtype=float32"
+    )
+
+
+# -- validation and checkpoints ------------------------------------------------------------------
+
+
+def _validate(run: _Run, position: float) -> dict[str, float]:
+    split, c = run.split, run.counters
+    started = time.monotonic()
+    if not len(split.users):
+        raise TrainingError("no user has three events: there is nothing to validate on")
+    result = evaluate(
+        run.model,
+        split.valid_histories,
+        split.valid_targets,
+        users=split.users,
+        batch_size=1024,
+        progress=lambda done: run.progress.validating(done, len(split.users)),
+    )
+    c.eval_seconds += time.monotonic() - started
+    metrics = result.metrics()
+    _log(run, {"event": "valid", "step": c.step, "epoch": round(position, 4), **metrics})
+    run.watch("valid", c.step, metrics)
+    run.progress.line(
+        f"validation at step {c.step} (epoch {position:.2f}): recall@10 {metrics['recall@10']:.4f}  "
+        f"ndcg@10 {metrics[SELECT]:.4f}  masked {metrics[SELECT + '_masked']:.4f}"
+        + ("  (untrained)" if c.step == 0 else "")
+    )
+    return metrics
+
+
+def _validate_and_keep(run: _Run, position: float) -> bool:
+    """Validate; keep the model if it is the best so far. False when patience has run out."""
+    metrics = _validate(run, position)
+    c = run.counters
+    if metrics[SELECT] > c.best:
+        c.best, c.best_step, c.bad, run.best = metrics[SELECT], c.step, 0, metrics
+        _keep_best(run)
+    else:
+        c.bad += 1
+    return c.bad < run.config.patience
+
+
+def _keep_best(run: _Run) -> None:
+    save_tensors(
+        run.folder / "model.safetensors", trained_tensors(run.model), step=str(run.counters.step)
+    )
+
+
+def _save(run: _Run, optimizer: torch.optim.Optimizer) -> None:
+    counters = {**asdict(run.counters), "untrained": run.untrained, "best_metrics": run.best}
+    write_state(
+        run.folder,
+        run.counters.step,
+        State(trained_tensors(run.model), optimizer_tensors(optimizer), counters),
+    )
+
+
+# -- logs ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Window:
+    """Sums since the last log line."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    computed: int = 0
+    loss: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, losses: Losses, seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.tokens += losses.tokens
+        self.computed += losses.computed_tokens
+        self.loss += float(losses.total.detach())
+        for name, part in losses.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + float(part)
+
+
+def _log_window(run: _Run, window: _Window, position: float, total: int) -> None:
+    if not window.steps:
+        return
+    c = run.counters
+    record = {
+        "event": "train",
+        "step": c.step,
+        "epoch": round(position, 4),
+        "loss": window.loss / window.steps,
+        "parts": {name: value / window.steps for name, value in window.parts.items()},
+        "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
+        "step_seconds": window.seconds / window.steps,
+        "real_tokens": window.tokens / max(window.computed, 1),
+        "peak_memory_mb": peak_memory_mb(),
+        "seconds": c.seconds,
+    }
+    if not math.isfinite(record["loss"]):
+        return
+    _log(run, record)
+    run.watch(
+        "train",
+        c.step,
+        {
+            **record["parts"],
+            "loss": record["loss"],
+            "tokens_per_second": record["tokens_per_second"],
+        },
+    )
+    run.progress.training(
+        position,
+        c.step,
+        total,
+        f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
+        f"{record['step_seconds']:.2f} s/step  real {record['real_tokens']:.0%}  "
+        f"{record['peak_memory_mb']:,.0f} MB",
+    )
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far (or of the GPU, where one is used)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _log(run: _Run, record: dict[str, Any]) -> None:
+    try:
+        with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{run.folder}/metrics.jsonl cannot be written: {error}") from error
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Forget lines later than the state that a run goes on from: they will come again."""
+    if path.is_file():
+        lines = [x for x in path.read_text().splitlines() if x and json.loads(x)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in lines))
