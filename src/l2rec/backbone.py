@@ -103,7 +103,8 @@ def pack(
         mask = causal if mask is None else mask & causal
     elif attend is Attend.BLOCK_CAUSAL:
         assert blocks is not None
-        grid = blocks.view(rows, width) if pad is None else blocks[pad]  # [B, T]
+        # Padding belongs after every block: a query that saw nothing at all would be NaN.
+        grid = blocks.view(rows, width) if pad is None else blocks[pad].masked_fill(~real, total)
         seen = grid[:, None, None, :] <= grid[:, None, :, None]
         mask = seen if mask is None else mask & seen
     if mask is not None and mask.shape[2] == 1:
@@ -177,12 +178,15 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **_: Any,
+    **extra: Any,
 ) -> tuple[Tensor, None]:
     """Attention inside each row of a packed batch, in the form Hugging Face models call.
 
     query: [1, H, N, d]; key, value: [1, H_kv, N, d]. Returns [1, N, H, d].
     """
+    for name in ("softcap", "s_aux"):  # Gemma 2 and gpt-oss: other formulas than softmax(q k^T) v
+        if extra.get(name) is not None:
+            raise BackboneError(f"packed attention has no {name!r}; choose another backbone")
     if sliding_window is not None and packing.positions.numel():
         longest = max(group.width for group in packing.groups)
         if longest > sliding_window:
@@ -247,6 +251,11 @@ class Backbone(nn.Module):
         self.dim = int(config.hidden_size)
         self.causal = _is_causal(model)
         self.word_embeddings: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+        if self.word_embeddings.embedding_dim != self.dim:
+            raise BackboneError(
+                f"backbone {name!r} has word vectors of {self.word_embeddings.embedding_dim} and "
+                f"hidden states of {self.dim} dimensions; choose one where they agree"
+            )
         self._position_offset = _position_offset(model)
         limit = getattr(config, "max_position_embeddings", None)
         self.max_positions = None if limit is None else int(limit) - self._position_offset
@@ -280,7 +289,7 @@ class Backbone(nn.Module):
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def weight_hash(self) -> str:
-        """Short SHA-256 over the frozen weights: says whether this is the model a run was made on."""
+        """Short SHA-256 over samples of every frozen tensor: is this the model of a run?"""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             flat = tensor.detach().reshape(-1)
@@ -332,6 +341,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
             whose attention cannot run packed.
     """
     import transformers
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -354,18 +364,32 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
             torch.manual_seed(0)
             model = AutoModel.from_config(settings, trust_remote_code=config.trust_remote_code)
         else:
-            model = AutoModel.from_pretrained(
-                source, config=settings, use_safetensors=True, dtype=torch.float32, **common
+            model, found = AutoModel.from_pretrained(
+                source,
+                config=settings,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **common,
             )
+            # Poolers stand after the last hidden states, which alone are read.
+            missing = sorted(k for k in found["missing_keys"] if "pooler" not in k)
+            if missing:
+                raise BackboneError(
+                    f"backbone {config.name!r}: its weights lack {missing[0]} ({len(missing)} "
+                    "missing); give the weights that belong to its config.json"
+                )
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **common)
         except (OSError, ValueError) as error:
             raise BackboneError(
                 f"backbone {config.name!r} has no usable tokenizer: {error}"
             ) from error
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise BackboneError(f"backbone {config.name!r} has no tokenizer files beside its weights")
     except BackboneError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
             f"backbone {config.name!r} cannot be loaded: {reason} (give 'minilm', a hub id, or a "
