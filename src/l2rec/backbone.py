@@ -327,7 +327,7 @@ def minilm_source() -> str:
 def native_bfloat16() -> bool:
     """Whether this processor (or a CUDA device) multiplies bfloat16 natively."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     capability = torch.backends.cpu.get_cpu_capability()
     flags = Path("/proc/cpuinfo")
     return "AVX512" in capability and flags.is_file() and "avx512_bf16" in flags.read_text()
@@ -386,7 +386,9 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
                 f"backbone {config.name!r} has no usable tokenizer: {error}"
             ) from error
         if len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise BackboneError(f"backbone {config.name!r} has no tokenizer files beside its weights")
+            raise BackboneError(
+                f"backbone {config.name!r} has no tokenizer files beside its weights"
+            )
     except BackboneError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:

@@ -103,7 +103,7 @@ def prepare(
             drop_unknown_items=drop_unknown_items,
             drop_textless=drop_textless,
             keep_all_items=keep_all_items,
-            duplicate_items=duplicate_items,  # type: ignore[arg-type]
+            duplicate_items=duplicate_items,
             user=user,
             item=item,
             timestamp=timestamp,

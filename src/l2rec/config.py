@@ -23,6 +23,7 @@ __all__ = [
     "resolve",
 ]
 
+import contextlib
 import importlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -138,7 +139,8 @@ def find_recipe(recipe: str) -> Path | None:
         return None
     known = recipe_names()
     raise ConfigError(
-        f"no recipe {recipe!r}{nearest(recipe, known)} (shipped: {', '.join(known)}; or a .yaml file)"
+        f"no recipe {recipe!r}{nearest(recipe, known)} "
+        f" (shipped: {', '.join(known)}; or a .yaml file)"
     )
 
 
@@ -182,10 +184,8 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
     # YAML 1.1 reads 1e-4 (no dot) as a string; people who type it mean a number.
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node = values
     *parents, leaf = key.split(".")
     for parent in parents:

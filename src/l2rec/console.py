@@ -44,7 +44,7 @@ class Console:
         )
         self._tasks: dict[str, TaskID] = {}
         self._last = 0.0
-        self._started = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Console:
         self._bars.start()
@@ -63,8 +63,12 @@ class Console:
             self._bar("training", step, total, f"epoch {epoch:.2f}  {text}")
         elif time.monotonic() - self._last > PLAIN_EVERY:
             self._last = time.monotonic()
-            left = (self._last - self._started) / max(step, 1) * (total - step)
-            self.line(f"step {step}/{total}  epoch {epoch:.2f}  {text}  ~{left / 60:.0f} min left")
+            if self._first is None:
+                self._first = (step, self._last)
+            done = step - self._first[0]
+            left = (self._last - self._first[1]) / done * (total - step) / 60 if done else 0.0
+            about = f"  ~{left:.0f} min left" if done else ""
+            self.line(f"step {step}/{total}  epoch {epoch:.2f}  {text}{about}")
 
     def validating(self, done: int, total: int) -> None:
         """``done`` of ``total`` users are ranked."""
@@ -129,9 +133,9 @@ def print_recommendations(history: Sequence[tuple[str, str]], found: Any) -> Non
         gate = f"  (gate δ = {found.gate:.2f}: 1 is all behavioural, 0 all semantic)"
     out.print(f"[bold]recommended[/bold]{gate}")
     for rank, item in enumerate(found.items, 1):
+        text = escape(_short(item["text"]))
         out.print(
-            f"  {rank:2d}. {item['score']:7.3f}  {escape(item['id'])}  {escape(_short(item['text']))}",
-            soft_wrap=True,
+            f"  {rank:2d}. {item['score']:7.3f}  {escape(item['id'])}  {text}", soft_wrap=True
         )
 
 

@@ -228,7 +228,7 @@ class DPMoE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B zero, routers near uniform: the untrained mixture changes nothing."""
+        """A Kaiming-uniform, B zero, routers near uniform: untrained, nothing changes."""
         for mixture in self.mixtures:
             mixture.reset_parameters()  # type: ignore[operator]
         if self.personalized:
@@ -274,7 +274,7 @@ class DPMoE(nn.Module):
     # -- the equations ---------------------------------------------------------------------------
 
     def _user_share(self, part: ViewSlice) -> tuple[Tensor, Tensor]:
-        """g^u [U, J, E] and the u-half of the interaction's hidden layer [U, J, W], all matrices."""
+        """g^u [U, J, E] and the u-half of the interaction's hidden layer [U, J, W]."""
         if not self.personalized:
             return part.u.new_zeros(0), part.u.new_zeros(0)
         v = part.view
@@ -307,7 +307,8 @@ class DPMoE(nn.Module):
         gates = F.pad(scores * kept, (self.shared_experts, 0), value=1.0) * self.scaling
         low = low.unflatten(-1, (-1, self.rank)) * gates.to(x.dtype)[..., None]
         stacked_b = torch.cat((mixture.shared_b, mixture.b[v]))
-        return low.flatten(1) @ stacked_b.to(x.dtype)
+        update: Tensor = low.flatten(1) @ stacked_b.to(x.dtype)
+        return update
 
     def _fused_scores(self, j: int, hidden: Tensor, k: int, routing: Routing) -> Tensor:
         """Eq. 4 and the first line of Eq. 5: g_hat [n, E] float32."""

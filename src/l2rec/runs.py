@@ -32,10 +32,8 @@ from torch import Tensor
 from l2rec import __version__
 from l2rec.backbone import Backbone, load_backbone
 from l2rec.checkpoint import (
-    latest_state,
     load_tensors,
     load_trained,
-    read_json,
     save_tensors,
     trained_tensors,
     write_json,
@@ -46,7 +44,7 @@ from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split, leave_one_out
 from l2rec.diagnostics import expert_load, gate_histogram
-from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError, nearest
+from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
 from l2rec.evaluation import Evaluation, evaluate, paired_test, top_k, write_ranks
 from l2rec.methods.floors import LastItemNeighbour, Popularity
 from l2rec.report import write_report

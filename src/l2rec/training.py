@@ -198,7 +198,7 @@ def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
                 group["lr"] = group["peak"] * _schedule(c.step, total, config)
             optimizer.zero_grad(set_to_none=True)
             losses: Losses = model.loss(batch)
-            losses.total.backward()  # type: ignore[no-untyped-call]
+            losses.total.backward()
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
             _check_finite(run, losses, norm)
             optimizer.step()
@@ -356,37 +356,32 @@ def _log_window(run: _Run, window: _Window, position: float, total: int) -> None
     if not window.steps:
         return
     c = run.counters
-    record = {
-        "event": "train",
-        "step": c.step,
-        "epoch": round(position, 4),
-        "loss": window.loss / window.steps,
-        "parts": {name: value / window.steps for name, value in window.parts.items()},
-        "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
-        "step_seconds": window.seconds / window.steps,
-        "real_tokens": window.tokens / max(window.computed, 1),
-        "peak_memory_mb": peak_memory_mb(),
-        "seconds": c.seconds,
-    }
-    if not math.isfinite(record["loss"]):
-        return
-    _log(run, record)
-    run.watch(
-        "train",
-        c.step,
+    loss, rate = window.loss / window.steps, window.tokens / max(window.seconds, 1e-9)
+    parts = {name: value / window.steps for name, value in window.parts.items()}
+    step_seconds = window.seconds / window.steps
+    real, memory = window.tokens / max(window.computed, 1), peak_memory_mb()
+    _log(
+        run,
         {
-            **record["parts"],
-            "loss": record["loss"],
-            "tokens_per_second": record["tokens_per_second"],
+            "event": "train",
+            "step": c.step,
+            "epoch": round(position, 4),
+            "loss": loss,
+            "parts": parts,
+            "tokens_per_second": rate,
+            "step_seconds": step_seconds,
+            "real_tokens": real,
+            "peak_memory_mb": memory,
+            "seconds": c.seconds,
         },
     )
+    run.watch("train", c.step, {**parts, "loss": loss, "tokens_per_second": rate})
     run.progress.training(
         position,
         c.step,
         total,
-        f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
-        f"{record['step_seconds']:.2f} s/step  real {record['real_tokens']:.0%}  "
-        f"{record['peak_memory_mb']:,.0f} MB",
+        f"loss {loss:.3f}  {rate:,.0f} tokens/s  {step_seconds:.2f} s/step  real {real:.0%}  "
+        f"{memory:,.0f} MB",
     )
 
 

@@ -51,7 +51,7 @@ def plan_batches(
         batches.append(order[start : start + rows])
         start += rows
     if rng is not None:
-        rng.shuffle(batches)  # type: ignore[arg-type]
+        batches = [batches[i] for i in rng.permutation(len(batches))]
     return batches
 
 
@@ -59,6 +59,8 @@ class TrainingBatches:
     """One epoch of batches, the same for the same (seed, epoch); cheap to enter in the middle.
 
     Args:
+        window: with ``all``, targets of a row (the newest ones); a longer sequence becomes
+            several rows, the older with their own earlier context.
         sequences: training prefixes s[:-2] of all users, user int = row. Nothing else is seen.
         supervision: ``last`` draws one target position per user and epoch and predicts it from
             the items before it; ``all`` predicts every next item of the sequence in one row.
@@ -79,6 +81,7 @@ class TrainingBatches:
         seed: int,
         epoch: int,
         targets_per_user: int = 1,
+        window: int = 50,
     ) -> None:
         self._rng = [seed, epoch]
         rng = np.random.default_rng(self._rng)
@@ -87,8 +90,13 @@ class TrainingBatches:
         lengths = sequences.lengths
         users = np.flatnonzero(lengths >= 2)
         if supervision == "all":
-            ends = sequences.offsets[1:][users] - 1  # inputs stop before the last training item
-            sizes = np.minimum(lengths[users] - 1, max_items)
+            # Windows from the newest back, so that every target is supervised once an epoch. The
+            # input of the newest stops before the last training item, its last target.
+            inputs = lengths[users] - 1
+            windows = -(-inputs // window)
+            users, back = np.repeat(users, windows), flat_index(np.zeros_like(windows), windows)
+            sizes = np.minimum(np.repeat(inputs, windows) - back * window, max_items)
+            ends = sequences.offsets[1:][users] - 1 - back * window
         else:
             users = np.repeat(users, np.minimum(targets_per_user, lengths[users] - 1))
             position = 1 + np.floor(rng.random(len(users)) * (lengths[users] - 1)).astype(np.int64)

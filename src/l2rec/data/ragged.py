@@ -18,14 +18,17 @@ def flat_index(starts: IntArray, lengths: IntArray) -> npt.NDArray[np.int64]:
     lengths = np.asarray(lengths, dtype=np.int64)
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(
-        np.asarray(starts, dtype=np.int64) - (ends - lengths), lengths
-    )
+    shift = np.asarray(starts, dtype=np.int64) - (ends - lengths)
+    index: npt.NDArray[np.int64] = np.arange(total, dtype=np.int64) + np.repeat(shift, lengths)
+    return index
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """``values``: [total] ints; ``offsets``: [rows + 1] int64; row i is values[offsets[i]:offsets[i+1]]."""
+    """Row i is ``values[offsets[i]:offsets[i + 1]]``.
+
+    values: [total] ints. offsets: [rows + 1] int64.
+    """
 
     values: npt.NDArray[np.integer]
     offsets: npt.NDArray[np.int64]

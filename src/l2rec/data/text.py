@@ -22,7 +22,8 @@ TokenTable = Ragged
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text: ([CLS], [SEP]) for BERT, ([<s>], []) for
-    Llama, ([], []) for Qwen."""
+    Llama, ([], []) for Qwen.
+    """
     wrapped = tokenizer("a")["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     start = next(

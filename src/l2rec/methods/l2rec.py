@@ -52,7 +52,7 @@ from torch.nn import functional as F
 
 from l2rec.backbone import Attend, Backbone, Group, Packing, pack
 from l2rec.data.batches import Batch, TrainingBatches, plan_batches
-from l2rec.data.ragged import Ragged
+from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import special_tokens, tokenize
 from l2rec.errors import ConfigError, DataError
 from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
@@ -90,8 +90,8 @@ class L2RecConfig(BaseModel):
     behavioral_pool: Literal["embeddings", "encoder"] = "embeddings"
     """An item's vector: mean of its token embeddings, or of the frozen backbone's outputs."""
     behavioral_boost: float = Field(16.0, gt=0)
-    """Scale at which item vectors enter, in units of the word embeddings' RMS. Small values drown in
-    position and type embeddings: on MiniLM all single-item outputs coincide below 4."""
+    """Scale at which item vectors enter, in units of the word embeddings' RMS. Small values drown
+    in position and type embeddings: on MiniLM all single-item outputs coincide below 4."""
 
     # Eq. 3-6: experts and routers
     adapt: bool = True
@@ -110,6 +110,9 @@ class L2RecConfig(BaseModel):
     # outputs and Eq. 7
     pooling: Literal["auto", "mean", "last", "blend"] = "auto"
     gate: Literal["vector", "scalar"] = "vector"
+    normalize_views: bool = False
+    """Scale both h^v to unit length before Eq. 7, so that neither view drowns the other at the
+    start (with ``items=table`` they always are)."""
 
     # items
     items: Literal["encode", "table"] = "encode"
@@ -453,18 +456,15 @@ class L2Rec(nn.Module):
         else:
             states = self.backbone(packed, packing)
 
-        # Predictions: every position that all views kept, or the last of each row.
-        counts = kept if every else np.ones_like(kept)
+        # Predictions: every newest position that all views kept, or the last of each row.
+        counts = np.minimum(kept, self._window()) if every else np.ones_like(kept)
         chosen = Ragged(recent.values, recent.offsets).gather(recent.offsets[1:] - counts, counts)
         outputs: dict[str, Tensor] = {}
         for view, part, group in zip(config.views, segments, groups, strict=True):
             h = self._read(view, states[group.start : group.stop], part)
             # Blocks of this view that the predictions read: the newest `counts` of each row.
-            blocks = part.blocks.cpu().numpy()
-            ends = np.cumsum(blocks)
-            index = Ragged(np.arange(int(ends[-1])), np.concatenate(([0], ends)))
-            newest = index.gather(ends - counts, counts).values
-            outputs[view] = h[torch.from_numpy(newest).to(device)]
+            ends = np.cumsum(part.blocks.cpu().numpy())
+            outputs[view] = h[torch.from_numpy(flat_index(ends - counts, counts)).to(device)]
         last = torch.from_numpy(histories.values[chosen.values].astype(np.int64)).to(device)
         if table is not None and "behavioral" in outputs:
             h = 0.5 * F.normalize(outputs["behavioral"], dim=-1)
@@ -510,8 +510,8 @@ class L2Rec(nn.Module):
         if pooling == "blend" and view == "semantic":
             h = h + self.blend * prefix_mean(states, parts)
         if self.table is not None and view == "semantic":
-            h = F.normalize(F.normalize(h, dim=-1) - self.table.mean, dim=-1)
-        return h
+            return F.normalize(F.normalize(h, dim=-1) - self.table.mean, dim=-1)
+        return F.normalize(h, dim=-1) if self.config.normalize_views else h
 
     def _fuse(
         self, outputs: dict[str, Tensor]
@@ -549,7 +549,13 @@ class L2Rec(nn.Module):
             seed=seed,
             epoch=epoch,
             targets_per_user=config.targets_per_user,
+            window=self._window(),
         )
+
+    def _window(self) -> int:
+        """Newest positions of a row that are supervised with ``supervision=all``."""
+        both = "semantic" in self.config.views
+        return min(self.config.max_items, self.config.semantic_items if both else 10**9)
 
     def _item_costs(self) -> npt.NDArray[np.int64]:
         """[N] tokens an item adds to a row, both views."""
@@ -640,7 +646,8 @@ class L2Rec(nn.Module):
         self, batch: Batch, row: Tensor, distinct: npt.NDArray[np.integer], positive: Tensor
     ) -> Tensor:
         """[P, n] bool: the positives of the batch, and each user's own sampled items (or, with
-        ``share_negatives``, everybody's). The positive item's column is set by the loss."""
+        ``share_negatives``, everybody's). The positive item's column is set by the loss.
+        """
         device = positive.device
         if self.config.share_negatives:
             return torch.ones(len(positive), len(distinct), dtype=torch.bool, device=device)
@@ -704,9 +711,10 @@ class L2Rec(nn.Module):
         if self.table is not None:
             was_training = self.training
             self.eval()
-            table = self.table()
+            table: Tensor = self.table()
             self.train(was_training)
-            return table[torch.from_numpy(chosen.astype(np.int64)).to(table.device)]
+            index = torch.from_numpy(chosen.astype(np.int64)).to(table.device)
+            return table.index_select(0, index)
         return self.encode_users(Ragged(chosen, np.arange(len(chosen) + 1)))
 
     def _encode_texts(self, texts: list[str]) -> Tensor:

@@ -31,7 +31,7 @@ Scorer = Callable[[Ragged], Tensor]
 
 @dataclass(frozen=True)
 class Losses:
-    """``total``: scalar to differentiate. ``parts``: named scalars for the log, already detached."""
+    """``total``: scalar to differentiate. ``parts``: named scalars for the log, detached."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -61,7 +61,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class TopK:
-    """``items``: [B, k] int64 dense item ints, -1 where fewer are left. ``scores``: [B, k] float32."""
+    """``items``: [B, k] int64 item ints, -1 where fewer are left. ``scores``: [B, k] float32."""
 
     items: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
@@ -78,7 +78,8 @@ class Recommender(Protocol):
 
     def scorer(self) -> Scorer:
         """A function of histories with everything that does not depend on them (the encoded
-        catalog, counts, ...) computed once. Valid until the model's weights or catalog change."""
+        catalog, counts, ...) computed once. Valid until the model's weights or catalog change.
+        """
         ...
 
 

@@ -1,0 +1,84 @@
+"""``l2rec demo``: the whole road on MovieLens-100K, in minutes, on two cores."""
+
+from __future__ import annotations
+
+__all__ = ["RECIPE", "run_demo"]
+
+from pathlib import Path
+
+from l2rec.checkpoint import read_json
+from l2rec.config import load_recipe
+from l2rec.console import Console, print_recommendations
+from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.prepare import PrepareConfig, prepare
+from l2rec.data.sources import SOURCES, fetch
+from l2rec.runs import Predictor, load, train_run
+
+RECIPE = "movielens-100k/l2rec-table"
+SOURCE = "movielens-100k"
+USERS = 3
+SHOWN = 5
+
+
+def run_demo(out: Path, data: Path, minutes: float) -> None:
+    """Prepare MovieLens-100K, train L2Rec on it for at most ``minutes``, show what it learned.
+
+    A second call reuses the data set and the finished run; one that was killed is resumed.
+    """
+    with Console() as console:
+        dataset = _dataset(data, console)
+        if (out / "report.json").is_file():
+            console.line(f"{out} is trained already: showing it (choose another --out to train)")
+            report = read_json(out / "report.json")
+        else:
+            config = load_recipe(RECIPE, [f"training.max_minutes={minutes}"])
+            resume = (out / "config.yaml").is_file()
+            command = f"l2rec demo --out {out} --data {data} --minutes {minutes:g}"
+            report = train_run(
+                config,
+                data,
+                out,
+                progress=console,
+                resume=resume,
+                recipe=RECIPE,
+                command=command,
+            )
+    console.scores(report)
+    predictor = load(out)
+    for number in range(USERS):
+        _show(dataset, predictor, number * dataset.n_users // USERS)
+    user = dataset.user_ids[0].as_py()
+    history = ",".join(_history(dataset, 0)[-3:])
+    print(
+        f"\nreport       {out}/report.html  (open it in a browser)"
+        f"\nrun folder   {out}"
+        f"\ndata set     {data}  ({dataset.fingerprint})"
+        "\n\nnext"
+        f"\n  l2rec recommend {out} --user {user}"
+        f"\n  l2rec recommend {out} --history {history} -k 5"
+        f'\n  l2rec recommend {out} --history {history} --new-item "new1=Solaris (1972), Sci-Fi"'
+        f"\n  l2rec embed {out} --out {out}/vectors"
+        "\n  l2rec prepare YOUR_FILES --out data/mine && l2rec train l2rec-table --data data/mine"
+        " --out runs/mine"
+    )
+
+
+def _dataset(data: Path, console: Console) -> Dataset:
+    if (data / "dataset.json").is_file():
+        console.line(f"using the data set at {data}")
+        return open_dataset(data)
+    console.line("fetching MovieLens-100K")
+    source = fetch(SOURCE, Path("~/.cache/l2rec").expanduser())
+    return prepare(source, data, PrepareConfig(text=SOURCES[SOURCE].text))
+
+
+def _history(dataset: Dataset, user: int) -> list[str]:
+    return [dataset.item_ids[int(i)].as_py() for i in dataset.sequences[user]]
+
+
+def _show(dataset: Dataset, predictor: Predictor, user: int) -> None:
+    """A user's last films and the ten recommended ones."""
+    history = _history(dataset, user)
+    print(f"\nuser {dataset.user_ids[user].as_py()}, {len(history)} films, the last {SHOWN}:")
+    found = predictor.recommend(history, 10)
+    print_recommendations([(i, predictor.text_of(i)) for i in history[-SHOWN:]], found)
