@@ -138,6 +138,25 @@ def describe(
 
 
 @app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="Prepared data sets, two or more.")],
+    out: Annotated[Path, typer.Option(help="Data set folder to write.")],
+) -> None:
+    """Join prepared data sets into one, to pre-train on several domains.
+
+    Then: `l2rec train pretrain/l2rec --data MERGED --out PRE` and
+    `l2rec train l2rec --data TARGET --out RUN --init PRE`
+    """
+    from l2rec.data.merge import merge as run_merge
+
+    dataset = run_merge(parts, out)
+    typer.echo(
+        f"{out}: {dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.n_events:,} "
+        f"events, fingerprint {dataset.fingerprint}"
+    )
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Shipped recipe, YAML file, or method name.")],
     overrides: Annotated[

@@ -99,8 +99,11 @@ class RunConfig(_Closed):
             values = dict(values)
             method = values.get("method", cls.model_fields["method"].default)
             model = values.get("model") or {}
+            options = method_class(method).Config
             if isinstance(model, Mapping):
-                values["model"] = method_class(method).Config(**model)
+                values["model"] = options(**model)
+            elif not isinstance(model, options):
+                raise ValueError(f"model={model!r} is not a group of keys")
         return values
 
 
@@ -119,10 +122,10 @@ def recipe_names() -> list[str]:
     return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
 
 
-def find_recipe(recipe: str) -> Path | None:
+def find_recipe(recipe: str) -> Path:
     """The YAML file of ``recipe``: a path, or the name of a shipped recipe.
 
-    A bare method name (``l2rec``) means that method with its defaults: None.
+    A bare method name (``l2rec``) is the recipe of that method's own defaults.
 
     Raises:
         ConfigError: nothing has that name.
@@ -135,12 +138,10 @@ def find_recipe(recipe: str) -> Path | None:
     shipped = Path(str(resources.files("l2rec") / "recipes")) / f"{recipe}.yaml"
     if shipped.is_file():
         return shipped
-    if recipe == "l2rec":
-        return None
     known = recipe_names()
     raise ConfigError(
         f"no recipe {recipe!r}{nearest(recipe, known)} "
-        f" (shipped: {', '.join(known)}; or a .yaml file)"
+        f"(shipped: {', '.join(known)}; or a .yaml file)"
     )
 
 
@@ -151,19 +152,15 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unknown recipe or key (the nearest name is offered), or a bad value.
     """
     path = find_recipe(recipe)
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: not readable as YAML: {str(error).splitlines()[0]}"
-            ) from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
     for override in overrides:
         _set(values, override)
-    return resolve(values, where=str(path) if path else f"recipe {recipe!r}")
+    return resolve(values, where=str(path))
 
 
 def resolve(values: Mapping[str, Any], where: str) -> RunConfig:
@@ -189,7 +186,9 @@ def _set(values: dict[str, Any], override: str) -> None:
     node = values
     *parents, leaf = key.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # absent, or an empty group
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is not a group of keys")
     node[leaf] = value

@@ -1,0 +1,75 @@
+"""Several prepared data sets as one, for pre-training on many domains."""
+
+from __future__ import annotations
+
+__all__ = ["merge"]
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from l2rec.data.dataset import Dataset, open_dataset, user_blocks
+from l2rec.data.formats import Source
+from l2rec.data.prepare import PrepareConfig, build
+from l2rec.errors import DataError
+
+EVENTS_AT_ONCE = 1 << 20
+
+
+def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True) -> Dataset:
+    """One data set folder ``out`` that holds the users and items of all ``parts``.
+
+    Ids become ``name/id``, so users and items of different parts stay apart; item texts are those
+    the parts were prepared with. Event types are not carried over.
+
+    Raises:
+        DataError: fewer than two parts, or two of one name.
+    """
+    datasets = [open_dataset(part) for part in parts]
+    names = [dataset.name for dataset in datasets]
+    if len(datasets) < 2:
+        raise DataError(f"{len(datasets)} data sets to merge; name at least two")
+    if len(set(names)) < len(names):
+        raise DataError(f"data sets of one name cannot be merged: {', '.join(names)}")
+
+    def events() -> Iterator[pa.RecordBatch]:
+        for dataset in datasets:
+            yield from _events(dataset)
+
+    def catalog(_: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        for dataset in datasets:
+            table = dataset.catalog.select(["item_id", "text"])
+            ids = _prefixed(dataset.name, table["item_id"])
+            yield from pa.table({"item_id": ids, "text": table["text"]}).to_batches()
+
+    source = Source(
+        format="merge",
+        files=tuple(dataset.path / "dataset.json" for dataset in datasets),
+        events=events,
+        catalog=catalog,
+        fields=("text",),
+    )
+    config = PrepareConfig(keep_all_items=True)
+    return build(source, Path(out), config, origin=" + ".join(names), progress=progress)
+
+
+def _prefixed(name: str, ids: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    return pc.binary_join_element_wise(pa.scalar(name), ids.cast(pa.string()), "/")
+
+
+def _events(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+    users = _prefixed(dataset.name, dataset.user_ids)
+    items = _prefixed(dataset.name, dataset.item_ids)
+    for first, last in user_blocks(dataset.offsets, EVENTS_AT_ONCE):
+        start, stop = int(dataset.offsets[first]), int(dataset.offsets[last])
+        counts = np.diff(dataset.offsets[first : last + 1])
+        yield pa.RecordBatch.from_pydict(
+            {
+                "user_id": users.take(pa.array(np.repeat(np.arange(first, last), counts))),
+                "item_id": items.take(pa.array(np.asarray(dataset.items[start:stop]))),
+                "timestamp": np.asarray(dataset.timestamps[start:stop]),
+            }
+        )

@@ -1,0 +1,204 @@
+"""Recipes, overrides, and errors that say what was meant."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from l2rec.config import (
+    BackboneConfig,
+    RunConfig,
+    TrainingConfig,
+    find_recipe,
+    load_recipe,
+    method_class,
+    recipe_names,
+    resolve,
+)
+from l2rec.errors import ConfigError
+from l2rec.methods.l2rec import L2Rec, L2RecConfig
+
+RECIPES = Path(str(resources.files("l2rec"))) / "recipes"
+NAMES = recipe_names()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "my recipe.yaml"
+    path.write_text("seed: 3\nmodel: {rank: 4}\ntraining: {lr: 2.0e-4}\n")
+    return path
+
+
+# ------------------------------------------------------------------------------- recipes
+
+
+def test_a_bare_method_name_is_its_defaults() -> None:
+    assert find_recipe("l2rec").name == "l2rec.yaml"
+    config = load_recipe("l2rec")
+    assert config == RunConfig()
+    assert config.model == L2RecConfig()
+    assert config.training == TrainingConfig() and config.backbone == BackboneConfig()
+
+
+def test_a_file_holds_what_differs(recipe: Path) -> None:
+    config = load_recipe(str(recipe))
+    assert (config.seed, config.model.rank, config.training.lr) == (3, 4, 2e-4)
+    assert config.model.alpha == L2RecConfig().alpha
+
+
+def test_every_shipped_recipe_is_found() -> None:
+    files = {p.relative_to(RECIPES).as_posix() for p in RECIPES.rglob("*.y*ml")}
+    assert {f"{name}.yaml" for name in NAMES} == files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_recipe_parses(name: str) -> None:
+    path = find_recipe(name)
+    assert path is not None and path.is_file()
+    config = load_recipe(name)
+    assert isinstance(config.model, method_class(config.method).Config)
+    assert load_recipe(str(path)) == config
+
+
+def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
+    config = load_recipe("l2rec", ["model.items=table", "model.views=[semantic]", "seed=7"])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_recipe(str(path)) == config
+
+
+# ------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "expected"),
+    [
+        ("training.epochs=3", lambda c: c.training.epochs, 3),
+        ("training.lr=1e-3", lambda c: c.training.lr, 1e-3),
+        ("model.views=[behavioral]", lambda c: c.model.views, ("behavioral",)),
+        ("model.adapt=false", lambda c: c.model.adapt, False),
+        ("backbone.name=/a/b=c", lambda c: c.backbone.name, "/a/b=c"),
+        ("training.max_steps=null", lambda c: c.training.max_steps, None),
+        ("seed=0", lambda c: c.seed, 0),
+        ("method=l2rec.methods.l2rec:L2Rec", lambda c: method_class(c.method), L2Rec),
+    ],
+)
+def test_overrides(recipe: Path, override: str, read: Any, expected: Any) -> None:
+    assert read(load_recipe(str(recipe), [override])) == expected
+
+
+def test_overrides_go_over_the_file_in_order(recipe: Path) -> None:
+    config = load_recipe(str(recipe), ["model.rank=5", "model.rank=6", "model.top_n=1"])
+    assert (config.model.rank, config.model.top_n, config.training.lr) == (6, 1, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs", r"override 'epochs': write key=value, such as training\.epochs=3"),
+        ("=3", "write key=value"),
+        ("seed.deep=3", r"'seed' is not a group of keys"),
+        ("model.views=[", "the value is not YAML"),
+    ],
+)
+def test_bad_overrides(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(recipe), [override])
+
+
+# ------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "offered"),
+    [
+        ("sede=1", "sede", "seed"),
+        ("trainning.lr=1", "trainning", "training"),
+        ("training.epoch=3", "training.epoch", "epochs"),
+        ("backbone.nam=x", "backbone.nam", "name"),
+        ("model.topn=2", "topn", "top_n"),
+        ("model.user_poolin=mean", "user_poolin", "user_pooling"),
+    ],
+)
+def test_an_unknown_key_offers_the_nearest_and_names_the_file(
+    recipe: Path, override: str, key: str, offered: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(recipe), [override])
+    message = str(caught.value)
+    assert f"{key}'; did you mean '{offered}'?" in message
+    assert str(recipe) in message
+    assert "\n" not in message
+
+
+def test_an_unknown_key_like_no_other() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'qqqqq'$"):
+        load_recipe("l2rec", ["model.qqqqq=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epochs=0", r"training\.epochs=0: .*greater than or equal to 1"),
+        ("training.lr=fast", r"training\.lr='fast'"),
+        ("model.temperature=-1", "temperature=-1: .*greater than 0"),
+        ("model.top_n=9", "top_n=9 exceeds view_experts=8"),
+        ("model.supervision=all", "set user_pooling=running"),
+        ("model.views=[]", "once each"),
+        ("model.views=[semantic,semantic]", "once each"),
+        ("model.views=[visual]", "visual"),
+        ("model.item_tokens=1024", "item_tokens=1024 leaves no room"),
+        ("model.last_item_skip=true", "last_item_skip needs items=table"),
+        ("model.matrices=q", "matrices"),
+        ("model=3", "model=3 is not a group of keys"),
+        ("backbone.dtype=int8", r"backbone\.dtype='int8'"),
+        ("method=l2rec.methods.nothing:X", "cannot be imported"),
+        ("method=l2rec.methods.l2rec:X", "cannot be imported"),
+        ("method=nonsense", "cannot be imported"),
+    ],
+)
+def test_bad_values(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(str(recipe), [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no recipe 'l2rek'"):
+        load_recipe("l2rek")
+    with pytest.raises(ConfigError, match=r"no such file"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    if NAMES:
+        with pytest.raises(ConfigError, match=f"did you mean '{NAMES[0]}'"):
+            load_recipe(NAMES[0][:-1])
+
+
+@pytest.mark.parametrize("content", ["model: [", "- a\n- b\n", "seed", "\xff"])
+def test_files_that_are_no_recipe(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(
+        ConfigError, match=r"bad\.yaml: (not readable as YAML|a recipe is a mapping)"
+    ):
+        load_recipe(str(path))
+
+
+def test_an_empty_file_and_empty_groups_are_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    assert load_recipe(str(path)) == RunConfig()
+    path.write_text("model:\n")
+    assert load_recipe(str(path), ["model.rank=2"]).model.rank == 2
+
+
+def test_configs_are_frozen() -> None:
+    config = resolve({}, "here")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.model.rank = 1
