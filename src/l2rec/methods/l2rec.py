@@ -68,7 +68,6 @@ from l2rec.views import (
 )
 
 View = Literal["semantic", "behavioral"]
-VIEW_INDEX: dict[str, int] = {"semantic": 0, "behavioral": 1}
 
 
 class L2RecConfig(BaseModel):
@@ -233,13 +232,13 @@ class L2Rec(nn.Module):
         self._cache = cache
         self.cached: list[Path] = []
         """Cache entries this model was built from."""
-        self._check_lengths()
         self.before, self.after = self._separators()
+        self._check_lengths()
         self.linears = find_linears(backbone.model, config.matrices)
         self.experts = DPMoE(
             self.linears,
             backbone.dim,
-            views=len(VIEW_INDEX),
+            views=len(config.views),
             shared_experts=config.shared_experts,
             view_experts=config.view_experts,
             rank=config.rank,
@@ -259,20 +258,33 @@ class L2Rec(nn.Module):
         self.table: ItemTable | None = None
         self.item_vectors: Tensor
         self._set_catalog(texts)
-        if not config.adapt:
-            for parameter in self.parameters():
-                parameter.requires_grad_(False)
+        for unused in self._unused():
+            unused.requires_grad_(False)
 
     # -- construction ----------------------------------------------------------------------------
 
+    def _unused(self) -> list[nn.Module]:
+        """Modules that the ablations switch off: they are not trained and not counted."""
+        if not self.config.adapt:
+            return [self]
+        off: list[nn.Module] = []
+        if "semantic" not in self.config.views:
+            off += [self.fusion.project_semantic, self.fusion.gate]
+        if "behavioral" not in self.config.views:
+            off += [self.fusion.project_behavioral, self.fusion.gate, self.projector]
+        return off
+
     def _check_lengths(self) -> None:
-        limit = self.backbone.max_positions
-        needed = self.config.max_tokens if "semantic" in self.config.views else 0
-        needed = max(needed, self.config.max_items if "behavioral" in self.config.views else 0)
+        config, limit = self.config, self.backbone.max_positions
+        needed = config.max_tokens if "semantic" in config.views else 0
+        needed = max(needed, config.max_items if "behavioral" in config.views else 0)
+        if config.items == "table" or config.behavioral_pool == "encoder":
+            needed = max(needed, config.text_tokens + len(self.before) + len(self.after))
         if limit is not None and needed > limit:
             raise ConfigError(
-                f"max_tokens={self.config.max_tokens}, max_items={self.config.max_items}: backbone "
-                f"{self.backbone.name!r} has {limit} positions; lower them to at most {limit}"
+                f"max_tokens={config.max_tokens}, max_items={config.max_items}, "
+                f"text_tokens={config.text_tokens}: backbone {self.backbone.name!r} has {limit} "
+                f"positions; lower them to at most {limit}, special tokens included"
             )
 
     def _separators(self) -> tuple[list[int], list[int]]:
@@ -441,7 +453,7 @@ class L2Rec(nn.Module):
                 parts = Segments.of_items(torch.from_numpy(items.lengths).to(device))
             u, user = self._user(x, parts)
             group, position = pack(parts.lengths, self._attend(), blocks=parts.block, start=start)
-            slices.append(ViewSlice(VIEW_INDEX[view], start, group.stop, u, user))
+            slices.append(ViewSlice(config.views.index(view), start, group.stop, u, user))
             start = group.stop
             inputs.append(x.to(self.backbone.dtype))
             groups.append(group)
@@ -589,7 +601,9 @@ class L2Rec(nn.Module):
         tokens, computed = state.tokens, state.computed_tokens
         balances = [state.routing] if state.routing is not None else []
         if table is not None:
-            items: dict[str, Tensor | None] = dict.fromkeys(("fused", *VIEW_INDEX), table)
+            items: dict[str, Tensor | None] = dict.fromkeys(
+                ("fused", "behavioral", "semantic"), table
+            )
             allowed = None
         else:
             # Every distinct item of the batch is encoded once.
@@ -691,7 +705,7 @@ class L2Rec(nn.Module):
             semantic=join("semantic"),
             fused=join("fused"),
             delta=join("delta"),
-            position=histories.offsets[1:] - 1,  # type: ignore[arg-type]
+            position=torch.from_numpy(histories.offsets[1:] - 1),
             row=torch.arange(len(histories)),
             routing=None,
             tokens=sum(state.tokens for state in states),
@@ -700,6 +714,8 @@ class L2Rec(nn.Module):
 
     def encode_users(self, histories: Ragged) -> Tensor:
         """Unit-length user vectors [B, D] float32; scores are their inner products with items'."""
+        if not len(histories):
+            return torch.zeros(0, self.backbone.dim, device=self.backbone.device)
         return F.normalize(self.user_states(histories).fused.float(), dim=-1)
 
     @torch.inference_mode()

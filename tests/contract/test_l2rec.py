@@ -1,0 +1,552 @@
+"""What L2Rec promises: switches do what they say, nothing leaks, batches do not matter."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tests import tiny
+from tests.parity import reference
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, Qwen3Config
+
+from l2rec.backbone import Backbone
+from l2rec.data.batches import Batch
+from l2rec.data.ragged import Ragged
+from l2rec.data.splits import leave_one_out
+from l2rec.data.synthetic import simple_text
+from l2rec.errors import ConfigError, DataError
+from l2rec.methods.l2rec import L2Rec, L2RecConfig
+from l2rec.methods.protocols import Embedder, Recommender, Trainable
+
+N = 20
+TEXTS = [
+    " ".join(simple_text(1000 * i + 7 * i).split()[: 2 + i % 3] * (1 + i % 2)) for i in range(N)
+]
+HISTORIES = Ragged.from_rows(
+    [[3, 1, 4, 1, 5, 9], [2], [6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4], [6, 2, 6, 4]]
+)
+FAMILIES = ("bert", "qwen3")
+TABLE = {"items": "table", "supervision": "all", "user_pooling": "running"}
+
+
+def build(family: str = "bert", seed: int = 0, texts: list[str] = TEXTS, **changes: Any) -> L2Rec:
+    backbone = tiny.random_backbone(family)
+    torch.manual_seed(seed)
+    return L2Rec(tiny.small(**changes), backbone, texts)
+
+
+def shaken(model: L2Rec, seed: int = 1) -> L2Rec:
+    """As if trained: no parameter at its neutral start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("backbone.") and name not in (
+                "log_temperature",
+                "blend",
+                "skip",
+            ):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def one_batch(model: L2Rec, sequences: Ragged = HISTORIES, **options: Any) -> Batch:
+    made = model.batches(
+        sequences, **{"seed": 0, "epoch": 0, "batch_users": 99, "batch_tokens": 10**6} | options
+    )
+    assert len(made) == 1
+    return next(made.iterate())
+
+
+def trained_names(model: L2Rec) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ------------------------------------------------------------------------------- it trains
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"views": ("semantic",)},
+    {"views": ("behavioral",)},
+    {"views": ("behavioral", "semantic")},
+    {"personalized_router": False},
+    {"shared_experts": 0},
+    {"view_experts": 1, "top_n": 1},
+    {"top_n": 4},
+    {"matrices": ("q", "k", "v", "o")},
+    {"gate": "scalar"},
+    {"pooling": "mean"},
+    {"pooling": "last"},
+    {"pooling": "blend"},
+    {"user_pooling": "running"},
+    {"behavioral_pool": "encoder"},
+    {"bpc": 0.0, "balance": 0.0},
+    {"negatives": 0},
+    {"share_negatives": True},
+    {"targets_per_user": 3},
+    {"learn_temperature": True},
+    {"view_loss": 0.5},
+    {"max_tokens": 20, "semantic_items": 3},
+    {"supervision": "all", "user_pooling": "running"},
+    {"supervision": "all", "user_pooling": "running", "views": ("behavioral",)},
+    {"supervision": "all", "user_pooling": "running", "semantic_items": 2},
+    {"items": "table"},
+    {"items": "table", "views": ("semantic",)},
+    {"items": "table", "user_pooling": "running", "last_item_skip": True},
+    TABLE,
+    TABLE | {"last_item_skip": True, "pooling": "blend", "view_loss": 0.5},
+    TABLE | {"views": ("behavioral",), "last_item_skip": True},
+    TABLE | {"views": ("semantic",), "personalized_router": False},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: ",".join(map(str, o.values())) or "paper"
+)
+def test_loss_and_gradients(family: str, options: dict[str, Any]) -> None:
+    model = shaken(build(family, **options)).train()
+    assert isinstance(model, Recommender) and isinstance(model, Embedder)
+    assert isinstance(model, Trainable)
+    batch = one_batch(model)
+    losses = model.loss(batch)
+    assert losses.total.shape == () and bool(losses.total.isfinite())
+    assert losses.tokens > 0 and losses.computed_tokens >= losses.tokens
+    both = len(model.config.views) == 2
+    expected = {"rec"} | ({"bpc"} if both and model.config.bpc else set())
+    expected |= {"balance"} if model.config.balance else set()
+    expected |= {"behavioral", "semantic"} if both and model.config.view_loss else set()
+    assert set(losses.parts) == expected
+    weights = {"rec": 1, "bpc": model.config.bpc, "balance": model.config.balance}
+    total = sum(weights.get(k, model.config.view_loss) * float(v) for k, v in losses.parts.items())
+    assert float(losses.total.detach()) == pytest.approx(total, rel=1e-5)
+    assert not any(part.requires_grad for part in losses.parts.values())
+
+    losses.total.backward()
+    unused = {"semantic", "behavioral"} - set(model.config.views)
+    for name, parameter in model.named_parameters():
+        if name.startswith("backbone."):
+            assert not parameter.requires_grad and parameter.grad is None, name
+        if parameter.grad is None:
+            continue
+        assert parameter.requires_grad, name
+        assert bool(parameter.grad.isfinite().all()), name
+    silent = {
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    }
+    allowed = set()
+    if unused:
+        allowed |= {f"fusion.{part}" for part in ("gate.weight", "gate.bias")}
+        allowed |= {f"fusion.project_{view}.{p}" for view in unused for p in ("weight", "bias")}
+    if "behavioral" in unused:
+        allowed |= {"projector.linear.weight", "projector.linear.bias", "projector.gain"}
+    if model.config.pooling == "blend" and "semantic" in unused:
+        allowed |= {"blend"}
+    if not model.config.shared_experts:
+        allowed |= {n for n in silent if ".shared_" in n}
+    if model.config.view_experts == 1:
+        allowed |= {n for n in silent if "router" in n or "user_out" in n}
+    assert silent <= allowed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_hold_every_trained_tensor_once(family: str) -> None:
+    model = build(family, **TABLE, last_item_skip=True, pooling="blend", learn_temperature=True)
+    (stage,) = model.stages(1e-3, 0.1)
+    ids = [id(p) for group in stage.groups for p in group.parameters]
+    named = dict(model.named_parameters())
+    assert sorted(ids) == sorted(id(named[name]) for name in trained_names(model))
+    rates = {group.name: (group.lr, group.weight_decay) for group in stage.groups}
+    assert rates == {"matrices": (1e-3, 0.1), "vectors": (1e-3, 0.0), "table": (2e-4, 0.0)}
+    assert {"skip", "blend", "log_temperature"} <= trained_names(model)
+    assert not {"skip", "blend", "log_temperature"} & trained_names(build(family))
+
+
+def test_same_seed_same_losses() -> None:
+    def run(seed: int) -> list[float]:
+        model = build(seed=seed, **TABLE).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses = []
+        for epoch in range(4):
+            made = model.batches(HISTORIES, seed=seed, epoch=epoch, batch_users=2, batch_tokens=200)
+            for batch in made.iterate():
+                total = model.loss(batch).total
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+                losses.append(float(total.detach()))
+        return losses
+
+    assert run(0) == run(0) != run(1)
+
+
+# ------------------------------------------------------------------------------- ablations
+
+
+def test_without_adaptation_nothing_is_trained_and_experts_are_silent() -> None:
+    model = shaken(build(adapt=False))
+    assert not trained_names(model) and model.stages(1e-3, 0.1) == []
+    state = model.user_states(HISTORIES)
+    assert state.routing is None
+    with torch.no_grad():
+        for parameter in model.experts.parameters():
+            parameter.normal_()
+    assert torch.equal(model.user_states(HISTORIES).fused, state.fused)
+
+
+@pytest.mark.parametrize("changes", [{}, {"items": "table"}], ids=["encode", "table"])
+def test_untrained_and_unadapted_are_the_same_point(changes: dict[str, Any]) -> None:
+    """B = 0, P_v = 0, the gate at one half: training starts at the zero-shot backbone."""
+    ours, bare = (build(adapt=adapt, **changes).user_states(HISTORIES) for adapt in (True, False))
+    assert torch.equal(ours.fused, bare.fused)
+    assert ours.behavioral is not None and ours.semantic is not None
+    torch.testing.assert_close(ours.fused, (ours.behavioral + ours.semantic) / 2)
+
+
+@pytest.mark.parametrize("view", ["semantic", "behavioral"])
+def test_one_view_alone(view: str) -> None:
+    other = {"semantic": "behavioral", "behavioral": "semantic"}[view]
+    model = shaken(build(views=(view,)))
+    state = model.user_states(HISTORIES)
+    assert getattr(state, other) is None and state.delta is None
+    assert torch.equal(getattr(state, view), state.fused)
+    both = shaken(build()).user_states(HISTORIES)
+    torch.testing.assert_close(getattr(both, view), state.fused, rtol=1e-4, atol=1e-5)
+
+
+def test_without_semantic_texts_are_read_as_one_vector() -> None:
+    words = [" ".join(reversed(text.split())) for text in TEXTS]  # the same bag of words
+    whole = {"item_tokens": 12, "max_tokens": 128}
+    vectors = {
+        view: [
+            build(texts=texts, views=(view,), **whole).encode_users(HISTORIES)
+            for texts in (TEXTS, words)
+        ]
+        for view in ("semantic", "behavioral")
+    }
+    torch.testing.assert_close(*vectors["behavioral"], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*vectors["semantic"], atol=1e-2)
+
+
+def test_without_the_personal_router() -> None:
+    personal, plain = (build(personalized_router=p) for p in (True, False))
+    gone = trained_names(personal) - trained_names(plain)
+    assert gone == {
+        f"experts.{name}" for name in ("router_u", "router_u_bias", "user_out", "user_out_bias")
+    }
+
+
+def test_w_o_bpc_leaves_the_rest_alone() -> None:
+    with_it, without = (shaken(build(bpc=weight)) for weight in (0.5, 0.0))
+    batch = one_batch(with_it)
+    a, b = with_it.loss(batch), without.loss(batch)
+    assert float(a.parts["rec"]) == float(b.parts["rec"])
+    assert float((a.total - b.total).detach()) == pytest.approx(
+        0.5 * float(a.parts["bpc"]), rel=1e-4
+    )
+
+
+# ------------------------------------------------------------------------------- the loss
+
+
+def test_rec_is_eq_8_over_the_right_negatives() -> None:
+    model = shaken(build(bpc=0.0, balance=0.0))
+    # The second row's sampled items hold its own positive; the third shares the first's.
+    batch = Batch(
+        users=np.arange(3),
+        histories=Ragged.from_rows([[3, 1], [2], [6, 5, 3]]),
+        targets=np.array([7, 8, 7], dtype=np.int32),
+        negatives=np.array([[10, 11], [8, 12], [10, 10]], dtype=np.int32),
+    )
+    sets = [{8, 10, 11}, {7, 12}, {8, 10}]
+    users, items = (
+        model.encode_users(batch.histories),
+        model.encode_items(np.arange(N, dtype=np.int32)),
+    )
+    scores = (users @ items.T / model.config.temperature).double()
+    expected = reference.recommendation_loss(scores, [7, 8, 7], [sorted(s) for s in sets])
+    assert float(model.loss(batch).total.detach()) == pytest.approx(float(expected), rel=1e-4)
+    shared = [{8, 10, 11, 12}, {7, 10, 11, 12}, {8, 10, 11, 12}]
+    expected = reference.recommendation_loss(scores, [7, 8, 7], [sorted(s) for s in shared])
+    model = shaken(build(bpc=0.0, balance=0.0, share_negatives=True))
+    assert float(model.loss(batch).total.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_table_loss_is_eq_8_over_the_catalog() -> None:
+    model = shaken(build(items="table", bpc=0.0, balance=0.0)).eval()
+    batch = one_batch(model)
+    scores = model.scorer()(batch.histories).double()
+    others = [[i for i in range(N) if i != t] for t in batch.targets]
+    expected = reference.recommendation_loss(scores, batch.targets.tolist(), others)
+    assert float(model.loss(batch).total.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("changes", [{}, {"max_tokens": 22}, {"semantic_items": 3}])
+def test_every_position_predicts_its_own_next_item(family: str, changes: dict[str, Any]) -> None:
+    """supervision=all is the paper's loss over all prefixes that the views still hold."""
+    model = shaken(build(family, **TABLE | changes, bpc=0.0, balance=0.0)).eval()
+    batch = one_batch(model)
+    with torch.no_grad():
+        state = model(batch.histories, every=True)
+    rows = batch.histories
+    for position, row in zip(state.position.tolist(), state.row.tolist(), strict=True):
+        assert rows.offsets[row] <= position < rows.offsets[row + 1]
+    targets = torch.from_numpy(batch.targets[state.position.numpy()].astype(np.int64))
+    table = model.encode_items(np.arange(N, dtype=np.int32))
+    scores = F.normalize(state.fused, dim=-1) @ table.T / model.config.temperature
+    expected = F.cross_entropy(scores, targets)
+    assert float(model.loss(batch).total.detach()) == pytest.approx(float(expected), rel=1e-4)
+    if not changes:
+        assert len(state.position) == len(rows.values), "no position is left out"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("items", ["table", "encode"])
+def test_a_position_reads_as_its_prefix_alone(family: str, items: str) -> None:
+    """What is trained at position t is what is asked for a user whose history ends there."""
+    model = shaken(build(family, **TABLE | {"items": items})).eval()
+    rows = [HISTORIES[i].tolist()[:8] for i in range(len(HISTORIES))]
+    state = model(Ragged.from_rows(rows), every=True)
+    prefixes = [row[: t + 1] for row in rows for t in range(len(row))]
+    alone = model.user_states(Ragged.from_rows(prefixes))
+    torch.testing.assert_close(state.fused, alone.fused, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- no leaks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("items", ["table", "encode"])
+@pytest.mark.parametrize("pooling", ["auto", "blend"])
+def test_a_prediction_sees_nothing_of_what_follows(family: str, items: str, pooling: str) -> None:
+    model = shaken(build(family, **TABLE | {"items": items, "pooling": pooling})).eval()
+    row = [3, 1, 4, 1, 5, 9]
+    base = model(Ragged.from_rows([[7, 8], row]), every=True)
+    for t in range(len(row) - 1):
+        changed = row[: t + 1] + [(item + 11) % N for item in row[t + 1 :]]
+        other = model(Ragged.from_rows([[7, 8], changed]), every=True)
+        until = 2 + t + 1
+        for name in ("behavioral", "semantic", "fused"):
+            a, b = getattr(base, name), getattr(other, name)
+            torch.testing.assert_close(a[:until], b[:until], rtol=0, atol=1e-6)
+            assert not torch.allclose(a[until:], b[until:], atol=1e-4), f"{name} sees its own item"
+
+
+@pytest.mark.parametrize("user_pooling", ["mean", "running"])
+def test_what_follows_would_leak_through_the_router_of_the_mean(user_pooling: str) -> None:
+    """The guard guards something: with u = mean, early positions change with late items."""
+    model = shaken(build("qwen3", user_pooling=user_pooling)).eval()
+    a, b = (model(Ragged.from_rows([[3, 1, 4, x]]), every=True).fused[:3] for x in (5, 17))
+    assert torch.allclose(a, b, atol=1e-6) is (user_pooling == "running")
+
+
+def test_all_positions_with_the_mean_are_refused() -> None:
+    with pytest.raises(ValidationError, match="set user_pooling=running"):
+        L2RecConfig(supervision="all", user_pooling="mean")
+
+
+@pytest.mark.parametrize("changes", [{}, TABLE], ids=["paper", "table"])
+def test_training_does_not_see_the_last_two_items(changes: dict[str, Any]) -> None:
+    model = shaken(build(**changes)).eval()
+    altered = HISTORIES.values.copy()
+    for start, end in itertools.pairwise(HISTORIES.offsets):
+        if end - start >= 3:
+            altered[end - 2 : end] = [18, 19]
+    losses = []
+    for values in (HISTORIES.values, altered):
+        train = leave_one_out(Ragged(values, HISTORIES.offsets)).train
+        made = model.batches(train, seed=1, epoch=2, batch_users=2, batch_tokens=100)
+        losses.append([float(model.loss(batch).total.detach()) for batch in made.iterate()])
+    assert losses[0] == losses[1]
+
+
+# ------------------------------------------------------------------------------- invariances
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("changes", [{}, {"items": "table"}, TABLE, {"pooling": "blend"}])
+def test_users_do_not_depend_on_the_batch(family: str, changes: dict[str, Any]) -> None:
+    model = shaken(build(family, **changes))
+    together = model.encode_users(HISTORIES)
+    alone = [model.encode_users(HISTORIES.take(np.array([i]))) for i in range(len(HISTORIES))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+    budgets = [model.user_states(HISTORIES, batch_tokens=b).fused for b in (1, 60, 10**6)]
+    for fused in budgets:
+        vectors = F.normalize(fused, dim=-1)
+        torch.testing.assert_close(vectors, together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.norm(dim=-1), torch.ones(len(HISTORIES)))
+    order = np.array([4, 2, 0, 1, 3])
+    shuffled = model.encode_users(HISTORIES.take(order))
+    torch.testing.assert_close(shuffled, together[torch.from_numpy(order)], rtol=0, atol=1e-5)
+
+
+def test_only_the_newest_items_count() -> None:
+    model = shaken(build(max_items=4))
+    long = HISTORIES[2].tolist()
+    a, b = (model.encode_users(Ragged.from_rows([row])) for row in (long, long[-4:]))
+    torch.testing.assert_close(a, b)
+
+
+def test_scores_are_inner_products_over_tau() -> None:
+    for model in (shaken(build()), shaken(build(items="table"))):
+        vectors = model.encode_items(np.arange(N, dtype=np.int32))
+        expected = model.encode_users(HISTORIES) @ vectors.T / 0.05
+        torch.testing.assert_close(model.scorer()(HISTORIES), expected)
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(N))
+
+
+def test_evaluation_has_no_noise_and_leaves_the_mode_alone() -> None:
+    model = shaken(build(items="table", table_dropout=0.5)).train()
+    items = np.arange(N, dtype=np.int32)
+    assert torch.equal(model.encode_items(items), model.encode_items(items))
+    assert torch.equal(model.encode_users(HISTORIES), model.encode_users(HISTORIES))
+    assert model.training and not model.backbone.training
+
+
+def test_an_empty_history_is_refused() -> None:
+    with pytest.raises(DataError, match="an empty history"):
+        build().encode_users(Ragged.from_rows([[1], []]))
+
+
+def test_nobody_and_nothing() -> None:
+    for model in (build(), build(items="table")):
+        assert model.encode_users(Ragged.from_rows([])).shape == (0, 32)
+        assert model.encode_items([]).shape == (0, 32)
+
+
+# ------------------------------------------------------------------------------- items and texts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pool", ["embeddings", "encoder"])
+def test_a_text_is_encoded_as_the_catalog_item_it_is(family: str, pool: str) -> None:
+    model = shaken(build(family, behavioral_pool=pool))
+    items = np.array([4, 0, 13], dtype=np.int32)
+    texts = [TEXTS[i] for i in items]
+    torch.testing.assert_close(
+        model.encode_items(texts), model.encode_items(items), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_starts_at_its_row_of_the_table(family: str) -> None:
+    model = build(family, items="table")
+    rows = model.encode_items(np.arange(N, dtype=np.int32))
+    torch.testing.assert_close(model.encode_items(TEXTS), rows, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert model.table is not None
+        model.table.linear.normal_(std=0.1)  # all items, new ones too
+    rows = model.encode_items(np.arange(N, dtype=np.int32))
+    torch.testing.assert_close(model.encode_items(TEXTS), rows, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"items": "table"}, TABLE | {"last_item_skip": True}])
+def test_a_new_item_is_ranked_and_can_be_in_a_history(changes: dict[str, Any]) -> None:
+    model = shaken(build(**changes))
+    before = model.scorer()(HISTORIES)
+    new = model.add_items(["pink silk kite", "old bowl"])
+    assert new.tolist() == [N, N + 1] and model.n_items == N + 2
+    scores = model.scorer()(HISTORIES)
+    assert scores.shape == (len(HISTORIES), N + 2)
+    torch.testing.assert_close(scores[:, :N], before, rtol=0, atol=1e-4)
+    assert bool(model.encode_users(Ragged.from_rows([[1, N + 1], [N]])).isfinite().all())
+    again = model.encode_items(["pink silk kite"])
+    torch.testing.assert_close(again, model.encode_items(new[:1]), rtol=0, atol=1e-5)
+    assert model.add_items(["round drum"]).tolist() == [N + 2]
+    losses = model.train().loss(one_batch(model))
+    losses.total.backward()
+    assert bool(losses.total.isfinite())
+
+
+@pytest.mark.parametrize("changes", [{}, {"items": "table"}])
+def test_encoding_texts_leaves_the_catalog_alone(changes: dict[str, Any]) -> None:
+    model = shaken(build(**changes))
+    before = model.scorer()(HISTORIES)
+    assert model.encode_items(["pink silk kite"]).shape == (1, 32)
+    with pytest.raises(DataError, match="a new item needs a text"):
+        model.encode_items(["pink kite", " "])
+    assert model.n_items == N
+    assert torch.equal(model.scorer()(HISTORIES), before)
+    model.train().loss(one_batch(model)).total.backward()
+
+
+def test_items_without_text_do_not_break_the_catalog() -> None:
+    for family, changes in itertools.product(FAMILIES, ({}, TABLE)):
+        model = shaken(build(family, texts=["", *TEXTS[1:-1], ""], **changes))
+        assert bool(model.scorer()(Ragged.from_rows([[0], [0, 19], [3, 0]])).isfinite().all())
+
+
+def test_text_vectors_come_from_the_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = tiny.small(items="table")
+    first = L2Rec(options, tiny.random_backbone(), TEXTS, cache=tmp_path)
+
+    def never(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("encoded twice")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(L2Rec, "_text_vectors", never)
+        second = L2Rec(options, tiny.random_backbone(), TEXTS, cache=tmp_path)
+        for other in (
+            lambda: L2Rec(options, tiny.random_backbone(seed=1), TEXTS, cache=tmp_path),
+            lambda: L2Rec(options, tiny.random_backbone(), TEXTS[::-1], cache=tmp_path),
+            lambda: L2Rec(
+                tiny.small(items="table", text_tokens=3),
+                tiny.random_backbone(),
+                TEXTS,
+                cache=tmp_path,
+            ),
+        ):
+            with pytest.raises(AssertionError, match="encoded twice"):
+                other()
+    assert first.table is not None and second.table is not None
+    assert torch.equal(first.table.text, second.table.text)
+
+
+# ------------------------------------------------------------------------------- sizes
+
+
+def test_rows_longer_than_the_backbone_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="'tiny-bert' has 256 positions; lower them to at most 256"
+    ):
+        build(max_tokens=257)
+    with pytest.raises(ConfigError, match="positions"):
+        build(text_tokens=300, items="table")
+    build(max_tokens=256)
+    build(max_tokens=257, views=("behavioral",))
+
+
+def meta(config: Any) -> Backbone:
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(config)
+    return Backbone(model, None, name="meta", source="none", revision=None)
+
+
+def test_the_paper_s_32_million_parameters() -> None:
+    backbone = meta(
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+        )
+    )
+    model = L2Rec(L2RecConfig(), backbone, [])
+    parts = {"experts": model.experts, "projector": model.projector, "fusion": model.fusion}
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == sum(p.numel() for part in parts.values() for p in part.parameters())
+    assert 0.98 * 32e6 <= count <= 1.02 * 32e6
+    frozen = sum(p.numel() for p in backbone.parameters())
+    assert 0.045 <= count / frozen <= 0.06, "roughly 5% of the backbone"
