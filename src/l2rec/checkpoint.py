@@ -34,7 +34,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,20 +56,22 @@ def _replacing(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full; what was at ``path`` is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise CheckpointError(
                 f"{path}: the disk is full; nothing was replaced, free some space and --resume"
             ) from error
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -168,18 +170,28 @@ def write_state(run: Path, step: int, state: State) -> Path:
         write_json(partial / "counters.json", state.counters)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    except CheckpointError:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     for old in sorted(root.glob("step-*"))[:-KEEP_STATES]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def latest_state(run: Path) -> Path | None:
-    """The newest complete state of a run, or None."""
-    states = sorted((run / "state").glob("step-*"))
-    return states[-1] if states else None
+def latest_state(run: Path) -> State | None:
+    """The newest state of a run that can be read, or None if it has none.
+
+    Raises:
+        CheckpointError: there are states, and all are torn.
+    """
+    problem = None
+    for path in sorted((run / "state").glob("step-*"), reverse=True):
+        try:
+            return read_state(path)
+        except CheckpointError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    return None
 
 
 def read_state(path: Path) -> State:
@@ -204,6 +216,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`; restores the random state too."""
     tensors = dict(tensors)
+    if "rng" not in tensors:
+        raise CheckpointError("this optimiser state has no random state: it is not of l2rec")
     rng, cuda = tensors.pop("rng"), tensors.pop("rng_cuda", None)
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

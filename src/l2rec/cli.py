@@ -24,8 +24,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-DEBUG = False
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Run = Annotated[
     Path, typer.Argument(help="Run folder written by `l2rec train`.", show_default=False)
@@ -36,8 +34,7 @@ Run = Annotated[
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    global DEBUG
-    DEBUG = debug
+    del debug  # `main` reads it
 
 
 def _print_json(value: Any) -> None:
@@ -256,7 +253,7 @@ def recommend(
     added = {}
     for entry in new_item or ():
         name, sep, text = entry.partition("=")
-        if not sep:
+        if not sep or not name.strip():
             raise DataError(f'--new-item {entry!r}: write "ID=its text"')
         added[name.strip()] = text.strip()
     if history is not None:
@@ -305,18 +302,20 @@ def demo(
 
 def main() -> None:
     """Entry point: errors raised on purpose are one line on standard error and exit code 2."""
+    given = sys.argv[1:]
+    # Where people write it: after the verb as well as before.
+    debug = ["--debug"] if "--debug" in given else []
     try:
-        app()
-    except L2RecError as error:
-        if DEBUG:
+        app(debug + [argument for argument in given if argument != "--debug"])
+    except (L2RecError, OSError) as error:
+        if debug:
             raise
-        sys.stderr.write(f"l2rec: {error}\n")
+        sys.stderr.write(f"l2rec: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("l2rec: interrupted; a training goes on with --resume\n")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer has caught the KeyboardInterrupt
+            sys.stderr.write("l2rec: interrupted; a training goes on with --resume\n")
+        raise
 
 
 if __name__ == "__main__":

@@ -57,10 +57,11 @@ class TrainingConfig(_Closed):
     """The one training loop."""
 
     epochs: int = Field(30, ge=1)
+    """Of each stage, as are ``max_steps`` and ``patience``."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after so many optimiser steps, whatever ``epochs`` says."""
     max_minutes: float | None = Field(None, gt=0)
-    """Stop after so much training time (summed over resumed parts), with a last evaluation."""
+    """Stop the run after so much training time (resumed parts summed), with a last validation."""
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
@@ -109,11 +110,14 @@ class RunConfig(_Closed):
 
 def method_class(path: str) -> Any:
     """The class at ``package.module:Name``; ConfigError if it is not there."""
-    module_name, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), name)
+        module_name, _, name = path.partition(":")
+        found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"method={path!r} cannot be imported: {error}") from error
+    if not hasattr(found, "Config"):
+        raise ConfigError(f"method={path!r} is no method: it has no Config; name module:Class")
+    return found
 
 
 def recipe_names() -> list[str]:

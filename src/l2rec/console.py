@@ -30,7 +30,9 @@ class Console:
     """The `Progress` that training and evaluation talk to; everything goes to standard error."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._console = RichConsole(stderr=True, quiet=quiet, highlight=False)
+        self._console = RichConsole(
+            stderr=True, quiet=quiet, highlight=False, emoji=False
+        )
         self._live = self._console.is_terminal and not quiet
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -55,7 +57,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """One permanent line."""
-        self._console.print(escape(text), soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)
 
     def training(self, epoch: float, step: int, total: int, text: str) -> None:
         """Step ``step`` of ``total`` is done."""
@@ -95,7 +97,7 @@ class Console:
 
 
 def _out() -> RichConsole:
-    return RichConsole(file=sys.stdout, highlight=False)
+    return RichConsole(file=sys.stdout, highlight=False, emoji=False)
 
 
 def print_table(title: str, facts: Mapping[str, Any]) -> None:

@@ -6,13 +6,13 @@ __all__ = ["RECIPE", "run_demo"]
 
 from pathlib import Path
 
-from l2rec.checkpoint import read_json
 from l2rec.config import load_recipe
 from l2rec.console import Console, print_recommendations
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.sources import SOURCES, fetch
-from l2rec.runs import Predictor, load, train_run
+from l2rec.errors import DataError
+from l2rec.runs import Predictor, finished_report, load, train_run
 
 RECIPE = "movielens-100k/l2rec-table"
 SOURCE = "movielens-100k"
@@ -27,9 +27,11 @@ def run_demo(out: Path, data: Path, minutes: float) -> None:
     """
     with Console() as console:
         dataset = _dataset(data, console)
-        if (out / "report.json").is_file():
+        report = finished_report(out)
+        if report is not None and report["dataset"]["fingerprint"] != dataset.fingerprint:
+            raise DataError(f"{out} was made on other data than {data}; choose another --out")
+        if report is not None:
             console.line(f"{out} is trained already: showing it (choose another --out to train)")
-            report = read_json(out / "report.json")
         else:
             config = load_recipe(RECIPE, [f"training.max_minutes={minutes}"])
             resume = (out / "config.yaml").is_file()

@@ -27,7 +27,7 @@ def expert_load(model: Any, histories: Ragged) -> dict[str, Any]:
     with torch.inference_mode():
         routing = model(histories).routing
     model.train(was_training)
-    views = {0: "semantic", 1: "behavioral"}
+    views = model.config.views
     return {
         "matrices": list(model.experts.names),
         "experts": {

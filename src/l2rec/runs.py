@@ -34,6 +34,7 @@ from l2rec.backbone import Backbone, load_backbone
 from l2rec.checkpoint import (
     load_tensors,
     load_trained,
+    read_json,
     save_tensors,
     trained_tensors,
     write_json,
@@ -52,6 +53,8 @@ from l2rec.training import Progress, TrainingResult, peak_memory_mb, train
 
 RUN_VERSION = 1
 UNTRAINED = "untrained backbone"
+PRETRAINED = "before fine-tuning"
+START = "state/start.safetensors"
 EXAMPLES = 6
 
 
@@ -87,16 +90,24 @@ def train_run(
     """Train, evaluate on the test split beside the floors, and write the whole run folder.
 
     Args:
-        resume: go on from the last state of ``out``; without one, start.
+        resume: go on from the last state of ``out``; without one, start. A finished run is left
+            as it is.
         init: a finished run whose trained tensors are the start (fine-tuning after pre-training
-            on other data); tensors that belong to its items are left out.
+            on other data); tensors that belong to its items are left out. A resumed run keeps
+            the start it had.
 
     Returns:
         The report, as written to ``report.json``.
     """
     started = time.monotonic()
     dataset = open_dataset(data)
-    _claim(out, config, dataset, resume)
+    identity = _claim(out, config, dataset, resume)
+    if identity is not None:
+        report = finished_report(out)
+        if report is not None and identity["config"] == config.model_dump(mode="json"):
+            progress.line(f"{out} is finished: these are its scores")
+            return report
+        init = None if identity.get("init") is None else Path(identity["init"])
     progress.line(
         f"data {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
         f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
@@ -106,10 +117,15 @@ def train_run(
     split = leave_one_out(dataset.sequences)
     progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
     model = build_model(config, dataset.texts(), backbone, cache)
-    if init is not None:
+    _same_backbone(out, identity, backbone)
+    if (out / START).is_file():
+        load_trained(model, load_tensors(out / START)[0], str(out / START))
+    elif init is not None:
         progress.line(_start_from(model, init))
-    _write_identity(out, config, dataset, backbone)
-    floors = _floor_scores(split, dataset, model, out, progress, resume)
+    _write_identity(out, config, dataset, backbone, init)
+    _clear(out)
+    if not (out / START).is_file():
+        save_tensors(out / START, trained_tensors(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     progress.line(f"training {trained:,} parameters; the backbone is frozen")
     result = train(
@@ -133,41 +149,97 @@ def train_run(
     for entry in getattr(model, "cached", ()):
         (out / "cache").mkdir(exist_ok=True)
         shutil.copy2(entry, out / "cache" / entry.name)
+    diagnostics = _diagnose(model, split, dataset, evaluation)
+    start = UNTRAINED if init is None else PRETRAINED
+    floors = _floor_scores(split, dataset, model, out, start, progress)
     report = _report(config, dataset, backbone, trained, result, evaluation, floors)
     report |= {
         "recipe": recipe,
         "command": command,
         "wall_seconds": round(time.monotonic() - started, 1),
     }
+    write_json(out / "diagnostics.json", diagnostics)
     write_json(out / "report.json", report)
-    write_json(out / "diagnostics.json", _diagnose(model, split, dataset, evaluation))
     write_report(out)
     return report
 
 
-def _claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> None:
-    """Refuse a folder that holds something else; refuse to mix two runs."""
-    if not out.exists() or not any(out.iterdir()):
-        return
+def finished_report(out: Path) -> dict[str, Any] | None:
+    """The report of a run that came to its end, or None."""
+    if (out / "report.json").is_file() and (out / "report.html").is_file():
+        return read_json(out / "report.json")
+    return None
+
+
+def _claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[str, Any] | None:
+    """Refuse a folder that holds something else; refuse to mix two runs. Returns the identity of
+    the run to go on with, or None for a new one.
+    """
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; choose a folder for --out")
+    if not out.exists() or all(p.name.endswith(".part") for p in out.iterdir()):
+        return None
     if not (out / "config.yaml").is_file():
         raise CheckpointError(f"{out} is not empty and not a run folder; choose another --out")
     if not resume:
         raise CheckpointError(
-            f"{out} holds a run already; add --resume to go on, or choose another"
+            f"{out} holds a run already; add --resume to go on, or choose another --out"
         )
-    saved, identity = load_run_config(out)
-    if saved.model_copy(update={"training": config.training}) != config:
-        raise CheckpointError(f"{out} was started with another recipe; resume it with its own")
+    _, identity = load_run_config(out)
+    changed = _differences(identity["config"], config.model_dump(mode="json"))
+    if changed:
+        raise CheckpointError(
+            f"{out} was started with another recipe ({changed[0]}); resume it with its own, only "
+            "training.* may change"
+        )
     if identity["dataset"]["fingerprint"] != dataset.fingerprint:
         raise CheckpointError(
             f"{out} was started on data {identity['dataset']['fingerprint']}, this is "
             f"{dataset.fingerprint}; resume it with the data it was started on"
         )
+    return identity
 
 
-def _write_identity(out: Path, config: RunConfig, dataset: Dataset, backbone: Backbone) -> None:
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``key was x, is y`` for every key that differs, those of ``training`` excepted."""
+    found: list[str] = []
+    for key in dict.fromkeys((*saved, *now)):
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if key != "training":
+                found += _differences(a, b, f"{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} was {a!r}, is {b!r}")
+    return found
+
+
+def _same_backbone(run: Path, identity: Mapping[str, Any] | None, backbone: Backbone) -> None:
+    """Refuse weights other than those a run was trained on (unless the precision differs)."""
+    if identity is None:
+        return
+    saved = identity["backbone"]
+    same_dtype = str(backbone.dtype).removeprefix("torch.") == saved["dtype"]
+    if same_dtype and backbone.weight_hash() != saved["weight_hash"]:
+        raise CheckpointError(
+            f"{run} was trained on other weights of {backbone.name!r} than are installed here; "
+            "install the version it was trained on (config.yaml names it)"
+        )
+
+
+def _clear(out: Path) -> None:
+    """What a kill left half written, and the results that this training will replace."""
+    for partial in (*out.glob(".*.part"), *out.glob("state/.*.part")):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    for name in ("report.json", "report.html", "diagnostics.json", "ranks.parquet"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _write_identity(
+    out: Path, config: RunConfig, dataset: Dataset, backbone: Backbone, init: Path | None
+) -> None:
     identity = {
         "run_version": RUN_VERSION,
+        "init": None if init is None else str(init),
         "config": config.model_dump(mode="json"),
         "dataset": {
             "path": str(dataset.path.resolve()),
@@ -190,6 +262,7 @@ def _write_identity(out: Path, config: RunConfig, dataset: Dataset, backbone: Ba
 
 def _start_from(model: Any, init: Path) -> str:
     """Load the trained tensors of another run that are not rows of its items."""
+    load_run_config(init)
     tensors, _ = load_tensors(init / "model.safetensors")
     own = trained_tensors(model)
     of_items = {"table.residual", "table.mean"}
@@ -206,18 +279,20 @@ def _start_from(model: Any, init: Path) -> str:
 
 
 def _floor_scores(
-    split: Split, dataset: Dataset, model: Any, out: Path, progress: Progress, resume: bool
-) -> dict[str, Any]:
-    """Test metrics and NDCG ranks of the floors, and of the backbone before any training."""
-    progress.line("scoring the floors: popularity, last-item neighbour, untrained backbone")
-    floors: dict[str, Evaluation] = {}
-    for name, floor in (
-        ("popularity", Popularity.from_sequences(split.train, dataset.n_items)),
-        ("last item neighbour", LastItemNeighbour.from_sequences(split.train, dataset.n_items)),
-        (UNTRAINED, model),
-    ):
-        floors[name] = _test(floor, split, progress)
-    return floors
+    split: Split, dataset: Dataset, model: Any, out: Path, start: str, progress: Progress
+) -> dict[str, Evaluation]:
+    """Test ranks of the floors, and of the model as it was before any training (``start``)."""
+    progress.line(f"scoring the floors: popularity, last item neighbour, {start}")
+    floors = {
+        "popularity": Popularity.from_sequences(split.train, dataset.n_items),
+        "last item neighbour": LastItemNeighbour.from_sequences(split.train, dataset.n_items),
+    }
+    scores = {name: _test(floor, split, progress) for name, floor in floors.items()}
+    best = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+    load_trained(model, load_tensors(out / START)[0], str(out / START))
+    scores[start] = _test(model, split, progress)
+    load_trained(model, best, str(out))
+    return scores
 
 
 def _test(recommender: Any, split: Split, progress: Progress) -> Evaluation:
@@ -495,13 +570,11 @@ def load(run: str | Path) -> Predictor:
     tensors, _ = load_tensors(run / "model.safetensors")
     ids, texts = _catalog(run)
     backbone = load_backbone(config.backbone, device())
-    same_dtype = str(backbone.dtype).removeprefix("torch.") == identity["backbone"]["dtype"]
-    if same_dtype and backbone.weight_hash() != identity["backbone"]["weight_hash"]:
-        raise CheckpointError(
-            f"{run} was trained on other weights of {backbone.name!r} than are installed here; "
-            "install the version it was trained on (config.yaml names it)"
-        )
-    model = build_model(config, texts, backbone, run / "cache")
+    _same_backbone(run, identity, backbone)
+    # A run that lies on a read-only disk can be used; its texts are then read anew.
+    model = build_model(
+        config, texts, backbone, run / "cache" if os.access(run, os.W_OK) else None
+    )
     load_trained(model, tensors, str(run / "model.safetensors"))
     model.eval()
     version = _file_hash(run / "model.safetensors")
@@ -541,13 +614,7 @@ def evaluate_run(
     """
     if split_name not in ("valid", "test"):
         raise ConfigError(f"split={split_name!r}: choose valid or test")
-    _, identity = load_run_config(run)
-    dataset = open_dataset(data or Path(identity["dataset"]["path"]))
-    if dataset.fingerprint != identity["dataset"]["fingerprint"]:
-        raise CheckpointError(
-            f"{run} was trained on data {identity['dataset']['fingerprint']}, {dataset.path} is "
-            f"{dataset.fingerprint}; scores would not be comparable"
-        )
+    dataset = _dataset_of(run, data)
     predictor = load(run)
     split = leave_one_out(dataset.sequences)
     if split_name == "test":
@@ -573,10 +640,26 @@ def evaluate_run(
     }
 
 
+def _dataset_of(run: Path, data: Path | None) -> Dataset:
+    """The data set a run was made on, at ``data`` or where it was then."""
+    _, identity = load_run_config(run)
+    path, fingerprint = Path(identity["dataset"]["path"]), identity["dataset"]["fingerprint"]
+    if data is None and not path.is_dir():
+        raise CheckpointError(
+            f"the data set of {run} is no longer at {path}; give its folder with --data"
+        )
+    dataset = open_dataset(data or path)
+    if dataset.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{run} was made on data {fingerprint}, {dataset.path} is {dataset.fingerprint}; "
+            "give the folder it was made on with --data"
+        )
+    return dataset
+
+
 def user_history(run: Path, user: str, data: Path | None = None) -> list[str]:
     """Item ids of a user of the run's data set, oldest first."""
-    _, identity = load_run_config(run)
-    dataset = open_dataset(data or Path(identity["dataset"]["path"]))
+    dataset = _dataset_of(run, data)
     rows = dataset.sequences[dataset.user_index(user)]
     return [dataset.item_ids[int(i)].as_py() for i in rows]
 
@@ -591,17 +674,11 @@ def embed_run(
     Returns:
         (path, rows, D) of each file.
     """
+    dataset = _dataset_of(run, data) if with_users else None
     predictor = load(run)
     out.mkdir(parents=True, exist_ok=True)
     written = [_write_vectors(out / "items.parquet", predictor.ids, predictor.vectors, predictor)]
-    if with_users:
-        _, identity = load_run_config(run)
-        dataset = open_dataset(data or Path(identity["dataset"]["path"]))
-        if dataset.fingerprint != identity["dataset"]["fingerprint"]:
-            raise CheckpointError(
-                f"{dataset.path} is {dataset.fingerprint}, the run was made on "
-                f"{identity['dataset']['fingerprint']}: item ints would not match"
-            )
+    if dataset is not None:
         sequences = dataset.sequences
         some = np.flatnonzero(sequences.lengths > 0)
         blocks = []

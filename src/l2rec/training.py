@@ -13,7 +13,8 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,11 +28,11 @@ from l2rec.checkpoint import (
     load_tensors,
     load_trained,
     optimizer_tensors,
-    read_state,
     restore_optimizer,
     save_tensors,
     trained_tensors,
     write_state,
+    write_text,
 )
 from l2rec.config import TrainingConfig
 from l2rec.data.ragged import Ragged
@@ -56,8 +57,12 @@ class _Counters:
     """Everything of the loop's state that is not a tensor. Saved as JSON."""
 
     stage: int = 0
+    stage_start: int = 0
+    """Steps of the stages before this one."""
     step: int = 0
+    """Steps of all stages."""
     epoch: int = 0
+    """Of this stage, as are ``batch``, ``next_eval`` and ``bad``."""
     batch: int = 0
     """Batches of this epoch that are done."""
     next_eval: float = 0.0
@@ -71,7 +76,6 @@ class _Counters:
     eval_seconds: float = 0.0
     tokens: int = 0
     computed: int = 0
-    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,27 @@ class TrainingResult:
 
 
 @dataclass
+class _Window:
+    """Sums since the last log line."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    computed: int = 0
+    loss: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, losses: Losses, seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.tokens += losses.tokens
+        self.computed += losses.computed_tokens
+        self.loss += float(losses.total.detach())
+        for name, part in losses.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + float(part)
+
+
+@dataclass
 class _Run:
     """One training in flight."""
 
@@ -100,6 +125,7 @@ class _Run:
     progress: Progress
     watch: Callable[[str, int, dict[str, float]], None]
     counters: _Counters = field(default_factory=_Counters)
+    window: _Window = field(default_factory=_Window)
     untrained: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
 
@@ -121,48 +147,97 @@ def train(
             state stays), or there is nothing to train on.
         CheckpointError: the disk is full, or ``resume`` finds another model's state.
     """
+    run.mkdir(parents=True, exist_ok=True)
+    state = latest_state(run) if resume else None
+    with _tensorboard(run, 0 if state is None else int(state.counters["step"]) + 1) as watch:
+        return _train(_Run(model, split, config, seed, run, progress, watch), state)
+
+
+@contextmanager
+def _tensorboard(run: Path, first: int) -> Iterator[Callable[[str, int, dict[str, float]], None]]:
+    """Writes points to RUN/tensorboard, steps from ``first`` on anew. A full disk is reported by
+    the files that matter, so it is no error here.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
-    run.mkdir(parents=True, exist_ok=True)
-    with SummaryWriter(str(run / "tensorboard")) as board:
+    board = SummaryWriter(str(run / "tensorboard"), purge_step=first)
 
-        def watch(kind: str, step: int, values: dict[str, float]) -> None:
+    def watch(kind: str, step: int, values: dict[str, float]) -> None:
+        with suppress(OSError):
             for name, value in values.items():
                 board.add_scalar(f"{kind}/{name}", value, step)
 
-        loop = _Run(model, split, config, seed, run, progress, watch)
-        return _train(loop, resume)
+    try:
+        yield watch
+    finally:
+        with suppress(OSError):
+            board.close()
 
 
-def _train(run: _Run, resume: bool) -> TrainingResult:
+def _train(run: _Run, state: State | None) -> TrainingResult:
     torch.manual_seed(run.seed)
     stages = run.model.stages(run.config.lr, run.config.weight_decay)
-    state_path = latest_state(run.folder) if resume else None
-    state = read_state(state_path) if state_path is not None else None
-    if state is not None:
-        saved = dict(state.counters)
-        run.untrained, run.best = saved.pop("untrained"), saved.pop("best_metrics")
-        run.counters = _Counters(**saved)
-        _trim_log(run.folder / "metrics.jsonl", run.counters.step)
-        run.progress.line(f"resuming at step {run.counters.step}, epoch {run.counters.epoch}")
+    if state is None:
+        _begin(run)
     else:
-        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
-        run.untrained = run.best = _validate(run, 0.0)
-        run.counters.best = run.untrained[SELECT]
-        run.counters.next_eval = run.config.eval_every
-        _keep_best(run)
-    stopped = "untrained" if not stages else "finished"
+        _go_on(run, state)
+    stopped = "untrained"
     for number in range(run.counters.stage, len(stages)):
-        run.counters.stage = number
+        if number > run.counters.stage:
+            _next_stage(run, number, stages[number].name)
         stopped = _run_stage(run, stages[number], state)
         state = None
+        if stopped == "max_minutes":
+            break
     if stages:
-        tensors, _ = load_tensors(run.folder / "model.safetensors")
-        load_trained(run.model, tensors, str(run.folder))
+        _load_best(run)
     c = run.counters
     return TrainingResult(
         c.step, c.best_step, run.best, run.untrained, c.seconds, c.eval_seconds, c.tokens, stopped
     )
+
+
+def _begin(run: _Run) -> None:
+    (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+    run.untrained = run.best = _validate(run, 0.0)
+    run.counters.best = run.untrained[SELECT]
+    run.counters.next_eval = run.config.eval_every
+    _keep_best(run)
+
+
+def _go_on(run: _Run, state: State) -> None:
+    saved = dict(state.counters)
+    try:
+        run.untrained, run.best = saved.pop("untrained"), saved.pop("best_metrics")
+        run.window = _Window(**saved.pop("window"))
+        run.counters = c = _Counters(**saved)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{run.folder}/state was written by another version of l2rec ({error}); resume it "
+            "with that version, or train into another folder"
+        ) from error
+    _trim_log(run.folder / "metrics.jsonl", c.step)
+    run.progress.line(f"resuming at step {c.step}, epoch {c.epoch}")
+    best = run.folder / "model.safetensors"
+    if c.best_step == c.step:  # the kill may have come before this state became the best model
+        save_tensors(best, state.model, step=str(c.step))
+    else:
+        load_tensors(best)  # a torn one is better known now than after hours of training
+
+
+def _next_stage(run: _Run, number: int, name: str) -> None:
+    """From the best weights so far, with counters of its own."""
+    _load_best(run)
+    c = run.counters
+    c.stage, c.stage_start = number, c.step
+    c.epoch = c.batch = c.bad = 0
+    c.next_eval = run.config.eval_every
+    run.progress.line(f"stage {number + 1}: {name}, from step {c.best_step}")
+
+
+def _load_best(run: _Run) -> None:
+    tensors, _ = load_tensors(run.folder / "model.safetensors")
+    load_trained(run.model, tensors, str(run.folder))
 
 
 def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
@@ -178,16 +253,15 @@ def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
     if state is not None:
         load_trained(model, state.model, f"{run.folder}/state")
         restore_optimizer(optimizer, state.optimizer)
-        if c.done:
-            return "finished before"
-    per_epoch = len(_batches(run, c.epoch))
-    if per_epoch == 0:
+        if over := _over(run):
+            return over
+    # Of epoch 0, in a resumed run too: epochs differ by some batches, the schedule must not.
+    planned = config.epochs * len(_batches(run, 0))
+    if planned == 0:
         raise TrainingError("no user has two training events: there is nothing to train on")
-    total = config.epochs * per_epoch
     if config.max_steps is not None:
-        total = min(total, config.max_steps)
+        planned = min(planned, config.max_steps)
     saved_at = time.monotonic()
-    window = _Window()
     model.train()
     for epoch in range(c.epoch, config.epochs):
         c.epoch = epoch
@@ -195,7 +269,7 @@ def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
         for batch in batches.iterate(c.batch):
             started = time.monotonic()
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(c.step, total, config)
+                group["lr"] = group["peak"] * _schedule(c.step - c.stage_start, planned, config)
             optimizer.zero_grad(set_to_none=True)
             losses: Losses = model.loss(batch)
             losses.total.backward()
@@ -205,20 +279,22 @@ def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
             c.step, c.batch = c.step + 1, c.batch + 1
             c.tokens, c.computed = c.tokens + losses.tokens, c.computed + losses.computed_tokens
             c.seconds += time.monotonic() - started
-            window.add(losses, time.monotonic() - started)
+            run.window.add(losses, time.monotonic() - started)
             position = epoch + c.batch / len(batches)
             if c.step % config.log_every == 0:
-                _log_window(run, window, position, total)
-                window = _Window()
-            over = _over(run, total)
+                _log_window(run, position, planned)
+            over = _over(run)
+            if epoch + 1 == config.epochs and c.batch == len(batches):
+                over = over or "epochs"
             if over or position >= c.next_eval - 1e-9:
-                _log_window(run, window, position, total)
-                window = _Window()
-                patience_left = _validate_and_keep(run, position)
+                _log_window(run, position, planned)
+                better = _validate_and_count(run, position)
                 c.next_eval = position + config.eval_every
-                over = over or ("" if patience_left else "patience")
-                c.done = bool(over)
+                over = over or _over(run)
+                # The state first: from it the best model can be had again, not the other way.
                 _save(run, optimizer)
+                if better:
+                    _keep_best(run)
                 saved_at = time.monotonic()
                 model.train()
             elif time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
@@ -249,16 +325,17 @@ def _schedule(step: int, total: int, config: TrainingConfig) -> float:
         return (step + 1) / warm
     if config.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
 
 
-def _over(run: _Run, total: int) -> str:
-    config = run.config
-    if run.counters.step >= total:
-        return "max_steps" if config.max_steps is not None else "epochs"
-    if config.max_minutes is not None and run.counters.seconds >= 60 * config.max_minutes:
+def _over(run: _Run) -> str:
+    """Why this stage ends before its epochs do, or an empty string."""
+    config, c = run.config, run.counters
+    if config.max_steps is not None and c.step - c.stage_start >= config.max_steps:
+        return "max_steps"
+    if config.max_minutes is not None and c.seconds >= 60 * config.max_minutes:
         return "max_minutes"
-    return ""
+    return "patience" if c.bad >= config.patience else ""
 
 
 def _check_finite(run: _Run, losses: Losses, norm: torch.Tensor) -> None:
@@ -268,8 +345,8 @@ def _check_finite(run: _Run, losses: Losses, norm: torch.Tensor) -> None:
     cause = f"the loss part {', '.join(bad)}" if bad else "the gradient"
     raise TrainingError(
         f"step {run.counters.step + 1}: {cause} is not finite (gradient norm {float(norm):.3g}); "
-        "the best model so far and the last state are kept; lower training.lr, or use "
-        "backbone.dtype=float32"
+        f"the best model so far (step {run.counters.best_step}) and the last state are kept; "
+        "lower training.lr, or use backbone.dtype=float32"
     )
 
 
@@ -301,16 +378,15 @@ def _validate(run: _Run, position: float) -> dict[str, float]:
     return metrics
 
 
-def _validate_and_keep(run: _Run, position: float) -> bool:
-    """Validate; keep the model if it is the best so far. False when patience has run out."""
+def _validate_and_count(run: _Run, position: float) -> bool:
+    """Validate; True if the model is the best so far."""
     metrics = _validate(run, position)
     c = run.counters
     if metrics[SELECT] > c.best:
         c.best, c.best_step, c.bad, run.best = metrics[SELECT], c.step, 0, metrics
-        _keep_best(run)
-    else:
-        c.bad += 1
-    return c.bad < run.config.patience
+        return True
+    c.bad += 1
+    return False
 
 
 def _keep_best(run: _Run) -> None:
@@ -320,7 +396,12 @@ def _keep_best(run: _Run) -> None:
 
 
 def _save(run: _Run, optimizer: torch.optim.Optimizer) -> None:
-    counters = {**asdict(run.counters), "untrained": run.untrained, "best_metrics": run.best}
+    counters = {
+        **asdict(run.counters),
+        "window": asdict(run.window),
+        "untrained": run.untrained,
+        "best_metrics": run.best,
+    }
     write_state(
         run.folder,
         run.counters.step,
@@ -331,31 +412,10 @@ def _save(run: _Run, optimizer: torch.optim.Optimizer) -> None:
 # -- logs ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Window:
-    """Sums since the last log line."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    computed: int = 0
-    loss: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
-
-    def add(self, losses: Losses, seconds: float) -> None:
-        self.steps += 1
-        self.seconds += seconds
-        self.tokens += losses.tokens
-        self.computed += losses.computed_tokens
-        self.loss += float(losses.total.detach())
-        for name, part in losses.parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + float(part)
-
-
-def _log_window(run: _Run, window: _Window, position: float, total: int) -> None:
+def _log_window(run: _Run, position: float, planned: int) -> None:
+    c, window, run.window = run.counters, run.window, _Window()
     if not window.steps:
         return
-    c = run.counters
     loss, rate = window.loss / window.steps, window.tokens / max(window.seconds, 1e-9)
     parts = {name: value / window.steps for name, value in window.parts.items()}
     step_seconds = window.seconds / window.steps
@@ -379,10 +439,19 @@ def _log_window(run: _Run, window: _Window, position: float, total: int) -> None
     run.progress.training(
         position,
         c.step,
-        total,
+        _last_step(run, planned),
         f"loss {loss:.3f}  {rate:,.0f} tokens/s  {step_seconds:.2f} s/step  real {real:.0%}  "
         f"{memory:,.0f} MB",
     )
+
+
+def _last_step(run: _Run, planned: int) -> int:
+    """The step this stage will end at, as far as is known now: for the time that is left."""
+    c, minutes = run.counters, run.config.max_minutes
+    last = c.stage_start + planned
+    if minutes is not None and c.seconds > 0:
+        last = min(last, round(c.step * 60 * minutes / c.seconds))
+    return max(last, c.step)
 
 
 def peak_memory_mb() -> float:
@@ -402,6 +471,9 @@ def _log(run: _Run, record: dict[str, Any]) -> None:
 
 def _trim_log(path: Path, step: int) -> None:
     """Forget lines later than the state that a run goes on from: they will come again."""
-    if path.is_file():
-        lines = [x for x in path.read_text().splitlines() if x and json.loads(x)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):  # the line that a kill or a full disk tore
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+    write_text(path, "".join(kept))
