@@ -214,12 +214,22 @@ def test_untrained_and_unadapted_are_the_same_point(changes: dict[str, Any]) -> 
 @pytest.mark.parametrize("view", ["semantic", "behavioral"])
 def test_one_view_alone(view: str) -> None:
     other = {"semantic": "behavioral", "behavioral": "semantic"}[view]
-    model = shaken(build(views=(view,)))
+    both = shaken(build())
+    model = build(views=(view,))
+    theirs = dict(both.named_parameters())
+    v = 0 if view == "semantic" else 1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = theirs[name]
+            parameter.copy_(value if value.shape == parameter.shape else value[v : v + 1])
     state = model.user_states(HISTORIES)
     assert getattr(state, other) is None and state.delta is None
     assert torch.equal(getattr(state, view), state.fused)
-    both = shaken(build()).user_states(HISTORIES)
-    torch.testing.assert_close(getattr(both, view), state.fused, rtol=1e-4, atol=1e-5)
+    expected = getattr(both.user_states(HISTORIES), view)
+    torch.testing.assert_close(state.fused, expected, rtol=1e-4, atol=1e-5)
+    gone = {"semantic": ("projector.", "fusion.project_b"), "behavioral": ("fusion.project_s",)}
+    off = (*gone[view], "fusion.gate")
+    assert not [name for name in trained_names(model) if name.startswith(off)]
 
 
 def test_without_semantic_texts_are_read_as_one_vector() -> None:
