@@ -154,10 +154,13 @@ class BehavioralProjector(nn.Module):
     @torch.no_grad()
     def calibrate(self, vectors: Tensor, scale: float) -> None:
         """Centre on ``vectors`` [N, D] and set the gain so that they enter with RMS ``scale``."""
+        if len(vectors) < 2:  # nothing to centre on
+            return
         mean = vectors.float().mean(0)
         self.linear.bias.copy_(-self.linear.weight @ mean)
         spread = (vectors.float() - mean).square().mean().sqrt()
-        self.gain.copy_(scale / spread.clamp_min(1e-8))
+        if spread > 0:
+            self.gain.copy_(scale / spread)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.gain * self.linear(x)

