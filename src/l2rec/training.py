@@ -372,7 +372,8 @@ def _validate(run: _Run, position: float) -> dict[str, float]:
     run.watch("valid", c.step, metrics)
     run.progress.line(
         f"validation at step {c.step} (epoch {position:.2f}): "
-        f"recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics[SELECT]:.4f}  masked {metrics[SELECT + '_masked']:.4f}"
+        f"recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics[SELECT]:.4f}  "
+        f"masked {metrics[SELECT + '_masked']:.4f}"
         + ("  (untrained)" if c.step == 0 else "")
     )
     return metrics

@@ -1,0 +1,634 @@
+"""The loop with a toy method: early stopping, budgets, stages, NaN, and resume to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.unit.tiny_run import Quiet, log, losses
+from torch import Tensor, nn
+
+from l2rec import training
+from l2rec.checkpoint import load_tensors, trained_tensors
+from l2rec.config import TrainingConfig
+from l2rec.data.batches import Batch, TrainingBatches
+from l2rec.data.ragged import Ragged
+from l2rec.data.splits import Split, leave_one_out
+from l2rec.errors import CheckpointError, TrainingError
+from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
+
+N_ITEMS, N_USERS = 12, 30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_fsync() -> Iterator[None]:
+    """States are written at every step here; waiting for the disk is not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def split(users: int = N_USERS, seed: int = 0) -> Split:
+    """Walks of 4 to 9 steps along one cycle, with some noise so that nothing is learned at once."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(users):
+        walk = (rng.integers(N_ITEMS) + np.arange(rng.integers(4, 10))) % N_ITEMS
+        noisy = rng.random(len(walk)) < 0.2
+        rows.append(np.where(noisy, rng.integers(N_ITEMS, size=len(walk)), walk))
+    return leave_one_out(Ragged.from_rows(rows))
+
+
+class Toy(nn.Module):
+    """Next item from the last one by two tables of scores, with dropout."""
+
+    def __init__(self, stages: int = 1, on_loss: Callable[[int], None] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = nn.Parameter(0.01 * torch.randn(N_ITEMS, N_ITEMS))
+        self.second = nn.Parameter(torch.zeros(N_ITEMS, N_ITEMS))
+        self.n_stages, self.on_loss, self.calls = stages, on_loss, 0
+
+    @property
+    def n_items(self) -> int:
+        return N_ITEMS
+
+    def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        def group(*parameters: nn.Parameter) -> list[ParameterGroup]:
+            return [ParameterGroup("all", list(parameters), lr, weight_decay)]
+
+        if self.n_stages == 2:
+            return [Stage("one", group(self.first)), Stage("two", group(self.second))]
+        return [Stage("train", group(self.first, self.second))][: self.n_stages]
+
+    def batches(
+        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+    ) -> TrainingBatches:
+        return TrainingBatches(
+            sequences,
+            supervision="last",
+            max_items=10,
+            negatives=0,
+            item_costs=np.ones(N_ITEMS, dtype=np.int64),
+            batch_users=batch_users,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            epoch=epoch,
+        )
+
+    def loss(self, batch: Batch) -> Losses:
+        self.calls += 1
+        if self.on_loss is not None:
+            self.on_loss(self.calls)
+        last = torch.from_numpy(batch.histories.values[batch.histories.offsets[1:] - 1]).long()
+        scores = nn.functional.dropout((self.first + self.second)[last], 0.3, self.training)
+        loss = nn.functional.cross_entropy(scores, torch.from_numpy(batch.targets).long())
+        return Losses(loss, {"rec": loss.detach()}, len(last), len(last))
+
+    def scorer(self) -> Scorer:
+        table = (self.first + self.second).detach()
+        return lambda h: table[torch.from_numpy(h.values[h.offsets[1:] - 1]).long()]
+
+
+class Scripted(Toy):
+    """Its n-th validation ranks every right item ``places[n]``-th (the last place goes on)."""
+
+    def __init__(self, places: list[int], data: Split, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.places, self.validations = places, 0
+        self.right = {
+            tuple(history): int(target)
+            for history, target in zip(rows(data.valid_histories), data.valid_targets, strict=True)
+        }
+
+    def scorer(self) -> Scorer:
+        place = self.places[min(self.validations, len(self.places) - 1)]
+        self.validations += 1
+
+        def score(histories: Ragged) -> Tensor:
+            scores = torch.zeros(len(histories), N_ITEMS)
+            for row, history in enumerate(rows(histories)):
+                right = self.right[tuple(history)]
+                others = [i for i in range(N_ITEMS) if i != right]
+                scores[row, right] = 1.0
+                scores[row, others[: place - 1]] = 2.0
+            return scores
+
+        return score
+
+
+def rows(ragged: Ragged) -> list[list[int]]:
+    return [ragged[i].tolist() for i in range(len(ragged))]
+
+
+def unique_histories() -> Split:
+    """Every history once, so that a script can tell users apart by it."""
+    return leave_one_out(
+        Ragged.from_rows([[i, (i + 1) % N_ITEMS, (i + 2) % N_ITEMS, i] for i in range(N_ITEMS)])
+    )
+
+
+def options(**changes: Any) -> TrainingConfig:
+    values: dict[str, Any] = {
+        "epochs": 4,
+        "lr": 0.3,
+        "batch_users": 8,
+        "log_every": 3,
+        "checkpoint_minutes": 0,
+        "patience": 50,
+    }
+    return TrainingConfig(**values | changes)
+
+
+def fit(
+    run: Path,
+    model: Toy | None = None,
+    data: Split | None = None,
+    *,
+    resume: bool = False,
+    progress: Quiet | None = None,
+    **changes: Any,
+) -> tuple[training.TrainingResult, Toy]:
+    model = model or Toy()
+    result = training.train(
+        model,
+        data or split(),
+        options(**changes),
+        seed=5,
+        run=run,
+        progress=progress or Quiet(),
+        resume=resume,
+    )
+    return result, model
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(call: int) -> Callable[[int], None]:
+    def check(calls: int) -> None:
+        if calls == call:
+            raise Crash
+
+    return check
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    ours, theirs = (load_tensors(run / "model.safetensors") for run in (a, b))
+    assert ours[1] == theirs[1]
+    assert ours[0].keys() == theirs[0].keys()
+    for name, tensor in ours[0].items():
+        assert torch.equal(tensor, theirs[0][name]), name
+    assert losses(a) == losses(b)
+    timeless = [{k: v for k, v in r.items() if "second" not in k} for r in log(a, "valid")]
+    assert timeless == [{k: v for k, v in r.items() if "second" not in k} for r in log(b, "valid")]
+    steps = [(r["event"], r["step"]) for r in log(b)]
+    assert len(steps) == len(set(steps))
+
+
+# -- what a run does -----------------------------------------------------------------------------
+
+
+def test_trains_logs_step_0_and_keeps_the_best(tmp_run: Path) -> None:
+    result, model = fit(tmp_run, epochs=15, lr=0.1)
+    valid = {r["step"]: r["ndcg@10"] for r in log(tmp_run, "valid")}
+    assert next(iter(valid)) == 0 and result.untrained["ndcg@10"] == valid[0]
+    assert result.valid["ndcg@10"] == max(valid.values()) > valid[0]
+    best = min(step for step, score in valid.items() if score == max(valid.values()))
+    assert result.best_step == best > 0
+    tensors, metadata = load_tensors(tmp_run / "model.safetensors")
+    assert metadata == {"step": str(best)}
+    for name, tensor in trained_tensors(model).items():
+        assert torch.equal(tensor, tensors[name])
+    first, *_, last = losses(tmp_run)
+    assert last[1] < first[1]
+    assert result.stopped == "epochs" and result.tokens > 0
+
+
+def test_train_lines_are_means_of_their_steps(tmp_path: Path) -> None:
+    fit(tmp_path / "each", log_every=1, epochs=1)
+    fit(tmp_path / "three", log_every=3, epochs=1)
+    each = [loss for _, loss in losses(tmp_path / "each")]
+    for number, (step, loss) in enumerate(losses(tmp_path / "three")):
+        assert loss == pytest.approx(np.mean(each[3 * number : step]))
+
+
+def test_patience_stops_and_the_best_is_restored(tmp_run: Path) -> None:
+    data = unique_histories()
+    model = Scripted([6, 4, 2, 3, 5, 4, 1], data)
+    result, model = fit(tmp_run, model, data, epochs=20, patience=3, batch_users=6)
+    assert result.stopped == "patience"
+    steps = [r["step"] for r in log(tmp_run, "valid")]
+    assert len(steps) == 6 and result.best_step == steps[2] and result.steps == steps[5]
+    assert load_tensors(tmp_run / "model.safetensors")[1] == {"step": str(steps[2])}
+    assert result.valid["mrr"] == pytest.approx(1 / 2)
+
+
+def test_equal_scores_keep_the_earlier_model(tmp_run: Path) -> None:
+    data = unique_histories()
+    result, _ = fit(tmp_run, Scripted([2], data), data, epochs=20, patience=2)
+    assert (result.best_step, result.stopped) == (0, "patience")
+    assert load_tensors(tmp_run / "model.safetensors")[1] == {"step": "0"}
+
+
+def test_never_below_the_untrained_model(tmp_run: Path) -> None:
+    data = unique_histories()
+    result, model = fit(tmp_run, Scripted([1, 5], data), data, epochs=2)
+    assert result.valid == result.untrained
+    fresh = trained_tensors(Scripted([1], data))
+    assert all(torch.equal(t, fresh[n]) for n, t in trained_tensors(model).items())
+
+
+def test_max_steps_validates_and_saves(tmp_run: Path) -> None:
+    result, _ = fit(tmp_run, max_steps=6, epochs=100)
+    assert (result.steps, result.stopped) == (6, "max_steps")
+    assert log(tmp_run, "valid")[-1]["step"] == 6
+    assert (tmp_run / "state" / "step-00000006").is_dir()
+
+
+def test_max_minutes_validates_and_saves(tmp_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(training.time, "monotonic", lambda: 10.0 * next(clock))
+    progress = Quiet()
+    result, _ = fit(tmp_run, max_minutes=2, epochs=100, log_every=1, progress=progress)
+    assert result.stopped == "max_minutes" and 120 <= result.seconds < 150
+    assert log(tmp_run, "valid")[-1]["step"] == result.steps < 20
+    # The time left is counted to the end of the budget, not to the last epoch.
+    assert all(abs(total - result.steps) <= 1 for _, total in progress.steps)
+
+
+def test_eval_every_and_the_last_steps_are_validated(tmp_run: Path) -> None:
+    result, _ = fit(tmp_run, epochs=2, eval_every=0.7)
+    epochs = [r["epoch"] for r in log(tmp_run, "valid")]
+    assert epochs[0] == 0 and 0.7 <= epochs[1] < 1.1 and epochs[-1] == 2
+    assert log(tmp_run, "valid")[-1]["step"] == result.steps
+
+
+def test_validation_ranks_every_user_and_never_the_test_split(
+    tmp_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Trap:
+        def __getattribute__(self, name: str) -> Any:
+            raise AssertionError(f"the test split was touched: {name}")
+
+        def __len__(self) -> int:
+            raise AssertionError("the test split was touched")
+
+    data = split()
+    seen: list[int] = []
+    real = training.evaluate
+
+    def spy(model: Any, histories: Ragged, targets: Any, **kwargs: Any) -> Any:
+        assert histories is data.valid_histories and targets is data.valid_targets
+        seen.append(len(histories))
+        return real(model, histories, targets, **kwargs)
+
+    monkeypatch.setattr(training, "evaluate", spy)
+    trap: Any = Trap()
+    fit(tmp_run, data=dataclasses.replace(data, test_histories=trap, test_targets=trap))
+    assert seen == [N_USERS] * 5
+
+
+def test_batches_are_of_training_prefixes(tmp_run: Path) -> None:
+    data = split()
+    asked = []
+
+    class Spy(Toy):
+        def batches(self, sequences: Ragged, **kwargs: Any) -> TrainingBatches:
+            asked.append(sequences)
+            return super().batches(sequences, **kwargs)
+
+    fit(tmp_run, Spy(), data)
+    assert asked and all(sequences is data.train for sequences in asked)
+
+
+def test_schedule() -> None:
+    config = options(warmup=0.1)
+    shares = [training._schedule(step, 100, config) for step in range(101)]
+    assert shares[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert shares[10] == 1.0 and shares[55] == pytest.approx(0.5) and shares[100] < 1e-9
+    assert all(a > b for a, b in itertools.pairwise(shares[10:]))
+    assert training._schedule(140, 100, config) == 0  # never up again past the plan
+    constant = options(warmup=0.1, schedule="constant")
+    assert [training._schedule(s, 100, constant) for s in (0, 9, 50, 100)] == [0.1, 1, 1, 1]
+    assert training._schedule(0, 1, options(warmup=0)) == 1.0
+
+
+def test_the_schedule_reaches_the_optimizer(tmp_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    real = torch.optim.AdamW.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    config = options(max_steps=8, warmup=0.25)
+    fit(tmp_run, max_steps=8, warmup=0.25)
+    assert rates == pytest.approx([0.3 * training._schedule(n, 8, config) for n in range(8)])
+
+
+def test_untrained_method(tmp_run: Path) -> None:
+    result, _ = fit(tmp_run, Toy(stages=0))
+    assert (result.steps, result.stopped, result.valid) == (0, "untrained", result.untrained)
+    assert (tmp_run / "model.safetensors").is_file()
+    again, _ = fit(tmp_run, Toy(stages=0), resume=True)
+    assert again.valid == result.valid
+
+
+def test_nothing_to_train_or_validate_on(tmp_run: Path) -> None:
+    with pytest.raises(TrainingError, match="no user has three events"):
+        fit(tmp_run, data=leave_one_out(Ragged.from_rows([[1, 2], [3]])))
+    with pytest.raises(TrainingError, match="no user has two training events"):
+        fit(tmp_run, data=leave_one_out(Ragged.from_rows([[1, 2, 3], [3, 4, 5]])))
+
+
+# -- what goes wrong -----------------------------------------------------------------------------
+
+
+class Poisoned(Toy):
+    """Its loss, or only its gradient, turns bad at one call."""
+
+    def __init__(self, call: int, where: str) -> None:
+        super().__init__()
+        self.call, self.where = call, where
+
+    def loss(self, batch: Batch) -> Losses:
+        losses = super().loss(batch)
+        if self.calls != self.call:
+            return losses
+        if self.where == "gradient":
+            zero = self.first.sum() * 0
+            return Losses(losses.total + zero.sqrt(), losses.parts, 1, 1)
+        bad = losses.total * math.nan
+        return Losses(bad, {"rec": losses.parts["rec"], "bpc": bad.detach()}, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("where", "cause"), [("loss", "the loss part bpc"), ("gradient", "the gradient")]
+)
+def test_nan_stops_with_step_and_cause(tmp_run: Path, where: str, cause: str) -> None:
+    with pytest.raises(TrainingError, match=f"^step 7: {cause} is not finite") as caught:
+        fit(tmp_run, Poisoned(7, where))
+    assert "training.lr" in str(caught.value) and "\n" not in str(caught.value)
+    tensors, _ = load_tensors(tmp_run / "model.safetensors")
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+    assert all(math.isfinite(loss) for _, loss in losses(tmp_run))
+    # The step never reached the weights: going on without the poison is as if it never was.
+    fit(tmp_run, resume=True)
+    fit(tmp_run.parent / "clean")
+    assert_same_run(tmp_run.parent / "clean", tmp_run)
+
+
+def test_nan_scores_name_the_evaluation(tmp_run: Path) -> None:
+    class Broken(Toy):
+        def scorer(self) -> Scorer:
+            return lambda h: torch.full((len(h), N_ITEMS), math.nan)
+
+    with pytest.raises(TrainingError, match="NaN"):
+        fit(tmp_run, Broken())
+
+
+def test_a_full_disk_for_the_log_is_one_error(
+    tmp_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if self.name == "metrics.jsonl" and "a" in mode:
+            raise OSError(28, "No space left on device")
+        return real(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written.*No space left"):
+        fit(tmp_run)
+
+
+# -- resume --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody killed: 4 epochs of about 5 steps, epochs not all of the same length."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    fit(run, batch_tokens=18)
+    counts = {len(Toy().batches(split().train, **budget(epoch))) for epoch in range(4)}
+    assert len(counts) > 1
+    return run
+
+
+def budget(epoch: int) -> dict[str, int]:
+    return {"seed": 5, "epoch": epoch, "batch_users": 8, "batch_tokens": 18}
+
+
+@pytest.mark.parametrize("call", [1, 2, 4, 6, 9, 13, 17])
+def test_crash_and_resume_is_exact(whole: Path, tmp_run: Path, call: int) -> None:
+    with pytest.raises(Crash):
+        fit(tmp_run, Toy(on_loss=crash_at(call)), batch_tokens=18)
+    progress = Quiet()
+    result, model = fit(tmp_run, resume=True, batch_tokens=18, progress=progress)
+    assert any(f"resuming at step {call - 1}" in line for line in progress.lines) == (call > 1)
+    assert_same_run(whole, tmp_run)
+    best = load_tensors(whole / "model.safetensors")[0]
+    assert all(torch.equal(t, best[n]) for n, t in trained_tensors(model).items())
+    assert result.steps == log(whole, "valid")[-1]["step"]
+
+
+def test_crash_again_and_again(whole: Path, tmp_run: Path) -> None:
+    for _ in range(30):
+        try:
+            fit(tmp_run, Toy(on_loss=crash_at(3)), resume=True, batch_tokens=18)
+            break
+        except Crash:
+            continue
+    else:
+        raise AssertionError("no progress from crash to crash")
+    assert_same_run(whole, tmp_run)
+
+
+def test_rare_states_resume_exactly_too(tmp_path: Path) -> None:
+    """States only at validations: the steps since the last one are done again."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    fit(tmp_path / "a", checkpoint_minutes=60)
+    with pytest.raises(Crash):
+        fit(tmp_path / "b", Toy(on_loss=crash_at(7)), checkpoint_minutes=60)
+    assert max(r["step"] for r in log(tmp_path / "b")) == 6
+    progress = Quiet()
+    fit(tmp_path / "b", resume=True, checkpoint_minutes=60, progress=progress)
+    assert "resuming at step 4" in progress.lines[0]
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("moment", ["before the state", "before the best model"])
+def test_crash_while_saving_a_validation(
+    whole: Path, tmp_run: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "_save" if moment == "before the state" else "_keep_best"
+    real = getattr(training, name)
+
+    def crash(run: Any, *args: Any) -> None:
+        if run.counters.step >= 10 and run.counters.bad == 0 and run.counters.best_step >= 10:
+            raise Crash
+        real(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, name, crash)
+        with pytest.raises(Crash):
+            fit(tmp_run, batch_tokens=18)
+    fit(tmp_run, resume=True, batch_tokens=18)
+    assert_same_run(whole, tmp_run)
+
+
+def test_resume_skips_a_torn_state_and_torn_lines(whole: Path, tmp_run: Path) -> None:
+    with pytest.raises(Crash):
+        fit(tmp_run, Toy(on_loss=crash_at(9)), batch_tokens=18)
+    newest = sorted((tmp_run / "state").glob("step-*"))[-1]
+    (newest / "optimizer.safetensors").write_bytes(b"\x00" * 5)
+    (tmp_run / "state" / ".step-00000099.part").mkdir()
+    (tmp_run / "state" / ".step-00000099.part" / "counters.json").write_text("{")
+    with (tmp_run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    progress = Quiet()
+    fit(tmp_run, resume=True, batch_tokens=18, progress=progress)
+    assert "resuming at step 7" in progress.lines[0]
+    assert_same_run(whole, tmp_run)
+
+
+def test_all_states_torn_is_an_error_not_a_new_start(tmp_run: Path) -> None:
+    fit(tmp_run, max_steps=4)
+    before = (tmp_run / "metrics.jsonl").read_bytes()
+    for state in (tmp_run / "state").glob("step-*"):
+        (state / "counters.json").write_text('{"step": ')
+    with pytest.raises(CheckpointError, match=r"counters\.json"):
+        fit(tmp_run, resume=True, max_steps=4)
+    assert (tmp_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_counters_of_another_version(tmp_run: Path) -> None:
+    fit(tmp_run, max_steps=4)
+    for state in (tmp_run / "state").glob("step-*"):
+        counters = json.loads((state / "counters.json").read_text())
+        (state / "counters.json").write_text(json.dumps(counters | {"horoscope": 1}))
+    with pytest.raises(CheckpointError, match="another version"):
+        fit(tmp_run, resume=True, max_steps=4)
+
+
+def test_a_torn_best_model_is_reported_at_once(tmp_run: Path) -> None:
+    with pytest.raises(Crash):
+        fit(tmp_run, Toy(on_loss=crash_at(7)))
+    (tmp_run / "model.safetensors").write_bytes(b"torn")
+    calls = Toy()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        fit(tmp_run, calls, resume=True)
+    assert calls.calls == 0
+
+
+def test_resume_of_a_finished_training_changes_nothing(tmp_run: Path) -> None:
+    result, _ = fit(tmp_run)
+    files = {p: p.read_bytes() for p in tmp_run.rglob("*") if p.is_file()}
+    files = {p: content for p, content in files.items() if "tensorboard" not in p.parts}
+    again, _ = fit(tmp_run, Toy(on_loss=crash_at(1)), resume=True)
+    assert dataclasses.replace(again, seconds=0) == dataclasses.replace(result, seconds=0)
+    assert {p: p.read_bytes() for p in files} == files
+
+
+def test_resume_with_a_larger_budget_goes_on(tmp_path: Path) -> None:
+    fit(tmp_path / "long", max_steps=9, schedule="constant", warmup=0)
+    fit(tmp_path / "short", max_steps=4, schedule="constant", warmup=0)
+    result, _ = fit(tmp_path / "short", resume=True, max_steps=9, schedule="constant", warmup=0)
+    assert (result.steps, result.stopped) == (9, "max_steps")
+    assert_weights_equal(tmp_path / "long", tmp_path / "short")
+
+
+def assert_weights_equal(a: Path, b: Path) -> None:
+    ours, theirs = (load_tensors(run / "model.safetensors")[0] for run in (a, b))
+    assert all(torch.equal(t, theirs[n]) for n, t in ours.items())
+
+
+def test_a_new_training_forgets_the_old_log(tmp_run: Path) -> None:
+    fit(tmp_run, max_steps=4)
+    fit(tmp_run, max_steps=4)
+    steps = [(r["event"], r["step"]) for r in log(tmp_run)]
+    assert len(steps) == len(set(steps))
+
+
+def test_tensorboard_holds_no_step_twice(tmp_run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(Crash):
+        fit(tmp_run, Toy(on_loss=crash_at(8)), checkpoint_minutes=60)
+    fit(tmp_run, resume=True, checkpoint_minutes=60)
+    events = EventAccumulator(str(tmp_run / "tensorboard")).Reload()
+    steps = [e.step for e in events.Scalars("train/loss")]
+    assert steps == [step for step, _ in losses(tmp_run)]
+    assert [e.step for e in events.Scalars("valid/mrr")] == [
+        r["step"] for r in log(tmp_run, "valid")
+    ]
+
+
+# -- stages --------------------------------------------------------------------------------------
+
+
+def test_two_stages(tmp_run: Path) -> None:
+    result, model = fit(tmp_run, Toy(stages=2), epochs=2, eval_every=0.5)
+    per_epoch = len(model.batches(split().train, **budget(0) | {"batch_tokens": 8192}))
+    assert result.steps == 4 * per_epoch
+    epochs = [r["epoch"] for r in log(tmp_run, "valid")]
+    second = epochs[epochs.index(2.0) + 1 :]
+    assert second[0] < 1 and second[-1] == 2.0  # both stages ran their own two epochs
+    fresh = Toy()
+    assert not torch.equal(model.first, fresh.first) and model.second.abs().max() > 0
+
+
+def test_a_stage_starts_from_the_best_of_the_one_before(tmp_run: Path) -> None:
+    data = unique_histories()
+    # Stage 1 is best at its first validation, then loses patience; stage 2 betters it at its end.
+    model = Scripted([9, 3, 5, 6, 4, 2], data, stages=2)
+    result, _ = fit(tmp_run, model, data, epochs=9, max_steps=6, patience=2, batch_users=6)
+    steps = [r["step"] for r in log(tmp_run, "valid")]
+    first_best, stage_2 = steps[1], steps[3]
+    assert (result.best_step, result.valid["mrr"]) == (steps[5], pytest.approx(1 / 2))
+    assert result.steps == stage_2 + 6 and result.stopped == "max_steps"
+    other = tmp_run.parent / "other"
+    other.mkdir()
+    fit(other, Scripted([9, 3], data), data, epochs=9, max_steps=first_best, batch_users=6)
+    # `first` is not trained in stage 2: it still is what it was at the best step of stage 1.
+    best = load_tensors(tmp_run / "model.safetensors")[0]
+    one = Scripted([9, 3, 5, 6], data, stages=2)
+    with pytest.raises(Crash):
+        one.on_loss = crash_at(first_best + 1)
+        fit(other, one, data, epochs=9, max_steps=6, patience=2, batch_users=6)
+    assert torch.equal(best["first"], load_tensors(other / "model.safetensors")[0]["first"])
+
+
+@pytest.mark.parametrize("call", [4, 9, 10, 14])
+def test_resume_in_either_stage(tmp_path: Path, call: int) -> None:
+    """8 steps a stage; call 9 is the first of stage 2, before it has a state of its own."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    fit(tmp_path / "a", Toy(stages=2), epochs=2)
+    assert log(tmp_path / "a", "valid")[-1]["step"] == 16
+    with pytest.raises(Crash):
+        fit(tmp_path / "b", Toy(stages=2, on_loss=crash_at(call)), epochs=2)
+    fit(tmp_path / "b", Toy(stages=2), epochs=2, resume=True)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_max_minutes_is_of_the_run_not_of_a_stage(
+    tmp_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(training.time, "monotonic", lambda: 10.0 * next(clock))
+    result, model = fit(tmp_run, Toy(stages=2), max_minutes=1, epochs=100)
+    assert result.stopped == "max_minutes" and model.second.abs().max() == 0
