@@ -104,7 +104,7 @@ def train_run(
     identity = _claim(out, config, dataset, resume)
     if identity is not None:
         report = finished_report(out)
-        if report is not None and identity["config"] == config.model_dump(mode="json"):
+        if report is not None and load_run_config(out)[0] == config:
             progress.line(f"{out} is finished: these are its scores")
             return report
         init = None if identity.get("init") is None else Path(identity["init"])
@@ -185,8 +185,8 @@ def _claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict
         raise CheckpointError(
             f"{out} holds a run already; add --resume to go on, or choose another --out"
         )
-    _, identity = load_run_config(out)
-    changed = _differences(identity["config"], config.model_dump(mode="json"))
+    saved, identity = load_run_config(out)  # resolved: options added since have their defaults
+    changed = _differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
     if changed:
         raise CheckpointError(
             f"{out} was started with another recipe ({changed[0]}); resume it with its own, only "
@@ -572,9 +572,7 @@ def load(run: str | Path) -> Predictor:
     backbone = load_backbone(config.backbone, device())
     _same_backbone(run, identity, backbone)
     # A run that lies on a read-only disk can be used; its texts are then read anew.
-    model = build_model(
-        config, texts, backbone, run / "cache" if os.access(run, os.W_OK) else None
-    )
+    model = build_model(config, texts, backbone, run / "cache" if os.access(run, os.W_OK) else None)
     load_trained(model, tensors, str(run / "model.safetensors"))
     model.eval()
     version = _file_hash(run / "model.safetensors")
