@@ -30,9 +30,7 @@ class Console:
     """The `Progress` that training and evaluation talk to; everything goes to standard error."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._console = RichConsole(
-            stderr=True, quiet=quiet, highlight=False, emoji=False
-        )
+        self._console = RichConsole(stderr=True, quiet=quiet, highlight=False, emoji=False)
         self._live = self._console.is_terminal and not quiet
         self._bars = Progress(
             TextColumn("{task.description}"),

@@ -176,6 +176,17 @@ class UserState:
     computed_tokens: int
 
 
+@dataclass(frozen=True)
+class _ViewInput:
+    """One view of a batch: x [n, D] inputs, u [U, D] user vectors, user [n] their row of u."""
+
+    view: View
+    x: Tensor
+    segments: Segments
+    u: Tensor
+    user: Tensor
+
+
 class ItemTable(nn.Module):
     """items=table: T = norm(E + E L + R), rows of unit length.
 
@@ -420,93 +431,98 @@ class L2Rec(nn.Module):
             every: one prediction per (kept) position instead of one per row.
             table: T, where it was computed already.
         """
-        config, device = self.config, self.backbone.device
         if table is None and self.table is not None:
             table = self.table()
         # Positions of the newest max_items, in the caller's flat items.
-        recent = Ragged(np.arange(len(histories.values)), histories.offsets).tail(config.max_items)
+        recent = Ragged(np.arange(len(histories.values)), histories.offsets)
+        recent = recent.tail(self.config.max_items)
         items = Ragged(histories.values[recent.values], recent.offsets)
-        inputs: list[Tensor] = []
-        groups: list[Group] = []
-        positions: list[Tensor] = []
-        slices: list[ViewSlice] = []
-        segments: list[Segments] = []
-        kept = items.lengths
-        start = 0
-        for view in config.views:
-            if view == "semantic":
-                read = semantic_tokens(
-                    items,
-                    self.tokens,
-                    item_tokens=config.item_tokens,
-                    max_tokens=config.max_tokens,
-                    max_items=config.semantic_items,
-                    before=self.before,
-                    after=self.after,
-                    device=device,
-                )
-                x, parts, kept = self.backbone.embed(read.ids), read.segments, read.kept
-            else:
-                index = torch.from_numpy(items.values.astype(np.int64)).to(device)
-                source = self.item_vectors if table is None else table
-                x = self.projector(source.index_select(0, index))
-                parts = Segments.of_items(torch.from_numpy(items.lengths).to(device))
-            u, user = self._user(x, parts)
-            group, position = pack(parts.lengths, self._attend(), blocks=parts.block, start=start)
-            slices.append(ViewSlice(config.views.index(view), start, group.stop, u, user))
-            start = group.stop
-            inputs.append(x.to(self.backbone.dtype))
-            groups.append(group)
-            positions.append(position)
-            segments.append(parts)
-        packing = Packing(tuple(groups), torch.cat(positions))
-        packed = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        routing = None
-        if config.adapt:
-            with self.experts.routed(slices) as routing:
-                states = self.backbone(packed, packing)
-        else:
-            states = self.backbone(packed, packing)
+        inputs = [self._input(view, items, table) for view in self.config.views]
+        states, routing, packing = self._transform(inputs)
 
-        # Predictions: every newest position that all views kept, or the last of each row.
-        counts = np.minimum(kept, self._window()) if every else np.ones_like(kept)
-        chosen = Ragged(recent.values, recent.offsets).gather(recent.offsets[1:] - counts, counts)
+        # Predictions: every newest position that all views hold, or the last of each row.
+        held = np.minimum.reduce([part.segments.blocks.cpu().numpy() for part in inputs])
+        counts = np.minimum(held, self._window()) if every else np.ones_like(held)
+        position = recent.gather(recent.offsets[1:] - counts, counts).values
         outputs: dict[str, Tensor] = {}
-        for view, part, group in zip(config.views, segments, groups, strict=True):
-            h = self._read(view, states[group.start : group.stop], part)
-            # Blocks of this view that the predictions read: the newest `counts` of each row.
-            ends = np.cumsum(part.blocks.cpu().numpy())
-            outputs[view] = h[torch.from_numpy(flat_index(ends - counts, counts)).to(device)]
-        last = torch.from_numpy(histories.values[chosen.values].astype(np.int64)).to(device)
+        for part, h in zip(inputs, states, strict=True):
+            ends = np.cumsum(part.segments.blocks.cpu().numpy())
+            newest = torch.from_numpy(flat_index(ends - counts, counts)).to(h.device)
+            outputs[part.view] = self._read(part.view, h, part.segments)[newest]
         if table is not None and "behavioral" in outputs:
-            h = 0.5 * F.normalize(outputs["behavioral"], dim=-1)
-            if config.last_item_skip:
-                h = h + self.skip * table.index_select(0, last)
-            outputs["behavioral"] = h
+            last = self._on_device(histories.values[position])
+            outputs["behavioral"] = self._beside_last_item(outputs["behavioral"], table, last)
         behavioral, semantic, fused, delta = self._fuse(outputs)
         return UserState(
             behavioral=behavioral,
             semantic=semantic,
             fused=fused,
             delta=delta,
-            position=torch.from_numpy(chosen.values),
+            position=torch.from_numpy(position),
             row=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
             routing=routing,
-            tokens=len(packed),
+            tokens=len(packing.positions),
             computed_tokens=packing.computed,
         )
+
+    def _on_device(self, items: npt.NDArray[np.integer]) -> Tensor:
+        """Item ints as an int64 tensor beside the backbone."""
+        return torch.from_numpy(items.astype(np.int64)).to(self.backbone.device)
+
+    def _input(self, view: View, items: Ragged, table: Tensor | None) -> _ViewInput:
+        """Eq. 1 or 2, and u of Eq. 6."""
+        config = self.config
+        if view == "semantic":
+            read = semantic_tokens(
+                items,
+                self.tokens,
+                item_tokens=config.item_tokens,
+                max_tokens=config.max_tokens,
+                max_items=config.semantic_items,
+                before=self.before,
+                after=self.after,
+                device=self.backbone.device,
+            )
+            x, segments = self.backbone.embed(read.ids), read.segments
+        else:
+            vectors = self.item_vectors if table is None else table
+            x = self.projector(vectors.index_select(0, self._on_device(items.values)))
+            segments = Segments.of_items(torch.from_numpy(items.lengths).to(x.device))
+        if config.user_pooling == "running":
+            return _ViewInput(view, x, segments, prefix_mean(x, segments), segments.block)
+        row = segments.row[segments.block]
+        return _ViewInput(view, x, segments, mean_of(x, row, len(segments.lengths)), row)
+
+    def _transform(
+        self, inputs: Sequence[_ViewInput]
+    ) -> tuple[list[Tensor], Routing | None, Packing]:
+        """TRM(E^v; DPMoE) of all views in one packed pass: states [n, D] of each view."""
+        groups: list[Group] = []
+        positions: list[Tensor] = []
+        slices: list[ViewSlice] = []
+        start = 0
+        for index, part in enumerate(inputs):
+            segments = part.segments
+            group, position = pack(
+                segments.lengths, self._attend(), blocks=segments.block, start=start
+            )
+            slices.append(ViewSlice(index, start, group.stop, part.u, part.user))
+            groups.append(group)
+            positions.append(position)
+            start = group.stop
+        packing = Packing(tuple(groups), torch.cat(positions))
+        packed = torch.cat([part.x.to(self.backbone.dtype) for part in inputs])
+        if self.config.adapt:
+            with self.experts.routed(slices) as routing:
+                states = self.backbone(packed, packing)
+        else:
+            routing, states = None, self.backbone(packed, packing)
+        return [states[group.start : group.stop] for group in groups], routing, packing
 
     def _attend(self) -> Attend:
         if self.backbone.causal:
             return Attend.CAUSAL
         return Attend.BLOCK_CAUSAL if self.config.supervision == "all" else Attend.FULL
-
-    def _user(self, x: Tensor, parts: Segments) -> tuple[Tensor, Tensor]:
-        """u of Eq. 6 and the row of u each token is routed by."""
-        if self.config.user_pooling == "running":
-            return prefix_mean(x, parts), parts.block
-        row = parts.row[parts.block]
-        return mean_of(x, row, len(parts.lengths)), row
 
     def _read(self, view: str, states: Tensor, parts: Segments) -> Tensor:
         """h^v at every block of the view: [K, D] float32."""
@@ -524,6 +540,11 @@ class L2Rec(nn.Module):
         if self.table is not None and view == "semantic":
             return F.normalize(F.normalize(h, dim=-1) - self.table.mean, dim=-1)
         return F.normalize(h, dim=-1) if self.config.normalize_views else h
+
+    def _beside_last_item(self, h: Tensor, table: Tensor, last: Tensor) -> Tensor:
+        """items=table: the behavioural output at half length, plus the newest item's row."""
+        h = 0.5 * F.normalize(h, dim=-1)
+        return h + self.skip * table.index_select(0, last) if self.config.last_item_skip else h
 
     def _fuse(
         self, outputs: dict[str, Tensor]
@@ -597,7 +618,7 @@ class L2Rec(nn.Module):
         every = config.supervision == "all"
         state = self(batch.histories, every=every, table=table)
         targets = batch.targets[state.position.numpy()] if every else batch.targets
-        positive = torch.from_numpy(targets.astype(np.int64)).to(self.backbone.device)
+        positive = self._on_device(targets)
         tokens, computed = state.tokens, state.computed_tokens
         balances = [state.routing] if state.routing is not None else []
         if table is not None:
@@ -729,8 +750,7 @@ class L2Rec(nn.Module):
             self.eval()
             table: Tensor = self.table()
             self.train(was_training)
-            index = torch.from_numpy(chosen.astype(np.int64)).to(table.device)
-            return table.index_select(0, index)
+            return table.index_select(0, self._on_device(chosen))
         return self.encode_users(Ragged(chosen, np.arange(len(chosen) + 1)))
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
