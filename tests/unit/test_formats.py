@@ -380,13 +380,13 @@ def csv_error(tmp_path: Path, text: str | bytes, **columns: Any) -> str:
 def test_missing_column(tmp_path: Path) -> None:
     message = csv_error(tmp_path, "user,item_id,timestamp\n1,2,3\n")
     assert "has no column 'user_id', it has user, item_id, timestamp; did you mean" in message
-    assert message.endswith("pass user=COLUMN")
+    assert message.endswith("pass --user COLUMN")
 
 
 def test_missing_timestamp_column(tmp_path: Path) -> None:
     message = csv_error(tmp_path, "user_id,item_id\n1,2\n")
     assert "has no column 'timestamp'" in message
-    assert "pass timestamp=COLUMN" in message
+    assert "pass --timestamp COLUMN" in message
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_wrong_encoding(tmp_path: Path) -> None:
     text = b"user_id,item_id,timestamp\nu,i,1\n\xe9,i,2\n"
     message = csv_error(tmp_path, text)
     assert "log.csv, line 3: byte 0xe9 at position 32 is not utf-8" in message
-    assert message.endswith("for example encoding=latin-1")
+    assert message.endswith("for example --encoding latin-1")
 
 
 def test_unknown_encoding(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_order_ints_and_counters(tmp_path: Path) -> None:
     assert dataset.meta["notes"] == [
         "2 users have fewer than 3 events; they are trained on but cannot be evaluated",
         "1 items have no text; they can be read in a history but only their id is known; "
-        "use drop_textless to drop them",
+        "use --drop-textless to drop them",
     ]
     assert dataset.catalog.column_names == ["item_id", "title", "brand", "text"]
     assert dataset.texts() == ["Cup. ACME", "Apple", ""]
@@ -278,7 +278,7 @@ def test_events_of_unknown_items(tmp_path: Path) -> None:
     events = EVENTS + "u\tq\t9\nu\tq\t9\nu\tr\t9\n"
     message = refuse(tmp_path, events)
     assert "3 of 9 events are of items that the catalog x.item does not have" in message
-    assert "(such as 'q', 'r'); complete the catalog or pass drop_unknown_items=true" in message
+    assert "(such as 'q', 'r'); complete the catalog or pass --drop-unknown-items" in message
     config = PrepareConfig(drop_unknown_items=True)
     dataset = prepare(tmp_path / "source", tmp_path / "out", config, progress=False)
     assert dataset.n_events == 6

@@ -115,7 +115,7 @@ def open_source(
             f"choose one of {', '.join(FORMATS)}"
         )
     if items is not None and not Path(items).is_file():
-        raise DataError(f"catalog file {items} does not exist; check items=")
+        raise DataError(f"catalog file {items} does not exist; check --items")
     if (path / "dataset.json").is_file():
         raise DataError(
             f"{path} is a prepared data set already; use it as it is, or prepare its source"
@@ -280,7 +280,7 @@ def _bad_encoding(file: _File, encoding: str) -> DataError:
                 return DataError(
                     f"{file}, line {line + 1}: byte {error.object[error.start]:#04x} at position "
                     f"{position + at:,} is not {encoding}; pass the file's encoding, "
-                    f"for example encoding=latin-1"
+                    f"for example --encoding latin-1"
                 )
             position += len(block)
             line += block.count(b"\n")
@@ -348,7 +348,7 @@ def _seconds(times: pa.Array, where: Where) -> np.ndarray[Any, np.dtype[np.float
         value = column[row]
         shown = "is missing" if value is None or value == "" else f"{value!r} is not a number"
         raise DataError(
-            f"{where(row)}: timestamp {shown}; give seconds since 1970 (or pass timestamp=none "
+            f"{where(row)}: timestamp {shown}; give seconds since 1970 (or pass --timestamp none "
             f"if the events are in order and have no times)"
         )
     return numbers.to_numpy()
@@ -485,9 +485,10 @@ class _Rejoined(io.RawIOBase):
 
 
 def _missing_column(file: _File, name: str, option: str, names: Sequence[str]) -> DataError:
+    flag = "--" + option.replace("_", "-")
     return DataError(
         f"{file} has no column {name!r}, it has {', '.join(names)}{nearest(name, names)}; "
-        f"pass {option}=COLUMN"
+        f"pass {flag} COLUMN"
     )
 
 

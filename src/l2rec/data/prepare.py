@@ -180,7 +180,7 @@ def _read_catalog(source: Source, state: _State) -> _Catalog | None:
         if template is not None:
             raise DataError(
                 f"text={config.text!r} needs a catalog, but {source.files[0].name} comes without "
-                f"one; pass items=FILE or leave text out"
+                f"one; pass --items FILE or leave text out"
             )
         state.notes.append("no catalog: items have no text, only their ids are known")
         return None
@@ -225,7 +225,7 @@ def _without_duplicates(frame: pl.DataFrame, state: _State) -> pl.DataFrame:
         ids = frame["__id"].filter(double).unique(maintain_order=True)
         raise DataError(
             f"{len(ids):,} item ids have different rows in the catalog, the first is {ids[0]!r}; "
-            f"remove one of the rows or pass duplicate_items=first"
+            f"remove one of the rows or pass --duplicate-items first"
         )
     frame = frame.unique(subset="__id", keep="first", maintain_order=True)
     state.counters["duplicate_catalog_rows"] = rows - len(frame)
@@ -390,7 +390,7 @@ class _Unknown:
             raise DataError(
                 f"{self.events:,} of {total:,} events are of items that the catalog "
                 f"{source.files[-1].name} does not have (such as {shown}); complete the catalog "
-                f"or pass drop_unknown_items=true"
+                f"or pass --drop-unknown-items"
             )
         state.notes.append(
             f"{self.events:,} of {total:,} events were dropped: their items are not in the "
@@ -668,7 +668,7 @@ def _write_meta(
     if textless and source.catalog is not None:
         state.notes.append(
             f"{textless:,} items have no text; they can be read in a history but only their id "
-            f"is known; use drop_textless to drop them"
+            f"is known; use --drop-textless to drop them"
         )
     meta = {
         "format": FORMAT,
