@@ -454,11 +454,15 @@ def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
         identity = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(identity, dict) or identity.get("run_version") != RUN_VERSION:
             raise CheckpointError(f"{path}: not a run of this version of l2rec")
+        absent = {"config", "dataset", "backbone"} - identity.keys()
+        if absent:
+            raise CheckpointError(f"{path}: torn or edited: it has no {min(absent)!r}")
         return resolve(identity["config"], where=str(path)), identity
     except FileNotFoundError:
         raise CheckpointError(f"{run} is not a run folder: it has no config.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError) as error:
-        raise CheckpointError(f"{path}: torn or edited: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: torn or edited: {reason}") from error
 
 
 @dataclass(frozen=True)

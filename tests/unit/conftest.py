@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from tests.unit import tiny_run
 
 from l2rec.data.dataset import Dataset
@@ -19,7 +21,14 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_thread() -> None:
+    """Two threads only get in each other's way on matrices this small."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.save_backbone(tmp_path_factory.mktemp("backbones") / "bert")
 
 
