@@ -86,7 +86,7 @@ class Console:
         """The score table of a report, on standard output."""
         table = Table(title=f"test scores, {report['dataset']['name']}")
         keys = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
-        table.add_column("model")
+        table.add_column("model", no_wrap=True)
         for key in keys:
             table.add_column(key.replace("_masked", " (masked)"), justify="right")
         for name, scores in report["scores"].items():

@@ -112,9 +112,11 @@ def train_run(
         f"data {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
         f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
     )
+    split = leave_one_out(dataset.sequences)
+    if not len(split.users):
+        raise DataError(f"{data}: no user has three events: one to learn from, two to be tested on")
     backbone = load_backbone(config.backbone, device())
     cache = data / "cache"
-    split = leave_one_out(dataset.sequences)
     progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
     model = build_model(config, dataset.texts(), backbone, cache)
     _same_backbone(out, identity, backbone)

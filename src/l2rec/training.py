@@ -11,7 +11,7 @@ __all__ = ["Progress", "TrainingResult", "train"]
 
 import json
 import math
-import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -373,8 +373,7 @@ def _validate(run: _Run, position: float) -> dict[str, float]:
     run.progress.line(
         f"validation at step {c.step} (epoch {position:.2f}): "
         f"recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics[SELECT]:.4f}  "
-        f"masked {metrics[SELECT + '_masked']:.4f}"
-        + ("  (untrained)" if c.step == 0 else "")
+        f"masked {metrics[SELECT + '_masked']:.4f}" + ("  (untrained)" if c.step == 0 else "")
     )
     return metrics
 
@@ -459,7 +458,12 @@ def peak_memory_mb() -> float:
     """Largest resident memory of this process so far (or of the GPU, where one is used)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if sys.platform == "win32":
+        return 0.0  # not known without another dependency
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _log(run: _Run, record: dict[str, Any]) -> None:

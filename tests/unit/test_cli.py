@@ -1,0 +1,418 @@
+"""The command line as people and scripts meet it: help, exit codes, one line for each error."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from tests.unit import tiny_run
+from tests.unit.conftest import Finished
+
+from l2rec import cli
+from l2rec.data.dataset import Dataset
+from l2rec.data.synthetic import chain_dataset
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """``l2rec`` with arguments, in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["l2rec", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def refused(outcome: Outcome, message: str) -> None:
+    """Exit code 2, one line on standard error, nothing on standard output."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    lines = outcome.err.splitlines()
+    progress = [line for line in lines[:-1] if not line.startswith(("data ", "backbone "))]
+    assert progress == [] and "Traceback" not in outcome.err
+    assert lines[-1].startswith("l2rec: ")
+    assert re.search(message, lines[-1]), lines[-1]
+
+
+# -- help ----------------------------------------------------------------------------------------
+
+VERBS = {
+    "prepare": ["--out", "--items", "--format", "--text", "--k-core", "--encoding"],
+    "describe": ["--json"],
+    "train": ["--data", "--out", "--resume", "--init"],
+    "recipes": [],
+    "evaluate": ["--split", "--data", "--json"],
+    "recommend": ["--history", "--user", "--new-item", "--include-seen", "--json"],
+    "embed": ["--out", "--users", "--data"],
+    "demo": ["--out", "--data", "--minutes"],
+}
+
+
+def test_help_names_the_verbs(call: Call) -> None:
+    outcome = call("--help")
+    assert outcome.code == 0 and "l2rec demo" in outcome.out
+    assert all(verb in outcome.out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(call: Call, verb: str) -> None:
+    outcome = call(verb, "--help")
+    assert outcome.code == 0 and outcome.err == ""
+    assert all(option in outcome.out for option in VERBS[verb])
+
+
+def test_every_verb_is_tested() -> None:
+    names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
+    assert names - {"merge"} == set(VERBS)
+
+
+def test_help_is_quick() -> None:
+    heavy = ("torch", "transformers", "polars", "pyarrow", "pydantic", "numpy", "matplotlib")
+    script = (
+        "import sys; from l2rec.cli import main; sys.argv = ['l2rec', '--help']\n"
+        "try: main()\n"
+        f"except SystemExit: print('LOADED', [m for m in {heavy!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["train"],
+        ["train", "l2rec"],
+        ["train", "l2rec", "--data", "x"],
+        ["recommend", "run", "-k", "many"],
+        ["describe", "x", "--nonsense"],
+    ],
+)
+def test_usage_errors_are_2(call: Call, arguments: list[str]) -> None:
+    outcome = call(*arguments)
+    assert outcome.code == 2 and outcome.out == "" and "Usage" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["l2rec", "training.epohcs=3"], r"unknown key 'training\.epohcs'; did you mean 'epochs'"),
+        (["l2rec", "model.rnak=3"], r"unknown key '(model\.)?rnak'; did you mean 'rank'"),
+        (["l2rec", "backbone.nmae=x"], r"'backbone\.nmae'; did you mean 'name'"),
+        (["l2rec", "trainnig.epochs=3"], r"unknown key 'trainnig'; did you mean 'training'"),
+        (["l2rec", "training.epochs.more=3"], r"training\.epochs=\{'more': 3\}: Input should be"),
+        (["l2rec", "training.epochs=some"], r"training\.epochs='some'"),
+        (["l2rec", "training.epochs=0"], r"training\.epochs=0"),
+        (["l2rec", "training.epochs"], r"write key=value, such as training\.epochs=3"),
+        (["l2rec", "model.top_n=9"], "top_n=9 exceeds view_experts=8"),
+        (["l2rec", "method=l2rec.methods.l2rec:L3Rec"], "L3Rec.* cannot be imported"),
+        (["l2rec", "method=json:JSONDecoder"], "is no method"),
+        (["l2rec", "method=3"], "method=3"),
+        (["scientific/l2rce"], "no recipe 'scientific/l2rce'; did you mean 'scientific/l2rec'"),
+        (["sasrec"], "no recipe 'sasrec'.*shipped: .*l2rec-table"),
+        (["mine.yaml"], "recipe 'mine.yaml': no such file"),
+        (["l2rec", "backbone.name=./nowhere"], r"backbone '\./nowhere' cannot be loaded"),
+    ],
+)
+def test_what_train_refuses(
+    call: Call, chains: Dataset, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    outcome = call("train", *arguments, "--data", chains.path, "--out", tmp_path / "run")
+    refused(outcome, message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not readable as YAML"),
+        ("- 1", "a recipe is a mapping of keys, got list"),
+        ("training: 3", "training=3"),
+        ("model: [1]", "model=.*group of keys"),
+        ("model: {rnak: 3}", "'rnak'; did you mean 'rank'"),
+        ("\xff", "r.yaml"),
+    ],
+)
+def test_bad_recipes(call: Call, chains: Dataset, tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_bytes(text.encode("latin-1"))
+    refused(call("train", recipe, "--data", chains.path, "--out", tmp_path / "run"), message)
+
+
+def test_data_that_cannot_be_trained_on(call: Call, backbone_folder: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.write_recipe(tmp_path / "r.yaml", tiny_run.recipe_values(backbone_folder))
+    refused(
+        call("train", recipe, "--data", tmp_path / "none", "--out", tmp_path / "run"),
+        "none does not exist.*l2rec prepare",
+    )
+    short = chain_dataset(tmp_path / "short", 10, 5, 2, seed=0)
+    refused(
+        call("train", recipe, "--data", short.path, "--out", tmp_path / "run"),
+        "no user has three events",
+    )
+    assert not (tmp_path / "run" / "config.yaml").exists()  # nothing was claimed for it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recommend", "{data}", "--history", "i1"], "not a run folder: it has no config.yaml"),
+        (["evaluate", "{data}"], "not a run folder"),
+        (["embed", "{data}", "--out", "{tmp}"], "not a run folder"),
+        (["evaluate", "{run}", "--split", "all"], "split='all': choose valid or test"),
+        (["evaluate", "{run}", "--data", "{tmp}"], "has no dataset.json"),
+        (["recommend", "{run}"], "give either --history ID,ID,... or --user ID"),
+        (["recommend", "{run}", "--history", "i1", "--user", "u1"], "give either --history"),
+        (["recommend", "{run}", "--history", " , "], "an empty history"),
+        (["recommend", "{run}", "--history", "i1,i99,x"], "unknown item ids: 'i99', 'x'; did you"),
+        (["recommend", "{run}", "--user", "u999"], "user 'u999' is not among the 40 users"),
+        (["recommend", "{run}", "--history", "i1", "-k", "0"], r"k=0: .*choose 1\.\.30"),
+        (["recommend", "{run}", "--history", "i1", "-k", "31"], r"k=31: .*choose 1\.\.30"),
+        (["recommend", "{run}", "--history", "i1", "--new-item", "lamp"], 'write "ID=its text"'),
+        (["recommend", "{run}", "--history", "i1", "--new-item", "=lamp"], 'write "ID=its text"'),
+        (["recommend", "{run}", "--history", "i1", "--new-item", "n="], "a new item needs a text"),
+        (["recommend", "{run}", "--history", "i1", "--new-item", "i2=lamp"], "'i2' is in the cat"),
+        (["describe", "{tmp}"], "has no dataset.json"),
+        (["embed", "{run}", "--out", "{run}/config.yaml"], "config.yaml"),
+    ],
+)
+def test_what_other_verbs_refuse(
+    call: Call, table_run: Finished, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {"data": table_run.data, "run": table_run.run, "tmp": tmp_path}
+    refused(call(*(argument.format(**places) for argument in arguments)), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["movielens-100"], "data set 'movielens-100' is not known; did you mean 'movielens-100k'"),
+        (["{tmp}/none.csv"], "none.csv"),
+        (["{log}", "--k-core", "-1"], "--k-core -1: "),
+        (["{log}", "--format", "nonsense"], "nonsense"),
+        (["{log}", "--duplicate-items", "last"], "--duplicate-items last: "),
+        (["{log}", "--user", "customer"], "customer"),
+    ],
+)
+def test_what_prepare_refuses(
+    call: Call, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,item_id,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(5)))
+    filled = [argument.format(tmp=tmp_path, log=log) for argument in arguments]
+    refused(call("prepare", *filled, "--out", tmp_path / "data"), message)
+
+
+def test_a_folder_with_a_run(call: Call, table_run: Finished, tmp_path: Path) -> None:
+    values = tiny_run.recipe_values(table_run.backbone)
+    recipe = tiny_run.write_recipe(tmp_path / "r.yaml", values)
+    arguments = ["train", recipe, "--data", table_run.data, "--out", table_run.run]
+    refused(call(*arguments), "holds a run already; add --resume")
+    refused(call(*arguments, "model.rank=1", "--resume"), r"model\.rank was 2, is 1")
+    outcome = call(*arguments, "--resume")
+    assert outcome.code == 0 and "is finished: these are its scores" in outcome.err
+    assert "untrained backbone" in outcome.out
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    arguments = ["describe", str(tmp_path)]
+    arguments = ["--debug", *arguments] if where == "before" else [*arguments, "--debug"]
+    monkeypatch.setattr(sys, "argv", ["l2rec", *arguments])
+    with pytest.raises(cli.L2RecError, match=r"dataset\.json"):
+        cli.main()
+
+
+def test_an_interrupt_says_how_to_go_on(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("l2rec.data.dataset.open_dataset", interrupt)
+    outcome = call("describe", tmp_path)
+    assert outcome.code == 130
+    assert outcome.err.strip() == "l2rec: interrupted; a training goes on with --resume"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "x"), OSError("a\nb")])
+def test_errors_of_the_system_are_one_line(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: OSError
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("l2rec.data.dataset.open_dataset", fail)
+    refused(call("describe", tmp_path), r"Permission denied: 'x'|a b")
+
+
+def test_nan_is_one_line(
+    call: Call, table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from l2rec.methods import l2rec as method
+
+    real, calls = method.catalog_loss, []
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) > 12 else 1.0)
+
+    monkeypatch.setattr(method, "catalog_loss", poisoned)
+    values = tiny_run.recipe_values(table_run.backbone)
+    recipe = tiny_run.write_recipe(tmp_path / "r.yaml", values)
+    outcome = call("train", recipe, "--data", table_run.data, "--out", tmp_path / "run")
+    assert outcome.code == 2 and outcome.out == ""
+    last = outcome.err.splitlines()[-1]
+    assert re.match(r"l2rec: step 5: the loss part rec.* is not finite.*lower training\.lr", last)
+    outcome = call("recommend", tmp_path / "run", "--history", "i1", "--json")
+    assert outcome.code == 0 and len(json.loads(outcome.out)["items"]) == 10
+
+
+# -- what works ----------------------------------------------------------------------------------
+
+
+def test_the_whole_road(call: Call, backbone_folder: Path, tmp_path: Path) -> None:
+    log, items = tmp_path / "log.csv", tmp_path / "items.csv"
+    rows = [f"u{u},p{(u + n) % 12},{n}" for u in range(15) for n in range(6)]
+    log.write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    texts = [f"p{n},small {colour} lamp" for n, colour in enumerate(["red", "blue", "green"] * 4)]
+    items.write_text("item_id,title\n" + "\n".join(texts) + "\n")
+    data, run = tmp_path / "data", tmp_path / "run"
+    outcome = call("prepare", log, "--items", items, "--text", "{title}", "--out", data)
+    assert outcome.code == 0, outcome
+    assert f"{data}: 15 users, 12 items, 90 events, fingerprint " in outcome.out
+    outcome = call("describe", data, "--json")
+    facts = json.loads(outcome.out)
+    assert (facts["users"], facts["items"], facts["events"]) == (15, 12, 90)
+    values = tiny_run.recipe_values(backbone_folder)
+    recipe = tiny_run.write_recipe(tmp_path / "r.yaml", values)
+    outcome = call("train", recipe, "--data", data, "--out", run, "training.epochs=1", "seed=3")
+    assert outcome.code == 0, outcome
+    assert "step 0" in outcome.err and "(untrained)" in outcome.err
+    assert f"next: l2rec recommend {run}" in outcome.err
+    for row in ("L2Rec", "popularity", "last item neighbour", "untrained backbone"):
+        assert row in outcome.out
+    config = yaml.safe_load((run / "config.yaml").read_text())["config"]
+    assert (config["seed"], config["training"]["epochs"]) == (3, 1)
+    report = json.loads((run / "report.json").read_text())
+    assert report["recipe"] == str(recipe) and report["command"].startswith("l2rec train ")
+    assert call("recommend", run, "--user", "u3", "-k", 3).code == 0
+
+
+def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Path) -> None:
+    overrides = [f"model.{key}={json.dumps(value)}" for key, value in tiny_run.SMALL.items()] + [
+        "training.max_steps=1",
+        "backbone.dtype=float32",
+        f"backbone.name={table_run.backbone}",
+    ]
+    run = tmp_path / "run"
+    outcome = call("train", "l2rec", *overrides, "--data", table_run.data, "--out", run)
+    assert outcome.code == 0, outcome
+    config = yaml.safe_load((run / "config.yaml").read_text())["config"]
+    assert config["model"]["items"] == "encode" and config["model"]["negatives"] == 10
+
+
+def test_recipes(call: Call) -> None:
+    names = call("recipes").out.split()
+    assert {"l2rec", "l2rec-table", "scientific/l2rec", "movielens-100k/l2rec-table"} <= set(names)
+
+
+def only_json(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.code == 0, outcome
+    assert outcome.out.count("\n") == 1 and outcome.out.endswith("\n")
+    value = json.loads(outcome.out)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_evaluate_json(call: Call, table_run: Finished, chains: Dataset) -> None:
+    report = json.loads((table_run.run / "report.json").read_text())
+    found = only_json(call("evaluate", table_run.run, "--json"))
+    names = {"recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked", "mrr_masked"}
+    assert names <= found.keys() and found["fingerprint"] == chains.fingerprint
+    assert found["ndcg@10"] == pytest.approx(report["scores"]["L2Rec"]["ndcg@10"], abs=1e-9)
+    valid = only_json(call("evaluate", table_run.run, "--split", "valid", "--json"))
+    assert valid["split"] == "valid" and valid["users"] == 40
+    assert "ndcg@10" in call("evaluate", table_run.run).out
+
+
+def test_recommend_json(call: Call, table_run: Finished) -> None:
+    found = only_json(call("recommend", table_run.run, "--history", " i3 ,i7", "-k", 4, "--json"))
+    assert found.keys() == {"items", "gate", "version"}
+    assert [item.keys() for item in found["items"]] == [{"id", "score", "text"}] * 4
+    assert not {"i3", "i7"} & {item["id"] for item in found["items"]}
+    seen = only_json(
+        call(
+            *("recommend", table_run.run, "--history", "i3,n1", "-k", 32, "--json"),
+            *("--include-seen", "--new-item", "n1=small red lamp", "--new-item", "n2=a = b"),
+        )
+    )
+    by_id = {item["id"]: item["text"] for item in seen["items"]}
+    assert len(by_id) == 32 and by_id["n2"] == "a = b" and "i3" in by_id
+
+
+def test_describe_json(call: Call, chains: Dataset) -> None:
+    found = only_json(call("describe", chains.path, "--json"))
+    assert found["fingerprint"] == chains.fingerprint
+    assert chains.fingerprint in call("describe", chains.path).out
+
+
+def test_recommend_for_people(call: Call, table_run: Finished) -> None:
+    odd = "n1=[bold]lamp[/bold] :100: [/] 100%"
+    outcome = call(
+        *("recommend", table_run.run, "--history", "i3,n1", "-k", 31, "--new-item", odd),
+        "--include-seen",
+    )
+    assert outcome.code == 0, outcome
+    assert outcome.out.count("[bold]lamp[/bold] :100: [/] 100%") == 2  # as it was typed
+    assert "recommended" in outcome.out and "31. " in outcome.out
+
+
+def test_embed(call: Call, table_run: Finished, tmp_path: Path) -> None:
+    outcome = call("embed", table_run.run, "--out", tmp_path / "v")
+    assert outcome.code == 0 and "40 vectors of 32 numbers" in outcome.err
+    outcome = call("embed", table_run.run, "--out", tmp_path / "w", "--no-users")
+    assert outcome.code == 0 and not (tmp_path / "w" / "users.parquet").exists()
+
+
+def test_the_data_set_was_moved(call: Call, table_run: Finished, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(table_run.run, run)
+    identity = yaml.safe_load((run / "config.yaml").read_text())
+    identity["dataset"]["path"] = str(tmp_path / "gone")
+    (run / "config.yaml").write_text(yaml.safe_dump(identity))
+    refused(call("recommend", run, "--user", "u1"), "no longer at .*--data")
+    assert call("recommend", run, "--user", "u1", "--data", table_run.data).code == 0
+    assert call("recommend", run, "--history", "i1").code == 0

@@ -1,0 +1,108 @@
+"""Plain lines where there is no terminal, tables, and texts that look like markup."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from l2rec import console
+from l2rec.console import Console, print_recommendations, print_table
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    now = SimpleNamespace(time=1000.0)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now.time)
+    return now
+
+
+def test_plain_lines_now_and_then(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    with Console() as out:
+        for step in range(1, 101):  # a step every 6 seconds
+            out.training(step / 100, step, 200, "loss 1.000")
+            clock.time += 6
+        out.validating(40, 40)
+        out.line("done [b]")
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == "" and lines[-1] == "done [b]"
+    assert lines[0] == "step 1/200  epoch 0.01  loss 1.000"
+    assert 30 <= len(lines) <= 40  # every 15 seconds at most
+    last = lines[-2].split()
+    done = int(last[1].split("/")[0])
+    assert last[-3:] == [f"~{(200 - done) / 10:.0f}", "min", "left"]
+
+
+def test_the_time_left_is_of_this_part_of_a_resumed_run(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    with Console() as out:
+        for step in (900, 910):
+            out.training(9.0, step, 1000, "")
+            clock.time += 60
+    assert capsys.readouterr().err.splitlines()[-1].endswith("~9 min left")
+
+
+def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(quiet=True) as out:
+        out.line("a")
+        out.training(1.0, 1, 2, "b")
+        out.validating(1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "xterm")
+    with Console() as out:
+        out.training(0.5, 5, 10, "loss 1.0")
+        for done in (10, 20, 10, 20):  # twice: the bar of a validation comes and goes
+            out.validating(done, 20)
+        out.line("a line [/]")
+    err = capsys.readouterr().err
+    assert "5/10" in err and "loss 1.0" in err and "a line [/]" in err
+
+
+def test_lines_are_as_given(capsys: pytest.CaptureFixture[str]) -> None:
+    text = r"C:\[x] [red]not red[/red] :smile: [/] " + "long " * 60
+    with Console() as out:
+        out.line(text)
+    assert capsys.readouterr().err == text + "\n"
+
+
+def test_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
+    rows = {name: dict.fromkeys(keys, 0.12345) for name in ("L2Rec", "popularity")}
+    Console().scores({"dataset": {"name": "toys"}, "scores": rows})
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("0.1235") + captured.out.count("0.1234") == 10
+    assert "toys" in captured.out and "popularity" in captured.out
+
+
+def test_table_of_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"users": 12345, "density": 0.00123456, "note": "[red]x[/red]", "none": None}
+    print_table("a [b]", facts | {"nested": {"a": 1, "b": True}, "list": [1, 2.5]})
+    out = capsys.readouterr().out
+    for shown in ("a [b]", "12,345", "0.001235", "[red]x[/red]", "None", "a 1  b True", "1; 2.5"):
+        assert shown in out, shown
+
+
+def test_recommendations(capsys: pytest.CaptureFixture[str]) -> None:
+    items = [{"id": "[1]", "score": 12.3456, "text": "x" * 200}]
+    print_recommendations([("a", "lamp :smile:")], SimpleNamespace(items=items, gate=0.256))
+    out = capsys.readouterr().out
+    assert "a  lamp :smile:" in out and "12.346  [1]  " + "x" * 89 + "…" in out
+    assert "δ = 0.26" in out
+    print_recommendations([], SimpleNamespace(items=[], gate=None))
+    assert "δ" not in capsys.readouterr().out
