@@ -11,11 +11,12 @@ attention function registered here by name, with the packing as a keyword.
 
 from __future__ import annotations
 
-__all__ = ["Attend", "Backbone", "Group", "Packing", "load_backbone", "pack"]
+__all__ = ["Attend", "Backbone", "Group", "Packing", "load_backbone", "pack", "split"]
 
 import hashlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -113,6 +114,14 @@ def pack(
     return group, positions
 
 
+def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """x [N, ...] as views of the given sizes, which add up to N.
+
+    An index or a slice of x instead costs a zero-filled gradient of all of x for each of them.
+    """
+    return (x,) if len(sizes) == 1 else x.split(list(sizes))
+
+
 class _Permute(torch.autograd.Function):
     """x[index] whose backward is a gather too: every real row of x occurs exactly once in index.
 
@@ -195,11 +204,12 @@ def packed_attention(
                 f"{sliding_window}; lower max_tokens"
             )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, d]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, d]
+    sizes = [group.stop - group.start for group in packing.groups]
+    parts = zip(*(split(x, sizes) for x in (q, k, v)), strict=True)
     outputs = []
-    for group in packing.groups:
-        part = slice(group.start, group.stop)
-        gq, gk, gv = (_to_grid(x[part], group) for x in (q, k, v))
+    for group, part in zip(packing.groups, parts, strict=True):
+        gq, gk, gv = (_to_grid(x, group) for x in part)
         if gk.shape[1] != gq.shape[1]:  # grouped queries
             gk, gv = (x.repeat_interleave(gq.shape[1] // gk.shape[1], dim=1) for x in (gk, gv))
         outputs.append(_from_grid(_attend(gq, gk, gv, group.mask, scale), group))
@@ -286,7 +296,7 @@ class Backbone(nn.Module):
             packing=packing,
             use_cache=False,
         )
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
     def weight_hash(self) -> str:
         """Short SHA-256 over samples of every frozen tensor: is this the model of a run?"""
