@@ -91,6 +91,7 @@ def _content_hash(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> str:
         state.pop("padding", None)
         digest.update(json.dumps(state, sort_keys=True).encode())
     for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass"))
-        digest.update(b"\0")
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
     return digest.hexdigest()[:16]

@@ -304,7 +304,9 @@ class L2Rec(nn.Module):
         if tokenizer is None:
             return [], [0]
         before, after = special_tokens(tokenizer)
-        return before, after or tokenizer("\n", add_special_tokens=False)["input_ids"]
+        # Without an end token a line break separates items; an empty text must not be empty.
+        after = after or tokenizer("\n", add_special_tokens=False)["input_ids"]
+        return before, after or [tokenizer.eos_token_id or 0]
 
     def _set_catalog(self, texts: Sequence[str]) -> None:
         config, device = self.config, self.backbone.device
