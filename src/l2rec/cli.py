@@ -255,6 +255,8 @@ def recommend(
         name, sep, text = entry.partition("=")
         if not sep or not name.strip():
             raise DataError(f'--new-item {entry!r}: write "ID=its text"')
+        if name.strip() in added:
+            raise DataError(f"--new-item names {name.strip()!r} twice")
         added[name.strip()] = text.strip()
     if history is not None:
         ids = [part.strip() for part in history.split(",") if part.strip()]

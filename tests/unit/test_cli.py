@@ -200,6 +200,10 @@ def test_data_that_cannot_be_trained_on(call: Call, backbone_folder: Path, tmp_p
         (["recommend", "{run}", "--history", "i1", "--new-item", "=lamp"], 'write "ID=its text"'),
         (["recommend", "{run}", "--history", "i1", "--new-item", "n="], "a new item needs a text"),
         (["recommend", "{run}", "--history", "i1", "--new-item", "i2=lamp"], "'i2' is in the cat"),
+        (
+            ["recommend", "{run}", "--history", "i1", *("--new-item", "n=a", "--new-item", "n=b")],
+            "--new-item names 'n' twice",
+        ),
         (["describe", "{tmp}"], "has no dataset.json"),
         (["embed", "{run}", "--out", "{run}/config.yaml"], "config.yaml"),
     ],

@@ -24,7 +24,7 @@ from tests.unit.conftest import Finished
 from tests.unit.tiny_run import Quiet, log, losses
 
 from l2rec import runs
-from l2rec.checkpoint import load_tensors, read_json, save_tensors
+from l2rec.checkpoint import load_tensors, read_json, save_tensors, trained_tensors
 from l2rec.data.dataset import Dataset
 from l2rec.data.synthetic import chain_dataset
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
@@ -191,6 +191,41 @@ def test_resume_with_more_epochs_goes_on(table_run: Finished, tmp_path: Path) ->
     assert runs.load_run_config(run)[0].training.epochs == 3
 
 
+def test_a_report_is_not_of_an_earlier_training(
+    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = copied(table_run, tmp_path / "run")
+    config = tiny_run.config(table_run.backbone, epochs=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config, table_run.data, run, progress=Quiet(), resume=True)
+    assert runs.finished_report(run) is None
+    assert train_run(config, table_run.data, run, progress=Quiet(), resume=True)["steps"] == 30
+
+
+def test_the_model_is_the_best_one_when_all_is_scored(
+    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[Any] = []
+    real = runs.build_model
+
+    def build(*args: Any) -> Any:
+        models.append(real(*args))
+        return models[-1]
+
+    monkeypatch.setattr(runs, "build_model", build)
+    run = copied(table_run, tmp_path / "run")
+    (run / "report.html").unlink()
+    config = tiny_run.config(table_run.backbone)
+    train_run(config, table_run.data, run, progress=Quiet(), resume=True)
+    best, _ = load_tensors(run / "model.safetensors")
+    assert all(torch.equal(t, best[n]) for n, t in trained_tensors(models[0]).items())
+
+
 def test_a_folder_is_claimed_once(table_run: Finished, chains: Dataset, tmp_path: Path) -> None:
     def refused(run: Path, message: str, data: Path = chains.path, **changes: Any) -> None:
         resume = changes.pop("resume", True)
@@ -283,6 +318,7 @@ def test_fine_tuning_starts_from_the_pretrained_experts(
     if items == "table":
         assert len(start["table.residual"]) == 17 and start["table.residual"].abs().max() == 0
         assert torch.equal(start["table.linear"], before["table.linear"])
+        assert not torch.equal(start["table.mean"], before["table.mean"])  # of its own items
     # Going on does not need to be told again, nor the pre-trained run to be there.
     config = tiny_run.config(finished.backbone, items, max_steps=4)
     again = train_run(config, target_data.path, run, progress=Quiet(), resume=True)
