@@ -74,6 +74,12 @@ def _replacing(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with _replacing(path) as partial:
@@ -103,6 +109,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> 
     with _replacing(path) as partial:
         contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
         save_file(contiguous, partial, metadata=dict(metadata))
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,6 +15,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -385,7 +386,21 @@ def versions() -> dict[str, str]:
     found = {"l2rec": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "numpy", "polars"):
         found[package] = importlib.metadata.version(package)
-    return found
+    commit = _commit()
+    return {**found, "commit": commit} if commit else found
+
+
+def _commit() -> str:
+    """The commit of this source tree, "-dirty" where it was changed; empty if it is no checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    tracked = Path(__file__).parents[2] / "pyproject.toml"
+    return done.stdout.strip() if done.returncode == 0 and tracked.is_file() else ""
 
 
 def _diagnose(model: Any, split: Split, dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:

@@ -269,7 +269,7 @@ def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
         for batch in batches.iterate(c.batch):
             started = time.monotonic()
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(c.step - c.stage_start, planned, config)
+                group["lr"] = group["peak"] * _rate(run, planned)
             optimizer.zero_grad(set_to_none=True)
             losses: Losses = model.loss(batch)
             losses.total.backward()
@@ -316,6 +316,17 @@ def _batches(run: _Run, epoch: int) -> Any:
         batch_users=run.config.batch_users,
         batch_tokens=run.config.batch_tokens,
     )
+
+
+def _rate(run: _Run, planned: int) -> float:
+    """`_schedule` at this step; under ``max_minutes`` the clock may run ahead of the steps, and
+    the rate follows whichever is nearer to its end.
+    """
+    config, c = run.config, run.counters
+    step = c.step - c.stage_start
+    if config.max_minutes is not None:
+        step = max(step, int(planned * c.seconds / (60 * config.max_minutes)))
+    return _schedule(step, planned, config)
 
 
 def _schedule(step: int, total: int, config: TrainingConfig) -> float:
@@ -380,6 +391,7 @@ def _validate(run: _Run, position: float) -> dict[str, float]:
 
 def _validate_and_count(run: _Run, position: float) -> bool:
     """Validate; True if the model is the best so far."""
+    _tell_cost(run, position)
     metrics = _validate(run, position)
     c = run.counters
     if metrics[SELECT] > c.best:
@@ -410,6 +422,17 @@ def _save(run: _Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 # -- logs ----------------------------------------------------------------------------------------
+
+
+def _tell_cost(run: _Run, position: float) -> None:
+    """One line on what training has cost so far: step time, rate, padding, memory."""
+    c = run.counters
+    run.progress.line(
+        f"epoch {position:.2f}: {c.step} steps in {c.seconds / 60:.1f} min, "
+        f"{c.seconds / max(c.step, 1):.2f} s/step, "
+        f"{c.tokens / max(c.seconds, 1e-9):,.0f} tokens/s, "
+        f"{c.tokens / max(c.computed, 1):.1%} real tokens, peak memory {peak_memory_mb():,.0f} MB"
+    )
 
 
 def _log_window(run: _Run, position: float, planned: int) -> None:
