@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["app", "main"]
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -304,6 +305,9 @@ def demo(
 
 def main() -> None:
     """Entry point: errors raised on purpose are one line on standard error and exit code 2."""
+    # Before torch is imported: threads that spin while they wait lose most of their speed as soon
+    # as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = sys.argv[1:]
     # Where people write it: after the verb as well as before.
     debug = ["--debug"] if "--debug" in given else []
