@@ -43,8 +43,8 @@ def section(folder: Path) -> str:
     lines += [
         "",
         f"`{report['command']}`: seed {report['seed']}, {backbone['name']} in {backbone['dtype']}, "
-        f"{backbone['trained_parameters']:,} trained parameters, best step {report['best_step']} of "
-        f"{report['steps']} (stopped: {report['stopped']}), "
+        f"{backbone['trained_parameters']:,} trained parameters, best step "
+        f"{report['best_step']} of {report['steps']} (stopped: {report['stopped']}), "
         f"{report['training_seconds'] / 60:.0f} minutes of training and "
         f"{report['validation_seconds'] / 60:.0f} of validation, "
         f"{report['tokens_seen'] / 1e6:.1f}M tokens, peak memory "
