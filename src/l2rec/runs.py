@@ -421,7 +421,7 @@ def _examples(
 ) -> list[dict[str, Any]]:
     rows = rows[:EXAMPLES]
     histories = split.test_histories.take(rows)
-    best = top_k(model, histories, min(10, dataset.n_items))
+    best = top_k(model, histories, min(10, dataset.n_items), exclude=histories)
     gates = _gates(model, histories)
     ids, texts = dataset.item_ids, dataset.texts()
 
