@@ -60,7 +60,7 @@ def test_holds_only_differences(name: str) -> None:
 def test_trains(name: str, chains: Dataset) -> None:
     config = load_recipe(name)
     backbone = tiny.random_backbone("bert")
-    limits = {"max_tokens": 128, "text_tokens": 64, "item_tokens": 8}
+    limits = {"max_tokens": 128, "text_tokens": 64, "item_tokens": 8, "semantic_items": 12}
     changes = {k: min(v, getattr(config.model, k)) for k, v in limits.items()}
     torch.manual_seed(0)
     model = L2Rec(config.model.model_copy(update=changes), backbone, chains.texts())

@@ -298,6 +298,18 @@ class L2Rec(nn.Module):
                 f"positions; lower them to at most {limit}, special tokens included"
             )
 
+        if config.supervision == "all" and "semantic" in config.views:
+            # Otherwise the length of a later text would decide which old items an earlier
+            # position still reads.
+            items = min(config.max_items, config.semantic_items)
+            longest = len(self.before) + items * (config.item_tokens + len(self.after))
+            if longest > config.max_tokens:
+                raise ConfigError(
+                    f"supervision=all: {items} items of {config.item_tokens} tokens may need "
+                    f"{longest} tokens, max_tokens={config.max_tokens}; raise it, or lower "
+                    "semantic_items or item_tokens"
+                )
+
     def _separators(self) -> tuple[list[int], list[int]]:
         """Token ids that start a row and that end an item."""
         tokenizer = self.backbone.tokenizer
