@@ -22,6 +22,7 @@ __all__ = [
     "load_trained",
     "read_json",
     "read_state",
+    "replacing",
     "save_tensors",
     "trained_tensors",
     "write_json",
@@ -50,7 +51,7 @@ KEEP_STATES = 2
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to, flushed and renamed to ``path`` at the end.
 
     Raises:
@@ -82,7 +83,7 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -106,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
     """Write a safetensors file whole or not at all."""
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
         save_file(contiguous, partial, metadata=dict(metadata))
         partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads

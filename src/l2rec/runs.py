@@ -36,6 +36,7 @@ from l2rec.checkpoint import (
     load_tensors,
     load_trained,
     read_json,
+    replacing,
     save_tensors,
     trained_tensors,
     write_json,
@@ -137,7 +138,7 @@ def train_run(
     progress.line(
         f"stopped ({result.stopped}) after {result.steps} steps; best step {result.best_step}"
     )
-    evaluation = _test(model, split, progress)
+    evaluation = _score(model, split, progress)
     write_ranks(
         out / "ranks.parquet",
         evaluation,
@@ -258,9 +259,8 @@ def _write_identity(
     }
     write_text(out / "config.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
     catalog = pa.table({"item_id": dataset.item_ids, "text": pa.array(dataset.texts())})
-    partial = out / f".catalog.{os.getpid()}.part"
-    pq.write_table(catalog, partial)
-    os.replace(partial, out / "catalog.parquet")
+    with replacing(out / "catalog.parquet") as partial:
+        pq.write_table(catalog, partial)
 
 
 def _start_from(model: Any, init: Path) -> str:
@@ -290,19 +290,23 @@ def _floor_scores(
         "popularity": Popularity.from_sequences(split.train, dataset.n_items),
         "last item neighbour": LastItemNeighbour.from_sequences(split.train, dataset.n_items),
     }
-    scores = {name: _test(floor, split, progress) for name, floor in floors.items()}
+    scores = {name: _score(floor, split, progress) for name, floor in floors.items()}
     best = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     load_trained(model, load_tensors(out / START)[0], str(out / START))
-    scores[start] = _test(model, split, progress)
+    scores[start] = _score(model, split, progress)
     load_trained(model, best, str(out))
     return scores
 
 
-def _test(recommender: Any, split: Split, progress: Progress) -> Evaluation:
+def _score(
+    recommender: Any, split: Split, progress: Progress, split_name: str = "test"
+) -> Evaluation:
+    """Full ranking of every user of ``test`` or ``valid``."""
+    test = split_name == "test"
     return evaluate(
         recommender,
-        split.test_histories,
-        split.test_targets,
+        split.test_histories if test else split.valid_histories,
+        split.test_targets if test else split.valid_targets,
         users=split.users,
         batch_size=1024,
         progress=lambda done: progress.validating(done, len(split.users)),
@@ -636,19 +640,10 @@ def evaluate_run(
     dataset = _dataset_of(run, data)
     predictor = load(run)
     split = leave_one_out(dataset.sequences)
+    evaluation = _score(predictor.model, split, progress, split_name)
     if split_name == "test":
-        evaluation = _test(predictor.model, split, progress)
         write_ranks(
             run / "ranks.parquet", evaluation, _Ids(dataset), fingerprint=dataset.fingerprint
-        )
-    else:
-        evaluation = evaluate(
-            predictor.model,
-            split.valid_histories,
-            split.valid_targets,
-            users=split.users,
-            batch_size=1024,
-            progress=lambda done: progress.validating(done, len(split.users)),
         )
     return {
         **evaluation.metrics(),
@@ -720,7 +715,6 @@ def _write_vectors(
         metadata={"l2rec.version": predictor.version, "l2rec.rows": str(len(ids))},
     )
     table = table.append_column("version", pa.array([predictor.version] * len(ids), pa.string()))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        pq.write_table(table, partial)
     return path, len(ids), flat.shape[1]

@@ -91,9 +91,9 @@ def test_no_score_of_the_test_split_before_training_ends(
     backbone_folder: Path, chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    train, test = runs.train, runs._test
+    train, test = runs.train, runs._score
     monkeypatch.setattr(runs, "train", lambda *a, **k: (order.append("train"), train(*a, **k))[1])
-    monkeypatch.setattr(runs, "_test", lambda *a, **k: (order.append("test"), test(*a, **k))[1])
+    monkeypatch.setattr(runs, "_score", lambda *a, **k: (order.append("test"), test(*a, **k))[1])
     config = tiny_run.config(backbone_folder, max_steps=1)
     train_run(config, chains.path, tmp_path / "run", progress=Quiet())
     assert order == ["train", "test", "test", "test", "test"]
