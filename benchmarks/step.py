@@ -1,11 +1,11 @@
 """How long one training step takes, against PEFT LoRA in the same process.
 
-    python benchmarks/step.py                      the whole table, some minutes
-    python benchmarks/step.py --quick              a first impression
-    python benchmarks/step.py --matrices q,k,v,o   four adapted matrices instead of two
-    python benchmarks/step.py --json step.json     also as JSON
+    python benchmarks/step.py                                 everything, some minutes
+    python benchmarks/step.py --quick                         a first impression
+    python benchmarks/step.py --backbone minilm --matrices q,v --dtypes bfloat16
+    python benchmarks/step.py --device cuda --backbone qwen3 --layers 28 --rows 50 --tokens 1024
 
-One step is forward and backward of 32 texts of 128 tokens, without padding, through the frozen
+One step is forward and backward of texts of one length, without padding, through the frozen
 backbone with trained adapters; no optimiser. Everybody gets the same token ids, the same adapted
 matrices, the same rank and the same loss. Token ids follow a Zipf law over the vocabulary, which
 is all that an embedding lookup can tell from real text.
@@ -17,49 +17,64 @@ is all that an embedding lookup can tell from real text.
     l2rec           DPMoE of one view: shared and routed experts, packed rows
     l2rec, 2 views  semantic rows and behavioural rows, half of the rows each, in one pass
     loop of N       the same number of LoRA adapters called one after the other, mixed by a router
+    X-LoRA of N     the same number of LoRA adapters in PEFT's own mixture, trained, dense
+
+Backbones: minilm is all-MiniLM-L6-v2; qwen3 has the shapes of Qwen3-0.6B, a small vocabulary,
+random weights and few layers: what is reported are ratios between steps of like depth.
 
 Method. After warm-up, every round runs each contender once, in turn, so that a machine that gets
 slower or busier hits all of them. Seconds are wall time of a step: median (min - max). CPU is the
 processor time of all threads, which neighbours disturb less. The ratio is the median over rounds
-of the contender's time by the peer's time in the same round. Memory is measured in a process of
-its own per contender: peak resident set over its steps, less the resident set with everything
-loaded. GFLOP are counted by torch (matrix products, forward and backward, as each contender really
-computes them; fused attention of a CPU it does not see, 8% of a step of MiniLM); the share is
-GFLOP/s of the median step by the speed of a large square matrix product in the same dtype, with the
-same threads.
+of the contender's time by the peer's time in the same round. Memory is measured with the first of
+the matrices, in a process of its own per contender (not of slower PEFTs): peak resident set over
+two steps, less the resident set with everything loaded; on CUDA allocated memory, in this process.
+The share is GFLOP/s of the median step by the speed of a large square matrix product in the same
+dtype, with the same threads; GFLOP are counted by torch (matrix products, forward and backward, as
+each contender really computes them; fused attention of a CPU it does not see, 8% of a step of
+MiniLM).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measure import (
+    arguments,
+    from_child,
+    interleave,
+    matmul_peak,
+    median,
+    peak_mb,
+    ratio,
+    report,
+    shown,
+    synchronize,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import l2rec
 from l2rec.backbone import Attend, Backbone, Packing, load_backbone, native_bfloat16, pack
 from l2rec.config import BackboneConfig
 from l2rec.experts import DPMoE, ViewSlice, find_linears
 from l2rec.views import BehavioralProjector, mean_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PEER, BARE = "peft", "bare"
+BARE, PEER, OURS, TWO_VIEWS, LOOP, XLORA = (
+    "bare",
+    "peft",
+    "l2rec",
+    "l2rec, 2 views",
+    "loop",
+    "X-LoRA",
+)
 BALANCE = 0.01  # weight of the load-balancing term in l2rec's loss, as in training
 
 
@@ -87,23 +102,51 @@ class Contender:
     name: str
     forward: Callable[[], Tensor]
     trained: list[nn.Parameter]
+    device: str = "cpu"
 
     def step(self) -> None:
         for parameter in self.trained:
             parameter.grad = None
-        if not self.trained:
+        if self.trained:
+            self.forward().backward()
+        else:
             with torch.no_grad():
                 self.forward()
-            return
-        self.forward().backward()
+        synchronize(self.device)
 
 
 Load = Callable[[], Backbone]
 
 
+def qwen3_shapes(layers: int, dtype: torch.dtype, device: str) -> Backbone:
+    """Qwen3-0.6B as far as speed can tell: its shapes, fewer layers and words, random weights."""
+    from transformers import AutoModel, Qwen3Config
+
+    config = Qwen3Config(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).to(device, dtype)
+    return Backbone(model, None, name="qwen3", source="random", revision=None)
+
+
+def loader(name: str, dtype: str, device: str = "cpu", layers: int = 2) -> Load:
+    """Each call loads a backbone of its own."""
+    if name == "qwen3":
+        return lambda: qwen3_shapes(layers, DTYPES[dtype], device)
+    config = BackboneConfig.model_validate({"name": name, "dtype": dtype})
+    return lambda: load_backbone(config, device)
+
+
 def score(states: Tensor) -> Tensor:
     """The loss of every contender: all final states count, none alike."""
-    weight = torch.linspace(-1, 1, states.shape[-1], dtype=states.dtype)
+    weight = torch.linspace(-1, 1, states.shape[-1], dtype=states.dtype, device=states.device)
     loss: Tensor = (states @ weight).float().square().mean()
     return loss
 
@@ -116,26 +159,79 @@ def plain(load: Load, work: Workload, attention: str) -> tuple[nn.Module, Tensor
     backbone = load()
     model = backbone.model
     model.set_attn_implementation(attention)  # type: ignore[operator]
-    return model, work.ids(backbone.word_embeddings.num_embeddings)
+    model.config.use_cache = False  # type: ignore[union-attr]  # nobody generates
+    ids = work.ids(backbone.word_embeddings.num_embeddings)
+    return model, ids.to(backbone.device)
+
+
+def contender(name: str, model: nn.Module, ids: Tensor, trained: list[nn.Parameter]) -> Contender:
+    def forward() -> Tensor:
+        return score(model(input_ids=ids).last_hidden_state)
+
+    return Contender(name, forward, trained, ids.device.type)
+
+
+def fastest_attention(dtype: torch.dtype, device: str) -> str:
+    """Of an ordinary model at this row length; `peft` is measured with both."""
+    return "eager" if device == "cpu" and dtype is torch.bfloat16 else "sdpa"
 
 
 def bare(load: Load, work: Workload) -> Contender:
     model, ids = plain(load, work, "sdpa")
-    return Contender(BARE, lambda: score(model(input_ids=ids).last_hidden_state), [])
+    return contender(BARE, model, ids, [])
 
 
 def peft_lora(name: str, load: Load, work: Workload, attention: str, float32: bool) -> Contender:
+    model, ids = plain(load, work, attention)
+    model = with_lora(model, work, float32)
+    return contender(name, model, ids, [p for p in model.parameters() if p.requires_grad])
+
+
+def with_lora(model: nn.Module, work: Workload, float32: bool) -> Any:
+    """PEFT's model with one adapter, kept in float32 or in the dtype of the frozen weights."""
     from peft import LoraConfig, get_peft_model
 
-    model, ids = plain(load, work, attention)
     config = LoraConfig(
         r=work.rank,
         lora_alpha=2 * work.rank,
         target_modules=list(find_linears(model, work.matrices)),
     )
-    model = get_peft_model(model, config, autocast_adapter_dtype=float32)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Contender(name, lambda: score(model(input_ids=ids).last_hidden_state), trained)
+    with warnings.catch_warnings():  # transformers' own deprecation, which PEFT runs into
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config, autocast_adapter_dtype=float32)
+
+
+class Inside(nn.Module):
+    """X-LoRA finds its adapters' weights only in a model whose transformer is called ``model``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+def xlora(load: Load, work: Workload, dtype: torch.dtype, device: str) -> Contender:
+    """PEFT's mixture reads its adapters from files, so one adapter is written, and read N times."""
+    from peft import XLoraConfig, get_peft_model
+
+    adapters = 1 + work.experts
+    model, ids = plain(load, work, fastest_attention(dtype, device))
+    dim = model.config.hidden_size  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory() as folder:
+        one = with_lora(Inside(model), work, float32=False)
+        one.save_pretrained(folder)
+        config = XLoraConfig(
+            hidden_size=dim,
+            adapters={str(i): folder for i in range(adapters)},
+            use_trainable_adapters=True,
+        )
+        mixed = get_peft_model(one.unload(), config, autocast_adapter_dtype=False)
+    # What is read from files is float32; like its rivals it may have the frozen weights' dtype.
+    mixed.to(dtype)
+    trained = [p for p in mixed.parameters() if p.requires_grad]
+    return contender(f"{XLORA} of {adapters}", mixed, ids, trained)
 
 
 class LoopOfLoras(nn.Module):
@@ -143,11 +239,13 @@ class LoopOfLoras(nn.Module):
 
     def __init__(self, base: nn.Linear, adapters: int, rank: int) -> None:
         super().__init__()
-        self.base, dtype = base, base.weight.dtype
+        self.base = base
         self.a = nn.ModuleList(nn.Linear(base.in_features, rank, False) for _ in range(adapters))
         self.b = nn.ModuleList(nn.Linear(rank, base.out_features, False) for _ in range(adapters))
         self.router = nn.Linear(base.in_features, adapters)
-        self.to(dtype)
+        for b in self.b:
+            nn.init.zeros_(b.weight)  # type: ignore[arg-type]  # as LoRA starts
+        self.to(base.weight.device, base.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base(x)
@@ -157,34 +255,32 @@ class LoopOfLoras(nn.Module):
         return out
 
 
-def loop(load: Load, work: Workload) -> Contender:
-    model, ids = plain(load, work, "eager")
+def loop(load: Load, work: Workload, dtype: torch.dtype, device: str) -> Contender:
+    model, ids = plain(load, work, fastest_attention(dtype, device))
     trained = []
     for name, linear in find_linears(model, work.matrices).items():
         adapted = LoopOfLoras(linear, 1 + work.experts, work.rank)
         model.set_submodule(name, adapted)
         trained += [p for n, p in adapted.named_parameters() if not n.startswith("base.")]
-    return Contender(
-        f"loop of {1 + work.experts}",
-        lambda: score(model(input_ids=ids).last_hidden_state),
-        trained,
-    )
+    return contender(f"{LOOP} of {1 + work.experts}", model, ids, trained)
 
 
 def dpmoe(name: str, load: Load, work: Workload, views: int) -> Contender:
     backbone = load()
-    ids = work.ids(backbone.word_embeddings.num_embeddings)
+    device = backbone.device
+    ids = work.ids(backbone.word_embeddings.num_embeddings).to(device)
     experts = DPMoE(
         find_linears(backbone.model, work.matrices),
         backbone.dim,
         views=views,
         view_experts=work.experts,
         rank=work.rank,
-        top=work.top,
-    )
+        top=min(work.top, work.experts),
+    ).to(device)
     experts.attach()
-    projector = BehavioralProjector(backbone.dim)
+    projector = BehavioralProjector(backbone.dim).to(device)
     per_view = ids.chunk(views)
+    attend = Attend.CAUSAL if backbone.causal else Attend.FULL
 
     def forward() -> Tensor:
         inputs, slices, groups, positions, start = [], [], [], [], 0
@@ -192,11 +288,11 @@ def dpmoe(name: str, load: Load, work: Workload, views: int) -> Contender:
             x = backbone.embed(part.flatten())
             if view == 1:
                 x = projector(x.float())  # the behavioural view's input is trained
-            row = torch.arange(len(part)).repeat_interleave(part.shape[1])
-            group, position = pack(
-                torch.full((len(part),), part.shape[1]), Attend.FULL, start=start
-            )
-            u = mean_of(x, row, len(part))
+            rows, width = part.shape
+            row = torch.arange(rows, device=device).repeat_interleave(width)
+            lengths = torch.full((rows,), width, device=device)
+            group, position = pack(lengths, attend, start=start)
+            u = mean_of(x, row, rows)
             slices.append(ViewSlice(view, start, group.stop, u, row))
             inputs.append(x.to(backbone.dtype))
             groups.append(group)
@@ -209,10 +305,12 @@ def dpmoe(name: str, load: Load, work: Workload, views: int) -> Contender:
         return score(states) + BALANCE * balance
 
     trained = list(experts.parameters()) + list(projector.parameters()) * (views - 1)
-    return Contender(name, forward, trained)
+    return Contender(name, forward, trained, device.type)
 
 
-def contenders(work: Workload, dtype: torch.dtype) -> dict[str, Callable[[Load], Contender]]:
+def contenders(
+    work: Workload, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Callable[[Load], Contender]]:
     """By name, how to build each: it loads a backbone of its own."""
     build: dict[str, Callable[[Load], Contender]] = {BARE: partial(bare, work=work)}
     for attention in ("eager", "sdpa"):
@@ -221,9 +319,10 @@ def contenders(work: Workload, dtype: torch.dtype) -> dict[str, Callable[[Load],
         if dtype is torch.bfloat16:
             name += ", bf16 adapters"
             build[name] = partial(peft_lora, name, work=work, attention=attention, float32=False)
-    for views, name in ((1, "l2rec"), (2, "l2rec, 2 views")):
+    for views, name in ((1, OURS), (2, TWO_VIEWS)):
         build[name] = partial(dpmoe, name, work=work, views=views)
-    build[f"loop of {1 + work.experts}"] = partial(loop, work=work)
+    build[f"{LOOP} of {1 + work.experts}"] = partial(loop, work=work, dtype=dtype, device=device)
+    build[f"{XLORA} of {1 + work.experts}"] = partial(xlora, work=work, dtype=dtype, device=device)
     return build
 
 
@@ -231,31 +330,36 @@ def contenders(work: Workload, dtype: torch.dtype) -> dict[str, Callable[[Load],
 
 
 @dataclass(frozen=True)
+class Case:
+    """What one table of contenders has in common."""
+
+    backbone: str
+    dtype: str
+    work: Workload
+
+    @property
+    def title(self) -> str:
+        return f"{self.backbone}, {','.join(self.work.matrices)}, {self.dtype}"
+
+
+@dataclass(frozen=True)
 class Result:
-    """Of one contender: seconds [rounds] of each step, wall and CPU; GFLOP of a step; MB."""
+    """Of one contender: seconds [rounds] of each step, wall and CPU; GFLOP of a step; MB.
+
+    failed: why it could not run; then there are no rounds.
+    """
 
     name: str
-    dtype: str
     wall: list[float]
     cpu: list[float]
-    gflop: float
-    trained: int
-    memory_mb: float | None
+    gflop: float = 0.0
+    trained: int = 0
+    memory_mb: float | None = None
+    failed: str = ""
 
     @property
     def seconds(self) -> float:
-        return statistics.median(self.wall)
-
-
-def matmul_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 10) -> float:
-    """GFLOP/s of the fastest of some large square matrix products."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    out, best = a @ b, float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        torch.mm(a, b, out=out)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e9
+        return median(self.wall)
 
 
 def count_gflop(contender: Contender) -> float:
@@ -264,245 +368,264 @@ def count_gflop(contender: Contender) -> float:
     return float(counter.get_total_flops()) / 1e9
 
 
-def resident_mb(field: str) -> float:
-    """VmRSS (now) or VmHWM (largest since the last reset) of this process, on Linux."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def step_memory(contender: Contender, steps: int = 2) -> float:
-    """MB that the peak of some steps stands above the process with everything loaded.
-
-    Raises:
-        OSError: the system cannot reset a process's peak (Linux can).
-    """
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_mb("VmRSS")
-    for _ in range(steps):
+def two_steps(contender: Contender) -> None:
+    for _ in range(2):
         contender.step()
-    return resident_mb("VmHWM") - before
-
-
-def memory_in_child(name: str, dtype: str, arguments: Sequence[str]) -> float | None:
-    """`step_memory` of one contender in a fresh process; None where it cannot be measured."""
-    command = [sys.executable, __file__, *arguments, "--dtypes", dtype, "--memory-of", name]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
-
-
-def interleave(
-    rivals: Sequence[Contender], steps: int, warmup: int
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Wall and CPU seconds per contender, each [steps]: A B C A B C ..."""
-    wall: list[list[float]] = [[] for _ in rivals]
-    cpu: list[list[float]] = [[] for _ in rivals]
-    for number in range(warmup + steps):
-        for i, rival in enumerate(rivals):
-            started, busy = time.perf_counter(), time.process_time()
-            rival.step()
-            if number >= warmup:
-                wall[i].append(time.perf_counter() - started)
-                cpu[i].append(time.process_time() - busy)
-    return wall, cpu
 
 
 def measure(
+    case: Case,
     load: Load,
-    work: Workload,
-    dtype: str,
     *,
     steps: int,
     warmup: int,
-    memory: Callable[[str], float | None] = lambda name: None,
+    memory: Callable[[Contender], float | None] = lambda contender: None,
+    device: str = "cpu",
     only: str = "",
 ) -> list[Result]:
-    """All contenders in one dtype. ``memory`` gives the MB of a contender by name."""
-    rivals = [
-        build(load)
-        for name, build in contenders(work, DTYPES[dtype]).items()
-        if only in name or name.startswith(PEER)
-    ]
-    gflops = [count_gflop(rival) for rival in rivals]  # a first step that is not timed
-    wall, cpu = interleave(rivals, steps, warmup)
-    return [
-        Result(
-            name=rival.name,
-            dtype=dtype,
-            wall=wall[i],
-            cpu=cpu[i],
-            gflop=gflops[i],
-            trained=sum(p.numel() for p in rival.trained),
-            memory_mb=memory(rival.name),
-        )
+    """All contenders of one case. ``memory`` gives the MB of one of them: of the fastest PEFT and
+    of those that are compared to it.
+    """
+    rivals: list[Contender] = []
+    gflops: list[float] = []
+    failed: list[Result] = []
+    for name, build in contenders(case.work, DTYPES[case.dtype], device).items():
+        if only not in name and not name.startswith(PEER):
+            continue
+        try:
+            rival = build(load)
+            gflops.append(count_gflop(rival))  # a first step that is not timed
+        except Exception as error:
+            if not name.startswith(XLORA):  # others' mixtures may not run in every version
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failed.append(Result(name, [], [], failed=reason))
+        else:
+            rivals.append(rival)
+    wall, cpu = interleave([rival.step for rival in rivals], steps, warmup)
+    timed = [
+        Result(rival.name, wall[i], cpu[i], gflops[i], sum(p.numel() for p in rival.trained))
         for i, rival in enumerate(rivals)
     ]
+    peer = peer_of(timed)
+    weighed = [
+        result if slower_peft(result, peer) else replace(result, memory_mb=memory(rival))
+        for result, rival in zip(timed, rivals, strict=True)
+    ]
+    return weighed + failed
 
 
-def machine() -> dict[str, Any]:
-    """Where and when: printed above the table, kept in the JSON."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        fields = dict(
-            line.split(":", 1) for line in info.read_text().splitlines() if line.count(":")
-        )
-        named = {key.strip(): value.strip() for key, value in fields.items()}
-        cpu = named.get("model name", cpu)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "l2rec": l2rec.__version__,
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
-    }
+def peer_of(results: Sequence[Result]) -> Result:
+    """The fastest PEFT."""
+    return min((r for r in results if r.name.startswith(PEER)), key=lambda r: r.seconds)
+
+
+def slower_peft(result: Result, peer: Result) -> bool:
+    return result.name.startswith(PEER) and result is not peer
 
 
 # -- the report ----------------------------------------------------------------------------------
 
+COLUMNS = [
+    ("case", "backbone, matrices, dtype"),
+    ("contender", "contender"),
+    ("seconds", "step, s"),
+    ("spread", "min - max"),
+    ("ratio", "by peer"),
+    ("cpu_ratio", "CPU by peer"),
+    ("tokens_per_second", "tokens/s"),
+    ("memory_mb", "memory, MB"),
+    ("share_of_peak", "of matmul peak"),
+    ("trained", "trained"),
+]
 
-def rows(results: Sequence[Result], work: Workload, peak: float) -> list[dict[str, Any]]:
-    """What is reported of each contender of one dtype, the peer being the fastest PEFT."""
-    peer = min((r for r in results if r.name.startswith(PEER)), key=lambda r: r.seconds)
-    return [
-        {
-            "contender": r.name,
-            "dtype": r.dtype,
-            "peer": r is peer,
+
+def rows(case: Case, results: Sequence[Result], peak: float) -> Iterator[dict[str, Any]]:
+    """What is reported of each contender of one case; the peer is marked."""
+    peer = peer_of(results)
+    for r in results:
+        if r.failed:
+            yield {"case": case.title, "contender": f"{r.name}: {r.failed}"}
+            continue
+        yield {
+            "case": case.title,
+            "contender": r.name + (" *" if r is peer else ""),
             "seconds": r.seconds,
-            "seconds_min": min(r.wall),
-            "seconds_max": max(r.wall),
-            "cpu_seconds": statistics.median(r.cpu),
-            "tokens_per_second": work.rows * work.tokens / r.seconds,
-            "ratio": statistics.median(a / b for a, b in zip(r.wall, peer.wall, strict=True)),
-            "cpu_ratio": statistics.median(a / b for a, b in zip(r.cpu, peer.cpu, strict=True)),
+            "spread": f"{shown(min(r.wall))} - {shown(max(r.wall))}",
+            "ratio": ratio(r.wall, peer.wall),
+            "cpu_ratio": ratio(r.cpu, peer.cpu),
+            "tokens_per_second": case.work.rows * case.work.tokens / r.seconds,
             "memory_mb": r.memory_mb,
-            "gflop": r.gflop,
-            "share_of_peak": r.gflop / r.seconds / peak,
-            "trained_parameters": r.trained,
+            "share_of_peak": f"{r.gflop / r.seconds / peak:.0%}",
+            "trained": r.trained,
+            "wall": r.wall,
         }
-        for r in results
-    ]
 
 
-def table(lines: Sequence[dict[str, Any]], dtype: str, peak: float) -> str:
-    head = (
-        f"{dtype}: matmul peak {peak:,.0f} GFLOP/s",
-        f"{'':<28}{'seconds (min - max)':>23}{'CPU s':>8}{'ratio':>8}{'CPU':>7}{'tokens/s':>10}"
-        f"{'memory':>10}{'GFLOP':>7}{'share':>7}{'trained':>9}",
-    )
-    body = []
-    for r in lines:
-        spread = f"{r['seconds']:.3f} ({r['seconds_min']:.3f} - {r['seconds_max']:.3f})"
-        memory = "-" if r["memory_mb"] is None else f"{r['memory_mb']:,.0f} MB"
-        body.append(
-            f"{r['contender'] + (' *' if r['peer'] else ''):<28}{spread:>23}"
-            f"{r['cpu_seconds']:>8.3f}{r['ratio']:>8.2f}{r['cpu_ratio']:>7.2f}"
-            f"{r['tokens_per_second']:>10,.0f}{memory:>10}{r['gflop']:>7.0f}"
-            f"{r['share_of_peak']:>7.0%}{r['trained_parameters'] / 1e6:>7.2f} M"
-        )
-    return "\n".join((*head, *body))
+def summary(case: Case, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+    """The goals of one case, as far as its contenders ran."""
+    ran = {r.name: r for r in results if not r.failed}
+    peer, ours, two = peer_of(results), ran.get(OURS), ran.get(TWO_VIEWS)
+    if ours is None:
+        return
+
+    def goal(path: str, wanted: str, measured: float, reached: bool) -> dict[str, Any]:
+        matrices = ",".join(case.work.matrices)
+        return {
+            "path": f"{path} ({case.backbone}, {matrices})",
+            "goal": wanted,
+            "measured": f"{case.dtype} {measured:.2f}",
+            "reached": reached,
+        }
+
+    share = ratio(ours.wall, peer.wall)
+    yield goal("step: l2rec / fastest PEFT LoRA", "at most 1.10", share, share <= 1.10)
+    if two is not None:
+        share = ratio(two.wall, ours.wall)
+        yield goal("step: 2 views / 1 view, as many rows", "at most 1.15", share, share <= 1.15)
+    if ours.memory_mb is not None and peer.memory_mb:
+        share = ours.memory_mb / peer.memory_mb
+        yield goal("step memory: l2rec / that PEFT LoRA", "at most 1.10", share, share <= 1.10)
+    for name, rival in ran.items():
+        gain = ratio(rival.wall, ours.wall)
+        if name.startswith(LOOP):
+            yield goal(f"step: {name} LoRAs / l2rec", "at least 2.3", gain, gain >= 2.3)
+        elif name.startswith(XLORA):
+            yield goal(f"step: PEFT {name} / l2rec", "above 1", gain, gain > 1)
+
+
+def join_dtypes(goals: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per path, reached if every dtype reached it."""
+    joined: dict[str, dict[str, Any]] = {}
+    for goal in goals:
+        known = joined.setdefault(goal["path"], goal)
+        if known is not goal:
+            known["measured"] += f", {goal['measured']}"
+            known["reached"] &= goal["reached"]
+    return list(joined.values())
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="benchmarks/step.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--steps", type=int, default=9, help="timed rounds (default %(default)s)")
-    p.add_argument("--warmup", type=int, default=2, help="rounds before (default %(default)s)")
-    p.add_argument("--threads", type=int, default=0, help="threads of torch (default: its own)")
-    p.add_argument("--quick", action="store_true", help="3 rounds, 1 warm-up, no memory")
-    p.add_argument("--json", type=Path, metavar="PATH", help="also write everything as JSON")
+    p = arguments(__file__, __doc__)
+    p.add_argument("--steps", type=int, default=5, help="timed rounds (default %(default)s)")
+    p.add_argument("--warmup", type=int, default=1, help="rounds before (default %(default)s)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument(
-        "--dtypes",
-        default="float32,bfloat16" if native_bfloat16() else "float32",
-        help="of the frozen weights, comma-separated (default %(default)s: what is native here)",
+        "--backbone",
+        nargs="+",
+        default=["minilm", "qwen3"],
+        help="minilm, qwen3, a hub id or a folder (default: minilm qwen3)",
     )
+    p.add_argument("--layers", type=int, default=2, help="of qwen3 (default %(default)s)")
     p.add_argument(
         "--matrices",
-        default="q,v",
-        help="adapted matrices: any of q,k,v,o,gate,up,down (default %(default)s)",
+        nargs="+",
+        default=["q,v", "q,k,v,o"],
+        help="adapted matrices: any of q,k,v,o,gate,up,down (default: q,v q,k,v,o)",
     )
-    p.add_argument("--rows", type=int, default=32, help="texts (default %(default)s)")
+    p.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=list(DTYPES),
+        default=list(DTYPES) if native_bfloat16() else ["float32"],
+        help="of the frozen weights (default: what is native here)",
+    )
+    p.add_argument("--rows", type=int, default=0, help="texts (default: 32; 8 of qwen3)")
     p.add_argument("--tokens", type=int, default=128, help="of a text (default %(default)s)")
     p.add_argument("--rank", type=int, default=8, help="of every LoRA (default %(default)s)")
     p.add_argument("--experts", type=int, default=8, help="routed experts (default %(default)s)")
     p.add_argument("--only", default="", metavar="TEXT", help="contenders so named, and the peer")
-    p.add_argument("--backbone", default="minilm", help="name, hub id or folder")
-    p.add_argument(
-        "--random-weights", action="store_true", help="the backbone's architecture, no weights"
-    )
-    p.add_argument("--memory-of", help=argparse.SUPPRESS)  # what memory_in_child asks a child
+    p.add_argument("--memory-of", help=argparse.SUPPRESS)  # what a child process is asked
     return p
 
 
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    work = Workload(tokens=args.tokens, rank=args.rank, experts=args.experts)
+    for backbone in args.backbone:
+        rows = args.rows or (8 if backbone == "qwen3" else 32)
+        for matrices in args.matrices:
+            for dtype in args.dtypes:
+                yield Case(
+                    backbone, dtype, replace(work, rows=rows, matrices=tuple(matrices.split(",")))
+                )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(arguments)
+    p = parser()
+    args = p.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error(
+            "--device cuda: this PyTorch sees no CUDA device; install its CUDA build, or omit it"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:
-        args.steps, args.warmup = 3, 1
-    work = Workload(
-        rows=args.rows,
-        tokens=args.tokens,
-        matrices=tuple(args.matrices.split(",")),
-        rank=args.rank,
-        experts=args.experts,
-    )
-
-    def loader(dtype: str) -> Load:
-        config = BackboneConfig.model_validate(
-            {"name": args.backbone, "dtype": dtype, "random_weights": args.random_weights}
-        )
-        return lambda: load_backbone(config)
-
-    dtypes = args.dtypes.split(",")
+        args.steps, args.warmup = 3, 0
+    device = args.device
     if args.memory_of:
-        build = contenders(work, DTYPES[dtypes[0]])[args.memory_of]
-        print(step_memory(build(loader(dtypes[0]))))
+        (case,) = cases(args)
+        load = loader(case.backbone, case.dtype, device, args.layers)
+        build = contenders(case.work, DTYPES[case.dtype])[args.memory_of]
+        print(peak_mb(partial(two_steps, build(load))))
         return
-    where = machine()
-    print("  ".join(f"{key} {value}" for key, value in where.items()))
-    print(
-        f"{work.rows} x {work.tokens} tokens through {args.backbone}, "
-        f"{args.matrices} adapted, rank {work.rank}; {args.steps} rounds after {args.warmup}"
-    )
-    report: list[dict[str, Any]] = []
-    peaks: dict[str, float] = {}
-    for dtype in dtypes:
-        peaks[dtype] = matmul_peak(DTYPES[dtype])
+    peaks = {dtype: matmul_peak(DTYPES[dtype], device=device) for dtype in args.dtypes}
+    table: list[dict[str, Any]] = []
+    goals: list[dict[str, Any]] = []
+    for case in cases(args):
+
+        def memory(rival: Contender, case: Case = case) -> float | None:
+            first = ",".join(case.work.matrices) == args.matrices[0]
+            if args.quick or not first or rival.name == BARE:
+                return None
+            if device == "cuda":
+                return peak_mb(partial(two_steps, rival), device)
+            return memory_in_child(rival.name, case, args)
+
         results = measure(
-            loader(dtype),
-            work,
-            dtype,
+            case,
+            loader(case.backbone, case.dtype, device, args.layers),
             steps=args.steps,
             warmup=args.warmup,
-            memory=lambda name, dtype=dtype: (  # type: ignore[misc]
-                None if args.quick else memory_in_child(name, dtype, arguments)
-            ),
+            memory=memory,
+            device=device,
             only=args.only,
         )
-        lines = rows(results, work, peaks[dtype])
-        report += [{**line, "wall": r.wall} for line, r in zip(lines, results, strict=True)]
-        print("\n" + table(lines, dtype, peaks[dtype]))
-    print("\n* the peer: ratio 1. Read the ratios; seconds are this machine's, on this day.")
-    if args.json:
-        document = {
-            "machine": where,
-            "workload": {**asdict(work), "backbone": args.backbone},
-            "rounds": args.steps,
-            "matmul_peak_gflops": peaks,
-            "results": report,
-        }
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        table += rows(case, results, peaks[case.dtype])
+        goals += summary(case, results)
+    described = ", ".join(f"{dtype} {peak:,.0f}" for dtype, peak in peaks.items())
+    report(
+        "step" if device == "cpu" else f"step-{device}",
+        args.json,
+        goal="nine experts for the price of one LoRA: a step of DPMoE by PEFT LoRA's",
+        columns=COLUMNS,
+        rows=table,
+        notes=[
+            "* the peer: the fastest PEFT LoRA, ratio 1. Read the ratios (median over interleaved "
+            "rounds); seconds are this machine's, on this day.",
+            f"Matmul peak in GFLOP/s: {described}. {args.steps} rounds after {args.warmup}; "
+            f"{args.tokens} tokens a row; rank {args.rank}; {args.experts} routed experts and a "
+            f"shared one; qwen3 has {args.layers} layers.",
+        ],
+        summary=join_dtypes(goals),
+    )
+
+
+def memory_in_child(name: str, case: Case, args: argparse.Namespace) -> float | None:
+    """Peak of one contender's steps in a fresh process; None where it cannot be measured."""
+    work = case.work
+    options = {
+        "backbone": case.backbone,
+        "matrices": ",".join(work.matrices),
+        "dtypes": case.dtype,
+        "rows": work.rows,
+        "tokens": work.tokens,
+        "rank": work.rank,
+        "experts": work.experts,
+        "layers": args.layers,
+        "threads": args.threads,
+        "memory-of": name,
+    }
+    return from_child(__file__, *(f"--{key}={value}" for key, value in options.items()))
 
 
 if __name__ == "__main__":

@@ -2,95 +2,185 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from tests import tiny
 
-SOURCE = Path(__file__).parents[2] / "benchmarks" / "step.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def step() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_step", SOURCE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def load(name: str) -> ModuleType:
+    """A script as it runs: its folder is where it finds what the scripts share."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
 
 
-# transformers' own deprecation, which PEFT runs into while wrapping a model.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_every_contender_is_measured_and_reported(step: ModuleType) -> None:
-    pytest.importorskip("peft")
-    work = step.Workload(rows=2, tokens=5, rank=2, experts=3)
-    results = step.measure(tiny.random_backbone, work, "float32", steps=1, warmup=0)
-    assert [r.name for r in results] == [
-        "bare",
-        "peft, eager",
-        "peft, sdpa",
-        "l2rec",
-        "l2rec, 2 views",
-        "loop of 4",
-    ]
-    lines = step.rows(results, work, peak=100.0)
-    for line in lines:
-        numbers = [v for v in line.values() if isinstance(v, float)]
-        assert numbers and all(math.isfinite(v) and v > 0 for v in numbers)
-    assert [line["ratio"] for line in lines if line["peer"]] == [1.0]
-    text = step.table(lines, "float32", 100.0)
-    assert all(r.name in text for r in results) and "peft" in text and " *" in text
-    json.dumps(lines)
+measure, step = load("measure"), load("step")
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_all_trained_parameters_get_gradients(step: ModuleType) -> None:
-    pytest.importorskip("peft")
-    work = step.Workload(rows=2, tokens=5, rank=2, experts=3)
-    for build in step.contenders(work, torch.float32).values():
-        contender = build(tiny.random_backbone)
-        contender.step()
-        assert all(p.grad is not None for p in contender.trained), contender.name
+# -- what all benchmarks share -------------------------------------------------------------------
+
+
+def test_rivals_take_turns() -> None:
+    calls: list[str] = []
+    wall, cpu = measure.interleave([lambda: calls.append("a"), lambda: calls.append("b")], 2, 1)
+    assert calls == ["a", "b"] * 3
+    assert [len(rounds) for rounds in (*wall, *cpu)] == [2] * 4
+
+
+def test_a_ratio_is_of_the_same_round() -> None:
+    assert measure.ratio([2.0, 40.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (True, "yes"),
+        (12345, "12,345"),
+        (1.0, "1.00"),
+        (0.01234, "0.0123"),
+        (99.96, "100"),
+        (1234.5, "1,234"),
+        ("q,v", "q,v"),
+    ],
+)
+def test_cells_have_three_digits(value: object, text: str) -> None:
+    assert measure.shown(value) == text
+
+
+def test_a_report_is_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "deep" / "part.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/part.py", "--json", str(file), "--quick"])
+    measure.report(
+        "part",
+        file,
+        goal="fast",
+        columns=[("name", "who"), ("seconds", "s")],
+        rows=[{"name": "we", "seconds": 0.5, "wall": [0.5]}],
+        notes=["a note"],
+        summary=[{"path": "p", "goal": "at most 1", "measured": "2", "reached": False}],
+        curves=[],
+    )
+    printed = capsys.readouterr().out
+    assert "we   0.500" in printed and "a note" in printed and "NOT REACHED" in printed
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert written["command"] == "python benchmarks/part.py --quick"
+    assert written["columns"] == [["name", "who"], ["seconds", "s"]] and written["curves"] == []
+    assert written["machine"]["torch"] == torch.__version__
 
 
 PEAK_SCRIPT = """
-import importlib.util, sys, torch
-spec = importlib.util.spec_from_file_location("benchmarks_step", sys.argv[1])
-step = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = step
-spec.loader.exec_module(step)
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import measure
 held = []
-contender = step.Contender("list", lambda: held.append(torch.ones(4_000_000)) or held[-1].sum(), [])
-print(step.step_memory(contender, steps=1))
+print(measure.peak_mb(lambda: held.append(torch.ones(4_000_000))))
 """
 
 
-def test_the_peak_of_a_step_is_measured(step: ModuleType) -> None:
-    """In a fresh process, as the benchmark does: a used heap has room that no peak shows."""
+def test_a_peak_is_measured() -> None:
+    """In a fresh process, as the benchmarks do: a used heap has room that no peak shows."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux tells")
-    command = [sys.executable, "-c", PEAK_SCRIPT, str(step.__file__)]
+    command = [sys.executable, "-c", PEAK_SCRIPT, str(BENCHMARKS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.9 * 4 * 4_000_000 / 2**20
 
 
-def test_machine_and_matmul_peak(step: ModuleType) -> None:
-    pytest.importorskip("peft")
-    assert step.matmul_peak(torch.float32, size=32, repeats=1) > 0
-    assert step.machine()["torch"] == torch.__version__
+def test_matmul_peak() -> None:
+    assert measure.matmul_peak(torch.float32, size=32, repeats=1) > 0
 
 
-def test_help_teaches(step: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+# -- one training step ---------------------------------------------------------------------------
+
+NAMES = ["bare", "peft, eager", "peft, sdpa", "l2rec", "l2rec, 2 views", "loop of 4", "X-LoRA of 4"]
+
+
+def small_case(**changes: Any) -> Any:
+    work = step.Workload(rows=2, tokens=5, rank=2, experts=3)
+    return step.Case("tiny", "float32", work, **changes)
+
+
+def test_every_contender_is_measured_and_reported() -> None:
+    case = small_case()
+    results = step.measure(
+        case, tiny.random_backbone, steps=1, warmup=0, memory=lambda rival: float(len(rival.name))
+    )
+    assert [r.name for r in results] == NAMES
+    assert [r.failed for r in results] == [""] * len(NAMES)
+    lines = list(step.rows(case, results, peak=100.0))
+    for line in lines:
+        numbers = [v for v in line.values() if isinstance(v, float)]
+        assert numbers and all(math.isfinite(v) and v > 0 for v in numbers)
+    (peer,) = [line for line in lines if line["contender"].endswith("*")]
+    assert peer["ratio"] == 1.0 and peer["contender"].startswith("peft")
+    # Of PEFT, only the fastest is weighed.
+    assert sum(line["memory_mb"] is None for line in lines) == 1
+    json.dumps(lines)
+    goals = list(step.summary(case, results))
+    assert len(goals) == 5 and all("tiny, q,v" in goal["path"] for goal in goals)
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_contenders_compute_the_same_and_train_all_they_have(family: str) -> None:
+    """Untrained adapters change nothing, so all see the bare backbone."""
+    losses = {}
+    for name, build in step.contenders(small_case().work, torch.float32).items():
+        contender = build(lambda: tiny.random_backbone(family))
+        losses[name] = float(contender.forward().detach())
+        contender.step()
+        assert all(p.grad is not None for p in contender.trained), name
+    one_view = losses.pop("l2rec") - step.BALANCE  # an even load has a balance of 1
+    del losses["l2rec, 2 views"]  # half of its rows come from the behavioural view's input
+    assert one_view == pytest.approx(losses["bare"], rel=1e-3)
+    assert list(losses.values()) == pytest.approx([losses["bare"]] * len(losses), rel=1e-4)
+
+
+def test_a_mixture_of_others_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("no such thing\nin this version")
+
+    monkeypatch.setattr(step, "xlora", broken)
+    case = small_case()
+    results = step.measure(case, tiny.random_backbone, steps=1, warmup=0, only="X-LoRA")
+    lines = list(step.rows(case, results, peak=100.0))
+    assert lines[-1]["contender"] == "X-LoRA of 4: no such thing"
+    assert not list(step.summary(case, results))
+
+
+def test_dtypes_share_a_line_of_the_summary() -> None:
+    def goal(measured: str, reached: bool) -> dict[str, Any]:
+        return {"path": "p", "goal": "g", "measured": measured, "reached": reached}
+
+    joined = step.join_dtypes([goal("float32 1.00", True), goal("bfloat16 2.00", False)])
+    assert joined == [goal("float32 1.00, bfloat16 2.00", False)]
+
+
+def test_cuda_where_there_is_none_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        step.main(["--device", "cuda"])
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         step.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert "--quick" in text and "ratio" in text and "--json PATH" in text
+    assert "--quick" in text and "ratio" in text and "--json FILE" in text
