@@ -43,6 +43,7 @@ from l2rec.checkpoint import (
     write_text,
 )
 from l2rec.config import RunConfig, method_class, resolve
+from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split, leave_one_out
@@ -50,11 +51,13 @@ from l2rec.diagnostics import expert_load, gate_histogram
 from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
 from l2rec.evaluation import Evaluation, evaluate, paired_test, top_k, write_ranks
 from l2rec.methods.floors import LastItemNeighbour, Popularity
+from l2rec.methods.protocols import Embedder, TakesNewItems
 from l2rec.report import write_report
 from l2rec.training import Progress, TrainingResult, peak_memory_mb, train
 
 RUN_VERSION = 1
-UNTRAINED = "untrained backbone"
+UNTRAINED = "untrained"
+UNTRAINED_BACKBONE = "untrained backbone"
 PRETRAINED = "before fine-tuning"
 START = "state/start.safetensors"
 EXAMPLES = 6
@@ -66,13 +69,19 @@ def device() -> str:
 
 
 def build_model(
-    config: RunConfig, texts: Sequence[str], backbone: Backbone, cache: Path | None
+    config: RunConfig, catalog: Catalog, backbone: Backbone | None, cache: Path | None
 ) -> Any:
     """The method of a config over a catalog, freshly initialised from the config's seed."""
     torch.manual_seed(config.seed)
-    return method_class(config.method)(config.model, backbone, texts, cache=cache).to(
-        backbone.device
-    )
+    model = method_class(config.method)(config.model, catalog, backbone, cache=cache)
+    return model.to(device())
+
+
+def _load_backbone(config: RunConfig) -> Backbone | None:
+    """The backbone of a config, or None for a method that has no use for one."""
+    if not method_class(config.method).uses_backbone:
+        return None
+    return load_backbone(config.backbone, device())
 
 
 # -- from recipe to report -----------------------------------------------------------------------
@@ -117,10 +126,10 @@ def train_run(
     split = leave_one_out(dataset.sequences)
     if not len(split.users):
         raise DataError(f"{data}: no user has three events: one to learn from, two to be tested on")
-    backbone = load_backbone(config.backbone, device())
-    cache = data / "cache"
-    progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
-    model = build_model(config, dataset.texts(), backbone, cache)
+    backbone = _load_backbone(config)
+    if backbone is not None:
+        progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
+    model = build_model(config, Catalog(dataset.catalog), backbone, data / "cache")
     _same_backbone(out, identity, backbone)
     if (out / START).is_file():
         load_trained(model, load_tensors(out / START)[0], str(out / START))
@@ -131,7 +140,8 @@ def train_run(
     if not (out / START).is_file():
         save_tensors(out / START, trained_tensors(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    progress.line(f"training {trained:,} parameters; the backbone is frozen")
+    frozen = "" if backbone is None else "; the backbone is frozen"
+    progress.line(f"training {trained:,} parameters{frozen}")
     result = train(
         model, split, config.training, seed=config.seed, run=out, progress=progress, resume=resume
     )
@@ -145,16 +155,20 @@ def train_run(
         _Ids(dataset),
         fingerprint=dataset.fingerprint,
     )
-    save_tensors(
-        out / "items.safetensors",
-        {"vectors": model.encode_items(np.arange(dataset.n_items, dtype=np.int32))},
-        model=_file_hash(out / "model.safetensors"),
-    )
+    vectors = _all_vectors(model)
+    if vectors is not None:
+        save_tensors(
+            out / "items.safetensors",
+            {"vectors": vectors},
+            model=_file_hash(out / "model.safetensors"),
+        )
     for entry in getattr(model, "cached", ()):
         (out / "cache").mkdir(exist_ok=True)
         shutil.copy2(entry, out / "cache" / entry.name)
-    diagnostics = _diagnose(model, split, dataset, evaluation)
-    start = UNTRAINED if init is None else PRETRAINED
+    diagnostics = _diagnose(model, split, dataset, vectors)
+    start = (
+        PRETRAINED if init is not None else UNTRAINED if backbone is None else UNTRAINED_BACKBONE
+    )
     floors = _floor_scores(split, dataset, model, out, start, progress)
     report = _report(config, dataset, backbone, trained, result, evaluation, floors)
     report |= {
@@ -166,6 +180,13 @@ def train_run(
     write_json(out / "report.json", report)
     write_report(out)
     return report
+
+
+def _all_vectors(model: Any) -> Tensor | None:
+    """Vectors of the whole catalog [N, D], None for a method that only ranks."""
+    if not isinstance(model, Embedder):
+        return None
+    return model.encode_items(np.arange(model.n_items, dtype=np.int32))
 
 
 def finished_report(out: Path) -> dict[str, Any] | None:
@@ -217,9 +238,11 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     return found
 
 
-def _same_backbone(run: Path, identity: Mapping[str, Any] | None, backbone: Backbone) -> None:
+def _same_backbone(
+    run: Path, identity: Mapping[str, Any] | None, backbone: Backbone | None
+) -> None:
     """Refuse weights other than those a run was trained on (unless the precision differs)."""
-    if identity is None:
+    if identity is None or backbone is None:
         return
     saved = identity["backbone"]
     same_dtype = str(backbone.dtype).removeprefix("torch.") == saved["dtype"]
@@ -239,7 +262,7 @@ def _clear(out: Path) -> None:
 
 
 def _write_identity(
-    out: Path, config: RunConfig, dataset: Dataset, backbone: Backbone, init: Path | None
+    out: Path, config: RunConfig, dataset: Dataset, backbone: Backbone | None, init: Path | None
 ) -> None:
     identity = {
         "run_version": RUN_VERSION,
@@ -250,7 +273,9 @@ def _write_identity(
             "name": dataset.name,
             "fingerprint": dataset.fingerprint,
         },
-        "backbone": {
+        "backbone": None
+        if backbone is None
+        else {
             "name": backbone.name,
             "revision": backbone.revision,
             "weight_hash": backbone.weight_hash(),
@@ -258,9 +283,8 @@ def _write_identity(
         },
     }
     write_text(out / "config.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
-    catalog = pa.table({"item_id": dataset.item_ids, "text": pa.array(dataset.texts())})
     with replacing(out / "catalog.parquet") as partial:
-        pq.write_table(catalog, partial)
+        pq.write_table(dataset.catalog, partial)
 
 
 def _start_from(model: Any, init: Path) -> str:
@@ -268,7 +292,7 @@ def _start_from(model: Any, init: Path) -> str:
     load_run_config(init)
     tensors, _ = load_tensors(init / "model.safetensors")
     own = trained_tensors(model)
-    of_items = {"table.residual", "table.mean"}
+    of_items = getattr(model, "item_tensors", frozenset[str]())
     shared = {n: t for n, t in tensors.items() if n not in of_items}
     wrong = [n for n, t in shared.items() if n not in own or own[n].shape != t.shape]
     missing = sorted(own.keys() - shared.keys() - of_items)
@@ -329,7 +353,7 @@ class _Ids(Sequence[str]):
 def _report(
     config: RunConfig,
     dataset: Dataset,
-    backbone: Backbone,
+    backbone: Backbone | None,
     trained: int,
     result: TrainingResult,
     evaluation: Evaluation,
@@ -348,10 +372,10 @@ def _report(
             "events": dataset.n_events,
         },
         "backbone": {
-            "name": backbone.name,
-            "parameters": sum(p.numel() for p in backbone.parameters()),
+            "name": "none" if backbone is None else backbone.name,
+            "parameters": 0 if backbone is None else sum(p.numel() for p in backbone.parameters()),
             "trained_parameters": trained,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "dtype": str(torch.float32 if backbone is None else backbone.dtype)[len("torch.") :],
         },
         "hardware": hardware(),
         "versions": versions(),
@@ -407,7 +431,7 @@ def _commit() -> str:
     return done.stdout.strip() if done.returncode == 0 and tracked.is_file() else ""
 
 
-def _diagnose(model: Any, split: Split, dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:
+def _diagnose(model: Any, split: Split, dataset: Dataset, vectors: Tensor | None) -> dict[str, Any]:
     sample = np.linspace(0, len(split.users) - 1, min(512, len(split.users))).astype(np.int64)
     found: dict[str, Any] = {}
     if hasattr(model, "user_states"):
@@ -416,17 +440,26 @@ def _diagnose(model: Any, split: Split, dataset: Dataset, evaluation: Evaluation
         gate = gate_histogram(model.user_states(histories).delta)
         if gate:
             found["gate"] = gate
-    found["examples"] = _examples(model, split, dataset, sample[:: max(1, len(sample) // EXAMPLES)])
+    some = sample[:: max(1, len(sample) // EXAMPLES)]
+    found["examples"] = _examples(model, split, dataset, some, vectors)
     return found
 
 
 def _examples(
-    model: Any, split: Split, dataset: Dataset, rows: npt.NDArray[np.int64]
+    model: Any,
+    split: Split,
+    dataset: Dataset,
+    rows: npt.NDArray[np.int64],
+    vectors: Tensor | None,
 ) -> list[dict[str, Any]]:
     rows = rows[:EXAMPLES]
     histories = split.test_histories.take(rows)
-    best = top_k(model, histories, min(10, dataset.n_items), exclude=histories)
-    gates = _gates(model, histories)
+    if vectors is None:
+        scores, gates = model.scorer()(histories), list[float | None]([None] * len(rows))
+    else:
+        users, gates = _users_and_gates(model, histories)
+        scores = users @ vectors.T
+    best = top_k(lambda _: scores, histories, min(10, dataset.n_items), exclude=histories)
     ids, texts = dataset.item_ids, dataset.texts()
 
     def item(number: int) -> dict[str, Any]:
@@ -448,13 +481,15 @@ def _examples(
     ]
 
 
-def _gates(model: Any, histories: Ragged) -> list[float | None]:
+def _users_and_gates(model: Any, histories: Ragged) -> tuple[Tensor, list[float | None]]:
+    """User vectors [B, D], and the mean delta of Eq. 7 of each where the method has one."""
     if not hasattr(model, "user_states"):
-        return [None] * len(histories)
-    delta = model.user_states(histories).delta
-    if delta is None:
-        return [None] * len(histories)
-    return [float(x) for x in delta.float().mean(-1)]
+        return model.encode_users(histories), [None] * len(histories)
+    state = model.user_states(histories)
+    users = torch.nn.functional.normalize(state.fused.float(), dim=-1)
+    if state.delta is None:
+        return users, [None] * len(histories)
+    return users, [float(x) for x in state.delta.float().mean(-1)]
 
 
 def _file_hash(path: Path) -> str:
@@ -499,11 +534,12 @@ class Predictor:
 
     Attributes:
         model: the method. ids: external item ids by item int. texts: their texts.
-        vectors: [N, D] item vectors. version: short hash of the trained tensors.
+        vectors: [N, D] item vectors, None for a method that only ranks. version: short hash of
+        the trained tensors.
     """
 
     def __init__(
-        self, model: Any, ids: list[str], texts: list[str], vectors: Tensor, version: str
+        self, model: Any, ids: list[str], texts: list[str], vectors: Tensor | None, version: str
     ) -> None:
         self.model = model
         self.ids, self.texts, self.vectors, self.version = ids, texts, vectors, version
@@ -532,22 +568,27 @@ class Predictor:
         if not history:
             raise DataError("an empty history: give at least one item id")
         rows = Ragged.from_rows([self._ints(history)])
-        state = self.model.user_states(rows)
-        user = torch.nn.functional.normalize(state.fused.float(), dim=-1)
-        temperature = float(self.model.temperature.detach())
+        scores, gate = self._scores(rows)
         best = top_k(
-            lambda _: user @ self.vectors.T / temperature,
-            rows,
-            self._check_k(k),
-            exclude=rows if exclude_seen else None,
+            lambda _: scores, rows, self._check_k(k), exclude=rows if exclude_seen else None
         )
         items = [
             {"id": self.ids[i], "score": float(s), "text": self.texts[i]}
             for i, s in zip(best.items[0], best.scores[0], strict=True)
             if i >= 0
         ]
-        gate = None if state.delta is None else float(state.delta.float().mean())
         return Recommendation(items, gate)
+
+    def _scores(self, row: Ragged) -> tuple[Tensor, float | None]:
+        """Scores [1, N] of one history, and its gate if the method has one."""
+        if self.vectors is None:
+            return self.model.scorer()(row), None
+        users, gates = _users_and_gates(self.model, row)
+        return users @ self.vectors.T, gates[0]
+
+    def _require(self, protocol: Any, otherwise: str) -> None:
+        if not isinstance(self.model, protocol):
+            raise ConfigError(f"{type(self.model).__name__} {otherwise}")
 
     def _check_k(self, k: int) -> int:
         if not 1 <= k <= len(self.ids):
@@ -558,11 +599,13 @@ class Predictor:
 
     def encode_users(self, histories: Sequence[Sequence[str]]) -> Tensor:
         """[B, D] float32 unit vectors of histories of external ids."""
+        self._require(Embedder, "has no user vectors: it only ranks")
         rows: Tensor = self.model.encode_users(Ragged.from_rows([self._ints(h) for h in histories]))
         return rows
 
     def encode_items(self, texts: Sequence[str]) -> Tensor:
         """[n, D] float32 unit vectors of raw texts; the catalog stays as it is."""
+        self._require(Embedder, "has no item vectors: it only ranks")
         rows: Tensor = self.model.encode_items(list(texts))
         return rows
 
@@ -575,8 +618,10 @@ class Predictor:
         known = [i for i in items if i in self._index]
         if known:
             raise DataError(f"item {known[0]!r} is in the catalog already")
+        self._require(TakesNewItems, "ranks the items it was trained on; train it again for others")
         added = self.model.add_items(list(items.values()))
-        self.vectors = torch.cat((self.vectors, self.model.encode_items(added)))
+        if self.vectors is not None:
+            self.vectors = torch.cat((self.vectors, self.model.encode_items(added)))
         for item, text in items.items():
             self._index[item] = len(self.ids)
             self.ids.append(item)
@@ -593,25 +638,29 @@ def load(run: str | Path) -> Predictor:
     run = Path(run)
     config, identity = load_run_config(run)
     tensors, _ = load_tensors(run / "model.safetensors")
-    ids, texts = _catalog(run)
-    backbone = load_backbone(config.backbone, device())
+    catalog = _catalog(run)
+    backbone = _load_backbone(config)
     _same_backbone(run, identity, backbone)
     # A run that lies on a read-only disk can be used; its texts are then read anew.
-    model = build_model(config, texts, backbone, run / "cache" if os.access(run, os.W_OK) else None)
+    model = build_model(
+        config, catalog, backbone, run / "cache" if os.access(run, os.W_OK) else None
+    )
     load_trained(model, tensors, str(run / "model.safetensors"))
     model.eval()
     version = _file_hash(run / "model.safetensors")
-    vectors = _stored_vectors(run, version, len(ids))
+    vectors = _stored_vectors(run, version, len(catalog))
     if vectors is None:
-        vectors = model.encode_items(np.arange(len(ids), dtype=np.int32))
-    return Predictor(model, ids, texts, vectors.to(backbone.device), version)
+        vectors = _all_vectors(model)
+    if vectors is not None:
+        vectors = vectors.to(device())
+    ids = catalog.table["item_id"].to_pylist()
+    return Predictor(model, ids, list(catalog.texts), vectors, version)
 
 
-def _catalog(run: Path) -> tuple[list[str], list[str]]:
+def _catalog(run: Path) -> Catalog:
     try:
-        table = pq.read_table(run / "catalog.parquet")
-        return table["item_id"].to_pylist(), table["text"].to_pylist()
-    except (OSError, pa.ArrowException, KeyError) as error:
+        return Catalog(pq.read_table(run / "catalog.parquet"))
+    except (OSError, pa.ArrowException) as error:
         raise CheckpointError(f"{run}/catalog.parquet: missing or torn: {error}") from error
 
 
@@ -691,6 +740,8 @@ def embed_run(
     dataset = _dataset_of(run, data) if with_users else None
     predictor = load(run)
     out.mkdir(parents=True, exist_ok=True)
+    if predictor.vectors is None:
+        raise ConfigError(f"{run}: {type(predictor.model).__name__} has no vectors: it only ranks")
     written = [_write_vectors(out / "items.parquet", predictor.ids, predictor.vectors, predictor)]
     if dataset is not None:
         sequences = dataset.sequences

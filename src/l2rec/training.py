@@ -35,11 +35,10 @@ from l2rec.checkpoint import (
     write_text,
 )
 from l2rec.config import TrainingConfig
-from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
 from l2rec.errors import CheckpointError, TrainingError
 from l2rec.evaluation import evaluate
-from l2rec.methods.protocols import Losses, Stage, Trainable
+from l2rec.methods.protocols import EpochBatches, Losses, Stage, Trainable
 
 SELECT = "ndcg@10"
 
@@ -183,9 +182,11 @@ def _train(run: _Run, state: State | None) -> TrainingResult:
         _go_on(run, state)
     stopped = "untrained"
     for number in range(run.counters.stage, len(stages)):
+        stage = stages[number]
         if number > run.counters.stage:
-            _next_stage(run, number, stages[number].name)
-        stopped = _run_stage(run, stages[number], state)
+            _next_stage(run, number, stage.name)
+        with _only(run.model, [p for g in stage.groups for p in g.parameters]) as parameters:
+            stopped = _run_stage(run, stage, parameters, state)
         state = None
         if stopped == "max_minutes":
             break
@@ -195,6 +196,20 @@ def _train(run: _Run, state: State | None) -> TrainingResult:
     return TrainingResult(
         c.step, c.best_step, run.best, run.untrained, c.seconds, c.eval_seconds, c.tokens, stopped
     )
+
+
+@contextmanager
+def _only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Meanwhile no other parameter of the model takes a gradient."""
+    trained = set(parameters)
+    before = {p: p.requires_grad for p in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(parameter in trained)
+    try:
+        yield parameters
+    finally:
+        for parameter, needed in before.items():
+            parameter.requires_grad_(needed)
 
 
 def _begin(run: _Run) -> None:
@@ -240,38 +255,40 @@ def _load_best(run: _Run) -> None:
     load_trained(run.model, tensors, str(run.folder))
 
 
-def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
+def _run_stage(run: _Run, stage: Stage, parameters: list[nn.Parameter], state: State | None) -> str:
     """One stage to its end; returns why it ended."""
     config, c, model = run.config, run.counters, run.model
+    epochs = stage.epochs or config.epochs
     optimizer = torch.optim.AdamW(
         [
             {"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay, "peak": g.lr}
             for g in stage.groups
         ]
     )
-    parameters = [p for g in stage.groups for p in g.parameters]
     if state is not None:
         load_trained(model, state.model, f"{run.folder}/state")
         restore_optimizer(optimizer, state.optimizer)
         if over := _over(run):
             return over
     # Of epoch 0, in a resumed run too: epochs differ by some batches, the schedule must not.
-    planned = config.epochs * len(_batches(run, 0))
+    planned = epochs * len(_batches(run, stage, 0))
     if planned == 0:
         raise TrainingError("no user has two training events: there is nothing to train on")
     if config.max_steps is not None:
         planned = min(planned, config.max_steps)
     saved_at = time.monotonic()
     model.train()
-    for epoch in range(c.epoch, config.epochs):
+    for epoch in range(c.epoch, epochs):
         c.epoch = epoch
-        batches = _batches(run, epoch)
+        if stage.begin_epoch is not None and c.batch == 0:
+            stage.begin_epoch(epoch)
+        batches = _batches(run, stage, epoch)
         for batch in batches.iterate(c.batch):
             started = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _rate(run, planned)
             optimizer.zero_grad(set_to_none=True)
-            losses: Losses = model.loss(batch)
+            losses = stage.loss(batch)
             losses.total.backward()
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
             _check_finite(run, losses, norm)
@@ -284,11 +301,11 @@ def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
             if c.step % config.log_every == 0:
                 _log_window(run, position, planned)
             over = _over(run)
-            if epoch + 1 == config.epochs and c.batch == len(batches):
+            if epoch + 1 == epochs and c.batch == len(batches):
                 over = over or "epochs"
-            if over or position >= c.next_eval - 1e-9:
+            if over or (stage.select and position >= c.next_eval - 1e-9):
                 _log_window(run, position, planned)
-                better = _validate_and_count(run, position)
+                better = _validate_and_count(run, position, stage)
                 c.next_eval = position + config.eval_every
                 over = over or _over(run)
                 # The state first: from it the best model can be had again, not the other way.
@@ -307,10 +324,9 @@ def _run_stage(run: _Run, stage: Stage, state: State | None) -> str:
     return "epochs"
 
 
-def _batches(run: _Run, epoch: int) -> Any:
-    sequences: Ragged = run.split.train
-    return run.model.batches(
-        sequences,
+def _batches(run: _Run, stage: Stage, epoch: int) -> EpochBatches:
+    return stage.batches(
+        run.split.train,
         seed=run.seed,
         epoch=epoch,
         batch_users=run.config.batch_users,
@@ -389,12 +405,12 @@ def _validate(run: _Run, position: float) -> dict[str, float]:
     return metrics
 
 
-def _validate_and_count(run: _Run, position: float) -> bool:
-    """Validate; True if the model is the best so far."""
+def _validate_and_count(run: _Run, position: float, stage: Stage) -> bool:
+    """Validate; True if the model is the best so far, or if its stage keeps the last."""
     _tell_cost(run, position)
     metrics = _validate(run, position)
     c = run.counters
-    if metrics[SELECT] > c.best:
+    if metrics[SELECT] > c.best or not stage.select:
         c.best, c.best_step, c.bad, run.best = metrics[SELECT], c.step, 0, metrics
         return True
     c.bad += 1

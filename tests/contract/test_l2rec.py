@@ -17,10 +17,12 @@ from transformers import AutoModel, Qwen3Config
 
 from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch
+from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
+from l2rec.methods.blocks import item_text
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
 from l2rec.methods.protocols import Embedder, Recommender, Trainable
 
@@ -38,7 +40,7 @@ TABLE = {"items": "table", "supervision": "all", "user_pooling": "running"}
 def build(family: str = "bert", seed: int = 0, texts: list[str] = TEXTS, **changes: Any) -> L2Rec:
     backbone = tiny.random_backbone(family)
     torch.manual_seed(seed)
-    return L2Rec(tiny.small(**changes), backbone, texts)
+    return L2Rec(tiny.small(**changes), Catalog.of_texts(texts), backbone)
 
 
 def shaken(model: L2Rec, seed: int = 1) -> L2Rec:
@@ -503,21 +505,25 @@ def test_items_without_text_do_not_break_the_catalog() -> None:
 
 def test_text_vectors_come_from_the_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = tiny.small(items="table")
-    first = L2Rec(options, tiny.random_backbone(), TEXTS, cache=tmp_path)
+    first = L2Rec(options, Catalog.of_texts(TEXTS), tiny.random_backbone(), cache=tmp_path)
 
     def never(*_: Any, **__: Any) -> Tensor:
         raise AssertionError("encoded twice")
 
     with monkeypatch.context() as patch:
-        patch.setattr(L2Rec, "_text_vectors", never)
-        second = L2Rec(options, tiny.random_backbone(), TEXTS, cache=tmp_path)
+        patch.setattr(item_text, "text_vectors", never)
+        second = L2Rec(options, Catalog.of_texts(TEXTS), tiny.random_backbone(), cache=tmp_path)
         for other in (
-            lambda: L2Rec(options, tiny.random_backbone(seed=1), TEXTS, cache=tmp_path),
-            lambda: L2Rec(options, tiny.random_backbone(), TEXTS[::-1], cache=tmp_path),
+            lambda: L2Rec(
+                options, Catalog.of_texts(TEXTS), tiny.random_backbone(seed=1), cache=tmp_path
+            ),
+            lambda: L2Rec(
+                options, Catalog.of_texts(TEXTS[::-1]), tiny.random_backbone(), cache=tmp_path
+            ),
             lambda: L2Rec(
                 tiny.small(items="table", text_tokens=3),
+                Catalog.of_texts(TEXTS),
                 tiny.random_backbone(),
-                TEXTS,
                 cache=tmp_path,
             ),
         ):
@@ -559,7 +565,7 @@ def test_the_paper_s_32_million_parameters() -> None:
             head_dim=128,
         )
     )
-    model = L2Rec(L2RecConfig(), backbone, [])
+    model = L2Rec(L2RecConfig(), Catalog.of_texts([]), backbone)
     parts = {"experts": model.experts, "projector": model.projector, "fusion": model.fusion}
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count == sum(p.numel() for part in parts.values() for p in part.parameters())

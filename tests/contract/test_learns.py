@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests import tiny
 
+from l2rec.data.catalog import Catalog
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
 from l2rec.evaluation import evaluate
@@ -42,7 +43,7 @@ def test_the_chain_is_learned(
     dataset = chain_dataset(tmp_path / "chain", n_users=80, n_items=16, length=9, seed=0)
     split = leave_one_out(dataset.sequences)
     torch.manual_seed(0)
-    model = L2Rec(tiny.small(**options), tiny.random_backbone(family), dataset.texts())
+    model = L2Rec(tiny.small(**options), Catalog(dataset.catalog), tiny.random_backbone(family))
     stages = model.stages(lr, 0.01)
     groups = [
         {"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay}

@@ -25,6 +25,7 @@ from l2rec.backbone import (
     packed_attention,
 )
 from l2rec.config import BackboneConfig
+from l2rec.data.catalog import Catalog
 from l2rec.errors import BackboneError
 from l2rec.methods.l2rec import L2Rec
 
@@ -265,14 +266,14 @@ def test_minilm_text_vectors_are_those_of_sentence_transformers(minilm: Backbone
     model = sentence_transformers.SentenceTransformer(minilm_source(), device="cpu")
     theirs = torch.from_numpy(model.encode(TEXTS, normalize_embeddings=True))
     options = tiny.small(behavioral_pool="encoder", text_tokens=64)
-    ours = L2Rec(options, minilm, TEXTS).item_vectors
+    ours = L2Rec(options, Catalog.of_texts(TEXTS), minilm).item_vectors
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_minilm_text_vectors_are_mean_pooled_outputs(minilm: Backbone) -> None:
     model = AutoModel.from_pretrained(minilm_source(), dtype=torch.float32).eval()
     options = tiny.small(behavioral_pool="encoder", text_tokens=64)
-    ours = L2Rec(options, minilm, TEXTS).item_vectors
+    ours = L2Rec(options, Catalog.of_texts(TEXTS), minilm).item_vectors
     for text, vector in zip(TEXTS, ours, strict=True):
         encoded = minilm.tokenizer(text, return_tensors="pt")
         with torch.no_grad():

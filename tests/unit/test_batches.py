@@ -195,3 +195,14 @@ def test_the_budget_counts_tokens_of_the_input() -> None:
 
 def test_nobody_to_learn_from() -> None:
     assert len(batches(distinct([1, 0, 1]))) == 0
+
+
+def test_whole_sequences_have_no_targets_and_every_item_once() -> None:
+    sequences = distinct([1, 2, 4, 9])
+    made = batches(sequences, supervision="sequence", window=4)
+    rows = [b.histories[i].tolist() for b in made.iterate() for i in range(len(b.histories))]
+    assert all(len(b.targets) == 0 for b in made.iterate())
+    assert sorted(item for row in rows for item in row) == list(range(1, 16)), (
+        "a single event is nothing to hide"
+    )
+    assert max(map(len, rows)) == 4

@@ -137,7 +137,7 @@ def test_usage_errors_are_2(call: Call, arguments: list[str]) -> None:
         (["l2rec", "method=json:JSONDecoder"], "is no method"),
         (["l2rec", "method=3"], "method=3"),
         (["scientific/l2rce"], "no recipe 'scientific/l2rce'; did you mean 'scientific/l2rec'"),
-        (["sasrec"], "no recipe 'sasrec'.*shipped: .*l2rec-table"),
+        (["sasrek"], "no recipe 'sasrek'.*'sasrec'.*shipped: .*l2rec-table"),
         (["mine.yaml"], "recipe 'mine.yaml': no such file"),
         (["l2rec", "backbone.name=./nowhere"], r"backbone '\./nowhere' cannot be loaded"),
     ],

@@ -64,7 +64,9 @@ def test_every_shipped_recipe_parses(name: str) -> None:
     assert load_recipe(str(path)) == config
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.split("/")[-1].startswith("l2rec")]
+)
 def test_shipped_recipes_for_all_positions_never_run_out_of_tokens(name: str) -> None:
     """Else the length of later texts would decide what earlier positions still read."""
     model = load_recipe(name).model

@@ -400,7 +400,7 @@ def test_recommend(predictor: Predictor) -> None:
     seen = predictor.recommend(["i3", "i7"], k=30, exclude_seen=False)
     assert len(seen.items) == 30
     users = predictor.encode_users([["i3", "i7"], ["i1"]])
-    inner = users @ predictor.vectors.T / float(predictor.model.temperature)
+    inner = users @ predictor.vectors.T
     by_id = {item["id"]: item["score"] for item in seen.items}
     assert inner[0].tolist() == pytest.approx([by_id[i] for i in predictor.ids], abs=1e-3)
 
@@ -609,7 +609,7 @@ def test_embed(items: str, request: pytest.FixtureRequest, chains: Dataset, tmp_
         ids[name] = table["id"].to_pylist()
         vectors[name] = np.array(table["vector"].to_pylist(), dtype=np.float32)
     assert ids["items"] == predictor.ids and ids["users"] == chains.user_ids.to_pylist()
-    scores = vectors["users"] @ vectors["items"].T / float(predictor.model.temperature)
+    scores = vectors["users"] @ vectors["items"].T
     for user in (0, 13, 39):
         history = user_history(finished.run, ids["users"][user])
         found = predictor.recommend(history, 30, exclude_seen=False).items

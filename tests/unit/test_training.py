@@ -67,8 +67,12 @@ class Toy(nn.Module):
             return [ParameterGroup("all", list(parameters), lr, weight_decay)]
 
         if self.n_stages == 2:
-            return [Stage("one", group(self.first)), Stage("two", group(self.second))]
-        return [Stage("train", group(self.first, self.second))][: self.n_stages]
+            return [
+                Stage("one", group(self.first), self.batches, self.loss),
+                Stage("two", group(self.second), self.batches, self.loss),
+            ]
+        both = group(self.first, self.second)
+        return [Stage("train", both, self.batches, self.loss)][: self.n_stages]
 
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
@@ -636,3 +640,69 @@ def test_max_minutes_is_of_the_run_not_of_a_stage(
     monkeypatch.setattr(training.time, "monotonic", lambda: 10.0 * next(clock))
     result, model = fit(tmp_run, Toy(stages=2), max_minutes=1, epochs=100)
     assert result.stopped == "max_minutes" and model.second.abs().max() == 0
+
+
+# ------------------------------------------------------------------------------- what a stage says
+
+
+class Pretrained(Toy):
+    """A first stage that is not selected on, with an epoch count and a hook of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(stages=2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.started: list[int] = []
+        self.frozen: set[bool] = set()
+
+    def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        one, two = super().stages(lr, weight_decay)
+
+        def begin(epoch: int) -> None:
+            self.started.append(epoch)
+            self.seen += 1
+
+        one = dataclasses.replace(one, select=False, epochs=3, begin_epoch=begin, loss=self.watched)
+        return [one, two]
+
+    def watched(self, batch: Batch) -> Losses:
+        self.frozen.add(self.second.requires_grad)
+        return self.loss(batch)
+
+
+def test_a_stage_without_selection_keeps_its_last_weights(tmp_path: Path) -> None:
+    model = Pretrained()
+    result = training.train(
+        model, split(), options(epochs=2, patience=99), seed=0, run=tmp_path, progress=Quiet()
+    )
+    assert model.started == [0, 1, 2] and model.frozen == {False}
+    assert model.second.requires_grad, "given back after the stage"
+    steps = [r["step"] for r in log(tmp_path, "valid")]
+    per_epoch = result.steps // 5
+    assert steps[:2] == [0, 3 * per_epoch], "validated once, at the end of the stage"
+    tensors, _ = load_tensors(tmp_path / "model.safetensors")
+    assert result.best_step >= 3 * per_epoch and float(tensors["seen"]) == 3
+
+
+def test_resume_inside_an_epoch_does_not_begin_it_again(tmp_path: Path) -> None:
+    whole = Pretrained()
+    config = options(epochs=2, patience=99)
+    training.train(whole, split(), config, seed=0, run=tmp_path / "a", progress=Quiet())
+
+    class Killed(Exception):
+        pass
+
+    broken = Pretrained()
+
+    def kill(calls: int) -> None:
+        if calls == 4:
+            raise Killed
+
+    broken.on_loss = kill
+    with pytest.raises(Killed):
+        training.train(broken, split(), config, seed=0, run=tmp_path / "b", progress=Quiet())
+    again = Pretrained()
+    training.train(
+        again, split(), config, seed=0, run=tmp_path / "b", progress=Quiet(), resume=True
+    )
+    a, b = (load_tensors(tmp_path / x / "model.safetensors")[0] for x in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)

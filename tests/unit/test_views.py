@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from l2rec.backbone import load_backbone
 from l2rec.config import BackboneConfig
+from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import N_TEXTS, simple_text
 from l2rec.methods.l2rec import L2Rec
@@ -190,7 +191,7 @@ def test_items_differ_in_the_behavioural_view_at_the_start() -> None:
     backbone = load_backbone(BackboneConfig(dtype="float32"))
     codes = np.random.default_rng(0).permutation(N_TEXTS)[:64]
     options = tiny.small(views=("behavioral",), behavioral_boost=L2Rec.Config().behavioral_boost)
-    model = L2Rec(options, backbone, [simple_text(int(code)) for code in codes])
+    model = L2Rec(options, Catalog.of_texts([simple_text(int(code)) for code in codes]), backbone)
     vectors = F.normalize(model.encode_items(np.arange(64, dtype=np.int32)), dim=-1)
     off_diagonal = ~torch.eye(64, dtype=torch.bool)
     spread = float((vectors @ vectors.T)[off_diagonal].mean())

@@ -19,7 +19,8 @@ class Batch:
     """users: [B] int64. histories: B rows of item ints, oldest first, the input.
 
     targets: the next items. With supervision ``last`` [B], one per row; with ``all`` one per input
-    item, aligned with ``histories.values``. negatives: [B, k] int32 sampled items (k may be 0).
+    item, aligned with ``histories.values``; with ``sequence`` none. negatives: [B, k] int32
+    sampled items (k may be 0).
     """
 
     users: npt.NDArray[np.int64]
@@ -63,7 +64,8 @@ class TrainingBatches:
             several rows, the older with their own earlier context.
         sequences: training prefixes s[:-2] of all users, user int = row. Nothing else is seen.
         supervision: ``last`` draws one target position per user and epoch and predicts it from
-            the items before it; ``all`` predicts every next item of the sequence in one row.
+            the items before it; ``all`` predicts every next item of the sequence in one row;
+            ``sequence`` hands out whole sequences, for losses that hide parts of them.
         negatives: sampled items per row, uniform over the catalog.
         item_costs: [N] tokens of each item, for the budget.
     """
@@ -72,7 +74,7 @@ class TrainingBatches:
         self,
         sequences: Ragged,
         *,
-        supervision: Literal["last", "all"],
+        supervision: Literal["last", "all", "sequence"],
         max_items: int,
         negatives: int,
         item_costs: npt.NDArray[np.integer],
@@ -89,14 +91,15 @@ class TrainingBatches:
         self.n_items = len(item_costs)
         lengths = sequences.lengths
         users = np.flatnonzero(lengths >= 2)
-        if supervision == "all":
+        ahead = 0 if supervision == "sequence" else 1
+        if supervision != "last":
             # Windows from the newest back, so that every target is supervised once an epoch. The
             # input of the newest stops before the last training item, its last target.
-            inputs = lengths[users] - 1
+            inputs = lengths[users] - ahead
             windows = -(-inputs // window)
             users, back = np.repeat(users, windows), flat_index(np.zeros_like(windows), windows)
             sizes = np.minimum(np.repeat(inputs, windows) - back * window, max_items)
-            ends = sequences.offsets[1:][users] - 1 - back * window
+            ends = sequences.offsets[1:][users] - ahead - back * window
         else:
             users = np.repeat(users, np.minimum(targets_per_user, lengths[users] - 1))
             position = 1 + np.floor(rng.random(len(users)) * (lengths[users] - 1)).astype(np.int64)
@@ -122,7 +125,8 @@ class TrainingBatches:
         index = flat_index(ends - sizes, sizes)
         offsets = np.concatenate(([0], np.cumsum(sizes)))
         histories = Ragged(np.asarray(self._values[index]), offsets)
-        targets = self._values[index + 1 if self._supervision == "all" else ends]
+        following = {"last": ends, "all": index + 1, "sequence": ends[:0]}[self._supervision]
+        targets = self._values[following]
         rng = np.random.default_rng([*self._rng, number])
         negatives = rng.integers(self.n_items, size=(len(chosen), self.negatives), dtype=np.int32)
         return Batch(self.users[chosen], histories, np.asarray(targets), negatives)

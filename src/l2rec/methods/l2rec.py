@@ -34,9 +34,7 @@ from __future__ import annotations
 
 __all__ = ["ItemTable", "L2Rec", "L2RecConfig", "UserState"]
 
-import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +44,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rec.backbone import Attend, Backbone, Group, Packing, pack
 from l2rec.data.batches import Batch, TrainingBatches, plan_batches
+from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged, flat_index
-from l2rec.data.text import special_tokens, tokenize
+from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
 from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
 from l2rec.fusion import AdaptiveFusion
+from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
 from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
 from l2rec.objectives import bpc_loss, catalog_loss, contrastive_loss, cosine
 from l2rec.views import (
@@ -222,18 +221,19 @@ class L2Rec(nn.Module):
     """The recommender. Only experts, P_U, ACF (and the table) are trained.
 
     Args:
-        config: options. backbone: the frozen language model.
-        texts: the catalog, one text per item int.
+        config: options. catalog: the items' texts. backbone: the frozen language model.
         cache: folder for token tables and text vectors, keyed by content; None keeps nothing.
     """
 
     Config = L2RecConfig
+    uses_backbone = True
+    item_tensors = frozenset({"table.residual", "table.mean"})
 
     def __init__(
         self,
         config: L2RecConfig,
+        catalog: Catalog,
         backbone: Backbone,
-        texts: Sequence[str],
         *,
         cache: Path | None = None,
     ) -> None:
@@ -243,7 +243,7 @@ class L2Rec(nn.Module):
         self._cache = cache
         self.cached: list[Path] = []
         """Cache entries this model was built from."""
-        self.before, self.after = self._separators()
+        self.before, self.after = separators(backbone)
         self._check_lengths()
         self.linears = find_linears(backbone.model, config.matrices)
         self.experts = DPMoE(
@@ -268,7 +268,7 @@ class L2Rec(nn.Module):
         self.skip = nn.Parameter(torch.tensor(1.0), requires_grad=config.last_item_skip)
         self.table: ItemTable | None = None
         self.item_vectors: Tensor
-        self._set_catalog(texts)
+        self._set_catalog(catalog.require_texts("L2Rec"))
         for unused in self._unused():
             unused.requires_grad_(False)
 
@@ -310,16 +310,6 @@ class L2Rec(nn.Module):
                     "semantic_items or item_tokens"
                 )
 
-    def _separators(self) -> tuple[list[int], list[int]]:
-        """Token ids that start a row and that end an item."""
-        tokenizer = self.backbone.tokenizer
-        if tokenizer is None:
-            return [], [0]
-        before, after = special_tokens(tokenizer)
-        # Without an end token a line break separates items; an empty text must not be empty.
-        after = after or tokenizer("\n", add_special_tokens=False)["input_ids"]
-        return before, after or [tokenizer.eos_token_id or 0]
-
     def _set_catalog(self, texts: Sequence[str]) -> None:
         config, device = self.config, self.backbone.device
         self.tokens = self._tokenize(texts)
@@ -358,47 +348,15 @@ class L2Rec(nn.Module):
 
     def _catalog_text(self) -> Tensor:
         """Text vectors of the whole catalog, from the cache if they are there."""
-        if self._cache is None:
-            return self._text_vectors(self.tokens)
-        digest = hashlib.sha256(self.backbone.weight_hash().encode())
-        digest.update(f"{self.backbone.dtype} {self.config.text_tokens}".encode())
-        digest.update(np.ascontiguousarray(self.tokens.offsets).tobytes())
-        digest.update(np.ascontiguousarray(self.tokens.values).tobytes())
-        path = self._cache / f"text-{digest.hexdigest()[:16]}.safetensors"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-            save_file({"vectors": self._text_vectors(self.tokens).cpu()}, partial)
-            os.replace(partial, path)
-        self.cached.append(path)
-        return load_file(path)["vectors"].to(self.backbone.device)
+        vectors, files = catalog_vectors(
+            self.backbone, self.tokens, self.config.text_tokens, self._cache
+        )
+        self.cached += files
+        return vectors
 
-    @torch.no_grad()
     def _text_vectors(self, tokens: Ragged) -> Tensor:
-        """The bare backbone's text vectors: mean of the outputs, unit length. [N, D] float32.
-
-        The experts do not act here: no routing is set.
-        """
-        out = torch.zeros(len(tokens), self.backbone.dim, device=self.backbone.device)
-        lengths = np.minimum(tokens.lengths, self.config.text_tokens)
-        for rows in plan_batches(lengths + 2, None, max_rows=256, max_cost=8192):
-            part = semantic_tokens(
-                Ragged(rows.astype(np.int32), np.arange(len(rows) + 1)),
-                tokens,
-                item_tokens=self.config.text_tokens,
-                max_tokens=self.config.text_tokens + len(self.before) + len(self.after),
-                max_items=1,
-                before=self.before,
-                after=self.after,
-                device=out.device,
-            )
-            attend = Attend.CAUSAL if self.backbone.causal else Attend.FULL
-            group, positions = pack(part.segments.lengths, attend)
-            states = self.backbone(self.backbone.embed(part.ids), Packing((group,), positions))
-            out[torch.from_numpy(rows).to(out.device)] = mean_of(
-                states, part.segments.block, len(rows)
-            )
-        return F.normalize(out, dim=-1)
+        """The bare backbone's text vectors (no routing is set, so the experts do not act)."""
+        return text_vectors(self.backbone, tokens, self.config.text_tokens)
 
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
         """New items by text alone, recommendable at once. Returns their item ints.
@@ -623,7 +581,8 @@ class L2Rec(nn.Module):
             ParameterGroup("vectors", plain, lr, 0.0),
             ParameterGroup("table", slow, self.config.table_lr, 0.0),
         ]
-        return [Stage("train", [g for g in groups if g.parameters])]
+        groups = [g for g in groups if g.parameters]
+        return [Stage("train", groups, self.batches, self.loss)]
 
     def loss(self, batch: Batch) -> Losses:
         """L = L_Rec + gamma L_BPC + beta L_LB (and, as an option, each view's own L_Rec)."""

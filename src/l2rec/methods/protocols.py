@@ -6,15 +6,19 @@ __all__ = [
     "Embedder",
     "EpochBatches",
     "Losses",
+    "MakeBatches",
     "ParameterGroup",
     "Recommender",
     "Scorer",
     "Stage",
+    "TakesNewItems",
     "TopK",
     "Trainable",
+    "decayed",
+    "inner_product_scorer",
 ]
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -51,12 +55,41 @@ class ParameterGroup:
     weight_decay: float
 
 
+class EpochBatches(Protocol):
+    """The batches of one epoch; the same for the same (seed, epoch), cheap to enter anywhere."""
+
+    def __len__(self) -> int: ...
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]: ...
+
+
+class MakeBatches(Protocol):
+    """The batches of one epoch over training prefixes, user int = row of ``sequences``."""
+
+    def __call__(
+        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+    ) -> EpochBatches: ...
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training with its own parameters."""
+    """One stretch of training with its own parameters, batches and loss.
+
+    Only ``groups`` are trained; everything else needs no gradient meanwhile.
+    ``select``: validate, keep the best weights and stop by patience. False is for pre-training,
+    whose weights do not rank well yet: it runs its epochs and keeps the last.
+    ``epochs``: instead of ``training.epochs``.
+    ``begin_epoch``: called before each epoch. What it changes must be part of the model's state,
+    or a run resumed within the epoch would lack it.
+    """
 
     name: str
     groups: list[ParameterGroup]
+    batches: MakeBatches
+    loss: Callable[[Batch], Losses]
+    select: bool = True
+    epochs: int | None = None
+    begin_epoch: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,14 +116,6 @@ class Recommender(Protocol):
         ...
 
 
-class EpochBatches(Protocol):
-    """The batches of one epoch; the same for the same (seed, epoch), cheap to enter anywhere."""
-
-    def __len__(self) -> int: ...
-
-    def iterate(self, start: int = 0) -> Iterator[Batch]: ...
-
-
 @runtime_checkable
 class Trainable(Recommender, Protocol):
     """What the training loop asks of a method; methods are torch modules besides."""
@@ -98,12 +123,6 @@ class Trainable(Recommender, Protocol):
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         """In order; empty for a method that is not trained."""
         ...
-
-    def batches(
-        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> EpochBatches: ...
-
-    def loss(self, batch: Batch) -> Losses: ...
 
 
 @runtime_checkable
@@ -117,3 +136,34 @@ class Embedder(Recommender, Protocol):
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
         """Catalog ints or raw texts -> [n, D] float32."""
         ...
+
+
+@runtime_checkable
+class TakesNewItems(Protocol):
+    """A method for which an item is its text: one that was never trained on can be ranked."""
+
+    def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
+        """New items by text alone, recommendable at once. Returns their item ints.
+
+        Raises:
+            DataError: an empty text.
+        """
+        ...
+
+
+def inner_product_scorer(model: Embedder) -> Scorer:
+    """Scores as inner products of user vectors with those of the whole catalog, encoded once."""
+    items = model.encode_items(np.arange(model.n_items, dtype=np.int32))
+    return lambda histories: model.encode_users(histories) @ items.T
+
+
+def decayed(
+    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float
+) -> list[ParameterGroup]:
+    """Weight decay for matrices alone: biases, norms and scalars have none."""
+    kept = [p for p in parameters if p.requires_grad]
+    groups = [
+        ParameterGroup("matrices", [p for p in kept if p.ndim >= 2], lr, weight_decay),
+        ParameterGroup("vectors", [p for p in kept if p.ndim < 2], lr, 0.0),
+    ]
+    return [group for group in groups if group.parameters]

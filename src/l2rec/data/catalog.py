@@ -1,0 +1,68 @@
+"""What a method may know of the items before it sees an event: their texts and fields."""
+
+from __future__ import annotations
+
+__all__ = ["Catalog"]
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import pyarrow as pa
+
+from l2rec.errors import DataError, nearest
+
+ID, TEXT = "item_id", "text"
+
+
+class Catalog:
+    """Items by int: row i of ``table`` is item i.
+
+    ``table``: columns ``item_id``, ``text`` and any raw fields, all strings.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[str]) -> Catalog:
+        """Items that are nothing but a text; their ids are their numbers."""
+        ids = [str(number) for number in range(len(texts))]
+        return cls(pa.table({ID: pa.array(ids, pa.string()), TEXT: pa.array(texts, pa.string())}))
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """One text per item, empty where it has none."""
+        return self._strings(TEXT)
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the raw fields."""
+        return [name for name in self.table.column_names if name not in (ID, TEXT)]
+
+    def field(self, name: str) -> list[str]:
+        """One raw field of every item, empty where it is missing.
+
+        Raises:
+            DataError: there is no such field; those that exist are named.
+        """
+        if name not in self.fields:
+            raise DataError(
+                f"the catalog has no field {name!r}{nearest(name, self.fields)} "
+                f"(it has: {', '.join(self.fields) or 'none'})"
+            )
+        return self._strings(name)
+
+    def require_texts(self, method: str) -> list[str]:
+        """The texts, for a method that reads them; DataError where no item has one."""
+        if len(self) and not any(text.strip() for text in self.texts):
+            raise DataError(
+                f"{method} reads item texts and no item of this data set has one; prepare it with "
+                "an item file or --text"
+            )
+        return self.texts
+
+    def _strings(self, name: str) -> list[str]:
+        return [value or "" for value in self.table[name].to_pylist()]

@@ -1,0 +1,78 @@
+"""The frozen backbone's own vectors of item texts, computed once per catalog and kept."""
+
+from __future__ import annotations
+
+__all__ = ["catalog_vectors", "separators", "text_vectors"]
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from l2rec.backbone import Attend, Backbone, Packing, pack
+from l2rec.data.batches import plan_batches
+from l2rec.data.ragged import Ragged
+from l2rec.data.text import special_tokens
+from l2rec.views import mean_of, semantic_tokens
+
+
+def separators(backbone: Backbone) -> tuple[list[int], list[int]]:
+    """Token ids that start a row and that end an item."""
+    tokenizer = backbone.tokenizer
+    if tokenizer is None:
+        return [], [0]
+    before, after = special_tokens(tokenizer)
+    # Without an end token a line break separates items; an empty text must not be empty.
+    after = after or tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return before, after or [tokenizer.eos_token_id or 0]
+
+
+@torch.no_grad()
+def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
+    """Mean of the backbone's outputs over each text, unit length: [n, D] float32.
+
+    tokens: n rows of token ids without special tokens, each cut to ``max_tokens``.
+    """
+    before, after = separators(backbone)
+    out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
+    lengths = np.minimum(tokens.lengths, max_tokens)
+    attend = Attend.CAUSAL if backbone.causal else Attend.FULL
+    for rows in plan_batches(lengths + 2, None, max_rows=256, max_cost=8192):
+        part = semantic_tokens(
+            Ragged(rows.astype(np.int32), np.arange(len(rows) + 1)),
+            tokens,
+            item_tokens=max_tokens,
+            max_tokens=max_tokens + len(before) + len(after),
+            max_items=1,
+            before=before,
+            after=after,
+            device=out.device,
+        )
+        group, positions = pack(part.segments.lengths, attend)
+        states = backbone(backbone.embed(part.ids), Packing((group,), positions))
+        out[torch.from_numpy(rows).to(out.device)] = mean_of(states, part.segments.block, len(rows))
+    return F.normalize(out, dim=-1)
+
+
+def catalog_vectors(
+    backbone: Backbone, tokens: Ragged, max_tokens: int, cache: Path | None
+) -> tuple[Tensor, list[Path]]:
+    """`text_vectors` of a whole catalog, from ``cache`` if they are there; and the files used."""
+    if cache is None:
+        return text_vectors(backbone, tokens, max_tokens), []
+    digest = hashlib.sha256(backbone.weight_hash().encode())
+    digest.update(f"{backbone.dtype} {max_tokens}".encode())
+    digest.update(np.ascontiguousarray(tokens.offsets).tobytes())
+    digest.update(np.ascontiguousarray(tokens.values).tobytes())
+    path = cache / f"text-{digest.hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        save_file({"vectors": text_vectors(backbone, tokens, max_tokens).cpu()}, partial)
+        os.replace(partial, path)
+    return load_file(path)["vectors"].to(backbone.device), [path]

@@ -1,0 +1,37 @@
+"""Losses of the baselines that are not the full softmax (`l2rec.objectives.catalog_loss`)."""
+
+from __future__ import annotations
+
+__all__ = ["binary_loss", "in_batch_loss", "sampled_softmax_loss"]
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def binary_loss(positive: Tensor, negative: Tensor) -> Tensor:
+    """-log sigmoid(s+) - sum_j log(1 - sigmoid(s-_j)), mean over rows.
+
+    positive: [P] scores; negative: [P, k] scores, -inf where a negative does not count.
+    """
+    return (F.softplus(-positive) + F.softplus(negative).sum(-1)).mean()
+
+
+def sampled_softmax_loss(positive: Tensor, negative: Tensor) -> Tensor:
+    """Cross-entropy of the positive among itself and its sampled negatives, mean over rows.
+
+    positive: [P] scores; negative: [P, k] scores, -inf where a negative does not count.
+    """
+    return (torch.logsumexp(torch.cat((positive[:, None], negative), 1), 1) - positive).mean()
+
+
+def in_batch_loss(scores: Tensor, same: Tensor | None = None) -> Tensor:
+    """InfoNCE of row i with column i, mean over rows.
+
+    scores: [B, B]. same: [B, B] bool, columns that are no negative of a row (the same item or
+    user); the diagonal is always kept.
+    """
+    if same is not None:
+        off = same & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(off, float("-inf"))
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))

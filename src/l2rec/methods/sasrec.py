@@ -1,0 +1,161 @@
+"""SASRec: Self-Attentive Sequential Recommendation.
+
+Kang, McAuley. ICDM '18, https://arxiv.org/abs/1808.09781
+
+    x_t = LN(E[i_t] + P[t])                         item and position embeddings
+    h   = causal Transformer(x)                     l2rec.methods.blocks.encoder
+    r_{t,i} = h_t . E[i]                            score of item i after position t
+
+Every position predicts its next item. Defaults are those of RecBole, which most papers compare
+with: post-norm blocks, the full softmax. Named options:
+
+- ``loss=bce``: the original's binary cross-entropy with one sampled negative a position.
+- ``loss=sampled``: softmax over the positive and ``negatives`` sampled items. (With equal losses
+  SASRec beats BERT4Rec: Klenitskiy, Vasilev, RecSys '23.)
+"""
+
+from __future__ import annotations
+
+__all__ = ["SASRec", "SASRecConfig"]
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from l2rec.backbone import Backbone
+from l2rec.data.batches import Batch, TrainingBatches
+from l2rec.data.catalog import Catalog
+from l2rec.data.ragged import Ragged
+from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
+from l2rec.methods.blocks.losses import binary_loss, sampled_softmax_loss
+from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
+from l2rec.objectives import catalog_loss
+
+
+class SASRecConfig(BaseModel):
+    """Options of SASRec."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dim: int = Field(64, ge=1)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    inner: int = Field(256, ge=1)
+    """Width of the feed-forward part."""
+    max_items: int = Field(50, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    attention_dropout: float = Field(0.5, ge=0, lt=1)
+    loss: Literal["ce", "bce", "sampled"] = "ce"
+    negatives: int = Field(1, ge=1)
+    """Sampled negatives of a position, for ``bce`` and ``sampled``."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SASRecConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        return self
+
+
+class SASRec(nn.Module):
+    """The recommender. A user is the state after the newest item, an item its embedding."""
+
+    Config = SASRecConfig
+    uses_backbone = False
+
+    def __init__(
+        self,
+        config: SASRecConfig,
+        catalog: Catalog,
+        backbone: Backbone | None = None,
+        *,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.items = nn.Embedding(len(catalog), config.dim)
+        self.items.apply(initialize)
+        self.encoder = SequenceEncoder(
+            config.dim,
+            layers=config.layers,
+            heads=config.heads,
+            inner=config.inner,
+            max_items=config.max_items,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+        )
+
+    @property
+    def n_items(self) -> int:
+        return self.items.num_embeddings
+
+    def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
+        """States [B, T, h] of rows of at most ``max_items`` items, and which are real [B, T]."""
+        items, real = pad(histories, self.items.weight.device)
+        return self.encoder(self.items(items), real), real
+
+    # -- training --------------------------------------------------------------------------------
+
+    def batches(
+        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+    ) -> TrainingBatches:
+        """Every next item of every training sequence is a target once an epoch."""
+        return sequence_batches(
+            sequences,
+            supervision="all",
+            n_items=self.n_items,
+            max_items=self.config.max_items,
+            seed=seed,
+            epoch=epoch,
+            batch_users=batch_users,
+            batch_tokens=batch_tokens,
+        )
+
+    def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        return [
+            Stage("train", decayed(self.parameters(), lr, weight_decay), self.batches, self.loss)
+        ]
+
+    def loss(self, batch: Batch) -> Losses:
+        """Next-item loss, mean over all positions of the batch."""
+        states, real = self(batch.histories)
+        users = states[real]  # [P, h], in the order of the flat histories and targets
+        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
+        if self.config.loss == "ce":
+            total = catalog_loss(users @ self.items.weight.T, targets)
+        else:
+            total = self._sampled(users, targets)
+        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+
+    def _sampled(self, users: Tensor, targets: Tensor) -> Tensor:
+        """``bce`` or ``sampled``: negatives uniform over the catalog, the target never its own."""
+        drawn = torch.randint(
+            self.n_items, (len(users), self.config.negatives), device=users.device
+        )
+        positive = (users * self.items(targets)).sum(-1)
+        negative = torch.einsum("ph,pkh->pk", users, self.items(drawn))
+        negative = negative.masked_fill(drawn == targets[:, None], float("-inf"))
+        loss = binary_loss if self.config.loss == "bce" else sampled_softmax_loss
+        return loss(positive, negative)
+
+    # -- inference -------------------------------------------------------------------------------
+
+    def encode_users(self, histories: Ragged) -> Tensor:
+        """[B, h] float32."""
+        return encode_rows(
+            self, histories, lambda rows: last_of(*self(rows)), max_items=self.config.max_items
+        )
+
+    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
+        """[n, h] float32, of catalog ints."""
+        rows = catalog_rows(items, "SASRec", self.items.weight.device)
+        return self.items.weight.detach()[rows]
+
+    def scorer(self) -> Scorer:
+        return inner_product_scorer(self)
