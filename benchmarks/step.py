@@ -22,16 +22,16 @@ is all that an embedding lookup can tell from real text.
 Backbones: minilm is all-MiniLM-L6-v2; qwen3 has the shapes of Qwen3-0.6B, a small vocabulary,
 random weights and few layers: what is reported are ratios between steps of like depth.
 
-Method. After warm-up, every round runs each contender once, in turn, so that a machine that gets
-slower or busier hits all of them. Seconds are wall time of a step: median (min - max). CPU is the
-processor time of all threads, which neighbours disturb less. The ratio is the median over rounds
-of the contender's time by the peer's time in the same round. Memory is measured with the first of
-the matrices, in a process of its own per contender (not of slower PEFTs): peak resident set over
-two steps, less the resident set with everything loaded; on CUDA allocated memory, in this process.
-The share is GFLOP/s of the median step by the speed of a large square matrix product in the same
-dtype, with the same threads; GFLOP are counted by torch (matrix products, forward and backward, as
-each contender really computes them; fused attention of a CPU it does not see, 8% of a step of
-MiniLM).
+Method. After one step that counts GFLOP and warms up, every round runs each contender once, in
+turn, so that a machine that gets slower or busier hits all of them. Seconds are wall time of a
+step: median (min - max). CPU is the processor time of all threads, which neighbours disturb less.
+The ratio is the median over rounds of the contender's time by the peer's time in the same round.
+Memory is measured with the first of the matrices, in a process of its own per contender (not of
+slower PEFTs): peak resident set over two steps, less the resident set with everything loaded; on
+CUDA allocated memory, in this process. The share is GFLOP/s of the median step by the speed of a
+large square matrix product in the same dtype, with the same threads; GFLOP are counted by torch
+(matrix products, forward and backward, as each contender really computes them; fused attention of a
+CPU it does not see, 8% of a step of MiniLM).
 """
 
 from __future__ import annotations
@@ -378,7 +378,6 @@ def measure(
     load: Load,
     *,
     steps: int,
-    warmup: int,
     memory: Callable[[Contender], float | None] = lambda contender: None,
     device: str = "cpu",
     only: str = "",
@@ -394,7 +393,7 @@ def measure(
             continue
         try:
             rival = build(load)
-            gflops.append(count_gflop(rival))  # a first step that is not timed
+            gflops.append(count_gflop(rival))  # a first step, which warms up
         except Exception as error:
             if not name.startswith(XLORA):  # others' mixtures may not run in every version
                 raise
@@ -402,7 +401,7 @@ def measure(
             failed.append(Result(name, [], [], failed=reason))
         else:
             rivals.append(rival)
-    wall, cpu = interleave([rival.step for rival in rivals], steps, warmup)
+    wall, cpu = interleave([rival.step for rival in rivals], steps, warmup=0)
     timed = [
         Result(rival.name, wall[i], cpu[i], gflops[i], sum(p.numel() for p in rival.trained))
         for i, rival in enumerate(rivals)
@@ -508,7 +507,6 @@ def join_dtypes(goals: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def parser() -> argparse.ArgumentParser:
     p = arguments(__file__, __doc__)
     p.add_argument("--steps", type=int, default=5, help="timed rounds (default %(default)s)")
-    p.add_argument("--warmup", type=int, default=1, help="rounds before (default %(default)s)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument(
         "--backbone",
@@ -560,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:
-        args.steps, args.warmup = 3, 0
+        args.steps = 3
     device = args.device
     if args.memory_of:
         (case,) = cases(args)
@@ -585,7 +583,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             case,
             loader(case.backbone, case.dtype, device, args.layers),
             steps=args.steps,
-            warmup=args.warmup,
             memory=memory,
             device=device,
             only=args.only,
@@ -602,7 +599,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes=[
             "* the peer: the fastest PEFT LoRA, ratio 1. Read the ratios (median over interleaved "
             "rounds); seconds are this machine's, on this day.",
-            f"Matmul peak in GFLOP/s: {described}. {args.steps} rounds after {args.warmup}; "
+            f"Matmul peak in GFLOP/s: {described}. {args.steps} rounds; "
             f"{args.tokens} tokens a row; rank {args.rank}; {args.experts} routed experts and a "
             f"shared one; qwen3 has {args.layers} layers.",
         ],

@@ -117,7 +117,7 @@ def small_case(**changes: Any) -> Any:
 def test_every_contender_is_measured_and_reported() -> None:
     case = small_case()
     results = step.measure(
-        case, tiny.random_backbone, steps=1, warmup=0, memory=lambda rival: float(len(rival.name))
+        case, tiny.random_backbone, steps=1, memory=lambda rival: float(len(rival.name))
     )
     assert [r.name for r in results] == NAMES
     assert [r.failed for r in results] == [""] * len(NAMES)
@@ -155,7 +155,7 @@ def test_a_mixture_of_others_that_cannot_run_says_why(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(step, "xlora", broken)
     case = small_case()
-    results = step.measure(case, tiny.random_backbone, steps=1, warmup=0, only="X-LoRA")
+    results = step.measure(case, tiny.random_backbone, steps=1, only="X-LoRA")
     lines = list(step.rows(case, results, peak=100.0))
     assert lines[-1]["contender"] == "X-LoRA of 4: no such thing"
     assert not list(step.summary(case, results))
