@@ -215,10 +215,11 @@ def report(
 
     ``summary``: for each goal its ``path``, ``goal``, what was ``measured``, ``reached`` or not.
     """
+    script = Path(sys.argv[0]).name
     document = {
         "part": part,
         "machine": machine(),
-        "command": shlex.join(["python", f"benchmarks/{part}.py", *_without_json(sys.argv[1:])]),
+        "command": shlex.join(["python", f"benchmarks/{script}", *_without_json(sys.argv[1:])]),
         "goal": goal,
         "columns": [list(column) for column in columns],
         "rows": list(rows),

@@ -1,0 +1,241 @@
+"""Measure everything, and write docs/performance.md from what was measured.
+
+    python benchmarks/performance.py --data DIR [DIR ...]     all parts, one after the other
+    python benchmarks/performance.py --only step,growth       these anew, the page from all
+    python benchmarks/performance.py --only none              the page alone
+
+A part is a script beside this one; what it measured is kept in results/performance/<part>.json, and
+every figure of the page comes from there. DIR are data sets made by `l2rec prepare`; parts that
+need them are left out without. All parts get one thread unless --threads says otherwise: ratios
+of a step are steadier, and a neighbour costs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from measure import shown
+
+BENCHMARKS = Path(__file__).parent
+ROOT = BENCHMARKS.parent
+RESULTS = ROOT / "results" / "performance"
+PAGE = ROOT / "docs" / "performance.md"
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """data: how many of the prepared data sets its script takes. gpu: only measured with one."""
+
+    name: str
+    data: Literal["none", "all"] = "none"
+    gpu: bool = False
+
+    def command(self, options: Sequence[str], data: Sequence[str]) -> list[str]:
+        """What runs it, after ``python``."""
+        script, _, device = self.name.partition("-")
+        chosen = ["--data", *(data or ["DIR"])] if self.data == "all" else []
+        return [
+            f"benchmarks/{script}.py",
+            *(["--device", device] if device else []),
+            *options,
+            *chosen,
+        ]
+
+
+PARTS = (
+    Part("step"),
+    Part("step-cuda", gpu=True),
+    Part("breakdown"),
+    Part("growth"),
+    Part("growth-cuda", gpu=True),
+    Part("padding", data="all"),
+    Part("encoding", data="all"),
+    Part("ranking", data="all"),
+    Part("preparation"),
+    Part("startup"),
+    Part("precision", data="all"),
+)
+
+
+# -- measuring -----------------------------------------------------------------------------------
+
+
+def run(part: Part, options: Sequence[str], data: Sequence[str]) -> bool:
+    """Measure one part; its script shows what it finds. False if it fails."""
+    script, *rest = part.command(options, data)
+    file = RESULTS / f"{part.name}.json"
+    print(f"\n== {part.name}: python {script} {' '.join(rest)}", flush=True)
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, ROOT / script, *rest, "--json", file])
+    print(f"== {part.name}: {time.monotonic() - started:.0f} s", flush=True)
+    return done.returncode == 0
+
+
+def documents() -> dict[str, Document]:
+    """What was measured, by part."""
+    files = sorted(RESULTS.glob("*.json"))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def page(found: Mapping[str, Document], plots: Mapping[str, str]) -> str:
+    """docs/performance.md. ``plots``: of parts with curves, the picture beside the page."""
+    order = [part.name for part in PARTS]
+    names = sorted(found, key=lambda n: (order.index(n) if n in order else len(order), n))
+    missing = [part for part in PARTS if part.name not in found and not part.gpu]
+    blocks = [
+        "# Performance",
+        "Written by `python benchmarks/performance.py`: every figure comes from the command under "
+        "its table, run on the machine that is named there. Read ratios and slopes; seconds "
+        "are one machine's. A goal that was not reached stays in the table.",
+        "## Goals",
+        table(
+            [("path", "path"), ("goal", "goal"), ("measured", "measured"), ("reached", "reached")],
+            [line for name in names for line in found[name].get("summary", ())],
+        ),
+    ]
+    if missing:
+        listed = [f"- {part.name}: `python {' '.join(part.command([], []))}`" for part in missing]
+        blocks.append("Not measured:\n\n" + "\n".join(listed))
+    for name in names:
+        blocks += section(name, found[name], plots.get(name))
+    return "\n\n".join(blocks) + "\n"
+
+
+def section(name: str, document: Document, plot: str | None) -> list[str]:
+    goal = document["goal"]
+    blocks = [f"## {name.capitalize()}", f"Goal: {goal}."]
+    blocks.append(table([tuple(column) for column in document["columns"]], document["rows"]))
+    if plot:
+        blocks.append(f"![Curves of the part {name}, with their slopes]({plot})")
+    blocks += document["notes"]
+    where = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
+    return [*blocks, f"`{document['command']}`: {where}."]
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown; columns of numbers stand to the right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    def number(key: str) -> bool:
+        return any(type(row.get(key)) in (int, float) for row in rows)
+
+    head = [line([header for _, header in columns])]
+    head.append("|" + "|".join("---:" if number(key) else "---" for key, _ in columns) + "|")
+    return "\n".join(head + [line([shown(row.get(key)) for key, _ in columns]) for row in rows])
+
+
+INK, LINE = "#808890", "#3b82c4"  # both can be read on white and on black
+
+
+def plot(curves: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Every curve in a field of its own, both axes logarithmic, beside a line of slope 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    style = dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    )
+    # Without the salt and the date, the same figures would give another file each time.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "l2rec", "font.size": 9}
+    with plt.rc_context({**style, **settings}):
+        columns = min(3, len(curves))
+        lines = -(-len(curves) // columns)
+        figure, fields = plt.subplots(
+            lines, columns, figsize=(3.4 * columns, 2.7 * lines), squeeze=False
+        )
+        for field in fields.flat[len(curves) :]:
+            field.remove()
+        for field, curve in zip(fields.flat, curves, strict=False):
+            x, y, fitted = curve["x"], curve["y"], curve["fitted"]
+            field.loglog(x, y, "o-", color=LINE, markersize=4)
+            linear = [y[-fitted] * value / x[-fitted] for value in x[-fitted:]]
+            field.loglog(x[-fitted:], linear, "--", color=INK, linewidth=1)
+            field.set_title(f"{curve['name']}: slope {curve['slope']:.2f}", fontsize=9)
+            field.set_xlabel(curve["x_label"])
+            field.set_ylabel(curve["y_label"])
+            field.set_xticks(x)
+            field.xaxis.set_major_formatter(ScalarFormatter())
+            field.xaxis.set_minor_locator(NullLocator())
+            field.tick_params(axis="x", labelrotation=45)
+            field.patch.set_alpha(0)
+            field.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+
+
+def write_page(found: Mapping[str, Document], target: Path = PAGE) -> None:
+    plots = {}
+    for name, document in found.items():
+        if document.get("curves"):
+            plots[name] = f"{target.stem}/{name}.svg"
+            plot(document["curves"], target.parent / plots[name])
+    target.write_text(page(found, plots), encoding="utf-8")
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def chosen_parts(only: str, data: Sequence[str], gpu: bool) -> list[Part]:
+    """The parts to measure.
+
+    Raises:
+        ValueError: ``only`` names a part that does not exist.
+    """
+    if not only:
+        return [part for part in PARTS if gpu >= part.gpu and (data or part.data == "none")]
+    known = {part.name: part for part in PARTS}
+    names = [] if only == "none" else only.split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--only {name!r}: choose from {', '.join(known)}, or none")
+    return [known[name] for name in names]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(
+        prog="benchmarks/performance.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--only", default="", metavar="PART,...", help="these parts alone, or none")
+    p.add_argument("--quick", action="store_true", help="a first impression of every part")
+    p.add_argument("--threads", type=int, default=1, help="of every part (default %(default)s)")
+    p.add_argument("--data", nargs="+", default=[], metavar="DIR", help="prepared data sets")
+    args = p.parse_args(argv)
+    try:
+        parts = chosen_parts(args.only, args.data, torch.cuda.is_available())
+    except ValueError as error:
+        p.error(str(error))
+    if not args.data and any(part.data == "all" for part in parts):
+        p.error("these parts need prepared data sets: --data DIR [DIR ...]")
+    options = [*(["--quick"] if args.quick else []), "--threads", str(args.threads)]
+    failed = [part.name for part in parts if not run(part, options, args.data)]
+    write_page(documents())
+    print(f"\n{PAGE.relative_to(ROOT)} is written")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; what they measured before is still on the page")
+
+
+if __name__ == "__main__":
+    main()
