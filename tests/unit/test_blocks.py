@@ -79,6 +79,19 @@ def test_encoder_ignores_padding_and_the_future(causal: bool) -> None:
     assert not torch.equal(later[3, 2:], states[3, 2:])
 
 
+def test_one_encoder_runs_both_ways() -> None:
+    torch.manual_seed(0)
+    causal, both = (
+        SequenceEncoder(8, inner=16, max_items=6, causal=c).eval() for c in (True, False)
+    )
+    both.load_state_dict(causal.state_dict())
+    items, real = sequences.pad(ROWS)
+    x = torch.randn(6, 8)[items]
+    assert torch.equal(causal(x, real, causal=False), both(x, real))
+    assert torch.equal(both(x, real, causal=True), causal(x, real))
+    assert not torch.equal(causal(x, real), both(x, real))
+
+
 def test_losses_are_their_formulas() -> None:
     positive = torch.tensor([0.5, -1.0], dtype=torch.float64)
     negative = torch.tensor([[0.2, -math.inf], [1.5, 0.1]], dtype=torch.float64)

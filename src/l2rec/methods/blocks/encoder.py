@@ -91,19 +91,22 @@ class SequenceEncoder(nn.Module):
         )
         self.apply(initialize)
 
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """x: [B, T, h], real: [B, T] bool with padding on the right -> states [B, T, h]."""
+    def forward(self, x: Tensor, real: Tensor, causal: bool | None = None) -> Tensor:
+        """x: [B, T, h], real: [B, T] bool with padding on the right -> states [B, T, h].
+
+        causal: for this call alone; None is the encoder's own.
+        """
         length = x.shape[1]
         x = self.dropout(self.norm(x + self.positions.weight[:length]))
-        hidden = self._hidden(real)
+        hidden = self._hidden(real, self.causal if causal is None else causal)
         for layer in self.layers:
             x = layer(x, hidden)
         return x
 
-    def _hidden(self, real: Tensor) -> Tensor | None:
+    def _hidden(self, real: Tensor, causal: bool) -> Tensor | None:
         """[B or 1, 1, T, T] bool. Right padding is never seen by a causal row's real positions."""
         length = real.shape[1]
-        if self.causal:
+        if causal:
             ahead = torch.ones(length, length, dtype=torch.bool, device=real.device).triu(1)
             return ahead[None, None]
         return None if bool(real.all()) else ~real[:, None, None, :].expand(-1, 1, length, -1)
