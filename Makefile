@@ -37,8 +37,8 @@ fix: $(READY)  ## format, and repair what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## the speed of one training step, against its peers
-	$(OFFLINE) $(BIN)/python benchmarks/step.py
+bench: $(READY)  ## measure speed and memory, write docs/performance.md (DATA="data/a data/b")
+	$(OFFLINE) $(BIN)/python benchmarks/performance.py $(if $(DATA),--data $(DATA))
 
 clean:  ## remove the virtual environment, caches and builds (runs stay)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

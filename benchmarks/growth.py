@@ -221,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         notes=[
             "Slope: of a line through the last points, both axes logarithmic; 1 is linear. "
-            f"MiniLM in {fastest_dtype()}, rows of {Workload().tokens} tokens."
+            f"In a plot, the dashed line is. MiniLM in {fastest_dtype()}, rows of "
+            f"{Workload().tokens} tokens."
         ],
         summary=[
             {

@@ -174,7 +174,9 @@ def plot(curves: Sequence[Mapping[str, Any]], file: Path) -> None:
             field.set_ylabel(curve["y_label"])
             field.set_xticks(x)
             field.xaxis.set_major_formatter(ScalarFormatter())
-            field.xaxis.set_minor_locator(NullLocator())
+            field.set_yticks([min(y), max(y)], [shown(min(y)), shown(max(y))])
+            for axis in (field.xaxis, field.yaxis):
+                axis.set_minor_locator(NullLocator())
             field.tick_params(axis="x", labelrotation=45)
             field.patch.set_alpha(0)
             field.spines[["top", "right"]].set_visible(False)
@@ -184,7 +186,7 @@ def plot(curves: Sequence[Mapping[str, Any]], file: Path) -> None:
         plt.close(figure)
 
 
-def write_page(found: Mapping[str, Document], target: Path = PAGE) -> None:
+def write_page(found: Mapping[str, Document], target: Path) -> None:
     plots = {}
     for name, document in found.items():
         if document.get("curves"):
@@ -231,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         p.error("these parts need prepared data sets: --data DIR [DIR ...]")
     options = [*(["--quick"] if args.quick else []), "--threads", str(args.threads)]
     failed = [part.name for part in parts if not run(part, options, args.data)]
-    write_page(documents())
+    write_page(documents(), PAGE)
     print(f"\n{PAGE.relative_to(ROOT)} is written")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; what they measured before is still on the page")

@@ -597,8 +597,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns=COLUMNS,
         rows=table,
         notes=[
-            "* the peer: the fastest PEFT LoRA, ratio 1. Read the ratios (median over interleaved "
-            "rounds); seconds are this machine's, on this day.",
+            "The peer (*) is the fastest PEFT LoRA: ratio 1. Ratios are medians over interleaved "
+            "rounds; seconds are this machine's, on this day.",
             f"Matmul peak in GFLOP/s: {described}. {args.steps} rounds; "
             f"{args.tokens} tokens a row; rank {args.rank}; {args.experts} routed experts and a "
             f"shared one; qwen3 has {args.layers} layers.",

@@ -14,6 +14,11 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.unit import tiny_run
+
+import l2rec.experts
+from l2rec.data.dataset import Dataset
+from l2rec.experts import top_n
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -25,7 +30,8 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-measure, step = load("measure"), load("step")
+measure, step, growth = load("measure"), load("step"), load("growth")
+breakdown, performance = load("breakdown"), load("performance")
 
 
 # -- what all benchmarks share -------------------------------------------------------------------
@@ -178,9 +184,143 @@ def test_cuda_where_there_is_none_is_said(
     assert "sees no CUDA device" in capsys.readouterr().err
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+# -- growth --------------------------------------------------------------------------------------
+
+
+def test_a_slope_is_the_exponent_of_the_last_points() -> None:
+    assert growth.slope([1, 2, 4, 8], [7.0, 4.0, 16.0, 64.0]) == pytest.approx(2.0)
+    curve = growth.Curve("c", "x", "s", [1, 2, 4, 8], [9.0, 2.0, 4.0, 8.0])
+    assert curve.slope == pytest.approx(1.0)
+
+
+def test_what_grows_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.small(max_items=4)
+    monkeypatch.setattr(growth, "L2RecConfig", lambda **_: config)
+    monkeypatch.setattr(growth, "loader", lambda *_: tiny.random_backbone)
+    monkeypatch.setattr(growth, "peak_of", lambda rows, args: float(rows))
+    found = growth.curves(growth.parser().parse_args(["--quick"]))
+    names = ["routed experts", "rank", "batch", "history", "exact ranking", "memory"]
+    assert [curve.name for curve in found] == names
+    assert all(math.isfinite(curve.slope) for curve in found)
+    assert found[-1].slope == pytest.approx(1.0)
+
+
+def test_ranking_ranks_everybody() -> None:
+    assert len(growth.ranking(items=30, users=7)()) == 7
+
+
+# -- where a step goes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", ["encode", "table"])
+def test_a_step_is_taken_apart(items: str, backbone_folder: Path, chains: Dataset) -> None:
+    step = breakdown.Step(tiny_run.config(backbone_folder, items), chains)
+    seconds = breakdown.measured(step, rounds=2)
+    forward = {part for part, where in seconds if where == breakdown.FORWARD}
+    backward = {part for part, where in seconds if where == breakdown.BACKWARD}
+    model = {
+        *(breakdown.FROZEN, breakdown.ATTENTION, breakdown.ACTIVATION, breakdown.NORMS),
+        *(breakdown.EXPERTS, breakdown.SCALING, breakdown.ROUTERS, breakdown.FUSION),
+        breakdown.LOSSES,
+    }
+    assert model <= forward and model <= backward
+    assert {breakdown.BATCH, breakdown.INPUTS} <= forward
+    assert {breakdown.OPTIMIZER, breakdown.SUMS} <= backward
+    assert min(seconds.values()) >= 0
+    table = breakdown.rows(seconds)
+    assert sum(row["share"] for row in table) == pytest.approx(1.0)
+    assert table[0]["share"] == max(row["share"] for row in table)
+    # Nothing stays behind: the model's own code is back, and no hook but the experts'.
+    assert l2rec.experts.top_n is top_n
+    hooks = [len(m._forward_hooks) for m in step.model.backbone.model.modules()]
+    assert sum(hooks) == len(step.model.experts.names)
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def document(part: str, **more: Any) -> dict[str, Any]:
+    return {
+        "part": part,
+        "machine": {"date": "today", "cores": 2},
+        "command": f"python benchmarks/{part}.py --threads 1",
+        "goal": f"{part} is fast",
+        "columns": [["who", "who"], ["seconds", "step, s"]],
+        "rows": [{"who": "a|b", "seconds": 0.123456}, {"who": "c"}],
+        "notes": [f"note on {part}"],
+        "summary": [{"path": f"path of {part}", "goal": "1", "measured": "2", "reached": False}],
+        **more,
+    }
+
+
+CURVE = {"name": "rank", "x_label": "rank", "y_label": "s", "slope": 1.0, "fitted": 2}
+
+
+def test_the_page_is_made_of_what_was_measured(tmp_path: Path) -> None:
+    curves = [{**CURVE, "x": [1, 2, 4], "y": [0.1, 0.2, 0.4]}] * 4
+    found = {"zeta": document("zeta"), "growth": document("growth", curves=curves)}
+    found["step"] = document("step")
+    target = tmp_path / "performance.md"
+    performance.write_page(found, target)
+    text = target.read_text(encoding="utf-8")
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == ["# Performance", "## Goals", "## Step", "## Growth", "## Zeta"]
+    assert "| path of step | 1 | 2 | no |" in text
+    assert "| who | step, s |\n|---|---:|\n| a\\|b | 0.123 |\n| c | – |" in text
+    assert "`python benchmarks/zeta.py --threads 1`: date today, cores 2." in text
+    assert "- padding: `python benchmarks/padding.py --data DIR`" in text
+    assert "step-cuda" not in text and "- step:" not in text
+    drawn = tmp_path / "performance" / "growth.svg"
+    assert "](performance/growth.svg)" in text and "<svg" in drawn.read_text(encoding="utf-8")
+    before = drawn.read_bytes()
+    performance.write_page(found, target)
+    assert drawn.read_bytes() == before and target.read_text(encoding="utf-8") == text
+
+
+def test_parts_are_chosen() -> None:
+    def names(only: str, data: list[str], gpu: bool) -> list[str]:
+        return [part.name for part in performance.chosen_parts(only, data, gpu)]
+
+    assert names("", [], False) == ["step", "breakdown", "growth", "preparation", "startup"]
+    assert {"padding", "encoding", "ranking", "precision"} <= set(names("", ["d"], False))
+    assert {"step-cuda", "growth-cuda"} <= set(names("", [], True))
+    assert names("growth,step", [], False) == ["growth", "step"] and names("none", [], True) == []
+    with pytest.raises(ValueError, match="'stp': choose from step, "):
+        names("stp", [], False)
+
+
+def test_a_part_is_run_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Only the named part is measured, and the page is written from what is there."""
+    ran: list[list[str]] = []
+
+    def fake(command: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
+        ran.append([str(word) for word in command[1:]])
+        measure.write_json(command[-1], document("padding"))
+        return subprocess.CompletedProcess(command, 0)
+
+    for name, path in (
+        ("ROOT", tmp_path),
+        ("RESULTS", tmp_path / "r"),
+        ("PAGE", tmp_path / "p.md"),
+    ):
+        monkeypatch.setattr(performance, name, path)
+    monkeypatch.setattr(performance.subprocess, "run", fake)
+    performance.main(["--only", "padding", "--quick", "--data", "a", "b"])
+    script, json_file = str(tmp_path / "benchmarks/padding.py"), str(tmp_path / "r/padding.json")
+    assert ran == [[script, "--quick", "--threads", "1", "--data", "a", "b", "--json", json_file]]
+    assert "note on padding" in (tmp_path / "p.md").read_text(encoding="utf-8")
+
+
+def test_parts_that_need_data_ask_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        performance.main(["--only", "padding"])
+    assert "--data DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [step, growth, breakdown, performance])
+def test_help_teaches(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        step.main(["--help"])
+        script.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert "--quick" in text and "ratio" in text and "--json FILE" in text
+    assert "--quick" in text and "python benchmarks/" in text and "--threads" in text
