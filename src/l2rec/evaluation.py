@@ -12,10 +12,12 @@ __all__ = [
     "Evaluation",
     "PairedTest",
     "Ranks",
+    "aligned",
     "aligned_ranks",
     "by_segment",
     "evaluate",
     "paired_test",
+    "paired_values_test",
     "read_ranks",
     "top_k",
     "write_ranks",
@@ -197,6 +199,8 @@ class Ranks:
     """The content of ``ranks.parquet``: one row per evaluated user.
 
     ``users``: [M] external ids. ``ranks``, ``ranks_masked``: [M] float64. ``targets``: [M] int64.
+    ``top``: [M, min(20, N)] int32 best items, history not masked, -1 = no item; None in a file
+    from before these were kept.
     """
 
     users: list[str]
@@ -205,6 +209,19 @@ class Ranks:
     targets: npt.NDArray[np.int64]
     fingerprint: str
     protocol: str
+    top: npt.NDArray[np.int32] | None = None
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Ranks:
+        """The given rows, in the given order."""
+        return Ranks(
+            [self.users[row] for row in rows.tolist()],
+            self.ranks[rows],
+            self.ranks_masked[rows],
+            self.targets[rows],
+            self.fingerprint,
+            self.protocol,
+            None if self.top is None else self.top[rows],
+        )
 
 
 def write_ranks(
@@ -215,7 +232,7 @@ def write_ranks(
     fingerprint: str = "",
     protocol: str = LEAVE_ONE_OUT,
 ) -> None:
-    """Write per-user ranks as Parquet, whole or not at all (temporary file, then rename).
+    """Write per-user ranks and best items as Parquet, whole or not at all (written aside, renamed).
 
     ``user_ids[u]`` is the external id of dense user u, so row i is ``user_ids[users[i]]``.
     ``fingerprint`` and ``protocol`` say which data set was ranked how. Raises ``DataError``
@@ -232,6 +249,9 @@ def write_ranks(
             "rank": evaluation.ranks,
             "rank_masked": evaluation.ranks_masked,
             "target": evaluation.targets,
+            "top": pa.FixedSizeListArray.from_arrays(
+                pa.array(evaluation.top.reshape(-1)), evaluation.top.shape[1]
+            ),
         }
     ).replace_schema_metadata({"l2rec.fingerprint": fingerprint, "l2rec.protocol": protocol})
     path = Path(path)
@@ -258,18 +278,23 @@ def read_ranks(path: str | os.PathLike[str]) -> Ranks:
             targets=table["target"].to_numpy(),
             fingerprint=stored[b"l2rec.fingerprint"].decode(),
             protocol=stored[b"l2rec.protocol"].decode(),
+            top=_lists(table["top"]) if "top" in table.column_names else None,
         )
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{os.fspath(path)} holds no ranks ({reason}); evaluate the run again"
         ) from error
 
 
-def aligned_ranks(
-    a: Ranks, b: Ranks, *, masked: bool = False
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The ranks of two runs in one order of users: two [M] float64, ready for ``paired_test``.
+def _lists(column: pa.ChunkedArray) -> npt.NDArray[np.int32]:
+    """A column of lists of one length as [M, k] int32."""
+    flat = np.asarray(column.combine_chunks().flatten(), dtype=np.int32)
+    return flat.reshape(len(column), column.type.list_size)
+
+
+def aligned(a: Ranks, b: Ranks) -> Ranks:
+    """``b`` with its rows in the order of ``a``.
 
     Raises ``DataError`` unless both ranked the same (user, target) pairs of the same data by the
     same protocol.
@@ -289,10 +314,18 @@ def aligned_ranks(
             f"{len(pairs)} and {len(place)} ranked users, {len(place.keys() & set(pairs))} in"
             " common; only evaluations of the same users can be paired"
         )
-    order = np.array([place[pair] for pair in pairs], dtype=np.int64)
-    if masked:
-        return a.ranks_masked, np.asarray(b.ranks_masked[order])
-    return a.ranks, np.asarray(b.ranks[order])
+    return b.take(np.array([place[pair] for pair in pairs], dtype=np.int64))
+
+
+def aligned_ranks(
+    a: Ranks, b: Ranks, *, masked: bool = False
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The ranks of two runs in one order of users: two [M] float64, ready for ``paired_test``.
+
+    Raises ``DataError`` as ``aligned``.
+    """
+    b = aligned(a, b)
+    return (a.ranks_masked, b.ranks_masked) if masked else (a.ranks, b.ranks)
 
 
 @dataclass(frozen=True)
@@ -308,19 +341,24 @@ class PairedTest:
 
 
 def paired_test(ranks_a: FloatArray, ranks_b: FloatArray, metric: str = "ndcg@10") -> PairedTest:
-    """Paired two-sided t-test on the per-user values of ``metric``.
+    """``paired_values_test`` on the per-user values of ``metric``.
 
-    ``ranks_a``, ``ranks_b``: [M] ranks of the same users in the same order, M from 2. Identical
-    values give t = 0 and p = 1. Raises ``DataError`` for other lengths, ``ValueError`` for an
-    unknown metric.
+    ``ranks_a``, ``ranks_b``: [M] ranks of the same users in the same order, M from 2. Raises
+    ``DataError`` for other lengths, ``ValueError`` for an unknown metric.
     """
-    if len(ranks_a) != len(ranks_b) or len(ranks_a) < 2:
-        raise DataError(
-            f"{len(ranks_a)} and {len(ranks_b)} ranks; a paired test needs 2 or more users in both"
-        )
+    return paired_values_test(rank_values(ranks_a, metric), rank_values(ranks_b, metric))
+
+
+def paired_values_test(a: FloatArray, b: FloatArray) -> PairedTest:
+    """Paired two-sided t-test.
+
+    ``a``, ``b``: [M] values of the same users in the same order, M from 2. Identical values give
+    t = 0 and p = 1. Raises ``DataError`` for other lengths.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise DataError(f"{len(a)} and {len(b)} ranks; a paired test needs 2 or more users in both")
     from scipy.special import stdtr  # scipy is slow to import and only tests need it
 
-    a, b = rank_values(ranks_a, metric), rank_values(ranks_b, metric)
     differences = a - b
     difference = float(differences.mean())
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 __all__ = [
     "KS",
+    "average_popularity",
     "coverage",
     "expected_ranks",
     "items_ahead",
@@ -140,13 +141,54 @@ def coverage(top_items: IntArray, n_items: int) -> float:
     return float(seen.mean())
 
 
-def popularity_bias(top_items: IntArray, counts: IntArray) -> float:
-    """Mean share of all training events that a listed item has; higher leans on popular items.
+def average_popularity(lists: Ragged, counts: IntArray) -> float:
+    """Mean over lists of the mean training events of a listed item.
 
-    ``top_items``: [M, k] item ints, -1 = no item. ``counts``: [N] training events of each item.
-    Raises ``ValueError`` as ``novelty``.
+    Of recommended lists it is the *average recommendation popularity* (ARP; Yin, Cui, Li, Yao,
+    Chen: Challenging the Long Tail Recommendation, PVLDB 5(9), 2012), of users' histories the
+    *group average popularity* (GAP; see ``popularity_bias``). Each list counts the same, however
+    long; an item listed twice counts twice.
+
+    ``lists``: M rows of item ints. ``counts``: [N] training events of each item. Raises
+    ``ValueError`` where there is no list, a list is empty, or an item is outside the catalog.
     """
-    return float(_shares(top_items, counts, least=0).mean())
+    lengths = lists.lengths
+    if len(lengths) == 0 or int(lengths.min()) == 0:
+        raise ValueError(
+            f"{len(lengths)} lists, {np.count_nonzero(lengths == 0)} of them empty: an empty list"
+            " has no mean; leave it out"
+        )
+    _check_columns(lists.values, len(counts), "item")
+    events = np.asarray(counts)[lists.values].astype(np.float64)
+    return float((np.add.reduceat(events, lists.offsets[:-1]) / lengths).mean())
+
+
+def popularity_bias(top_items: IntArray, histories: Ragged, counts: IntArray) -> float:
+    """How much more popular the lists are than what the same users chose by themselves.
+
+    The relative change of the group average popularity,
+
+        dGAP = (GAP(lists) - GAP(histories)) / GAP(histories),
+
+    of Abdollahpouri, Mansoury, Burke, Mobasher: The Unfairness of Popularity Bias in
+    Recommendation, RMSE workshop at RecSys '19, arXiv:1907.13286. 0: as popular as the histories;
+    1: twice as popular; below 0: less popular. It is relative to the users at hand, so that
+    groups of users can be compared whose tastes differ in popularity.
+
+    ``top_items``: [M, k] item ints, -1 = no item. ``histories``: M rows of item ints, of the same
+    users. ``counts``: [N] training events of each item. Raises ``ValueError`` as
+    ``average_popularity``, or where no item of the histories has a training event.
+    """
+    top_items = np.asarray(top_items)
+    listed = top_items != -1
+    offsets = np.concatenate(([0], np.cumsum(listed.sum(1))))
+    chosen = average_popularity(histories, counts)
+    if len(top_items) != len(histories) or chosen == 0:
+        raise ValueError(
+            f"{len(top_items)} lists for {len(histories)} histories with {chosen:g} training events"
+            " an item; pass one list for each history of trained items"
+        )
+    return average_popularity(Ragged(top_items[listed], offsets), counts) / chosen - 1.0
 
 
 def novelty(top_items: IntArray, counts: IntArray) -> float:
@@ -156,7 +198,12 @@ def novelty(top_items: IntArray, counts: IntArray) -> float:
     an item without events counts as having one, so that novelty stays finite. Raises
     ``ValueError`` where no item is listed, no event counted, or an item is outside the catalog.
     """
-    return float(-np.log2(_shares(top_items, counts, least=1)).mean())
+    listed, counts = _listed(top_items), np.asarray(counts)
+    total = int(counts.sum())
+    if len(listed) == 0 or total == 0:
+        raise ValueError(f"{len(listed)} listed items and {total} training events; need both")
+    _check_columns(listed, len(counts), "item")
+    return float(-np.log2(np.maximum(counts[listed], 1) / total).mean())
 
 
 def _at_least_and_above(scores: Tensor, limits: Tensor) -> Tensor:
@@ -178,15 +225,6 @@ def _at_least_and_above_cpu(scores: Tensor, limits: Tensor) -> Tensor:
         above = np.count_nonzero(np.greater(values, limit, out=fits))
         counts[row] = above + np.count_nonzero(np.greater_equal(values, limit, out=fits))
     return torch.from_numpy(counts)
-
-
-def _shares(top_items: IntArray, counts: IntArray, least: int) -> npt.NDArray[np.float64]:
-    listed, counts = _listed(top_items), np.asarray(counts)
-    total = int(counts.sum())
-    if len(listed) == 0 or total == 0:
-        raise ValueError(f"{len(listed)} listed items and {total} training events; need both")
-    _check_columns(listed, len(counts), "item")
-    return np.asarray(np.maximum(counts[listed], least) / total, dtype=np.float64)
 
 
 def _listed(top_items: IntArray) -> IntArray:

@@ -25,6 +25,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
 from l2rec.evaluation import (
     Evaluation,
+    aligned,
     aligned_ranks,
     by_segment,
     evaluate,
@@ -347,8 +348,30 @@ def test_ranks_round_trip(tmp_path: Path) -> None:
     assert np.array_equal(back.ranks, result.ranks)
     assert np.array_equal(back.ranks_masked, result.ranks_masked)
     assert np.array_equal(back.targets, targets)
+    assert back.top is not None and back.top.dtype == np.int32
+    assert np.array_equal(back.top, result.top)
     assert (back.fingerprint, back.protocol) == ("100/40:abc", "test")
     assert [entry.name for entry in path.parent.iterdir()] == ["ranks.parquet"]
+
+
+def test_ranks_of_nobody_and_of_a_small_catalog(tmp_path: Path) -> None:
+    path = tmp_path / "ranks.parquet"
+    write_ranks(path, evaluation_of([]), [])
+    top = read_ranks(path).top
+    assert top is not None and top.shape == (0, 20)
+    result = evaluate(Table(torch.eye(3)), Ragged.from_rows([[2], [0]]), np.array([1, 0]))
+    write_ranks(path, result, ["a", "b"])
+    top = read_ranks(path).top
+    assert top is not None and top.tolist() == [[2, 0, 1], [0, 1, 2]]
+
+
+def test_ranks_from_before_lists_were_kept(tmp_path: Path) -> None:
+    path = tmp_path / "ranks.parquet"
+    write_ranks(path, evaluation_of([1, 2]), ["a", "b"], fingerprint="x")
+    pq.write_table(pq.read_table(path).drop_columns(["top"]), path)
+    old = read_ranks(path)
+    assert old.top is None and old.ranks.tolist() == [1, 2] and old.fingerprint == "x"
+    assert aligned(old, old).top is None
 
 
 def test_a_failed_write_leaves_the_old_ranks(
@@ -400,6 +423,9 @@ def test_two_runs_are_aligned_by_user(tmp_path: Path) -> None:
     assert [values.tolist() for values in aligned_ranks(a, b)] == [[1, 2, 3], [10, 20, 30]]
     masked = aligned_ranks(a, b, masked=True)
     assert [values.tolist() for values in masked] == [[1, 1, 2], [5, 6, 7]]
+    c = aligned(a, b)
+    assert c.users == a.users and c.targets.tolist() == a.targets.tolist()
+    assert c.top is not None and c.top.shape == (3, 20)
 
 
 def test_runs_that_cannot_be_paired(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import warnings
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from l2rec import metrics as module
 from l2rec.data.ragged import Ragged
 from l2rec.metrics import (
+    average_popularity,
     coverage,
     expected_ranks,
     items_ahead_among,
@@ -203,11 +205,9 @@ def test_no_ranks_have_no_mean() -> None:
 def test_lists_by_hand() -> None:
     top, counts = np.array([[0, 1], [0, -1]]), np.array([4, 2, 0, 2])
     assert coverage(top, 4) == 0.5
-    assert popularity_bias(top, counts) == pytest.approx((0.5 + 0.25 + 0.5) / 3)
     assert novelty(top, counts) == pytest.approx((1 + 2 + 1) / 3)
     # Never seen counts as seen once: log2(8) = 3 bits, not infinitely many.
     assert novelty(np.array([[2]]), counts) == pytest.approx(3.0)
-    assert popularity_bias(np.array([[2]]), counts) == 0.0
     assert coverage(np.full((3, 2), -1), 4) == 0.0
 
 
@@ -219,6 +219,51 @@ def test_lists_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="0 listed items"):
         novelty(np.array([[-1]]), np.array([1]))
     with pytest.raises(ValueError, match="0 training events"):
-        popularity_bias(np.array([[0]]), np.array([0]))
+        novelty(np.array([[0]]), np.array([0]))
     with pytest.raises(ValueError, match="item 1 is outside"):
         novelty(np.array([[1]]), np.array([3]))
+
+
+def test_popularity_by_hand() -> None:
+    counts = np.array([4, 2, 0, 2])
+    histories = Ragged.from_rows([[1, 3, 1], [2, 3]])  # means 2 and 1
+    assert average_popularity(histories, counts) == 1.5
+    top = np.array([[0, 1], [0, -1]])  # means 3 and 4
+    assert popularity_bias(top, histories, counts) == pytest.approx(3.5 / 1.5 - 1)
+    same = np.array([[1, 3], [3, 2]])
+    assert popularity_bias(same, histories, counts) == 0.0
+    assert popularity_bias(np.array([[2], [2]]), histories, counts) == -1.0
+
+
+def test_popularity_equals_a_table_of_events() -> None:
+    """A second opinion: grouped means of one long table, as a data frame computes them."""
+    generator = np.random.default_rng(5)
+    counts = generator.integers(0, 50, 40)
+    top = generator.integers(0, 40, (30, 10))
+    rows = [generator.integers(0, 40, generator.integers(1, 20)) for _ in range(30)]
+
+    def mean_of_means(user: list[int], item: list[int]) -> float:
+        events = pl.DataFrame({"user": user, "events": counts[item]})
+        of_users = events.group_by("user").agg(pl.col("events").mean())
+        return float(of_users["events"].mean())
+
+    listed = mean_of_means(np.repeat(np.arange(30), 10).tolist(), top.reshape(-1).tolist())
+    users = [user for user, row in enumerate(rows) for _ in row]
+    chosen = mean_of_means(users, np.concatenate(rows).tolist())
+    assert average_popularity(Ragged.from_rows(top), counts) == pytest.approx(listed)
+    got = popularity_bias(top, Ragged.from_rows(rows), counts)
+    assert got == pytest.approx(listed / chosen - 1)
+
+
+def test_popularity_that_has_no_mean() -> None:
+    counts, rows = np.array([1, 0]), Ragged.from_rows([[0], [1]])
+    with pytest.raises(ValueError, match="0 lists, 0 of them empty"):
+        average_popularity(Ragged.from_rows([]), counts)
+    with pytest.raises(ValueError, match="2 lists, 1 of them empty"):
+        popularity_bias(np.array([[0], [-1]]), rows, counts)
+    with pytest.raises(ValueError, match="item 2 is outside"):
+        average_popularity(Ragged.from_rows([[2]]), counts)
+    with pytest.raises(ValueError, match="1 lists for 2 histories"):
+        popularity_bias(np.array([[0]]), rows, counts)
+    with pytest.raises(ValueError, match="with 0 training events an item"):
+        popularity_bias(np.array([[0]]), Ragged.from_rows([[1]]), counts)
