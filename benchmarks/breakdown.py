@@ -136,9 +136,9 @@ class PartClock(TorchDispatchMode):
                 wrapped = self.scoped(getattr(owner, name), part)
                 stack.enter_context(patch.object(owner, name, wrapped))
             for module in model.backbone.model.modules():
-                if part := part_of_module(module):
+                if inside := part_of_module(module):
                     before = module.register_forward_pre_hook(
-                        lambda *_, part=part: self.scopes.append(part)
+                        lambda *_, inside=inside: self.scopes.append(inside)
                     )
                     # After the hook of the experts, which therefore runs inside the scope.
                     after = module.register_forward_hook(lambda *_: void(self.scopes.pop()))

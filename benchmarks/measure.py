@@ -215,10 +215,10 @@ def report(
 
     ``summary``: for each goal its ``path``, ``goal``, what was ``measured``, ``reached`` or not.
     """
-    script = Path(sys.argv[0]).name
+    script, where = Path(sys.argv[0]).name, machine()
     document = {
         "part": part,
-        "machine": machine(),
+        "machine": where,
         "command": shlex.join(["python", f"benchmarks/{script}", *_without_json(sys.argv[1:])]),
         "goal": goal,
         "columns": [list(column) for column in columns],
@@ -227,7 +227,7 @@ def report(
         "summary": list(summary),
         **more,
     }
-    print("  ".join(f"{key} {value}" for key, value in document["machine"].items()))
+    print("  ".join(f"{key} {value}" for key, value in where.items()))
     print(f"{goal}\n")
     cells = [[header for _, header in columns]]
     cells += [[shown(row.get(key)) for key, _ in columns] for row in rows]
@@ -240,9 +240,9 @@ def report(
         print("  ".join((first, *rest)).rstrip())
     for note in notes:
         print(f"\n{note}")
-    for line in summary:
-        verdict = "reached" if line["reached"] else "NOT REACHED"
-        print(f"\n{line['path']}: {line['measured']} (goal: {line['goal']}): {verdict}")
+    for found in summary:
+        verdict = "reached" if found["reached"] else "NOT REACHED"
+        print(f"\n{found['path']}: {found['measured']} (goal: {found['goal']}): {verdict}")
     if json_file:
         write_json(json_file, document)
     return document

@@ -116,8 +116,7 @@ def page(found: Mapping[str, Document], plots: Mapping[str, str]) -> str:
 
 
 def section(name: str, document: Document, plot: str | None) -> list[str]:
-    goal = document["goal"]
-    blocks = [f"## {name.capitalize()}", f"Goal: {goal}."]
+    blocks = [f"## {name.capitalize()}", f"Goal: {document['goal'].rstrip('.')}."]
     blocks.append(table([tuple(column) for column in document["columns"]], document["rows"]))
     if plot:
         blocks.append(f"![Curves of the part {name}, with their slopes]({plot})")
