@@ -1,0 +1,168 @@
+"""How many of the tokens that are computed are real: padding, in training and in encoding.
+
+    python benchmarks/padding.py --data data/scientific data/games
+    python benchmarks/padding.py --quick          a data set of its own, of chains
+
+Everything up to the transformer is the product's own code: the batches of one epoch as training
+plans them, items and users as encoding batches them. In the transformer's place stands a counter,
+for what it would return changes no shape. Linear layers, norms and adapters see real tokens alone;
+attention pads each row to the longest of its batch and view, and what it computes is what counts.
+
+    text vectors  of the whole catalog, by the bare backbone, as a model is built
+    training      every batch of one epoch: histories, and encoded targets and negatives
+    items         every item of the catalog (a table of items is not encoded)
+    users         every user of the data set, whole history
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import arguments, report
+from torch import Tensor
+
+from l2rec.backbone import Packing, load_backbone
+from l2rec.config import RunConfig, load_recipe
+from l2rec.data.catalog import Catalog
+from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.splits import leave_one_out
+from l2rec.data.synthetic import chain_dataset
+from l2rec.methods.l2rec import L2Rec
+from l2rec.runs import build_model
+
+RECIPES = ("scientific/l2rec", "scientific/l2rec-table")
+GOAL = 0.95
+
+
+@dataclass
+class Count:
+    """Calls of the transformer, real tokens, and tokens computed."""
+
+    batches: int = 0
+    tokens: int = 0
+    computed: int = 0
+
+
+class Counter:
+    """Stands where the transformer does: counts what it is asked for and returns its input."""
+
+    def __init__(self) -> None:
+        self.count = Count()
+
+    def __call__(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
+        self.count.batches += 1
+        self.count.tokens += len(packing.positions)
+        self.count.computed += packing.computed
+        return inputs_embeds
+
+    def taken(self) -> Count:
+        """What was counted since the last time."""
+        count, self.count = self.count, Count()
+        return count
+
+
+def train_epoch(model: L2Rec, config: RunConfig, dataset: Dataset) -> None:
+    """One epoch without gradients. The loss over a whole table costs no tokens and is left out."""
+    every = model.config.supervision == "all"
+    batches = model.batches(
+        leave_one_out(dataset.sequences).train,
+        seed=config.seed,
+        epoch=0,
+        batch_users=config.training.batch_users,
+        batch_tokens=config.training.batch_tokens,
+    )
+    table = None if model.table is None else model.table()
+    for batch in batches.iterate():
+        if table is None:
+            model.loss(batch)
+        else:
+            model(batch.histories, every=every, table=table)
+
+
+@torch.inference_mode()
+def measure(dataset: Dataset, recipe: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    # Adapters act inside the transformer: without it there is nothing for them to adapt.
+    config = load_recipe(recipe, ["model.adapt=false", *overrides])
+    backbone, counter = load_backbone(config.backbone), Counter()
+    backbone.forward = counter  # type: ignore[method-assign, assignment]
+    model: L2Rec = build_model(config, Catalog(dataset.catalog), backbone, None)
+    found = {"text vectors": counter.taken()}
+    train_epoch(model, config, dataset)
+    found["training"] = counter.taken()
+    model.encode_items(np.arange(model.n_items))
+    found["items"] = counter.taken()
+    model.encode_users(dataset.sequences.take(np.flatnonzero(dataset.sequences.lengths)))
+    found["users"] = counter.taken()
+    return [
+        {
+            "data": dataset.name,
+            "recipe": recipe,
+            "pass": name,
+            **asdict(count),
+            "share": count.tokens / count.computed,
+            "reached": count.tokens >= GOAL * count.computed,
+        }
+        for name, count in found.items()
+        if count.batches  # a table of items is not encoded
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = arguments(__file__, __doc__)
+    p.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="prepared data sets")
+    args = p.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        datasets = [open_dataset(path) for path in args.data or ()]
+        if not datasets:
+            datasets = [chain_dataset(Path(folder) / "chains", 500, 200, 12, seed=0)]
+        rows = [
+            row
+            for dataset in datasets
+            for recipe in (RECIPES[:1] if args.quick else RECIPES)
+            for row in measure(dataset, recipe)
+        ]
+    lowest = {
+        name: min((row for row in rows if row["pass"] == name), key=lambda row: row["share"])
+        for name in dict.fromkeys(row["pass"] for row in rows)
+    }
+    report(
+        "padding",
+        args.json,
+        goal=f"at least {GOAL:.0%} of the tokens that are computed are real",
+        columns=[
+            ("data", "data"),
+            ("recipe", "recipe"),
+            ("pass", "pass"),
+            ("batches", "batches"),
+            ("tokens", "real tokens"),
+            ("computed", "computed"),
+            ("share", "share"),
+            ("reached", "reached"),
+        ],
+        rows=rows,
+        notes=[
+            "Padding is computed by attention alone; linear layers and adapters see real tokens "
+            "only. Both views of a batch are counted together."
+        ],
+        summary=[
+            {
+                "path": f"padding: {name}",
+                "goal": f"at least {GOAL:.0%} real tokens",
+                "measured": f"{row['share']:.1%} ({row['data']}, {row['recipe']}: the lowest)",
+                "reached": row["reached"],
+            }
+            for name, row in lowest.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
