@@ -225,6 +225,38 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Finished run folders.", show_default=False)],
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Test every run against this one, not against the best.")
+    ] = None,
+    group: Annotated[bool, typer.Option(help="Seeds of one recipe are one row, mean ± sd.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Also write them: FILE.md or FILE.csv")] = None,
+    as_json: Json = False,
+) -> None:
+    """Finished runs side by side: test scores, paired tests, segments of users, costs.
+
+    Segments: length of the history (1-5, 6-10, 11 and more events), and whether the target is
+    among the fifth of the catalog trained on most (head), the rest (tail) or was never (cold).
+
+    Example: `l2rec compare runs/sasrec-0 runs/sasrec-1 runs/l2rec --out table.md`
+    """
+    from dataclasses import asdict
+
+    from l2rec.compare import compare_runs, write_comparison
+    from l2rec.console import print_comparison
+
+    found = compare_runs(runs, data=data, against=against, group=group)
+    if out is not None:
+        write_comparison(found, out)
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        print_comparison(found)
+
+
+@app.command()
 def recommend(
     run: Run,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: A,B,C")] = None,

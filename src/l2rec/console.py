@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Console", "print_recommendations", "print_table"]
+__all__ = ["Console", "print_comparison", "print_recommendations", "print_table"]
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -21,9 +21,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from l2rec.compare import Comparison
 
 PLAIN_EVERY = 15.0
 """Seconds between progress lines where there is no terminal."""
+WIDE = 240
+"""Columns of tables that are written to a file."""
 
 
 class Console:
@@ -120,6 +126,29 @@ def _shown(value: Any) -> str:
     if isinstance(value, Sequence):
         return "; ".join(_shown(v) for v in value)
     return str(value)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Tables and notes of compared runs, on standard output; whole lines where it is a file."""
+    from l2rec.compare import tables
+
+    out = _out()
+    if not out.is_terminal:
+        out.width = max(out.width, WIDE)
+    for found in tables(comparison):
+        table = Table(
+            title=escape(found.title),
+            caption=escape(found.caption),
+            title_justify="left",
+            caption_justify="left",
+        )
+        for number, name in enumerate(found.header):
+            table.add_column(escape(name), justify="right" if number else "left")
+        for row, best in zip(found.rows, found.best, strict=True):
+            table.add_row(*(Text(c, "bold" if b else "") for c, b in zip(row, best, strict=True)))
+        out.print(table)
+    for note in comparison.notes:
+        out.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
 def print_recommendations(history: Sequence[tuple[str, str]], found: Any) -> None:

@@ -66,6 +66,7 @@ VERBS = {
     "train": ["--data", "--out", "--resume", "--init"],
     "recipes": [],
     "evaluate": ["--split", "--data", "--json"],
+    "compare": ["--data", "--against", "--group", "--no-group", "--out", "--json"],
     "recommend": ["--history", "--user", "--new-item", "--include-seen", "--json"],
     "embed": ["--out", "--users", "--data"],
     "demo": ["--out", "--data", "--minutes"],
@@ -370,6 +371,30 @@ def test_evaluate_json(call: Call, table_run: Finished, chains: Dataset) -> None
     valid = only_json(call("evaluate", table_run.run, "--split", "valid", "--json"))
     assert valid["split"] == "valid" and valid["users"] == 40
     assert "ndcg@10" in call("evaluate", table_run.run).out
+
+
+def test_compare(call: Call, table_run: Finished, encode_run: Finished, tmp_path: Path) -> None:
+    both = (table_run.run, encode_run.run)
+    shown = call("compare", *both, "--out", tmp_path / "table.md")
+    assert shown.code == 0 and shown.err == ""
+    assert all(name in shown.out for name in ("N@10 by segment", "bias@10", "costs", "popularity"))
+    assert "### chains: costs" in (tmp_path / "table.md").read_text()
+    found = only_json(call("compare", *both, "--against", encode_run.run, "--json"))
+    (ours, theirs) = found["entries"]
+    assert ours["runs"] == [str(table_run.run)] and ours["label"] == f"tiny ({table_run.run})"
+    assert {block["reference"] for block in found["blocks"]} == {theirs["label"]}
+    report = json.loads((table_run.run / "report.json").read_text())
+    overall = found["blocks"][0]["lines"][ours["label"]]["scores"]
+    for metric in ("recall@5", "ndcg@10", "mrr", "coverage@10"):
+        assert overall[metric]["mean"] == pytest.approx(report["scores"]["L2Rec"][metric], abs=1e-9)
+
+
+def test_compare_refuses(call: Call, table_run: Finished, tmp_path: Path) -> None:
+    refused(call("compare", table_run.run, tmp_path), "is not a run folder")
+    refused(call("compare", table_run.run, table_run.run), "is given twice")
+    refused(call("compare", table_run.run, "--out", tmp_path / "x.html"), r"ends in \.md or \.csv")
+    chain_dataset(tmp_path / "other", 12, 10, 6, seed=1)
+    refused(call("compare", table_run.run, "--data", tmp_path / "other"), "made on data .* --data")
 
 
 def test_recommend_json(call: Call, table_run: Finished) -> None:

@@ -1,0 +1,709 @@
+"""Finished runs side by side: test scores, paired tests between them, segments of users, costs.
+
+    run folders ── read_run ──┐
+                              ├─ compare ─ Comparison ─ tables ─ console, Markdown
+    data set ── population ───┘                     └── csv_text
+
+Runs of one recipe that differ in the seed alone are one row, mean ± standard deviation over
+seeds; what is tested are each user's means over seeds. Every test is a two-sided paired t-test
+over users, not corrected for the number of comparisons.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Block",
+    "Comparison",
+    "Difference",
+    "Entry",
+    "FinishedRun",
+    "Line",
+    "Population",
+    "Score",
+    "Table",
+    "compare",
+    "compare_runs",
+    "csv_text",
+    "markdown",
+    "population",
+    "read_run",
+    "tables",
+    "write_comparison",
+]
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from l2rec.checkpoint import read_json, write_text
+from l2rec.config import RunConfig
+from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.ragged import IntArray, Ragged
+from l2rec.data.splits import leave_one_out
+from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
+from l2rec.evaluation import Ranks, aligned, paired_values_test, read_ranks
+from l2rec.metrics import coverage, popularity_bias, rank_values
+from l2rec.runs import load_run_config
+
+METRICS = {
+    "recall@5": "R@5",
+    "recall@10": "R@10",
+    "recall@20": "R@20",
+    "ndcg@5": "N@5",
+    "ndcg@10": "N@10",
+    "ndcg@20": "N@20",
+    "mrr": "MRR",
+}
+MAIN = "ndcg@10"
+"""What is best is decided by it."""
+TESTED = (MAIN, "recall@10")
+LISTED = 10
+"""Items of each list that coverage and popularity bias look at."""
+COVERAGE, BIAS = f"coverage@{LISTED}", f"popularity_bias@{LISTED}"
+LISTS = {COVERAGE: f"cov@{LISTED}", BIAS: f"bias@{LISTED}"}
+SHORT, MEDIUM = 5, 10
+"""Most events of a short and of a medium history."""
+HEAD = 0.2
+"""Share of the catalog, by training events, that is its head."""
+EVERYONE = "all"
+FLOORS = ("popularity", "last item neighbour")
+"""Rows of a report that follow from the data alone."""
+SIGNIFICANT = 0.05
+NONE = "–"
+
+Rows = npt.NDArray[np.bool_]
+
+
+# -- what is read --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder: its resolved recipe, identity, report and per-user test ranks."""
+
+    path: Path
+    config: RunConfig
+    identity: Mapping[str, Any]
+    report: Mapping[str, Any]
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class Population:
+    """What the data set says of the M ranked users, in the order of their ranks.
+
+    ``segments``: name -> [M] bool. ``histories``: M rows, what each user's list was made from.
+    ``counts``: [N] training events.
+    """
+
+    segments: dict[str, Rows]
+    histories: Ragged
+    counts: npt.NDArray[np.int64]
+
+
+def read_run(path: Path) -> FinishedRun:
+    """A finished run.
+
+    Raises:
+        CheckpointError: not a run folder, not finished, or torn.
+    """
+    config, identity = load_run_config(path)
+    if not (path / "report.json").is_file():
+        raise CheckpointError(
+            f"{path} is not finished: it has no report.json; train it on with --resume"
+        )
+    ranks = read_ranks(path / "ranks.parquet")
+    return FinishedRun(path, config, identity, read_json(path / "report.json"), ranks)
+
+
+def population(histories: Ragged, targets: IntArray, counts: npt.NDArray[np.int64]) -> Population:
+    """Segments of users by the length of their history, and by how often their target was trained.
+
+    ``histories``: M rows, ``targets``: [M], ``counts``: [N] training events. Head: the fifth of
+    the catalog with the most training events (among equals, the lower item int); tail: the rest;
+    cold: the part of the tail that has none.
+    """
+    length = histories.lengths
+    head = np.zeros(len(counts), dtype=bool)
+    head[np.argsort(-counts, kind="stable")[: math.ceil(HEAD * len(counts))]] = True
+    segments = {
+        f"history 1-{SHORT}": length <= SHORT,
+        f"history {SHORT + 1}-{MEDIUM}": (length > SHORT) & (length <= MEDIUM),
+        f"history {MEDIUM + 1}+": length > MEDIUM,
+        "head target": head[targets],
+        "tail target": ~head[targets],
+        "cold target": counts[targets] == 0,
+    }
+    return Population({n: rows for n, rows in segments.items() if rows.any()}, histories, counts)
+
+
+def _population_of(dataset: Dataset, ranks: Ranks) -> Population:
+    """The test split of a data set in the order of ``ranks``."""
+    split = leave_one_out(dataset.sequences)
+    ids = pa.array(ranks.users, dataset.user_ids.type)
+    users = pc.fill_null(pc.index_in(ids, value_set=dataset.user_ids), -1).to_numpy()
+    rows = np.searchsorted(split.users, users).clip(max=len(split.users) - 1)
+    fits = (split.users[rows] == users) & (split.test_targets[rows] == ranks.targets)
+    if not fits.all():
+        raise DataError(
+            f"{np.count_nonzero(~fits):,} of {len(fits):,} ranked users are not so in the test "
+            f"split of {dataset.path}; evaluate the runs again"
+        )
+    counts = np.bincount(split.train.values, minlength=dataset.n_items).astype(np.int64)
+    return population(split.test_histories.take(rows), ranks.targets, counts)
+
+
+def _dataset_of(runs: Sequence[FinishedRun], data: Path | None) -> Dataset | None:
+    """The data set of the runs: at ``data``, or where one of them had it, or None.
+
+    Raises:
+        DataError: there is another one at ``data``.
+    """
+    fingerprint = runs[0].ranks.fingerprint
+    if data is not None:
+        dataset = open_dataset(data)
+        if dataset.fingerprint != fingerprint:
+            raise DataError(
+                f"the runs were made on data {fingerprint}, {data} is {dataset.fingerprint}; give "
+                "the folder they were made on with --data"
+            )
+        return dataset
+    for run in runs:
+        try:
+            dataset = open_dataset(Path(run.identity["dataset"]["path"]))
+        except L2RecError:
+            continue
+        if dataset.fingerprint == fingerprint:
+            return dataset
+    return None
+
+
+# -- what comes out ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean over seeds; sample standard deviation, None for one seed."""
+
+    mean: float
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over users and the p of its two-sided paired t-test."""
+
+    difference: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """``scores``: by metric. ``tests``: this row minus the reference, by tested metric."""
+
+    scores: dict[str, Score]
+    tests: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Block:
+    """All rows on one segment of users, with the history in the ranking or masked.
+
+    ``best``: highest NDCG@10, ``rival``: second highest, None where there is one row. ``lead``:
+    best minus rival. ``reference``: what every line is tested against: the best, or the row asked
+    for.
+    """
+
+    segment: str
+    masked: bool
+    users: int
+    best: str
+    rival: str | None
+    lead: dict[str, Difference]
+    reference: str
+    lines: dict[str, Line]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a row was made. Costs are means over seeds, None where a report does not have them."""
+
+    label: str
+    method: str
+    runs: list[str]
+    seeds: list[int]
+    backbone: str
+    hardware: str
+    trained_parameters: float | None
+    training_seconds: float | None
+    tokens_seen: float | None
+    peak_memory_mb: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``blocks``: everyone first, each segment not masked and masked. ``floors``: scores of what
+    needs no training, by name. ``notes``: what is missing, and why.
+    """
+
+    data: str
+    fingerprint: str
+    protocol: str
+    entries: list[Entry]
+    blocks: list[Block]
+    floors: dict[str, dict[str, float]]
+    notes: list[str]
+
+
+# -- from runs to a comparison -------------------------------------------------------------------
+
+
+def compare_runs(
+    paths: Sequence[Path],
+    *,
+    data: Path | None = None,
+    against: Path | None = None,
+    group: bool = True,
+) -> Comparison:
+    """Read run folders and compare them.
+
+    Args:
+        data: folder of their data set; by default where it was when they were made.
+        against: the run that every other is tested against, instead of the best.
+        group: seeds of one recipe are one row.
+
+    Raises:
+        DataError: runs of different data, protocols, users or targets; a run named twice.
+        CheckpointError: a folder that is no finished run.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        if path.resolve() in folders:
+            raise DataError(f"{path} is given twice; name each run once")
+        folders[path.resolve()] = path
+    if against is not None:
+        folders.setdefault(against.resolve(), against)
+    runs = [read_run(path) for path in folders.values()]
+    runs = [runs[0], *(_paired(runs[0], run) for run in runs[1:])]
+    dataset = _dataset_of(runs, data)
+    known = None if dataset is None else _population_of(dataset, runs[0].ranks)
+    reference = None if against is None else folders[against.resolve()]
+    return compare(runs, known, against=reference, group=group)
+
+
+def _paired(first: FinishedRun, run: FinishedRun) -> FinishedRun:
+    """``run`` with its users in the order of ``first``."""
+    try:
+        return replace(run, ranks=aligned(first.ranks, run.ranks))
+    except DataError as error:
+        raise DataError(f"{first.path} and {run.path} cannot be compared: {error}") from None
+
+
+def compare(
+    runs: Sequence[FinishedRun],
+    known: Population | None,
+    *,
+    against: Path | None = None,
+    group: bool = True,
+) -> Comparison:
+    """Scores, tests and costs of runs whose ranks are of the same users in the same order.
+
+    ``known``: without it there are no segments and no popularity bias. ``against``: the path of
+    one of the runs.
+
+    Raises:
+        DataError: two runs of one recipe and seed, to be grouped.
+    """
+    recipes = _recipes(runs, group)
+    reference = next(
+        (label for label, seeds in recipes.items() if against in [run.path for run in seeds]), None
+    )
+    first = runs[0]
+    segments = {EVERYONE: np.ones(len(first.ranks.ranks), dtype=bool)}
+    segments |= {} if known is None else known.segments
+    data = first.report["dataset"]
+    return Comparison(
+        data=data["name"],
+        fingerprint=first.ranks.fingerprint,
+        protocol=first.ranks.protocol,
+        entries=[_entry(label, seeds) for label, seeds in recipes.items()],
+        blocks=[
+            _block(recipes, segment, rows, masked, known, int(data["items"]), reference)
+            for masked in (False, True)
+            for segment, rows in segments.items()
+        ],
+        floors={n: first.report["scores"][n] for n in FLOORS if n in first.report["scores"]},
+        notes=_notes(runs, known),
+    )
+
+
+def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[FinishedRun]]:
+    """Runs by the label of their row."""
+    alike: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        key = _recipe_key(run.config, run.identity) if group else str(run.path)
+        same = next((r for r in alike.get(key, ()) if r.config.seed == run.config.seed), None)
+        if same is not None:
+            raise DataError(
+                f"{same.path} and {run.path} are one recipe with seed {run.config.seed}; leave one "
+                "out, or give --no-group"
+            )
+        alike.setdefault(key, []).append(run)
+    names = [
+        str(seeds[0].report.get("recipe") or seeds[0].report["method"]) for seeds in alike.values()
+    ]
+    return {
+        name if names.count(name) == 1 else f"{name} ({seeds[0].path})": seeds
+        for name, seeds in zip(names, alike.values(), strict=True)
+    }
+
+
+def _recipe_key(config: RunConfig, identity: Mapping[str, Any]) -> str:
+    """The same for runs that differ in nothing but the seed, their pre-training included."""
+    start = identity.get("init")
+    if start is not None and (Path(start) / "config.yaml").is_file():
+        start = _recipe_key(*load_run_config(Path(start)))
+    options = config.model_dump(mode="json") | {"seed": None}
+    made_on = [identity["dataset"]["fingerprint"], identity["backbone"], start]
+    return json.dumps([options, made_on], sort_keys=True)
+
+
+def _entry(label: str, seeds: Sequence[FinishedRun]) -> Entry:
+    reports = [run.report for run in seeds]
+    backbone: Mapping[str, Any] = reports[0].get("backbone") or {}
+
+    def mean(cost: Callable[[Mapping[str, Any]], Any]) -> float | None:
+        costs = [cost(report) for report in reports]
+        return None if None in costs else float(np.mean(costs))
+
+    return Entry(
+        label=label,
+        method=str(reports[0]["method"]),
+        runs=[str(run.path) for run in seeds],
+        seeds=[run.config.seed for run in seeds],
+        backbone=str(backbone.get("name") or "none"),
+        hardware=", ".join(dict.fromkeys(str(r.get("hardware") or "unknown") for r in reports)),
+        trained_parameters=mean(lambda r: (r.get("backbone") or {}).get("trained_parameters")),
+        training_seconds=mean(lambda r: r.get("training_seconds")),
+        tokens_seen=mean(lambda r: r.get("tokens_seen")),
+        peak_memory_mb=mean(lambda r: r.get("peak_memory_mb")),
+    )
+
+
+def _block(
+    recipes: Mapping[str, Sequence[FinishedRun]],
+    segment: str,
+    rows: Rows,
+    masked: bool,
+    known: Population | None,
+    n_items: int,
+    reference: str | None,
+) -> Block:
+    scores: dict[str, dict[str, Score]] = {}
+    tested: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
+    for label, seeds in recipes.items():
+        ranks = [(r.ranks.ranks_masked if masked else r.ranks.ranks)[rows] for r in seeds]
+        values = {m: np.stack([rank_values(r, m) for r in ranks]) for m in METRICS}  # [S, m]
+        scores[label] = {metric: _score(v.mean(1)) for metric, v in values.items()}
+        if not masked:
+            scores[label] |= _list_scores(seeds, rows, known, n_items)
+        tested[label] = {metric: values[metric].mean(0) for metric in TESTED}
+    best, *others = sorted(scores, key=lambda label: -scores[label][MAIN].mean)
+    rival = others[0] if others else None
+    reference = reference or best
+    lines = {
+        label: Line(found, _tests(tested, label, reference)) for label, found in scores.items()
+    }
+    lead = {} if rival is None else _tests(tested, best, rival)
+    return Block(segment, masked, int(rows.sum()), best, rival, lead, reference, lines)
+
+
+def _score(of_seeds: npt.ArrayLike) -> Score:
+    values = np.asarray(of_seeds, dtype=np.float64)
+    return Score(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
+
+
+def _list_scores(
+    seeds: Sequence[FinishedRun], rows: Rows, known: Population | None, n_items: int
+) -> dict[str, Score]:
+    """Coverage and popularity bias of the lists that these users got, as far as can be known."""
+    tops = [run.ranks.top[rows, :LISTED] for run in seeds if run.ranks.top is not None]
+    if len(tops) < len(seeds):
+        return {}
+    found = {COVERAGE: _score([coverage(top, n_items) for top in tops])}
+    if known is not None:
+        histories = known.histories.take(np.flatnonzero(rows))
+        found[BIAS] = _score([popularity_bias(top, histories, known.counts) for top in tops])
+    return found
+
+
+def _tests(
+    tested: Mapping[str, Mapping[str, npt.NDArray[np.float64]]], label: str, reference: str
+) -> dict[str, Difference]:
+    """``label`` minus ``reference``; nothing of a row with itself, or for one user alone."""
+    found = {}
+    for metric in TESTED:
+        a, b = tested[label][metric], tested[reference][metric]
+        if label != reference and len(a) > 1:
+            test = paired_values_test(a, b)
+            found[metric] = Difference(test.difference, test.p)
+    return found
+
+
+def _notes(runs: Sequence[FinishedRun], known: Population | None) -> list[str]:
+    notes = []
+    if known is None:
+        path = runs[0].identity["dataset"]["path"]
+        notes.append(
+            f"no segments and no popularity bias: data {runs[0].ranks.fingerprint} is no longer at "
+            f"{path}; give its folder with --data"
+        )
+    notes += [
+        f"{run.path} keeps no lists, so it has no coverage and no popularity bias here; "
+        f"`l2rec evaluate {run.path}` writes them"
+        for run in runs
+        if run.ranks.top is None
+    ]
+    return notes
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text, and which of them are the best of their column."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    best: list[list[bool]]
+    caption: str
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """Scores of everyone, each metric that matters by segment, and costs."""
+    overall = [block for block in comparison.blocks if block.segment == EVERYONE]
+    found = [_overall_table(comparison, block) for block in overall]
+    if len(comparison.blocks) > len(overall):
+        shown = [(m, masked) for masked in (False, True) for m in TESTED]
+        shown += [(metric, False) for metric in LISTS]
+        found += [_segment_table(comparison, *which) for which in shown]
+    return [*(table for table in found if table.rows), _cost_table(comparison)]
+
+
+def _overall_table(comparison: Comparison, block: Block) -> Table:
+    shown = METRICS | ({} if block.masked else LISTS)
+    cells, best = _marked(
+        [[line.scores.get(metric) for metric in shown] for line in block.lines.values()], shown
+    )
+    labels = list(block.lines)
+    rows = [
+        [
+            label,
+            str(len(entry.seeds)),
+            *row,
+            *(_against(block.lines[label].tests.get(metric)) for metric in TESTED),
+        ]
+        for label, entry, row in zip(labels, comparison.entries, cells, strict=True)
+    ]
+    marks = [
+        [label == block.best, False, *row, *[False] * len(TESTED)]
+        for label, row in zip(labels, best, strict=True)
+    ]
+    for name, scores in comparison.floors.items():
+        of_view = [scores.get(f"{m}_masked" if block.masked else m) for m in shown]
+        floor = [NONE if v is None else f"{v:.4f}" for v in of_view]
+        rows.append([name, NONE, *floor, *[NONE] * len(TESTED)])
+        marks.append([False] * len(rows[-1]))
+    header = ["run", "seeds", *shown.values(), *(f"Δ {METRICS[m]} (p)" for m in TESTED)]
+    title = f"{comparison.data}: test scores of {block.users:,} users, {_view(block.masked)}"
+    return Table(title, header, rows, marks, _verdict(block))
+
+
+def _segment_table(comparison: Comparison, metric: str, masked: bool) -> Table:
+    """Rows and segments of one metric; no rows where no run has it."""
+    blocks = [block for block in comparison.blocks if block.masked == masked]
+    labels = [label for label in blocks[0].lines if metric in blocks[0].lines[label].scores]
+    cells, best = _marked(
+        [[block.lines[label].scores[metric] for block in blocks] for label in labels],
+        [metric] * len(blocks),
+    )
+    rows = [
+        [
+            label,
+            *(
+                text + _dagger(block.lines[label].tests.get(metric))
+                for text, block in zip(row, blocks, strict=True)
+            ),
+        ]
+        for label, row in zip(labels, cells, strict=True)
+    ]
+    header = ["run", *(f"{block.segment} ({block.users:,})" for block in blocks)]
+    name = (METRICS | LISTS)[metric]
+    told = (
+        f"the best by {METRICS[MAIN]}"
+        if len({b.reference for b in blocks}) > 1
+        else blocks[0].reference
+    )
+    caption = f"† differs from {told} at p < {SIGNIFICANT}" if metric in TESTED else ""
+    return Table(
+        f"{comparison.data}: {name} by segment of users, {_view(masked)}",
+        header,
+        rows,
+        [[False, *row] for row in best],
+        caption if len(labels) > 1 else "",
+    )
+
+
+def _cost_table(comparison: Comparison) -> Table:
+    rows = [
+        [
+            e.label,
+            e.method,
+            " ".join(map(str, e.seeds)),
+            e.backbone,
+            _number(e.trained_parameters, "{:,.0f}"),
+            _number(e.training_seconds, "{:.1f} min", 60),
+            _number(e.tokens_seen, "{:.1f} M", 1e6),
+            _number(e.peak_memory_mb, "{:.2f} GB", 1000),
+            e.hardware,
+        ]
+        for e in comparison.entries
+    ]
+    header = ["run", "method", "seeds", "backbone", "trained parameters", "training"]
+    header += ["tokens", "peak memory", "hardware"]
+    caption = "means over seeds" if any(len(e.seeds) > 1 for e in comparison.entries) else ""
+    return Table(f"{comparison.data}: costs", header, rows, [[False] * 9 for _ in rows], caption)
+
+
+def _marked(
+    scores: Sequence[Sequence[Score | None]], metrics: Sequence[str] | Mapping[str, str]
+) -> tuple[list[list[str]], list[list[bool]]]:
+    """Scores as text, and which are the best of their column (none of lists, none of one row)."""
+    texts = [[_text(s, m) for s, m in zip(row, metrics, strict=True)] for row in scores]
+    columns = list(zip(*scores, strict=True))
+    top = [
+        max((f"{s.mean:.4f}" for s in column if s is not None), default="") for column in columns
+    ]
+    best = [
+        [
+            len(scores) > 1 and m in METRICS and s is not None and f"{s.mean:.4f}" == highest
+            for s, m, highest in zip(row, metrics, top, strict=True)
+        ]
+        for row in scores
+    ]
+    return texts, best
+
+
+def _text(score: Score | None, metric: str) -> str:
+    if score is None:
+        return NONE
+    form = "{:+.2f}" if metric == BIAS else "{:.4f}"
+    deviation = "" if score.sd is None else f" ± {form.format(score.sd).lstrip('+')}"
+    return form.format(score.mean) + deviation
+
+
+def _number(value: float | None, form: str, unit: float = 1.0) -> str:
+    return NONE if value is None else form.format(value / unit)
+
+
+def _view(masked: bool) -> str:
+    return "history masked" if masked else "history not masked"
+
+
+def _against(test: Difference | None) -> str:
+    return NONE if test is None else f"{test.difference:+.4f} ({_probability(test.p)})"
+
+
+def _probability(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _dagger(test: Difference | None) -> str:
+    return "†" if test is not None and test.p < SIGNIFICANT else ""
+
+
+def _verdict(block: Block) -> str:
+    """What the best is worth against its best rival, and what the differences are to."""
+    if block.rival is None or not block.lead:
+        return ""
+    leads = ", ".join(f"{METRICS[m]} {_against(test)}" for m, test in block.lead.items())
+    return (
+        f"best by {METRICS[MAIN]}: {block.best}; against the best rival, {block.rival}: {leads}. "
+        f"Δ: to {block.reference}. Two-sided paired t-tests over users, not corrected for how many "
+        "there are"
+    )
+
+
+def markdown(comparison: Comparison) -> str:
+    """All tables and notes as Markdown."""
+    lines = [
+        f"Data `{comparison.fingerprint}`; {comparison.protocol}.",
+        "",
+    ]
+    for table in tables(comparison):
+        lines += [f"### {table.title}", "", _cells(table.header)]
+        lines.append("|---|" + "---:|" * (len(table.header) - 1))
+        for row, best in zip(table.rows, table.best, strict=True):
+            lines.append(_cells([f"**{c}**" if b else c for c, b in zip(row, best, strict=True)]))
+        lines += ["", *([f"{table.caption}.", ""] if table.caption else [])]
+    lines += [f"- {note}" for note in comparison.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One record for each row, segment and view of the history, with everything that is known."""
+    entries = {entry.label: entry for entry in comparison.entries}
+    records = [
+        _record(entries[label], line, block)
+        for block in comparison.blocks
+        for label, line in block.lines.items()
+    ]
+    out = io.StringIO()
+    columns = dict.fromkeys(column for record in records for column in record)
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
+
+
+def _record(entry: Entry, line: Line, block: Block) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "run": entry.label,
+        "method": entry.method,
+        "seeds": " ".join(map(str, entry.seeds)),
+        "backbone": entry.backbone,
+        "segment": block.segment,
+        "users": block.users,
+        "history": "masked" if block.masked else "not masked",
+    }
+    for metric, score in line.scores.items():
+        record |= {metric: score.mean, f"{metric}_sd": score.sd}
+    record["reference"] = block.reference
+    for metric, test in line.tests.items():
+        record |= {f"{metric}_difference": test.difference, f"{metric}_p": test.p}
+    costs = ("trained_parameters", "training_seconds", "tokens_seen", "peak_memory_mb", "hardware")
+    return record | {cost: getattr(entry, cost) for cost in costs}
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write ``.md`` or ``.csv``; ConfigError for another ending."""
+    render = {".md": markdown, ".csv": csv_text}.get(path.suffix)
+    if render is None:
+        raise ConfigError(f"--out {path}: choose a name that ends in .md or .csv")
+    write_text(path, render(comparison))

@@ -1,0 +1,399 @@
+"""Runs side by side: numbers worked out by hand, tests against scipy, every refusal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from scipy import stats
+
+from l2rec.compare import (
+    Block,
+    Comparison,
+    compare_runs,
+    csv_text,
+    markdown,
+    population,
+    tables,
+    write_comparison,
+)
+from l2rec.config import resolve
+from l2rec.data.dataset import Dataset
+from l2rec.data.ragged import Ragged
+from l2rec.data.splits import leave_one_out
+from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.evaluation import Evaluation, write_ranks
+from l2rec.metrics import coverage, popularity_bias, rank_values, ranking_metrics
+
+Make = Callable[..., Path]
+USERS = 40
+FLOOR = {"ndcg@10": 0.25, "ndcg@10_masked": 0.5, "coverage@10": 0.125}
+
+
+def ranks_of(seed: int, best: int = 1) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.random.default_rng(seed).integers(best, 28, USERS).astype(np.float64)
+
+
+@pytest.fixture
+def make(tmp_path: Path, chains: Dataset) -> Make:
+    """A finished run folder with given ranks, and nothing else that no comparison reads."""
+
+    def run(
+        name: str,
+        ranks: Sequence[float] | np.ndarray[Any, Any],
+        *,
+        seed: int = 0,
+        recipe: str = "sasrec",
+        dim: int = 64,
+        data: Dataset = chains,
+        fingerprint: str = "",
+        protocol: str = "full",
+        init: Path | None = None,
+        order: Sequence[int] = range(USERS),
+        seconds: float = 60.0,
+    ) -> Path:
+        values = {"method": "l2rec.methods.sasrec:SASRec", "seed": seed, "model": {"dim": dim}}
+        fingerprint = fingerprint or data.fingerprint
+        identity = {
+            "run_version": 1,
+            "init": None if init is None else str(init),
+            "config": resolve(values, where="test").model_dump(mode="json"),
+            "dataset": {"path": str(data.path), "name": "chains", "fingerprint": fingerprint},
+            "backbone": None,
+        }
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(identity))
+        report = {
+            "method": "SASRec",
+            "recipe": recipe,
+            "dataset": {"name": "chains", "items": data.n_items},
+            "backbone": {"name": "none", "trained_parameters": 1234},
+            "hardware": "a processor",
+            "training_seconds": seconds,
+            "tokens_seen": 2_000_000,
+            "scores": {"SASRec": {}, "popularity": FLOOR},
+        }
+        (folder / "report.json").write_text(json.dumps(report))
+        split = leave_one_out(data.sequences)
+        top = np.random.default_rng(seed).permuted(
+            np.tile(np.arange(data.n_items), (USERS, 1)), axis=1
+        )
+        every = Evaluation(
+            ranks=np.asarray(ranks, dtype=np.float64),
+            ranks_masked=np.maximum(1.0, np.asarray(ranks) - 2.0),
+            users=split.users,
+            top=top[:, :20].astype(np.int32),
+            targets=split.test_targets.astype(np.int64),
+            n_items=data.n_items,
+        )
+        write_ranks(
+            folder / "ranks.parquet",
+            every.take(np.asarray(order)),
+            data.user_ids.to_pylist(),
+            fingerprint=fingerprint,
+            protocol=protocol,
+        )
+        return folder
+
+    return run
+
+
+def block(found: Comparison, segment: str = "all", masked: bool = False) -> Block:
+    return next(b for b in found.blocks if (b.segment, b.masked) == (segment, masked))
+
+
+# -- segments ------------------------------------------------------------------------------------
+
+
+def test_segments_by_hand() -> None:
+    histories = Ragged.from_rows([[0] * n for n in (1, 5, 6, 10, 11)])
+    counts = np.array([3, 9, 0, 3, 3, 1, 0, 0, 0, 0])  # the head of ten items: 1, and 0 of the 3s
+    segments = population(histories, np.array([0, 1, 2, 3, 5]), counts).segments
+    assert {name: rows.tolist() for name, rows in segments.items()} == {
+        "history 1-5": [True, True, False, False, False],
+        "history 6-10": [False, False, True, True, False],
+        "history 11+": [False, False, False, False, True],
+        "head target": [True, True, False, False, False],
+        "tail target": [False, False, True, True, True],
+        "cold target": [False, False, True, False, False],
+    }
+
+
+def test_segments_of_nobody_are_left_out() -> None:
+    found = population(Ragged.from_rows([[0, 1]]), np.array([0]), np.array([2, 1, 1]))
+    assert list(found.segments) == ["history 1-5", "head target"]
+
+
+# -- scores and tests ----------------------------------------------------------------------------
+
+
+def test_scores_and_tests_of_two_runs(make: Make, chains: Dataset) -> None:
+    good, bad = ranks_of(1), ranks_of(2, best=4)
+    shuffled = np.random.default_rng(0).permutation(USERS)
+    a, b = make("a", good, recipe="first"), make("b", bad, recipe="second", dim=32, order=shuffled)
+    found = compare_runs([b, a])
+    assert (found.data, found.fingerprint, found.protocol) == ("chains", chains.fingerprint, "full")
+    assert [entry.label for entry in found.entries] == ["second", "first"] and not found.notes
+    split = leave_one_out(chains.sequences)
+    counts = np.bincount(split.train.values, minlength=chains.n_items)
+    cases = {"all": np.ones(USERS, bool)}
+    cases |= population(split.test_histories, split.test_targets, counts).segments
+    assert len(found.blocks) == 2 * len(cases) and {"head target", "history 6-10"} <= cases.keys()
+    for masked in (False, True):
+        ranks = {"first": good, "second": bad}
+        ranks = {n: np.maximum(1, r - 2) if masked else r for n, r in ranks.items()}
+        for segment, rows in cases.items():
+            got = block(found, segment, masked)
+            expected = {name: ranking_metrics(r[rows]) for name, r in ranks.items()}
+            best, rival = sorted(expected, key=lambda name: -expected[name]["ndcg@10"])
+            assert (got.users, got.best, got.rival) == (rows.sum(), best, rival)
+            assert got.reference == best and got.lines[best].tests == {}
+            for name, metrics in expected.items():
+                scores = got.lines[name].scores
+                assert {m: scores[m].mean for m in metrics} == pytest.approx(metrics)
+                assert all(score.sd is None for score in scores.values())
+            for metric in ("ndcg@10", "recall@10"):
+                a_values, b_values = (rank_values(ranks[n][rows], metric) for n in (best, rival))
+                lead, test = got.lead[metric], got.lines[rival].tests[metric]
+                assert lead.difference == -test.difference and lead.p == test.p
+                assert lead.difference == pytest.approx(float((a_values - b_values).mean()))
+                assert lead.p == pytest.approx(float(stats.ttest_rel(a_values, b_values).pvalue))
+    assert {b.best for b in found.blocks} == {"first", "second"}, "of each segment its own"
+
+
+def test_coverage_and_bias_are_of_the_lists(make: Make, chains: Dataset) -> None:
+    found = compare_runs([make("a", ranks_of(1))])
+    split = leave_one_out(chains.sequences)
+    counts = np.bincount(split.train.values, minlength=chains.n_items)
+    top = np.random.default_rng(0).permuted(np.tile(np.arange(30), (USERS, 1)), axis=1)[:, :10]
+    head = population(split.test_histories, split.test_targets, counts).segments["head target"]
+    for segment, chosen in {"all": np.ones(USERS, bool), "head target": head}.items():
+        scores = block(found, segment).lines["sasrec"].scores
+        assert scores["coverage@10"].mean == coverage(top[chosen], chains.n_items)
+        histories = split.test_histories.take(np.flatnonzero(chosen))
+        expected = popularity_bias(top[chosen], histories, counts)
+        assert scores["popularity_bias@10"].mean == pytest.approx(expected)
+    assert "coverage@10" not in block(found, masked=True).lines["sasrec"].scores
+
+
+def test_seeds_of_a_recipe_are_one_row(make: Make) -> None:
+    ranks = [ranks_of(seed) for seed in (1, 2, 3)]
+    seeds = [make(f"s{n}", r, seed=n, seconds=60.0 * n) for n, r in enumerate(ranks)]
+    other = make("other", ranks_of(4, best=5), recipe="other", dim=32)
+    found = compare_runs([seeds[0], other, *seeds[1:]])
+    ours, _ = found.entries
+    assert ours.seeds == [0, 1, 2] and ours.runs == [str(run) for run in seeds]
+    assert (ours.training_seconds, ours.peak_memory_mb) == (60.0, None)
+    assert (ours.trained_parameters, ours.tokens_seen) == (1234, 2e6)
+    got = block(found)
+    for metric in ("ndcg@10", "mrr", "recall@5"):
+        means = [ranking_metrics(r)[metric] for r in ranks]
+        score = got.lines["sasrec"].scores[metric]
+        assert score.mean == pytest.approx(statistics.fmean(means))
+        assert score.sd == pytest.approx(statistics.stdev(means))
+    of_users = np.mean([rank_values(r, "ndcg@10") for r in ranks], axis=0)
+    theirs = stats.ttest_rel(of_users, rank_values(ranks_of(4, best=5), "ndcg@10"))
+    assert got.lead["ndcg@10"].p == pytest.approx(float(theirs.pvalue))
+
+
+def test_seeds_apart(make: Make) -> None:
+    a, b = make("a", ranks_of(1)), make("b", ranks_of(2), seed=1)
+    found = compare_runs([a, b], group=False)
+    assert [entry.label for entry in found.entries] == [f"sasrec ({a})", f"sasrec ({b})"]
+    assert [entry.seeds for entry in found.entries] == [[0], [1]]
+
+
+def test_pre_training_is_part_of_the_recipe(make: Make, tmp_path: Path) -> None:
+    """Starts that differ in the seed alone are one recipe; other starts, or none, are others."""
+    starts = [make(f"pre{n}", ranks_of(n), seed=n) for n in (0, 1)]
+    starts += [make("wide", ranks_of(1), dim=128), tmp_path / "gone", tmp_path / "gone", None]
+    runs = [make(f"r{n}", ranks_of(n), seed=n, init=s) for n, s in enumerate(starts)]
+    entries = compare_runs(runs).entries
+    assert [entry.seeds for entry in entries] == [[0, 1], [2], [3, 4], [5]]
+    assert len({entry.label for entry in entries}) == 4
+
+
+def test_against_a_run(make: Make) -> None:
+    good, bad = make("good", ranks_of(1)), make("bad", ranks_of(1) + 5, recipe="bad", dim=32)
+    other = make("other", ranks_of(1) + 2, recipe="other", dim=16)
+    inside, outside = (
+        compare_runs([good, bad, other], against=bad),
+        compare_runs([good, other], against=bad),
+    )
+    for found in (inside, outside):
+        got = block(found)
+        assert (got.best, got.rival, got.reference) == ("sasrec", "other", "bad")
+        assert got.lines["bad"].tests == {} and got.lines["sasrec"].tests["ndcg@10"].difference > 0
+        assert got.lead["ndcg@10"].difference > 0
+    assert [entry.label for entry in outside.entries] == ["sasrec", "other", "bad"]
+
+
+def test_one_run_alone(make: Make) -> None:
+    found = compare_runs([make("a", ranks_of(1))])
+    got = block(found)
+    assert (got.best, got.rival, got.lead, got.lines["sasrec"].tests) == ("sasrec", None, {}, {})
+    assert all("**" not in cell for t in tables(found) for row in t.rows for cell in row)
+    assert not any(mark for t in tables(found)[2:] for row in t.best for mark in row)
+
+
+# -- what is missing, what is refused ------------------------------------------------------------
+
+
+def test_ranks_from_before_lists_were_kept(make: Make) -> None:
+    old, new = make("old", ranks_of(1)), make("new", ranks_of(2), recipe="new", dim=32)
+    pq.write_table(
+        pq.read_table(old / "ranks.parquet").drop_columns(["top"]), old / "ranks.parquet"
+    )
+    found = compare_runs([old, new])
+    assert [note for note in found.notes if f"`l2rec evaluate {old}`" in note] == found.notes != []
+    got = block(found)
+    assert "coverage@10" in got.lines["new"].scores
+    assert not {"coverage@10", "popularity_bias@10"} & got.lines["sasrec"].scores.keys()
+    assert tables(found)[0].rows[0][9:11] == ["–", "–"]
+    by_segment = {table.title: table for table in tables(found)}
+    assert [
+        row[0] for row in by_segment["chains: cov@10 by segment of users, history not masked"].rows
+    ] == ["new"]
+
+
+def test_the_data_set_is_gone(make: Make, chains: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(chains.path, tmp_path / "moved")
+    runs = [make("a", ranks_of(1)), make("b", ranks_of(2), recipe="b", dim=32)]
+    for run in runs:
+        identity = yaml.safe_load((run / "config.yaml").read_text())
+        identity["dataset"]["path"] = str(tmp_path / "gone")
+        (run / "config.yaml").write_text(yaml.safe_dump(identity))
+    found = compare_runs(runs)
+    assert len(found.notes) == 1 and str(tmp_path / "gone") in found.notes[0]
+    assert "--data" in found.notes[0] and found.notes[0] in markdown(found)
+    assert [(b.segment, b.masked) for b in found.blocks] == [("all", False), ("all", True)]
+    scores = block(found).lines["b"].scores
+    assert "coverage@10" in scores and "popularity_bias@10" not in scores
+    assert len(tables(found)) == 3
+    assert len(compare_runs(runs, data=tmp_path / "moved").blocks) > 2
+
+
+def test_another_data_set(make: Make, chains: Dataset, tmp_path: Path) -> None:
+    run = make("a", ranks_of(1), fingerprint="another")
+    assert compare_runs([run]).notes[0].startswith("no segments and no popularity bias")
+    with pytest.raises(DataError, match=f"made on data another, .* is {chains.fingerprint}"):
+        compare_runs([run], data=chains.path)
+
+
+def test_runs_that_cannot_be_compared(make: Make) -> None:
+    run = make("a", ranks_of(1))
+    for name, change, message in [
+        ("b", {"fingerprint": "x"}, f"fingerprint '{'[0-9a-f]' * 16}' against 'x'"),
+        ("c", {"protocol": "sampled"}, "protocol 'full' against 'sampled'"),
+        ("d", {"order": range(1, USERS)}, "40 and 39 ranked users, 39 in common"),
+    ]:
+        other = make(name, ranks_of(2), recipe=name, dim=32, **change)
+        with pytest.raises(DataError, match=message) as error:
+            compare_runs([run, other])
+        assert str(error.value).startswith(f"{run} and {other} cannot be compared: ")
+    targets = make("e", ranks_of(2), dim=32)
+    table = pq.read_table(targets / "ranks.parquet")
+    column = table["target"].to_numpy().copy()
+    column[0] += 1
+    pq.write_table(table.set_column(3, "target", [column]), targets / "ranks.parquet")
+    with pytest.raises(DataError, match="39 in common"):
+        compare_runs([run, targets])
+    with pytest.raises(DataError, match="1 of 40 ranked users are not so in the test split"):
+        compare_runs([targets])
+    with pytest.raises(DataError, match="is given twice"):
+        compare_runs([run, run.parent / "." / run.name])
+    again = make("again", ranks_of(2))
+    with pytest.raises(DataError, match=f"{run} and {again} are one recipe with seed 0;.*no-group"):
+        compare_runs([run, again])
+    assert len(compare_runs([run, again], group=False).entries) == 2
+
+
+def test_folders_that_are_no_finished_runs(make: Make, tmp_path: Path) -> None:
+    run = make("a", ranks_of(1))
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        compare_runs([run, tmp_path / "nothing"])
+    (run / "ranks.parquet").unlink()
+    with pytest.raises(CheckpointError, match="holds no ranks"):
+        compare_runs([run])
+    (run / "report.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is not finished.*--resume"):
+        compare_runs([run])
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(make: Make) -> Comparison:
+    """Two seeds of one recipe and one run with a name that means something in Markdown."""
+    runs = [make(f"s{n}", ranks_of(n), seed=n) for n in (1, 2)]
+    return compare_runs([*runs, make("other", ranks_of(3, best=9), recipe="a|b", dim=32)])
+
+
+def test_tables_are_rectangular(three: Comparison) -> None:
+    for table in tables(three):
+        assert table.rows, table.title
+        for row, best in zip(table.rows, table.best, strict=True):
+            assert len(row) == len(best) == len(table.header), table.title
+
+
+def test_markdown(three: Comparison) -> None:
+    text = markdown(three)
+    lines = text.splitlines()
+    row = next(line for line in lines if line.startswith("| **sasrec** | 2 |"))
+    score = block(three).lines["sasrec"].scores["ndcg@10"]
+    assert f"**{score.mean:.4f} ± {score.sd:.4f}**" in row
+    other = next(line for line in lines if line.startswith("| a\\|b | 1 |"))
+    assert other.count(" (p") == 2 and "p < 0.001" in other
+    floor = next(line for line in lines if line.startswith("| popularity |"))
+    assert "0.2500" in floor and "0.1250" in floor and "**" not in floor
+    assert "best by N@10: sasrec; against the best rival, a|b: N@10 +" in text
+    assert "| 0.0" in text and "† differs from" in text
+    costs = text[text.index("### chains: costs") :]
+    assert "| sasrec | SASRec | 1 2 | none | 1,234 | 1.0 min | 2.0 M | – | a processor |" in costs
+    assert "means over seeds." in costs
+
+
+def test_csv_has_every_number(three: Comparison) -> None:
+    records = list(csv.DictReader(io.StringIO(csv_text(three))))
+    assert len(records) == 2 * len(three.blocks)
+    for record in records:
+        masked = record["history"] == "masked"
+        found = block(three, record["segment"], masked)
+        assert record["users"] == str(found.users) and record["reference"] == found.reference
+        line = found.lines[record["run"]]
+        for metric, score in line.scores.items():
+            assert float(record[metric]) == score.mean
+            assert record[f"{metric}_sd"] == ("" if score.sd is None else str(score.sd))
+        for metric, test in line.tests.items():
+            assert float(record[f"{metric}_p"]) == test.p
+        assert (record["coverage@10"] == "") == masked
+        assert record["training_seconds"] == "60.0" and record["peak_memory_mb"] == ""
+
+
+def test_files_that_are_written(three: Comparison, tmp_path: Path) -> None:
+    for name, text in {"t.md": markdown(three), "t.csv": csv_text(three)}.items():
+        write_comparison(three, tmp_path / "made" / name)
+        assert (tmp_path / "made" / name).read_text() == text
+    with pytest.raises(ConfigError, match=r"t\.html: choose a name that ends in \.md or \.csv"):
+        write_comparison(three, tmp_path / "t.html")
+
+
+def test_a_segment_of_one_user_is_not_tested(make: Make) -> None:
+    found = compare_runs([make("a", ranks_of(1)), make("b", ranks_of(2), recipe="b", dim=32)])
+    alone = [b for b in found.blocks if b.users == 1]
+    for got in alone:
+        assert got.lead == {} and all(line.tests == {} for line in got.lines.values())
+    assert all(math.isfinite(t.p) for b in found.blocks for t in b.lead.values())
