@@ -506,7 +506,7 @@ def join_dtypes(goals: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def parser() -> argparse.ArgumentParser:
     p = arguments(__file__, __doc__)
-    p.add_argument("--steps", type=int, default=5, help="timed rounds (default %(default)s)")
+    p.add_argument("--steps", type=int, default=3, help="timed rounds (default %(default)s)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument(
         "--backbone",
@@ -558,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:
-        args.steps = 3
+        args.steps = 1
     device = args.device
     if args.memory_of:
         (case,) = cases(args)
