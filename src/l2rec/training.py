@@ -390,7 +390,6 @@ def _validate(run: _Run, position: float) -> dict[str, float]:
         split.valid_histories,
         split.valid_targets,
         users=split.users,
-        batch_size=1024,
         progress=lambda done: run.progress.validating(done, len(split.users)),
     )
     c.eval_seconds += time.monotonic() - started

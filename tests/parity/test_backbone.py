@@ -22,6 +22,7 @@ from l2rec.backbone import (
     load_backbone,
     minilm_source,
     pack,
+    pack_rows,
     packed_attention,
 )
 from l2rec.config import BackboneConfig
@@ -145,6 +146,36 @@ def test_two_groups_in_one_batch_do_not_meet(family: str) -> None:
         for part, lengths in ((ids[:10], first), (ids[10:], second))
     ]
     torch.testing.assert_close(together, torch.cat(alone), **close(family))
+
+
+@pytest.mark.parametrize("attend", Attend)
+def test_rows_of_like_length_side_by_side_need_no_padding(attend: Attend) -> None:
+    backbone, _ = both("bert")
+    lengths = torch.tensor([5] * 20 + [4] * 9 + [1] * 11)
+    total = int(lengths.sum())
+    ids, blocks = torch.randint(6, 60, (total,)), torch.arange(total) // 2
+    groups, positions = pack_rows(lengths, attend, blocks=blocks, start=3)
+    assert [(g.start - 3, g.rows, g.width) for g in groups] == [
+        (0, 20, 5),
+        (100, 9, 4),
+        (136, 11, 1),
+    ]
+    assert all(g.pad is None for g in groups) and groups[-1].stop == total + 3
+    if attend is Attend.FULL:
+        assert all(g.mask is None for g in groups)
+    at_zero, _ = pack_rows(lengths, attend, blocks=blocks)
+    one, same = pack(lengths, attend, blocks=blocks)
+    assert torch.equal(positions, same)
+    x = backbone.embed(ids)
+    torch.testing.assert_close(
+        backbone(x, Packing(at_zero, positions)),
+        backbone(x, Packing((one,), same)),
+        **close("bert"),
+    )
+    shuffled = lengths[torch.randperm(len(lengths))]
+    assert len(pack_rows(shuffled, attend, blocks=blocks)[0]) == 1, (
+        "too many runs: one padded group"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -248,6 +248,30 @@ def test_untrained_mixture_leaves_the_backbone_exactly_as_it_is(family: str) -> 
     assert len(routing.balance[0]) == len(linears), "attached once, however often it is asked"
 
 
+def test_without_gradients_the_update_is_added_in_place_and_the_same() -> None:
+    """Two views, two slices of one Linear's output; inference adds where training concatenates."""
+    backbone = random_backbone().double()
+    moe = DPMoE(find_linears(backbone.model, ("q", "v")), backbone.dim, rank=2, view_experts=4)
+    moe.double().attach()
+    for mixture in moe.mixtures:
+        nn.init.normal_(mixture.b)
+        nn.init.normal_(mixture.shared_b)
+    a, first = pack(torch.tensor([5, 2]), Attend.FULL)
+    b, second = pack(torch.tensor([4]), Attend.FULL, start=7)
+    packing = Packing((a, b), torch.cat((first, second)))
+    x = backbone.embed(torch.randint(6, 40, (11,)))
+    rows = (torch.tensor([0] * 5 + [1] * 2), torch.zeros(4, dtype=torch.long))
+    slices = [
+        ViewSlice(view, start, start + len(row), torch.randn(2, backbone.dim).double(), row)
+        for view, (start, row) in enumerate(zip((0, 7), rows, strict=True))
+    ]
+    with moe.routed(slices):
+        expected = backbone(x, packing)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without(), moe.routed(slices):
+            torch.testing.assert_close(backbone(x, packing), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_two_mixtures_on_one_backbone_do_not_meet() -> None:
     backbone = random_backbone()
     first, second = (DPMoE(find_linears(backbone.model, ("q",)), backbone.dim) for _ in range(2))

@@ -47,7 +47,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Attend, Backbone, Group, Packing, pack
+from l2rec.backbone import Attend, Backbone, Group, Packing, pack_rows, split
 from l2rec.data.batches import Batch, TrainingBatches, plan_batches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged, flat_index
@@ -475,13 +475,14 @@ class L2Rec(nn.Module):
         start = 0
         for index, part in enumerate(inputs):
             segments = part.segments
-            group, position = pack(
+            rows, position = pack_rows(
                 segments.lengths, self._attend(), blocks=segments.block, start=start
             )
-            slices.append(ViewSlice(index, start, group.stop, part.u, part.user))
-            groups.append(group)
+            stop = start + len(part.x)
+            slices.append(ViewSlice(index, start, stop, part.u, part.user))
+            groups += rows
             positions.append(position)
-            start = group.stop
+            start = stop
         packing = Packing(tuple(groups), torch.cat(positions))
         packed = torch.cat([part.x.to(self.backbone.dtype) for part in inputs])
         if self.config.adapt:
@@ -489,7 +490,7 @@ class L2Rec(nn.Module):
                 states = self.backbone(packed, packing)
         else:
             routing, states = None, self.backbone(packed, packing)
-        return [states[group.start : group.stop] for group in groups], routing, packing
+        return list(split(states, [len(part.x) for part in inputs])), routing, packing
 
     def _attend(self) -> Attend:
         if self.backbone.causal:
@@ -668,7 +669,7 @@ class L2Rec(nn.Module):
     # -- inference -------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def user_states(self, histories: Ragged, batch_tokens: int = 16384) -> UserState:
+    def user_states(self, histories: Ragged, batch_tokens: int = 4096) -> UserState:
         """`forward` over any number of rows in batches of equal token budget, in the rows' order.
 
         Raises:
