@@ -38,7 +38,7 @@ from l2rec.config import TrainingConfig
 from l2rec.data.splits import Split
 from l2rec.errors import CheckpointError, TrainingError
 from l2rec.evaluation import evaluate
-from l2rec.methods.protocols import EpochBatches, Losses, Stage, Trainable
+from l2rec.methods.protocols import EpochBatches, Losses, Recommender, Stage, Trainable
 
 SELECT = "ndcg@10"
 
@@ -102,14 +102,16 @@ class _Window:
     loss: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, losses: Losses, seconds: float) -> None:
+    def add(self, updates: list[Losses], seconds: float) -> None:
+        """All updates of one batch: together one step."""
         self.steps += 1
         self.seconds += seconds
-        self.tokens += losses.tokens
-        self.computed += losses.computed_tokens
-        self.loss += float(losses.total.detach())
-        for name, part in losses.parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + float(part)
+        for losses in updates:
+            self.tokens += losses.tokens
+            self.computed += losses.computed_tokens
+            self.loss += float(losses.total.detach())
+            for name, part in losses.parts.items():
+                self.parts[name] = self.parts.get(name, 0.0) + float(part)
 
 
 @dataclass
@@ -184,7 +186,7 @@ def _train(run: _Run, state: State | None) -> TrainingResult:
     for number in range(run.counters.stage, len(stages)):
         stage = stages[number]
         if number > run.counters.stage:
-            _next_stage(run, number, stage.name)
+            _next_stage(run, number, stage, stages[number - 1])
         with _only(run.model, [p for g in stage.groups for p in g.parameters]) as parameters:
             stopped = _run_stage(run, stage, parameters, state)
         state = None
@@ -240,14 +242,16 @@ def _go_on(run: _Run, state: State) -> None:
         load_tensors(best)  # a torn one is better known now than after hours of training
 
 
-def _next_stage(run: _Run, number: int, name: str) -> None:
+def _next_stage(run: _Run, number: int, stage: Stage, before: Stage) -> None:
     """From the best weights so far, with counters of its own."""
     _load_best(run)
     c = run.counters
+    if stage.validates is not before.validates:
+        c.best = -math.inf  # other scores than these
     c.stage, c.stage_start = number, c.step
     c.epoch = c.batch = c.bad = 0
     c.next_eval = run.config.eval_every
-    run.progress.line(f"stage {number + 1}: {name}, from step {c.best_step}")
+    run.progress.line(f"stage {number + 1}: {stage.name}, from step {c.best_step}")
 
 
 def _load_best(run: _Run) -> None:
@@ -287,16 +291,20 @@ def _run_stage(run: _Run, stage: Stage, parameters: list[nn.Parameter], state: S
             started = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _rate(run, planned)
-            optimizer.zero_grad(set_to_none=True)
-            losses = stage.loss(batch)
-            losses.total.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-            _check_finite(run, losses, norm)
-            optimizer.step()
+            made = stage.loss(batch)
+            updates: list[Losses] = []
+            for losses in (made,) if isinstance(made, Losses) else made:
+                optimizer.zero_grad(set_to_none=True)
+                losses.total.backward()
+                norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+                _check_finite(run, losses, norm)
+                optimizer.step()
+                updates.append(losses)
             c.step, c.batch = c.step + 1, c.batch + 1
-            c.tokens, c.computed = c.tokens + losses.tokens, c.computed + losses.computed_tokens
+            c.tokens += sum(losses.tokens for losses in updates)
+            c.computed += sum(losses.computed_tokens for losses in updates)
             c.seconds += time.monotonic() - started
-            run.window.add(losses, time.monotonic() - started)
+            run.window.add(updates, time.monotonic() - started)
             position = epoch + c.batch / len(batches)
             if c.step % config.log_every == 0:
                 _log_window(run, position, planned)
@@ -380,13 +388,13 @@ def _check_finite(run: _Run, losses: Losses, norm: torch.Tensor) -> None:
 # -- validation and checkpoints ------------------------------------------------------------------
 
 
-def _validate(run: _Run, position: float) -> dict[str, float]:
+def _validate(run: _Run, position: float, validated: Recommender | None = None) -> dict[str, float]:
     split, c = run.split, run.counters
     started = time.monotonic()
     if not len(split.users):
         raise TrainingError("no user has three events: there is nothing to validate on")
     result = evaluate(
-        run.model,
+        run.model if validated is None else validated,
         split.valid_histories,
         split.valid_targets,
         users=split.users,
@@ -407,7 +415,7 @@ def _validate(run: _Run, position: float) -> dict[str, float]:
 def _validate_and_count(run: _Run, position: float, stage: Stage) -> bool:
     """Validate; True if the model is the best so far, or if its stage keeps the last."""
     _tell_cost(run, position)
-    metrics = _validate(run, position)
+    metrics = _validate(run, position, stage.validates)
     c = run.counters
     if metrics[SELECT] > c.best or not stage.select:
         c.best, c.best_step, c.bad, run.best = metrics[SELECT], c.step, 0, metrics

@@ -706,3 +706,53 @@ def test_resume_inside_an_epoch_does_not_begin_it_again(tmp_path: Path) -> None:
     )
     a, b = (load_tensors(tmp_path / x / "model.safetensors")[0] for x in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Alternating(Toy):
+    """Two updates of each batch: the first table, then the second, by what the first became."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        (stage,) = super().stages(lr, weight_decay)
+        return [dataclasses.replace(stage, loss=self.both)]
+
+    def both(self, batch: Batch) -> Iterator[Losses]:
+        for parameter in (self.first, self.second):
+            self.seen.append((self.first.detach().clone(), self.second.detach().clone()))
+            parameter_only = {id(self.first): self.second, id(self.second): self.first}
+            other = parameter_only[id(parameter)].detach()
+            last = torch.from_numpy(batch.histories.values[batch.histories.offsets[1:] - 1]).long()
+            scores = (parameter + other)[last]
+            loss = nn.functional.cross_entropy(scores, torch.from_numpy(batch.targets).long())
+            yield Losses(loss, {"rec": loss.detach()}, len(last), len(last))
+
+
+def test_a_batch_may_ask_for_several_updates(tmp_path: Path) -> None:
+    model = Alternating()
+    result = training.train(
+        model, split(), options(epochs=1), seed=0, run=tmp_path, progress=Quiet()
+    )
+    assert len(model.seen) == 2 * result.steps
+    for number, ((a, b), (c, d)) in enumerate(itertools.pairwise(model.seen)):
+        moved, kept = ((a, c), (b, d)) if number % 2 == 0 else ((b, d), (a, c))
+        assert not torch.equal(*moved) and torch.equal(*kept), number
+
+
+def test_a_stage_may_validate_another_recommender(tmp_path: Path) -> None:
+    """Its scores are of another kind, so the stage after it starts its own competition."""
+    data = unique_histories()
+    other = Scripted([1], data)
+
+    class First(Scripted):
+        def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+            one, two = super().stages(lr, weight_decay)
+            return [dataclasses.replace(one, validates=other), two]
+
+    model = First([5, 4], data, stages=2)
+    result = training.train(model, data, options(epochs=1), seed=0, run=tmp_path, progress=Quiet())
+    scores = [r["ndcg@10"] for r in log(tmp_path, "valid")]
+    assert scores[1] == 1.0 and scores[0] < scores[2] < 1.0
+    assert result.valid["ndcg@10"] == scores[2] and result.best_step == result.steps

@@ -78,6 +78,9 @@ class Stage:
     Only ``groups`` are trained; everything else needs no gradient meanwhile.
     ``select``: validate, keep the best weights and stop by patience. False is for pre-training,
     whose weights do not rank well yet: it runs its epochs and keeps the last.
+    ``loss`` of a batch: one update, or several, one after the other: each is computed with the
+    weights that the one before has left, and moves only the parameters it has a gradient for.
+    ``validates``: what is ranked to validate this stage, if not the method itself.
     ``epochs``: instead of ``training.epochs``.
     ``begin_epoch``: called before each epoch. What it changes must be part of the model's state,
     or a run resumed within the epoch would lack it.
@@ -86,8 +89,9 @@ class Stage:
     name: str
     groups: list[ParameterGroup]
     batches: MakeBatches
-    loss: Callable[[Batch], Losses]
+    loss: Callable[[Batch], Losses | Iterator[Losses]]
     select: bool = True
+    validates: Recommender | None = None
     epochs: int | None = None
     begin_epoch: Callable[[int], None] | None = None
 
