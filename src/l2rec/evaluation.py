@@ -276,7 +276,7 @@ def write_ranks(
 def read_ranks(path: str | os.PathLike[str]) -> Ranks:
     """Read what ``write_ranks`` wrote; ``CheckpointError`` for a missing, torn or other file."""
     try:
-        table = pq.read_table(path)
+        table = pq.ParquetFile(path).read()
         stored = table.schema.metadata or {}
         return Ranks(
             users=table["user"].to_pylist(),

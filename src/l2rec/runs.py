@@ -658,7 +658,7 @@ def load(run: str | Path) -> Predictor:
 
 def _catalog(run: Path) -> Catalog:
     try:
-        return Catalog(pq.read_table(run / "catalog.parquet"))
+        return Catalog(pq.ParquetFile(run / "catalog.parquet").read())
     except (OSError, pa.ArrowException) as error:
         raise CheckpointError(f"{run}/catalog.parquet: missing or torn: {error}") from error
 

@@ -22,6 +22,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
+from l2rec.methods import l2rec
 from l2rec.methods.blocks import item_text
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
 from l2rec.methods.protocols import Embedder, Recommender, Trainable
@@ -392,14 +393,16 @@ def test_training_does_not_see_the_last_two_items(changes: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("changes", [{}, {"items": "table"}, TABLE, {"pooling": "blend"}])
-def test_users_do_not_depend_on_the_batch(family: str, changes: dict[str, Any]) -> None:
+def test_users_do_not_depend_on_the_batch(
+    family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = shaken(build(family, **changes))
     together = model.encode_users(HISTORIES)
     alone = [model.encode_users(HISTORIES.take(np.array([i]))) for i in range(len(HISTORIES))]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
-    budgets = [model.user_states(HISTORIES, batch_tokens=b).fused for b in (1, 60, 10**6)]
-    for fused in budgets:
-        vectors = F.normalize(fused, dim=-1)
+    for budget in (1, 60, 10**6):
+        monkeypatch.setattr(l2rec, "ENCODED_TOKENS", budget)
+        vectors = F.normalize(model.user_states(HISTORIES).fused, dim=-1)
         torch.testing.assert_close(vectors, together, rtol=0, atol=1e-5)
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(len(HISTORIES)))
     order = np.array([4, 2, 0, 1, 3])

@@ -22,7 +22,6 @@ from l2rec.backbone import (
     load_backbone,
     minilm_source,
     pack,
-    pack_rows,
     packed_attention,
 )
 from l2rec.config import BackboneConfig
@@ -149,33 +148,33 @@ def test_two_groups_in_one_batch_do_not_meet(family: str) -> None:
 
 
 @pytest.mark.parametrize("attend", Attend)
-def test_rows_of_like_length_side_by_side_need_no_padding(attend: Attend) -> None:
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rows_attend_in_buckets_of_like_length(attend: Attend, shuffled: bool) -> None:
     backbone, _ = both("bert")
-    lengths = torch.tensor([5] * 20 + [4] * 9 + [1] * 11)
+    lengths = torch.tensor([25] * 20 + [24] * 9 + [1] * 11)
+    torch.manual_seed(0)
+    if shuffled:
+        lengths = lengths[torch.randperm(len(lengths))]
     total = int(lengths.sum())
     ids, blocks = torch.randint(6, 60, (total,)), torch.arange(total) // 2
-    groups, positions = pack_rows(lengths, attend, blocks=blocks, start=3)
-    assert [(g.start - 3, g.rows, g.width) for g in groups] == [
-        (0, 20, 5),
-        (100, 9, 4),
-        (136, 11, 1),
-    ]
-    assert all(g.pad is None for g in groups) and groups[-1].stop == total + 3
-    if attend is Attend.FULL:
-        assert all(g.mask is None for g in groups)
-    at_zero, _ = pack_rows(lengths, attend, blocks=blocks)
-    one, same = pack(lengths, attend, blocks=blocks)
-    assert torch.equal(positions, same)
+    group, positions = pack(lengths, attend, blocks=blocks, start=3)
+    assert [(b.rows, b.width) for b in group.buckets] == [(29, 25), (11, 1)]
+    assert (group.start, group.stop) == (3, total + 3)
+    assert Packing((group,), positions).computed == total + 9
+    group, _ = pack(lengths, attend, blocks=blocks)
     x = backbone.embed(ids)
-    torch.testing.assert_close(
-        backbone(x, Packing(at_zero, positions)),
-        backbone(x, Packing((one,), same)),
-        **close("bert"),
-    )
-    shuffled = lengths[torch.randperm(len(lengths))]
-    assert len(pack_rows(shuffled, attend, blocks=blocks)[0]) == 1, (
-        "too many runs: one padded group"
-    )
+    found = backbone(x, Packing((group,), positions))
+    for row, start in enumerate((lengths.cumsum(0) - lengths).tolist()):
+        n = int(lengths[row])
+        alone, own = pack(torch.tensor([n]), attend, blocks=blocks[start : start + n])
+        expected = backbone(x[start : start + n], Packing((alone,), own))
+        torch.testing.assert_close(found[start : start + n], expected, **close("bert"))
+
+
+def test_even_rows_in_order_are_not_moved() -> None:
+    group, _ = pack(torch.tensor([5] * 4 + [3] * 4), Attend.FULL)
+    assert group.pad is None and group.unpad is None
+    assert [(b.rows, b.width, b.mask) for b in group.buckets] == [(4, 5, None), (4, 3, None)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -252,7 +251,8 @@ def test_every_query_of_a_mask_sees_something() -> None:
     blocks = torch.tensor([b for row in block_ids(lengths) for b in row])
     for attend in Attend:
         group, _ = pack(torch.tensor(lengths), attend, blocks=blocks)
-        assert group.mask is not None and bool(group.mask.any(-1).all())
+        for bucket in group.buckets:
+            assert bucket.mask is not None and bool(bucket.mask.any(-1).all())
 
 
 def test_default_scale_and_sliding_window() -> None:

@@ -316,7 +316,7 @@ def _parquet_shape(file: Path) -> tuple[int, list[str]]:
 
 def _read_parquet(file: Path) -> pa.Table:
     try:
-        return pq.read_table(file)
+        return pq.ParquetFile(file).read()
     except (OSError, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{file} is torn ({reason}); prepare the data set again") from error

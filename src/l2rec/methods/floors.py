@@ -10,16 +10,19 @@ from __future__ import annotations
 __all__ = ["LastItemNeighbour", "Popularity", "TextNeighbour"]
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from l2rec.data.ragged import IntArray, Ragged, flat_index
 from l2rec.errors import DataError
 from l2rec.methods.protocols import Scorer
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class LastItemNeighbour:
     @classmethod
     def from_sequences(cls, train: Ragged, n_items: int) -> LastItemNeighbour:
         """Count the transitions of ``train``, item ints below ``n_items``; else ``DataError``."""
+        from scipy import sparse  # slow to import, and only training has floors
+
         counts = _event_counts(train, n_items)
         lengths = np.maximum(train.lengths - 1, 0)  # transitions of each row
         before = flat_index(train.offsets[:-1], lengths)

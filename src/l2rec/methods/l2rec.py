@@ -35,10 +35,10 @@ from __future__ import annotations
 __all__ = ["ItemTable", "L2Rec", "L2RecConfig", "UserState"]
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Attend, Backbone, Group, Packing, pack_rows, split
+from l2rec.backbone import Attend, Backbone, Group, Packing, pack, split
 from l2rec.data.batches import Batch, TrainingBatches, plan_batches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged, flat_index
@@ -67,6 +67,11 @@ from l2rec.views import (
 )
 
 View = Literal["semantic", "behavioral"]
+Kept = TypeVar("Kept")
+
+# Of one batch without gradients. Beyond this, activations outgrow what the C library reuses, and
+# fresh pages cost more than the arithmetic.
+ENCODED_ROWS, ENCODED_TOKENS = 512, 4096
 
 
 class L2RecConfig(BaseModel):
@@ -320,8 +325,11 @@ class L2Rec(nn.Module):
             self.table = ItemTable(self._catalog_text(), config.table_dropout).to(device)
             with torch.no_grad():
                 vectors = self.table()
-        else:
+        elif "behavioral" in config.views:
             vectors = self.item_vectors = self._pooled(self.tokens, cached=True)
+        else:
+            self.item_vectors = torch.empty(0, self.backbone.dim, device=device)
+            return
         words = self.backbone.word_embeddings.weight.float().square().mean().sqrt()
         self.projector.calibrate(vectors, config.behavioral_boost * float(words))
 
@@ -373,7 +381,7 @@ class L2Rec(nn.Module):
         with torch.no_grad():
             if self.table is not None:
                 self.table.extend(self._text_vectors(tokens))
-            else:
+            elif "behavioral" in self.config.views:
                 self.item_vectors = torch.cat((self.item_vectors, self._pooled(tokens)))
         self.tokens = Ragged(
             np.concatenate((self.tokens.values, tokens.values)),
@@ -475,14 +483,13 @@ class L2Rec(nn.Module):
         start = 0
         for index, part in enumerate(inputs):
             segments = part.segments
-            rows, position = pack_rows(
+            group, position = pack(
                 segments.lengths, self._attend(), blocks=segments.block, start=start
             )
-            stop = start + len(part.x)
-            slices.append(ViewSlice(index, start, stop, part.u, part.user))
-            groups += rows
+            slices.append(ViewSlice(index, start, group.stop, part.u, part.user))
+            groups.append(group)
             positions.append(position)
-            start = stop
+            start = group.stop
         packing = Packing(tuple(groups), torch.cat(positions))
         packed = torch.cat([part.x.to(self.backbone.dtype) for part in inputs])
         if self.config.adapt:
@@ -668,28 +675,13 @@ class L2Rec(nn.Module):
 
     # -- inference -------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def user_states(self, histories: Ragged, batch_tokens: int = 4096) -> UserState:
+    def user_states(self, histories: Ragged) -> UserState:
         """`forward` over any number of rows in batches of equal token budget, in the rows' order.
 
         Raises:
             DataError: an empty history.
         """
-        if len(histories) and int(histories.lengths.min()) == 0:
-            raise DataError("an empty history: give at least one item")
-        cost = np.concatenate(([0], np.cumsum(self._item_costs()[histories.values])))
-        costs = np.minimum(
-            cost[histories.offsets[1:]] - cost[histories.offsets[:-1]], self.config.max_tokens
-        )
-        was_training = self.training
-        self.eval()
-        table = None if self.table is None else self.table()
-        plan = plan_batches(costs, None, max_rows=512, max_cost=batch_tokens)
-        states = [self(histories.take(rows), table=table) for rows in plan]
-        self.train(was_training)
-        order = (
-            torch.from_numpy(np.argsort(np.concatenate(plan))) if plan else torch.zeros(0).long()
-        )
+        states, order = self._in_batches(histories, lambda state: replace(state, routing=None))
 
         def join(name: str) -> Any:
             values = [getattr(state, name) for state in states]
@@ -711,7 +703,32 @@ class L2Rec(nn.Module):
         """Unit-length user vectors [B, D] float32; scores are their inner products with items'."""
         if not len(histories):
             return torch.zeros(0, self.backbone.dim, device=self.backbone.device)
-        return F.normalize(self.user_states(histories).fused.float(), dim=-1)
+        parts, order = self._in_batches(
+            histories, lambda state: F.normalize(state.fused.float(), dim=-1)
+        )
+        return torch.cat(parts)[order.to(parts[0].device)]
+
+    @torch.inference_mode()
+    def _in_batches(
+        self, histories: Ragged, keep: Callable[[UserState], Kept]
+    ) -> tuple[list[Kept], Tensor]:
+        """What is kept of the state of each batch, and where each row went."""
+        if len(histories) and int(histories.lengths.min()) == 0:
+            raise DataError("an empty history: give at least one item")
+        cost = np.concatenate(([0], np.cumsum(self._item_costs()[histories.values])))
+        costs = np.minimum(
+            cost[histories.offsets[1:]] - cost[histories.offsets[:-1]], self.config.max_tokens
+        )
+        plan = plan_batches(costs, None, max_rows=ENCODED_ROWS, max_cost=ENCODED_TOKENS)
+        order = np.argsort(np.concatenate(plan)) if plan else np.zeros(0, dtype=np.int64)
+        was_training = self.training
+        self.eval()
+        try:
+            table = None if self.table is None else self.table()
+            kept = [keep(self(histories.take(rows), table=table)) for rows in plan]
+        finally:
+            self.train(was_training)
+        return kept, torch.from_numpy(order)
 
     @torch.inference_mode()
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:

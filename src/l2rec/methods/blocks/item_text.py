@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rec.backbone import Attend, Backbone, Packing, pack_rows
+from l2rec.backbone import Attend, Backbone, Packing, pack
 from l2rec.data.batches import plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import special_tokens
@@ -53,8 +53,8 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
             after=after,
             device=out.device,
         )
-        groups, positions = pack_rows(part.segments.lengths, attend)
-        states = backbone(backbone.embed(part.ids), Packing(groups, positions))
+        group, positions = pack(part.segments.lengths, attend)
+        states = backbone(backbone.embed(part.ids), Packing((group,), positions))
         out[torch.from_numpy(rows).to(out.device)] = mean_of(states, part.segments.block, len(rows))
     return F.normalize(out, dim=-1)
 
