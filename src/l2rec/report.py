@@ -428,6 +428,7 @@ def _tiles(report: Json) -> list[tuple[str, str]]:
         ("Recall@10", _score(trained.get("recall@10"))),
         ("MRR", _score(trained.get("mrr"))),
         ("NDCG@10, history masked", _score(trained.get(f"{MAIN}_masked"))),
+        ("of the catalog in top tens", _percent(trained.get("coverage@10"))),
         ("trained parameters", _large(backbone.get("trained_parameters"))),
         ("wall time", _duration(report.get("wall_seconds"))),
         ("peak memory", _memory(report.get("peak_memory_mb"))),

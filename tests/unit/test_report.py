@@ -76,7 +76,10 @@ def report() -> dict[str, Any]:
         "peak_memory_mb": 1712.0,
         "steps": 30,
         "best_step": 20,
-        "scores": {"l2rec": scores(0.12, 0.0600), "popularity": scores(0.08, 0.0400)},
+        "scores": {
+            "l2rec": scores(0.12, 0.0600) | {"coverage@10": 0.8102},
+            "popularity": scores(0.08, 0.0400),
+        },
         "significance": {"popularity": {"difference": 0.02, "p": 0.0004}},
         "split": "test",
     }
@@ -148,6 +151,7 @@ def test_page_has_every_section(full: Path) -> None:
     assert "Held out, and not in this list: zed" in text
     assert "2 earlier events not shown" in text and "past 1 " not in text
     assert "22.7 M parameters, 1.24 M trained" in text
+    assert "of the catalog in top tens" in text and "81%" in text
     assert "1 h 2 min" in text and "18,432,000" in text and "f1n9" in text
     assert "missing" not in dict(page.attributes).values()
     assert page.tags.count("svg") == 5
