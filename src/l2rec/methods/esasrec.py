@@ -1,0 +1,244 @@
+"""eSASRec: Enhancing Transformer-based Recommendations in a Modular Fashion.
+
+Tikhonovich, Zelinskiy, Petrov, Spirina, Semenov, Savchenko, Kuliev. RecSys '25,
+https://arxiv.org/abs/2508.06450; the layers are LiGR's, Borisyuk et al.,
+https://arxiv.org/abs/2502.03417
+
+    x_t     = E[i_t] + P[t]
+    x       <- x + sigmoid(G x) * attention(LN(x))      causal
+    x       <- x + sigmoid(G' x) * swiglu(LN(x))        swiglu(y) = W3 (silu(W1 y) * W2 y)
+    r_{t,i} = x_t . E[i]                                score of item i after position t
+
+SASRec's objective, every position predicts its next item, under a softmax over that item and
+``negatives`` sampled ones. Defaults are the paper's for its smaller Amazon data. Where the paper
+and its code leave a choice, or cost much time:
+
+- All positions of a batch share their negatives, which makes scores one product of matrices;
+  ``share_negatives=false`` draws for each position, as the authors do.
+- A negative that is the position's own target does not count.
+- Positions count from the oldest item of a row; the authors count from the newest, which in
+  training tells a position how many items are still to come.
+
+Named options: ``in_batch``, the share of negatives drawn from the next items of the batch; with
+``logq`` scores are corrected by log Q, the odds of being drawn (Bengio, Senécal. 2008);
+``loss=ce``, the full softmax.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ESASRec", "ESASRecConfig", "LiGRLayer"]
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2rec.backbone import Backbone
+from l2rec.data.batches import Batch, TrainingBatches
+from l2rec.data.catalog import Catalog
+from l2rec.data.ragged import Ragged
+from l2rec.methods.blocks.encoder import attention
+from l2rec.methods.blocks.losses import sampled_softmax_loss
+from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
+from l2rec.objectives import catalog_loss
+
+
+class ESASRecConfig(BaseModel):
+    """Options of eSASRec."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dim: int = Field(64, ge=1)
+    layers: int = Field(1, ge=1)
+    heads: int = Field(1, ge=1)
+    inner: int = Field(256, ge=1)
+    """Width of the feed-forward part."""
+    max_items: int = Field(50, ge=1)
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Of inputs, attention weights and what the layers add."""
+    loss: Literal["sampled", "ce"] = "sampled"
+    negatives: int = Field(256, ge=1)
+    share_negatives: bool = True
+    """One draw for a batch, not one for each position."""
+    in_batch: float = Field(0.0, ge=0, le=1)
+    """Share of negatives that are next items of the batch; the others are uniform."""
+    logq: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ESASRecConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        if self.logq and not self.in_batch:
+            raise ValueError("logq=true changes nothing for uniform negatives; set in_batch too")
+        return self
+
+
+class LiGRLayer(nn.Module):
+    """Pre-norm attention and SwiGLU whose outputs pass gates that read the residual stream."""
+
+    def __init__(self, dim: int, heads: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.gates = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.inner = nn.Linear(dim, 2 * inner, bias=False)
+        self.outer = nn.Linear(inner, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """x: [B, T, h]; hidden: [1, 1, T, T] bool, True where a row must not look."""
+        x = x + self.gates[0](x).sigmoid() * self.dropout(self._attend(self.norms[0](x), hidden))
+        out: Tensor = x + self.gates[1](x).sigmoid() * self.dropout(self._feed(self.norms[1](x)))
+        return out
+
+    def _attend(self, x: Tensor, hidden: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout.p if self.training else 0.0
+        seen = attention(q, k, v, hidden, dropout).transpose(1, 2).reshape(batch, length, dim)
+        out: Tensor = self.out(seen)
+        return out
+
+    def _feed(self, x: Tensor) -> Tensor:
+        gate, value = self.inner(x).chunk(2, dim=-1)
+        out: Tensor = self.outer(self.dropout(F.silu(gate) * value))
+        return out
+
+
+class ESASRec(nn.Module):
+    """The recommender. A user is the state after the newest item, an item its embedding."""
+
+    Config = ESASRecConfig
+    uses_backbone = False
+    item_tensors = frozenset({"items.weight"})
+
+    def __init__(
+        self,
+        config: ESASRecConfig,
+        catalog: Catalog,
+        backbone: Backbone | None = None,
+        *,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.items = nn.Embedding(len(catalog), config.dim)
+        self.positions = nn.Embedding(config.max_items, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            LiGRLayer(config.dim, config.heads, config.inner, config.dropout)
+            for _ in range(config.layers)
+        )
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_normal_(parameter)
+        self.log_q: Tensor
+        self.register_buffer("log_q", torch.zeros(len(catalog)), persistent=False)
+
+    @property
+    def n_items(self) -> int:
+        return self.items.num_embeddings
+
+    def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
+        """States [B, T, h] of rows of at most ``max_items`` items, and which are real [B, T].
+
+        Padding is on the right, where no real position looks.
+        """
+        items, real = pad(histories, self.items.weight.device)
+        length = real.shape[1]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=real.device).triu(1)
+        x = self.dropout(self.items(items) + self.positions.weight[:length])
+        for layer in self.layers:
+            x = layer(x, hidden[None, None])
+        return x, real
+
+    # -- training --------------------------------------------------------------------------------
+
+    def batches(
+        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+    ) -> TrainingBatches:
+        """Every next item of every training sequence is a target once an epoch."""
+        if self.config.logq:
+            self.log_q.copy_(self._odds(sequences).log())
+        return sequence_batches(
+            sequences,
+            supervision="all",
+            n_items=self.n_items,
+            max_items=self.config.max_items,
+            seed=seed,
+            epoch=epoch,
+            batch_users=batch_users,
+            batch_tokens=batch_tokens,
+        )
+
+    def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        return [
+            Stage("train", decayed(self.parameters(), lr, weight_decay), self.batches, self.loss)
+        ]
+
+    def loss(self, batch: Batch) -> Losses:
+        """Next-item loss, mean over all positions of the batch."""
+        states, real = self(batch.histories)
+        users = states[real]  # [P, h], in the order of the flat histories and targets
+        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
+        if self.config.loss == "ce":
+            total = catalog_loss(users @ self.items.weight.T, targets)
+        else:
+            total = self._sampled(users, targets)
+        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+
+    def _sampled(self, users: Tensor, targets: Tensor) -> Tensor:
+        """users: [P, h], targets: [P]."""
+        drawn = self._negatives(targets)
+        positive = (users * self.items(targets)).sum(-1)
+        if self.config.share_negatives:
+            negative = users @ self.items(drawn).T
+        else:
+            negative = torch.einsum("ph,pkh->pk", users, self.items(drawn))
+        if self.config.logq:
+            positive, negative = positive - self.log_q[targets], negative - self.log_q[drawn]
+        return sampled_softmax_loss(
+            positive, negative.masked_fill(drawn == targets[:, None], float("-inf"))
+        )
+
+    def _negatives(self, targets: Tensor) -> Tensor:
+        """Sampled items: [k] for all of the targets [P], or [P, k]."""
+        k, device = self.config.negatives, targets.device
+        shape = (k,) if self.config.share_negatives else (len(targets), k)
+        uniform = torch.randint(self.n_items, shape, device=device)
+        of_batch = targets[torch.randint(len(targets), shape, device=device)]
+        return torch.where(
+            torch.arange(k, device=device) < round(self.config.in_batch * k), of_batch, uniform
+        )
+
+    def _odds(self, sequences: Ragged) -> Tensor:
+        """Q: [N] how often an item is drawn as a negative, in training on ``sequences``."""
+        counts = np.bincount(sequences.values, minlength=self.n_items)
+        share = self.config.in_batch
+        odds = share * counts / counts.sum() + (1 - share) / self.n_items
+        return torch.from_numpy(np.maximum(odds, np.finfo(np.float32).tiny))
+
+    # -- inference -------------------------------------------------------------------------------
+
+    def encode_users(self, histories: Ragged) -> Tensor:
+        """[B, h] float32."""
+        return encode_rows(
+            self, histories, lambda rows: last_of(*self(rows)), max_items=self.config.max_items
+        )
+
+    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
+        """[n, h] float32, of catalog ints."""
+        rows = catalog_rows(items, "eSASRec", self.items.weight.device)
+        return self.items.weight.detach()[rows]
+
+    def scorer(self) -> Scorer:
+        return inner_product_scorer(self)

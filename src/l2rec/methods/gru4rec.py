@@ -1,0 +1,183 @@
+"""GRU4Rec: Session-based Recommendations with Recurrent Neural Networks.
+
+Hidasi, Karatzoglou, Baltrunas, Tikk. ICLR '16, https://arxiv.org/abs/1511.06939
+Losses with more samples: Hidasi, Karatzoglou. CIKM '18, https://arxiv.org/abs/1706.03847
+
+    h_t     = GRU(dropout(E[i_t]), h_{t-1})
+    u_t     = W h_t
+    r_{t,i} = u_t . E[i]                            score of item i after position t
+
+Every position predicts its next item; the paper walks through sessions in parallel instead, with
+the same targets. Defaults are those of RecBole, which most papers compare with: the full softmax,
+embeddings of 64, one layer of 128 without biases. The papers' own losses are options. Their
+negatives are the next items of other examples of the batch, so that an item is drawn as often as
+it is bought; ``negatives`` of them are shared by the batch, and none counts against itself.
+
+    bpr       -mean_j log sigmoid(r+ - r_j)
+    top1      mean_j sigmoid(r_j - r+) + sigmoid(r_j^2)
+    bpr-max   -log sum_j s_j sigmoid(r+ - r_j) + penalty sum_j s_j r_j^2,   s = softmax_j(r_j)
+"""
+
+from __future__ import annotations
+
+__all__ = ["GRU4Rec", "GRU4RecConfig", "ranking_loss"]
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2rec.backbone import Backbone
+from l2rec.data.batches import Batch, TrainingBatches
+from l2rec.data.catalog import Catalog
+from l2rec.data.ragged import Ragged
+from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
+from l2rec.objectives import catalog_loss
+
+Loss = Literal["ce", "bpr", "top1", "bpr-max"]
+
+
+class GRU4RecConfig(BaseModel):
+    """Options of GRU4Rec."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dim: int = Field(64, ge=1)
+    """Of item embeddings."""
+    hidden: int = Field(128, ge=1)
+    """Of the recurrent state."""
+    layers: int = Field(1, ge=1)
+    max_items: int = Field(50, ge=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    loss: Loss = "ce"
+    negatives: int = Field(128, ge=1)
+    """Next items drawn from the batch for a loss other than ``ce``."""
+    penalty: float = Field(1.0, ge=0)
+    """Of large scores of negatives, for ``bpr-max``."""
+
+
+class GRU4Rec(nn.Module):
+    """The recommender. A user is the state after the newest item, an item its embedding."""
+
+    Config = GRU4RecConfig
+    uses_backbone = False
+    item_tensors = frozenset({"items.weight"})
+
+    def __init__(
+        self,
+        config: GRU4RecConfig,
+        catalog: Catalog,
+        backbone: Backbone | None = None,
+        *,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.items = nn.Embedding(len(catalog), config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.gru = nn.GRU(config.dim, config.hidden, config.layers, bias=False, batch_first=True)
+        self.out = nn.Linear(config.hidden, config.dim)
+        nn.init.xavier_normal_(self.items.weight)
+        for weight in self.gru.parameters():
+            nn.init.xavier_uniform_(weight)
+
+    @property
+    def n_items(self) -> int:
+        return self.items.num_embeddings
+
+    def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
+        """u [B, T, dim] of rows of at most ``max_items`` items, and which are real [B, T].
+
+        Padding is on the right, where it comes after all that a real position has seen.
+        """
+        items, real = pad(histories, self.items.weight.device)
+        states, _ = self.gru(self.dropout(self.items(items)))
+        return self.out(states), real
+
+    # -- training --------------------------------------------------------------------------------
+
+    def batches(
+        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+    ) -> TrainingBatches:
+        """Every next item of every training sequence is a target once an epoch."""
+        return sequence_batches(
+            sequences,
+            supervision="all",
+            n_items=self.n_items,
+            max_items=self.config.max_items,
+            seed=seed,
+            epoch=epoch,
+            batch_users=batch_users,
+            batch_tokens=batch_tokens,
+        )
+
+    def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        return [
+            Stage("train", decayed(self.parameters(), lr, weight_decay), self.batches, self.loss)
+        ]
+
+    def loss(self, batch: Batch) -> Losses:
+        """Next-item loss, mean over all positions of the batch."""
+        states, real = self(batch.histories)
+        users = states[real]  # [P, dim], in the order of the flat histories and targets
+        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
+        if self.config.loss == "ce":
+            total = catalog_loss(users @ self.items.weight.T, targets)
+        else:
+            drawn = targets[torch.randint(len(targets), (self.config.negatives,))]
+            total = ranking_loss(
+                self.config.loss,
+                (users * self.items(targets)).sum(-1),
+                users @ self.items(drawn).T,
+                drawn != targets[:, None],
+                self.config.penalty,
+            )
+        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+
+    # -- inference -------------------------------------------------------------------------------
+
+    def encode_users(self, histories: Ragged) -> Tensor:
+        """[B, dim] float32."""
+        return encode_rows(
+            self, histories, lambda rows: last_of(*self(rows)), max_items=self.config.max_items
+        )
+
+    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
+        """[n, dim] float32, of catalog ints."""
+        rows = catalog_rows(items, "GRU4Rec", self.items.weight.device)
+        return self.items.weight.detach()[rows]
+
+    def scorer(self) -> Scorer:
+        return inner_product_scorer(self)
+
+
+def ranking_loss(
+    kind: Literal["bpr", "top1", "bpr-max"],
+    positive: Tensor,
+    negative: Tensor,
+    counts: Tensor,
+    penalty: float,
+) -> Tensor:
+    """The losses of the papers, mean over rows; a row without a negative has none to learn from.
+
+    positive: [P] scores. negative: [P, k] scores. counts: [P, k] bool, False where a column is
+    the row's own positive.
+    """
+    ahead = positive[:, None] - negative
+    if kind == "bpr-max":
+        lowest = torch.finfo(negative.dtype).min
+        share = negative.masked_fill(~counts, lowest).softmax(1) * counts
+        beaten = (share * ahead.sigmoid()).sum(1)
+        lost = penalty * (share * negative.square()).sum(1) - (beaten + 1e-24).log()
+        return (lost * counts.any(1)).mean()
+    each = (
+        -F.logsigmoid(ahead) if kind == "bpr" else (-ahead).sigmoid() + negative.square().sigmoid()
+    )
+    return ((each * counts).sum(1) / counts.sum(1).clamp(min=1)).mean()

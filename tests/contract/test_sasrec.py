@@ -1,0 +1,104 @@
+"""SASRec: its equations written out, its named losses, and what every method promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tests import sequential
+from tests.sequential import HISTORIES, N, double
+from torch.nn import functional as F
+
+from l2rec.data.catalog import Catalog
+from l2rec.methods.sasrec import SASRec, SASRecConfig
+
+
+def build(seed: int = 0, **changes: Any) -> SASRec:
+    torch.manual_seed(seed)
+    options = {"dim": 16, "inner": 24, "max_items": 8} | changes
+    return SASRec(SASRecConfig(**options), Catalog.of_texts([""] * N))
+
+
+def test_the_equations() -> None:
+    model = sequential.shaken(build(heads=4))
+    rows = HISTORIES.head(8)
+    table = double(model.items.weight)
+    with torch.no_grad():
+        states, _ = model(rows)
+    each = []
+    for row in range(len(rows)):
+        items = rows[row].tolist()
+        expected = sequential.encoded(model.encoder, [table[i] for i in items], causal=True)
+        torch.testing.assert_close(
+            states[row, : len(items)].double(), torch.stack(expected), rtol=0, atol=1e-4
+        )
+        each += [
+            sequential.cross_entropy(table @ expected[t], items[t + 1])
+            for t in range(len(items) - 1)
+        ]
+    total = model.loss(sequential.one_batch(model, rows)).total.detach()
+    assert float(total) == pytest.approx(np.mean(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bce", "sampled"])
+def test_sampled_losses(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each position has its own negatives, and its own target is none of them."""
+    model = sequential.shaken(build(loss=loss, negatives=3))
+    batch = sequential.one_batch(model, HISTORIES.head(8))
+    drawn = torch.randint(N, (len(batch.targets), 3), generator=torch.Generator().manual_seed(0))
+    drawn[0, 1] = int(batch.targets[0])
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: drawn)
+    with torch.no_grad():
+        found = float(model.loss(batch).total)
+        states, real = model(batch.histories)
+        scores = (states[real] @ model.items.weight.T).double()
+    each = []
+    for p, target in enumerate(batch.targets.tolist()):
+        others = [j for j in drawn[p].tolist() if j != target]
+        if loss == "bce":
+            terms = [F.logsigmoid(scores[p, target]), *(F.logsigmoid(-scores[p, others]))]
+            each.append(-float(sum(terms)))
+        else:
+            each.append(sequential.cross_entropy(scores[p, [target, *others]], 0))
+    assert found == pytest.approx(np.mean(each), rel=1e-5)
+
+
+LOSSES: list[dict[str, Any]] = [
+    {},
+    {"loss": "bce", "negatives": 4},
+    {"loss": "sampled", "negatives": 12},
+]
+
+
+@pytest.mark.parametrize("changes", LOSSES, ids=str)
+def test_every_loss_trains(changes: dict[str, Any]) -> None:
+    sequential.check_loss_and_gradients(build(**changes))
+
+
+@pytest.mark.parametrize("changes", LOSSES, ids=str)
+def test_it_learns_by_heart(changes: dict[str, Any]) -> None:
+    still = {"dim": 32, "dropout": 0.0, "attention_dropout": 0.0}
+    users = 8 if changes.get("loss") == "bce" else 24  # binary losses are slow to tell items apart
+    sequential.check_overfits(build(**still | changes), epochs=150, lr=3e-3, users=users)
+
+
+def test_promises(tmp_path: Path) -> None:
+    sequential.check_protocols(build())
+    sequential.check_rows_are_independent(build())
+    sequential.check_only_the_newest_items_count(build())
+    sequential.check_positions_read_as_their_prefix(build())
+    sequential.check_same_seed_same_losses(build)
+    sequential.check_saved_and_loaded(build, tmp_path)
+    sequential.check_held_out_items_are_not_seen(build)
+    sequential.check_what_is_refused(build(), "SASRec")
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValidationError, match="heads=3 does not divide dim=16"):
+        build(heads=3)
+    with pytest.raises(ValidationError, match="'ce', 'bce' or 'sampled'"):
+        build(loss="hinge")
