@@ -38,7 +38,7 @@ from l2rec.config import TrainingConfig
 from l2rec.data.splits import Split
 from l2rec.errors import CheckpointError, TrainingError
 from l2rec.evaluation import evaluate
-from l2rec.methods.protocols import EpochBatches, Losses, Recommender, Stage, Trainable
+from l2rec.methods.protocols import EpochBatches, Losses, Recommender, Stage, Trainable, updates
 
 SELECT = "ndcg@10"
 
@@ -102,11 +102,11 @@ class _Window:
     loss: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, updates: list[Losses], seconds: float) -> None:
+    def add(self, done: list[Losses], seconds: float) -> None:
         """All updates of one batch: together one step."""
         self.steps += 1
         self.seconds += seconds
-        for losses in updates:
+        for losses in done:
             self.tokens += losses.tokens
             self.computed += losses.computed_tokens
             self.loss += float(losses.total.detach())
@@ -291,20 +291,19 @@ def _run_stage(run: _Run, stage: Stage, parameters: list[nn.Parameter], state: S
             started = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _rate(run, planned)
-            made = stage.loss(batch)
-            updates: list[Losses] = []
-            for losses in (made,) if isinstance(made, Losses) else made:
+            done: list[Losses] = []
+            for losses in updates(stage.loss(batch)):
                 optimizer.zero_grad(set_to_none=True)
                 losses.total.backward()
                 norm = nn.utils.clip_grad_norm_(parameters, config.clip)
                 _check_finite(run, losses, norm)
                 optimizer.step()
-                updates.append(losses)
+                done.append(losses)
             c.step, c.batch = c.step + 1, c.batch + 1
-            c.tokens += sum(losses.tokens for losses in updates)
-            c.computed += sum(losses.computed_tokens for losses in updates)
+            c.tokens += sum(losses.tokens for losses in done)
+            c.computed += sum(losses.computed_tokens for losses in done)
             c.seconds += time.monotonic() - started
-            run.window.add(updates, time.monotonic() - started)
+            run.window.add(done, time.monotonic() - started)
             position = epoch + c.batch / len(batches)
             if c.step % config.log_every == 0:
                 _log_window(run, position, planned)

@@ -16,6 +16,7 @@ __all__ = [
     "Trainable",
     "decayed",
     "inner_product_scorer",
+    "updates",
 ]
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -153,6 +154,11 @@ class TakesNewItems(Protocol):
             DataError: an empty text.
         """
         ...
+
+
+def updates(made: Losses | Iterator[Losses]) -> Iterable[Losses]:
+    """The updates that a stage's loss asks for, one after the other."""
+    return (made,) if isinstance(made, Losses) else made
 
 
 def inner_product_scorer(model: Embedder) -> Scorer:
