@@ -75,7 +75,7 @@ SHORT, MEDIUM = 5, 10
 """Most events of a short and of a medium history."""
 HEAD = 0.2
 """Share of the catalog, by training events, that is its head."""
-EVERYONE = "all"
+EVERYONE, COLD = "all", "cold target"
 FLOORS = ("popularity", "last item neighbour")
 """Rows of a report that follow from the data alone."""
 SIGNIFICANT = 0.05
@@ -142,7 +142,7 @@ def population(histories: Ragged, targets: IntArray, counts: npt.NDArray[np.int6
         f"history {MEDIUM + 1}+": length > MEDIUM,
         "head target": head[targets],
         "tail target": ~head[targets],
-        "cold target": counts[targets] == 0,
+        COLD: counts[targets] == 0,
     }
     return Population({n: rows for n, rows in segments.items() if rows.any()}, histories, counts)
 
@@ -474,6 +474,14 @@ def _notes(runs: Sequence[FinishedRun], known: Population | None) -> list[str]:
         for run in runs
         if run.ranks.top is None
     ]
+    if known is not None and COLD in known.segments:
+        targets = runs[0].ranks.targets[known.segments[COLD]]
+        notes.append(
+            f"{COLD}: {len(targets):,} users share {len(np.unique(targets)):,} of the "
+            f"{np.count_nonzero(known.counts == 0):,} items without a training event; vectors that "
+            "are trained as negatives alone can lie together and rise as one, so a high score here "
+            "need not mean that the method knew which of them it was"
+        )
     return notes
 
 

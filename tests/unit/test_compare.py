@@ -9,6 +9,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from scipy import stats
 from l2rec.compare import (
     Block,
     Comparison,
+    compare,
     compare_runs,
     csv_text,
     markdown,
     population,
+    read_run,
     tables,
     write_comparison,
 )
@@ -134,6 +137,20 @@ def test_segments_by_hand() -> None:
 def test_segments_of_nobody_are_left_out() -> None:
     found = population(Ragged.from_rows([[0, 1]]), np.array([0]), np.array([2, 1, 1]))
     assert list(found.segments) == ["history 1-5", "head target"]
+
+
+def test_cold_targets_come_with_a_warning(make: Make, tmp_path: Path) -> None:
+    """Five users whose one target nobody else ever met, and 35 who have other targets."""
+    rows = [[0, 1, 2, 3, 9 if user < 5 else user % 4] for user in range(USERS)]
+    run = read_run(make("a", ranks_of(1)))
+    targets = np.array([row[-1] for row in rows])
+    counts = np.bincount(np.concatenate([row[:-2] for row in rows]), minlength=30)
+    known = population(Ragged.from_rows([row[:-1] for row in rows]), targets, counts)
+    assert known.segments["cold target"].sum() == 5 + sum(u % 4 == 3 for u in range(5, USERS))
+    found = compare([replace(run, ranks=replace(run.ranks, targets=targets))], known)
+    (note,) = found.notes
+    assert note.startswith("cold target: 14 users share 2 of the 27 items without a training event")
+    assert note in markdown(found)
 
 
 # -- scores and tests ----------------------------------------------------------------------------
