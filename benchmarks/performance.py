@@ -5,9 +5,9 @@
     python benchmarks/performance.py --only none              the page alone
 
 A part is a script beside this one; what it measured is kept in results/performance/<part>.json, and
-every figure of the page comes from there. DIR are data sets made by `l2rec prepare`; parts that
-need them are left out without. All parts get one thread unless --threads says otherwise: ratios
-of a step are steadier, and a neighbour costs less.
+every figure of the page comes from there. DIR are data sets made by `l2rec prepare`, RUN finished
+runs; parts that need them are left out without. All parts get one thread unless --threads says
+otherwise: ratios of a step are steadier, and a neighbour costs less.
 """
 
 from __future__ import annotations
@@ -35,45 +35,56 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """data: how many of the prepared data sets its script takes. gpu: only measured with one."""
+    """needs: the prepared data sets, the first of them, or finished runs. gpu: only with one."""
 
     name: str
-    data: Literal["none", "all"] = "none"
+    needs: Literal["nothing", "data", "first", "runs"] = "nothing"
     gpu: bool = False
 
-    def command(self, options: Sequence[str], data: Sequence[str]) -> list[str]:
+    def command(
+        self, options: Sequence[str], data: Sequence[str], runs: Sequence[str]
+    ) -> list[str]:
         """What runs it, after ``python``."""
         script, _, device = self.name.partition("-")
-        chosen = ["--data", *(data or ["DIR"])] if self.data == "all" else []
+        given = {
+            "nothing": [],
+            "data": ["--data", *(data or ["DIR"])],
+            "first": ["--data", *(data[:1] or ["DIR"])],
+            "runs": [
+                "--run",
+                *(runs[:1] or ["RUN"]),
+                *(["--runs", *runs[1:3]] if runs[1:] else []),
+            ],
+        }[self.needs]
         return [
             f"benchmarks/{script}.py",
             *(["--device", device] if device else []),
             *options,
-            *chosen,
+            *given,
         ]
 
 
 PARTS = (
     Part("step"),
     Part("step-cuda", gpu=True),
-    Part("breakdown"),
+    Part("breakdown", "first"),
     Part("growth"),
     Part("growth-cuda", gpu=True),
-    Part("padding", data="all"),
-    Part("encoding", data="all"),
-    Part("ranking", data="all"),
+    Part("padding", "data"),
+    Part("encoding", "data"),
+    Part("ranking", "data"),
     Part("preparation"),
     Part("startup"),
-    Part("precision", data="all"),
+    Part("precision", "runs"),
 )
 
 
 # -- measuring -----------------------------------------------------------------------------------
 
 
-def run(part: Part, options: Sequence[str], data: Sequence[str]) -> bool:
+def run(part: Part, options: Sequence[str], data: Sequence[str], runs: Sequence[str]) -> bool:
     """Measure one part; its script shows what it finds. False if it fails."""
-    script, *rest = part.command(options, data)
+    script, *rest = part.command(options, data, runs)
     file = RESULTS / f"{part.name}.json"
     print(f"\n== {part.name}: python {script} {' '.join(rest)}", flush=True)
     started = time.monotonic()
@@ -108,7 +119,9 @@ def page(found: Mapping[str, Document], plots: Mapping[str, str]) -> str:
         ),
     ]
     if missing:
-        listed = [f"- {part.name}: `python {' '.join(part.command([], []))}`" for part in missing]
+        listed = [
+            f"- {part.name}: `python {' '.join(part.command([], [], []))}`" for part in missing
+        ]
         blocks.append("Not measured:\n\n" + "\n".join(listed))
     for name in names:
         blocks += section(name, found[name], plots.get(name))
@@ -197,14 +210,14 @@ def write_page(found: Mapping[str, Document], target: Path) -> None:
 # -- the command ---------------------------------------------------------------------------------
 
 
-def chosen_parts(only: str, data: Sequence[str], gpu: bool) -> list[Part]:
-    """The parts to measure.
+def chosen_parts(only: str, given: set[str], gpu: bool) -> list[Part]:
+    """The parts to measure: those named, or all that have what they need.
 
     Raises:
         ValueError: ``only`` names a part that does not exist.
     """
     if not only:
-        return [part for part in PARTS if gpu >= part.gpu and (data or part.data == "none")]
+        return [part for part in PARTS if gpu >= part.gpu and part.needs in given]
     known = {part.name: part for part in PARTS}
     names = [] if only == "none" else only.split(",")
     for name in names:
@@ -223,15 +236,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--quick", action="store_true", help="a first impression of every part")
     p.add_argument("--threads", type=int, default=1, help="of every part (default %(default)s)")
     p.add_argument("--data", nargs="+", default=[], metavar="DIR", help="prepared data sets")
+    p.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="a finished run to score in both precisions, and two that were trained in each",
+    )
     args = p.parse_args(argv)
+    given = {"nothing"} | ({"data", "first"} if args.data else set())
+    given |= {"runs"} if args.runs else set()
     try:
-        parts = chosen_parts(args.only, args.data, torch.cuda.is_available())
+        parts = chosen_parts(args.only, given, torch.cuda.is_available())
     except ValueError as error:
         p.error(str(error))
-    if not args.data and any(part.data == "all" for part in parts):
-        p.error("these parts need prepared data sets: --data DIR [DIR ...]")
+    for part in parts:
+        if part.needs not in given:
+            option = "--runs RUN" if part.needs == "runs" else "--data DIR"
+            p.error(f"{part.name} needs {option}")
     options = [*(["--quick"] if args.quick else []), "--threads", str(args.threads)]
-    failed = [part.name for part in parts if not run(part, options, args.data)]
+    failed = [part.name for part in parts if not run(part, options, args.data, args.runs)]
     write_page(documents(), PAGE)
     print(f"\n{PAGE.relative_to(ROOT)} is written")
     if failed:

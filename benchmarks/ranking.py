@@ -35,7 +35,7 @@ from l2rec.methods.protocols import Scorer
 
 DIM, TOP = 384, 20
 USERS, ITEMS, MEAN_HISTORY = 50_546, 16_859, 8  # of Amazon Games
-BLOCKS = (256, 1024)  # the default of `evaluate`, and what runs use
+BLOCKS = (256,)  # about what `evaluate` takes by default for a catalog of this size
 GOAL, MEMORY_MB = 1.2, 1000
 
 

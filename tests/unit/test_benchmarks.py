@@ -278,15 +278,29 @@ def test_the_page_is_made_of_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_parts_are_chosen() -> None:
-    def names(only: str, data: list[str], gpu: bool) -> list[str]:
-        return [part.name for part in performance.chosen_parts(only, data, gpu)]
+    def names(only: str, gpu: bool, *given: str) -> list[str]:
+        return [p.name for p in performance.chosen_parts(only, {"nothing", *given}, gpu)]
 
-    assert names("", [], False) == ["step", "breakdown", "growth", "preparation", "startup"]
-    assert {"padding", "encoding", "ranking", "precision"} <= set(names("", ["d"], False))
-    assert {"step-cuda", "growth-cuda"} <= set(names("", [], True))
-    assert names("growth,step", [], False) == ["growth", "step"] and names("none", [], True) == []
+    assert names("", False) == ["step", "growth", "preparation", "startup"]
+    assert {"breakdown", "padding", "encoding", "ranking"} <= set(names("", False, "data", "first"))
+    assert "precision" in names("", False, "runs")
+    assert {"step-cuda", "growth-cuda"} <= set(names("", True))
+    assert names("growth,step", False) == ["growth", "step"] and names("none", True) == []
     with pytest.raises(ValueError, match="'stp': choose from step, "):
-        names("stp", [], False)
+        names("stp", False)
+
+
+def test_what_a_part_is_given() -> None:
+    parts = {part.name: part for part in performance.PARTS}
+    options, data, runs = ["--threads", "1"], ["a", "b"], ["x", "y", "z"]
+
+    def command(name: str) -> str:
+        return " ".join(parts[name].command(options, data, runs))
+
+    assert command("growth-cuda") == "benchmarks/growth.py --device cuda --threads 1"
+    assert command("breakdown") == "benchmarks/breakdown.py --threads 1 --data a"
+    assert command("padding") == "benchmarks/padding.py --threads 1 --data a b"
+    assert command("precision") == "benchmarks/precision.py --threads 1 --run x --runs y z"
 
 
 def test_a_part_is_run_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
