@@ -1,0 +1,66 @@
+"""From last hidden states to words: the output layer over a frozen backbone's own word matrix."""
+
+from __future__ import annotations
+
+__all__ = ["WordHead", "mask_token"]
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2rec.backbone import Backbone
+from l2rec.errors import BackboneError
+
+
+def mask_token(backbone: Backbone) -> int:
+    """What a hidden word is read as: the mask token, or else the unknown-word token.
+
+    Raises:
+        BackboneError: the tokenizer has neither.
+    """
+    for token in (backbone.tokenizer.mask_token_id, backbone.tokenizer.unk_token_id):
+        if token is not None:
+            return int(token)
+    raise BackboneError(
+        f"the tokenizer of backbone {backbone.name!r} has no mask token to hide words behind; "
+        "choose another backbone"
+    )
+
+
+class WordHead(nn.Module):
+    """Logits of words, h E^T over the word embeddings E.
+
+    That is the language model itself where it is causal and ties its output layer to E, as small
+    Qwen and Llama do: then nothing is trained here. A backbone is loaded without an output layer,
+    so for any other a trained map stands in for it, (W h + b) E^T + c: what BERT's head is, less
+    its nonlinearity. W starts at the identity, b at zero and c at the log share of each word, which
+    a bias would take thousands of steps to reach.
+
+    texts: token ids of the texts that will be told.
+    """
+
+    def __init__(self, backbone: Backbone, texts: npt.NDArray[np.integer]) -> None:
+        super().__init__()
+        tied = getattr(backbone.model.config, "tie_word_embeddings", False)
+        self.trained = not (backbone.causal and tied)
+        if self.trained:
+            words, dim = backbone.word_embeddings.weight.shape
+            self.transform = nn.Linear(dim, dim)
+            counts = torch.from_numpy(np.bincount(texts, minlength=words))
+            self.bias = nn.Parameter(((counts + 0.1) / (counts + 0.1).sum()).float().log())
+            nn.init.eye_(self.transform.weight)
+            nn.init.zeros_(self.transform.bias)
+
+    def forward(self, states: Tensor, matrix: Tensor, words: Tensor | None = None) -> Tensor:
+        """Logits [n, V] float32.
+
+        states: [n, D] last hidden states. matrix: [V', D] the word embeddings E. words: [V] int64
+        ids of the words to choose among, all of them where it is None.
+        """
+        rows = matrix if words is None else matrix.index_select(0, words)
+        if not self.trained:
+            return F.linear(states.to(rows.dtype), rows).float()
+        logits = F.linear(self.transform(states.float()).to(rows.dtype), rows).float()
+        return logits + (self.bias if words is None else self.bias.index_select(0, words))
