@@ -1,20 +1,26 @@
-"""Keep the reports of finished runs here and write their table into the README.
+"""Keep the reports of finished runs here, and write them into the README and results/README.md.
 
     python results/collect.py NAME=RUN [NAME=RUN ...]     copy report.json and metrics.jsonl of runs
-    python results/collect.py                             write the table again from what is here
+    python results/collect.py                             write the tables again from what is here
 
-Only scores and counts are kept: nothing of the data set, no texts, no ids.
+NAME is <data set>/<recipe>. The README gets one table for each data set, results/README.md also how
+every run was made. Only scores and counts are kept: nothing of the data set, no texts, no ids.
 """
 
 import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+DETAILS = HERE / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
+FLOORS = ["popularity", "last item neighbour"]
+
+Report = dict[str, Any]
 
 
 def keep(name: str, run: Path) -> None:
@@ -25,44 +31,88 @@ def keep(name: str, run: Path) -> None:
         shutil.copyfile(run / file, folder / file)
 
 
-def section(folder: Path) -> str:
-    """One run as Markdown: scores beside the floors, and how they were made."""
-    report = json.loads((folder / "report.json").read_text())
-    data, backbone = report["dataset"], report["backbone"]
+def collected() -> dict[str, dict[str, Report]]:
+    """Reports by fingerprint, then by name; the best by ndcg@10 first."""
+    found: dict[str, dict[str, Report]] = {}
+    for path in sorted(HERE.glob("*/*/report.json")):
+        report = json.loads(path.read_text())
+        name = path.parent.relative_to(HERE).as_posix()
+        found.setdefault(report["dataset"]["fingerprint"], {})[name] = report
+    return {
+        fingerprint: dict(sorted(runs.items(), key=lambda item: -own(item[1])["ndcg@10"]))
+        for fingerprint, runs in found.items()
+    }
+
+
+def own(report: Report) -> dict[str, float]:
+    """Test scores of the trained method."""
+    scores: dict[str, float] = report["scores"][report["method"]]
+    return scores
+
+
+def table(runs: dict[str, Report]) -> str:
+    """All runs on one data set, and the floors, which are the same for all."""
+    reports = list(runs.values())
+    data = reports[0]["dataset"]
     head = " | ".join(c.replace("_masked", " masked") for c in COLUMNS)
     lines = [
-        f"**{folder.relative_to(HERE).as_posix()}**, {data['users']:,} users, {data['items']:,} "
-        f"items, {data['events']:,} events, fingerprint `{data['fingerprint']}`, test:",
+        f"**{data['name']}**, {data['users']:,} users, {data['items']:,} items, "
+        f"{data['events']:,} events, fingerprint `{data['fingerprint']}`, test:",
         "",
-        f"| | {head} |",
-        "|---|" + "---:|" * len(COLUMNS),
+        f"| | {head} | training, min |",
+        "|---|" + "---:|" * (len(COLUMNS) + 1),
     ]
-    for name, scores in report["scores"].items():
-        shown = f"**{name}**" if name == report["method"] else name
-        lines.append(f"| {shown} | " + " | ".join(f"{scores[c]:.4f}" for c in COLUMNS) + " |")
-    lines += [
-        "",
-        f"`{report['command']}`: seed {report['seed']}, {backbone['name']} in {backbone['dtype']}, "
-        f"{backbone['trained_parameters']:,} trained parameters, best step "
-        f"{report['best_step']} of {report['steps']} (stopped: {report['stopped']}), "
-        f"{report['training_seconds'] / 60:.0f} minutes of training and "
-        f"{report['validation_seconds'] / 60:.0f} of validation, "
-        f"{report['tokens_seen'] / 1e6:.1f}M tokens, peak memory "
-        f"{report['peak_memory_mb'] / 1000:.1f} GB, {report['hardware']}, {report['date']}.",
-    ]
+
+    def line(name: str, scores: dict[str, float], minutes: str) -> str:
+        return f"| {name} | " + " | ".join(f"{scores[c]:.4f}" for c in COLUMNS) + f" | {minutes} |"
+
+    for name, report in runs.items():
+        minutes = f"{report['training_seconds'] / 60:.0f}"
+        lines.append(line(f"`{name}`", own(report), minutes))
+    lines += [line(name, reports[0]["scores"][name], "") for name in FLOORS]
     return "\n".join(lines)
 
 
+def made(name: str, report: Report) -> str:
+    """How one run was made."""
+    backbone = report["backbone"]
+    return (
+        f"- **{name}**: `{report['command']}`: seed {report['seed']}, backbone "
+        f"{backbone['name']} in {backbone['dtype']}, {backbone['trained_parameters']:,} trained "
+        f"parameters, best step {report['best_step']} of {report['steps']} (stopped: "
+        f"{report['stopped']}), {report['training_seconds'] / 60:.1f} minutes of training and "
+        f"{report['validation_seconds'] / 60:.1f} of validation, "
+        f"{report['tokens_seen'] / 1e6:.1f}M tokens, peak memory "
+        f"{report['peak_memory_mb'] / 1000:.1f} GB, {report['hardware']}, {report['date']}, "
+        f"commit {report['versions'].get('commit', 'unknown')}; untrained ndcg@10 "
+        f"{untrained(report):.4f}."
+    )
+
+
+def untrained(report: Report) -> float:
+    """What the method scores before its first step."""
+    named = [n for n in report["scores"] if n not in (*FLOORS, report["method"])]
+    score: float = report["scores"][named[0]]["ndcg@10"]
+    return score
+
+
 def main() -> None:
-    """Copy what is named, then write the table."""
+    """Copy what is named, then write the tables."""
     for argument in sys.argv[1:]:
         name, _, run = argument.partition("=")
         keep(name, Path(run))
-    sections = [section(path.parent) for path in sorted(HERE.rglob("report.json"))]
+    sets = collected().values()
+    tables = [table(runs) for runs in sets]
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2] if END in rest else rest
-    README.write_text(before + BEGIN + "\n" + "\n\n".join(sections) + "\n" + END + after)
+    README.write_text(before + BEGIN + "\n" + "\n\n".join(tables) + "\n" + END + after)
+    details = [
+        f"{table(runs)}\n\n" + "\n".join(made(name, report) for name, report in runs.items())
+        for runs in sets
+    ]
+    title = "# Results\n\nWritten by `python results/collect.py` from the reports of finished runs."
+    DETAILS.write_text("\n\n".join([title, *details]) + "\n")
 
 
 if __name__ == "__main__":
