@@ -190,7 +190,7 @@ class ItemProjection(nn.Module):
         self.added_bias = torch.cat((self.added_bias, weights @ self.items.bias))
 
     def forward(self, states: Tensor) -> Tensor:
-        hidden = F.gelu(self.hidden(states.float()))
+        hidden = F.gelu(self.hidden(states.to(self.hidden.weight.dtype)))
         logits: Tensor = self.items(hidden)
         if len(self.added):
             added = F.linear(hidden, self.added, self.added_bias)
