@@ -383,7 +383,7 @@ class HDRec(nn.Module):
         """design=late: the other model's scores [K, N] at the same positions."""
         states, real = self.sasrec(histories)
         users = states[real] if every else states[torch.arange(len(real)), real.sum(1) - 1]
-        logits: Tensor = users @ torch.cat((self.sasrec.items.weight, self.added_ids)).T
+        logits: Tensor = users @ self.sasrec.items.weight.T
         return logits
 
     def _align_states(self, items: npt.NDArray[np.integer]) -> tuple[Tensor, Packing]:
@@ -571,9 +571,10 @@ class HDRec(nn.Module):
         Raises:
             DataError: an empty text. ConfigError: a model that reads no texts.
         """
-        if "text" not in self.sides:
+        if self.config.design in ("id", "late"):
             raise ConfigError(
-                "HDRec with design=id reads no texts; it ranks what it was trained on"
+                f"HDRec with design={self.config.design} ranks what it was trained on: its id side "
+                "knows no other item"
             )
         if any(not text.strip() for text in texts):
             raise DataError("a new item needs a text: it is all that is known of it")
