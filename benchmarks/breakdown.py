@@ -58,7 +58,12 @@ BESIDE = (BATCH, OPTIMIZER, INPUTS, BETWEEN)
 """What a step does beside the operations of model and loss."""
 BESIDE_GOAL = 0.10
 
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.addmm_.default,
+    torch.ops.aten.bmm.default,
+}
 ADDITIONS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 FORWARD, BACKWARD = "forward", "backward"
 Key = tuple[str, str]
@@ -68,8 +73,9 @@ Key = tuple[str, str]
 class PartClock(TorchDispatchMode):
     """Processor seconds of each operation, by the part of the model that it belongs to."""
 
-    def __init__(self) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
+        self.frozen = {parameter.data_ptr() for parameter in backbone.parameters()}
         self.seconds: dict[Key, float] = defaultdict(float)
         self.scopes = [LOSSES]
         self.stretch = FORWARD
@@ -78,18 +84,18 @@ class PartClock(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        part = self.forward_part(func) if self.stretch == FORWARD else self.backward_part(func)
+        part = self.forward_part() if self.stretch == FORWARD else self.backward_part(func)
+        if func in PRODUCTS and part in (FROZEN, SCALING):
+            # An adapted matrix and its experts are one function: the operands tell them apart.
+            pointers = {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            part = FROZEN if pointers & self.frozen else EXPERTS
         started = time.thread_time()
         result = func(*args, **(kwargs or {}))
         self.seconds[part, self.stretch] += time.thread_time() - started
         return result
 
-    def forward_part(self, func: Any) -> str:
+    def forward_part(self) -> str:
         part = self.scopes[-1]
-        if part == FROZEN and func is torch.ops.aten.add.Tensor:
-            part = SCALING  # the hook that adds the experts' update to a frozen product
-        elif part == SCALING and func in PRODUCTS:
-            part = EXPERTS
         # An operation's node is made just before the operation runs, so the first one to run under
         # a number is the one that made it.
         self.part_of.setdefault(torch._C._autograd._get_sequence_nr() - 1, part)
@@ -125,7 +131,7 @@ class PartClock(TorchDispatchMode):
             (model, "_transform", RESIDUALS),
             (model, "_read", FUSION),
             (model, "_fuse", FUSION),
-            (model.experts, "update", SCALING),
+            (model.experts, "adapted", SCALING),
             (model.experts, "_user_share", ROUTERS),
             (model.experts, "_fused_scores", ROUTERS),
             (l2rec.experts, "top_n", ROUTERS),
@@ -140,7 +146,6 @@ class PartClock(TorchDispatchMode):
                     before = module.register_forward_pre_hook(
                         lambda *_, inside=inside: self.scopes.append(inside)
                     )
-                    # After the hook of the experts, which therefore runs inside the scope.
                     after = module.register_forward_hook(lambda *_: void(self.scopes.pop()))
                     stack.callback(before.remove)
                     stack.callback(after.remove)
@@ -224,7 +229,7 @@ class Step:
         """Processor seconds of the operations of each part, forward and backward."""
         batch = self.batches[self.number]
         self.optimizer.zero_grad(set_to_none=True)
-        clock = PartClock()
+        clock = PartClock(self.model.backbone)
         with clock.watching(self.model), clock:
             losses = self.model.loss(batch)
             clock.stretch = BACKWARD

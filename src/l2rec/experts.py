@@ -12,8 +12,8 @@ matrix, so one skinny matmul of x gives every low-rank activation and the router
 the activations are scaled by the gates and one matmul with the stacked B brings them back. What
 depends on the user alone (R1^u u and the u-half of R1^f [u; x]) is one matmul for all matrices.
 
-The backbone stays Hugging Face's code: `DPMoE.attach` hooks its Linear modules by name, and
-`DPMoE.detach` takes the hooks away again.
+The backbone stays Hugging Face's code: `DPMoE.attach` takes over the forward of its Linear modules,
+by name, and `DPMoE.detach` gives it back.
 
 Legend: n tokens, U users (rows or running prefixes), J adapted matrices, E experts of a view,
 V views, R rank, W router width, D hidden size.
@@ -24,14 +24,14 @@ from __future__ import annotations
 __all__ = ["DPMoE", "Routing", "ViewSlice", "find_linears", "load_balance", "top_n"]
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from l2rec.backbone import split
 from l2rec.errors import BackboneError, ConfigError
@@ -130,6 +130,56 @@ def _gate(hidden: Tensor, out: Tensor, bias: Tensor) -> Tensor:
     A softmax over a short last dimension is several times slower.
     """
     return torch.addmm(bias[:, None], out, F.relu(hidden).t()).softmax(0).t()
+
+
+class _Products(torch.autograd.Function):
+    """W x + b of the frozen matrix, and of each view's rows of x the products with its own stack.
+
+    One function, so that all gradients of x meet inside the products: autograd would add them up
+    afterwards, once for every adapted matrix, which costs more than the products of the experts.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int], *stacks: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight, *stacks)
+        ctx.sizes = sizes
+        views = zip(split(x, sizes), stacks, strict=True)
+        return F.linear(x, weight, bias), *(F.linear(own, stack) for own, stack in views)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *stacks = ctx.saved_tensors
+        g_y, g_low = grads[0], grads[1:]
+        g_x = None
+        if ctx.needs_input_grad[0]:
+            g_x = g_y @ weight
+            for own, g, stack in zip(split(g_x, ctx.sizes), g_low, stacks, strict=True):
+                own.addmm_(g, stack)
+        g_stacks = [g.t() @ own for own, g in zip(split(x, ctx.sizes), g_low, strict=True)]
+        return g_x, None, None, None, *g_stacks
+
+
+class _AddLowRank(torch.autograd.Function):
+    """y += low B of each view's rows, where y already lies. factors: low, B of every view."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sizes: list[int], *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(*factors)
+        ctx.sizes = sizes
+        ctx.mark_dirty(y)
+        for own, low, b in zip(split(y, sizes), factors[::2], factors[1::2], strict=True):
+            own.addmm_(low, b)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        factors = ctx.saved_tensors
+        g_factors: list[Tensor] = []
+        for g, low, b in zip(split(grads[0], ctx.sizes), factors[::2], factors[1::2], strict=True):
+            g_factors += (g @ b.t(), low.t() @ g)
+        return grads[0], None, *g_factors
 
 
 class _Mixture(nn.Module):
@@ -232,7 +282,7 @@ class DPMoE(nn.Module):
             self.user_out = nn.Parameter(torch.empty(views, matrices, view_experts, width))
             self.user_out_bias = nn.Parameter(torch.empty(views, matrices, view_experts))
         self._linears = list(linears.values())
-        self._handles: list[RemovableHandle] = []
+        self._taken: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
         self._routing: Routing | None = None
         self.reset_parameters()
 
@@ -249,38 +299,30 @@ class DPMoE(nn.Module):
     # -- attaching to the backbone ---------------------------------------------------------------
 
     def attach(self) -> None:
-        """Hook every adapted Linear: inside `routed`, its output gains the mixture's update."""
-        if not self._handles:
-            self._handles = [
-                linear.register_forward_hook(self._hook(j))
-                for j, linear in enumerate(self._linears)
-            ]
+        """Take over every adapted Linear: inside `routed` it gives W x + b and the update."""
+        for j, linear in enumerate(self._linears):
+            if linear not in self._taken:
+                before = linear.forward
+                self._taken[linear] = before
+                linear.forward = self._adapting(j, before)  # type: ignore[assignment,method-assign]
 
     def detach(self) -> None:
-        """Take the hooks away: the backbone is what it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """The backbone is what it was: mixtures are detached in the opposite order."""
+        for linear, before in self._taken.items():
+            linear.forward = before  # type: ignore[assignment,method-assign]
+        self._taken = {}
 
-    def _hook(self, j: int):  # type: ignore[no-untyped-def]
-        def add_update(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _adapting(self, j: int, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
             if self._routing is None:
-                return None
-            x, y = inputs[0].squeeze(0), output.squeeze(0)
-            if torch.is_grad_enabled():
-                return (y + self.update(j, x, self._routing))[None]
-            # Without a backward the products are added where the output already lies.
-            sizes = [part.stop - part.start for part in self._routing.slices]
-            for k, (own, out) in enumerate(zip(split(x, sizes), split(y, sizes), strict=True)):
-                low, up = self._low_rank(j, own, k, self._routing)
-                out.addmm_(low, up)
-            return output
+                return plain(x)
+            return self.adapted(j, x.squeeze(0), self._routing)[None]
 
-        return add_update
+        return forward
 
     @contextmanager
     def routed(self, slices: Sequence[ViewSlice]) -> Iterator[Routing]:
-        """Within this context the hooked backbone adapts the given slices of its packed input."""
+        """Within this context the attached backbone adapts the given slices of its packed input."""
         shares = [self._user_share(s) for s in slices]
         self._routing = Routing(slices, [g for g, _ in shares], [h for _, h in shares])
         try:
@@ -301,31 +343,37 @@ class DPMoE(nn.Module):
         logits = torch.einsum("ujw,jew->uje", user, self.user_out[v]) + self.user_out_bias[v]
         return logits.softmax(-1), hidden[..., width:]
 
-    def update(self, j: int, x: Tensor, routing: Routing) -> Tensor:
-        """Eq. 3 for matrix j: x [N, d_in] of a whole packed batch -> dW_j x [N, d_out]."""
-        views = split(x, [part.stop - part.start for part in routing.slices])
-        factors = [self._low_rank(j, view, k, routing) for k, view in enumerate(views)]
-        parts = [low @ up for low, up in factors]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def adapted(self, j: int, x: Tensor, routing: Routing) -> Tensor:
+        """(W_j + dW_j) x + b of a whole packed batch, Eq. 3: x [N, d_in] -> [N, d_out]."""
+        linear = self._linears[j]
+        sizes = [part.stop - part.start for part in routing.slices]
+        stacks = [self._stack(j, part.view).to(x.dtype) for part in routing.slices]
+        y, *products = _Products.apply(x, linear.weight, linear.bias, sizes, *stacks)  # type: ignore[no-untyped-call]
+        factors: list[Tensor] = []
+        for k, product in enumerate(products):
+            factors += self._gated(j, product, k, routing)
+        added: Tensor = _AddLowRank.apply(y, sizes, *factors)  # type: ignore[no-untyped-call]
+        return added
 
-    def _low_rank(self, j: int, x: Tensor, k: int, routing: Routing) -> tuple[Tensor, Tensor]:
-        """The update of one view as two factors: gated activations [n, (S + E) R], stacked B."""
+    def _stack(self, j: int, view: int) -> Tensor:
+        """[A of all experts; x-halves of the routers' first layers], [(S + E) R + 2 W, d_in]."""
+        mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
+        return torch.cat((mixture.shared_a, mixture.a[view], mixture.router_x[view]))
+
+    def _gated(self, j: int, product: Tensor, k: int, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The update of one view as two factors: A x times the gates [n, (S + E) R], stacked B."""
         v = routing.slices[k].view
         mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
-        stacked = torch.cat((mixture.shared_a, mixture.a[v], mixture.router_x[v]))
         routers = mixture.router_x.shape[1]
-        low, hidden = F.linear(x, stacked.to(x.dtype)).split(
-            (len(stacked) - routers, routers), dim=-1
-        )
+        low, hidden = product.split((product.shape[1] - routers, routers), dim=-1)
         scores = self._fused_scores(j, hidden + mixture.router_x_bias[v], k, routing)
         kept = top_n(scores, self.top)
         balance, load = load_balance(scores, kept)
         routing.balance.setdefault(v, []).append(balance)
         routing.load.setdefault(v, []).append(load)
         gates = F.pad(scores * kept, (self.shared_experts, 0), value=1.0) * self.scaling
-        low = low * gates.to(x.dtype).repeat_interleave(self.rank, dim=-1)
-        stacked_b = torch.cat((mixture.shared_b, mixture.b[v]))
-        return low, stacked_b.to(x.dtype)
+        low = low * gates.to(product.dtype).repeat_interleave(self.rank, dim=-1)
+        return low, torch.cat((mixture.shared_b, mixture.b[v])).to(product.dtype)
 
     def _fused_scores(self, j: int, hidden: Tensor, k: int, routing: Routing) -> Tensor:
         """Eq. 4 and the first line of Eq. 5: g_hat [n, E] float32."""
