@@ -1,0 +1,370 @@
+"""SAID: item embeddings that a language model can read the item's text from, for SASRec.
+
+Hu, Xia, Zhang, Fu, Ye, Tang, Zhou. Enhancing Sequential Recommendation via LLM-based Semantic
+Embedding Learning. WWW '24 companion, https://doi.org/10.1145/3589335.3648307
+
+    e_i  = |w| norm(W_2 gelu(W_1 t_i + b_1) + b_2)      t_i: a row of a trained table
+    1:   - sum_t log P(w_t | e_i, w_<t)                 a frozen language model, e_i its soft prompt
+    2:   x_i = A (e_i - mean) / scale;  h = causal Transformer(x);  r_{t,i} = h_t . x_i
+
+Stage 1 (``embed``) goes over the items, not the users: from one vector the frozen model must tell
+the item's text, word for word. Stage 2 (``recommend``) is SASRec with the full softmax on these
+vectors, through one map A for its inputs and its outputs.
+
+No code of the paper is public; what its summaries leave open is chosen here:
+
+- |w| is the mean length of the model's word vectors: an e_i of another scale is no word to it.
+- ``freeze=true`` keeps the vectors as stage 1 left them; ``false`` trains them on in stage 2.
+- ``lora_rank`` above zero also adapts the language model in stage 1; it is frozen by default.
+- ``vocabulary=catalog`` takes the softmax over the words that item texts use: a smaller product.
+- A bidirectional backbone is no language model of the next word. Its variant is infilling: all of
+  the text is masked, and each word told from e_i and its place. `l2rec.methods.blocks.words` says
+  what the output layer is.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SAID", "SAIDConfig"]
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2rec.backbone import Attend, Backbone, Packing, pack
+from l2rec.data.batches import Batch, TrainingBatches, plan_batches
+from l2rec.data.catalog import Catalog
+from l2rec.data.ragged import Ragged
+from l2rec.data.text import tokenize
+from l2rec.errors import ConfigError
+from l2rec.experts import find_linears
+from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
+from l2rec.methods.blocks.item_text import separators
+from l2rec.methods.blocks.lora import LoRA
+from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.blocks.words import WordHead, mask_token
+from l2rec.methods.protocols import (
+    Losses,
+    ParameterGroup,
+    Scorer,
+    Stage,
+    decayed,
+    inner_product_scorer,
+)
+from l2rec.objectives import catalog_loss
+from l2rec.views import semantic_tokens
+
+
+class SAIDConfig(BaseModel):
+    """Options of SAID."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # stage 1: embeddings
+    item_dim: int = Field(128, ge=1)
+    """Width of the table's rows."""
+    table_lr: float = Field(1e-2, gt=0)
+    """Of the table in stage 1: a row sees one step an epoch."""
+    item_tokens: int = Field(128, ge=1)
+    """Most tokens of an item's text."""
+    prompt: str = "describe:"
+    """What the model reads between e_i and the text."""
+    vocabulary: Literal["full", "catalog"] = "full"
+    embed_epochs: int = Field(20, ge=1)
+    """Passes over the items."""
+    embed_batch: int = Field(64, ge=1)
+    """Most items of a batch."""
+    lora_rank: int = Field(0, ge=0)
+    lora_alpha: float = Field(16.0, gt=0)
+    matrices: tuple[str, ...] = ("q", "v")
+    """Adapted where ``lora_rank`` is not zero."""
+
+    # stage 2: SASRec
+    freeze: bool = True
+    dim: int = Field(64, ge=1)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    inner: int = Field(256, ge=1)
+    """Width of the feed-forward part."""
+    max_items: int = Field(50, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    attention_dropout: float = Field(0.5, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SAIDConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        return self
+
+
+class ItemBatches:
+    """Every item that has a text, once an epoch; ``users`` and ``histories`` are the items.
+
+    lengths: [N] tokens of each item.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int64],
+        *,
+        batch_items: int,
+        batch_tokens: int,
+        seed: int,
+        epoch: int,
+    ) -> None:
+        self._items = np.flatnonzero(lengths)
+        rng = np.random.default_rng([seed, epoch])
+        self._plan = plan_batches(
+            lengths[self._items], rng, max_rows=batch_items, max_cost=batch_tokens
+        )
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """Batches ``start``, ``start + 1``, ... of the epoch."""
+        for rows in self._plan[start:]:
+            items = self._items[rows]
+            one_each = Ragged(items, np.arange(len(items) + 1))
+            yield Batch(items, one_each, items[:0], np.zeros((len(items), 0), dtype=np.int32))
+
+
+class SAID(nn.Module):
+    """The recommender: SASRec on vectors that a language model can tell the items by."""
+
+    Config = SAIDConfig
+    uses_backbone = True
+    item_tensors = frozenset({"table.weight", "vectors"})
+
+    def __init__(
+        self,
+        config: SAIDConfig,
+        catalog: Catalog,
+        backbone: Backbone,
+        *,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        tokenizer, words = backbone.tokenizer, backbone.word_embeddings.weight
+        before, after = separators(backbone)
+        prompt = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]
+        self.slot = len(before)
+        """Where e_i stands in a row; the token there is a stand-in."""
+        self.before = [*before, 0, *prompt]
+        self.after = [] if backbone.causal else after
+        self._check_lengths()
+        texts = catalog.require_texts("SAID")
+        self.tokens = tokenize(texts, tokenizer, config.item_tokens, cache)
+        self.mask = None if backbone.causal else mask_token(backbone)
+        self.words: Tensor | None
+        used = torch.from_numpy(np.unique(self.tokens.values).astype(np.int64))
+        self.register_buffer(
+            "words", used if config.vocabulary == "catalog" else None, persistent=False
+        )
+
+        self.table = nn.Embedding(len(catalog), config.item_dim)
+        nn.init.normal_(self.table.weight, std=0.1)
+        self.projector = nn.Sequential(
+            nn.Linear(config.item_dim, backbone.dim),
+            nn.GELU(),
+            nn.Linear(backbone.dim, backbone.dim),
+        )
+        self.norm = float(words.float().norm(dim=-1).mean())
+        self.head = WordHead(backbone, self.tokens.values)
+        self.lora: LoRA | None = None
+        if config.lora_rank:
+            linears = find_linears(backbone.model, config.matrices)
+            self.lora = LoRA(linears, rank=config.lora_rank, alpha=config.lora_alpha)
+            self.lora.attach()
+
+        self.vectors = nn.Parameter(
+            torch.zeros(len(catalog), backbone.dim), requires_grad=not config.freeze
+        )
+        self.adaptor = nn.Linear(backbone.dim, config.dim)
+        self.adaptor.apply(initialize)
+        self.encoder = SequenceEncoder(
+            config.dim,
+            layers=config.layers,
+            heads=config.heads,
+            inner=config.inner,
+            max_items=config.max_items,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+        )
+        self._take_vectors(0)
+
+    def _check_lengths(self) -> None:
+        limit = self.backbone.max_positions
+        longest = len(self.before) + self.config.item_tokens + len(self.after)
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"item_tokens={self.config.item_tokens} and {longest - self.config.item_tokens} "
+                f"tokens around them: backbone {self.backbone.name!r} has {limit} positions; "
+                "lower item_tokens"
+            )
+
+    @property
+    def n_items(self) -> int:
+        return self.table.num_embeddings
+
+    def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        """Embeddings from the items' texts, then the recommender on them."""
+        embed = [self.projector, self.head, *([self.lora] if self.lora else [])]
+        recommend = [self.adaptor, self.encoder]
+        own = [] if self.config.freeze else [self.vectors]
+        table = ParameterGroup("table", list(self.table.parameters()), self.config.table_lr, 0.0)
+        return [
+            Stage(
+                "embeddings",
+                [table, *decayed([p for m in embed for p in m.parameters()], lr, weight_decay)],
+                self.item_batches,
+                self.text_loss,
+                select=False,
+                epochs=self.config.embed_epochs,
+            ),
+            Stage(
+                "recommender",
+                decayed([p for m in recommend for p in m.parameters()] + own, lr, weight_decay),
+                self.batches,
+                self.loss,
+                begin_epoch=self._take_vectors,
+            ),
+        ]
+
+    # -- stage 1: embeddings ---------------------------------------------------------------------
+
+    def item_batches(
+        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+    ) -> ItemBatches:
+        """Items, in batches of like length; no event is looked at."""
+        return ItemBatches(
+            self.tokens.lengths,
+            batch_items=self.config.embed_batch,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            epoch=epoch,
+        )
+
+    def soft_prompts(self, items: Tensor | None = None) -> Tensor:
+        """e_i of the given items (all of them where it is None), [n, D] float32."""
+        rows = self.table.weight if items is None else self.table(items)
+        return self.norm * F.normalize(self.projector(rows), dim=-1)
+
+    def text_loss(self, batch: Batch) -> Losses:
+        """- log P(w_t | e_i, w_<t), mean over the words of the batch."""
+        states, ids, told, computed = self._read(batch.histories)
+        if self.backbone.causal:
+            states = states.roll(1, 0)  # a word is told from the state before it
+        logits = self.head(states[told], self.backbone.word_embeddings.weight, self.words)
+        targets = ids[told] if self.words is None else torch.searchsorted(self.words, ids[told])
+        total = F.cross_entropy(logits, targets)
+        return Losses(total, {"text": total.detach()}, len(ids), computed)
+
+    def _read(self, items: Ragged) -> tuple[Tensor, Tensor, Tensor, int]:
+        """One-item rows through the frozen model behind their soft prompts.
+
+        Returns:
+            Last hidden states [n, D], token ids [n], which are to be told [n] bool, and the number
+            of tokens computed.
+        """
+        backbone = self.backbone
+        part = semantic_tokens(
+            items,
+            self.tokens,
+            item_tokens=self.config.item_tokens,
+            max_tokens=len(self.before) + self.config.item_tokens + len(self.after),
+            max_items=1,
+            before=self.before,
+            after=self.after,
+            device=backbone.device,
+        )
+        lengths = part.segments.lengths
+        attend = Attend.CAUSAL if backbone.causal else Attend.FULL
+        group, positions = pack(lengths, attend)
+        ends = torch.repeat_interleave(lengths, lengths, output_size=len(part.ids))
+        told = (positions >= len(self.before)) & (positions < ends - len(self.after))
+        seen = part.ids if self.mask is None else part.ids.masked_fill(told, self.mask)
+        prompts = self.soft_prompts(torch.from_numpy(items.values).to(backbone.device))
+        at = lengths.cumsum(0) - lengths + self.slot
+        x = backbone.embed(seen).float().index_copy(0, at, prompts)
+        packing = Packing((group,), positions)
+        with nullcontext() if self.lora is None else self.lora.enabled():
+            return backbone(x, packing), part.ids, told, packing.computed
+
+    # -- stage 2: the recommender ----------------------------------------------------------------
+
+    @torch.no_grad()
+    def _take_vectors(self, epoch: int) -> None:
+        """Before its first epoch stage 2 takes the vectors that stage 1 has made, standardised."""
+        if epoch == 0:
+            vectors = self.soft_prompts()
+            vectors -= vectors.mean(0)
+            self.vectors.copy_(vectors / vectors.square().mean().sqrt().clamp_min(1e-9))
+
+    def item_rows(self) -> Tensor:
+        """x_i of all items [N, h]: what stands for them in histories and in scores."""
+        rows: Tensor = self.adaptor(self.vectors)
+        return rows
+
+    def forward(self, histories: Ragged, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """States [B, T, h] of at most ``max_items`` items with the given ``item_rows``, and which
+        are real [B, T].
+        """
+        items, real = pad(histories, rows.device)
+        return self.encoder(F.embedding(items, rows), real), real
+
+    def batches(
+        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+    ) -> TrainingBatches:
+        """Every next item of every training sequence is a target once an epoch."""
+        return sequence_batches(
+            sequences,
+            supervision="all",
+            n_items=self.n_items,
+            max_items=self.config.max_items,
+            seed=seed,
+            epoch=epoch,
+            batch_users=batch_users,
+            batch_tokens=batch_tokens,
+        )
+
+    def loss(self, batch: Batch) -> Losses:
+        """Next-item softmax over the catalog, mean over all positions of the batch."""
+        rows = self.item_rows()
+        states, real = self(batch.histories, rows)
+        users = states[real]
+        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
+        total = catalog_loss(users @ rows.T, targets)
+        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+
+    # -- inference -------------------------------------------------------------------------------
+
+    def encode_users(self, histories: Ragged) -> Tensor:
+        """[B, h] float32."""
+        with torch.no_grad():
+            rows = self.item_rows()
+        return encode_rows(
+            self,
+            histories,
+            lambda batch: last_of(*self(batch, rows)),
+            max_items=self.config.max_items,
+        )
+
+    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
+        """[n, h] float32, of catalog ints."""
+        chosen = catalog_rows(items, "SAID", self.vectors.device)
+        with torch.no_grad():
+            rows: Tensor = self.adaptor(self.vectors[chosen])
+        return rows
+
+    def scorer(self) -> Scorer:
+        return inner_product_scorer(self)
