@@ -468,11 +468,8 @@ def _scores(model: Any, histories: Ragged) -> Tensor:
     return found
 
 
-def test_other_data_can_start_from_it(trained: Trained, request: pytest.FixtureRequest) -> None:
+def test_other_data_can_start_from_it(trained: Trained) -> None:
     """Tensors whose shape follows from the items are named in ``item_tensors``."""
-    if trained.name == "SASRec":
-        why = "SASRec names no item_tensors, so that --init refuses to start on other data"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
     texts = [simple_text(97 * code) for code in range(N + 7)]
     other = trained_tensors(build(trained.name, Catalog.of_texts(texts)))
     own = trained_tensors(trained.model)

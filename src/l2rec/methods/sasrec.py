@@ -68,6 +68,7 @@ class SASRec(nn.Module):
 
     Config = SASRecConfig
     uses_backbone = False
+    item_tensors = frozenset({"items.weight"})
 
     def __init__(
         self,
