@@ -1,8 +1,7 @@
-"""BERT4Rec: what is hidden, what is asked, its equations, and what every method promises."""
+"""BERT4Rec: what is hidden, what is asked, and its equations."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,17 +120,6 @@ def test_every_option_trains(changes: dict[str, Any]) -> None:
 def test_it_learns_by_heart() -> None:
     model = build(dim=32, inner=64, dropout=0.0, attention_dropout=0.0)
     sequential.check_overfits(model, epochs=150, lr=5e-3)
-
-
-def test_promises(tmp_path: Path) -> None:
-    sequential.check_protocols(build())
-    sequential.check_item_tensors(build())
-    sequential.check_rows_are_independent(build())
-    sequential.check_only_the_newest_items_count(build())
-    sequential.check_same_seed_same_losses(build)
-    sequential.check_saved_and_loaded(build, tmp_path)
-    sequential.check_held_out_items_are_not_seen(build)
-    sequential.check_what_is_refused(build(), "BERT4Rec")
 
 
 def test_what_is_refused() -> None:

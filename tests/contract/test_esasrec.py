@@ -1,9 +1,8 @@
-"""eSASRec: its layers written out, its negatives, and what every method promises."""
+"""eSASRec: its layers written out, and its negatives."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,18 +144,6 @@ def test_every_option_trains(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("changes", [{}, {"loss": "ce"}], ids=str)
 def test_it_learns_by_heart(changes: dict[str, Any]) -> None:
     sequential.check_overfits(build(dim=32, dropout=0.0, layers=2, **changes), epochs=80, lr=5e-3)
-
-
-def test_promises(tmp_path: Path) -> None:
-    sequential.check_protocols(build())
-    sequential.check_item_tensors(build())
-    sequential.check_rows_are_independent(build())
-    sequential.check_only_the_newest_items_count(build())
-    sequential.check_positions_read_as_their_prefix(build(layers=2))
-    sequential.check_same_seed_same_losses(build)
-    sequential.check_saved_and_loaded(build, tmp_path)
-    sequential.check_held_out_items_are_not_seen(lambda s: build(s, in_batch=0.5, logq=True))
-    sequential.check_what_is_refused(build(), "eSASRec")
 
 
 def test_what_is_refused() -> None:

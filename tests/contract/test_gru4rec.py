@@ -1,9 +1,8 @@
-"""GRU4Rec: its equations written out, its named losses, and what every method promises."""
+"""GRU4Rec: its equations written out, and its named losses."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,18 +111,6 @@ def test_a_negative_of_the_batch_is_never_one_s_own_target() -> None:
         batch = sequential.one_batch(model, HISTORIES.take(np.array([3])))
         model.loss(batch).total.backward()
         assert not any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None), loss
-
-
-def test_promises(tmp_path: Path) -> None:
-    sequential.check_protocols(build())
-    sequential.check_item_tensors(build())
-    sequential.check_rows_are_independent(build())
-    sequential.check_only_the_newest_items_count(build())
-    sequential.check_positions_read_as_their_prefix(build(layers=2))
-    sequential.check_same_seed_same_losses(lambda seed: build(seed, loss="bpr"))
-    sequential.check_saved_and_loaded(build, tmp_path)
-    sequential.check_held_out_items_are_not_seen(build)
-    sequential.check_what_is_refused(build(), "GRU4Rec")
 
 
 def test_what_is_refused() -> None:
