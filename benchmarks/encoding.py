@@ -174,6 +174,7 @@ def speed(what: What, sample: Sample, dtype: str, rounds: int, warmup: int) -> l
     texts = len(sample.texts) if what == "items" else len(sample.histories)
     return [
         {
+            "data": sample.name,
             "what": what,
             "dtype": dtype,
             "contender": f"{name} *" if name == fastest else name,
@@ -206,6 +207,7 @@ def memory(what: What, sample: Sample, dtype: str, options: Sequence[str]) -> li
     texts = len(sample.texts) if what == "items" else len(sample.histories)
     return [
         {
+            "data": sample.name,
             "what": what,
             "dtype": dtype,
             "contender": "l2rec, both views: memory",
@@ -221,7 +223,7 @@ def memory(what: What, sample: Sample, dtype: str, options: Sequence[str]) -> li
 def speed_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
-            "path": f"encoding {row['what']}, {row['dtype']}, {row['contender']}",
+            "path": f"encoding {row['what']} of {row['data']}, {row['dtype']}, {row['contender']}",
             "goal": f"at least {GOAL} x {PEER}",
             "measured": f"{row['ratio']:.2f} x ({row['rate']:,.0f} texts/s)",
             "reached": row["ratio"] >= GOAL,
@@ -248,10 +250,10 @@ def memory_goal(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     options = list(sys.argv[1:] if argv is None else argv)
     p = arguments(__file__, __doc__)
-    p.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="the first is sampled")
-    p.add_argument("--texts", type=int, default=3000, help="items (default %(default)s)")
-    p.add_argument("--users", type=int, default=600, help="histories (default %(default)s)")
-    p.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
+    p.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="each is sampled")
+    p.add_argument("--texts", type=int, default=600, help="items (default %(default)s)")
+    p.add_argument("--users", type=int, default=100, help="histories (default %(default)s)")
+    p.add_argument("--rounds", type=int, default=3, help="timed rounds (default %(default)s)")
     p.add_argument(
         "--dtypes",
         default="float32,bfloat16" if native_bfloat16() else "float32",
@@ -264,31 +266,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     if args.quick:
         args.texts, args.users, args.rounds = 256, 64, 2
-    sample = (
-        sampled(args.data[0], args.texts, args.users)
-        if args.data
-        else generated(args.texts, args.users)
-    )
+    samples = [sampled(path, args.texts, args.users) for path in args.data or ()]
+    samples = samples or [generated(args.texts, args.users)]
     dtypes = args.dtypes.split(",")
     if args.memory_of:
-        print(encoding_mb(args.memory_of, sample, args.times, dtypes[0]))
+        print(encoding_mb(args.memory_of, samples[0], args.times, dtypes[0]))
         return
     kinds: tuple[What, ...] = ("items", "users")
     timed = [
         row
+        for sample in samples
         for what in kinds
         for dtype in dtypes
         for row in speed(what, sample, dtype, args.rounds, 1)
     ]
     # Few texts are one batch, and that grows.
     measured = () if args.quick else kinds
-    held = {what: memory(what, sample, dtypes[0], options) for what in measured}
-    lengths = sample.histories.lengths
+    held = {what: memory(what, samples[0], dtypes[0], options) for what in measured}
     report(
         "encoding",
         args.json,
         goal=f"items and users are encoded {GOAL} times as fast as by {PEER}, in flat memory",
         columns=[
+            ("data", "data"),
             ("what", "encoded"),
             ("dtype", "dtype"),
             ("contender", "contender"),
@@ -301,8 +301,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         rows=[*timed, *(row for rows in held.values() for row in rows)],
         notes=[
-            f"{sample.name}: {len(sample.texts):,} items, {len(sample.histories):,} histories of "
-            f"{lengths.mean():.1f} items on average, read as recipe {RECIPE} does. "
+            *(
+                f"{sample.name}: {len(sample.texts):,} items, {len(sample.histories):,} histories "
+                f"of {sample.histories.lengths.mean():.1f} items on average, read as recipe "
+                f"{RECIPE} does."
+                for sample in samples
+            ),
             f"{args.rounds} rounds after 1. * is the peer.",
             "Memory: the peak above the loaded process, less the vectors that are handed out.",
         ],
