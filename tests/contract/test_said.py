@@ -19,7 +19,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
-from l2rec.methods.said import SAID, SAIDConfig
+from l2rec.methods.said import SAID, SAIDConfig, standardised
 from l2rec.methods.sasrec import SASRec, SASRecConfig
 
 N = 12
@@ -249,10 +249,26 @@ def test_stage_two_takes_what_stage_one_made() -> None:
     take(1)
     assert torch.equal(model.vectors, random), "only its first epoch takes them"
     take(0)
-    e = model.soft_prompts().double()
-    e = e - e.mean(0)
-    expected = (e / e.square().mean().sqrt()).float()
-    torch.testing.assert_close(model.vectors, expected, rtol=0, atol=1e-4)
+    expected = standardised(model.soft_prompts().detach(), whiten=True)
+    assert torch.equal(model.vectors, expected)
+
+
+@pytest.mark.parametrize("n", [6, 200])
+def test_vectors_are_standardised(n: int) -> None:
+    torch.manual_seed(0)
+    e = 3 + torch.randn(n, 8) @ torch.randn(8, 8)
+    plain, white = (standardised(e, whiten=whiten).double() for whiten in (False, True))
+    for vectors in (plain, white):
+        torch.testing.assert_close(vectors.mean(0), torch.zeros(8).double(), rtol=0, atol=1e-5)
+        assert float(vectors.square().mean()) == pytest.approx(1, rel=1e-5)
+    centred = (e - e.mean(0)).double()
+    torch.testing.assert_close(plain * centred[0, 0] / plain[0, 0], centred, rtol=0, atol=1e-4)
+    variances = torch.linalg.eigvalsh(white.T @ white / n)
+    rank = min(n - 1, 8)  # fewer items than dimensions differ in fewer directions
+    expected = torch.cat((torch.zeros(8 - rank), torch.full((rank,), 8 / rank))).double()
+    torch.testing.assert_close(variances, expected, rtol=0, atol=1e-4)
+    same = standardised(torch.ones(4, 8), whiten=True)
+    assert not same.any(), "items that are all alike"
 
 
 @pytest.mark.parametrize("freeze", [True, False])

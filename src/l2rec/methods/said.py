@@ -5,7 +5,7 @@ Embedding Learning. WWW '24 companion, https://doi.org/10.1145/3589335.3648307
 
     e_i  = |w| norm(W_2 gelu(W_1 t_i + b_1) + b_2)      t_i: a row of a trained table
     1:   - sum_t log P(w_t | e_i, w_<t)                 a frozen language model, e_i its soft prompt
-    2:   x_i = A (e_i - mean) / scale;  h = causal Transformer(x);  r_{t,i} = h_t . x_i
+    2:   x_i = A white(e_i);  h = causal Transformer(x);  r_{t,i} = h_t . x_i
 
 Stage 1 (``embed``) goes over the items, not the users: from one vector the frozen model must tell
 the item's text, word for word. Stage 2 (``recommend``) is SASRec with the full softmax on these
@@ -14,6 +14,8 @@ vectors, through one map A for its inputs and its outputs.
 No code of the paper is public; what its summaries leave open is chosen here:
 
 - |w| is the mean length of the model's word vectors: an e_i of another scale is no word to it.
+- ``whiten``: the vectors enter stage 2 without means and correlations, all directions alike; their
+  few largest would else be all that A hears for a long time. ``false``: centred and scaled.
 - ``freeze=true`` keeps the vectors as stage 1 left them; ``false`` trains them on in stage 2.
 - ``lora_rank`` above zero also adapts the language model in stage 1; it is frozen by default.
 - ``vocabulary=catalog`` takes the softmax over the words that item texts use: a smaller product.
@@ -24,7 +26,7 @@ No code of the paper is public; what its summaries leave open is chosen here:
 
 from __future__ import annotations
 
-__all__ = ["SAID", "SAIDConfig"]
+__all__ = ["SAID", "SAIDConfig", "standardised"]
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -87,6 +89,7 @@ class SAIDConfig(BaseModel):
     """Adapted where ``lora_rank`` is not zero."""
 
     # stage 2: SASRec
+    whiten: bool = True
     freeze: bool = True
     dim: int = Field(64, ge=1)
     layers: int = Field(2, ge=1)
@@ -304,11 +307,9 @@ class SAID(nn.Module):
 
     @torch.no_grad()
     def _take_vectors(self, epoch: int) -> None:
-        """Before its first epoch stage 2 takes the vectors that stage 1 has made, standardised."""
+        """Before its first epoch stage 2 takes the vectors that stage 1 has made."""
         if epoch == 0:
-            vectors = self.soft_prompts()
-            vectors -= vectors.mean(0)
-            self.vectors.copy_(vectors / vectors.square().mean().sqrt().clamp_min(1e-9))
+            self.vectors.copy_(standardised(self.soft_prompts(), whiten=self.config.whiten))
 
     def item_rows(self) -> Tensor:
         """x_i of all items [N, h]: what stands for them in histories and in scores."""
@@ -368,3 +369,15 @@ class SAID(nn.Module):
 
     def scorer(self) -> Scorer:
         return inner_product_scorer(self)
+
+
+def standardised(vectors: Tensor, *, whiten: bool) -> Tensor:
+    """Vectors [N, d] with mean zero and mean square one; with ``whiten`` also uncorrelated, in the
+    directions in which they differ at all.
+    """
+    x = (vectors - vectors.mean(0)).double()
+    if whiten:
+        variance, directions = torch.linalg.eigh(x.T @ x / len(x))
+        differ = variance > 1e-9 * variance[-1]
+        x = x @ (directions * torch.where(differ, variance, torch.inf).rsqrt()) @ directions.T
+    return (x / x.square().mean().sqrt().clamp_min(1e-9)).to(vectors.dtype)
