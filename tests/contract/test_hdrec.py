@@ -182,7 +182,7 @@ def test_each_phase_moves_its_own_side_alone(family: str) -> None:
         ({"design": "early"}, {"text", "align"}),
         ({"design": "late"}, {"text", "align"}),
     ],
-    ids=str,
+    ids=lambda value: ",".join(sorted(map(str, value))),
 )
 def test_switches_that_train_in_one_pass(changes: dict[str, Any], parts: set[str]) -> None:
     model = build(**changes)
