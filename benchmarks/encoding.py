@@ -17,7 +17,8 @@ Experts have weights as after training (B is not zero), so that nothing of them 
 
 Seconds are the median over rounds; a ratio is the median over rounds of the peer's time by the
 contender's in the same round: above 1 is faster than the peer. Memory is the peak of encoding n, 2n
-and 4n texts, each in a fresh process, above that process with everything loaded; the vectors that
+and 4n texts, each in a fresh process, above that process with everything loaded; n is four times the
+sample, so that it fills several batches; the vectors that
 are handed out are taken off.
 """
 
@@ -216,7 +217,7 @@ def memory(what: What, sample: Sample, dtype: str, options: Sequence[str]) -> li
                 __file__, *options, "--memory-of", what, "--times", str(times), "--dtypes", dtype
             ),
         }
-        for times in (1, 2, 4)
+        for times in (4, 8, 16)
     ]
 
 
