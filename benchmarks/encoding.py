@@ -17,9 +17,8 @@ Experts have weights as after training (B is not zero), so that nothing of them 
 
 Seconds are the median over rounds; a ratio is the median over rounds of the peer's time by the
 contender's in the same round: above 1 is faster than the peer. Memory is the peak of encoding n, 2n
-and 4n texts, each in a fresh process, above that process with everything loaded; n is four times the
-sample, so that it fills several batches; the vectors that
-are handed out are taken off.
+and 4n texts, each in a fresh process, above that process with everything loaded; the vectors that
+are handed out are taken off. n is four times the sample, so that it fills several batches.
 """
 
 from __future__ import annotations
