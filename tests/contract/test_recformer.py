@@ -269,8 +269,22 @@ def _third(rows: Rows) -> Tensor:
 def test_without_language_losses() -> None:
     model = shaken(build(mlm=0.0))
     losses = model.pretraining_loss(one_batch(model, 0))
-    assert set(losses.parts) == {"contrast"}
+    assert float(losses.parts["words"]) == 0
+    assert float(losses.total.detach()) == float(losses.parts["contrast"])
     assert not any(p.requires_grad for p in model.head.parameters())
+
+
+def test_one_pass_for_both_losses() -> None:
+    """``mlm_apart=false``: the language losses stay, the contrast reads the gaps."""
+    apart, once = (shaken(build(mlm_apart=apart)) for apart in (True, False))
+    batch = one_batch(apart, 0)
+    losses = []
+    for model in (apart, once):
+        torch.manual_seed(0)
+        losses.append(model.pretraining_loss(batch))
+    torch.testing.assert_close(losses[0].parts["words"], losses[1].parts["words"])
+    assert not torch.equal(losses[0].parts["contrast"], losses[1].parts["contrast"])
+    assert losses[0].tokens == 2 * losses[1].tokens
 
 
 def test_rows_are_split_in_their_second_half() -> None:

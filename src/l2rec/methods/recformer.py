@@ -104,6 +104,8 @@ class RecFormerConfig(BaseModel):
     """Weight of the language losses."""
     mask_share: float = Field(0.15, gt=0, lt=1)
     """Share of words that MLM hides."""
+    mlm_apart: bool = True
+    """False: the contrast reads the rows with their gaps, too, which halves pre-training."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RecFormerConfig:
@@ -361,22 +363,30 @@ class RecFormer(nn.Module):
         """In-batch contrast of rows with their next items, + ``mlm`` times both language losses."""
         config = self.config
         histories, targets = split_rows(batch.histories)
-        users, items = self(histories), self(Ragged(targets, np.arange(len(targets) + 1)))
+        users, told_users, read = self._with_words(self._rows(histories))
+        single = Ragged(targets, np.arange(len(targets) + 1))
+        items, told_items, read_too = self._with_words(self._rows(single))
         scores = cosine(users.z, items.z) / config.temperature
         target = torch.from_numpy(targets.astype(np.int64)).to(scores.device)
-        total = in_batch_loss(scores, target[:, None] == target)
-        parts = {"contrast": total.detach()}
-        read = [users, items]
-        if config.mlm > 0:
-            if self.backbone.causal:
-                words = sum(self._next_words(reading) for reading in (users, items))
-            else:
-                hidden = [self._hidden_words(reading.rows) for reading in (users, items)]
-                words = sum(loss for loss, _ in hidden)
-                read += [reading for _, reading in hidden]
-            total = total + config.mlm * words
-            parts["words"] = torch.as_tensor(words).detach()
-        return _losses(total, parts, read)
+        contrast, words = in_batch_loss(scores, target[:, None] == target), told_users + told_items
+        parts = {"contrast": contrast.detach(), "words": words.detach()}
+        return _losses(contrast + config.mlm * words, parts, read + read_too)
+
+    def _with_words(self, rows: Rows) -> tuple[Reading, Tensor, list[Reading]]:
+        """One side of the contrast, its language loss, and all that was read for the two."""
+        if self.config.mlm == 0:
+            reading = self._read(rows)
+            return reading, reading.states.new_zeros(()), [reading]
+        if self.backbone.causal:
+            reading = self._read(rows)
+            return reading, self._next_words(reading), [reading]
+        ids, hidden = self._hide(rows)
+        gaps = self._read(replace(rows, ids=ids))
+        words = self._word_loss(gaps.states, rows.ids, hidden)
+        if not self.config.mlm_apart:
+            return gaps, words, [gaps]
+        reading = self._read(rows)
+        return reading, words, [reading, gaps]
 
     def loss(self, batch: Batch) -> Losses:
         """Softmax of cos / tau over the whole frozen table."""
@@ -392,12 +402,6 @@ class RecFormer(nn.Module):
         predicted = rows.types != MARK
         predicted[rows.lengths.cumsum(0) - rows.lengths] = False  # nothing before it
         return self._word_loss(reading.states.roll(1, 0), rows.ids, predicted)
-
-    def _hidden_words(self, rows: Rows) -> tuple[Tensor, Reading]:
-        """Cross-entropy of words that are hidden, and the reading of what was left of the rows."""
-        ids, hidden = self._hide(rows)
-        reading = self._read(replace(rows, ids=ids))
-        return self._word_loss(reading.states, rows.ids, hidden), reading
 
     def _word_loss(self, states: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
         """Mean over the chosen tokens [n] bool."""
