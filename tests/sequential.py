@@ -41,17 +41,18 @@ def one_batch(model: Any, sequences: Ragged = HISTORIES) -> Batch:
     return made[0]
 
 
-def _train(model: Any, sequences: Ragged, epochs: int, lr: float) -> None:
+def train(model: Any, sequences: Ragged, epochs: int, lr: float) -> None:
+    """All stages in place, from torch's seed 0."""
     torch.manual_seed(0)
     model.train()
-    (stage,) = model.stages(lr, 0.0)
-    optimizer = torch.optim.Adam([p for group in stage.groups for p in group.parameters], lr)
-    for epoch in range(epochs):
-        made = stage.batches(sequences, seed=0, epoch=epoch, batch_users=64, batch_tokens=10**5)
-        for batch in made.iterate():
-            optimizer.zero_grad()
-            stage.loss(batch).total.backward()
-            optimizer.step()
+    for stage in model.stages(lr, 0.0):
+        optimizer = torch.optim.Adam([p for group in stage.groups for p in group.parameters], lr)
+        for epoch in range(epochs):
+            made = stage.batches(sequences, seed=0, epoch=epoch, batch_users=64, batch_tokens=10**5)
+            for batch in made.iterate():
+                optimizer.zero_grad()
+                stage.loss(batch).total.backward()
+                optimizer.step()
 
 
 # ------------------------------------------------------------------------------- checks
@@ -77,7 +78,7 @@ def check_overfits(model: Any, epochs: int = 60, lr: float = 1e-2, users: int = 
     """Random rows are learned by heart: the last training item of all is ranked first."""
     rng = np.random.default_rng(0)
     rows = Ragged.from_rows([rng.integers(N, size=6) for _ in range(users)])
-    _train(model, rows, epochs, lr)
+    train(model, rows, epochs, lr)
     inputs = rows.head(5)
     ranks = evaluate(model, inputs, rows.values[rows.offsets[1:] - 1]).ranks
     assert float(np.mean(ranks == 1)) > 0.95, ranks

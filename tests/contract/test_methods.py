@@ -72,7 +72,7 @@ BUDGET = {
     "BERT4Rec": (3e-3, 50),
     "FamouSRec": (1e-2, 8),
     "L2Rec": (3e-3, 8),
-    "LEARN": (3e-3, 50),
+    "LEARN": (3e-3, 100),
     "UniSRec": (1e-2, 25),
 }
 """Learning rate and epochs of what learns the chain slowly, or takes long about an epoch."""

@@ -245,28 +245,13 @@ def test_pre_training_alone_ranks_chains() -> None:
     """By texts alone, of items that no table knows."""
     model = build(dim=32, pretrain_epochs=1, finetune=False, **STILL)
     rows = Ragged.from_rows([(np.arange(6) + start) % N for start in range(N)])
-    sequential.trained(model, rows, epochs=150, lr=5e-3)
+    sequential.train(model, rows, epochs=150, lr=5e-3)
     model.eval()
     best = model.scorer()(rows.head(5)).argmax(1)
     assert best.tolist() == rows.values[rows.offsets[1:] - 1].tolist()
 
 
 # ------------------------------------------------------------------------------- promises
-
-
-@pytest.mark.parametrize("changes", [{}, INDUCTIVE], ids=["transductive", "inductive"])
-def test_promises(changes: dict[str, Any], tmp_path: Path) -> None:
-    def make(seed: int) -> UniSRec:
-        return build(seed, **changes)
-
-    sequential.check_protocols(make(0))
-    sequential.check_rows_are_independent(make(0))
-    sequential.check_only_the_newest_items_count(make(0))
-    sequential.check_same_seed_same_losses(make)
-    sequential.check_saved_and_loaded(make, tmp_path)
-    sequential.check_held_out_items_are_not_seen(make)
-    if not changes:
-        sequential.check_item_tensors(make(0))
 
 
 def test_a_position_reads_as_its_prefix() -> None:

@@ -173,10 +173,12 @@ class LEARN(nn.Module):
         ]
 
     def loss(self, batch: Batch) -> Losses:
-        """Dense all action over every row, cut anew at random."""
+        """Dense all action over every row, cut at random."""
         rows, config = batch.histories, self.config
         lengths = rows.lengths
-        cut = 1 + (torch.rand(len(rows)).numpy() * (lengths - 1)).astype(np.int64)  # 1..n-1
+        # 1..n-1, at one share of all rows: a batch holds rows of like length, and so its histories
+        # and its futures need little padding.
+        cut = 1 + (float(torch.rand(())) * (lengths - 1)).astype(np.int64)
         history = rows.gather(rows.offsets[:-1], cut)
         future = rows.gather(rows.offsets[:-1] + cut, lengths - cut)
 
