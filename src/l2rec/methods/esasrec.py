@@ -16,6 +16,8 @@ and its code leave a choice, or cost much time:
 - All positions of a batch share their negatives, which makes scores one product of matrices;
   ``share_negatives=false`` draws for each position, as the authors do.
 - A negative that is the position's own target does not count.
+- All embeddings start at N(0, 0.02); under the authors' Xavier start the few positions are many
+  times larger than the many items and drown them.
 - Positions count from the oldest item of a row; the authors count from the newest, which in
   training tells a position how many items are still to come.
 
@@ -138,9 +140,11 @@ class ESASRec(nn.Module):
             LiGRLayer(config.dim, config.heads, config.inner, config.dropout)
             for _ in range(config.layers)
         )
-        for parameter in self.parameters():
+        for parameter in self.layers.parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_normal_(parameter)
+        for table in (self.items, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
         self.log_q: Tensor
         self.register_buffer("log_q", torch.zeros(len(catalog)), persistent=False)
 
