@@ -23,7 +23,13 @@ No code is public. Read from descriptions of the paper, or chosen here:
 - Recency: the n-th oldest of a row is drawn with weight n, without replacement. The paper weights
   by a formula with alpha=10, beta=10000 that is not known here.
 - A target of other users that the user acted on too is no negative.
-- Rows are windows of at most ``max_items`` events; the widths m and out, depth, dropout, tau.
+- Rows are windows of at most ``max_items`` events, and a batch is cut at one share of their length.
+- The widths m and out, depth, dropout, tau.
+
+``log_q`` is a named deviation, off by default. Targets of other users are drawn by popularity, so
+in-batch softmax ranks by how much likelier an item is for this user than for anyone: where rankings
+are judged by what was bought, that costs more than all else. With it, r - log q(t) is trained, and
+r, which then holds the popularity too, is ranked (Yi et al., RecSys '19).
 """
 
 from __future__ import annotations
@@ -79,6 +85,8 @@ class LEARNConfig(BaseModel):
     target_states: int = Field(10, ge=1)
     """N_t."""
     temperature: float = Field(0.07, gt=0)
+    log_q: bool = False
+    """Correct the loss for how often each item is a target."""
 
     @model_validator(mode="after")
     def _consistent(self) -> LEARNConfig:
@@ -126,6 +134,9 @@ class LEARN(nn.Module):
         self.leave = nn.Linear(config.dim, backbone.dim if config.item_tower == "c" else config.out)
         for linear in (self.enter, self.leave):
             linear.apply(initialize)
+        self.register_buffer("log_share", torch.zeros(len(catalog)), persistent=False)
+        self.log_share: Tensor
+        """log q, of the training sequences."""
 
     @property
     def n_items(self) -> int:
@@ -153,6 +164,8 @@ class LEARN(nn.Module):
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> TrainingBatches:
         """Whole training sequences, in windows of ``max_items`` events and of at least two."""
+        counts = torch.from_numpy(np.bincount(sequences.values, minlength=len(self.log_share)))
+        self.log_share.copy_(counts.clamp(min=1).log() - np.log(max(1, len(sequences.values))))
         # The oldest event of a long sequence may be left alone in a window, with nothing to cut.
         alone = (sequences.lengths > 1) & (sequences.lengths % self.config.max_items == 1)
         lengths = sequences.lengths - alone
@@ -197,8 +210,9 @@ class LEARN(nn.Module):
         owner = torch.from_numpy(np.unique(batch.users, return_inverse=True)[1]).to(states.device)
         own = torch.zeros(len(rows), len(distinct), dtype=torch.bool, device=states.device)
         own[owner[t_row], column] = True
+        scores = cosine(states[h_row, h_at], targets) / config.temperature
         total = dense_all_action_loss(
-            cosine(states[h_row, h_at], targets) / config.temperature,
+            scores - self.log_share[sampled] if config.log_q else scores,
             pairs=h_row[:, None] == t_row,
             negatives=~own[owner[h_row]][:, column],
         )
