@@ -1,10 +1,13 @@
-"""Keep the reports of finished runs here, and write them into the README and results/README.md.
+"""Keep the results of finished runs here, and write them into the README and results/README.md.
 
-    python results/collect.py NAME=RUN [NAME=RUN ...]     copy report.json and metrics.jsonl of runs
+    python results/collect.py NAME=RUN [NAME=RUN ...]     copy what runs found
     python results/collect.py                             write the tables again from what is here
+    l2rec compare results/scientific/* --data DATA        test them against each other
 
 NAME is <data set>/<recipe>. The README gets one table for each data set, results/README.md also how
-every run was made. Only scores and counts are kept: nothing of the data set, no texts, no ids.
+every run was made. Only the recipe, scores, counts and ranks are kept: nothing of the data set, no
+texts, no ids. Ranks are in the order of the data set's test users, which only those who have the
+data can name.
 """
 
 import json
@@ -12,6 +15,13 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from l2rec.data.dataset import open_dataset
+from l2rec.data.splits import leave_one_out
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -24,11 +34,23 @@ Report = dict[str, Any]
 
 
 def keep(name: str, run: Path) -> None:
-    """Copy the two files of a run that hold its numbers."""
+    """Copy the files of a run that hold its numbers, without what belongs to the data set."""
     folder = HERE / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("report.json", "metrics.jsonl"):
         shutil.copyfile(run / file, folder / file)
+    identity = yaml.safe_load((run / "config.yaml").read_text())
+    dataset = open_dataset(Path(identity["dataset"]["path"]))
+    identity["dataset"]["path"] = f"data/{dataset.name}"
+    (folder / "config.yaml").write_text(yaml.safe_dump(identity, sort_keys=False))
+    ranks = pq.ParquetFile(run / "ranks.parquet").read()
+    users = leave_one_out(dataset.sequences).users
+    if ranks["user"].to_pylist() != dataset.user_ids.take(pa.array(users)).to_pylist():
+        raise SystemExit(f"{run} did not rank the test users of {dataset.path} in their order")
+    # A rank is a half integer, which float32 holds exactly.
+    columns = {name: ranks[name].cast(pa.float32()) for name in ("rank", "rank_masked")}
+    kept = pa.table(columns).replace_schema_metadata(ranks.schema.metadata)
+    pq.write_table(kept, folder / "ranks.parquet", compression="zstd", compression_level=19)
 
 
 def collected() -> dict[str, dict[str, Report]]:

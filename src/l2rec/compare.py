@@ -111,8 +111,8 @@ class Population:
     counts: npt.NDArray[np.int64]
 
 
-def read_run(path: Path) -> FinishedRun:
-    """A finished run.
+def read_run(path: Path, dataset: Dataset | None = None) -> FinishedRun:
+    """A finished run. ``dataset``: for one that keeps ranks alone, as `results/` does.
 
     Raises:
         CheckpointError: not a run folder, not finished, or torn.
@@ -122,8 +122,21 @@ def read_run(path: Path) -> FinishedRun:
         raise CheckpointError(
             f"{path} is not finished: it has no report.json; train it on with --resume"
         )
-    ranks = read_ranks(path / "ranks.parquet")
+    made_on = identity["dataset"]["fingerprint"]
+    if dataset is not None and dataset.fingerprint != made_on:
+        raise DataError(
+            f"{path} was made on data {made_on}, {dataset.path} is {dataset.fingerprint}; give the "
+            "folder it was made on with --data"
+        )
+    ranks = read_ranks(path / "ranks.parquet", None if dataset is None else _everyone(dataset))
     return FinishedRun(path, config, identity, read_json(path / "report.json"), ranks)
+
+
+def _everyone(dataset: Dataset) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Ids and targets of the test split."""
+    split = leave_one_out(dataset.sequences)
+    ids = dataset.user_ids.take(pa.array(split.users)).to_pylist()
+    return ids, split.test_targets.astype(np.int64)
 
 
 def population(histories: Ragged, targets: IntArray, counts: npt.NDArray[np.int64]) -> Population:
@@ -163,21 +176,9 @@ def _population_of(dataset: Dataset, ranks: Ranks) -> Population:
     return population(split.test_histories.take(rows), ranks.targets, counts)
 
 
-def _dataset_of(runs: Sequence[FinishedRun], data: Path | None) -> Dataset | None:
-    """The data set of the runs: at ``data``, or where one of them had it, or None.
-
-    Raises:
-        DataError: there is another one at ``data``.
-    """
+def _dataset_of(runs: Sequence[FinishedRun]) -> Dataset | None:
+    """The data set of the runs, where one of them had it, or None."""
     fingerprint = runs[0].ranks.fingerprint
-    if data is not None:
-        dataset = open_dataset(data)
-        if dataset.fingerprint != fingerprint:
-            raise DataError(
-                f"the runs were made on data {fingerprint}, {data} is {dataset.fingerprint}; give "
-                "the folder they were made on with --data"
-            )
-        return dataset
     for run in runs:
         try:
             dataset = open_dataset(Path(run.identity["dataset"]["path"]))
@@ -293,9 +294,10 @@ def compare_runs(
         folders[path.resolve()] = path
     if against is not None:
         folders.setdefault(against.resolve(), against)
-    runs = [read_run(path) for path in folders.values()]
+    dataset = None if data is None else open_dataset(data)
+    runs = [read_run(path, dataset) for path in folders.values()]
     runs = [runs[0], *(_paired(runs[0], run) for run in runs[1:])]
-    dataset = _dataset_of(runs, data)
+    dataset = dataset or _dataset_of(runs)
     known = None if dataset is None else _population_of(dataset, runs[0].ranks)
     reference = None if against is None else folders[against.resolve()]
     return compare(runs, known, against=reference, group=group)
@@ -468,12 +470,12 @@ def _notes(runs: Sequence[FinishedRun], known: Population | None) -> list[str]:
             f"no segments and no popularity bias: data {runs[0].ranks.fingerprint} is no longer at "
             f"{path}; give its folder with --data"
         )
-    notes += [
-        f"{run.path} keeps no lists, so it has no coverage and no popularity bias here; "
-        f"`l2rec evaluate {run.path}` writes them"
-        for run in runs
-        if run.ranks.top is None
-    ]
+    listless = [str(run.path) for run in runs if run.ranks.top is None]
+    if listless:
+        notes.append(
+            f"no coverage and no popularity bias of {', '.join(listless)}: no lists are kept "
+            "there; `l2rec evaluate` of a run writes them"
+        )
     if known is not None and COLD in known.segments:
         targets = runs[0].ranks.targets[known.segments[COLD]]
         notes.append(

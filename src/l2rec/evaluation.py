@@ -273,16 +273,35 @@ def write_ranks(
         temporary.unlink(missing_ok=True)
 
 
-def read_ranks(path: str | os.PathLike[str]) -> Ranks:
-    """Read what ``write_ranks`` wrote; ``CheckpointError`` for a missing, torn or other file."""
+def read_ranks(
+    path: str | os.PathLike[str],
+    everyone: tuple[list[str], npt.NDArray[np.int64]] | None = None,
+) -> Ranks:
+    """Read what ``write_ranks`` wrote.
+
+    Args:
+        everyone: ids [M] and targets [M] of all evaluated users in the data set's order: for a
+            file that keeps ranks alone, in that order.
+
+    Raises:
+        CheckpointError: a missing, torn or other file, or one of ranks alone without ``everyone``.
+    """
     try:
         table = pq.ParquetFile(path).read()
         stored = table.schema.metadata or {}
+        if "user" not in table.column_names and "rank" in table.column_names:
+            if everyone is None or len(everyone[0]) != len(table):
+                raise CheckpointError(
+                    f"{os.fspath(path)} keeps ranks alone, not whose; name their data set (--data)"
+                )
+            users, targets = everyone
+        else:
+            users, targets = table["user"].to_pylist(), table["target"].to_numpy()
         return Ranks(
-            users=table["user"].to_pylist(),
-            ranks=table["rank"].to_numpy(),
-            ranks_masked=table["rank_masked"].to_numpy(),
-            targets=table["target"].to_numpy(),
+            users=users,
+            ranks=table["rank"].to_numpy().astype(np.float64),
+            ranks_masked=table["rank_masked"].to_numpy().astype(np.float64),
+            targets=targets,
             fingerprint=stored[b"l2rec.fingerprint"].decode(),
             protocol=stored[b"l2rec.protocol"].decode(),
             top=_lists(table["top"]) if "top" in table.column_names else None,

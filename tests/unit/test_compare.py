@@ -274,7 +274,8 @@ def test_ranks_from_before_lists_were_kept(make: Make) -> None:
         pq.read_table(old / "ranks.parquet").drop_columns(["top"]), old / "ranks.parquet"
     )
     found = compare_runs([old, new])
-    assert [note for note in found.notes if f"`l2rec evaluate {old}`" in note] == found.notes != []
+    (note,) = found.notes
+    assert str(old) in note and str(new) not in note and "`l2rec evaluate` of a run" in note
     got = block(found)
     assert "coverage@10" in got.lines["new"].scores
     assert not {"coverage@10", "popularity_bias@10"} & got.lines["sasrec"].scores.keys()
@@ -300,6 +301,33 @@ def test_the_data_set_is_gone(make: Make, chains: Dataset, tmp_path: Path) -> No
     assert "coverage@10" in scores and "popularity_bias@10" not in scores
     assert len(tables(found)) == 3
     assert len(compare_runs(runs, data=tmp_path / "moved").blocks) > 2
+
+
+def test_ranks_alone_are_those_of_the_test_users_in_order(
+    make: Make, chains: Dataset, tmp_path: Path
+) -> None:
+    """What `results/` keeps: no user, no target, no list."""
+    whole = [make("a", ranks_of(1)), make("b", ranks_of(2), recipe="b", dim=32)]
+    kept = []
+    for run in whole:
+        table = pq.read_table(run / "ranks.parquet")
+        slim = tmp_path / f"{run.name}-kept"
+        shutil.copytree(run, slim)
+        pq.write_table(table.select(["rank", "rank_masked"]), slim / "ranks.parquet")
+        kept.append(slim)
+    found, expected = compare_runs(kept, data=chains.path), compare_runs(whole)
+    for one, other in zip(found.blocks, expected.blocks, strict=True):
+        assert (one.segment, one.lead, one.users) == (other.segment, other.lead, other.users)
+    assert (
+        compare_runs([whole[0], kept[1]], data=chains.path).blocks[0].lead == found.blocks[0].lead
+    )
+    assert str(kept[0]) in found.notes[0] and "no coverage" in found.notes[0]
+    with pytest.raises(CheckpointError, match=r"keeps ranks alone.*--data"):
+        compare_runs(kept)
+    fewer = pq.read_table(kept[0] / "ranks.parquet").slice(1)
+    pq.write_table(fewer, kept[0] / "ranks.parquet")
+    with pytest.raises(CheckpointError, match="keeps ranks alone"):
+        compare_runs(kept, data=chains.path)
 
 
 def test_another_data_set(make: Make, chains: Dataset, tmp_path: Path) -> None:
