@@ -257,6 +257,43 @@ def compare(
 
 
 @app.command()
+def fusion(
+    run: Run,
+    alpha: Annotated[str, typer.Option(help="Weights of the second side.")] = (
+        "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
+    ),
+    dominant: Annotated[
+        str | None, typer.Option(help="text, id or both, instead of the run's own.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="valid or test.")] = "valid",
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a trained HDRec at other fusion weights, reading every history once (its Fig. 6).
+
+    Choose on `valid`; `--dominant` also gives the variants of its Fig. 5.
+
+    Example: `l2rec fusion runs/hdrec --alpha 0,0.5,1`
+    """
+    from l2rec.console import Console, print_rows
+    from l2rec.errors import ConfigError
+    from l2rec.figures import fusion_sweep
+
+    try:
+        alphas = [float(number) for number in alpha.split(",")]
+    except ValueError:
+        raise ConfigError(f"--alpha {alpha}: numbers between commas, such as 0,0.5,1") from None
+    with Console(quiet=as_json) as console:
+        found = fusion_sweep(
+            run, alphas, dominant=dominant, split_name=split, progress=console, data=data
+        )
+    if as_json:
+        _print_json({str(weight): scores for weight, scores in found.items()})
+    else:
+        print_rows(f"{run} on {split}", "alpha", found)
+
+
+@app.command()
 def recommend(
     run: Run,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: A,B,C")] = None,

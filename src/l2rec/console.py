@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Console", "print_comparison", "print_recommendations", "print_table"]
+__all__ = ["Console", "print_comparison", "print_recommendations", "print_rows", "print_table"]
 
 import sys
 import time
@@ -111,6 +111,26 @@ def print_table(title: str, facts: Mapping[str, Any]) -> None:
     table.add_column("value", justify="right", overflow="fold")
     for name, value in facts.items():
         table.add_row(escape(str(name)), escape(_shown(value)))
+    _out().print(table)
+
+
+SHOWN = ("recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked", "coverage@10")
+
+
+def print_rows(title: str, name: str, rows: Mapping[Any, Mapping[str, float]]) -> None:
+    """Scores by row on standard output; the best of each column is bold."""
+    table = Table(title=escape(title))
+    table.add_column(name)
+    for metric in SHOWN:
+        table.add_column(metric.replace("_", " "), justify="right")
+    best = {metric: max(scores[metric] for scores in rows.values()) for metric in SHOWN}
+    for row, scores in rows.items():
+        cells = [f"{scores[m]:.4f}" for m in SHOWN]
+        marked = [
+            f"[bold]{cell}[/bold]" if scores[m] == best[m] else cell
+            for m, cell in zip(SHOWN, cells, strict=True)
+        ]
+        table.add_row(escape(str(row)), *marked)
     _out().print(table)
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "aligned_ranks",
     "by_segment",
     "evaluate",
+    "evaluate_each",
     "paired_test",
     "paired_values_test",
     "read_ranks",
@@ -25,7 +26,7 @@ __all__ = [
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,32 @@ def evaluate(
     Raises ``DataError`` for lengths that differ or items outside the catalog, ``TrainingError``
     for NaN scores, ``ConfigError`` for a batch size below 1.
     """
-    n_items = recommender.n_items
+    return evaluate_each(
+        recommender.n_items,
+        {"": recommender.scorer},
+        histories,
+        targets,
+        users=users,
+        batch_size=batch_size,
+        progress=progress,
+    )[""]
+
+
+def evaluate_each(
+    n_items: int,
+    scorers: Mapping[str, Callable[[], Scorer]],
+    histories: Ragged,
+    targets: IntArray,
+    *,
+    users: IntArray | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Evaluation]:
+    """As `evaluate`, of several scorers in one pass: all score one block before any the next.
+
+    What they have in common can so be computed once for each block. ``scorers``: by name, each
+    made when the pass begins.
+    """
     wanted: npt.NDArray[np.int64] = np.asarray(targets, dtype=np.int64)
     user_ints: npt.NDArray[np.int64] = np.asarray(
         np.arange(len(wanted)) if users is None else users, dtype=np.int64
@@ -136,21 +162,30 @@ def evaluate(
         )
     _check_items(wanted, n_items, "target")
     _check_items(histories.values, n_items, "history")
-    ranks = np.empty(len(wanted), dtype=np.float64)
-    ranks_masked = np.empty(len(wanted), dtype=np.float64)
-    top = np.empty((len(wanted), min(_TOP, n_items)), dtype=np.int32)
+    found = {
+        name: Evaluation(
+            ranks=np.empty(len(wanted), dtype=np.float64),
+            ranks_masked=np.empty(len(wanted), dtype=np.float64),
+            users=user_ints,
+            top=np.empty((len(wanted), min(_TOP, n_items)), dtype=np.int32),
+            targets=wanted,
+            n_items=n_items,
+        )
+        for name in scorers
+    }
     with torch.inference_mode():
-        scorer = recommender.scorer()
+        ready = {name: scorer() for name, scorer in scorers.items()}
         for rows in _blocks(
             len(wanted), _block_rows(n_items) if batch_size is None else batch_size
         ):
-            block = _rows(histories, rows)
-            ranks[rows], ranks_masked[rows], top[rows] = _rank_block(
-                scorer, block, torch.from_numpy(wanted[rows]), n_items, rows.start
-            )
+            block, sought = _rows(histories, rows), torch.from_numpy(wanted[rows])
+            for name, one in found.items():
+                one.ranks[rows], one.ranks_masked[rows], one.top[rows] = _rank_block(
+                    ready[name], block, sought, n_items, rows.start
+                )
             if progress is not None:
                 progress(rows.stop)
-    return Evaluation(ranks, ranks_masked, user_ints, top, wanted, n_items)
+    return found
 
 
 def top_k(

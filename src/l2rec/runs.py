@@ -7,7 +7,15 @@ load(out)                      a Predictor: histories of external ids in, ranked
 
 from __future__ import annotations
 
-__all__ = ["Predictor", "Recommendation", "evaluate_run", "load", "load_run_config", "train_run"]
+__all__ = [
+    "Predictor",
+    "Recommendation",
+    "evaluate_run",
+    "load",
+    "load_run_config",
+    "open_run_dataset",
+    "train_run",
+]
 
 import datetime
 import hashlib
@@ -685,7 +693,7 @@ def evaluate_run(
     """
     if split_name not in ("valid", "test"):
         raise ConfigError(f"split={split_name!r}: choose valid or test")
-    dataset = _dataset_of(run, data)
+    dataset = open_run_dataset(run, data)
     predictor = load(run)
     split = leave_one_out(dataset.sequences)
     evaluation = _score(predictor.model, split, progress, split_name)
@@ -702,7 +710,7 @@ def evaluate_run(
     }
 
 
-def _dataset_of(run: Path, data: Path | None) -> Dataset:
+def open_run_dataset(run: Path, data: Path | None) -> Dataset:
     """The data set a run was made on, at ``data`` or where it was then."""
     _, identity = load_run_config(run)
     path, fingerprint = Path(identity["dataset"]["path"]), identity["dataset"]["fingerprint"]
@@ -721,7 +729,7 @@ def _dataset_of(run: Path, data: Path | None) -> Dataset:
 
 def user_history(run: Path, user: str, data: Path | None = None) -> list[str]:
     """Item ids of a user of the run's data set, oldest first."""
-    dataset = _dataset_of(run, data)
+    dataset = open_run_dataset(run, data)
     rows = dataset.sequences[dataset.user_index(user)]
     return [dataset.item_ids[int(i)].as_py() for i in rows]
 
@@ -736,7 +744,7 @@ def embed_run(
     Returns:
         (path, rows, D) of each file.
     """
-    dataset = _dataset_of(run, data) if with_users else None
+    dataset = open_run_dataset(run, data) if with_users else None
     predictor = load(run)
     out.mkdir(parents=True, exist_ok=True)
     if predictor.vectors is None:

@@ -18,7 +18,9 @@ from tests.unit.conftest import Finished
 
 from l2rec import cli
 from l2rec.data.dataset import Dataset
+from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import chain_dataset
+from l2rec.methods.hdrec import HDRec, Reading, Side
 
 
 class Outcome(NamedTuple):
@@ -67,6 +69,7 @@ VERBS = {
     "recipes": [],
     "evaluate": ["--split", "--data", "--json"],
     "compare": ["--data", "--against", "--group", "--no-group", "--out", "--json"],
+    "fusion": ["--alpha", "--dominant", "--split", "--data", "--json"],
     "recommend": ["--history", "--user", "--new-item", "--include-seen", "--json"],
     "embed": ["--out", "--users", "--data"],
     "demo": ["--out", "--data", "--minutes"],
@@ -234,6 +237,45 @@ def test_what_prepare_refuses(
     log.write_text("user_id,item_id,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(5)))
     filled = [argument.format(tmp=tmp_path, log=log) for argument in arguments]
     refused(call("prepare", *filled, "--out", tmp_path / "data"), message)
+
+
+def test_fusion_weights_of_a_trained_hdrec(
+    call: Call, table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each weight scores as a run evaluated at it does, and no history is read twice."""
+    values = {
+        "method": "l2rec.methods.hdrec:HDRec",
+        "backbone": {"name": str(table_run.backbone), "dtype": "float32"},
+        "model": {"max_items": 4, "item_tokens": 6, "max_tokens": 128, "id_dim": 8}
+        | {"sasrec_epochs": 1, "sequence_prompt": "", "align_prompt": "", "align_items": 4},
+        "training": tiny_run.TRAINING | {"epochs": 1},
+    }
+    recipe, run = tiny_run.write_recipe(tmp_path / "r.yaml", values), tmp_path / "run"
+    assert call("train", recipe, "--data", table_run.data, "--out", run).code == 0
+    own = json.loads(call("evaluate", run, "--split", "valid", "--json").out)
+
+    reads: list[str] = []
+    read = HDRec.read
+
+    def counted(self: HDRec, histories: Ragged, side: Side, *, every: bool) -> Reading:
+        reads.append(side)
+        return read(self, histories, side, every=every)
+
+    monkeypatch.setattr(HDRec, "read", counted)
+    found = json.loads(call("fusion", run, "--alpha", "0,0.5,2", "--json").out)
+    assert reads == ["text", "id"]
+    assert list(found) == ["0.0", "0.5", "2.0"]
+    assert found["0.5"]["ndcg@10"] == own["ndcg@10"] != found["0.0"]["ndcg@10"]
+    swapped = json.loads(call("fusion", run, "--alpha", "0", "--dominant", "id", "--json").out)
+    assert swapped["0.0"]["ndcg@10"] != found["0.0"]["ndcg@10"]
+    shown = call("fusion", run, "--alpha", "0,2", "--split", "test").out
+    assert "alpha" in shown and "ndcg@10 masked" in shown and "2.0" in shown
+
+    refused(call("fusion", run, "--alpha", "x"), "numbers between commas")
+    refused(call("fusion", run, "--alpha", "-1"), "none below 0")
+    refused(call("fusion", run, "--dominant", "gate"), "choose one of text, id, both")
+    refused(call("fusion", run, "--split", "train"), "choose valid or test")
+    refused(call("fusion", table_run.run), "is no HDRec but L2Rec")
 
 
 def test_a_folder_with_a_run(call: Call, table_run: Finished, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import tracemalloc
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from l2rec.evaluation import (
     aligned_ranks,
     by_segment,
     evaluate,
+    evaluate_each,
     paired_test,
     read_ranks,
     top_k,
@@ -335,6 +337,31 @@ def test_top_k_limits() -> None:
 
 
 # --------------------------------------------------------------------------- ranks on disk
+
+
+def test_several_scorers_in_one_pass() -> None:
+    tables = {"a": tied_table(), "b": Table(-tied_table().scores)}
+    histories, targets = some_users()
+    asked: list[tuple[str, int]] = []
+
+    def noted(name: str) -> Scorer:
+        scorer = tables[name].scorer()
+
+        def score(rows: Ragged) -> torch.Tensor:
+            asked.append((name, id(rows)))
+            return scorer(rows)
+
+        return score
+
+    scorers = {name: partial(noted, name) for name in tables}
+    found = evaluate_each(40, scorers, histories, targets, batch_size=60)
+    for name, table in tables.items():
+        alone = evaluate(table, histories, targets)
+        assert np.array_equal(found[name].ranks, alone.ranks)
+        assert np.array_equal(found[name].ranks_masked, alone.ranks_masked)
+        assert np.array_equal(found[name].top, alone.top)
+    assert [name for name, _ in asked] == ["a", "b", "a", "b"]
+    assert asked[0][1] == asked[1][1], "both are given the same block"
 
 
 def test_ranks_round_trip(tmp_path: Path) -> None:

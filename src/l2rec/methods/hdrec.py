@@ -39,7 +39,7 @@ from __future__ import annotations
 
 __all__ = ["HDRec", "HDRecConfig", "fuse"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,8 @@ from l2rec.objectives import catalog_loss
 from l2rec.views import Segments, semantic_tokens
 
 Side = Literal["text", "id"]
+DOMINANT = ("text", "id", "both")
+"""Which side is not calibrated: Eq. 18, its mirror image, none."""
 
 
 class HDRecConfig(BaseModel):
@@ -152,8 +154,8 @@ def fuse(
     identity: Tensor,
     alpha: float,
     *,
-    dominant: Literal["text", "id", "both"] = "text",
-    calibrate: Literal["logits", "probabilities"] = "logits",
+    dominant: str = "text",
+    calibrate: str = "logits",
 ) -> Tensor:
     """Eq. 17-18 and the variants of Fig. 5: logits of both sides [B, N] -> scores [B, N]."""
     if calibrate == "probabilities":
@@ -523,10 +525,20 @@ class HDRec(nn.Module):
 
     # -- inference -------------------------------------------------------------------------------
 
-    def _fused(self, text: Tensor, identity: Tensor) -> Tensor:
+    def _fused(
+        self,
+        text: Tensor,
+        identity: Tensor,
+        alpha: float | None = None,
+        dominant: str | None = None,
+    ) -> Tensor:
         config = self.config
         return fuse(
-            text, identity, config.alpha, dominant=config.dominant, calibrate=config.calibrate
+            text,
+            identity,
+            config.alpha if alpha is None else alpha,
+            dominant=dominant or config.dominant,
+            calibrate=config.calibrate,
         )
 
     def side_logits(self, histories: Ragged) -> list[Tensor]:
@@ -552,12 +564,38 @@ class HDRec(nn.Module):
     def _next_logits(self, histories: Ragged, side: Side) -> Tensor:
         return self.read(histories, side, every=False).logits
 
+    def fused_scorers(
+        self, alphas: Sequence[float], dominant: str | None = None
+    ) -> list[Callable[[], Scorer]]:
+        """Scorers of this model at other weights, and in another order, of its two sides.
+
+        They share the logits of both sides for the histories that they are asked for in turn.
+
+        Raises:
+            ConfigError: a design that fuses nothing.
+        """
+        if len(self.sides) == 1:
+            raise ConfigError(f"design={self.config.design} has no two sides to fuse")
+        last: tuple[Ragged, list[Tensor]] | None = None
+
+        def score(histories: Ragged, alpha: float) -> Tensor:
+            nonlocal last
+            if last is None or last[0] is not histories:
+                last = (histories, self.side_logits(histories))
+            text, identity = last[1]
+            return self._fused(text, identity, alpha, dominant)
+
+        def at(alpha: float) -> Scorer:
+            return partial(score, alpha=alpha)
+
+        return [partial(at, alpha) for alpha in alphas]
+
     def scorer(self) -> Scorer:
         """Histories of B users -> [B, N] float32: fused logits, Eq. 18."""
 
         def score(histories: Ragged) -> Tensor:
             logits = self.side_logits(histories)
-            return logits[0] if len(logits) == 1 else self._fused(*logits)
+            return logits[0] if len(logits) == 1 else self._fused(logits[0], logits[1])
 
         return score
 

@@ -1,0 +1,58 @@
+"""Figures of the papers that need no training of their own, from finished runs."""
+
+from __future__ import annotations
+
+__all__ = ["fusion_sweep"]
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from l2rec.data.splits import leave_one_out
+from l2rec.errors import ConfigError
+from l2rec.evaluation import evaluate_each
+from l2rec.methods.hdrec import DOMINANT, HDRec
+from l2rec.runs import load, open_run_dataset
+from l2rec.training import Progress
+
+
+def fusion_sweep(
+    run: Path,
+    alphas: Sequence[float],
+    *,
+    dominant: str | None = None,
+    split_name: str = "valid",
+    progress: Progress,
+    data: Path | None = None,
+) -> dict[float, dict[str, float]]:
+    """Scores of a trained HDRec at other weights of its two sides (HDRec, Fig. 6 right), by alpha.
+
+    Both sides read every history once, whatever the number of weights. ``dominant``: another way
+    to fuse (variants of Fig. 5), by default the run's.
+
+    Raises:
+        ConfigError: no HDRec of two sides, or a weight that is negative or there twice.
+        CheckpointError: another data set than the run was made on.
+    """
+    if split_name not in ("valid", "test"):
+        raise ConfigError(f"split={split_name!r}: choose valid or test")
+    if dominant not in (None, *DOMINANT):
+        raise ConfigError(f"dominant={dominant!r}: choose one of {', '.join(DOMINANT)}")
+    if not alphas or len(set(alphas)) < len(alphas) or min(alphas) < 0:
+        raise ConfigError("alpha: name one or more weights, none below 0 and none twice")
+    dataset = open_run_dataset(run, data)
+    model: Any = load(run).model
+    if not isinstance(model, HDRec):
+        raise ConfigError(f"{run} is no HDRec but {type(model).__name__}: it has no sides to fuse")
+    scorers = model.fused_scorers(alphas, dominant)
+    split = leave_one_out(dataset.sequences)
+    test = split_name == "test"
+    found = evaluate_each(
+        model.n_items,
+        {str(alpha): scorer for alpha, scorer in zip(alphas, scorers, strict=True)},
+        split.test_histories if test else split.valid_histories,
+        split.test_targets if test else split.valid_targets,
+        users=split.users,
+        progress=lambda done: progress.validating(done, len(split.users)),
+    )
+    return {alpha: found[str(alpha)].metrics() for alpha in alphas}
