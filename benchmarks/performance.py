@@ -68,6 +68,7 @@ PARTS = (
     Part("step"),
     Part("step-cuda", gpu=True),
     Part("breakdown", "first"),
+    Part("systems", "first"),
     Part("growth"),
     Part("growth-cuda", gpu=True),
     Part("padding", "data"),

@@ -31,7 +31,7 @@ def load(name: str) -> ModuleType:
 
 
 measure, step, growth = load("measure"), load("step"), load("growth")
-breakdown, performance = load("breakdown"), load("performance")
+breakdown, performance, systems = load("breakdown"), load("performance"), load("systems")
 
 
 # -- what all benchmarks share -------------------------------------------------------------------
@@ -338,3 +338,31 @@ def test_help_teaches(script: ModuleType, capsys: pytest.CaptureFixture[str]) ->
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "--quick" in text and "python benchmarks/" in text and "--threads" in text
+
+
+# -- systems -------------------------------------------------------------------------------------
+
+
+def test_systems_step_on_the_same_users(
+    backbone_folder: Path, chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [f"backbone.name={backbone_folder}", "model.sequence_prompt=''", "model.align_prompt=''"]
+    patched = {
+        name: (recipe, [*changes, *(own if "hdrec" in recipe else own[:1])])
+        for name, (recipe, changes) in systems.SYSTEMS.items()
+    }
+    monkeypatch.setattr(systems, "SYSTEMS", patched)
+    monkeypatch.setattr(
+        systems, "SAME", {"max_items": 6, "item_tokens": 4, "max_tokens": 48, "rank": 2}
+    )
+    file = tmp_path / "systems.json"
+    systems.main(
+        ["--quick", "--data", str(chains.path), "--dtypes", "float32", "--json", str(file)]
+    )
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["system"] for row in rows] == list(patched)
+    assert [row["updates"] for row in rows] == [1, 1, 2, 1, 1]
+    assert all(row["seconds"] > 0 and row["gflop"] > 0 and row["tokens"] > 0 for row in rows)
+    monkeypatch.setattr(systems, "from_child", lambda *command: [*command])
+    command = systems.memory("HDRec, text alone", chains.path, 3, "float32")
+    assert command[command.index("--child") + 1] == "HDRec, text alone"
