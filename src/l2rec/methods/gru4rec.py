@@ -34,10 +34,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rec.backbone import Backbone
-from l2rec.data.batches import Batch, TrainingBatches
+from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.blocks.sequences import (
+    catalog_rows,
+    encode_rows,
+    last_of,
+    next_item_batches,
+    pad,
+)
 from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
 from l2rec.objectives import catalog_loss
 
@@ -80,6 +86,7 @@ class GRU4Rec(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.batches = next_item_batches(len(catalog), config.max_items)
         self.items = nn.Embedding(len(catalog), config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.gru = nn.GRU(config.dim, config.hidden, config.layers, bias=False, batch_first=True)
@@ -102,21 +109,6 @@ class GRU4Rec(nn.Module):
         return self.out(states), real
 
     # -- training --------------------------------------------------------------------------------
-
-    def batches(
-        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> TrainingBatches:
-        """Every next item of every training sequence is a target once an epoch."""
-        return sequence_batches(
-            sequences,
-            supervision="all",
-            n_items=self.n_items,
-            max_items=self.config.max_items,
-            seed=seed,
-            epoch=epoch,
-            batch_users=batch_users,
-            batch_tokens=batch_tokens,
-        )
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         return [

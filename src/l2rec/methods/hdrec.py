@@ -62,7 +62,7 @@ from l2rec.experts import find_linears
 from l2rec.methods.blocks.item_text import separators
 from l2rec.methods.blocks.lora import LoRA
 from l2rec.methods.blocks.sequences import encode_rows
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed
+from l2rec.methods.protocols import EpochBatches, Losses, Scorer, Stage, decayed
 from l2rec.methods.sasrec import SASRec, SASRecConfig
 from l2rec.objectives import catalog_loss
 from l2rec.views import Segments, semantic_tokens
@@ -435,7 +435,7 @@ class HDRec(nn.Module):
 
     def _sasrec_batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> TrainingBatches:
+    ) -> EpochBatches:
         """Batches of SASRec's own usual size: those of the language model are too small for it."""
         del batch_users, batch_tokens
         return self.sasrec.batches(

@@ -55,7 +55,14 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
-from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.blocks.sequences import (
+    catalog_rows,
+    encode_rows,
+    last_of,
+    next_item_batches,
+    pad,
+    sequence_batches,
+)
 from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
 from l2rec.objectives import catalog_loss
 
@@ -171,6 +178,7 @@ class S3Rec(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.batches = next_item_batches(len(catalog), config.max_items)
         self.attribute_names, held = item_attributes(config, catalog)
         self.register_buffer("held", held, persistent=False)
         self.held: Tensor  # a: [N, A] bool
@@ -285,21 +293,6 @@ class S3Rec(nn.Module):
         return (loss * fair).sum()
 
     # -- stage 2 ---------------------------------------------------------------------------------
-
-    def batches(
-        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> TrainingBatches:
-        """Every next item of every training sequence is a target once an epoch."""
-        return sequence_batches(
-            sequences,
-            supervision="all",
-            n_items=self.n_items,
-            max_items=self.config.max_items,
-            seed=seed,
-            epoch=epoch,
-            batch_users=batch_users,
-            batch_tokens=batch_tokens,
-        )
 
     def loss(self, batch: Batch) -> Losses:
         """Full-softmax cross-entropy of the next item, mean over all positions of the batch."""

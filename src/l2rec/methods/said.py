@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rec.backbone import Attend, Backbone, Packing, pack
-from l2rec.data.batches import Batch, TrainingBatches, plan_batches
+from l2rec.data.batches import Batch, plan_batches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import tokenize
@@ -50,7 +50,13 @@ from l2rec.experts import find_linears
 from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
 from l2rec.methods.blocks.item_text import separators
 from l2rec.methods.blocks.lora import LoRA
-from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.blocks.sequences import (
+    catalog_rows,
+    encode_rows,
+    last_of,
+    next_item_batches,
+    pad,
+)
 from l2rec.methods.blocks.words import WordHead, mask_token
 from l2rec.methods.protocols import (
     Losses,
@@ -156,6 +162,7 @@ class SAID(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.batches = next_item_batches(len(catalog), config.max_items)
         self.backbone = backbone
         tokenizer, words = backbone.tokenizer, backbone.word_embeddings.weight
         before, after = separators(backbone)
@@ -322,21 +329,6 @@ class SAID(nn.Module):
         """
         items, real = pad(histories, rows.device)
         return self.encoder(F.embedding(items, rows), real), real
-
-    def batches(
-        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> TrainingBatches:
-        """Every next item of every training sequence is a target once an epoch."""
-        return sequence_batches(
-            sequences,
-            supervision="all",
-            n_items=self.n_items,
-            max_items=self.config.max_items,
-            seed=seed,
-            epoch=epoch,
-            batch_users=batch_users,
-            batch_tokens=batch_tokens,
-        )
 
     def loss(self, batch: Batch) -> Losses:
         """Next-item softmax over the catalog, mean over all positions of the batch."""

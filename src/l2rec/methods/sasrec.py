@@ -29,12 +29,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from l2rec.backbone import Backbone
-from l2rec.data.batches import Batch, TrainingBatches
+from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
 from l2rec.methods.blocks.losses import binary_loss, sampled_softmax_loss
-from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.blocks.sequences import (
+    catalog_rows,
+    encode_rows,
+    last_of,
+    next_item_batches,
+    pad,
+)
 from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
 from l2rec.objectives import catalog_loss
 
@@ -80,6 +86,7 @@ class SASRec(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.batches = next_item_batches(len(catalog), config.max_items)
         self.items = nn.Embedding(len(catalog), config.dim)
         self.items.apply(initialize)
         self.encoder = SequenceEncoder(
@@ -102,21 +109,6 @@ class SASRec(nn.Module):
         return self.encoder(self.items(items), real), real
 
     # -- training --------------------------------------------------------------------------------
-
-    def batches(
-        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> TrainingBatches:
-        """Every next item of every training sequence is a target once an epoch."""
-        return sequence_batches(
-            sequences,
-            supervision="all",
-            n_items=self.n_items,
-            max_items=self.config.max_items,
-            seed=seed,
-            epoch=epoch,
-            batch_users=batch_users,
-            batch_tokens=batch_tokens,
-        )
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         return [

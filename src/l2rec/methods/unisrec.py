@@ -51,13 +51,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rec.backbone import Backbone
-from l2rec.data.batches import Batch, TrainingBatches
+from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
 from l2rec.methods.blocks.frozen_text import FrozenText
 from l2rec.methods.blocks.losses import in_batch_loss
-from l2rec.methods.blocks.sequences import encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.blocks.sequences import encode_rows, last_of, next_item_batches, pad
 from l2rec.methods.protocols import Losses, Scorer, Stage, decayed
 from l2rec.objectives import catalog_loss, cosine
 
@@ -160,6 +160,7 @@ class UniSRec(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.batches = next_item_batches(len(catalog), config.max_items)
         self._texts = catalog.require_texts("UniSRec")
         self.text = FrozenText(backbone, self._texts, max_tokens=config.text_tokens, cache=cache)
         self.cached = self.text.files
@@ -201,21 +202,6 @@ class UniSRec(nn.Module):
         return self.encoder(table[columns], real), real
 
     # -- training --------------------------------------------------------------------------------
-
-    def batches(
-        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> TrainingBatches:
-        """Every next item of every training sequence is a target once an epoch."""
-        return sequence_batches(
-            sequences,
-            supervision="all",
-            n_items=self.n_items,
-            max_items=self.config.max_items,
-            seed=seed,
-            epoch=epoch,
-            batch_users=batch_users,
-            batch_tokens=batch_tokens,
-        )
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         """Pre-training and fine-tuning, each unless it is left out."""

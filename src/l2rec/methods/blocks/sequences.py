@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["catalog_rows", "encode_rows", "last_of", "pad", "sequence_batches"]
+__all__ = ["catalog_rows", "encode_rows", "last_of", "next_item_batches", "pad", "sequence_batches"]
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from l2rec.data.batches import TrainingBatches, plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
+from l2rec.methods.protocols import MakeBatches
 
 
 def pad(histories: Ragged, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -79,6 +81,11 @@ def catalog_rows(
             "method that reads item texts"
         )
     return torch.from_numpy(np.asarray(items, dtype=np.int64)).to(device)
+
+
+def next_item_batches(n_items: int, max_items: int) -> MakeBatches:
+    """Every next item of every training sequence is a target once an epoch."""
+    return partial(sequence_batches, supervision="all", n_items=n_items, max_items=max_items)
 
 
 def sequence_batches(
