@@ -439,7 +439,7 @@ class HDRec(nn.Module):
         """Batches of SASRec's own usual size: those of the language model are too small for it."""
         del batch_users, batch_tokens
         return self.sasrec.batches(
-            sequences, seed=seed, epoch=epoch, batch_users=256, batch_tokens=8192
+            sequences, seed=seed, epoch=epoch, batch_users=1024, batch_tokens=16384
         )
 
     def batches(
