@@ -152,19 +152,38 @@ def find_recipe(recipe: str) -> Path:
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A recipe with ``dotted.key=value`` overrides (values are YAML), checked and resolved.
 
+    A recipe that says ``extends: OTHER`` (a shipped name or a path) has the keys of the other one,
+    group by group, unless it has its own.
+
     Raises:
         ConfigError: unknown recipe or key (the nearest name is offered), or a bad value.
     """
     path = find_recipe(recipe)
+    values = _read(path)
+    for override in overrides:
+        _set(values, override)
+    return resolve(values, where=str(path))
+
+
+def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a recipe over those of the one that it ``extends``."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
-    for override in overrides:
-        _set(values, override)
-    return resolve(values, where=str(path))
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or path in extended:
+        raise ConfigError(f"{path}: extends={base!r} is no other recipe")
+    inherited = _read(find_recipe(base), (*extended, path))
+    for key, value in values.items():
+        held = inherited.get(key)
+        merge = isinstance(held, dict) and isinstance(value, dict)
+        inherited[key] = held | value if merge else value
+    return inherited
 
 
 def resolve(values: Mapping[str, Any], where: str) -> RunConfig:

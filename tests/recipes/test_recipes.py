@@ -18,6 +18,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
+from l2rec.errors import ConfigError
 from l2rec.methods.protocols import updates
 
 ROOT = Path(str(resources.files("l2rec") / "recipes"))
@@ -40,6 +41,23 @@ def test_header_has_the_command(name: str) -> None:
     assert path is not None
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"l2rec train {name} " in line for line in comments), comments
+
+
+def test_a_recipe_extends_another() -> None:
+    base, one = load_recipe("scientific/hdrec"), load_recipe("hdrec/single-lora", ["seed=3"])
+    own = {"adapters": 1, "rank": 16}
+    assert one.model == base.model.model_copy(update=own) != base.model
+    assert one.training == base.training and one.backbone == base.backbone and one.seed == 3
+
+
+def test_what_cannot_be_extended(tmp_path: Path) -> None:
+    loop, unknown, odd = (tmp_path / f"{name}.yaml" for name in ("loop", "unknown", "odd"))
+    loop.write_text(f"extends: {loop}\n")
+    unknown.write_text("extends: sasrek\n")
+    odd.write_text("extends: [sasrec]\n")
+    for path, message in ((loop, "no other recipe"), (unknown, "sasrec"), (odd, "no other")):
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(str(path))
 
 
 @pytest.mark.parametrize("name", NAMES)
