@@ -27,22 +27,21 @@ def test_a_plan_holds_every_row_once_within_its_budget(
     assert sorted(np.concatenate(plan).tolist() if plan else []) == list(range(len(costs)))
     for rows in plan:
         assert 1 <= len(rows) <= max_rows
-        widest = max(costs[r] for r in rows)
-        assert len(rows) == 1 or widest * len(rows) <= max_cost
+        assert len(rows) == 1 or sum(costs[r] for r in rows) <= max_cost
     if seed is None:
         order = [costs[r] for rows in plan for r in rows]
         assert order == sorted(order, reverse=True)
 
 
-def test_plans_are_shuffled_among_equals_and_by_batch() -> None:
+def test_plans_mix_lengths_and_follow_the_seed() -> None:
     costs = np.repeat([5, 9], 50)
     plans = [
         [rows.tolist() for rows in plan_batches(costs, rng, max_rows=8, max_cost=80)]
         for rng in map(np.random.default_rng, (0, 0, 1))
     ]
     assert plans[0] == plans[1] != plans[2]
-    widths = [costs[rows[0]] for rows in plans[0]]
-    assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
+    kinds = [len(set(costs[rows].tolist())) for rows in plans[0]]
+    assert np.mean(kinds) > 1.8, "hardly a batch is of one length"
 
 
 def distinct(lengths: list[int]) -> Ragged:
@@ -189,8 +188,10 @@ def test_the_budget_counts_tokens_of_the_input() -> None:
     costs = np.ones(16, dtype=int)
     costs[4:8] = 100  # items of the second user
     made = batches(sequences, supervision="all", item_costs=costs, batch_users=4, batch_tokens=9)
-    shapes = {tuple(sorted(b.users.tolist())) for b in made.iterate()}
-    assert shapes == {(1,), (0, 2, 3)}, "a row above the budget is a batch of its own"
+    shapes = [sorted(b.users.tolist()) for b in made.iterate()]
+    assert [1] in shapes, "a row above the budget is a batch of its own"
+    assert sorted(user for shape in shapes for user in shape) == [0, 1, 2, 3]
+    assert max(map(len, shapes)) <= 3, "three rows of three tokens are nine"
 
 
 def test_nobody_to_learn_from() -> None:

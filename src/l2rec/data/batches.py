@@ -32,27 +32,26 @@ class Batch:
 def plan_batches(
     costs: npt.NDArray[np.integer], rng: np.random.Generator | None, *, max_rows: int, max_cost: int
 ) -> list[npt.NDArray[np.int64]]:
-    """Rows of like cost together, at most ``max_rows`` and about ``max_cost`` in a batch.
+    """Rows in batches of at most ``max_rows`` and of ``max_cost`` together.
 
     Args:
         costs: [M] tokens of each row. A row above ``max_cost`` is a batch of its own.
-        rng: shuffles rows of equal cost and the order of the batches; None keeps cost order,
-            longest first (memory trouble shows at once).
+        rng: for training, batches of any rows, long and short ones together: where like lengths
+            train together, every step pulls another way, and what is learned ranks worse. None is
+            for inference, like costs together, longest first (memory trouble shows at once).
 
     Returns:
         Index arrays that together hold every row exactly once.
     """
     costs = np.asarray(costs, dtype=np.int64)
-    noise = rng.random(len(costs)) if rng is not None else np.arange(len(costs))
-    order = np.lexsort((noise, -costs))
+    order = np.argsort(-costs, kind="stable") if rng is None else rng.permutation(len(costs))
+    total = np.concatenate(([0], np.cumsum(costs[order])))
     batches, start = [], 0
     while start < len(order):
-        # Longest first, so the first row bounds the cost of every row after it.
-        rows = max(1, min(max_rows, max_cost // max(1, int(costs[order[start]]))))
-        batches.append(order[start : start + rows])
-        start += rows
-    if rng is not None:
-        batches = [batches[i] for i in rng.permutation(len(batches))]
+        fits = int(np.searchsorted(total, total[start] + max_cost, side="right")) - 1
+        end = max(start + 1, min(start + max_rows, fits))
+        batches.append(order[start:end])
+        start = end
     return batches
 
 

@@ -37,7 +37,7 @@ from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
+from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
 from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, pad, sequence_batches
 from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
 from l2rec.objectives import catalog_loss
@@ -148,7 +148,7 @@ class BERT4Rec(nn.Module):
         hidden = self.hide(real)
         scores = self(items, real, hidden) @ self.items.weight.T + self.bias
         total = catalog_loss(scores, items[hidden])
-        return Losses(total, {"rec": total.detach()}, int(real.sum()), real.numel())
+        return Losses(total, {"rec": total.detach()}, int(real.sum()), computed_positions(real))
 
     def hide(self, real: Tensor) -> Tensor:
         """Which positions of rows [B, T] are hidden: real ones, at least one of each row."""

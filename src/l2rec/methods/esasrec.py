@@ -45,7 +45,7 @@ from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import attention
+from l2rec.methods.blocks.encoder import attention, computed_positions, in_length_groups
 from l2rec.methods.blocks.losses import sampled_softmax_loss
 from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
 from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
@@ -158,12 +158,15 @@ class ESASRec(nn.Module):
         Padding is on the right, where no real position looks.
         """
         items, real = pad(histories, self.items.weight.device)
+        x = self.dropout(self.items(items) + self.positions.weight[: real.shape[1]])
+        return in_length_groups(self._read, x, real), real
+
+    def _read(self, x: Tensor, real: Tensor) -> Tensor:
         length = real.shape[1]
         hidden = torch.ones(length, length, dtype=torch.bool, device=real.device).triu(1)
-        x = self.dropout(self.items(items) + self.positions.weight[:length])
         for layer in self.layers:
             x = layer(x, hidden[None, None])
-        return x, real
+        return x
 
     # -- training --------------------------------------------------------------------------------
 
@@ -198,7 +201,7 @@ class ESASRec(nn.Module):
             total = catalog_loss(users @ self.items.weight.T, targets)
         else:
             total = self._sampled(users, targets)
-        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
 
     def _sampled(self, users: Tensor, targets: Tensor) -> Tensor:
         """users: [P, h], targets: [P]."""

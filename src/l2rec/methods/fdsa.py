@@ -40,7 +40,7 @@ from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import ConfigError, DataError
-from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
+from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
 from l2rec.methods.blocks.frozen_text import FrozenText
 from l2rec.methods.blocks.sequences import (
     catalog_rows,
@@ -219,7 +219,7 @@ class FDSA(nn.Module):
         users = states[real]  # [P, h], in the order of the flat histories and targets
         targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
         total = catalog_loss(users @ self.items.weight.T, targets)
-        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
 
     # -- inference -------------------------------------------------------------------------------
 

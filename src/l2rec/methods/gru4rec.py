@@ -37,6 +37,7 @@ from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
+from l2rec.methods.blocks.encoder import computed_positions, in_length_groups
 from l2rec.methods.blocks.sequences import (
     catalog_rows,
     encode_rows,
@@ -105,8 +106,8 @@ class GRU4Rec(nn.Module):
         Padding is on the right, where it comes after all that a real position has seen.
         """
         items, real = pad(histories, self.items.weight.device)
-        states, _ = self.gru(self.dropout(self.items(items)))
-        return self.out(states), real
+        x = self.dropout(self.items(items))
+        return self.out(in_length_groups(lambda part, _: self.gru(part)[0], x, real)), real
 
     # -- training --------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class GRU4Rec(nn.Module):
                 drawn != targets[:, None],
                 self.config.penalty,
             )
-        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
 
     # -- inference -------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
+from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
 from l2rec.methods.blocks.frozen_text import FrozenText
 from l2rec.methods.blocks.sequences import encode_rows, last_of, pad, sequence_batches
 from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
@@ -216,7 +216,7 @@ class LEARN(nn.Module):
             pairs=h_row[:, None] == t_row,
             negatives=~own[owner[h_row]][:, column],
         )
-        computed = h_real.numel() + t_real.numel()
+        computed = computed_positions(h_real) + computed_positions(t_real)
         return Losses(total, {"action": total.detach()}, len(rows.values), computed)
 
     # -- inference -------------------------------------------------------------------------------

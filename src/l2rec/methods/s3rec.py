@@ -54,7 +54,7 @@ from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
-from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
+from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
 from l2rec.methods.blocks.sequences import (
     catalog_rows,
     encode_rows,
@@ -272,7 +272,7 @@ class S3Rec(nn.Module):
             total,
             {task: value.detach() for task, value in means.items()},
             int(real.sum()) * len(rows),
-            real.numel() * len(rows),
+            computed_positions(real) * len(rows),
         )
 
     def _attribute_loss(self, task: str, states: Tensor, items: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ class S3Rec(nn.Module):
         users = states[real]  # [P, h], in the order of the flat histories and targets
         targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
         total = catalog_loss(users @ self.items.weight.T, targets)
-        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
 
     # -- inference -------------------------------------------------------------------------------
 

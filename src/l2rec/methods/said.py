@@ -47,7 +47,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
 from l2rec.experts import find_linears
-from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
+from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
 from l2rec.methods.blocks.item_text import separators
 from l2rec.methods.blocks.lora import LoRA
 from l2rec.methods.blocks.sequences import (
@@ -337,7 +337,7 @@ class SAID(nn.Module):
         users = states[real]
         targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
         total = catalog_loss(users @ rows.T, targets)
-        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
 
     # -- inference -------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
+from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
 from l2rec.methods.blocks.losses import binary_loss, sampled_softmax_loss
 from l2rec.methods.blocks.sequences import (
     catalog_rows,
@@ -124,7 +124,7 @@ class SASRec(nn.Module):
             total = catalog_loss(users @ self.items.weight.T, targets)
         else:
             total = self._sampled(users, targets)
-        return Losses(total, {"rec": total.detach()}, len(users), real.numel())
+        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
 
     def _sampled(self, users: Tensor, targets: Tensor) -> Tensor:
         """``bce`` or ``sampled``: negatives uniform over the catalog, the target never its own."""

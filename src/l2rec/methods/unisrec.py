@@ -54,7 +54,7 @@ from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
+from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
 from l2rec.methods.blocks.frozen_text import FrozenText
 from l2rec.methods.blocks.losses import in_batch_loss
 from l2rec.methods.blocks.sequences import encode_rows, last_of, next_item_batches, pad
@@ -251,7 +251,7 @@ class UniSRec(nn.Module):
             sequence = in_batch_loss(scores, users[:, None] == users)
             total = total + self.config.sequence_weight * sequence
             parts["sequence"] = sequence.detach()
-        return Losses(total, parts, len(targets), real.numel())
+        return Losses(total, parts, len(targets), computed_positions(real))
 
     def _other_view(self, rows: Ragged, distinct: Tensor, table: Tensor) -> Tensor:
         """[B, h] of ``rows`` that lack some items, or hold them with some words dropped.
@@ -278,7 +278,7 @@ class UniSRec(nn.Module):
         states, real = self(batch.histories, table)
         targets = torch.from_numpy(batch.targets.astype(np.int64)).to(table.device)
         total = catalog_loss(cosine(states[real], table) / self.config.temperature, targets)
-        return Losses(total, {"rec": total.detach()}, len(targets), real.numel())
+        return Losses(total, {"rec": total.detach()}, len(targets), computed_positions(real))
 
     # -- inference -------------------------------------------------------------------------------
 

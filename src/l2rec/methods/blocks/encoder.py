@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["SequenceEncoder", "attention", "initialize"]
+__all__ = [
+    "SequenceEncoder",
+    "attention",
+    "computed_positions",
+    "in_length_groups",
+    "initialize",
+    "length_groups",
+]
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +40,44 @@ def attention(
         )
     weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
     return weights @ v
+
+
+def length_groups(real: Tensor, shrink: float = 0.7) -> list[tuple[Tensor, int]]:
+    """Rows of a padded grid [B, T] by length: (row ints [b], width) of each group, longest first.
+
+    A group holds lengths down to ``shrink`` times its own longest.
+    """
+    lengths, order = real.sum(1).sort(descending=True, stable=True)
+    falling = lengths.tolist()
+    groups, start = [], 0
+    while start < len(falling):
+        least = shrink * falling[start]
+        end = start + int((lengths[start:] >= least).sum())
+        groups.append((order[start:end], max(1, falling[start])))
+        start = end
+    return groups
+
+
+def computed_positions(real: Tensor) -> int:
+    """Positions that `in_length_groups` computes for a grid [B, T], padding included."""
+    return sum(len(rows) * width for rows, width in length_groups(real))
+
+
+def in_length_groups(read: Callable[[Tensor, Tensor], Tensor], x: Tensor, real: Tensor) -> Tensor:
+    """``read`` over rows of like length together, so that padding of a mixed batch costs little.
+
+    x: [B, T, h] and real: [B, T] bool with padding on the right -> [B, T, d], zeros (or whatever
+    ``read`` makes of it) at padding. ``read`` gets some rows, cut at their longest.
+    """
+    groups = length_groups(real)
+    if len(groups) == 1:
+        return read(x, real)
+    width = x.shape[1]
+    parts = [
+        F.pad(read(x[rows, :wide], real[rows, :wide]), (0, 0, 0, width - wide))
+        for rows, wide in groups
+    ]
+    return torch.cat(parts)[torch.cat([rows for rows, _ in groups]).argsort()]
 
 
 class _Layer(nn.Module):
@@ -96,9 +143,12 @@ class SequenceEncoder(nn.Module):
 
         causal: for this call alone; None is the encoder's own.
         """
-        length = x.shape[1]
-        x = self.dropout(self.norm(x + self.positions.weight[:length]))
-        hidden = self._hidden(real, self.causal if causal is None else causal)
+        look = self.causal if causal is None else causal
+        return in_length_groups(lambda x, real: self._read(x, real, look), x, real)
+
+    def _read(self, x: Tensor, real: Tensor, causal: bool) -> Tensor:
+        x = self.dropout(self.norm(x + self.positions.weight[: x.shape[1]]))
+        hidden = self._hidden(real, causal)
         for layer in self.layers:
             x = layer(x, hidden)
         return x
