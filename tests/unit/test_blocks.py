@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 from l2rec.methods.blocks import losses, sequences
-from l2rec.methods.blocks.encoder import SequenceEncoder, attention
+from l2rec.methods.blocks.encoder import (
+    SequenceEncoder,
+    attention,
+    computed_positions,
+    in_length_groups,
+    length_groups,
+)
 
 ROWS = Ragged.from_rows([[3, 1, 2], [5], [0, 4], [1, 1, 1, 1]])
 
@@ -116,3 +122,26 @@ def test_losses_are_their_formulas() -> None:
         -score + math.log(sum(map(math.exp, row))) for row, score in zip(kept, own, strict=True)
     )
     assert float(losses.in_batch_loss(scores, same)) == pytest.approx(expected / 3)
+
+
+def test_rows_of_like_length_are_read_together() -> None:
+    lengths = torch.tensor([3, 10, 1, 9, 7, 2, 10])
+    real = torch.arange(10) < lengths[:, None]
+    groups = length_groups(real)
+    assert [wide for _, wide in groups] == [10, 3, 2, 1]
+    assert [sorted(lengths[rows].tolist()) for rows, _ in groups] == [[7, 9, 10, 10], [3], [2], [1]]
+    assert computed_positions(real) == 4 * 10 + 3 + 2 + 1
+
+    seen = []
+
+    def read(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return 2 * x * real[..., None]
+
+    x = torch.randn(7, 10, 4, requires_grad=True)
+    out = in_length_groups(read, x, real)
+    torch.testing.assert_close(out, 2 * x * real[..., None])
+    assert seen == [(4, 10, 4), (1, 3, 4), (1, 2, 4), (1, 1, 4)]
+    out.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, 2.0 * real[..., None].expand_as(x))
+    assert in_length_groups(read, x[:0], real[:0]).shape == (0, 10, 4)

@@ -70,7 +70,7 @@ def in_length_groups(read: Callable[[Tensor, Tensor], Tensor], x: Tensor, real: 
     ``read`` makes of it) at padding. ``read`` gets some rows, cut at their longest.
     """
     groups = length_groups(real)
-    if len(groups) == 1:
+    if len(groups) <= 1:
         return read(x, real)
     width = x.shape[1]
     parts = [
