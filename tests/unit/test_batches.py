@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2rec.data.batches import Batch, TrainingBatches, plan_batches
+from l2rec.data.batches import PACK, Batch, TrainingBatches, plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import leave_one_out
 
@@ -33,15 +33,17 @@ def test_a_plan_holds_every_row_once_within_its_budget(
         assert order == sorted(order, reverse=True)
 
 
-def test_plans_mix_lengths_and_follow_the_seed() -> None:
-    costs = np.repeat([5, 9], 50)
+def test_plans_mix_packs_of_like_length_and_follow_the_seed() -> None:
+    costs = np.random.default_rng(5).integers(1, 40, 768)
     plans = [
-        [rows.tolist() for rows in plan_batches(costs, rng, max_rows=8, max_cost=80)]
+        [rows.tolist() for rows in plan_batches(costs, rng, max_rows=64, max_cost=10**6)]
         for rng in map(np.random.default_rng, (0, 0, 1))
     ]
     assert plans[0] == plans[1] != plans[2]
-    kinds = [len(set(costs[rows].tolist())) for rows in plans[0]]
-    assert np.mean(kinds) > 1.8, "hardly a batch is of one length"
+    spread = [np.ptp(costs[rows]) for rows in plans[0]]
+    assert min(spread) > 15, "every batch holds short and long rows"
+    packs = [np.ptp(costs[rows[i : i + PACK]]) for rows in plans[0] for i in range(0, 64, PACK)]
+    assert np.mean(packs) < 1, "side by side with their like"
 
 
 def distinct(lengths: list[int]) -> Ragged:

@@ -29,6 +29,10 @@ class Batch:
     negatives: npt.NDArray[np.integer]
 
 
+PACK = 8
+"""Rows of like length that train in one batch."""
+
+
 def plan_batches(
     costs: npt.NDArray[np.integer], rng: np.random.Generator | None, *, max_rows: int, max_cost: int
 ) -> list[npt.NDArray[np.int64]]:
@@ -36,15 +40,20 @@ def plan_batches(
 
     Args:
         costs: [M] tokens of each row. A row above ``max_cost`` is a batch of its own.
-        rng: for training, batches of any rows, long and short ones together: where like lengths
-            train together, every step pulls another way, and what is learned ranks worse. None is
-            for inference, like costs together, longest first (memory trouble shows at once).
+        rng: for training, batches of long and short rows together: where one length trains at a
+            time, every step pulls another way, and what is learned ranks worse. Rows come in
+            packs of `PACK` of like cost, which is what keeps padding small. None is for
+            inference: like costs together, longest first (memory trouble shows at once).
 
     Returns:
         Index arrays that together hold every row exactly once.
     """
     costs = np.asarray(costs, dtype=np.int64)
-    order = np.argsort(-costs, kind="stable") if rng is None else rng.permutation(len(costs))
+    order = np.argsort(-costs, kind="stable")
+    if rng is not None:
+        order = np.lexsort((rng.random(len(costs)), -costs))
+        packs = rng.permutation(-(-len(costs) // PACK))
+        order = order[np.argsort(packs[np.arange(len(costs)) // PACK], kind="stable")]
     total = np.concatenate(([0], np.cumsum(costs[order])))
     batches, start = [], 0
     while start < len(order):

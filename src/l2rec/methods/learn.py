@@ -12,7 +12,7 @@ Dense all action: a training sequence is cut at a random event; N_h states of th
 what followed are sampled, newer ones more often, and each of the first is contrasted with each of
 the second. Negatives are the sampled targets of other users:
 
-    L = mean over pairs of -log e^{r_ht} / (e^{r_ht} + sum_{t' of others} e^{r_ht'})
+    L = mean over users and pairs of -log e^{r_ht} / (e^{r_ht} + sum_{t' of others} e^{r_ht'})
 
 A user is the newest state, an item the item tower's output for that item alone.
 
@@ -23,7 +23,8 @@ No code is public. Read from descriptions of the paper, or chosen here:
 - Recency: the n-th oldest of a row is drawn with weight n, without replacement. The paper weights
   by a formula with alpha=10, beta=10000 that is not known here.
 - A target of other users that the user acted on too is no negative.
-- Rows are windows of at most ``max_items`` events, and a batch is cut at one share of their length.
+- Rows are windows of at most ``max_items`` events. Each counts the same, however many pairs it has:
+  otherwise the few users with long histories are most of the loss.
 - The widths m and out, depth, dropout, tau.
 
 ``log_q`` is a named deviation, off by default. Targets of other users are drawn by popularity, so
@@ -189,9 +190,7 @@ class LEARN(nn.Module):
         """Dense all action over every row, cut at random."""
         rows, config = batch.histories, self.config
         lengths = rows.lengths
-        # 1..n-1, at one share of all rows: a batch holds rows of like length, and so its histories
-        # and its futures need little padding.
-        cut = 1 + (float(torch.rand(())) * (lengths - 1)).astype(np.int64)
+        cut = 1 + (torch.rand(len(rows)).numpy() * (lengths - 1)).astype(np.int64)  # 1..n-1
         history = rows.gather(rows.offsets[:-1], cut)
         future = rows.gather(rows.offsets[:-1] + cut, lengths - cut)
 
@@ -215,6 +214,7 @@ class LEARN(nn.Module):
             scores - self.log_share[sampled] if config.log_q else scores,
             pairs=h_row[:, None] == t_row,
             negatives=~own[owner[h_row]][:, column],
+            rows=h_row,
         )
         computed = computed_positions(h_real) + computed_positions(t_real)
         return Losses(total, {"action": total.detach()}, len(rows.values), computed)
@@ -271,12 +271,15 @@ def sample_recent(real: Tensor, count: int) -> Tensor:
     return drawn & real
 
 
-def dense_all_action_loss(scores: Tensor, pairs: Tensor, negatives: Tensor) -> Tensor:
-    """-log e^r / (e^r + sum of the row's negatives' e^r'), mean over pairs.
+def dense_all_action_loss(scores: Tensor, pairs: Tensor, negatives: Tensor, rows: Tensor) -> Tensor:
+    """-log e^r / (e^r + sum of the state's negatives' e^r'), mean over pairs of a row, then rows.
 
     scores: [P, Q] of history states with target states. pairs: [P, Q] bool, the positives.
-    negatives: [P, Q] bool.
+    negatives: [P, Q] bool. rows: [P] int64 from 0, the row of each history state.
     """
     lowest = torch.finfo(scores.dtype).min  # -inf would make the gradient of an empty sum NaN
     rest = scores.masked_fill(~negatives, lowest).logsumexp(1, keepdim=True)
-    return (torch.logaddexp(scores, rest) - scores)[pairs].mean()
+    each = (torch.logaddexp(scores, rest) - scores).masked_fill(~pairs, 0.0).sum(1)
+    n_rows = int(rows.max()) + 1
+    total = each.new_zeros(n_rows).index_add(0, rows, each)
+    return (total / each.new_zeros(n_rows).index_add(0, rows, pairs.sum(1).to(each))).mean()
