@@ -197,6 +197,53 @@ def train(
 
 
 @app.command()
+def tune(
+    recipe: Annotated[str, typer.Argument(help="Shipped recipe, YAML file, or method name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, the same for all trials")
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Data set folder.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Folder of the search.")] = ...,  # type: ignore[assignment]
+    trials: Annotated[int, typer.Option(help="Trainings, those of an earlier call included.")] = 20,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(help="key=[low, high], [low, high, log] or {choose: [a, b]}; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Search for the options of a recipe on validation; the test split is not looked at.
+
+    Without `--search`: the learning rate, and the dropout where there is one. Call it again to go
+    on after a kill, or with more trials. Needs `pip install 'l2rec[tune]'`.
+
+    Example: `l2rec tune sasrec --data data/ml-100k --out runs/tuned --trials 10
+    --search "training.lr=[1e-4, 1e-2, log]" --search "model.dim={choose: [64, 128]}"`
+    """
+    from dataclasses import asdict
+
+    from l2rec.console import Console, print_trials
+    from l2rec.tune import tune as run_tune
+
+    with Console(quiet=as_json) as console:
+        found = run_tune(
+            recipe,
+            data,
+            out,
+            trials=trials,
+            progress=console,
+            overrides=overrides or (),
+            search=search or (),
+            seed=seed,
+        )
+    if as_json:
+        _print_json({"trials": [asdict(t) for t in found.trials], "recipe": str(found.recipe)})
+    else:
+        print_trials(found.trials)
+        typer.echo(f"next: l2rec train {found.recipe} --data {data} --out RUN")
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     from l2rec.config import recipe_names

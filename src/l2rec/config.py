@@ -186,6 +186,14 @@ def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     return inherited
 
 
+def override_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """``dotted.key=value`` overrides as the groups of keys that a recipe would hold."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _set(values, override)
+    return values
+
+
 def resolve(values: Mapping[str, Any], where: str) -> RunConfig:
     """Checked RunConfig from plain values; ``where`` names their origin in errors."""
     try:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Console", "print_comparison", "print_recommendations", "print_rows", "print_table"]
+__all__ = [
+    "Console",
+    "print_comparison",
+    "print_recommendations",
+    "print_rows",
+    "print_table",
+    "print_trials",
+]
 
 import sys
 import time
@@ -25,6 +32,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from l2rec.compare import Comparison
+    from l2rec.tune import Trial
 
 PLAIN_EVERY = 15.0
 """Seconds between progress lines where there is no terminal."""
@@ -111,6 +119,21 @@ def print_table(title: str, facts: Mapping[str, Any]) -> None:
     table.add_column("value", justify="right", overflow="fold")
     for name, value in facts.items():
         table.add_row(escape(str(name)), escape(_shown(value)))
+    _out().print(table)
+
+
+def print_trials(trials: Sequence[Trial]) -> None:
+    """A search, best first, on standard output."""
+    table = Table(title="validation, best first")
+    for name in ("trial", "ndcg@10", "ended by"):
+        table.add_column(name, justify="left" if name == "ended by" else "right")
+    keys = list(trials[0].options)
+    for key in keys:
+        table.add_column(escape(key), justify="right")
+    for trial in trials:
+        score = "–" if trial.score is None else f"{trial.score:.4f}"
+        drawn = [escape(_shown(trial.options.get(key))) for key in keys]
+        table.add_row(str(trial.number), score, escape(trial.state), *drawn)
     _out().print(table)
 
 

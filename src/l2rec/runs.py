@@ -15,6 +15,7 @@ __all__ = [
     "load_run_config",
     "open_run_dataset",
     "train_run",
+    "validate_run",
 ]
 
 import datetime
@@ -25,7 +26,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,35 +128,8 @@ def train_run(
             progress.line(f"{out} is finished: these are its scores")
             return report
         init = None if identity.get("init") is None else Path(identity["init"])
-    progress.line(
-        f"data {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
-        f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
-    )
-    split = leave_one_out(dataset.sequences)
-    if not len(split.users):
-        raise DataError(f"{data}: no user has three events: one to learn from, two to be tested on")
-    backbone = _load_backbone(config)
-    if backbone is not None:
-        progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
-    model = build_model(config, Catalog(dataset.catalog), backbone, data / "cache")
-    _same_backbone(out, identity, backbone)
-    if (out / START).is_file():
-        load_trained(model, load_tensors(out / START)[0], str(out / START))
-    elif init is not None:
-        progress.line(_start_from(model, init))
-    _write_identity(out, config, dataset, backbone, init)
-    _clear(out)
-    if not (out / START).is_file():
-        save_tensors(out / START, trained_tensors(model))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = "" if backbone is None else "; the backbone is frozen"
-    progress.line(f"training {trained:,} parameters{frozen}")
-    result = train(
-        model, split, config.training, seed=config.seed, run=out, progress=progress, resume=resume
-    )
-    progress.line(
-        f"stopped ({result.stopped}) after {result.steps} steps; best step {result.best_step}"
-    )
+    fitted = _fit(config, dataset, out, progress, identity, init, resume)
+    split, backbone, model, result = fitted.split, fitted.backbone, fitted.model, fitted.result
     evaluation = _score(model, split, progress)
     write_ranks(
         out / "ranks.parquet",
@@ -178,7 +152,7 @@ def train_run(
         PRETRAINED if init is not None else UNTRAINED if backbone is None else UNTRAINED_BACKBONE
     )
     floors = _floor_scores(split, dataset, model, out, start, progress)
-    report = _report(config, dataset, backbone, trained, result, evaluation, floors)
+    report = _report(config, dataset, backbone, fitted.trained, result, evaluation, floors)
     report |= {
         "recipe": recipe,
         "command": command,
@@ -188,6 +162,85 @@ def train_run(
     write_json(out / "report.json", report)
     write_report(out)
     return report
+
+
+def validate_run(
+    config: RunConfig,
+    data: Path,
+    out: Path,
+    *,
+    progress: Progress,
+    resume: bool = False,
+    hopeless: Callable[[float], bool] = lambda score: False,
+) -> TrainingResult:
+    """Train as `train_run` does, and stop there: the test split is not looked at."""
+    dataset = open_dataset(data)
+    identity = _claim(out, config, dataset, resume)
+    return _fit(config, dataset, out, progress, identity, None, resume, hopeless).result
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A trained model, at its best step, and what it was trained on."""
+
+    split: Split
+    backbone: Backbone | None
+    model: Any
+    trained: int
+    """Parameters that were trained."""
+    result: TrainingResult
+
+
+def _fit(
+    config: RunConfig,
+    dataset: Dataset,
+    out: Path,
+    progress: Progress,
+    identity: Mapping[str, Any] | None,
+    init: Path | None,
+    resume: bool,
+    hopeless: Callable[[float], bool] = lambda score: False,
+) -> _Fitted:
+    """Build the model, write the identity of the run, train."""
+    progress.line(
+        f"data {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
+        f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
+    )
+    split = leave_one_out(dataset.sequences)
+    if not len(split.users):
+        raise DataError(
+            f"{dataset.path}: no user has three events: one to learn from, two to be tested on"
+        )
+    backbone = _load_backbone(config)
+    if backbone is not None:
+        progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
+    model = build_model(config, Catalog(dataset.catalog), backbone, dataset.path / "cache")
+    _same_backbone(out, identity, backbone)
+    if (out / START).is_file():
+        load_trained(model, load_tensors(out / START)[0], str(out / START))
+    elif init is not None:
+        progress.line(_start_from(model, init))
+    _write_identity(out, config, dataset, backbone, init)
+    _clear(out)
+    if not (out / START).is_file():
+        save_tensors(out / START, trained_tensors(model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = "" if backbone is None else "; the backbone is frozen"
+    progress.line(f"training {trained:,} parameters{frozen}")
+    result = train(
+        model,
+        split,
+        config.training,
+        seed=config.seed,
+        run=out,
+        progress=progress,
+        resume=resume,
+        hopeless=hopeless,
+    )
+    progress.line(
+        f"stopped ({result.stopped}) after {result.steps} steps; best step {result.best_step}"
+    )
+    return _Fitted(split, backbone, model, trained, result)
 
 
 def _all_vectors(model: Any) -> Tensor | None:

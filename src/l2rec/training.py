@@ -125,6 +125,8 @@ class _Run:
     folder: Path
     progress: Progress
     watch: Callable[[str, int, dict[str, float]], None]
+    hopeless: Callable[[float], bool]
+    pruned: bool = False
     counters: _Counters = field(default_factory=_Counters)
     window: _Window = field(default_factory=_Window)
     untrained: dict[str, float] = field(default_factory=dict)
@@ -140,8 +142,12 @@ def train(
     run: Path,
     progress: Progress,
     resume: bool = False,
+    hopeless: Callable[[float], bool] = lambda score: False,
 ) -> TrainingResult:
     """Train to early stopping; RUN/model.safetensors holds the best step at the end.
+
+    ``hopeless`` is told the validation NDCG@10 of each validation that selects, and may end the
+    run by saying True ("pruned").
 
     Raises:
         TrainingError: the loss became NaN or infinite (step and cause are named; the last good
@@ -151,7 +157,7 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     state = latest_state(run) if resume else None
     with _tensorboard(run, 0 if state is None else int(state.counters["step"]) + 1) as watch:
-        return _train(_Run(model, split, config, seed, run, progress, watch), state)
+        return _train(_Run(model, split, config, seed, run, progress, watch, hopeless), state)
 
 
 @contextmanager
@@ -190,7 +196,7 @@ def _train(run: _Run, state: State | None) -> TrainingResult:
         with _only(run.model, [p for g in stage.groups for p in g.parameters]) as parameters:
             stopped = _run_stage(run, stage, parameters, state)
         state = None
-        if stopped == "max_minutes":
+        if stopped in ("max_minutes", "pruned"):
             break
     if stages:
         _load_best(run)
@@ -365,6 +371,8 @@ def _schedule(step: int, total: int, config: TrainingConfig) -> float:
 def _over(run: _Run) -> str:
     """Why this stage ends before its epochs do, or an empty string."""
     config, c = run.config, run.counters
+    if run.pruned:
+        return "pruned"
     if config.max_steps is not None and c.step - c.stage_start >= config.max_steps:
         return "max_steps"
     if config.max_minutes is not None and c.seconds >= 60 * config.max_minutes:
@@ -416,6 +424,7 @@ def _validate_and_count(run: _Run, position: float, stage: Stage) -> bool:
     _tell_cost(run, position)
     metrics = _validate(run, position, stage.validates)
     c = run.counters
+    run.pruned = stage.select and run.hopeless(metrics[SELECT])
     if metrics[SELECT] > c.best or not stage.select:
         c.best, c.best_step, c.bad, run.best = metrics[SELECT], c.step, 0, metrics
         return True

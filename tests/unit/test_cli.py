@@ -66,6 +66,7 @@ VERBS = {
     "prepare": ["--out", "--items", "--format", "--text", "--k-core", "--encoding"],
     "describe": ["--json"],
     "train": ["--data", "--out", "--resume", "--init"],
+    "tune": ["--data", "--out", "--trials", "--search", "--seed", "--json"],
     "recipes": [],
     "evaluate": ["--split", "--data", "--json"],
     "compare": ["--data", "--against", "--group", "--no-group", "--out", "--json"],
@@ -237,6 +238,19 @@ def test_what_prepare_refuses(
     log.write_text("user_id,item_id,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(5)))
     filled = [argument.format(tmp=tmp_path, log=log) for argument in arguments]
     refused(call("prepare", *filled, "--out", tmp_path / "data"), message)
+
+
+def test_tune(call: Call, table_run: Finished, tmp_path: Path) -> None:
+    fixed = ["training.epochs=1", "model.max_items=6", "--data", table_run.data]
+    made = ["tune", "sasrec", *fixed, "--out", tmp_path / "s", "--trials", "2"]
+    shown = call(*made, "--search", "model.dim={choose: [8, 16]}")
+    assert shown.code == 0 and "ended by" in shown.out and "model.dim" in shown.out
+    assert f"next: l2rec train {tmp_path}/s/best.yaml --data {table_run.data}" in shown.out
+    found = json.loads(call(*made, "--search", "model.dim={choose: [8, 16]}", "--json").out)
+    assert len(found["trials"]) == 2 and found["recipe"] == f"{tmp_path}/s/best.yaml"
+    trained = call("train", found["recipe"], "--data", table_run.data, "--out", tmp_path / "r")
+    assert trained.code == 0
+    refused(call(*made, "--search", "model.dim=8"), r"write key=\[low, high\]")
 
 
 def test_fusion_weights_of_a_trained_hdrec(

@@ -1,0 +1,149 @@
+"""The search: what it finds and refuses, and that a kill changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.unit import tiny_run
+
+from l2rec import runs, tune
+from l2rec.config import load_recipe
+from l2rec.data.dataset import Dataset
+from l2rec.errors import CheckpointError, ConfigError, TrainingError
+from l2rec.training import TrainingResult
+
+SEARCH = ["training.lr=[1e-4, 1e-1, log]", "model.dim={choose: [8, 16]}", "model.inner=[8, 9]"]
+FIXED = ["training.epochs=2", "model.max_items=6", "training.batch_users=16"]
+
+
+def search(data: Path, out: Path, trials: int, **changes: Any) -> tune.Tuned:
+    given: dict[str, Any] = {"overrides": FIXED, "search": SEARCH} | changes
+    progress = given.pop("progress", tiny_run.Quiet())
+    recipe = given.pop("recipe", "sasrec")
+    return tune.tune(recipe, data, out, trials=trials, progress=progress, **given)
+
+
+def test_the_best_becomes_a_recipe(chains: Dataset, tmp_path: Path) -> None:
+    found = search(chains.path, tmp_path / "s", 3)
+    assert len(found.trials) == 3 and {t.state for t in found.trials} == {"epochs"}
+    scores = [t.score for t in found.trials]
+    assert None not in scores and scores == sorted(scores, reverse=True)
+    best = found.trials[0].options
+    assert best.keys() == {"training.lr", "model.dim", "model.inner"}
+    assert 1e-4 <= best["training.lr"] <= 1e-1 and best["model.dim"] in (8, 16)
+    config = load_recipe(str(found.recipe))
+    assert config.training.lr == best["training.lr"] and config.model.dim == best["model.dim"]
+    assert config.model.max_items == 6 and config.training.epochs == 2
+    assert yaml.safe_load(found.recipe.read_text())["extends"] == "sasrec"
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["best.yaml", "study.db"]
+    # Trained alone, it is what the search said it is.
+    alone = runs.validate_run(config, chains.path, tmp_path / "alone", progress=tiny_run.Quiet())
+    assert alone.valid["ndcg@10"] == found.trials[0].score
+
+
+def test_more_trials_go_on_with_what_is_there(chains: Dataset, tmp_path: Path) -> None:
+    whole = search(chains.path, tmp_path / "whole", 3)
+    search(chains.path, tmp_path / "parts", 1)
+    progress = tiny_run.Quiet()
+    parts = search(chains.path, tmp_path / "parts", 3, progress=progress)
+    assert [line[:12] for line in progress.lines if line.startswith("trial")] == [
+        "trial 2 of 3",
+        "trial 3 of 3",
+    ]
+    assert [(t.options, t.score) for t in parts.trials] == [
+        (t.options, t.score) for t in whole.trials
+    ]
+
+
+def test_a_killed_trial_is_taken_up_again(
+    chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = search(chains.path, tmp_path / "whole", 2)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: Any, **named: Any) -> TrainingResult:
+        asked = 0
+
+        def until(score: float) -> bool:
+            nonlocal asked
+            asked += 1
+            if asked == 2:
+                raise Killed
+            return bool(named["hopeless"](score))
+
+        return runs.validate_run(*arguments, **{**named, "hopeless": until})
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(tune, "validate_run", killed)
+        search(chains.path, tmp_path / "cut", 2)
+    assert len(list((tmp_path / "cut").glob("trial-*"))) == 1
+    again = search(chains.path, tmp_path / "cut", 2)
+    assert [(t.options, t.score) for t in again.trials] == [
+        (t.options, t.score) for t in whole.trials
+    ]
+
+
+def test_a_trial_that_trails_is_stopped(
+    chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripted trials: the last is worse than the median of the others from the first on."""
+    number = 0
+
+    def scripted(*arguments: Any, hopeless: Any, **named: Any) -> TrainingResult:
+        nonlocal number
+        number += 1
+        score = 0.9 - 0.1 * number
+        stopped = next((at for at in range(10) if hopeless(score)), None)
+        ended = "epochs" if stopped is None else f"pruned at {stopped}"
+        return TrainingResult(1, 1, {"ndcg@10": score}, {}, 0, 0, 0, ended)
+
+    monkeypatch.setattr(tune, "validate_run", scripted)
+    found = search(chains.path, tmp_path / "s", tune.STARTUP + 1)
+    assert [t.state for t in found.trials] == ["epochs"] * tune.STARTUP + ["pruned at 3"]
+
+
+def test_a_training_that_fails_is_a_trial(
+    chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nan(*arguments: Any, **named: Any) -> TrainingResult:
+        raise TrainingError("the loss is NaN")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "validate_run", nan)
+        with pytest.raises(TrainingError, match="none of 2 trials"):
+            search(chains.path, tmp_path / "s", 2)
+    found = search(chains.path, tmp_path / "s", 3)
+    assert [t.state for t in found.trials] == ["epochs", "failed", "failed"]
+    assert found.trials[1].score is None
+
+
+def test_what_is_refused(chains: Dataset, tmp_path: Path) -> None:
+    for one in ("model.dim", "model.dim=3", "model.dim=[3]", "model.dim=[9, 3]", "a=[0, 1, log]"):
+        with pytest.raises(ConfigError, match="write key="):
+            search(chains.path, tmp_path / "s", 1, search=[one])
+    with pytest.raises(ConfigError, match="dimm"):
+        search(chains.path, tmp_path / "s1", 1, search=["model.dimm=[8, 9]"])
+    with pytest.raises(ConfigError, match="--trials 0"):
+        search(chains.path, tmp_path / "s", 0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds no search"):
+        search(chains.path, tmp_path / "full", 1)
+    search(chains.path, tmp_path / "s2", 1)
+    with pytest.raises(CheckpointError, match="a search with overrides"):
+        search(chains.path, tmp_path / "s2", 1, overrides=FIXED[:2])
+
+
+def test_without_a_space_rate_and_dropout_are_searched(chains: Dataset, tmp_path: Path) -> None:
+    found = search(chains.path, tmp_path / "s", 1, search=[])
+    options = found.trials[0].options
+    assert options.keys() == {"training.lr", "model.dropout"}
+    lr = load_recipe("sasrec").training.lr
+    assert lr / 5 <= options["training.lr"] <= lr * 5
+    assert json.dumps(options)
