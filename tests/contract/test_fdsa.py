@@ -93,7 +93,7 @@ def test_the_equations(changes: dict[str, Any]) -> None:
         each += [
             sequential.cross_entropy(table @ users[t], items[t + 1]) for t in range(len(items) - 1)
         ]
-    total = model.loss(sequential.one_batch(model, rows)).total.detach()
+    total = model.next_item_loss(sequential.one_batch(model, rows)).total.detach()
     assert float(total) == pytest.approx(np.mean(each), rel=1e-5)
 
 

@@ -305,7 +305,7 @@ def test_fine_tuning_is_sasrec_from_the_same_weights() -> None:
         {n: t for n, t in model.state_dict().items() if n.startswith(("items.", "encoder."))}
     )
     (batch,) = epoch_of(model, 1)
-    torch.testing.assert_close(model.loss(batch).total, theirs.loss(batch).total)
+    torch.testing.assert_close(model.next_item_loss(batch).total, theirs.loss(batch).total)
     torch.testing.assert_close(model.encode_users(ROWS), theirs.encode_users(ROWS))
     inputs = [batch.histories[r].tolist() for r in range(4)]
     assert all([*row] in [ROWS[r][:-1].tolist() for r in range(4)] for row in inputs)
@@ -334,5 +334,5 @@ def test_random_rows_are_learned_by_heart() -> None:
 
 
 def test_texts_are_no_items() -> None:
-    with pytest.raises(DataError, match="S³-Rec has a vector for each item it was trained on"):
+    with pytest.raises(DataError, match="S3Rec has a vector for each item it was trained on"):
         build().encode_items(["a drill"])

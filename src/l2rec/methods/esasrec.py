@@ -30,12 +30,10 @@ from __future__ import annotations
 
 __all__ = ["ESASRec", "ESASRecConfig", "LiGRLayer"]
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -46,9 +44,10 @@ from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.methods.blocks.encoder import attention, computed_positions, in_length_groups
+from l2rec.methods.blocks.item_table import ItemTable
 from l2rec.methods.blocks.losses import sampled_softmax_loss
-from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
+from l2rec.methods.blocks.sequences import pad, sequence_batches
+from l2rec.methods.protocols import Losses, Stage, decayed
 from l2rec.objectives import catalog_loss
 
 
@@ -116,7 +115,7 @@ class LiGRLayer(nn.Module):
         return out
 
 
-class ESASRec(nn.Module):
+class ESASRec(ItemTable):
     """The recommender. A user is the state after the newest item, an item its embedding."""
 
     Config = ESASRecConfig
@@ -147,10 +146,6 @@ class ESASRec(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
         self.log_q: Tensor
         self.register_buffer("log_q", torch.zeros(len(catalog)), persistent=False)
-
-    @property
-    def n_items(self) -> int:
-        return self.items.num_embeddings
 
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
         """States [B, T, h] of rows of at most ``max_items`` items, and which are real [B, T].
@@ -233,19 +228,3 @@ class ESASRec(nn.Module):
         share = self.config.in_batch
         odds = share * counts / counts.sum() + (1 - share) / self.n_items
         return torch.from_numpy(np.maximum(odds, np.finfo(np.float32).tiny))
-
-    # -- inference -------------------------------------------------------------------------------
-
-    def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, h] float32."""
-        return encode_rows(
-            self, histories, lambda rows: last_of(*self(rows)), max_items=self.config.max_items
-        )
-
-    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """[n, h] float32, of catalog ints."""
-        rows = catalog_rows(items, "eSASRec", self.items.weight.device)
-        return self.items.weight.detach()[rows]
-
-    def scorer(self) -> Scorer:
-        return inner_product_scorer(self)

@@ -40,13 +40,11 @@ from __future__ import annotations
 __all__ = ["FamouSRec", "FamouSRecConfig", "RowSpectra", "Spectra", "alignment_loss"]
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -58,8 +56,9 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.experts import load_balance, top_n
 from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
-from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
+from l2rec.methods.blocks.item_table import ItemTable
+from l2rec.methods.blocks.sequences import encode_rows, last_of, pad, sequence_batches
+from l2rec.methods.protocols import Losses, Stage, decayed
 from l2rec.objectives import catalog_loss
 
 Kind = Literal["transformer", "gru", "filter", "convolution"]
@@ -299,7 +298,7 @@ class Mixture:
     user: Tensor
 
 
-class FamouSRec(nn.Module):
+class FamouSRec(ItemTable):
     """The recommender. A user is the mixture of its experts, an item its embedding."""
 
     Config = FamouSRecConfig
@@ -331,10 +330,6 @@ class FamouSRec(nn.Module):
         self.items.apply(initialize)
         self.router.apply(initialize)
 
-    @property
-    def n_items(self) -> int:
-        return self.items.num_embeddings
-
     def forward(self, histories: Ragged, *, twice: bool = False) -> Mixture:
         """Users of rows of 1 to ``max_items`` items; ``twice``: the experts under two dropouts."""
         items, real = pad(histories, self.items.weight.device)
@@ -363,7 +358,7 @@ class FamouSRec(nn.Module):
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> TrainingBatches:
-        """Prefixes of the training sequences, like lengths together, each with its next item."""
+        """Prefixes of the training sequences, each with its next item."""
         return sequence_batches(
             sequences,
             supervision="last",
@@ -416,14 +411,6 @@ class FamouSRec(nn.Module):
         return encode_rows(
             self, histories, lambda rows: self(rows).user, max_items=self.config.max_items
         )
-
-    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """[n, h] float32, of catalog ints."""
-        rows = catalog_rows(items, "FamouSRec", self.items.weight.device)
-        return self.items.weight.detach()[rows]
-
-    def scorer(self) -> Scorer:
-        return inner_product_scorer(self)
 
 
 def specialization_loss(states: Tensor, again: Tensor, temperature: float) -> Tensor:

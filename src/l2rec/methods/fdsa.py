@@ -36,21 +36,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rec.backbone import Backbone
-from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import ConfigError, DataError
-from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
 from l2rec.methods.blocks.frozen_text import FrozenText
+from l2rec.methods.blocks.item_table import ItemTable
 from l2rec.methods.blocks.sequences import (
-    catalog_rows,
-    encode_rows,
-    last_of,
     next_item_batches,
     pad,
 )
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
-from l2rec.objectives import catalog_loss
+from l2rec.methods.protocols import Stage, decayed
 
 
 class FDSAConfig(BaseModel):
@@ -134,7 +130,7 @@ class FieldFeatures(nn.Module):
         return out
 
 
-class FDSA(nn.Module):
+class FDSA(ItemTable):
     """The recommender. A user is the joint state after the newest item, an item its embedding."""
 
     Config = FDSAConfig
@@ -193,10 +189,6 @@ class FDSA(nn.Module):
         self.cached = text.files
         return TextFeatures(text, config.dim)
 
-    @property
-    def n_items(self) -> int:
-        return self.items.num_embeddings
-
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
         """u [B, T, h] of rows of at most ``max_items`` items, and which are real [B, T]."""
         items, real = pad(histories, self.items.weight.device)
@@ -210,29 +202,10 @@ class FDSA(nn.Module):
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         return [
-            Stage("train", decayed(self.parameters(), lr, weight_decay), self.batches, self.loss)
+            Stage(
+                "train",
+                decayed(self.parameters(), lr, weight_decay),
+                self.batches,
+                self.next_item_loss,
+            )
         ]
-
-    def loss(self, batch: Batch) -> Losses:
-        """Next-item cross-entropy over the catalog, mean over all positions of the batch."""
-        states, real = self(batch.histories)
-        users = states[real]  # [P, h], in the order of the flat histories and targets
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
-        total = catalog_loss(users @ self.items.weight.T, targets)
-        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
-
-    # -- inference -------------------------------------------------------------------------------
-
-    def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, h] float32."""
-        return encode_rows(
-            self, histories, lambda rows: last_of(*self(rows)), max_items=self.config.max_items
-        )
-
-    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """[n, h] float32, of catalog ints."""
-        rows = catalog_rows(items, "FDSA", self.items.weight.device)
-        return self.items.weight.detach()[rows]
-
-    def scorer(self) -> Scorer:
-        return inner_product_scorer(self)

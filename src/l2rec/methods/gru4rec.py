@@ -22,12 +22,10 @@ from __future__ import annotations
 
 __all__ = ["GRU4Rec", "GRU4RecConfig", "ranking_loss"]
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -38,14 +36,12 @@ from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.methods.blocks.encoder import computed_positions, in_length_groups
+from l2rec.methods.blocks.item_table import ItemTable
 from l2rec.methods.blocks.sequences import (
-    catalog_rows,
-    encode_rows,
-    last_of,
     next_item_batches,
     pad,
 )
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
+from l2rec.methods.protocols import Losses, Stage, decayed
 from l2rec.objectives import catalog_loss
 
 Loss = Literal["ce", "bpr", "top1", "bpr-max"]
@@ -70,7 +66,7 @@ class GRU4RecConfig(BaseModel):
     """Of large scores of negatives, for ``bpr-max``."""
 
 
-class GRU4Rec(nn.Module):
+class GRU4Rec(ItemTable):
     """The recommender. A user is the state after the newest item, an item its embedding."""
 
     Config = GRU4RecConfig
@@ -95,10 +91,6 @@ class GRU4Rec(nn.Module):
         nn.init.xavier_normal_(self.items.weight)
         for weight in self.gru.parameters():
             nn.init.xavier_uniform_(weight)
-
-    @property
-    def n_items(self) -> int:
-        return self.items.num_embeddings
 
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
         """u [B, T, dim] of rows of at most ``max_items`` items, and which are real [B, T].
@@ -133,22 +125,6 @@ class GRU4Rec(nn.Module):
                 self.config.penalty,
             )
         return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
-
-    # -- inference -------------------------------------------------------------------------------
-
-    def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, dim] float32."""
-        return encode_rows(
-            self, histories, lambda rows: last_of(*self(rows)), max_items=self.config.max_items
-        )
-
-    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """[n, dim] float32, of catalog ints."""
-        rows = catalog_rows(items, "GRU4Rec", self.items.weight.device)
-        return self.items.weight.detach()[rows]
-
-    def scorer(self) -> Scorer:
-        return inner_product_scorer(self)
 
 
 def ranking_loss(

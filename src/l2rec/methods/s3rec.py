@@ -37,12 +37,10 @@ from __future__ import annotations
 __all__ = ["S3Rec", "S3RecConfig", "item_attributes"]
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -55,16 +53,14 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.methods.blocks.item_table import ItemTable
 from l2rec.methods.blocks.sequences import (
-    catalog_rows,
-    encode_rows,
     last_of,
     next_item_batches,
     pad,
     sequence_batches,
 )
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
-from l2rec.objectives import catalog_loss
+from l2rec.methods.protocols import Losses, Stage, decayed
 
 WORD = r"[^\W\d_]{3,}"
 
@@ -161,7 +157,7 @@ def item_attributes(config: S3RecConfig, catalog: Catalog) -> tuple[list[str], T
     return chosen["name"].to_list(), torch.from_numpy(matrix)
 
 
-class S3Rec(nn.Module):
+class S3Rec(ItemTable):
     """The recommender. A user is the causal state after the newest item, an item its embedding."""
 
     Config = S3RecConfig
@@ -200,10 +196,6 @@ class S3Rec(nn.Module):
             attention_dropout=config.attention_dropout,
         )
 
-    @property
-    def n_items(self) -> int:
-        return self.items.num_embeddings
-
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
         """Causal states [B, T, h] of rows of at most ``max_items`` items, which are real [B, T]."""
         items, real = pad(histories, self.items.weight.device)
@@ -220,7 +212,7 @@ class S3Rec(nn.Module):
             epochs=self.config.pretrain_epochs,
         )
         finetune = Stage(
-            "finetune", decayed(recommender, lr, weight_decay), self.batches, self.loss
+            "finetune", decayed(recommender, lr, weight_decay), self.batches, self.next_item_loss
         )
         return [pretrain, finetune] if self.config.pretrain_epochs else [finetune]
 
@@ -291,32 +283,6 @@ class S3Rec(nn.Module):
             self.tasks["mip"](states[hidden]), self.items(items[hidden]), self.items(drawn)
         )
         return (loss * fair).sum()
-
-    # -- stage 2 ---------------------------------------------------------------------------------
-
-    def loss(self, batch: Batch) -> Losses:
-        """Full-softmax cross-entropy of the next item, mean over all positions of the batch."""
-        states, real = self(batch.histories)
-        users = states[real]  # [P, h], in the order of the flat histories and targets
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
-        total = catalog_loss(users @ self.items.weight.T, targets)
-        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
-
-    # -- inference -------------------------------------------------------------------------------
-
-    def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, h] float32."""
-        return encode_rows(
-            self, histories, lambda rows: last_of(*self(rows)), max_items=self.config.max_items
-        )
-
-    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """[n, h] float32, of catalog ints."""
-        rows = catalog_rows(items, "S³-Rec", self.items.weight.device)
-        return self.items.weight.detach()[rows]
-
-    def scorer(self) -> Scorer:
-        return inner_product_scorer(self)
 
 
 def nearer_loss(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

@@ -18,12 +18,10 @@ from __future__ import annotations
 
 __all__ = ["SASRec", "SASRecConfig"]
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -33,15 +31,13 @@ from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.methods.blocks.item_table import ItemTable
 from l2rec.methods.blocks.losses import binary_loss, sampled_softmax_loss
 from l2rec.methods.blocks.sequences import (
-    catalog_rows,
-    encode_rows,
-    last_of,
     next_item_batches,
     pad,
 )
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
+from l2rec.methods.protocols import Losses, Stage, decayed
 from l2rec.objectives import catalog_loss
 
 
@@ -69,7 +65,7 @@ class SASRecConfig(BaseModel):
         return self
 
 
-class SASRec(nn.Module):
+class SASRec(ItemTable):
     """The recommender. A user is the state after the newest item, an item its embedding."""
 
     Config = SASRecConfig
@@ -98,10 +94,6 @@ class SASRec(nn.Module):
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
         )
-
-    @property
-    def n_items(self) -> int:
-        return self.items.num_embeddings
 
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
         """States [B, T, h] of rows of at most ``max_items`` items, and which are real [B, T]."""
@@ -136,19 +128,3 @@ class SASRec(nn.Module):
         negative = negative.masked_fill(drawn == targets[:, None], float("-inf"))
         loss = binary_loss if self.config.loss == "bce" else sampled_softmax_loss
         return loss(positive, negative)
-
-    # -- inference -------------------------------------------------------------------------------
-
-    def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, h] float32."""
-        return encode_rows(
-            self, histories, lambda rows: last_of(*self(rows)), max_items=self.config.max_items
-        )
-
-    def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """[n, h] float32, of catalog ints."""
-        rows = catalog_rows(items, "SASRec", self.items.weight.device)
-        return self.items.weight.detach()[rows]
-
-    def scorer(self) -> Scorer:
-        return inner_product_scorer(self)
