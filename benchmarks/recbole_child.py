@@ -73,12 +73,12 @@ def main() -> None:
     epoch_seconds, eval_seconds, scores = [], [], []
     best, best_test = -1.0, {}
     for epoch in range(int(epochs)):
-        started = time.perf_counter()
+        started = time.process_time()
         trainer._train_epoch(train, epoch, show_progress=False)
-        epoch_seconds.append(time.perf_counter() - started)
-        started = time.perf_counter()
+        epoch_seconds.append(time.process_time() - started)
+        started = time.process_time()
         found = trainer.evaluate(valid, load_best_model=False, show_progress=False)
-        eval_seconds.append(time.perf_counter() - started)
+        eval_seconds.append(time.process_time() - started)
         scores.append(float(found["ndcg@10"]))
         if scores[-1] > best:
             best = scores[-1]
