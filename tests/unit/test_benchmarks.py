@@ -32,6 +32,7 @@ def load(name: str) -> ModuleType:
 
 measure, step, growth = load("measure"), load("step"), load("growth")
 breakdown, performance, systems = load("breakdown"), load("performance"), load("systems")
+sasrec = load("sasrec")
 
 
 # -- what all benchmarks share -------------------------------------------------------------------
@@ -366,3 +367,26 @@ def test_systems_step_on_the_same_users(
     monkeypatch.setattr(systems, "from_child", lambda *command: [*command])
     command = systems.memory("HDRec, text alone", chains.path, 3, "float32")
     assert command[command.index("--child") + 1] == "HDRec, text alone"
+
+
+# -- sasrec --------------------------------------------------------------------------------------
+
+
+def test_our_side_of_the_comparison_with_recbole(chains: Dataset) -> None:
+    found = sasrec.ours(chains.path, epochs=2, seed=0)
+    assert [len(found[name]) for name in ("epoch_seconds", "eval_seconds", "valid")] == [2, 2, 2]
+    assert found["best_valid"] == max(found["valid"]) and found["peak_mb"] > 0
+    row = sasrec.row("x", found, found)
+    assert row["faster_epoch"] == row["faster_evaluation"] == 1
+    assert all(goal["reached"] is (at == 2) for at, goal in enumerate(sasrec.goals(row, row)))
+
+
+def test_a_data_set_as_recbole_reads_it(chains: Dataset, tmp_path: Path) -> None:
+    sasrec.write_atomic(chains, tmp_path / "events")
+    head, *lines = (tmp_path / "events" / "events.inter").read_text().splitlines()
+    assert head == "user_id:token\titem_id:token\ttimestamp:float"
+    assert len(lines) == chains.n_events
+    first = chains.sequences[0]
+    assert [line.split("\t") for line in lines[: len(first)]] == [
+        ["0", str(item), str(place)] for place, item in enumerate(first)
+    ]
