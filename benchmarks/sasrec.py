@@ -11,8 +11,8 @@ and the same number of epochs, each in a process of its own, one after the other
 threads; both rank every user over the whole catalog after every epoch. Test scores are those at
 the best validation NDCG@10. RecBole makes an example of every prefix and pads each to 50 items;
 here every position of a sequence predicts, and the encoder reads rows of like length together.
-Seconds are processor time, which a neighbour does not stretch as he does the clock's; peak memory is
-that of the whole process.
+Seconds are processor time, which a neighbour does not stretch as he does the clock's; peak memory
+is that of the whole process.
 """
 
 from __future__ import annotations
