@@ -27,7 +27,8 @@ def pins() -> dict[str, str]:
 
 def requirements() -> list[Requirement]:
     lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
-    return [Requirement(text) for texts in lists for text in texts]
+    found = [Requirement(text) for texts in lists for text in texts]
+    return [each for each in found if each.name != PROJECT["name"]]
 
 
 def test_version_is_the_top_of_the_changelog() -> None:
