@@ -90,9 +90,17 @@ def table(runs: dict[str, Report]) -> str:
 
     for name, report in runs.items():
         minutes = f"{report['training_seconds'] / 60:.0f}"
-        lines.append(line(f"`{name}`", own(report), minutes))
+        lines.append(line(f"`{name}`{' †' * cut(report)}", own(report), minutes))
     lines += [line(name, reports[0]["scores"][name], "") for name in FLOORS]
+    if any(map(cut, reports)):
+        lines += ["", "† cut by its time budget while it still got better"]
     return "\n".join(lines)
+
+
+def cut(report: Report) -> bool:
+    """Whether the budget ended the run, and its last validation was its best."""
+    ended = report["stopped"] == "max_minutes"
+    return ended and bool(report["best_step"] == report["steps"])
 
 
 def made(name: str, report: Report) -> str:
@@ -123,7 +131,8 @@ def main() -> None:
     for argument in sys.argv[1:]:
         name, _, run = argument.partition("=")
         keep(name, Path(run))
-    sets = collected().values()
+    # Data sets whose runs were trained out come first.
+    sets = sorted(collected().values(), key=lambda runs: sum(map(cut, runs.values())))
     tables = [table(runs) for runs in sets]
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
