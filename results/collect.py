@@ -99,8 +99,8 @@ def table(runs: dict[str, Report]) -> str:
 
 def cut(report: Report) -> bool:
     """Whether the budget ended the run, and its last validation was its best."""
-    ended = report["stopped"] == "max_minutes"
-    return ended and bool(report["best_step"] == report["steps"])
+    rising: bool = report["stopped"] == "max_minutes" and report["best_step"] == report["steps"]
+    return rising
 
 
 def made(name: str, report: Report) -> str:
