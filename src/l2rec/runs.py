@@ -60,7 +60,7 @@ from l2rec.diagnostics import expert_load, gate_histogram
 from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
 from l2rec.evaluation import Evaluation, evaluate, paired_test, top_k, write_ranks
 from l2rec.methods.floors import LastItemNeighbour, Popularity
-from l2rec.methods.protocols import Embedder, TakesNewItems
+from l2rec.methods.protocols import Embedder, Scorer, TakesNewItems
 from l2rec.report import write_report
 from l2rec.training import Progress, TrainingResult, peak_memory_mb, train
 
@@ -70,6 +70,8 @@ UNTRAINED_BACKBONE = "untrained backbone"
 PRETRAINED = "before fine-tuning"
 START = "state/start.safetensors"
 EXAMPLES = 6
+VERIFIED, VERIFIED_WITHIN = 16, 0.02
+"""Items encoded anew to verify stored vectors; the precision of bfloat16 is allowed for."""
 
 
 def device() -> str:
@@ -604,6 +606,7 @@ class Predictor:
         self.model = model
         self.ids, self.texts, self.vectors, self.version = ids, texts, vectors, version
         self._index = {item: n for n, item in enumerate(ids)}
+        self._scorer: Scorer | None = None
 
     def text_of(self, item: str) -> str:
         """The text of an item id."""
@@ -646,6 +649,88 @@ class Predictor:
         users, gates = _users_and_gates(self.model, row)
         return users @ self.vectors.T, gates[0]
 
+    def rows(self, histories: Sequence[Sequence[str]]) -> Ragged:
+        """Histories of external ids as item ints.
+
+        Raises:
+            DataError: unknown ids, all of them named.
+        """
+        return Ragged.from_rows([self._ints(history) for history in histories])
+
+    def row_of(self, item: str) -> int | None:
+        """The item int of an id, or None."""
+        return self._index.get(item)
+
+    def costs(self, rows: Ragged) -> npt.NDArray[np.int64]:
+        """[B] what it takes to encode each history: tokens for a method that reads texts, else
+        items.
+        """
+        if hasattr(self.model, "costs"):
+            found: npt.NDArray[np.int64] = self.model.costs(rows)
+            return found
+        return rows.lengths
+
+    def users(self, rows: Ragged) -> tuple[Tensor, list[float | None]]:
+        """What histories of item ints are scored by, and their gates (None where there is none).
+
+        [B, D] float32 user vectors, scored by their inner products with ``vectors``; or, for a
+        method that only ranks, the scores [B, N] themselves.
+        """
+        with torch.inference_mode():
+            if self.vectors is not None:
+                return _users_and_gates(self.model, rows)
+            if self._scorer is None:
+                self._scorer = self.model.scorer()
+            return self._scorer(rows).float(), [None] * len(rows)
+
+    def with_items(self, items: Mapping[str, str]) -> Predictor:
+        """Another predictor that also knows these items; this one stays as it is.
+
+        Both share the model, whose catalog only ever grows: item ints stay what they were. An id
+        that is known already gets a new row with the new text, and its old row remains in ``ids``.
+        Of the two, and with whatever else runs the model, only one call may be made at a time.
+
+        Raises:
+            DataError: an empty text. ConfigError: the method cannot take new items.
+        """
+        self._require(TakesNewItems, "ranks the items it was trained on; train it again for others")
+        with torch.inference_mode():
+            added = self.model.add_items(list(items.values()))
+            # Rows of a predictor that was given up may lie in between: they have no id.
+            gap = int(added[0]) - len(self.ids) if len(added) else 0
+            vectors = self.vectors
+            if vectors is not None:
+                last = int(added[-1]) + 1 if len(added) else len(vectors)
+                fresh = np.arange(len(vectors), last, dtype=np.int32)
+                vectors = torch.cat((vectors, self.model.encode_items(fresh)))
+        ids = [*self.ids, *[""] * gap, *items]
+        texts = [*self.texts, *[""] * gap, *items.values()]
+        found = Predictor(self.model, ids, texts, vectors, self.version)
+        found._index.pop("", None)
+        return found
+
+    def verify(self) -> None:
+        """Item vectors are finite, and (a sample) what the model makes of its items.
+
+        Raises:
+            CheckpointError: they are not; the files of the run are torn or were exchanged.
+        """
+        if self.vectors is None:
+            return
+        if not bool(torch.isfinite(self.vectors).all()):
+            raise CheckpointError("item vectors that are not finite numbers: torn or badly trained")
+        sample = np.unique(np.linspace(0, len(self.ids) - 1, VERIFIED).astype(np.int32))
+        with torch.inference_mode():
+            again = self.model.encode_items(sample)
+        stored = self.vectors[torch.from_numpy(sample.astype(np.int64)).to(self.vectors.device)]
+        scale = float(stored.norm(dim=-1).mean()) + 1e-6
+        worst = float((again - stored).norm(dim=-1).max()) / scale
+        if not worst < VERIFIED_WITHIN:
+            raise CheckpointError(
+                f"stored item vectors differ from the model's by {worst:.2g} of their length: "
+                "items.safetensors is torn or of another model; delete it to encode them anew"
+            )
+
     def _require(self, protocol: Any, otherwise: str) -> None:
         if not isinstance(self.model, protocol):
             raise ConfigError(f"{type(self.model).__name__} {otherwise}")
@@ -680,6 +765,7 @@ class Predictor:
             raise DataError(f"item {known[0]!r} is in the catalog already")
         self._require(TakesNewItems, "ranks the items it was trained on; train it again for others")
         added = self.model.add_items(list(items.values()))
+        self._scorer = None
         if self.vectors is not None:
             self.vectors = torch.cat((self.vectors, self.model.encode_items(added)))
         for item, text in items.items():

@@ -72,6 +72,7 @@ Kept = TypeVar("Kept")
 # Of one batch without gradients. Beyond this, activations outgrow what the C library reuses, and
 # fresh pages cost more than the arithmetic.
 ENCODED_ROWS, ENCODED_TOKENS = 512, 4096
+ALL = slice(None)
 
 
 class L2RecConfig(BaseModel):
@@ -570,9 +571,16 @@ class L2Rec(nn.Module):
         both = "semantic" in self.config.views
         return min(self.config.max_items, self.config.semantic_items if both else 10**9)
 
-    def _item_costs(self) -> npt.NDArray[np.int64]:
-        """[N] tokens an item adds to a row, both views."""
-        text = np.minimum(self.tokens.lengths, self.config.item_tokens) + len(self.after)
+    def costs(self, histories: Ragged) -> npt.NDArray[np.int64]:
+        """[B] tokens that each history takes in the backbone, both views, about."""
+        cost = np.concatenate(([0], np.cumsum(self._item_costs(histories.values))))
+        tokens: npt.NDArray[np.int64] = cost[histories.offsets[1:]] - cost[histories.offsets[:-1]]
+        return np.minimum(tokens, self.config.max_tokens)
+
+    def _item_costs(self, items: npt.NDArray[np.integer] | slice = ALL) -> npt.NDArray[np.int64]:
+        """[N] tokens that items, by default all, add to a row, both views."""
+        starts, ends = self.tokens.offsets[:-1][items], self.tokens.offsets[1:][items]
+        text = np.minimum(ends - starts, self.config.item_tokens) + len(self.after)
         views = self.config.views
         return text * ("semantic" in views) + ("behavioral" in views)
 
@@ -715,11 +723,9 @@ class L2Rec(nn.Module):
         """What is kept of the state of each batch, and where each row went."""
         if len(histories) and int(histories.lengths.min()) == 0:
             raise DataError("an empty history: give at least one item")
-        cost = np.concatenate(([0], np.cumsum(self._item_costs()[histories.values])))
-        costs = np.minimum(
-            cost[histories.offsets[1:]] - cost[histories.offsets[:-1]], self.config.max_tokens
+        plan = plan_batches(
+            self.costs(histories), None, max_rows=ENCODED_ROWS, max_cost=ENCODED_TOKENS
         )
-        plan = plan_batches(costs, None, max_rows=ENCODED_ROWS, max_cost=ENCODED_TOKENS)
         order = np.argsort(np.concatenate(plan)) if plan else np.zeros(0, dtype=np.int64)
         was_training = self.training
         self.eval()
