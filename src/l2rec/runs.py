@@ -14,6 +14,7 @@ __all__ = [
     "load",
     "load_run_config",
     "open_run_dataset",
+    "read_catalog",
     "train_run",
     "validate_run",
 ]
@@ -784,7 +785,7 @@ def load(run: str | Path) -> Predictor:
     run = Path(run)
     config, identity = load_run_config(run)
     tensors, _ = load_tensors(run / "model.safetensors")
-    catalog = _catalog(run)
+    catalog = read_catalog(run)
     backbone = _load_backbone(config)
     _same_backbone(run, identity, backbone)
     # A run that lies on a read-only disk can be used; its texts are then read anew.
@@ -803,7 +804,12 @@ def load(run: str | Path) -> Predictor:
     return Predictor(model, ids, list(catalog.texts), vectors, version)
 
 
-def _catalog(run: Path) -> Catalog:
+def read_catalog(run: Path) -> Catalog:
+    """The items of a run folder, with their raw fields.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
     try:
         return Catalog(pq.ParquetFile(run / "catalog.parquet").read())
     except (OSError, pa.ArrowException) as error:

@@ -1,0 +1,296 @@
+"""What stands before every route: keys, rates, and the size and shape of a body.
+
+One ASGI layer, so that no route can be left out: a route that is added is closed until it is named
+here. It refuses before it reads, reads no more than is allowed, and answers in JSON.
+
+    public      /livez /readyz /openapi.json / and the page's files: no key
+    read key    everything that is GET, and recommend, embed, explain
+    write key   all else
+"""
+
+from __future__ import annotations
+
+__all__ = ["Guard", "RateLimit", "Refused", "problem"]
+
+import asyncio
+import hmac
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from l2rec.service.settings import Settings
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger("l2rec.service")
+
+PUBLIC = frozenset({"/", "/livez", "/readyz", "/openapi.json", "/favicon.ico"})
+PUBLIC_FOLDER = "/static/"
+READING_POSTS = frozenset({"/v1/recommend", "/v1/embed/users", "/v1/embed/items", "/v1/explain"})
+PROBES = frozenset({"/livez", "/readyz"})
+DEPTH = 16
+"""Lists and objects of a body within each other."""
+BODY_SECONDS = 10.0
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "testserver"})
+
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        b"font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        b"frame-ancestors 'none'",
+    ),
+]
+
+
+class Refused(Exception):
+    """A request that is answered with an error. retry_after: seconds, where it may come again."""
+
+    def __init__(self, status: int, error: str, *, retry_after: float | None = None) -> None:
+        super().__init__(error)
+        self.status, self.error, self.retry_after = status, error, retry_after
+
+
+def problem(error: str) -> bytes:
+    """The body of every error: one line of JSON."""
+    line = " ".join(str(error).split())[:1000]
+    return json.dumps({"error": line}).encode()
+
+
+@dataclass
+class _Bucket:
+    tokens: float
+    at: float
+
+
+class RateLimit:
+    """A token bucket for each key: ``rate`` requests a second, ``burst`` at once."""
+
+    def __init__(
+        self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._buckets: dict[int, _Bucket] = {}
+
+    def take(self, key: int) -> float:
+        """0 where a request may pass, else the seconds until one may. ``key``: few ints."""
+        if not self._rate:
+            return 0.0
+        now = self._clock()
+        bucket = self._buckets.setdefault(key, _Bucket(self._burst, now))
+        bucket.tokens = min(self._burst, bucket.tokens + (now - bucket.at) * self._rate)
+        bucket.at = now
+        if bucket.tokens < 1:
+            return (1 - bucket.tokens) / self._rate
+        bucket.tokens -= 1
+        return 0.0
+
+
+def may_write(method: str, path: str) -> bool:
+    """Whether a request needs a write key."""
+    return method not in ("GET", "HEAD", "OPTIONS") and path not in READING_POSTS
+
+
+def is_public(method: str, path: str) -> bool:
+    """Whether a request needs no key: probes, the page and its files, the schema."""
+    public = path in PUBLIC or path.startswith(PUBLIC_FOLDER)
+    return method in ("GET", "HEAD") and public
+
+
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+_BRACKETS = re.compile(rb"[\[\]{}]")
+
+
+def depth_of(body: bytes, limit: int) -> int:
+    """How far lists and objects of a JSON text lie within each other; counts to limit + 1."""
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(_STRINGS.sub(b"", body)):
+        depth += 1 if found[0] in b"[{" else -1
+        deepest = max(deepest, depth)
+        if deepest > limit:
+            break
+    return deepest
+
+
+class Guard:
+    """The layer around an app.
+
+    ``observe``: called with (route template, method, status, seconds) of every answer. The scope
+    gets ``l2rec.request`` (an id, also in ``X-Request-Id``) and ``l2rec.role``.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        observe: Callable[[str, str, int, float], None] = lambda route, method, status, s: None,
+    ) -> None:
+        self.app, self.settings, self._observe = app, settings, observe
+        self._read = [key.get_secret_value().encode() for key in settings.read_keys]
+        self._write = [key.get_secret_value().encode() for key in settings.write_keys]
+        self._limit = RateLimit(settings.rate, settings.burst)
+        self.inflight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            await self.app(scope, receive, send)
+            return
+        started, sent = time.perf_counter(), 0
+        scope["l2rec.request"] = request = uuid.uuid4().hex
+        counted = scope["path"] not in PROBES
+
+        async def answer(message: Message) -> None:
+            nonlocal sent
+            if message["type"] == "http.response.start":
+                sent = int(message["status"])
+                own = [*HEADERS, (b"x-request-id", request.encode())]
+                given = {name.lower() for name, _ in message.get("headers", [])}
+                if b"cache-control" not in given:
+                    own.append((b"cache-control", b"no-store"))
+                message["headers"] = [*message.get("headers", []), *own]
+            await send(message)
+
+        self.inflight += counted
+        try:
+            await self._pass(scope, receive, answer, counted)
+        except Refused as refused:
+            if not sent:
+                await _refuse(answer, refused)
+        except Exception:
+            # Whatever was not foreseen: told to the log, not to the client.
+            logger.exception("request %s failed", request)
+            if not sent:
+                await _refuse(answer, Refused(500, f"internal error; see the log at {request}"))
+        finally:
+            self.inflight -= counted
+            route = scope.get("route")
+            template = getattr(route, "path", None) or "other"
+            self._observe(template, scope["method"], sent, time.perf_counter() - started)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, counted: bool) -> None:
+        settings, method, path = self.settings, scope["method"], scope["path"]
+        headers = {bytes(name).lower(): bytes(value) for name, value in scope["headers"]}
+        self._check_host(headers)
+        if counted and self.inflight > settings.inflight:
+            raise Refused(
+                503, f"{settings.inflight} requests are being answered already", retry_after=1
+            )
+        if not is_public(method, path):
+            key = self._key(headers, may_write(method, path))
+            scope["l2rec.role"] = "write" if key >= len(self._read) else "read"
+            if wait := self._limit.take(key):
+                raise Refused(
+                    429, f"more than {settings.rate:g} requests a second", retry_after=wait
+                )
+        body = await self._body(headers, receive) if method not in ("GET", "HEAD") else b""
+        given = False
+
+        async def whole() -> Message:
+            nonlocal given
+            if given:
+                return await receive()  # disconnects
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, whole, send)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        """Without keys only names of this machine are answered, or a web page that a browser here
+        has open could let its own name point here.
+        """
+        if self.settings.secured:
+            return
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = re.sub(r":\d+$", "", host).lower()
+        if name not in LOOPBACK_HOSTS:
+            raise Refused(
+                400, "a server without keys answers to localhost alone; set keys to use other names"
+            )
+
+    def _key(self, headers: dict[bytes, bytes], write: bool) -> int:
+        """Number of the key that was given, read keys first.
+
+        Every key is compared, in constant time: how long it takes says nothing of them.
+        """
+        if not self.settings.secured:
+            return 0
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        token = token.strip()
+        if not token or scheme.lower() != b"bearer":
+            raise Refused(401, "give a key: Authorization: Bearer KEY")
+        found = -1
+        for number, key in enumerate([*self._read, *self._write]):
+            if hmac.compare_digest(key, token):
+                found = number
+        if found < 0:
+            raise Refused(401, "unknown key")
+        if write and found < len(self._read):
+            raise Refused(403, "a read key: items and events need a write key")
+        return found
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """The whole body, or `Refused` as soon as it is known to be too much."""
+        most = self.settings.body_bytes
+        declared = headers.get(b"content-length", b"0")
+        if not declared.isdigit():
+            raise Refused(400, "Content-Length is not a number")
+        if int(declared) > most:
+            raise Refused(413, f"a body of {int(declared)} bytes; send at most {most}")
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refused(400, "the connection was closed within the body")
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size > most:
+                        raise Refused(413, f"a body of more than {most} bytes")
+                    parts.append(part)
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            raise Refused(408, f"the body took more than {BODY_SECONDS:g} s") from None
+        body = b"".join(parts)
+        if body:
+            kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+            if kind != b"application/json":
+                raise Refused(415, "send application/json")
+            if depth_of(body, DEPTH) > DEPTH:
+                raise Refused(400, f"JSON deeper than {DEPTH} levels")
+        return body
+
+
+async def _refuse(send: Send, refused: Refused) -> None:
+    body = problem(refused.error)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if refused.retry_after is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(refused.retry_after))).encode()))
+    if refused.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if refused.status in (408, 413):
+        headers.append((b"connection", b"close"))  # what is left of the body is not read
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,439 @@
+"""One version of what is served: model, texts, tokenizer, index and catalog, never changed.
+
+A request takes one `Version` and uses nothing else. Items that come and go make another one, which
+shares the model: its catalog only ever grows, so that rows mean the same in all of them.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Attributes",
+    "Query",
+    "Ranked",
+    "Version",
+    "check_version",
+    "load_version",
+    "rank",
+]
+
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from l2rec.checkpoint import load_tensors, read_json
+from l2rec.data.catalog import Catalog
+from l2rec.errors import CheckpointError, DataError, nearest
+from l2rec.methods.protocols import TakesNewItems
+from l2rec.runs import Predictor, load, read_catalog
+
+if TYPE_CHECKING:
+    from l2rec.index import Index
+
+Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+_serials = itertools.count(1)
+
+
+class Attributes:
+    """Fields of the catalog by row: what answers can be filtered by.
+
+    Several values of one item stand in its string with ``|`` between them.
+
+    Args:
+        rows: N. columns: [N] strings by name.
+    """
+
+    MOST = 64
+
+    def __init__(self, rows: int, columns: Mapping[str, pa.Array]) -> None:
+        self._rows, self._columns = rows, dict(columns)
+        self._parts: dict[str, tuple[pa.Array, Rows]] = {}
+
+    @classmethod
+    def of_catalog(cls, catalog: Catalog) -> Attributes:
+        """The raw fields of a catalog, empty where they are missing."""
+        columns = {name: pa.array(catalog.field(name), pa.string()) for name in catalog.fields}
+        return cls(len(catalog), columns)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._columns)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def of(self, row: int) -> dict[str, str]:
+        """What is known of one item; empty values are left out."""
+        values = {name: column[row].as_py() for name, column in self._columns.items()}
+        return {name: value for name, value in values.items() if value}
+
+    def check(self, names: Iterable[str]) -> None:
+        """DataError for an attribute that does not exist; those that do are named."""
+        for name in names:
+            if name not in self._columns:
+                known = ", ".join(self.names) or "none"
+                raise DataError(
+                    f"no attribute {name!r}{nearest(name, self.names)} (the catalog has: {known})"
+                )
+
+    def mask(self, filters: Mapping[str, Sequence[str]]) -> Mask:
+        """[N] bool: items that have, for every attribute named, one of its values.
+
+        Raises:
+            DataError: there is no such attribute.
+        """
+        self.check(filters)
+        found = np.ones(len(self), dtype=np.bool_)
+        for name, values in filters.items():
+            parts, row = self._split(name)
+            hit = pc.is_in(parts, value_set=pa.array(list(values), pa.string()))
+            one = np.zeros(len(self), dtype=np.bool_)
+            one[row[hit.to_numpy(zero_copy_only=False)]] = True
+            found &= one
+        return found
+
+    def _split(self, name: str) -> tuple[pa.Array, Rows]:
+        """Values of a column, and the row that each is of; split once."""
+        if name not in self._parts:
+            lists = pc.split_pattern(self._columns[name], "|")
+            rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
+            self._parts[name] = (pc.list_flatten(lists), rows.astype(np.int64))
+        return self._parts[name]
+
+    def extended(self, rows: Sequence[Mapping[str, str]]) -> Attributes:
+        """With these rows at the end.
+
+        Raises:
+            DataError: more than `MOST` attributes.
+        """
+        names = list(dict.fromkeys((*self.names, *(name for row in rows for name in row))))
+        if len(names) > max(self.MOST, len(self.names)):
+            raise DataError(
+                f"{len(names)} different attributes; items have at most {self.MOST} in all"
+            )
+        columns = {}
+        for name in names:
+            known = self._columns.get(name)
+            if known is None:
+                known = pa.array([""] * len(self), pa.string())
+            fresh = pa.array([row.get(name, "") for row in rows], pa.string())
+            columns[name] = pa.concat_arrays([known, fresh])
+        return Attributes(len(self) + len(rows), columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """What one request is answered from.
+
+    predictor: the model with the catalog, item ints by id. index: over the first ``indexed`` rows;
+    None for a method that only ranks. deleted: rows that are never recommended (deleted, or
+    replaced by a newer row of the same id). name: of the run folder. version: short hash of the
+    trained tensors. report: report.json. loaded_at: unix seconds. serial: of the loading; with it,
+    a row is the same item for as long as the process lives.
+    """
+
+    predictor: Predictor
+    index: Index | None
+    indexed: int
+    attributes: Attributes
+    deleted: frozenset[int]
+    name: str
+    report: Mapping[str, Any]
+    loaded_at: float
+    serial: int
+
+    @property
+    def version(self) -> str:
+        return self.predictor.version
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """External id of every row."""
+        return self.predictor.ids
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """Text of every row."""
+        return self.predictor.texts
+
+    def __len__(self) -> int:
+        """Rows, deleted ones included."""
+        return len(self.predictor.ids)
+
+    @cached_property
+    def matrix(self) -> Tensor | None:
+        """[N, D] float32 item vectors in main memory."""
+        vectors = self.predictor.vectors
+        return None if vectors is None else vectors.float().cpu().contiguous()
+
+    @cached_property
+    def hidden(self) -> Mask:
+        """[N] bool: rows that are never recommended."""
+        mask = np.zeros(len(self), dtype=np.bool_)
+        mask[list(self.deleted)] = True
+        return mask
+
+    @property
+    def takes_new_items(self) -> bool:
+        """Whether an item that was not trained on can be ranked, by its text."""
+        return isinstance(self.predictor.model, TakesNewItems)
+
+    def serves(self, item: str) -> bool:
+        """Whether this id can be recommended."""
+        row = self.predictor.row_of(item)
+        return row is not None and row not in self.deleted
+
+    def attributes_of(self, row: int) -> dict[str, str]:
+        """Attributes of an item; empty ones are left out."""
+        return self.attributes.of(row)
+
+    def with_items(self, items: Mapping[str, tuple[str, Mapping[str, str]]]) -> Version:
+        """Another version in which these ids have these texts and attributes. In the thread of
+        the models.
+
+        An item that has its text already keeps its row, unless its attributes differ.
+
+        Raises:
+            ConfigError: the method cannot take new items. DataError: an empty text.
+        """
+        fresh: dict[str, tuple[str, Mapping[str, str]]] = {}
+        deleted = set(self.deleted)
+        for item, (text, attributes) in items.items():
+            row = self.predictor.row_of(item)
+            if row is None:
+                fresh[item] = (text, attributes)
+            elif self.texts[row] != text or self.attributes.of(row) != dict(attributes):
+                fresh[item] = (text, attributes)
+                deleted.add(row)
+            else:
+                deleted.discard(row)
+        if not fresh:
+            return replace(self, deleted=frozenset(deleted))
+        predictor = self.predictor.with_items({i: text for i, (text, _) in fresh.items()})
+        gap = len(predictor.ids) - len(self) - len(fresh)
+        deleted.update(range(len(self), len(self) + gap))
+        rows: list[Mapping[str, str]] = [{} for _ in range(gap)]
+        rows += [attributes for _, attributes in fresh.values()]
+        return replace(
+            self,
+            predictor=predictor,
+            attributes=self.attributes.extended(rows),
+            deleted=frozenset(deleted),
+        )
+
+    def without_items(self, ids: Iterable[str]) -> Version:
+        """Another version that does not recommend these; unknown ids change nothing."""
+        rows = [self.predictor.row_of(item) for item in ids]
+        return replace(self, deleted=self.deleted | {row for row in rows if row is not None})
+
+
+def load_version(run: Path, *, index: str = "auto", expected: str | None = None) -> Version:
+    """A run folder, ready to serve, its index built.
+
+    Args:
+        expected: hash that the trained tensors must have.
+
+    Raises:
+        L2RecError: whatever is wrong with the folder.
+    """
+    predictor = load(run)
+    if expected is not None and predictor.version != expected:
+        raise CheckpointError(
+            f"{run}: its weights are {predictor.version}, {expected} was deployed; deploy it again"
+        )
+    items = run / "items.safetensors"
+    if items.is_file() and (made := load_tensors(items)[1].get("model")) != predictor.version:
+        raise CheckpointError(
+            f"{run}: item vectors of model {made}, weights {predictor.version}: torn or "
+            "exchanged; delete items.safetensors if the weights are right"
+        )
+    predictor.verify()
+    report = read_json(run / "report.json") if (run / "report.json").is_file() else {}
+    return Version(
+        predictor=predictor,
+        index=_index(predictor, index),
+        indexed=len(predictor.ids),
+        attributes=Attributes.of_catalog(read_catalog(run)),
+        deleted=frozenset(n for n, item in enumerate(predictor.ids) if not item),
+        name=run.resolve().name,
+        report=report,
+        loaded_at=time.time(),
+        serial=next(_serials),
+    )
+
+
+def _index(predictor: Predictor, kind: str) -> Index | None:
+    if predictor.vectors is None:
+        return None
+    try:
+        from l2rec.index import build
+    except ImportError:  # until it lands
+        return _Scan(predictor.vectors.float().cpu().numpy())  # type: ignore[return-value]
+
+    return build(predictor.vectors.float().cpu().numpy(), kind=kind)
+
+
+class _Scan:
+    kind = "exact"
+
+    def __init__(self, vectors: npt.NDArray[np.float32]) -> None:
+        self._vectors = vectors
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def search(self, queries: npt.NDArray[np.float32], k: int) -> tuple[Rows, Any]:
+        scores = queries @ self._vectors.T
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return order.astype(np.int64), np.take_along_axis(scores, order, 1)
+
+
+CHECKED, RECALL = 8, 0.8
+
+
+def check_version(version: Version) -> None:
+    """A real inference: finite scores, vectors of the length they should have, an index that
+    finds what exact search finds. In the thread of this version's model.
+
+    Raises:
+        CheckpointError: what is wrong.
+    """
+    served = np.flatnonzero(~version.hidden)
+    if not len(served):
+        raise CheckpointError(f"{version.name}: no item can be recommended")
+    some = served[np.unique(np.linspace(0, len(served) - 1, CHECKED).astype(np.int64))]
+    histories = [[version.ids[row]] for row in some] + [[version.ids[row] for row in some]]
+    rows = version.predictor.rows(histories)
+    users, _ = version.predictor.users(rows)
+    if not bool(torch.isfinite(users).all()):
+        raise CheckpointError(f"{version.name}: scores that are not finite numbers")
+    if version.matrix is None:
+        return
+    lengths = version.matrix.norm(dim=-1)
+    unit = bool((lengths - 1).abs().max() < 0.01)
+    worst = float((users.float().norm(dim=-1) - 1).abs().max())
+    if unit and worst > 0.01:
+        raise CheckpointError(f"{version.name}: user vectors off unit length by {worst:.2g}")
+    k = min(10, len(served))
+    found = rank([Query(version, user, k) for user in users])
+    exact = [_exact(Query(version, user, k)) for user in users]
+    hits = sum(len(np.intersect1d(a.rows, b.rows)) for a, b in zip(found, exact, strict=True))
+    recall = hits / (k * len(found))
+    if recall < RECALL:
+        raise CheckpointError(
+            f"{version.name}: the index finds {recall:.0%} of what exact search finds; build it "
+            "with --index exact"
+        )
+
+
+# -- ranking -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """user: [D] vector, or [N] scores of a method that only ranks. without: rows that are not
+    listed. only: [N] bool, nothing else is listed.
+    """
+
+    version: Version
+    user: Tensor
+    k: int
+    without: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    only: Mask | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Best first; fewer than k where fewer are left. rows: int64. scores: float32."""
+
+    rows: Rows
+    scores: npt.NDArray[np.float32]
+
+
+HEADROOM = 4
+"""Rows beyond k that are fetched for deleted ones among them, in units of k."""
+
+
+def rank(queries: Sequence[Query]) -> list[Ranked]:
+    """The k best rows of each query that may be listed.
+
+    Those without a filter are searched together, with as many rows to spare as may be taken out;
+    where that was not enough, and where there is a filter, all rows are scored.
+    """
+    found: list[Ranked | None] = [None] * len(queries)
+    together: dict[int, list[int]] = {}
+    for number, query in enumerate(queries):
+        if query.only is None and query.version.index is not None:
+            together.setdefault(id(query.version), []).append(number)
+    for numbers in together.values():
+        for number, ranked in zip(numbers, _searched([queries[n] for n in numbers]), strict=True):
+            found[number] = ranked
+    return [
+        _exact(query) if ranked is None else ranked
+        for query, ranked in zip(queries, found, strict=True)
+    ]
+
+
+def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
+    """By the index, and newer rows beside it; None where too few were left."""
+    version = queries[0].version
+    matrix, index = version.matrix, version.index
+    assert matrix is not None and index is not None
+    spare = min(len(version.deleted), HEADROOM * max(query.k for query in queries))
+    wanted = max(query.k + len(query.without) for query in queries)
+    wanted = min(wanted + spare, len(version))
+    users = torch.stack([query.user for query in queries]).float().cpu()
+    positions, scores = index.search(users.numpy(), min(wanted, version.indexed))
+    if len(matrix) > version.indexed:
+        newer = (users @ matrix[version.indexed :].T).numpy()
+        rows = np.arange(version.indexed, len(matrix), dtype=np.int64)
+        positions = np.concatenate((positions, np.tile(rows, (len(users), 1))), axis=1)
+        scores = np.concatenate((scores, newer), axis=1)
+    found: list[Ranked | None] = []
+    for query, some, their in zip(queries, positions, scores, strict=True):
+        keep = (some >= 0) & ~version.hidden[some]
+        if len(query.without):
+            keep &= ~np.isin(some, query.without)
+        best = _best(some[keep], their[keep], query.k)
+        complete = len(best.rows) == query.k or wanted >= len(version)
+        found.append(best if complete else None)
+    return found
+
+
+def _exact(query: Query) -> Ranked:
+    """All rows that may be listed are scored."""
+    version = query.version
+    allowed = ~version.hidden
+    allowed[query.without] = False
+    if query.only is not None:
+        allowed &= query.only
+    rows = np.flatnonzero(allowed)
+    user = query.user.float().cpu()
+    if version.matrix is None:
+        scores = user.numpy()[rows]
+    elif len(rows) * 2 < len(version):
+        scores = (version.matrix[torch.from_numpy(rows)] @ user).numpy()
+    else:
+        scores = (version.matrix @ user).numpy()[rows]
+    return _best(rows, scores, query.k)
+
+
+def _best(rows: Rows, scores: npt.NDArray[np.float32], k: int) -> Ranked:
+    """Best first; equal scores in order of rows."""
+    if len(rows) > 4 * k:
+        some = np.argpartition(-scores, k)[: k + 1]
+        some = np.flatnonzero(scores >= scores[some].min())  # with all that tie with the last
+        rows, scores = rows[some], scores[some]
+    order = np.lexsort((rows, -scores))[:k]
+    return Ranked(rows[order].astype(np.int64), scores[order].astype(np.float32))
