@@ -5,6 +5,7 @@
     ├── ConfigError      recipes, overrides, options that do not fit together
     ├── BackboneError    a language model that cannot be loaded or adapted
     ├── CheckpointError  a run folder that is missing, torn or does not match
+    ├── StorageError     an event log that cannot be read or written now (away, full disk)
     └── TrainingError    a training that cannot go on (NaN, full disk)
 
 Each message is one line: the value, the limit, the remedy. The command line prints it
@@ -17,6 +18,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "L2RecError",
+    "StorageError",
     "TrainingError",
     "nearest",
 ]
@@ -43,6 +45,10 @@ class BackboneError(L2RecError, ValueError):
 
 class CheckpointError(L2RecError, ValueError):
     """A run folder that is missing, torn, or does not match what it says."""
+
+
+class StorageError(L2RecError, ValueError):
+    """An event log that cannot be read or written now; it may be tried again."""
 
 
 class TrainingError(L2RecError, ValueError):
