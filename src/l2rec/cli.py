@@ -419,6 +419,142 @@ def demo(
     run_demo(out, data, minutes)
 
 
+@app.command()
+def serve(
+    target: Annotated[Path, typer.Argument(help="Run folder, or the folder of `l2rec deploy`.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8000,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            envvar="L2REC_LOG",
+            show_envvar=True,
+            help="Event log: sqlite:///FILE or postgresql+psycopg://... "
+            "By default events.db in the folder.",
+        ),
+    ] = None,
+    index: Annotated[str, typer.Option(help="auto, exact, flat, ivf, hnsw or milvus.")] = "auto",
+    experiment: Annotated[
+        str | None, typer.Option(help="Run an A/B experiment of this name.")
+    ] = None,
+    treatment_share: Annotated[
+        float, typer.Option(help="Share of users who get the live version.")
+    ] = 0.06,
+    salt: Annotated[str, typer.Option(help="Of the assignment of users to arms.")] = "",
+    control: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run that serves the control arm; without it both arms are served alike."
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Requests a second of one key; 0: no limit.")] = 200,
+    burst: Annotated[float, typer.Option(help="Requests of one key at once.")] = 400,
+    queue: Annotated[int, typer.Option(help="Histories that may wait for the model.")] = 256,
+    inflight: Annotated[int, typer.Option(help="Requests that may be in flight.")] = 512,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 10,
+    cache: Annotated[int, typer.Option(help="User vectors that are kept; 0: none.")] = 10_000,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens that close a batch.")] = 4096,
+    batch_ms: Annotated[float, typer.Option(help="Milliseconds that close a batch.")] = 2.0,
+    shutdown: Annotated[
+        int, typer.Option(help="Seconds that requests in flight have at the end.")
+    ] = 20,
+    threads: Annotated[int, typer.Option(help="Threads of the model; 0: one for each core.")] = 0,
+    access_log: Annotated[bool, typer.Option(help="One line for each request.")] = True,
+) -> None:
+    """Serve recommendations over HTTP until SIGTERM.
+
+    Binds to this machine alone. For others, set keys in the environment, between commas:
+    `L2REC_READ_KEYS` may recommend, `L2REC_WRITE_KEYS` may also change items and send events.
+    A folder written by `l2rec deploy` is followed: what is deployed there is taken over at once.
+    Needs `pip install 'l2rec[serve]'`; docs/serving.md has the rest.
+
+    Example: `l2rec serve runs/ml --port 8000`
+    """
+    from pydantic import ValidationError
+
+    from l2rec.errors import ConfigError
+
+    try:
+        from l2rec.service.server import serve as run_server
+        from l2rec.service.settings import Experiment, Settings, keys_from_environment
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"`l2rec serve` needs {error.name}: pip install 'l2rec[serve]'"
+        ) from error
+    read_keys, write_keys = keys_from_environment()
+    try:
+        settings = Settings(
+            host=host,
+            port=port,
+            read_keys=read_keys,
+            write_keys=write_keys,
+            index=index,
+            rate=rate,
+            burst=burst,
+            queue=queue,
+            inflight=inflight,
+            timeout=timeout,
+            cache=cache,
+            batch_tokens=batch_tokens,
+            batch_ms=batch_ms,
+            shutdown=shutdown,
+            access_log=access_log,
+            experiment=None
+            if experiment is None
+            else Experiment(name=experiment, treatment=treatment_share, salt=salt),
+        )
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        name = str(first["loc"][-1]).replace("_", "-")
+        raise ConfigError(f"--{name}: {first['msg']}") from None
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    run_server(target, settings, log_url=log, control=control, say=typer.echo)
+
+
+@app.command()
+def deploy(
+    run: Run,
+    to: Annotated[Path, typer.Option(help="Folder that `l2rec serve` follows.")],
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="Compare it on live traffic; it serves nobody.")
+    ] = False,
+    stop_shadow: Annotated[
+        bool, typer.Option("--stop-shadow", help="No longer compare RUN, if it is the shadow.")
+    ] = False,
+) -> None:
+    """Check a run as a server would, then make it the one that DIR serves.
+
+    A server of DIR loads it beside what it serves, checks it again, and takes it over between two
+    requests. What was served before can be had back: `l2rec rollback DIR`.
+
+    Example: `l2rec deploy runs/new --to serving`
+    """
+    from l2rec.service.live import deploy as run_deploy
+    from l2rec.service.live import end_shadow
+
+    done = end_shadow(run, to) if stop_shadow else run_deploy(run, to, shadow=shadow)
+    typer.echo(f"{to}: current {done.current}, shadow {done.shadow or 'none'}")
+
+
+@app.command()
+def rollback(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder that `l2rec serve` follows.")
+    ],
+) -> None:
+    """Serve again what was served before the last `l2rec deploy`.
+
+    Example: `l2rec rollback serving`
+    """
+    from l2rec.service.live import rollback as run_rollback
+
+    done = run_rollback(folder)
+    typer.echo(f"{folder}: current {done.current}, before it {len(done.previous)} more")
+
+
 def main() -> None:
     """Entry point: errors raised on purpose are one line on standard error and exit code 2."""
     # Before torch is imported: threads that spin while they wait lose most of their speed as soon

@@ -15,177 +15,92 @@ __all__ = ["create_app"]
 import asyncio
 import contextlib
 import json
+import math
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
+from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
-from torch import Tensor
 
 from l2rec import __version__
-from l2rec.data.ragged import Ragged
-from l2rec.errors import ConfigError, DataError, L2RecError
+from l2rec.errors import DataError, L2RecError, StorageError
 from l2rec.service import schemas as s
 from l2rec.service import version as v
-from l2rec.service.batching import Batcher, Busy, Worker
+from l2rec.service.batching import Busy
+from l2rec.service.follow import Follower, Shadow, keep_in_sync
 from l2rec.service.live import Live
-from l2rec.service.metrics import Metrics
-from l2rec.service.security import Guard, Refused, problem
+from l2rec.service.security import Guard, Refused, is_public, problem
+from l2rec.service.serving import Service, User
 from l2rec.service.settings import Settings
-from l2rec.service.version import Ranked, Version, rank
+from l2rec.service.version import Version
 
 if TYPE_CHECKING:
     from l2rec.service.events import EventLog
 
-T = TypeVar("T")
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": s.Error, "description": "Not JSON, too deep, or not for this host"},
-    401: {"model": s.Error, "description": "No key, or an unknown one"},
-    408: {"model": s.Error, "description": "The body came too slowly"},
-    413: {"model": s.Error, "description": "The body is too large"},
-    415: {"model": s.Error, "description": "The body is not application/json"},
-    422: {"model": s.Error, "description": "A value that is not allowed"},
-    429: {"model": s.Error, "description": "Too many requests; see Retry-After"},
-    503: {"model": s.Error, "description": "Overloaded, or storage is away; see Retry-After"},
-}
-NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": s.Error, "description": "Unknown"}}
-FORBIDDEN: dict[int | str, dict[str, Any]] = {
-    403: {"model": s.Error, "description": "A write key is needed"}
-}
-CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {"model": s.Error, "description": "The live model cannot do this"}
-}
+RETRY_STORAGE = 5
+SUMMARY_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class _Encode:
-    """One history, to be encoded by one version."""
-
-    version: Version
-    row: np.ndarray[Any, np.dtype[np.int32]]
+def _described(**texts: str) -> dict[int | str, dict[str, Any]]:
+    return {int(code[1:]): {"model": s.Error, "description": text} for code, text in texts.items()}
 
 
-@dataclass(frozen=True)
-class User:
-    """vector: [D], or [N] scores of a method that only ranks. gate: of Eq. 7, if there is one."""
-
-    vector: Tensor
-    gate: float | None
-
-
-def _encode(jobs: Sequence[_Encode]) -> list[User]:
-    """Histories -> users, those of one model together."""
-    found: list[User | None] = [None] * len(jobs)
-    groups: dict[int, list[int]] = {}
-    for number, job in enumerate(jobs):
-        groups.setdefault(id(job.version), []).append(number)
-    for numbers in groups.values():
-        predictor = jobs[numbers[0]].version.predictor
-        vectors, gates = predictor.users(Ragged.from_rows([jobs[n].row for n in numbers]))
-        vectors = vectors.float().cpu()
-        for at, number in enumerate(numbers):
-            found[number] = User(vectors[at].clone(), gates[at])
-    return [user for user in found if user is not None]
+ANY = _described(
+    _400="Not JSON, too deep, or a name that this server does not answer to",
+    _401="No key, or an unknown one",
+    _408="The body came too slowly",
+    _413="The body is too large",
+    _415="The body is not application/json",
+    _422="A value that is not allowed",
+    _429="Too many requests: see Retry-After",
+    _503="Overloaded, or storage is away: see Retry-After",
+)
+READING: dict[int | str, dict[str, Any]] = {code: ANY[code] for code in (400, 401, 422, 429, 503)}
+NOT_FOUND = _described(_404="Unknown")
+WRITING = ANY | _described(_403="A read key: a write key is needed")
+CANNOT = _described(_409="The live model cannot do this")
 
 
-class Service:
-    """What the routes share: the threads, the batches and the cache.
+def create_app(
+    settings: Settings,
+    live: Live,
+    log: EventLog,
+    *,
+    follow: tuple[Path, Path, Path | None] | None = None,
+) -> FastAPI:
+    """The app over what is live and an event log; it closes the log when it ends.
 
-    ``worker``: the thread of all models that serve; whatever else runs a model, such as an
-    explanation, runs there too: ``await service.worker.run(function, ...)``.
-    """
-
-    def __init__(self, settings: Settings, live: Live, log: EventLog) -> None:
-        self.settings, self.live, self.log = settings, live, log
-        self.metrics = Metrics()
-        self.worker = Worker("model", limit=settings.queue)
-        self.ranker = Worker("ranking", limit=settings.inflight)
-        self.storage = ThreadPoolExecutor(4, thread_name_prefix="l2rec-storage")
-        self.encoding: Batcher[_Encode, User] = Batcher(
-            _encode,
-            self.worker,
-            max_cost=settings.batch_tokens,
-            max_wait=settings.batch_ms / 1000,
-            limit=settings.queue,
-            observe=self._batched,
-        )
-        self.ranking: Batcher[v.Query, Ranked] = Batcher(
-            rank, self.ranker, max_cost=256, max_wait=0.0, limit=settings.inflight
-        )
-        self.cache: OrderedDict[tuple[int, bytes], User] = OrderedDict()
-        self.changing = asyncio.Lock()
-        """Held by whoever makes a version out of the live one and puts it in its place."""
-        self.metrics.gauge(
-            "l2rec_queue_histories", "Histories that wait.", lambda: len(self.encoding)
-        )
-        self.metrics.gauge(
-            "l2rec_user_cache_entries", "User vectors kept.", lambda: len(self.cache)
-        )
-        self.metrics.held(live.all())
-
-    def _batched(self, jobs: int, tokens: int, waited: float) -> None:
-        self.metrics.batch_jobs.observe(jobs)
-        self.metrics.batch_tokens.observe(tokens)
-        self.metrics.batch_wait.observe(waited)
-
-    async def user(self, version: Version, history: Sequence[str]) -> User:
-        """A history of known ids, encoded now or before.
-
-        Raises:
-            DataError: unknown ids, all named. Busy: the queue is full.
-        """
-        rows = version.predictor.rows([history])
-        key = (version.serial, rows.values.tobytes())
-        known = self.cache.get(key)
-        if known is not None:
-            self.cache.move_to_end(key)
-            self.metrics.cache.labels("hit").inc()
-            return known
-        self.metrics.cache.labels("miss").inc()
-        cost = int(version.predictor.costs(rows)[0])
-        user = await self.encoding.submit(_Encode(version, rows[0].astype(np.int32)), cost)
-        if self.settings.cache:
-            self.cache[key] = user
-            while len(self.cache) > self.settings.cache:
-                self.cache.popitem(last=False)
-        return user
-
-    async def stored(self, call: str, function: Callable[..., T], *args: Any) -> T:
-        """A call of the event log, in a thread of its own; failures are counted."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self.storage, lambda: function(*args)
-            )
-        except Exception:
-            self.metrics.storage_failures.labels(call).inc()
-            raise
-
-    async def close(self) -> None:
-        await self.encoding.close()
-        await self.ranking.close()
-        self.worker.close()
-        self.ranker.close()
-        self.storage.shutdown(wait=True)
-
-
-def create_app(settings: Settings, live: Live, log: EventLog) -> FastAPI:
-    """The app over a live version and an event log; it closes the log when it ends.
-
-    ``app.state``: ``settings``, ``live``, ``log``, ``service``, ``metrics``, and ``worker``, the
+    ``app.state`` has ``settings``, ``live``, ``log``, ``service``, ``metrics``, and ``worker``, the
     thread that everything of the models runs in.
+
+    Args:
+        follow: the folder whose live.json is followed, and the current and shadow runs held now.
     """
+    service = Service(settings, live, log)
+    shadow = Shadow(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(shadow.run())]
+        if settings.sync:
+            tasks.append(asyncio.create_task(keep_in_sync(service)))
+        follower = None if follow is None else Follower(service, *follow)
+        app.state.follower = follower
+        if follower is not None:
+            tasks.append(asyncio.create_task(follower.run()))
         yield
-        await app.state.service.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if follower is not None:
+            follower.close()
+        await service.close()
         log.close()
 
     app = FastAPI(
@@ -195,91 +110,62 @@ def create_app(settings: Settings, live: Live, log: EventLog) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
-    service = Service(settings, live, log)
     app.state.settings, app.state.live, app.state.log = settings, live, log
     app.state.service, app.state.metrics = service, service.metrics
-    app.state.worker = service.worker
-    _routes(app, service)
-    _errors(app, service.metrics)
-    app.add_middleware(Guard, settings=settings, observe=service.metrics.answered)
+    app.state.worker, app.state.shadow = service.worker, shadow
+    _rank_routes(app, service, shadow)
+    _write_routes(app, service)
+    _probe_routes(app, service)
+    _errors(app, service)
+    _schema(app)
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     return app
 
 
-def _errors(app: FastAPI, metrics: Metrics) -> None:
-    def answer(status: int, error: str, retry_after: int | None = None) -> Response:
-        headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        return Response(problem(error), status, headers, media_type="application/json")
-
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return answer(400, f"not JSON: {first.get('ctx', {}).get('error', '')}")
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        text = first["msg"].removeprefix("Value error, ")
-        return answer(422, f"{where}: {text}" if where else text)
-
-    @app.exception_handler(HTTPException)
-    async def _http(_: Request, error: HTTPException) -> Response:
-        return answer(error.status_code, str(error.detail))
-
-    @app.exception_handler(Refused)
-    async def _refused(_: Request, error: Refused) -> Response:
-        wait = None if error.retry_after is None else max(1, round(error.retry_after))
-        return answer(error.status, error.error, wait)
-
-    @app.exception_handler(Busy)
-    async def _busy(_: Request, error: Busy) -> Response:
-        metrics.refused.labels("queue").inc()
-        return answer(503, str(error), error.retry_after)
-
-    @app.exception_handler(TimeoutError)
-    async def _late(_: Request, error: TimeoutError) -> Response:
-        metrics.refused.labels("timeout").inc()
-        return answer(503, "it took too long; try again", 1)
-
-    @app.exception_handler(L2RecError)
-    async def _known(_: Request, error: L2RecError) -> Response:
-        if isinstance(error, DataError):
-            return answer(422, str(error))
-        if isinstance(error, ConfigError):
-            return answer(409, str(error))
-        return answer(503, str(error), 5)
+# -- recommend and embed -------------------------------------------------------------------------
 
 
-def _routes(app: FastAPI, service: Service) -> None:
+def _rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
     settings, live, log, metrics = service.settings, service.live, service.log, service.metrics
 
     @app.post(
-        "/v1/recommend", response_model=s.Recommended, responses=ERRORS | NOT_FOUND, tags=["rank"]
+        "/v1/recommend",
+        response_model=s.Recommended,
+        responses=ANY | NOT_FOUND,
+        tags=["recommend"],
     )
     async def recommend(body: s.Recommend, request: Request) -> Response:
-        """The k best next items, best first."""
+        """The k best next items for a user or a history, best first."""
         started = time.perf_counter()
-        arm: str | None = None
+        arm = _arm(settings, body)
         version = live.of_arm(arm)
         async with asyncio.timeout(settings.timeout):
-            history = body.history
-            if history is None:
-                assert body.user is not None
-                history = await _history_of(body.user, version)
+            history = body.history or await _history_of(str(body.user), version)
             version.attributes.check(body.filters)
             user = await service.user(version, history)
-            ranked = await service.ranking.submit(_query(version, user, history, body))
+            query = _query(version, user, history, body)
+            ranked = await service.ranking.submit(query)
+        items = [
+            {"id": version.ids[row], "score": score, "text": version.texts[row]}
+            for row, score in zip(ranked.rows.tolist(), ranked.scores.tolist(), strict=True)
+        ]
+        if version is live.version and query.only is None:
+            seen = history if body.exclude_seen else ()
+            shadow.offer(history, (*seen, *body.deny), [item["id"] for item in items])
         name = arm or "none"
         metrics.recommendations.labels(name, version.version).inc()
         metrics.recommend_seconds.labels(name).observe(time.perf_counter() - started)
         return _json(
             {
-                "items": [
-                    {"id": version.ids[row], "score": score, "text": version.texts[row]}
-                    for row, score in zip(ranked.rows.tolist(), ranked.scores.tolist(), strict=True)
-                ],
+                "items": items,
                 "gate": user.gate,
                 "version": version.version,
-                "experiment": None,
-                "request": request.scope.get("l2rec.request", ""),
+                "experiment": None
+                if arm is None or settings.experiment is None
+                else {"name": settings.experiment.name, "arm": arm},
+                "request": request.scope["l2rec.request"],
             }
         )
 
@@ -292,49 +178,48 @@ def _routes(app: FastAPI, service: Service) -> None:
             )
         return known
 
-    @app.post(
-        "/v1/embed/users", response_model=s.Embedded, responses=ERRORS | CONFLICT, tags=["embed"]
-    )
+    @app.post("/v1/embed/users", response_model=s.Embedded, responses=ANY | CANNOT, tags=["embed"])
     async def embed_users(body: s.EmbedUsers) -> Response:
         """Unit vectors of histories."""
         version = live.current()
         if version.matrix is None:
             raise Refused(409, f"{version.name} has no vectors: its method only ranks")
         async with asyncio.timeout(settings.timeout):
-            users = await asyncio.gather(*(service.user(version, h) for h in body.histories))
+            users = await service.users(version, body.histories)
         return _json(
             {"vectors": [user.vector.tolist() for user in users], "version": version.version}
         )
 
-    @app.post(
-        "/v1/embed/items", response_model=s.Embedded, responses=ERRORS | CONFLICT, tags=["embed"]
-    )
+    @app.post("/v1/embed/items", response_model=s.Embedded, responses=ANY | CANNOT, tags=["embed"])
     async def embed_items(body: s.EmbedItems) -> Response:
         """Unit vectors of raw texts."""
         version = live.current()
         if version.matrix is None or not version.takes_new_items:
-            raise Refused(409, f"{version.name} reads no texts: embed items of its catalog offline")
+            raise Refused(409, f"{version.name} has no vectors of texts")
         async with asyncio.timeout(settings.timeout):
-            rows = await service.worker.run(version.predictor.encode_items, body.texts)
-        return _json({"vectors": rows.float().cpu().tolist(), "version": version.version})
+            vectors = await service.worker.run(version.embed_texts, body.texts)
+        return _json({"vectors": vectors.tolist(), "version": version.version})
 
-    @app.get("/livez", tags=["probe"])
-    async def livez() -> dict[str, str]:
-        """The event loop turns; nothing else is looked at."""
-        return {"status": "alive"}
 
-    @app.get("/metrics", response_class=Response, responses={401: ERRORS[401]}, tags=["probe"])
-    async def prometheus() -> Response:
-        """Everything that is counted, for Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+def _arm(settings: Settings, body: s.Recommend) -> str | None:
+    """The arm of a user in the experiment that runs; None where there is none, or no user."""
+    running = settings.experiment
+    if body.experiment is not None:
+        if running is None or body.experiment != running.name:
+            known = "none runs" if running is None else f"{running.name!r} runs"
+            raise Refused(404, f"no experiment {body.experiment!r} ({known})")
+        if body.user is None:
+            raise Refused(422, "experiment: arms are assigned to users, give a user")
+    if running is None or body.user is None:
+        return None
+    return str(abtest.arm(body.user, running.name, salt=running.salt, treatment=running.treatment))
 
 
 def _query(version: Version, user: User, history: Sequence[str], body: s.Recommend) -> v.Query:
     """What is listed and what is not, as rows of the version."""
     row_of = version.predictor.row_of
-    without = {row for item in body.deny if (row := row_of(item)) is not None}
-    if body.exclude_seen:
-        without.update(row for item in history if (row := row_of(item)) is not None)
+    left_out = (*body.deny, *history) if body.exclude_seen else body.deny
+    without = {row for item in left_out if (row := row_of(item)) is not None}
     only = version.attributes.mask(body.filters) if body.filters else None
     if body.allow is not None:
         allowed = np.zeros(len(version), dtype=np.bool_)
@@ -344,6 +229,189 @@ def _query(version: Version, user: User, history: Sequence[str], body: s.Recomme
     return v.Query(version, user.vector, body.k, rows, only)
 
 
+# -- items, events, experiments ------------------------------------------------------------------
+
+
+def _write_routes(app: FastAPI, service: Service) -> None:
+    settings, log, metrics = service.settings, service.log, service.metrics
+
+    @app.put("/v1/items", response_model=s.Changed, responses=WRITING | CANNOT, tags=["items"])
+    async def put_items(body: s.Items) -> Response:
+        """Add items, or change those of the same id. They are on disk when this is answered, are
+        recommended from the next request on, and survive restarts and deployments.
+        """
+        items = {
+            item.id: (item.text, {name: text for name, text in item.attributes.items() if text})
+            for item in body.items
+        }
+        async with asyncio.timeout(settings.timeout):
+            await service.put(items)
+        return _json({"items": len(items), "version": service.live.current().version})
+
+    @app.delete(
+        "/v1/items", response_model=s.Changed, responses=WRITING | NOT_FOUND, tags=["items"]
+    )
+    async def delete_items(
+        id: Annotated[
+            list[s.Id],
+            Query(min_length=1, max_length=s.MAX_ITEMS, description="`?id=a&id=b`"),
+        ],
+    ) -> Response:
+        """Take items out of all answers, from the next request on."""
+        async with asyncio.timeout(settings.timeout):
+            await service.delete(list(dict.fromkeys(id)))
+        return _json({"items": len(id), "version": service.live.current().version})
+
+    @app.post("/v1/events", response_model=s.Stored, responses=WRITING, tags=["events"])
+    async def post_events(body: s.Events) -> Response:
+        """Store events. They are on disk when this is answered; ids seen before are ignored, so
+        that it can be sent again.
+        """
+        from l2rec.service.events import Event
+
+        now = time.time()
+        events = [
+            Event(
+                event.id,
+                event.user,
+                event.item,
+                event.type,
+                now if event.timestamp is None else event.timestamp,
+                event.request,
+                event.experiment,
+                event.arm,
+            )
+            for event in body.events
+        ]
+        async with asyncio.timeout(settings.timeout):
+            stored = await service.stored("append", log.append, events)
+        metrics.events.labels("stored").inc(stored)
+        metrics.events.labels("ignored").inc(len(events) - stored)
+        return _json({"stored": stored, "ignored": len(events) - stored})
+
+    summaries: dict[str, tuple[float, dict[str, Any]]] = {}
+    summarising = asyncio.Lock()
+
+    @app.get(
+        "/v1/experiments/{name}",
+        responses=READING | NOT_FOUND,
+        tags=["experiments"],
+    )
+    async def experiment(name: Annotated[str, InPath(max_length=64)]) -> Response:
+        """Click and reply rates of users in both arms, lift, tests and intervals, from the events
+        stored; at most some seconds old.
+        """
+        async with summarising:  # it reads all events: one at a time
+            known = summaries.get(name)
+            if known is None or time.monotonic() - known[0] > SUMMARY_SECONDS:
+                async with asyncio.timeout(settings.timeout):
+                    found = await service.stored("read", _summary, log, name)
+                if found is None:
+                    raise Refused(404, f"no events of an experiment {name!r}")
+                summaries.clear()
+                summaries[name] = known = (time.monotonic(), found)
+        return _json(known[1])
+
+
+def _summary(log: EventLog, name: str) -> dict[str, Any] | None:
+    """The state of an experiment; None where no event is of it."""
+    raise NotImplementedError
+
+
+# -- probes --------------------------------------------------------------------------------------
+
+
+def _probe_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/livez", tags=["probes"], response_model=s.Status, responses=READING)
+    async def livez() -> Response:
+        """The event loop turns; nothing else is looked at."""
+        return _json({"status": "alive", "version": service.live.current().version})
+
+    @app.get("/readyz", tags=["probes"], response_model=s.Status, responses=READING)
+    async def readyz() -> Response:
+        """A real inference in the thread of the models, and the event log."""
+        problems = await service.problems()
+        if problems:
+            raise Refused(503, "; ".join(problems), retry_after=1)
+        return _json({"status": "ready", "version": service.live.current().version})
+
+    @app.get("/metrics", response_class=Response, responses=READING, tags=["probes"])
+    async def metrics() -> Response:
+        """Everything that is counted, for Prometheus."""
+        text = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(service.metrics.text(), media_type=text)
+
+
+# -- errors and schema ---------------------------------------------------------------------------
+
+
+def _errors(app: FastAPI, service: Service) -> None:
+    """Every error is one line of JSON; what was not foreseen is the guard's."""
+    metrics = service.metrics
+
+    def answer(status: int, error: str, retry_after: float | None = None) -> Response:
+        headers = {} if retry_after is None else {"Retry-After": str(math.ceil(retry_after))}
+        return Response(problem(error), status, headers, media_type="application/json")
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return answer(400, f"not JSON: {first.get('ctx', {}).get('error', '')}")
+        where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
+        text = first["msg"].removeprefix("Value error, ")
+        return answer(422, f"{where}: {text}" if where else text)
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> Response:
+        found = answer(error.status_code, str(error.detail))
+        found.headers.update(error.headers or {})
+        return found
+
+    @app.exception_handler(Refused)
+    async def _refused(_: Request, error: Refused) -> Response:
+        return answer(error.status, error.error, error.retry_after)
+
+    @app.exception_handler(Busy)
+    async def _busy(_: Request, error: Busy) -> Response:
+        metrics.refused.labels("queue").inc()
+        return answer(503, str(error), error.retry_after)
+
+    @app.exception_handler(TimeoutError)
+    async def _late(_: Request, error: TimeoutError) -> Response:
+        metrics.refused.labels("timeout").inc()
+        return answer(503, f"no answer within {service.settings.timeout:g} s; try again", 1)
+
+    @app.exception_handler(L2RecError)
+    async def _known(_: Request, error: L2RecError) -> Response:
+        if isinstance(error, StorageError):
+            return answer(503, str(error), RETRY_STORAGE)
+        return answer(422 if isinstance(error, DataError) else 409, str(error))
+
+
+def _schema(app: FastAPI) -> None:
+    """OpenAPI with the key that each route needs."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                routes=app.routes,
+            )
+            schemes = schema.setdefault("components", {}).setdefault("securitySchemes", {})
+            schemes["key"] = {"type": "http", "scheme": "bearer"}
+            for path, methods in schema["paths"].items():
+                for method, operation in methods.items():
+                    public = is_public(method.upper(), path)
+                    operation["security"] = [] if public else [{"key": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
 def _json(value: Mapping[str, Any]) -> Response:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(text.encode("utf-8", "replace"), media_type="application/json")

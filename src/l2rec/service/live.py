@@ -15,6 +15,7 @@ __all__ = [
     "Live",
     "Version",
     "deploy",
+    "end_shadow",
     "read_deployment",
     "rollback",
 ]
@@ -23,7 +24,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from l2rec.checkpoint import read_json, write_json
 from l2rec.errors import CheckpointError, ConfigError
@@ -31,8 +32,6 @@ from l2rec.service.version import Version, check_version, load_version
 
 FILE = "live.json"
 PREVIOUS = 10
-
-Role = Literal["live", "control", "shadow"]
 
 
 @dataclass
@@ -53,8 +52,6 @@ class Live:
     """Where live.json lies."""
     refused: dict[str, Any] | None = None
     """The last candidate that was refused: run, reason, at (unix seconds)."""
-    swaps: int = 0
-    counts: dict[str, int] = field(default_factory=lambda: {"loaded": 0, "refused": 0})
 
     def current(self) -> Version:
         """The live version. Take it once."""
@@ -73,19 +70,19 @@ class Live:
         }
         return {role: version for role, version in held.items() if version is not None}
 
-    def swap(self, role: Role, version: Version | None) -> None:
-        """One version takes the place of another."""
+    def swap(self, role: str, version: Version | None) -> None:
+        """One version takes the place of another. ``role``: live, control or shadow."""
         if role == "live":
             assert version is not None
             self.version = version
         elif role == "control":
             self.control = version
         else:
+            assert role == "shadow", role
             self.shadow = version
 
     def refuse(self, run: str, reason: str) -> None:
         """Remember a candidate that was not taken."""
-        self.counts["refused"] += 1
         self.refused = {"run": run, "reason": reason, "at": time.time()}
 
     def status(self) -> dict[str, Any]:
@@ -223,7 +220,13 @@ def rollback(folder: Path) -> Deployment:
     return _write(folder, Deployment(back, tuple(older), known.shadow, known.weights))
 
 
-def stop_shadow(folder: Path) -> Deployment:
-    """No candidate is compared any more."""
+def end_shadow(run: Path, folder: Path) -> Deployment:
+    """The run is no longer compared.
+
+    Raises:
+        ConfigError: it is not the shadow.
+    """
     known = read_deployment(folder)
+    if known.shadow != run.resolve():
+        raise ConfigError(f"{run} is not the shadow of {folder}: {known.shadow or 'none'} is")
     return _write(folder, Deployment(known.current, known.previous, None, known.weights))

@@ -75,7 +75,9 @@ class Metrics:
             ["reason"],
             registry=r,
         )
-        self.events = Counter("l2rec_events", "Events stored.", ["type"], registry=r)
+        self.events = Counter(
+            "l2rec_events", "Events stored, or ignored as known.", ["result"], registry=r
+        )
         self.storage_failures = Counter(
             "l2rec_storage_failures", "Calls of the event log that failed.", ["call"], registry=r
         )

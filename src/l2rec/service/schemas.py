@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 __all__ = [
+    "MAX_HISTORY",
+    "MAX_ITEMS",
     "MAX_K",
+    "Changed",
     "EmbedItems",
     "EmbedUsers",
     "Embedded",
@@ -14,6 +17,7 @@ __all__ = [
     "Items",
     "Recommend",
     "Recommended",
+    "Status",
     "Stored",
 ]
 
@@ -253,3 +257,17 @@ class Stored(BaseModel):
 
     stored: int
     ignored: int
+
+
+class Changed(BaseModel):
+    """How many items were changed, and the version that serves them."""
+
+    items: int
+    version: str
+
+
+class Status(BaseModel):
+    """Of a probe."""
+
+    status: str
+    version: str

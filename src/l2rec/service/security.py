@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from l2rec.service.metrics import Metrics
 from l2rec.service.settings import Settings
 
 Scope = MutableMapping[str, Any]
@@ -129,17 +130,12 @@ def depth_of(body: bytes, limit: int) -> int:
 class Guard:
     """The layer around an app.
 
-    ``observe``: called with (route template, method, status, seconds) of every answer. The scope
-    gets ``l2rec.request`` (an id, also in ``X-Request-Id``) and ``l2rec.role``.
+    The scope gets ``l2rec.request``, an id that is also in ``X-Request-Id`` and in the log. The log
+    has no header, no query and no body.
     """
 
-    def __init__(
-        self,
-        app: App,
-        settings: Settings,
-        observe: Callable[[str, str, int, float], None] = lambda route, method, status, s: None,
-    ) -> None:
-        self.app, self.settings, self._observe = app, settings, observe
+    def __init__(self, app: App, settings: Settings, metrics: Metrics) -> None:
+        self.app, self.settings, self._metrics = app, settings, metrics
         self._read = [key.get_secret_value().encode() for key in settings.read_keys]
         self._write = [key.get_secret_value().encode() for key in settings.write_keys]
         self._limit = RateLimit(settings.rate, settings.burst)
@@ -182,20 +178,26 @@ class Guard:
             self.inflight -= counted
             route = scope.get("route")
             template = getattr(route, "path", None) or "other"
-            self._observe(template, scope["method"], sent, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._metrics.answered(template, scope["method"], sent, seconds)
+            if self.settings.access_log or sent >= 500:
+                logger.info(
+                    "%s %s %d %.1f ms %s", scope["method"], template, sent, 1000 * seconds, request
+                )
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, counted: bool) -> None:
         settings, method, path = self.settings, scope["method"], scope["path"]
         headers = {bytes(name).lower(): bytes(value) for name, value in scope["headers"]}
         self._check_host(headers)
         if counted and self.inflight > settings.inflight:
+            self._metrics.refused.labels("inflight").inc()
             raise Refused(
                 503, f"{settings.inflight} requests are being answered already", retry_after=1
             )
         if not is_public(method, path):
             key = self._key(headers, may_write(method, path))
-            scope["l2rec.role"] = "write" if key >= len(self._read) else "read"
             if wait := self._limit.take(key):
+                self._metrics.refused.labels("rate").inc()
                 raise Refused(
                     429, f"more than {settings.rate:g} requests a second", retry_after=wait
                 )

@@ -66,6 +66,9 @@ class Settings(BaseModel):
     shutdown: int = Field(20, ge=1)
     """Seconds that requests in flight have when the server is told to stop."""
 
+    access_log: bool = True
+    """One line for each request; without it, for those that failed."""
+
     experiment: Experiment | None = None
 
     @property

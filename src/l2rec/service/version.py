@@ -8,6 +8,8 @@ from __future__ import annotations
 
 __all__ = [
     "Attributes",
+    "ItemState",
+    "ItemTexts",
     "Query",
     "Ranked",
     "Version",
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+ItemTexts = Mapping[str, tuple[str, Mapping[str, str]]]
+"""id -> text, attributes."""
+ItemState = tuple[ItemTexts, frozenset[str]]
+"""Of the event log: items that were put, and those that were deleted."""
 _serials = itertools.count(1)
 
 
@@ -185,6 +191,11 @@ class Version:
         return mask
 
     @property
+    def added(self) -> int:
+        """Rows that the model has beyond those that were loaded, of this version or given up."""
+        return int(self.predictor.model.n_items) - self.indexed
+
+    @property
     def takes_new_items(self) -> bool:
         """Whether an item that was not trained on can be ranked, by its text."""
         return isinstance(self.predictor.model, TakesNewItems)
@@ -198,14 +209,15 @@ class Version:
         """Attributes of an item; empty ones are left out."""
         return self.attributes.of(row)
 
-    def with_items(self, items: Mapping[str, tuple[str, Mapping[str, str]]]) -> Version:
+    def with_items(self, items: ItemTexts) -> Version:
         """Another version in which these ids have these texts and attributes. In the thread of
         the models.
 
         An item that has its text already keeps its row, unless its attributes differ.
 
         Raises:
-            ConfigError: the method cannot take new items. DataError: an empty text.
+            ConfigError: the method cannot take new items. DataError: an empty text, or one that
+            the model reads nothing in.
         """
         fresh: dict[str, tuple[str, Mapping[str, str]]] = {}
         deleted = set(self.deleted)
@@ -222,6 +234,12 @@ class Version:
             return replace(self, deleted=frozenset(deleted))
         predictor = self.predictor.with_items({i: text for i, (text, _) in fresh.items()})
         gap = len(predictor.ids) - len(self) - len(fresh)
+        vectors = predictor.vectors
+        if vectors is not None:
+            good = torch.isfinite(vectors[len(self) + gap :]).all(-1).tolist()
+            bad = [item for item, fine in zip(fresh, good, strict=True) if not fine]
+            if bad:
+                raise DataError(f"item {bad[0]!r}: the model reads nothing in its text")
         deleted.update(range(len(self), len(self) + gap))
         rows: list[Mapping[str, str]] = [{} for _ in range(gap)]
         rows += [attributes for _, attributes in fresh.values()]
@@ -232,17 +250,47 @@ class Version:
             deleted=frozenset(deleted),
         )
 
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """[n, D] float32 vectors of raw texts. In the thread of the models.
+
+        Raises:
+            DataError: a text that the model reads nothing in.
+        """
+        vectors = self.predictor.encode_items(texts).float().cpu()
+        if not bool(torch.isfinite(vectors).all()):
+            raise DataError("the model reads nothing in one of the texts")
+        return vectors
+
+    def brought_to(self, state: ItemState) -> Version:
+        """This, or another version in which everything that was put is there and everything that
+        was deleted is not. In the thread of the models.
+        """
+        put, gone = state
+        version = self
+        if put and self.takes_new_items:
+            version = version.with_items(put)
+        version = version.without_items(gone)
+        same = version.predictor is self.predictor and version.deleted == self.deleted
+        return self if same else version
+
     def without_items(self, ids: Iterable[str]) -> Version:
         """Another version that does not recommend these; unknown ids change nothing."""
         rows = [self.predictor.row_of(item) for item in ids]
         return replace(self, deleted=self.deleted | {row for row in rows if row is not None})
 
 
-def load_version(run: Path, *, index: str = "auto", expected: str | None = None) -> Version:
+def load_version(
+    run: Path,
+    *,
+    index: str = "auto",
+    expected: str | None = None,
+    items: ItemState | None = None,
+) -> Version:
     """A run folder, ready to serve, its index built.
 
     Args:
         expected: hash that the trained tensors must have.
+        items: of the event log, which the run was not trained with.
 
     Raises:
         L2RecError: whatever is wrong with the folder.
@@ -252,17 +300,17 @@ def load_version(run: Path, *, index: str = "auto", expected: str | None = None)
         raise CheckpointError(
             f"{run}: its weights are {predictor.version}, {expected} was deployed; deploy it again"
         )
-    items = run / "items.safetensors"
-    if items.is_file() and (made := load_tensors(items)[1].get("model")) != predictor.version:
+    stored = run / "items.safetensors"
+    if stored.is_file() and (made := load_tensors(stored)[1].get("model")) != predictor.version:
         raise CheckpointError(
             f"{run}: item vectors of model {made}, weights {predictor.version}: torn or "
             "exchanged; delete items.safetensors if the weights are right"
         )
     predictor.verify()
     report = read_json(run / "report.json") if (run / "report.json").is_file() else {}
-    return Version(
+    version = Version(
         predictor=predictor,
-        index=_index(predictor, index),
+        index=None,
         indexed=len(predictor.ids),
         attributes=Attributes.of_catalog(read_catalog(run)),
         deleted=frozenset(n for n, item in enumerate(predictor.ids) if not item),
@@ -271,6 +319,9 @@ def load_version(run: Path, *, index: str = "auto", expected: str | None = None)
         loaded_at=time.time(),
         serial=next(_serials),
     )
+    if items is not None:
+        version = version.brought_to(items)
+    return replace(version, index=_index(version.predictor, index), indexed=len(version))
 
 
 def _index(predictor: Predictor, kind: str) -> Index | None:
@@ -279,7 +330,7 @@ def _index(predictor: Predictor, kind: str) -> Index | None:
     try:
         from l2rec.index import build
     except ImportError:  # until it lands
-        return _Scan(predictor.vectors.float().cpu().numpy())  # type: ignore[return-value]
+        return _Scan(predictor.vectors.float().cpu().numpy())
 
     return build(predictor.vectors.float().cpu().numpy(), kind=kind)
 

@@ -1,0 +1,291 @@
+"""What goes on beside the requests: live.json is followed, a candidate shadows, items are synced.
+
+- `Follower`: what live.json names is loaded and checked, then swapped in, or refused.
+- `Shadow`: ranks what was answered with the candidate, when nobody waits, and compares.
+- `keep_in_sync`: items that other servers of the same database have put or deleted.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Follower", "Shadow", "keep_in_sync", "load_first", "load_with_items"]
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from l2rec.errors import L2RecError, StorageError
+from l2rec.service.batching import Worker
+from l2rec.service.live import FILE, Deployment, read_deployment
+from l2rec.service.serving import Service, encode_one
+from l2rec.service.version import Query, Version, check_version, load_version, rank
+
+if TYPE_CHECKING:
+    from l2rec.service.events import EventLog
+
+logger = logging.getLogger("l2rec.service")
+
+
+def load_with_items(
+    run: Path, log: EventLog, *, index: str = "auto", expected: str | None = None
+) -> Version:
+    """A run with the items of the event log, checked. May take long; runs anywhere.
+
+    Raises:
+        L2RecError: it cannot be served.
+    """
+    version = load_version(run, index=index, expected=expected, items=log.items())
+    with torch.inference_mode():
+        check_version(version)
+    return version
+
+
+def load_first(
+    deployment: Deployment, log: EventLog, *, index: str = "auto"
+) -> tuple[Version, Path, str | None]:
+    """The current run of a deployment; where it cannot be served, the newest previous one that can.
+
+    Returns:
+        The version, its run, and why the current one is not it.
+
+    Raises:
+        L2RecError: none can; what is wrong with the current one.
+    """
+    problem: L2RecError | None = None
+    for run in (deployment.current, *deployment.previous):
+        try:
+            version = load_with_items(run, log, index=index, expected=deployment.expected(run))
+            return version, run, None if problem is None else str(problem)
+        except L2RecError as error:
+            logger.error("%s cannot be served: %s", run.name, error)
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+async def keep_in_sync(service: Service) -> None:
+    """Looks for items that other servers of the same database have changed, until cancelled."""
+    while True:
+        await asyncio.sleep(service.settings.sync)
+        try:
+            if await service.sync():
+                logger.info("items of another server were taken over")
+        except Exception as error:
+            logger.warning("items were not synced, it is tried again: %s", error)
+
+
+class Follower:
+    """Keeps the live and shadow versions at what live.json of a folder says.
+
+    Args:
+        current, shadow: the runs that are held now.
+    """
+
+    def __init__(
+        self, service: Service, folder: Path, current: Path, shadow: Path | None = None
+    ) -> None:
+        self.service, self.folder = service, folder
+        self.current, self.shadow = current, shadow
+        self._seen: tuple[int, int, int] | None = None
+        self._poke = asyncio.Event()
+        self._loader = Worker("loader", nice=5)
+
+    def poke(self) -> None:
+        """Look now, also at a file that did not change: a candidate is tried again."""
+        self._seen = None
+        self._poke.set()
+
+    async def run(self) -> None:
+        """Looks again and again, until it is cancelled."""
+        while True:
+            try:
+                await self.look()
+            except Exception:
+                logger.exception("following %s failed; it goes on", self.folder / FILE)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.service.settings.poll):
+                    await self._poke.wait()
+            self._poke.clear()
+
+    async def look(self) -> None:
+        """Once: if the file is another than last time, what it names takes its place."""
+        try:
+            stat = (self.folder / FILE).stat()
+        except OSError:
+            return  # nothing to follow: what is live stays
+        seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            wanted = read_deployment(self.folder)
+        except L2RecError as error:
+            self._refuse(self.folder, error)
+            return
+        try:
+            await self._bring(wanted)
+        except StorageError as error:
+            logger.warning("nothing was exchanged, it is tried again: %s", error)
+            self._seen = None
+
+    async def _bring(self, wanted: Deployment) -> None:
+        if wanted.current != self.current:
+            version = await self._load(wanted.current, wanted)
+            if version is not None:
+                await self.service.replace("live", version)
+                self.current = wanted.current
+                logger.info("live: %s, version %s", version.name, version.version)
+        if wanted.shadow != self.shadow:
+            candidate = None
+            if wanted.shadow is not None:
+                candidate = await self._load(wanted.shadow, wanted)
+                if candidate is None:
+                    return
+            await self.service.replace("shadow", candidate)
+            self.shadow = wanted.shadow
+            logger.info("shadow: %s", "none" if candidate is None else candidate.name)
+
+    async def _load(self, run: Path, wanted: Deployment) -> Version | None:
+        service = self.service
+        try:
+            version = await self._loader.run(
+                lambda: load_with_items(
+                    run,
+                    service.log,
+                    index=service.settings.index,
+                    expected=wanted.expected(run),
+                )
+            )
+        except StorageError:
+            raise  # not the candidate's fault
+        except Exception as error:
+            if not isinstance(error, L2RecError):
+                logger.exception("loading %s failed", run.name)
+            self._refuse(run, error)
+            return None
+        service.metrics.swaps.labels("loaded").inc()
+        return version
+
+    def _refuse(self, run: Path, error: Exception) -> None:
+        reason = str(error) if isinstance(error, L2RecError) else type(error).__name__
+        logger.error("refused %s: %s", run.name, reason)
+        self.service.live.refuse(str(run), reason)
+        self.service.metrics.swaps.labels("refused").inc()
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+# -- shadow --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What was recommended: ids best first, to whom, and what was left out."""
+
+    history: tuple[str, ...]
+    without: tuple[str, ...]
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """overlap: share of the answer that the candidate lists too. correlation: Spearman's, of the
+    order of the answer's items; None where there is no order.
+    """
+
+    overlap: float
+    correlation: float | None
+    seconds: float
+
+
+def compare(candidate: Version, answered: Answered) -> Compared | None:
+    """The same request for a candidate; None where it knows nothing of the history."""
+    started = time.perf_counter()
+    row_of = candidate.predictor.row_of
+    history = [item for item in answered.history if row_of(item) is not None]
+    if not history or not answered.ids:
+        return None
+    user = encode_one(candidate, history)
+    without = np.asarray(
+        [row for item in answered.without if (row := row_of(item)) is not None], dtype=np.int64
+    )
+    k = len(answered.ids)
+    ranked = rank([Query(candidate, user.vector, k, without)])[0]
+    seconds = time.perf_counter() - started
+    listed = {candidate.ids[row] for row in ranked.rows}
+    overlap = len(listed & set(answered.ids)) / k
+    known = [row for item in answered.ids if (row := row_of(item)) is not None]
+    if len(known) < 2:
+        return Compared(overlap, None, seconds)
+    if candidate.matrix is None:
+        scores = user.vector.numpy()[known]
+    else:
+        scores = (candidate.matrix[known] @ user.vector).numpy()
+    theirs = rankdata(-scores)
+    if not np.ptp(theirs):
+        return Compared(overlap, None, seconds)
+    correlation = float(np.corrcoef(np.arange(len(known)), theirs)[0, 1])
+    return Compared(overlap, correlation, seconds)
+
+
+@dataclass
+class Shadow:
+    """Answers wait here until nobody waits for the models; beyond ``shadow_queue`` the oldest is
+    dropped.
+    """
+
+    service: Service
+    _waiting: deque[Answered] = field(default_factory=deque)
+    _came: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def offer(self, history: Sequence[str], without: Sequence[str], ids: Sequence[str]) -> None:
+        """To be compared some time, if there is a candidate."""
+        if self.service.live.shadow is None:
+            return
+        if len(self._waiting) >= self.service.settings.shadow_queue:
+            self._waiting.popleft()
+            self.service.metrics.shadow.labels("dropped").inc()
+        self._waiting.append(Answered(tuple(history), tuple(without), tuple(ids)))
+        self._came.set()
+
+    async def run(self) -> None:
+        """Compares, until it is cancelled."""
+        service, metrics = self.service, self.service.metrics
+        while True:
+            while not self._waiting:
+                self._came.clear()
+                await self._came.wait()
+            if not service.idle:
+                await asyncio.sleep(IDLE_SECONDS)
+                continue
+            answered, candidate = self._waiting.popleft(), service.live.shadow
+            if candidate is None:
+                self._waiting.clear()
+                continue
+            try:
+                found = await service.shadow_worker.run(compare, candidate, answered)
+            except Exception:
+                logger.exception("the shadow %s failed", candidate.name)
+                metrics.shadow.labels("failed").inc()
+                continue
+            if found is None:
+                metrics.shadow.labels("unknown").inc()
+                continue
+            metrics.shadow.labels("ranked").inc()
+            metrics.shadow_overlap.observe(found.overlap)
+            metrics.shadow_seconds.observe(found.seconds)
+            if found.correlation is not None:
+                metrics.shadow_correlation.observe(found.correlation)
+
+
+IDLE_SECONDS = 0.01

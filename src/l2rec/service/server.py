@@ -1,0 +1,182 @@
+"""A server from its options: what to serve is loaded, then uvicorn runs the app to a clean end."""
+
+from __future__ import annotations
+
+__all__ = ["serve"]
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from l2rec.errors import CheckpointError, ConfigError
+from l2rec.service.app import create_app
+from l2rec.service.events import EventLog
+from l2rec.service.follow import load_first, load_with_items
+from l2rec.service.live import FILE, Live, read_deployment
+from l2rec.service.settings import Settings
+
+logger = logging.getLogger("l2rec.service")
+
+SWITCH_SECONDS = 0.001
+"""How long a thread may keep the interpreter while others want it: the event loop must not wait
+for a model's Python between two matrix products.
+"""
+GRACE = 10
+
+
+def serve(
+    target: Path,
+    settings: Settings,
+    *,
+    log_url: str | None = None,
+    control: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Serve a run folder, or what live.json of a folder names, until SIGTERM or SIGINT.
+
+    Args:
+        log_url: of the event log; SQLite in ``target`` by default.
+        control: the run that serves the control arm of the experiment; the live one by default.
+        say: told where the server listens.
+
+    Returns:
+        0: everything in flight was answered.
+
+    Raises:
+        ConfigError: options that do not fit together, an address that is taken.
+        L2RecError: nothing that could be served.
+    """
+    settings.check()
+    if control is not None and settings.experiment is None:
+        raise ConfigError("--control needs --experiment NAME: it serves that experiment's arm")
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is not a folder; give a run, or what `l2rec deploy` wrote")
+    _log_to_stderr()
+    listening = _listen(settings)
+    log = EventLog(log_url or f"sqlite:///{target.resolve() / 'events.db'}")
+    try:
+        live, follow = _load(target, log, settings, control)
+        app = create_app(settings, live, log, follow=follow)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            ws="none",
+            lifespan="on",
+            limit_concurrency=4 * settings.inflight,
+            timeout_graceful_shutdown=settings.shutdown,
+        )
+        host, port = listening.getsockname()[:2]
+        held = live.current()
+        line = f"serving {held.name} (version {held.version}) on http://{_shown(host)}:{port}"
+        _run(_Server(config, lambda: say(line)), app, listening)
+    finally:
+        listening.close()
+        log.close()
+    return 0
+
+
+def _load(
+    target: Path, log: EventLog, settings: Settings, control: Path | None
+) -> tuple[Live, tuple[Path, Path, Path | None] | None]:
+    """What is live at the start, and what of it is followed."""
+    follow: tuple[Path, Path, Path | None] | None = None
+    refused: str | None = None
+    if (target / FILE).is_file():
+        wanted = read_deployment(target)
+        version, run, refused = load_first(wanted, log, index=settings.index)
+        # The follower takes what is not held for new, and so also loads the shadow.
+        follow = (target, run if refused is None else wanted.current, None)
+        live = Live(version, folder=target)
+        if refused is not None:
+            live.refuse(str(wanted.current), refused)
+    else:
+        live = Live(load_with_items(target, log, index=settings.index))
+    if control is not None:
+        live.control = load_with_items(control, log, index=settings.index)
+    return live, follow
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            f"--host {settings.host} --port {settings.port}: {error.strerror or error}; choose "
+            "another --port, or 0 for any"
+        ) from error
+    return listening
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+class _Server(uvicorn.Server):
+    """Ends the process if it does not end by itself: a thread that hangs cannot be stopped."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._started()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if not self.should_exit:
+            seconds = (self.config.timeout_graceful_shutdown or 0) + GRACE
+            watchdog = threading.Timer(seconds, _give_up)
+            watchdog.daemon = True
+            watchdog.start()
+        super().handle_exit(sig, frame)
+
+
+def _give_up() -> None:
+    logger.error("a thread hangs; the process is ended")
+    os._exit(1)
+
+
+def _run(server: _Server, app: Any, listening: socket.socket) -> None:
+    # uvicorn raises the signal that ended it once more: by then everything is done.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    torch.set_grad_enabled(False)
+
+    async def main() -> None:
+        def poke() -> None:
+            if app.state.follower is not None:
+                app.state.follower.poke()
+
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, poke)
+        await server.serve(sockets=[listening])
+
+    asyncio.run(main())
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name, level in (("l2rec.service", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        log = logging.getLogger(name)
+        log.handlers[:] = [handler]
+        log.setLevel(level)
+        log.propagate = False
