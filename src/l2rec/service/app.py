@@ -212,6 +212,8 @@ def _arm(settings: Settings, body: s.Recommend) -> str | None:
             raise Refused(422, "experiment: arms are assigned to users, give a user")
     if running is None or body.user is None:
         return None
+    from l2rec import abtest
+
     return str(abtest.arm(body.user, running.name, salt=running.salt, treatment=running.treatment))
 
 
