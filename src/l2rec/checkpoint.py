@@ -136,6 +136,8 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Strict: names and shapes must be exactly the model's trained ones.
 
+    Buffers that a method names in ``sized_by_data`` take the length they were saved with.
+
     Raises:
         CheckpointError: what is missing, unexpected, or of another shape.
     """
@@ -146,8 +148,13 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             f"{where}: its tensors are not this model's: missing {missing[:3] or 'none'}, "
             f"unexpected {unexpected[:3] or 'none'}"
         )
+    free = getattr(model, "sized_by_data", frozenset[str]()) & own.keys()
+    for name in free:
+        owner, _, buffer = name.rpartition(".")
+        empty = own[name].new_empty(tensors[name].shape)
+        setattr(model.get_submodule(owner), buffer, empty)
     for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
+        if name not in free and own[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {tuple(tensor.shape)}, this model and data set need "
                 f"{tuple(own[name].shape)}"

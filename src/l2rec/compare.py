@@ -76,7 +76,7 @@ SHORT, MEDIUM = 5, 10
 HEAD = 0.2
 """Share of the catalog, by training events, that is its head."""
 EVERYONE, COLD = "all", "cold target"
-FLOORS = ("popularity", "last item neighbour")
+FLOORS = ("popularity", "last item neighbour", "nearby items")
 """Rows of a report that follow from the data alone."""
 SIGNIFICANT = 0.05
 NONE = "–"
@@ -344,9 +344,16 @@ def compare(
             for masked in (False, True)
             for segment, rows in segments.items()
         ],
-        floors={n: first.report["scores"][n] for n in FLOORS if n in first.report["scores"]},
+        floors=_floors(runs),
         notes=_notes(runs, known),
     )
+
+
+def _floors(runs: Sequence[FinishedRun]) -> dict[str, dict[str, float]]:
+    """By name, from any run: they follow from the data, and older reports lack some."""
+    found = (run.report["scores"] for run in runs)
+    known = {name: scores for of_run in found for name, scores in of_run.items()}
+    return {name: known[name] for name in FLOORS if name in known}
 
 
 def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[FinishedRun]]:

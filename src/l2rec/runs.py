@@ -60,7 +60,7 @@ from l2rec.data.splits import Split, leave_one_out
 from l2rec.diagnostics import expert_load, gate_histogram
 from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
 from l2rec.evaluation import Evaluation, evaluate, paired_test, top_k, write_ranks
-from l2rec.methods.floors import LastItemNeighbour, Popularity
+from l2rec.methods.floors import LastItemNeighbour, NearbyItems, Popularity
 from l2rec.methods.protocols import Embedder, Scorer, TakesNewItems
 from l2rec.report import write_report
 from l2rec.training import Progress, TrainingResult, peak_memory_mb, train
@@ -373,10 +373,11 @@ def _floor_scores(
     split: Split, dataset: Dataset, model: Any, out: Path, start: str, progress: Progress
 ) -> dict[str, Evaluation]:
     """Test ranks of the floors, and of the model as it was before any training (``start``)."""
-    progress.line(f"scoring the floors: popularity, last item neighbour, {start}")
+    progress.line(f"scoring the floors: popularity, last item neighbour, nearby items, {start}")
     floors = {
         "popularity": Popularity.from_sequences(split.train, dataset.n_items),
         "last item neighbour": LastItemNeighbour.from_sequences(split.train, dataset.n_items),
+        "nearby items": NearbyItems.from_sequences(split.train, dataset.n_items),
     }
     scores = {name: _score(floor, split, progress) for name, floor in floors.items()}
     best = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
@@ -521,7 +522,7 @@ def _examples(
         scores, gates = model.scorer()(histories), list[float | None]([None] * len(rows))
     else:
         users, gates = _users_and_gates(model, histories)
-        scores = users @ vectors.T
+        scores = _with_prior(model, users @ vectors.T, histories)
     best = top_k(lambda _: scores, histories, min(10, dataset.n_items), exclude=histories)
     ids, texts = dataset.item_ids, dataset.texts()
 
@@ -553,6 +554,17 @@ def _users_and_gates(model: Any, histories: Ragged) -> tuple[Tensor, list[float 
     if state.delta is None:
         return users, [None] * len(histories)
     return users, [float(x) for x in state.delta.float().mean(-1)]
+
+
+def _prior(model: Any, histories: Ragged) -> Tensor | None:
+    """What a method adds to its inner products [B, N], if it adds anything."""
+    prior: Tensor | None = model.prior(histories) if hasattr(model, "prior") else None
+    return prior
+
+
+def _with_prior(model: Any, scores: Tensor, histories: Ragged) -> Tensor:
+    prior = _prior(model, histories)
+    return scores if prior is None else scores + prior
 
 
 def _file_hash(path: Path) -> str:
@@ -648,7 +660,7 @@ class Predictor:
         if self.vectors is None:
             return self.model.scorer()(row), None
         users, gates = _users_and_gates(self.model, row)
-        return users @ self.vectors.T, gates[0]
+        return _with_prior(self.model, users @ self.vectors.T, row), gates[0]
 
     def rows(self, histories: Sequence[Sequence[str]]) -> Ragged:
         """Histories of external ids as item ints.
@@ -683,6 +695,12 @@ class Predictor:
             if self._scorer is None:
                 self._scorer = self.model.scorer()
             return self._scorer(rows).float(), [None] * len(rows)
+
+    def prior(self, rows: Ragged) -> Tensor | None:
+        """What the method adds to the inner products of `users` and ``vectors`` [B, N], if it adds
+        anything: co-occurrence counts, a bias for items of the history.
+        """
+        return _prior(self.model, rows)
 
     def with_items(self, items: Mapping[str, str]) -> Predictor:
         """Another predictor that also knows these items; this one stays as it is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, Qwen3Config
 
 from l2rec.backbone import Backbone
+from l2rec.checkpoint import load_trained, trained_tensors
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
@@ -106,7 +108,11 @@ OPTIONS: list[dict[str, Any]] = [
     TABLE | {"last_item_skip": True, "pooling": "blend", "view_loss": 0.5},
     TABLE | {"views": ("behavioral",), "last_item_skip": True},
     TABLE | {"views": ("semantic",), "personalized_router": False},
+    TABLE | {"text_dropout": 0.3},
+    TABLE | {"repeat_bias": True},
+    TABLE | {"cooccurrence": True, "view_loss": 0.5},
 ]
+PRIOR = TABLE | {"repeat_bias": True, "cooccurrence": True}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -373,7 +379,7 @@ def test_all_positions_with_the_mean_are_refused() -> None:
         L2RecConfig(supervision="all", user_pooling="mean")
 
 
-@pytest.mark.parametrize("changes", [{}, TABLE], ids=["paper", "table"])
+@pytest.mark.parametrize("changes", [{}, TABLE, PRIOR], ids=["paper", "table", "prior"])
 def test_training_does_not_see_the_last_two_items(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes)).eval()
     altered = HISTORIES.values.copy()
@@ -386,6 +392,94 @@ def test_training_does_not_see_the_last_two_items(changes: dict[str, Any]) -> No
         made = model.batches(train, seed=1, epoch=2, batch_users=2, batch_tokens=100)
         losses.append([float(model.loss(batch).total.detach()) for batch in made.iterate()])
     assert losses[0] == losses[1]
+
+
+# ------------------------------------------------------------------------------- what is added to r
+
+
+def literal_prior(model: L2Rec, history: list[int], others: list[list[int]]) -> Tensor:
+    """repeat_bias and cooccurrence for one user, a pair at a time."""
+    assert model.evidence is not None and model.repeat is not None and model.together is not None
+    weight, floor = model.evidence.detach().exp().tolist()
+    rule, met = model.together, [0.0] * N
+    for k, item in enumerate(history[::-1][: rule.newest]):
+        for row in others:
+            for p, i in enumerate(row):
+                for q, j in enumerate(row):
+                    distance = abs(p - q)
+                    if i == item and 0 < distance <= rule.window:
+                        side = 1.0 if q > p else rule.backward
+                        met[j] += rule.fade**k * side * rule.decay ** (distance - 1)
+    prior = [weight * math.log1p(m / floor) for m in met]
+    for item in history:
+        prior[item] = float(model.repeat.detach())
+    return torch.tensor(prior)
+
+
+def test_the_prior_counts_others_in_training_and_everyone_afterwards() -> None:
+    model = shaken(build(**PRIOR)).eval()
+    batch = one_batch(model)
+    sequences = [HISTORIES[i].tolist() for i in range(len(HISTORIES))]
+    state = model(batch.histories, every=True)
+    whose = batch.users[state.row.numpy()]
+    with torch.no_grad():
+        found = model._prior(batch.histories, state.position, whose)
+    assert found is not None
+    for n, (position, row) in enumerate(
+        zip(state.position.tolist(), state.row.tolist(), strict=True)
+    ):
+        history = batch.histories.values[batch.histories.offsets[row] : position + 1].tolist()
+        others = [r for user, r in enumerate(sequences) if user != batch.users[row]]
+        torch.testing.assert_close(
+            found[n], literal_prior(model, history, others), rtol=1e-4, atol=1e-4
+        )
+    everyone = model.prior(HISTORIES)
+    assert everyone is not None
+    for n, history in enumerate(sequences):
+        expected = literal_prior(model, history, sequences) * model.config.temperature
+        torch.testing.assert_close(everyone[n], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_is_no_evidence_for_itself() -> None:
+    """Sequences without a pair in common: training sees no evidence at all, a new user does."""
+    model = shaken(build(**PRIOR)).eval()
+    apart = Ragged.from_rows([[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    batch = one_batch(model, apart)
+    state = model(batch.histories, every=True)
+    found = model._prior(batch.histories, state.position, batch.users[state.row.numpy()])
+    assert found is not None and model.repeat is not None
+    assert {0.0, float(model.repeat.detach())} == set(found.detach().unique().tolist())
+    new = model.prior(Ragged.from_rows([[1]]))
+    assert new is not None and (new[0] > 0.05).nonzero().flatten().tolist() == [0, 2, 3]
+
+
+def test_the_prior_is_part_of_scores_and_of_the_saved_model() -> None:
+    model = shaken(build(**PRIOR)).eval()
+    one_batch(model)
+    users, items = model.encode_users(HISTORIES), model.encode_items(np.arange(N, dtype=np.int32))
+    prior = model.prior(HISTORIES)
+    assert prior is not None
+    scores = model.scorer()(HISTORIES)
+    torch.testing.assert_close(scores, (users @ items.T + prior) / model.config.temperature)
+    again = build(seed=5, **PRIOR).eval()
+    load_trained(again, trained_tensors(model), "here")  # counts of another length than its own
+    torch.testing.assert_close(again.scorer()(HISTORIES), scores)
+    assert build(**TABLE).prior(HISTORIES) is None
+
+
+def test_a_new_item_has_no_evidence_yet() -> None:
+    model = shaken(build(**PRIOR)).eval()
+    one_batch(model)
+    model.add_items(["a red lamp"])
+    found = model.prior(Ragged.from_rows([[3, N], [N]]))
+    assert found is not None and found.shape == (2, N + 1)
+    assert float(found[1, :N].abs().max()) == 0.0 and float(found[1, N]) != 0.0
+
+
+@pytest.mark.parametrize("option", ["text_dropout", "repeat_bias", "cooccurrence"])
+def test_options_of_the_table_need_it(option: str) -> None:
+    with pytest.raises(ValidationError, match=f"{option} needs items=table"):
+        tiny.small(**{option: 0.5 if option == "text_dropout" else True})
 
 
 # ------------------------------------------------------------------------------- invariances

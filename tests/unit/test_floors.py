@@ -10,7 +10,7 @@ from scipy import sparse
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 from l2rec.evaluation import evaluate
-from l2rec.methods.floors import LastItemNeighbour, Popularity, TextNeighbour
+from l2rec.methods.floors import LastItemNeighbour, NearbyItems, Popularity, TextNeighbour
 from l2rec.methods.protocols import Recommender
 
 # Events: item 0 three times, 1 three times, 2 once, 3 once, 4 never.
@@ -52,6 +52,21 @@ def test_last_item_neighbour_is_ranked_as_by_hand() -> None:
     assert result.top[1].tolist() == [0, 2, 1, 3, 4]
 
 
+def test_nearby_items_fade_with_distance_and_age() -> None:
+    floor = NearbyItems.from_sequences(TRAIN, N_ITEMS)
+    scores = floor.scorer()(Ragged.from_rows([[0], [2, 0], [], [4]]))
+    assert scores.dtype == torch.float32
+    ties = [1e-3, 1e-3, 1e-3 / 3, 1e-3 / 3, 0.0]
+    # Near 0: 1 right after it twice and right before it once; 2 two after; 3 two before.
+    near = torch.tensor([0.0, 2 + 0.7, 0.7, 0.7 * 0.7, 0.0])
+    # Near 2: 1 right before it, 0 two before.
+    older = torch.tensor([0.7 * 0.7, 0.7, 0.0, 0.0, 0.0])
+    expected = torch.stack((near, near + 0.6 * older, 0 * near, 0 * near)) + torch.tensor(ties)
+    torch.testing.assert_close(scores, expected)
+    with pytest.raises(DataError, match="outside the catalog"):
+        floor.scorer()(Ragged.from_rows([[N_ITEMS]]))
+
+
 def test_popularity_never_reorders_counts() -> None:
     for count in (1, 1000, 2**22):
         followers = sparse.csr_array(np.array([[count, count + 1, count], [0, 0, 0], [0, 0, 0]]))
@@ -62,7 +77,7 @@ def test_popularity_never_reorders_counts() -> None:
 
 def test_an_empty_training_set() -> None:
     nothing = Ragged.from_rows([])
-    for floor in (Popularity, LastItemNeighbour):
+    for floor in (Popularity, LastItemNeighbour, NearbyItems):
         scores = floor.from_sequences(nothing, 3).scorer()(Ragged.from_rows([[1], []]))
         assert scores.tolist() == [[0.0] * 3] * 2
 
@@ -97,7 +112,7 @@ def test_floors_are_recommenders() -> None:
 
 
 def test_items_outside_the_catalog() -> None:
-    for floor in (Popularity, LastItemNeighbour):
+    for floor in (Popularity, LastItemNeighbour, NearbyItems):
         with pytest.raises(DataError, match=r"item 3 is outside the catalog of 3 items \(0\.\.2\)"):
             floor.from_sequences(TRAIN, 3)
     outside = Ragged.from_rows([[9]])

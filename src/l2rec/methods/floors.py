@@ -1,13 +1,14 @@
 """Floor baselines: what a trained model has to beat. No training, no parameters.
 
-``Popularity`` knows no user, ``LastItemNeighbour`` knows which item followed which, and
-``TextNeighbour`` knows only the item texts: it is the untrained backbone's own ranking.
+``Popularity`` knows no user, ``LastItemNeighbour`` knows which item followed which, ``NearbyItems``
+which items were met near each other, and ``TextNeighbour`` knows only the item texts: it is the
+untrained backbone's own ranking.
 Fit them on training prefixes only: an event that is validated or tested must not be counted.
 """
 
 from __future__ import annotations
 
-__all__ = ["LastItemNeighbour", "Popularity", "TextNeighbour"]
+__all__ = ["LastItemNeighbour", "NearbyItems", "Popularity", "TextNeighbour"]
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from l2rec.data.ragged import IntArray, Ragged, flat_index
 from l2rec.errors import DataError
+from l2rec.methods.blocks.cooccurrence import CoOccurrence
 from l2rec.methods.protocols import Scorer
 
 if TYPE_CHECKING:
@@ -97,6 +99,46 @@ class LastItemNeighbour:
             cells = flat_index(starts[last], lengths[last])
             # Columns are distinct within a row, so the in-place addition meets each cell once.
             scores[np.repeat(users, lengths[last]), columns[cells]] += times[cells]
+            return torch.from_numpy(scores)
+
+        return score
+
+
+@dataclass(frozen=True)
+class NearbyItems:
+    """How often, and how closely, each item was met near the newest items of the user.
+
+    The faded counts of `l2rec.methods.blocks.cooccurrence` at its defaults; equal counts, and all
+    items that were never met, are ordered by popularity. ``counts``: [N] int64, training events.
+    """
+
+    together: CoOccurrence
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def from_sequences(cls, train: Ragged, n_items: int) -> NearbyItems:
+        """Count the pairs of ``train``, item ints below ``n_items``; else ``DataError``."""
+        counts = _event_counts(train, n_items)
+        together = CoOccurrence(n_items)
+        together.count(train)
+        return cls(together, counts)
+
+    @property
+    def n_items(self) -> int:
+        """N."""
+        return len(self.counts)
+
+    def scorer(self) -> Scorer:
+        """Histories of B users -> [B, N] float32; ``DataError`` for an item out of range."""
+        # Below the smallest faded count, so that popularity orders equal counts alone.
+        tie_break = (1e-3 * self.counts / max(int(self.counts.max(initial=0)), 1)).astype("f4")
+
+        def score(histories: Ragged) -> Tensor:
+            _check_range(histories.values, self.n_items)
+            some = np.flatnonzero(histories.lengths > 0)
+            scores = np.tile(tie_break, (len(histories), 1))
+            found = self.together.recall(histories.take(some)).tocoo()
+            scores[some[found.row], found.col] += found.data.astype(np.float32)
             return torch.from_numpy(scores)
 
         return score

@@ -28,6 +28,13 @@ Deviations from the paper are named options, off by default:
 - ``pooling=blend``: newest item plus a learned share of the mean.
 - ``last_item_skip``: the newest item's table vector is added to the behavioural output.
 - ``view_loss``: each view is also trained on the recommendation loss alone.
+- ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
+- ``repeat_bias``: a learned scalar is added to r_{u,i} of every item of the user's history.
+- ``cooccurrence``: w log(1 + m_{u,i} / f) is added to r_{u,i}, with m the counts of what was met
+  near the user's newest items (`l2rec.methods.blocks.cooccurrence`) and w, f learned. In training,
+  m leaves out the user's own sequence. With both, an item of the history has the first alone.
+
+With one of the last two, scores are no longer inner products of the embeddings alone.
 """
 
 from __future__ import annotations
@@ -55,6 +62,7 @@ from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
 from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
 from l2rec.fusion import AdaptiveFusion
+from l2rec.methods.blocks.cooccurrence import CoOccurrence
 from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
 from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
 from l2rec.objectives import bpc_loss, catalog_loss, contrastive_loss, cosine
@@ -73,6 +81,10 @@ Kept = TypeVar("Kept")
 # fresh pages cost more than the arithmetic.
 ENCODED_ROWS, ENCODED_TOKENS = 512, 4096
 ALL = slice(None)
+EVIDENCE_WEIGHT, EVIDENCE_FLOOR = 1.5, 0.3
+"""Where w and f of ``cooccurrence`` start."""
+PRIOR_LR = 0.02
+"""Of three scalars that must go far: repeats may be worth minus five, or plus five."""
 
 
 class L2RecConfig(BaseModel):
@@ -124,7 +136,12 @@ class L2RecConfig(BaseModel):
     """Most tokens of an item's text for the backbone's own text vectors (table, encoder pool)."""
     table_dropout: float = Field(0.2, ge=0, lt=1)
     table_lr: float = Field(2e-4, gt=0)
+    text_dropout: float = Field(0.0, ge=0, lt=1)
     last_item_skip: bool = False
+
+    # Eq. 8, what is added to r_{u,i}
+    repeat_bias: bool = False
+    cooccurrence: bool = False
 
     # Eq. 8-9
     supervision: Literal["last", "all"] = "last"
@@ -156,8 +173,9 @@ class L2RecConfig(BaseModel):
             )
         if self.item_tokens + 8 > self.max_tokens:
             raise ValueError(f"item_tokens={self.item_tokens} leaves no room in {self.max_tokens=}")
-        if self.last_item_skip and self.items != "table":
-            raise ValueError("last_item_skip needs items=table")
+        for option in ("last_item_skip", "text_dropout", "repeat_bias", "cooccurrence"):
+            if getattr(self, option) and self.items != "table":
+                raise ValueError(f"{option} needs items=table")
         return self
 
 
@@ -199,7 +217,7 @@ class ItemTable(nn.Module):
     start at zero. Items added after training have no row of R: norm(e + e L).
     """
 
-    def __init__(self, text: Tensor, dropout: float) -> None:
+    def __init__(self, text: Tensor, dropout: float, text_dropout: float = 0.0) -> None:
         super().__init__()
         self.register_buffer("mean", text.mean(0), persistent=True)
         self.text: Tensor
@@ -208,7 +226,7 @@ class ItemTable(nn.Module):
         dim = text.shape[-1]
         self.linear = nn.Parameter(torch.zeros(dim, dim))
         self.residual = nn.Parameter(torch.zeros_like(text))
-        self.dropout = dropout
+        self.dropout, self.text_dropout = dropout, text_dropout
 
     def extend(self, text: Tensor) -> None:
         """Add items by their backbone text vectors [n, D] alone."""
@@ -216,7 +234,8 @@ class ItemTable(nn.Module):
 
     def forward(self) -> Tensor:
         """T [N, D] float32."""
-        rows = self.text + self.text @ self.linear
+        text = F.dropout(self.text, self.text_dropout, self.training)
+        rows = text + text @ self.linear
         residual = F.dropout(self.residual, self.dropout, self.training)
         trained = len(self.residual)
         rows = torch.cat((rows[:trained] + residual, rows[trained:]))
@@ -233,7 +252,11 @@ class L2Rec(nn.Module):
 
     Config = L2RecConfig
     uses_backbone = True
-    item_tensors = frozenset({"table.residual", "table.mean"})
+    item_tensors = frozenset(
+        {"table.residual", "table.mean"}
+        | {f"together.{name}" for name in ("offsets", *CoOccurrence.sized_by_data)}
+    )
+    sized_by_data = frozenset(f"together.{name}" for name in CoOccurrence.sized_by_data)
 
     def __init__(
         self,
@@ -272,6 +295,13 @@ class L2Rec(nn.Module):
         )
         self.blend = nn.Parameter(torch.tensor(0.5), requires_grad=config.pooling == "blend")
         self.skip = nn.Parameter(torch.tensor(1.0), requires_grad=config.last_item_skip)
+        self.repeat = nn.Parameter(torch.tensor(0.0)) if config.repeat_bias else None
+        self.together = CoOccurrence(len(catalog)) if config.cooccurrence else None
+        self.evidence = (
+            nn.Parameter(torch.tensor([EVIDENCE_WEIGHT, EVIDENCE_FLOOR]).log())
+            if config.cooccurrence
+            else None
+        )
         self.table: ItemTable | None = None
         self.item_vectors: Tensor
         self._set_catalog(catalog.require_texts("L2Rec"))
@@ -323,7 +353,9 @@ class L2Rec(nn.Module):
             self.item_vectors = torch.empty(0, self.backbone.dim, device=device)
             return
         if config.items == "table":
-            self.table = ItemTable(self._catalog_text(), config.table_dropout).to(device)
+            self.table = ItemTable(
+                self._catalog_text(), config.table_dropout, config.text_dropout
+            ).to(device)
             with torch.no_grad():
                 vectors = self.table()
         elif "behavioral" in config.views:
@@ -552,6 +584,8 @@ class L2Rec(nn.Module):
     ) -> TrainingBatches:
         """The batches of one epoch over training prefixes."""
         config = self.config
+        if self.together is not None:
+            self.together.count(sequences)
         return TrainingBatches(
             sequences,
             supervision=config.supervision,
@@ -582,20 +616,23 @@ class L2Rec(nn.Module):
         starts, ends = self.tokens.offsets[:-1][items], self.tokens.offsets[1:][items]
         text = np.minimum(ends - starts, self.config.item_tokens) + len(self.after)
         views = self.config.views
-        return text * ("semantic" in views) + ("behavioral" in views)
+        costs: npt.NDArray[np.int64] = text * ("semantic" in views) + ("behavioral" in views)
+        return costs
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         """One stage; the free residual of the table has a learning rate of its own."""
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         if not named:
             return []
-        plain = [p for n, p in named if p.ndim < 2]
+        prior = [p for n, p in named if n in ("repeat", "evidence")]
+        plain = [p for n, p in named if p.ndim < 2 and n not in ("repeat", "evidence")]
         slow = [p for n, p in named if n == "table.residual"]
         rest = [p for n, p in named if p.ndim >= 2 and n != "table.residual"]
         groups = [
             ParameterGroup("matrices", rest, lr, weight_decay),
             ParameterGroup("vectors", plain, lr, 0.0),
             ParameterGroup("table", slow, self.config.table_lr, 0.0),
+            ParameterGroup("prior", prior, PRIOR_LR, 0.0),
         ]
         groups = [g for g in groups if g.parameters]
         return [Stage("train", groups, self.batches, self.loss)]
@@ -630,11 +667,13 @@ class L2Rec(nn.Module):
             allowed = self._negatives(batch, state.row, distinct, column)
             positive = column
 
+        prior = self._prior(batch.histories, state.position, batch.users[state.row.numpy()])
+
         def rec(users: Tensor, side: Tensor | None) -> Tensor:
             assert side is not None
             scores = cosine(users, side) / self.temperature
             if allowed is None:
-                return catalog_loss(scores, positive)
+                return catalog_loss(scores if prior is None else scores + prior, positive)
             return contrastive_loss(scores, positive, allowed)
 
         total = rec(state.fused, items["fused"])
@@ -665,6 +704,40 @@ class L2Rec(nn.Module):
             tokens=tokens,
             computed_tokens=computed,
         )
+
+    def _prior(
+        self,
+        histories: Ragged,
+        position: Tensor,
+        users: npt.NDArray[np.integer] | None = None,
+    ) -> Tensor | None:
+        """What is added to r of Eq. 8 [P, N] at each ``position`` [P] of the flat items.
+
+        ``users``: [P] in training, whose own sequences are left out of the counts.
+        """
+        if self.repeat is None and self.together is None:
+            return None
+        ends = position.numpy()
+        prior = torch.zeros(len(ends), self.n_items, device=self.backbone.device)
+        if self.together is not None:
+            assert self.evidence is not None
+            if users is None:
+                found = self.together.recall(histories, ends).tocoo()
+            else:
+                found = self.together.held_out(histories, ends, users).tocoo()
+            weight, floor = self.evidence.exp()
+            met = torch.from_numpy(found.data).to(prior)
+            cells = (self._on_device(found.row), self._on_device(found.col))
+            prior = prior.index_put(cells, weight * torch.log1p(met / floor))
+        if self.repeat is not None:
+            starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
+            counts = ends - starts + 1
+            row = np.repeat(np.arange(len(ends)), counts)
+            seen = np.unique(row * self.n_items + histories.values[flat_index(starts, counts)])
+            row, item = divmod(seen, self.n_items)
+            cells = (self._on_device(row), self._on_device(item))
+            prior = prior.index_put(cells, self.repeat)  # in place of what was met near it
+        return prior
 
     def _negatives(
         self, batch: Batch, row: Tensor, distinct: npt.NDArray[np.integer], positive: Tensor
@@ -767,6 +840,15 @@ class L2Rec(nn.Module):
         temperature = float(self.temperature.detach())
 
         def score(histories: Ragged) -> Tensor:
-            return self.encode_users(histories) @ vectors.T / temperature
+            cosines, prior = self.encode_users(histories) @ vectors.T, self.prior(histories)
+            return (cosines if prior is None else cosines + prior) / temperature
 
         return score
+
+    @torch.inference_mode()
+    def prior(self, histories: Ragged) -> Tensor | None:
+        """What ``repeat_bias`` and ``cooccurrence`` add to the inner products of user and item
+        vectors, [B, N] float32; None without them.
+        """
+        added = self._prior(histories, torch.from_numpy(histories.offsets[1:] - 1))
+        return None if added is None else added * self.temperature
