@@ -398,18 +398,18 @@ def test_training_does_not_see_the_last_two_items(changes: dict[str, Any]) -> No
 
 
 def literal_prior(model: L2Rec, history: list[int], others: list[list[int]]) -> Tensor:
-    """repeat_bias and cooccurrence for one user, a pair at a time."""
+    """repeat_bias and cooccurrence for one user of HISTORIES, a pair at a time."""
     assert model.evidence is not None and model.repeat is not None and model.together is not None
     weight, floor = model.evidence.detach().exp().tolist()
     rule, met = model.together, [0.0] * N
     for k, item in enumerate(history[::-1][: rule.newest]):
+        often = math.sqrt((HISTORIES.values == item).sum())
         for row in others:
             for p, i in enumerate(row):
                 for q, j in enumerate(row):
                     distance = abs(p - q)
                     if i == item and 0 < distance <= rule.window:
-                        side = 1.0 if q > p else rule.backward
-                        met[j] += rule.fade**k * side * rule.decay ** (distance - 1)
+                        met[j] += rule.fade**k * rule.decay ** (distance - 1) / often
     prior = [weight * math.log1p(m / floor) for m in met]
     for item in history:
         prior[item] = float(model.repeat.detach())

@@ -11,7 +11,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.methods.blocks.cooccurrence import CoOccurrence
 
 N = 9
-OPTIONS: dict[str, Any] = {"window": 3, "decay": 0.5, "backward": 0.25, "newest": 2, "fade": 0.5}
+OPTIONS: dict[str, Any] = {"window": 3, "decay": 0.5, "newest": 2, "fade": 0.5}
 
 
 def counted(rows: list[list[int]]) -> CoOccurrence:
@@ -32,10 +32,13 @@ def literal_counts(rows: list[list[int]]) -> np.ndarray:
             for q, j in enumerate(row):
                 d = abs(q - p)
                 if 0 < d <= OPTIONS["window"]:
-                    counts[i, j] += OPTIONS["decay"] ** (d - 1) * (
-                        1.0 if q > p else OPTIONS["backward"]
-                    )
+                    counts[i, j] += OPTIONS["decay"] ** (d - 1)
     return counts
+
+
+def often(rows: list[list[int]]) -> np.ndarray:
+    """[N, 1] sqrt of how often each item occurs."""
+    return np.sqrt([[max(1, sum(row.count(i) for row in rows))] for i in range(N)])
 
 
 def literal_recall(history: list[int], counts: np.ndarray) -> np.ndarray:
@@ -49,7 +52,7 @@ def literal_recall(history: list[int], counts: np.ndarray) -> np.ndarray:
 def test_counts_and_recall_are_what_a_loop_counts(seed: int) -> None:
     rows = random_rows(seed)
     found = counted(rows)
-    counts = literal_counts(rows)
+    counts = literal_counts(rows) / often(rows)
     np.testing.assert_allclose(found.counts().toarray(), counts, rtol=1e-6)
     histories = [row for row in random_rows(seed + 10) if row]
     recalled = found.recall(Ragged.from_rows(histories)).toarray()
@@ -69,7 +72,7 @@ def test_what_is_held_out_is_as_if_the_user_had_never_been(seed: int) -> None:
     held_out = found.held_out(batch, ends, whose).toarray()
     expected = []
     for user, history in zip(users, inputs, strict=True):
-        others = literal_counts([row for u, row in enumerate(rows) if u != user])
+        others = literal_counts([row for u, row in enumerate(rows) if u != user]) / often(rows)
         expected += [literal_recall(history[: t + 1], others) for t in range(len(history))]
     np.testing.assert_allclose(held_out, expected, atol=1e-6)
 
@@ -87,4 +90,4 @@ def test_nothing_is_recalled_before_anything_is_counted_or_for_an_item_that_came
     assert CoOccurrence(N, **OPTIONS).recall(histories).nnz == 0
     later = counted([[1, 2, 3]]).recall(Ragged.from_rows([[N + 3], [2, N + 3]])).toarray()
     assert not later[0].any()
-    np.testing.assert_allclose(later[1][[1, 3]], [0.5 * 0.25, 0.5 * 1.0], rtol=1e-6)
+    np.testing.assert_allclose(later[1][[1, 3]], [0.5, 0.5], rtol=1e-6)

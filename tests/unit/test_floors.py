@@ -56,12 +56,12 @@ def test_nearby_items_fade_with_distance_and_age() -> None:
     floor = NearbyItems.from_sequences(TRAIN, N_ITEMS)
     scores = floor.scorer()(Ragged.from_rows([[0], [2, 0], [], [4]]))
     assert scores.dtype == torch.float32
-    ties = [1e-3, 1e-3, 1e-3 / 3, 1e-3 / 3, 0.0]
-    # Near 0: 1 right after it twice and right before it once; 2 two after; 3 two before.
-    near = torch.tensor([0.0, 2 + 0.7, 0.7, 0.7 * 0.7, 0.0])
-    # Near 2: 1 right before it, 0 two before.
-    older = torch.tensor([0.7 * 0.7, 0.7, 0.0, 0.0, 0.0])
-    expected = torch.stack((near, near + 0.6 * older, 0 * near, 0 * near)) + torch.tensor(ties)
+    ties = [1e-4, 1e-4, 1e-4 / 3, 1e-4 / 3, 0.0]
+    # Near 0, which occurs three times: 1 beside it three times, 2 and 3 two away from it.
+    near = torch.tensor([0.0, 3.0, 0.8, 0.8, 0.0]) / 3**0.5
+    # Near 2, which occurs once: 1 beside it, 0 two away from it.
+    older = torch.tensor([0.8, 1.0, 0.0, 0.0, 0.0])
+    expected = torch.stack((near, near + 0.85 * older, 0 * near, 0 * near)) + torch.tensor(ties)
     torch.testing.assert_close(scores, expected)
     with pytest.raises(DataError, match="outside the catalog"):
         floor.scorer()(Ragged.from_rows([[N_ITEMS]]))

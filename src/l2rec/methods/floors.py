@@ -131,7 +131,7 @@ class NearbyItems:
     def scorer(self) -> Scorer:
         """Histories of B users -> [B, N] float32; ``DataError`` for an item out of range."""
         # Below the smallest faded count, so that popularity orders equal counts alone.
-        tie_break = (1e-3 * self.counts / max(int(self.counts.max(initial=0)), 1)).astype("f4")
+        tie_break = (1e-4 * self.counts / max(int(self.counts.max(initial=0)), 1)).astype("f4")
 
         def score(histories: Ragged) -> Tensor:
             _check_range(histories.values, self.n_items)

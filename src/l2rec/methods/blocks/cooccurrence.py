@@ -1,8 +1,10 @@
 """Which items are bought near each other: counts of pairs in training sequences.
 
     C[i, j]   = sum over pairs (i at p, j at p + d), 0 < |d| <= window, of decay^(|d| - 1),
-                times ``backward`` where j came before i
+                divided by the square root of how often i occurs: what is rare says more
     m[u, j]   = sum over the ``newest`` items i of u's history, k = 0 the newest, of fade^k C[i, j]
+
+Before and after count alike: in logs of purchases the order within a day says little.
 
 In small data these counts say what no embedding of the same data has learned to say. Used alone
 they are a floor (`l2rec.methods.floors`); as a term of a method's logits they leave to it what they
@@ -45,15 +47,14 @@ class CoOccurrence(nn.Module):
         self,
         n_items: int,
         *,
-        window: int = 5,
-        decay: float = 0.7,
-        backward: float = 0.7,
-        newest: int = 5,
-        fade: float = 0.6,
+        window: int = 10,
+        decay: float = 0.8,
+        newest: int = 10,
+        fade: float = 0.85,
     ) -> None:
         super().__init__()
         self.n_items, self.newest, self.fade = n_items, newest, fade
-        self.window, self.decay, self.backward = window, decay, backward
+        self.window, self.decay = window, decay
         self.register_buffer("offsets", torch.zeros(n_items + 1, dtype=torch.int64))
         self.register_buffer("items", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("weights", torch.zeros(0))
@@ -61,11 +62,14 @@ class CoOccurrence(nn.Module):
         self.items: Tensor
         self.weights: Tensor
         self._sequences: Ragged | None = None
+        self._scale = np.ones(n_items)  # 1 / sqrt(events of i), while there are sequences
 
     def count(self, sequences: Ragged) -> None:
         """Take the counts of ``sequences``: one row for each user, oldest first, items below N."""
         if self._sequences is sequences:
             return
+        events = np.bincount(sequences.values, minlength=self.n_items)
+        self._scale = 1 / np.sqrt(np.maximum(events, 1))
         _, first, second, weight = self._pairs(sequences)
         counts = _csr(weight, first, second, (self.n_items, self.n_items))
         device = self.offsets.device
@@ -93,7 +97,7 @@ class CoOccurrence(nn.Module):
             later = np.flatnonzero(place >= distance)
             a, b, row = values[later - distance], values[later], row_of[later]
             weight = np.full(len(later), self.decay ** (distance - 1))
-            parts += [(row, a, b, weight), (row, b, a, self.backward * weight)]
+            parts += [(row, a, b, weight * self._scale[a]), (row, b, a, weight * self._scale[b])]
         row, a, b, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
         return row, a, b, weight
 
