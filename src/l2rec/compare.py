@@ -360,7 +360,8 @@ def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[Finishe
     """Runs by the label of their row."""
     alike: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        key = _recipe_key(run.config, run.identity) if group else str(run.path)
+        blended = " blended" * ("blend" in run.report)
+        key = _recipe_key(run.config, run.identity) + blended if group else str(run.path)
         same = next((r for r in alike.get(key, ()) if r.config.seed == run.config.seed), None)
         if same is not None:
             raise DataError(

@@ -1,0 +1,80 @@
+"""A run blended with co-occurrence: weights from validation alone, scores as written down."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.unit.conftest import Finished
+from tests.unit.tiny_run import Quiet
+
+from l2rec import blend
+from l2rec.blend import Blend, blend_run
+from l2rec.checkpoint import read_json
+from l2rec.compare import compare_runs
+from l2rec.data.ragged import Ragged
+from l2rec.errors import CheckpointError
+from l2rec.methods.blocks.cooccurrence import CoOccurrence
+from l2rec.runs import load
+
+
+def test_scores_are_as_written_down(table_run: Finished) -> None:
+    model = load(table_run.run).model
+    n = model.n_items
+    together = CoOccurrence(n)
+    together.count(Ragged.from_rows([[0, 1, 2], [1, 3], [2, 1]]))
+    histories = Ragged.from_rows([[0, 1], [3]])
+    tried = [Blend(0.5, 0.4, -8.0), Blend(0.0, 0.1, 2.0)]
+    own = model.scorer()(histories)
+    met = together.recall(histories).toarray()
+    for chosen, make in zip(tried, blend._scorers(model, together, tried), strict=True):
+        scores = make()(histories)
+        for row, history in enumerate([[0, 1], [3]]):
+            mean, spread = float(own[row].mean()), float(own[row].std())
+            for item in range(n):
+                expected = (float(own[row, item]) - mean) / spread
+                if item in history:
+                    expected += chosen.repeat
+                else:
+                    expected += chosen.weight * math.log1p(met[row, item] / chosen.floor)
+                assert float(scores[row, item]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_blend_is_a_run_to_compare(table_run: Finished, tmp_path: Path) -> None:
+    out = tmp_path / "blend"
+    report = blend_run(table_run.run, out, progress=Quiet())
+    assert read_json(out / "report.json") == report
+    assert report["recipe"].endswith(" + nearby items")
+    assert {"L2Rec + nearby items", "L2Rec", "popularity"} <= report["scores"].keys()
+    # Weight 0 is among what is tried: on validation a blend is never worse than the run.
+    assert (
+        report["valid"]["ndcg@10"]
+        >= read_json(table_run.run / "report.json")["valid"]["ndcg@10"] - 1e-9
+    )
+    found = compare_runs([table_run.run, out])
+    assert len(found.entries) == 2, "one recipe, and yet two rows"
+    with pytest.raises(CheckpointError, match="is not empty; choose another --out"):
+        blend_run(table_run.run, out, progress=Quiet())
+
+
+def test_the_test_split_chooses_nothing(
+    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever test targets are, the same blend is chosen."""
+    first = blend_run(table_run.run, tmp_path / "a", progress=Quiet())
+    split = blend.leave_one_out
+
+    def other(sequences: Ragged) -> blend.Split:
+        from dataclasses import replace
+
+        made = split(sequences)
+        return replace(made, test_targets=np.zeros_like(made.test_targets))
+
+    monkeypatch.setattr(blend, "leave_one_out", other)
+    second = blend_run(table_run.run, tmp_path / "b", progress=Quiet())
+    assert first["blend"] == second["blend"]
+    assert first["scores"]["L2Rec + nearby items"] != second["scores"]["L2Rec + nearby items"]
+    assert torch.isfinite(torch.tensor(list(second["valid"].values()))).all()
