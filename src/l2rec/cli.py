@@ -341,6 +341,28 @@ def fusion(
 
 
 @app.command()
+def blend(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder to write, for `l2rec compare`.")],
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+) -> None:
+    """Score a run together with what was met near the user's newest items.
+
+    Three weights are chosen on validation: of these counts, of where they level off, and of items
+    of the history. No training; any method can have it.
+
+    Example: `l2rec blend runs/sasrec --out runs/sasrec-blend`
+    """
+    from l2rec.blend import blend_run
+    from l2rec.console import Console
+
+    with Console() as console:
+        report = blend_run(run, out, progress=console, data=data)
+        console.scores(report)
+        console.line(f"next: l2rec compare {run} {out}")
+
+
+@app.command()
 def recommend(
     run: Run,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: A,B,C")] = None,
@@ -450,7 +472,7 @@ def serve(
     rate: Annotated[float, typer.Option(help="Requests a second of one key; 0: no limit.")] = 200,
     burst: Annotated[float, typer.Option(help="Requests of one key at once.")] = 400,
     queue: Annotated[int, typer.Option(help="Histories that may wait for the model.")] = 256,
-    inflight: Annotated[int, typer.Option(help="Requests that may be in flight.")] = 512,
+    inflight: Annotated[int, typer.Option(help="Requests that may be in flight.")] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 10,
     cache: Annotated[int, typer.Option(help="User vectors that are kept; 0: none.")] = 10_000,
     batch_tokens: Annotated[int, typer.Option(help="Tokens that close a batch.")] = 4096,

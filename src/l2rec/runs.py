@@ -812,6 +812,8 @@ def load(run: str | Path) -> Predictor:
     )
     load_trained(model, tensors, str(run / "model.safetensors"))
     model.eval()
+    if hasattr(model, "freeze"):
+        model.freeze()
     version = _file_hash(run / "model.safetensors")
     vectors = _stored_vectors(run, version, len(catalog))
     if vectors is None:

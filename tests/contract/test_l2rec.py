@@ -594,6 +594,28 @@ def test_encoding_texts_leaves_the_catalog_alone(changes: dict[str, Any]) -> Non
     model.train().loss(one_batch(model)).total.backward()
 
 
+def test_a_frozen_model_computes_its_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shaken(build(**TABLE)).eval()
+    assert model.table is not None
+    before, vectors = model.scorer()(HISTORIES), model.encode_items(np.arange(N))
+    model.freeze()
+    assert model.table() is model.table()
+    assert torch.equal(model.scorer()(HISTORIES), before)
+    model.encode_items(["pink silk kite"])
+    assert model.n_items == len(model.table()) == N
+    added = model.add_items(["pink silk kite"])
+    kept = model.encode_items(np.arange(N + 1))
+    assert torch.equal(kept[:N], vectors) and len(model.table()) == N + 1
+    # Training, and weights that are loaded, end it.
+    model.train()
+    assert model.table() is not model.table()
+    model.eval()
+    torch.testing.assert_close(model.encode_items(added), kept[N:])
+    model.freeze()
+    load_trained(model, {n: t + 0.1 for n, t in trained_tensors(model).items()}, "test")
+    assert not torch.equal(model.encode_items(np.arange(N)), vectors)
+
+
 def test_items_without_text_do_not_break_the_catalog() -> None:
     for family, changes in itertools.product(FAMILIES, ({}, TABLE)):
         model = shaken(build(family, texts=["", *TEXTS[1:-1], ""], **changes))

@@ -227,13 +227,43 @@ class ItemTable(nn.Module):
         self.linear = nn.Parameter(torch.zeros(dim, dim))
         self.residual = nn.Parameter(torch.zeros_like(text))
         self.dropout, self.text_dropout = dropout, text_dropout
+        self._kept: Tensor | None = None
+
+    def keep(self) -> None:
+        """Compute T once, for weights that no longer change. Training or loading ends it."""
+        self._kept = None
+        if not self.training:
+            with torch.inference_mode():
+                self._kept = self()
+
+    def train(self, mode: bool = True) -> ItemTable:
+        """As of every module; what was kept is forgotten."""
+        if mode:
+            self._kept = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args)
 
     def extend(self, text: Tensor) -> None:
         """Add items by their backbone text vectors [n, D] alone."""
-        self.text = torch.cat((self.text, F.normalize(text - self.mean, dim=-1)))
+        added = F.normalize(text - self.mean, dim=-1)
+        self.text = torch.cat((self.text, added))
+        if self._kept is not None:
+            rows = F.normalize(added + added @ self.linear, dim=-1)
+            self._kept = torch.cat((self._kept, rows))
+
+    def take_back(self, text: Tensor) -> None:
+        """Undo `extend`: ``text`` is what E was before."""
+        self.text = text
+        if self._kept is not None:
+            self._kept = self._kept[: len(text)]
 
     def forward(self) -> Tensor:
         """T [N, D] float32."""
+        if self._kept is not None:
+            return self._kept
         text = F.dropout(self.text, self.text_dropout, self.training)
         rows = text + text @ self.linear
         residual = F.dropout(self.residual, self.dropout, self.training)
@@ -398,6 +428,12 @@ class L2Rec(nn.Module):
     def _text_vectors(self, tokens: Ragged) -> Tensor:
         """The bare backbone's text vectors (no routing is set, so the experts do not act)."""
         return text_vectors(self.backbone, tokens, self.config.text_tokens)
+
+    def freeze(self) -> None:
+        """For a model that is only used from here on: what no history changes is computed once."""
+        self.eval()
+        if self.table is not None:
+            self.table.keep()
 
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
         """New items by text alone, recommendable at once. Returns their item ints.
@@ -832,7 +868,7 @@ class L2Rec(nn.Module):
             if self.table is None:
                 self.item_vectors = known[1]
             else:
-                self.table.text = known[1]
+                self.table.take_back(known[1])
 
     def scorer(self) -> Scorer:
         """Histories -> cosine / tau with every catalog item [B, N] float32. Encodes the catalog."""

@@ -36,9 +36,9 @@ from l2rec.service.batching import Busy
 from l2rec.service.follow import Follower, Shadow, keep_in_sync
 from l2rec.service.live import Live
 from l2rec.service.security import Guard, Refused, is_public, problem
-from l2rec.service.serving import Service, User
+from l2rec.service.serving import Service
 from l2rec.service.settings import Settings
-from l2rec.service.version import Version
+from l2rec.service.version import User, Version
 
 if TYPE_CHECKING:
     from l2rec.service.events import EventLog
@@ -228,7 +228,7 @@ def _query(version: Version, user: User, history: Sequence[str], body: s.Recomme
         allowed[[row for item in body.allow if (row := row_of(item)) is not None]] = True
         only = allowed if only is None else only & allowed
     rows = np.fromiter(without, dtype=np.int64, count=len(without))
-    return v.Query(version, user.vector, body.k, rows, only)
+    return v.Query(version, user, body.k, rows, only)
 
 
 # -- items, events, experiments ------------------------------------------------------------------

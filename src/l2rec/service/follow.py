@@ -26,8 +26,16 @@ from scipy.stats import rankdata
 from l2rec.errors import L2RecError, StorageError
 from l2rec.service.batching import Worker
 from l2rec.service.live import FILE, Deployment, read_deployment
-from l2rec.service.serving import Service, encode_one
-from l2rec.service.version import Query, Version, check_version, load_version, rank
+from l2rec.service.serving import Service
+from l2rec.service.version import (
+    Query,
+    Version,
+    check_version,
+    encode,
+    load_version,
+    rank,
+    score,
+)
 
 if TYPE_CHECKING:
     from l2rec.service.events import EventLog
@@ -215,23 +223,19 @@ def compare(candidate: Version, answered: Answered) -> Compared | None:
     history = [item for item in answered.history if row_of(item) is not None]
     if not history or not answered.ids:
         return None
-    user = encode_one(candidate, history)
+    user = encode(candidate, candidate.predictor.rows([history]))[0]
     without = np.asarray(
         [row for item in answered.without if (row := row_of(item)) is not None], dtype=np.int64
     )
     k = len(answered.ids)
-    ranked = rank([Query(candidate, user.vector, k, without)])[0]
+    ranked = rank([Query(candidate, user, k, without)])[0]
     seconds = time.perf_counter() - started
     listed = {candidate.ids[row] for row in ranked.rows}
     overlap = len(listed & set(answered.ids)) / k
     known = [row for item in answered.ids if (row := row_of(item)) is not None]
     if len(known) < 2:
         return Compared(overlap, None, seconds)
-    if candidate.matrix is None:
-        scores = user.vector.numpy()[known]
-    else:
-        scores = (candidate.matrix[known] @ user.vector).numpy()
-    theirs = rankdata(-scores)
+    theirs = rankdata(-score(candidate, user, np.asarray(known, dtype=np.int64)))
     if not np.ptp(theirs):
         return Compared(overlap, None, seconds)
     correlation = float(np.corrcoef(np.arange(len(known)), theirs)[0, 1])

@@ -103,7 +103,8 @@ class RateLimit:
 
 def may_write(method: str, path: str) -> bool:
     """Whether a request needs a write key."""
-    return method not in ("GET", "HEAD", "OPTIONS") and path not in READING_POSTS
+    reads = method in ("GET", "HEAD", "OPTIONS")
+    return not reads and not (method == "POST" and path in READING_POSTS)
 
 
 def is_public(method: str, path: str) -> bool:
@@ -180,7 +181,7 @@ class Guard:
             template = getattr(route, "path", None) or "other"
             seconds = time.perf_counter() - started
             self._metrics.answered(template, scope["method"], sent, seconds)
-            if self.settings.access_log or sent >= 500:
+            if self.settings.access_log:
                 logger.info(
                     "%s %s %d %.1f ms %s", scope["method"], template, sent, 1000 * seconds, request
                 )

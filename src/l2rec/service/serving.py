@@ -5,7 +5,7 @@ Everything here runs in one event loop; models run in one thread, storage in a f
 
 from __future__ import annotations
 
-__all__ = ["Service", "User", "encode_one"]
+__all__ = ["Service"]
 
 import asyncio
 import logging
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from l2rec.data.ragged import Ragged
 from l2rec.errors import L2RecError
@@ -27,7 +26,16 @@ from l2rec.service.live import Live
 from l2rec.service.metrics import Metrics
 from l2rec.service.security import Refused
 from l2rec.service.settings import Settings
-from l2rec.service.version import ItemState, ItemTexts, Query, Ranked, Version, rank
+from l2rec.service.version import (
+    ItemState,
+    ItemTexts,
+    Query,
+    Ranked,
+    User,
+    Version,
+    encode,
+    rank,
+)
 
 if TYPE_CHECKING:
     from l2rec.service.events import EventLog
@@ -49,32 +57,16 @@ class _Encode:
     row: npt.NDArray[np.integer]
 
 
-@dataclass(frozen=True, eq=False)
-class User:
-    """vector: [D], or [N] scores of a method that only ranks. gate: of Eq. 7, if there is one."""
-
-    vector: Tensor
-    gate: float | None
-
-
-def encode(jobs: Sequence[_Encode]) -> list[User]:
+def encode_jobs(jobs: Sequence[_Encode]) -> list[User]:
     """Histories -> users, those of one version together. In the thread of the models."""
     found: dict[int, User] = {}
     groups: dict[int, list[int]] = {}
     for number, job in enumerate(jobs):
         groups.setdefault(id(job.version), []).append(number)
     for numbers in groups.values():
-        predictor = jobs[numbers[0]].version.predictor
-        vectors, gates = predictor.users(Ragged.from_rows([jobs[n].row for n in numbers]))
-        vectors = vectors.float().cpu()
-        for at, number in enumerate(numbers):
-            found[number] = User(vectors[at].clone(), gates[at])
+        rows = Ragged.from_rows([jobs[n].row for n in numbers])
+        found |= dict(zip(numbers, encode(jobs[numbers[0]].version, rows), strict=True))
     return [found[number] for number in range(len(jobs))]
-
-
-def encode_one(version: Version, history: Sequence[str]) -> User:
-    """One history of known ids. In the thread of the version's model."""
-    return encode([_Encode(version, version.predictor.rows([history])[0])])[0]
 
 
 class Service:
@@ -92,7 +84,7 @@ class Service:
         self._ranker = Worker("ranking", limit=settings.inflight)
         self._storage = ThreadPoolExecutor(STORAGE_THREADS, thread_name_prefix="l2rec-storage")
         self.encoding: Batcher[_Encode, User] = Batcher(
-            encode,
+            encode_jobs,
             self.worker,
             max_cost=settings.batch_tokens,
             max_wait=settings.batch_ms / 1000,
@@ -329,7 +321,7 @@ class Service:
 def _infer(version: Version) -> None:
     """One history through the model and the index. AssertionError if scores are not numbers."""
     row = int(np.flatnonzero(~version.hidden)[0])
-    users, _ = version.predictor.users(Ragged.from_rows([[row]]))
-    ranked = rank([Query(version, users[0].float().cpu(), 1)])[0]
+    user = encode(version, Ragged.from_rows([[row]]))[0]
+    ranked = rank([Query(version, user, 1)])[0]
     if not len(ranked.rows) or not np.isfinite(ranked.scores).all():
         raise ArithmeticError("scores that are not finite numbers")

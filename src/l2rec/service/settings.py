@@ -44,8 +44,9 @@ class Settings(BaseModel):
     """... or when its first one has waited this long."""
     queue: int = Field(256, ge=1)
     """Histories that wait for the model; one more is refused at once."""
-    inflight: int = Field(512, ge=1)
-    """Requests that are being answered; one more is refused before its body is read."""
+    inflight: int = Field(256, ge=1)
+    """Requests that are being answered; one more is refused before its body is read, which is
+    cheaper than by the queue."""
     timeout: float = Field(10.0, gt=0)
     """Seconds until a request is given up."""
     cache: int = Field(10_000, ge=0)
@@ -67,7 +68,7 @@ class Settings(BaseModel):
     """Seconds that requests in flight have when the server is told to stop."""
 
     access_log: bool = True
-    """One line for each request; without it, for those that failed."""
+    """One line for each request."""
 
     experiment: Experiment | None = None
 

@@ -12,10 +12,13 @@ __all__ = [
     "ItemTexts",
     "Query",
     "Ranked",
+    "User",
     "Version",
     "check_version",
+    "encode",
     "load_version",
     "rank",
+    "score",
 ]
 
 import itertools
@@ -35,6 +38,7 @@ from torch import Tensor
 
 from l2rec.checkpoint import load_tensors, read_json
 from l2rec.data.catalog import Catalog
+from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, DataError, nearest
 from l2rec.methods.protocols import TakesNewItems
 from l2rec.runs import Predictor, load, read_catalog
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
 ItemTexts = Mapping[str, tuple[str, Mapping[str, str]]]
 """id -> text, attributes."""
 ItemState = tuple[ItemTexts, frozenset[str]]
@@ -366,14 +371,15 @@ def check_version(version: Version) -> None:
     some = served[np.unique(np.linspace(0, len(served) - 1, CHECKED).astype(np.int64))]
     histories = [[version.ids[row]] for row in some] + [[version.ids[row] for row in some]]
     rows = version.predictor.rows(histories)
-    users, _ = version.predictor.users(rows)
-    if not bool(torch.isfinite(users).all()):
+    users = encode(version, rows)
+    vectors = torch.stack([user.vector for user in users])
+    if not bool(torch.isfinite(vectors).all()):
         raise CheckpointError(f"{version.name}: scores that are not finite numbers")
     if version.matrix is None:
         return
     lengths = version.matrix.norm(dim=-1)
     unit = bool((lengths - 1).abs().max() < 0.01)
-    worst = float((users.float().norm(dim=-1) - 1).abs().max())
+    worst = float((vectors.norm(dim=-1) - 1).abs().max())
     if unit and worst > 0.01:
         raise CheckpointError(f"{version.name}: user vectors off unit length by {worst:.2g}")
     k = min(10, len(served))
@@ -392,13 +398,57 @@ def check_version(version: Version) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Query:
-    """user: [D] vector, or [N] scores of a method that only ranks. without: rows that are not
-    listed. only: [N] bool, nothing else is listed.
+class User:
+    """A history, encoded.
+
+    vector: [D], or [N] scores of a method that only ranks. gate: of Eq. 7, if there is one.
+    rows, added: [n] int64 and [n] float32, what the method adds to the inner products with some
+    items, such as counts of what was met together.
     """
 
+    vector: Tensor
+    gate: float | None = None
+    rows: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    added: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+
+
+def encode(version: Version, rows: Ragged) -> list[User]:
+    """Histories of item ints, encoded. In the thread of the version's model."""
+    vectors, gates = version.predictor.users(rows)
+    vectors = vectors.float().cpu()
+    prior = None if version.matrix is None else version.predictor.prior(rows)
+    if prior is None:
+        return [User(vector.clone(), gate) for vector, gate in zip(vectors, gates, strict=True)]
+    dense = prior.float().cpu().numpy()[:, : len(version)]
+    some = [np.flatnonzero(row) for row in dense]
+    return [
+        User(vector.clone(), gate, found, row[found])
+        for vector, gate, found, row in zip(vectors, gates, some, dense, strict=True)
+    ]
+
+
+def score(version: Version, user: User, rows: Rows) -> Floats:
+    """[n] float32 scores of some rows."""
+    if version.matrix is None:
+        found: Floats = user.vector.numpy()[rows]
+        return found
+    if len(rows) * 2 < len(version):
+        scores = (version.matrix[torch.from_numpy(rows)] @ user.vector).numpy()
+    else:
+        scores = (version.matrix @ user.vector).numpy()[rows]
+    if len(user.rows):
+        everywhere = np.zeros(len(version), dtype=np.float32)
+        everywhere[user.rows] = user.added
+        scores = scores + everywhere[rows]
+    return scores
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """without: rows that are not listed. only: [N] bool, nothing else is listed."""
+
     version: Version
-    user: Tensor
+    user: User
     k: int
     without: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     only: Mask | None = None
@@ -409,7 +459,7 @@ class Ranked:
     """Best first; fewer than k where fewer are left. rows: int64. scores: float32."""
 
     rows: Rows
-    scores: npt.NDArray[np.float32]
+    scores: Floats
 
 
 HEADROOM = 4
@@ -437,14 +487,17 @@ def rank(queries: Sequence[Query]) -> list[Ranked]:
 
 
 def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
-    """By the index, and newer rows beside it; None where too few were left."""
+    """By the index, and newer rows beside it; None where too few were left.
+
+    Rows that a method adds something to are scored one by one, and do not count as found.
+    """
     version = queries[0].version
     matrix, index = version.matrix, version.index
     assert matrix is not None and index is not None
     spare = min(len(version.deleted), HEADROOM * max(query.k for query in queries))
-    wanted = max(query.k + len(query.without) for query in queries)
+    wanted = max(query.k + len(query.without) + len(query.user.rows) for query in queries)
     wanted = min(wanted + spare, len(version))
-    users = torch.stack([query.user for query in queries]).float().cpu()
+    users = torch.stack([query.user.vector for query in queries])
     positions, scores = index.search(users.numpy(), min(wanted, version.indexed))
     if len(matrix) > version.indexed:
         newer = (users @ matrix[version.indexed :].T).numpy()
@@ -453,31 +506,27 @@ def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
         scores = np.concatenate((scores, newer), axis=1)
     found: list[Ranked | None] = []
     for query, some, their in zip(queries, positions, scores, strict=True):
+        user = query.user
         keep = (some >= 0) & ~version.hidden[some]
-        if len(query.without):
-            keep &= ~np.isin(some, query.without)
-        best = _best(some[keep], their[keep], query.k)
-        complete = len(best.rows) == query.k or wanted >= len(version)
-        found.append(best if complete else None)
+        keep &= ~np.isin(some, np.concatenate((query.without, user.rows)))
+        some, their = some[keep], their[keep]
+        complete = len(some) >= query.k or wanted >= len(version)
+        if len(user.rows):
+            more = user.rows[~version.hidden[user.rows] & ~np.isin(user.rows, query.without)]
+            some = np.concatenate((some, more))
+            their = np.concatenate((their, score(version, user, more)))
+        found.append(_best(some, their, query.k) if complete else None)
     return found
 
 
 def _exact(query: Query) -> Ranked:
     """All rows that may be listed are scored."""
-    version = query.version
-    allowed = ~version.hidden
+    allowed = ~query.version.hidden
     allowed[query.without] = False
     if query.only is not None:
         allowed &= query.only
     rows = np.flatnonzero(allowed)
-    user = query.user.float().cpu()
-    if version.matrix is None:
-        scores = user.numpy()[rows]
-    elif len(rows) * 2 < len(version):
-        scores = (version.matrix[torch.from_numpy(rows)] @ user).numpy()
-    else:
-        scores = (version.matrix @ user).numpy()[rows]
-    return _best(rows, scores, query.k)
+    return _best(rows, score(query.version, query.user, rows), query.k)
 
 
 def _best(rows: Rows, scores: npt.NDArray[np.float32], k: int) -> Ranked:

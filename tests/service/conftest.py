@@ -1,0 +1,72 @@
+"""Tiny finished runs, and an app over one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+from tests.unit import tiny_run
+from tests.unit.conftest import Finished, backbone_folder, chains, encode_run, one_thread, table_run
+
+from l2rec.data.dataset import Dataset
+from l2rec.runs import train_run
+from l2rec.service.app import create_app
+from l2rec.service.live import Live
+from l2rec.service.settings import Settings
+from l2rec.service.version import load_version
+
+__all__ = ["backbone_folder", "chains", "encode_run", "one_thread", "table_run"]
+
+Serve = Callable[..., TestClient]
+
+
+@pytest.fixture(scope="session")
+def other_run(
+    backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """Another model of the same items. Copy the folder before changing anything in it."""
+    run = tmp_path_factory.mktemp("runs") / "other"
+    config = tiny_run.config(backbone_folder, "table", lr=2e-2)
+    train_run(config, chains.path, run, progress=tiny_run.Quiet(), recipe="tiny", command="test")
+    return Finished(run, chains.path, backbone_folder)
+
+
+@pytest.fixture(scope="session")
+def prior_run(
+    backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """A model whose scores are not inner products alone. Copy before changing anything in it."""
+    run = tmp_path_factory.mktemp("runs") / "prior"
+    prior = {"repeat_bias": True, "cooccurrence": True}
+    config = tiny_run.config(backbone_folder, "table", model=prior)
+    train_run(config, chains.path, run, progress=tiny_run.Quiet(), recipe="tiny", command="test")
+    return Finished(run, chains.path, backbone_folder)
+
+
+@pytest.fixture
+def log_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'events.db'}"
+
+
+@pytest.fixture
+def serve(table_run: Finished, log_url: str) -> Iterator[Serve]:
+    """A client of an app with these settings; several in turn are restarts of one server."""
+    from l2rec.service.events import EventLog
+
+    opened: list[TestClient] = []
+
+    def start(run: Path | None = None, *, log: Any = None, **settings: Any) -> TestClient:
+        log = log or EventLog(log_url)
+        version = load_version(run or table_run.run, items=log.items())
+        app = create_app(Settings(**{"rate": 0, **settings}), Live(version), log)
+        client = TestClient(app)
+        client.__enter__()
+        opened.append(client)
+        return client
+
+    yield start
+    for client in opened:
+        client.__exit__(None, None, None)

@@ -1,0 +1,589 @@
+"""Every route, by what it answers: ranked, filtered, stored, refused, and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from l2rec.service.events import EventLog
+from starlette.testclient import TestClient
+from tests.service.conftest import Serve
+from tests.unit.conftest import Finished
+
+from l2rec import abtest
+from l2rec.errors import StorageError
+from l2rec.runs import load
+from l2rec.service.app import create_app
+from l2rec.service.live import Live
+from l2rec.service.settings import Experiment, Settings
+from l2rec.service.version import load_version
+
+
+def recommend(client: TestClient, **body: Any) -> list[str]:
+    answer = client.post("/v1/recommend", json=body)
+    assert answer.status_code == 200, answer.text
+    return [item["id"] for item in answer.json()["items"]]
+
+
+def error(answer: Any, status: int) -> str:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    value = answer.json()
+    assert list(value) == ["error"] and "\n" not in value["error"]
+    return str(value["error"])
+
+
+def metric(client: TestClient, name: str, /, **labels: str) -> float:
+    """The sum of all samples of a name that have these labels."""
+    found = 0.0
+    for line in client.get("/metrics").text.splitlines():
+        labelled = all(f'{key}="{value}"' in line for key, value in labels.items())
+        if labelled and line.startswith((f"{name} ", f"{name}{{")):
+            found += float(line.rsplit(" ", 1)[1])
+    return found
+
+
+# -- recommend -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", ["table", "encode", "prior"])
+def test_recommends_what_the_library_does(
+    items: str, serve: Serve, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue(f"{items}_run").run
+    client, predictor = serve(run), load(run)
+    for history in (["i1"], ["i1", "i2", "i3"], ["i7"] * 20):
+        for seen in (True, False):
+            answer = client.post(
+                "/v1/recommend", json={"history": history, "k": 7, "exclude_seen": seen}
+            ).json()
+            expected = predictor.recommend(history, 7, exclude_seen=seen)
+            assert [i["id"] for i in answer["items"]] == [i["id"] for i in expected.items]
+            assert [i["text"] for i in answer["items"]] == [i["text"] for i in expected.items]
+            scores = [i["score"] for i in expected.items]
+            assert [i["score"] for i in answer["items"]] == pytest.approx(scores, abs=1e-5)
+            assert answer["gate"] == pytest.approx(expected.gate, abs=1e-5)
+            assert answer["version"] == predictor.version and answer["experiment"] is None
+
+
+def test_an_id_of_each_request(serve: Serve) -> None:
+    client = serve()
+    answers = [client.post("/v1/recommend", json={"history": ["i1"]}) for _ in range(2)]
+    ids = [answer.json()["request"] for answer in answers]
+    assert ids == [answer.headers["x-request-id"] for answer in answers] and ids[0] != ids[1]
+
+
+def test_allow_deny_filters(serve: Serve, table_run: Finished) -> None:
+    client = serve()
+    every = recommend(client, history=["i1", "i2"], k=40)
+    assert len(every) == 28 and not {"i1", "i2"} & set(every)
+    assert recommend(client, history=["i1", "i2"], k=5, deny=every[:3]) == every[3:8]
+    allow = [every[20], "i1", every[4], "nobody", every[9]]
+    assert recommend(client, history=["i1", "i2"], allow=allow) == [every[n] for n in (4, 9, 20)]
+    assert recommend(client, history=["i1"], allow=[]) == []
+    title = load_version(table_run.run).attributes_of(5)["title"]
+    found = recommend(client, history=["i1"], filters={"title": [title]}, exclude_seen=False)
+    assert "i5" in found and len(found) < 28
+    message = error(
+        client.post("/v1/recommend", json={"history": ["i1"], "filters": {"titel": ["x"]}}), 422
+    )
+    assert message == "no attribute 'titel'; did you mean 'title'? (the catalog has: title)"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({}, 422, "give a user or a history"),
+        ({"history": []}, 422, "history: List should have at least 1 item"),
+        ({"history": ["i1"], "k": 0}, 422, "k: Input should be greater than or equal to 1"),
+        ({"history": ["i1"], "k": 501}, 422, "k: Input should be less than or equal to 500"),
+        ({"history": ["i1"] * 501}, 422, "history: List should have at most 500 items"),
+        ({"history": ["i1", "zz", "i2", "yy"]}, 422, "unknown item ids: 'zz', 'yy'"),
+        ({"history": ["i1"], "seen": 1}, 422, "seen: Extra inputs are not permitted"),
+        ({"history": ["\u0000"]}, 422, "history.0: String should match pattern"),
+        ({"history": ["x" * 257]}, 422, "history.0: String should have at most 256 characters"),
+        ({"user": "nobody"}, 404, "user 'nobody' has no events yet: send some to /v1/events"),
+        ({"user": "u", "experiment": "e"}, 404, "no experiment 'e' (none runs)"),
+    ],
+)
+def test_what_is_refused(body: dict[str, Any], status: int, message: str, serve: Serve) -> None:
+    assert error(serve().post("/v1/recommend", json=body), status).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b"", 422, "Field required"),
+        (b"{", 400, "not JSON"),
+        (b'"\\ud800"', 422, "Input should be a valid dictionary"),
+        (b'{"history": ["\\ud800"]}', 422, "history.0: Input should be a valid string"),
+        (b'{"k": 1e999, "history": ["i1"]}', 422, "k: "),
+        (b'{"k": NaN, "history": ["i1"]}', 422, "k: "),
+        (b'{"k": ' + b"9" * 5000 + b"}", 400, ""),
+        (b"[" * 17, 400, "JSON deeper than 16 levels"),
+        (b'{"history": ["' + b"x" * 2**20 + b'"]}', 413, "a body of 1048593 bytes; send at most"),
+        (b"\xff\xfe", 400, ""),
+    ],
+)
+def test_bodies_that_are_not_requests(
+    content: bytes, status: int, message: str, serve: Serve
+) -> None:
+    headers = {"content-type": "application/json"}
+    answer = serve().post("/v1/recommend", content=content, headers=headers)
+    assert error(answer, status).startswith(message)
+
+
+def test_a_body_in_chunks_is_measured_while_it_comes(serve: Serve) -> None:
+    client = serve(body_bytes=2048)
+    sent = 0
+
+    def chunks() -> Any:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1
+            yield b" " * 1000
+
+    answer = client.post(
+        "/v1/recommend", content=chunks(), headers={"content-type": "application/json"}
+    )
+    assert error(answer, 413) == "a body of more than 2048 bytes"
+
+
+def test_only_json(serve: Serve) -> None:
+    answer = serve().post("/v1/recommend", content=b"{}", headers={"content-type": "text/plain"})
+    assert error(answer, 415) == "send application/json"
+
+
+def test_unknown_routes_and_methods(serve: Serve) -> None:
+    client = serve()
+    assert error(client.get("/v1/nothing"), 404) == "Not Found"
+    assert error(client.get("/v1/recommend"), 405) == "Method Not Allowed"
+    assert error(client.get("/docs"), 404) and error(client.get("/livez/"), 404)
+
+
+def test_a_failure_that_nobody_foresaw(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve()
+
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(client.app.state.live.version.predictor, "users", fail)  # type: ignore[attr-defined]
+    message = error(client.post("/v1/recommend", json={"history": ["i1"]}), 500)
+    assert message.startswith("internal error; see the log at ") and "secret" not in message
+
+
+# -- users, batches, the cache -------------------------------------------------------------------
+
+
+def test_a_user_is_what_was_clicked(serve: Serve) -> None:
+    client = serve()
+    events = [
+        {"id": f"e{n}", "user": "u", "item": item, "type": kind, "timestamp": 1e9 + n}
+        for n, (item, kind) in enumerate(
+            [("i1", "click"), ("i9", "exposure"), ("unknown", "click"), ("i2", "reply")]
+        )
+    ]
+    stored = client.post("/v1/events", json={"events": events})
+    assert stored.json() == {"stored": 4, "ignored": 0}
+    again = client.post("/v1/events", json={"events": [*events, events[1] | {"id": "new"}]})
+    assert again.json() == {"stored": 1, "ignored": 4}
+    assert recommend(client, user="u") == recommend(client, history=["i1", "i2"])
+    only = client.post(
+        "/v1/events", json={"events": [{"id": "x", "user": "v", "item": "gone", "type": "click"}]}
+    )
+    assert only.status_code == 200
+    assert error(client.post("/v1/recommend", json={"user": "v"}), 404)
+    assert metric(client, "l2rec_events_total", result="stored") == 6
+    assert metric(client, "l2rec_events_total", result="ignored") == 4
+
+
+@pytest.mark.parametrize("items", ["table", "encode"])
+def test_a_batch_answers_as_single_requests_do(
+    items: str, request: pytest.FixtureRequest, log_url: str
+) -> None:
+    run = request.getfixturevalue(f"{items}_run").run
+    draw = np.random.default_rng(0)
+    histories = [
+        [f"i{n}" for n in draw.integers(0, 30, length)] for length in draw.integers(1, 9, 40)
+    ]
+
+    async def main() -> tuple[list[Any], list[Any], float]:
+        async with running(run, log_url, cache=0) as (app, client):
+            single = [await embed(client, [history]) for history in histories]
+            together = await asyncio.gather(*(embed(client, [history]) for history in histories))
+            all_at_once = await embed(client, histories)
+            batches = app.state.metrics.batch_jobs.collect()[0].samples
+            count = next(s.value for s in batches if s.name.endswith("_count"))
+            return single, [*together, all_at_once], count
+
+    single, together, batches = asyncio.run(main())
+    expected = np.concatenate(single)
+    assert batches < 2 * len(histories)  # some ran together
+    np.testing.assert_allclose(np.concatenate(together[:-1]), expected, atol=2e-5)
+    np.testing.assert_allclose(together[-1], expected, atol=2e-5)
+
+
+class running:
+    """An app with its lifespan and an asynchronous client."""
+
+    def __init__(self, run: Any, log_url: str, **settings: Any) -> None:
+        log = EventLog(log_url)
+        live = Live(load_version(run, items=log.items()))
+        self.app = create_app(Settings(**{"rate": 0, **settings}), live, log)
+
+    async def __aenter__(self) -> tuple[Any, httpx.AsyncClient]:
+        self._lifespan = self.app.router.lifespan_context(self.app)
+        await self._lifespan.__aenter__()
+        transport = httpx.ASGITransport(self.app)
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
+        return self.app, self._client
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self._client.aclose()
+        await self._lifespan.__aexit__(None, None, None)
+
+
+async def embed(client: httpx.AsyncClient, histories: list[list[str]]) -> Any:
+    answer = await client.post("/v1/embed/users", json={"histories": histories})
+    assert answer.status_code == 200, answer.text
+    return np.asarray(answer.json()["vectors"])
+
+
+def test_repeated_histories_are_not_encoded_again(serve: Serve) -> None:
+    client = serve(cache=2)
+    for history in (["i1"], ["i1"], ["i2"], ["i1"], ["i3"], ["i1"], ["i2"]):
+        recommend(client, history=history)
+    assert metric(client, "l2rec_user_cache_total", found="hit") == 3
+    assert metric(client, "l2rec_user_cache_total", found="miss") == 4
+    assert metric(client, "l2rec_user_cache_entries") == 2
+    assert metric(client, "l2rec_batch_histories_count") == 4
+
+
+def test_embeddings(serve: Serve, table_run: Finished) -> None:
+    client, predictor = serve(), load(table_run.run)
+    users = client.post("/v1/embed/users", json={"histories": [["i1"], ["i2", "i3"]]}).json()
+    expected = predictor.encode_users([["i1"], ["i2", "i3"]])
+    np.testing.assert_allclose(users["vectors"], expected, atol=1e-5)
+    items = client.post("/v1/embed/items", json={"texts": ["red hat"]}).json()
+    np.testing.assert_allclose(items["vectors"], predictor.encode_items(["red hat"]), atol=1e-5)
+    assert users["version"] == items["version"] == predictor.version
+    bad = {"histories": [["i1"], ["zz"]]}
+    assert error(client.post("/v1/embed/users", json=bad), 422) == "unknown item ids: 'zz'"
+    assert metric(client, "l2rec_batch_histories_sum") == 2
+    assert error(client.post("/v1/embed/items", json={"texts": ["  "]}), 422)
+
+
+# -- items ---------------------------------------------------------------------------------------
+
+
+def test_an_item_is_recommended_in_the_next_request_and_after_a_restart(serve: Serve) -> None:
+    client = serve()
+    item = {"id": "n1", "text": "heavy red hat", "attributes": {"color": "red|blue", "size": ""}}
+    answer = client.put("/v1/items", json={"items": [item, {"id": "i3", "text": "cold door"}]})
+    assert answer.status_code == 200 and answer.json()["items"] == 2
+    deleted = client.delete("/v1/items", params={"id": ["i4", "i5", "i4"]})
+    assert deleted.status_code == 200
+
+    def as_it_is_now(client: TestClient) -> list[str]:
+        every = recommend(client, history=["n1", "i5"], k=40, exclude_seen=False)
+        assert {"n1", "i3"} <= set(every) and not {"i4", "i5"} & set(every) and len(every) == 29
+        assert recommend(client, history=["i1"], filters={"color": ["blue"]}) == ["n1"]
+        answer = client.post("/v1/recommend", json={"history": ["i1"], "allow": ["i3"]}).json()
+        assert answer["items"][0]["text"] == "cold door"
+        return every
+
+    assert as_it_is_now(client) == as_it_is_now(serve())
+    assert client.delete("/v1/items", params={"id": "n1"}).status_code == 200
+    assert "n1" not in recommend(serve(), history=["i1"], k=40)
+    assert metric(client, "l2rec_item_changes_total", change="put") == 2
+    assert error(client.delete("/v1/items", params={"id": ["zz", "i1"]}), 404) == (
+        "unknown item ids: 'zz'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("items", "status", "message"),
+    [
+        ([], 422, "items: List should have at least 1 item"),
+        ([{"id": "a", "text": "x"}] * 2, 422, "item 'a' is given twice"),
+        ([{"id": "a", "text": " \n"}], 422, "items.0.text: String should match pattern"),
+        ([{"id": "a", "text": "x" * 10_001}], 422, "items.0.text: String should have at most"),
+        ([{"id": str(n), "text": "x"} for n in range(101)], 422, "items: List should have at most"),
+        (
+            [{"id": str(n), "text": "x"} for n in range(6)],
+            409,
+            "0 rows were added since table was loaded, at most 5 may be; restart or deploy",
+        ),
+    ],
+)
+def test_items_that_are_refused(items: Any, status: int, message: str, serve: Serve) -> None:
+    client = serve(new_items=5)
+    assert error(client.put("/v1/items", json={"items": items}), status).startswith(message)
+
+
+def test_another_server_of_the_same_database_takes_items_over(serve: Serve) -> None:
+    first, second = serve(sync=0.02), serve(sync=0.02)
+    first.put("/v1/items", json={"items": [{"id": "n1", "text": "heavy red hat"}]})
+    first.delete("/v1/items", params={"id": "i4"})
+    deadline = time.monotonic() + 20
+    while "n1" not in (now := recommend(second, history=["i1"], k=40)) or "i4" in now:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Broken:
+    """A log whose writes, or everything, fail as on a full disk or a database that is away."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log, self.writes, self.reads = log, False, False
+
+    def __getattr__(self, name: str) -> Any:
+        writing = name in ("append", "put_items", "delete_items")
+        if self.writes and (writing or self.reads) and name != "close":
+            return _full
+        return getattr(self._log, name)
+
+
+def _full(*_: Any) -> Any:
+    raise StorageError("the disk is full; free some space")
+
+
+def test_storage_that_fails_leaves_reads_and_recovers(serve: Serve, log_url: str) -> None:
+    log = Broken(EventLog(log_url))
+    client = serve(log=log)
+    event = {"id": "a", "user": "u", "item": "i1", "type": "click"}
+    item = {"items": [{"id": "n1", "text": "heavy red hat"}]}
+    log.writes = True
+    for answer in (
+        client.post("/v1/events", json={"events": [event]}),
+        client.put("/v1/items", json=item),
+        client.delete("/v1/items", params={"id": "i4"}),
+    ):
+        assert error(answer, 503) == "the disk is full; free some space"
+        assert answer.headers["retry-after"] == "5"
+    every = recommend(client, history=["i1"], k=40)
+    assert "n1" not in every and "i4" in every
+    assert client.get("/readyz").status_code == 200
+    assert metric(client, "l2rec_storage_failures_total") == 3
+    log.reads = True
+    client.app.state.service._ready = None  # type: ignore[attr-defined]  # not the one of before
+    assert error(client.get("/readyz"), 503) == "the disk is full; free some space"
+    assert error(client.post("/v1/recommend", json={"user": "u"}), 503)
+    assert recommend(client, history=["i1"], k=40) == every
+    log.writes = log.reads = False
+    assert client.put("/v1/items", json=item).status_code == 200
+    assert client.post("/v1/events", json={"events": [event]}).json()["stored"] == 1
+    assert "n1" in recommend(client, history=["i1"], k=40)
+
+
+# -- limits --------------------------------------------------------------------------------------
+
+
+class HeldUp:
+    """The thread of the models does not go on until the end."""
+
+    def __init__(self, client_or_app: Any) -> None:
+        self._app = getattr(client_or_app, "app", client_or_app)
+        self._go = threading.Event()
+
+    def __enter__(self) -> None:
+        started = threading.Event()
+
+        def wait() -> None:
+            started.set()
+            assert self._go.wait(30)
+
+        self._app.state.worker._pool.submit(wait)
+        assert started.wait(30)
+
+    def __exit__(self, *_: Any) -> None:
+        self._go.set()
+
+
+def test_overload_is_refused_at_once_and_ends(table_run: Finished, log_url: str) -> None:
+    async def main() -> None:
+        async with running(table_run.run, log_url, queue=4) as (app, client):
+
+            async def ask(number: int) -> httpx.Response:
+                body = {"history": [f"i{number % 30}", f"i{number % 7}"]}
+                return await client.post("/v1/recommend", json=body)
+
+            with HeldUp(app):
+                asked = [asyncio.ensure_future(ask(n)) for n in range(60)]
+                while len([task for task in asked if task.done()]) < 55:
+                    await asyncio.sleep(0.001)  # although the model stands still
+                refused = [task.result() for task in asked if task.done()]
+                assert {answer.status_code for answer in refused} == {503}
+                assert all(answer.headers["retry-after"] == "1" for answer in refused)
+                said = {answer.json()["error"] for answer in refused}
+                assert said == {"4 requests wait for the model thread; try again in 1 s"}
+            answers = await asyncio.gather(*asked)
+            good = [answer for answer in answers if answer.status_code == 200]
+            assert 4 <= len(good) <= 5  # four that waited, and one if it was run before they came
+            again = await asyncio.gather(*(ask(n) for n in range(4)))
+            assert [answer.status_code for answer in again] == [200] * 4
+            assert not len(app.state.service.encoding)
+
+    asyncio.run(main())
+
+
+def test_more_requests_than_may_be_in_flight(table_run: Finished, log_url: str) -> None:
+    async def main() -> None:
+        async with running(table_run.run, log_url, inflight=3) as (app, client):
+
+            async def ask(path: str) -> httpx.Response:
+                return await client.post(path, json={"history": ["i1"]})
+
+            with HeldUp(app):
+                waiting = [asyncio.ensure_future(ask("/v1/recommend")) for _ in range(3)]
+                await asyncio.sleep(0.05)
+                for path in ("/v1/recommend", "/v1/events"):
+                    answer = await ask(path)
+                    assert error(answer, 503) == "3 requests are being answered already"
+                    assert answer.headers["retry-after"] == "1"
+                assert (await client.get("/livez")).status_code == 200  # probes come through
+            assert [a.status_code for a in await asyncio.gather(*waiting)] == [200] * 3
+            assert (await ask("/v1/recommend")).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_request_that_takes_too_long(serve: Serve) -> None:
+    client = serve(timeout=0.05)
+    with HeldUp(client):
+        answer = client.post("/v1/recommend", json={"history": ["i1"]})
+        assert error(answer, 503) == "no answer within 0.05 s; try again"
+        assert answer.headers["retry-after"] == "1"
+    assert metric(client, "l2rec_refused_total", reason="timeout") == 1
+
+
+def test_rate_of_a_key(serve: Serve) -> None:
+    client = serve(rate=0.01, burst=2)
+    body = {"history": ["i1"]}
+    assert [client.post("/v1/recommend", json=body).status_code for _ in range(3)] == [
+        200,
+        200,
+        429,
+    ]
+    answer = client.post("/v1/recommend", json=body)
+    assert error(answer, 429) == "more than 0.01 requests a second"
+    assert 90 <= int(answer.headers["retry-after"]) <= 100
+    assert client.get("/livez").status_code == 200  # probes have no rate
+
+
+# -- probes and headers --------------------------------------------------------------------------
+
+
+def test_ready_is_a_real_inference(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve()
+    assert client.get("/readyz").json()["status"] == "ready"
+    service: Any = client.app.state.service  # type: ignore[attr-defined]
+
+    def fresh() -> Any:
+        service._ready = None
+        return client.get("/readyz")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("l2rec.service.serving.READY_SECONDS", 0.05)
+        with HeldUp(client):
+            assert error(fresh(), 503) == "the model gave no answer within 0.05 s"
+            assert client.get("/livez").status_code == 200
+    assert fresh().status_code == 200
+    users = service.live.version.predictor.users
+    monkeypatch.setattr(
+        service.live.version.predictor,
+        "users",
+        lambda rows: (users(rows)[0] * float("nan"), [None]),
+    )
+    assert error(fresh(), 503) == "the model cannot infer: ArithmeticError"
+    assert client.get("/livez").json()["status"] == "alive"
+
+
+def test_a_second_probe_shares_the_answer_of_the_first(serve: Serve) -> None:
+    client = serve()
+    calls = 0
+    worker: Any = client.app.state.worker  # type: ignore[attr-defined]
+    run = worker.run
+
+    async def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return await run(*args, **kwargs)
+
+    worker.run = counted
+    for _ in range(20):
+        assert client.get("/readyz").status_code == 200
+    assert calls == 1
+
+
+def test_headers_of_every_answer(serve: Serve) -> None:
+    client = serve()
+    for answer in (client.get("/livez"), client.get("/nothing"), client.post("/v1/recommend")):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["cache-control"] == "no-store"
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        assert "server" not in answer.headers
+
+
+def test_labels_of_metrics_are_few(serve: Serve) -> None:
+    client = serve()
+    for n in range(30):
+        client.get(f"/v1/nothing/{n}")
+        client.request(f"METHOD{n}", "/livez")
+        client.delete("/v1/items", params={"id": f"x{n}"})
+        client.get(f"/v1/experiments/e{n}")
+    recommend(client, history=["i1"])
+    lines = client.get("/metrics").text.splitlines()
+    requests = [line for line in lines if line.startswith("l2rec_requests_total")]
+    assert len(requests) < 12
+    assert metric(client, "l2rec_requests_total", route="other") == 30
+    assert metric(client, "l2rec_recommendations_total", arm="none") == 1
+    assert metric(client, "l2rec_version_info", role="live", name="table") == 1
+
+
+# -- experiments ---------------------------------------------------------------------------------
+
+
+def test_arms(table_run: Finished, other_run: Finished, log_url: str) -> None:
+    log = EventLog(log_url)
+    live = Live(load_version(table_run.run), control=load_version(other_run.run))
+    assert live.control is not None
+    running_now = Experiment(name="exp", treatment=0.4, salt="s")
+    app = create_app(Settings(rate=0, experiment=running_now), live, log)
+    versions = {"treatment": live.version.version, "control": live.control.version}
+    with TestClient(app) as client:
+        for n in range(30):
+            body = {"user": f"u{n}", "history": ["i1", "i2"], "k": 5}
+            answer = client.post("/v1/recommend", json=body).json()
+            arm = abtest.arm(f"u{n}", "exp", salt="s", treatment=0.4)
+            assert answer["experiment"] == {"name": "exp", "arm": arm}
+            assert answer["version"] == versions[arm]
+            run = table_run if arm == "treatment" else other_run
+            expected = load(run.run).recommend(["i1", "i2"], 5) if n < 6 else None
+            if expected is not None:
+                assert [i["id"] for i in answer["items"]] == [i["id"] for i in expected.items]
+        nobody = client.post("/v1/recommend", json={"history": ["i1"]}).json()
+        assert nobody["experiment"] is None and nobody["version"] == versions["treatment"]
+        named = {"history": ["i1"], "experiment": "exp"}
+        assert error(client.post("/v1/recommend", json=named), 422).startswith("experiment: arms")
+        other = {"user": "u1", "history": ["i1"], "experiment": "no"}
+        assert error(client.post("/v1/recommend", json=other), 404) == (
+            "no experiment 'no' ('exp' runs)"
+        )
+        arms = {
+            arm: metric(client, "l2rec_recommendations_total", arm=arm)
+            for arm in ("treatment", "control", "none")
+        }
+        assert arms["none"] == 1 and arms["treatment"] > 3 and arms["control"] > 3
+        # A new item enters both arms.
+        client.put("/v1/items", json={"items": [{"id": "n1", "text": "heavy red hat"}]})
+        for n in range(8):
+            assert "n1" in recommend(client, user=f"u{n}", history=["i1"], k=40)

@@ -1,0 +1,294 @@
+"""One version: exact masked ranking whatever is left out, items that come and go, bad runs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.conftest import Finished
+
+from l2rec.checkpoint import load_tensors, save_tensors
+from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.service.version import (
+    Attributes,
+    Query,
+    User,
+    Version,
+    check_version,
+    encode,
+    load_version,
+    rank,
+)
+
+
+class Scan:
+    """An exact index, and how often it was asked."""
+
+    kind = "exact"
+
+    def __init__(self, vectors: Any) -> None:
+        self.vectors, self.searches = vectors, 0
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def search(self, queries: Any, k: int) -> Any:
+        self.searches += 1
+        scores = queries @ self.vectors.T
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int64)
+        return order, np.take_along_axis(scores, order, 1)
+
+
+class Plain:
+    """A predictor as far as ranking knows one."""
+
+    def __init__(self, vectors: Any) -> None:
+        self.ids = [f"i{n}" for n in range(len(vectors))]
+        self.vectors = torch.from_numpy(vectors)
+
+
+def plain(vectors: Any, indexed: int, deleted: set[int]) -> Version:
+    return Version(
+        predictor=Plain(vectors),  # type: ignore[arg-type]
+        index=Scan(vectors[:indexed]),
+        indexed=indexed,
+        attributes=Attributes(len(vectors), {}),
+        deleted=frozenset(deleted),
+        name="plain",
+        report={},
+        loaded_at=0.0,
+        serial=0,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_ranked_as_by_exact_masking(data: Any) -> None:
+    n, d = data.draw(st.integers(1, 40)), 4
+    seed = data.draw(st.integers(0, 10**6))
+    draw = np.random.default_rng(seed)
+    vectors = draw.integers(-2, 3, (n, d)).astype(np.float32)  # ties
+    indexed = data.draw(st.integers(1, n))
+    version = plain(vectors, indexed, data.draw(st.sets(st.integers(0, n - 1))))
+    queries = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        k = data.draw(st.integers(1, 12))
+        without = sorted(data.draw(st.sets(st.integers(0, n - 1))))
+        only = None
+        if data.draw(st.booleans()):
+            only = draw.random(n) < data.draw(st.sampled_from([0.05, 0.5, 0.9]))
+        vector = torch.from_numpy(draw.integers(-2, 3, d).astype(np.float32))
+        some = np.asarray(sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=6))), dtype=int)
+        user = User(vector, None, some, draw.integers(-9, 9, len(some)).astype(np.float32))
+        queries.append(Query(version, user, k, np.asarray(without, dtype=np.int64), only))
+    for query, found in zip(queries, rank(queries), strict=True):
+        scores = vectors @ query.user.vector.numpy()
+        scores[query.user.rows] += query.user.added
+        allowed = np.ones(n, dtype=bool) if query.only is None else query.only.copy()
+        allowed[list(version.deleted)] = False
+        allowed[query.without] = False
+        expected = sorted(np.flatnonzero(allowed), key=lambda row: (-scores[row], row))[: query.k]
+        assert found.scores.tolist() == scores[expected].tolist()
+        assert len(set(found.rows.tolist())) == len(found.rows) == len(expected)
+        assert allowed[found.rows].all()
+        assert scores[found.rows].tolist() == found.scores.tolist()
+
+
+def test_queries_of_one_version_are_searched_together() -> None:
+    vectors = np.eye(20, dtype=np.float32)
+    a, b = plain(vectors, 20, set()), plain(vectors, 20, set())
+    users = [User(torch.eye(20)[n]) for n in range(3)]
+    found = rank([Query(a, users[0], 2), Query(b, users[1], 2), Query(a, users[2], 2)])
+    assert [ranked.rows[0] for ranked in found] == [0, 1, 2]
+    assert a.index.searches == b.index.searches == 1  # type: ignore[union-attr]
+
+
+def test_a_method_that_only_ranks() -> None:
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.7])
+    version = replace(plain(np.eye(4, dtype=np.float32), 4, {3}), index=None)
+    version.predictor.vectors = None
+    found = rank([Query(version, User(scores), 3, np.asarray([1]))])[0]
+    assert found.rows.tolist() == [2, 0]
+
+
+# -- attributes ----------------------------------------------------------------------------------
+
+
+def test_attributes() -> None:
+    genres = pa.array(["Comedy|Drama", "Drama", "", "Comedy"], pa.string())
+    some = Attributes(4, {"genres": genres, "year": pa.array(["1", "2", "1", "1"], pa.string())})
+    assert some.mask({"genres": ["Comedy"]}).tolist() == [True, False, False, True]
+    assert some.mask({"genres": ["Comedy", "Drama"], "year": ["1"]}).tolist() == [1, 0, 0, 1]
+    assert some.mask({"genres": ["Dra"]}).tolist() == [0, 0, 0, 0]
+    more = some.extended([{"genres": "Drama", "maker": "x|y"}, {}])
+    assert more.names == ["genres", "year", "maker"] and len(more) == 6 and len(some) == 4
+    assert more.mask({"maker": ["y"]}).tolist() == [0, 0, 0, 0, 1, 0]
+    assert more.of(4) == {"genres": "Drama", "maker": "x|y"} and more.of(5) == {}
+    with pytest.raises(DataError, match=r"no attribute 'genre'; did you mean 'genres'\?"):
+        some.mask({"genre": ["x"]})
+    with pytest.raises(DataError, match="65 different attributes; items have at most 64"):
+        Attributes(0, {}).extended([{str(n): "x" for n in range(65)}])
+
+
+def test_no_attributes() -> None:
+    none = Attributes(2, {})
+    assert none.mask({}).tolist() == [True, True] and len(none.extended([{}])) == 3
+    with pytest.raises(DataError, match=r"the catalog has: none"):
+        none.check(["x"])
+
+
+# -- items ---------------------------------------------------------------------------------------
+
+
+def top(version: Version, history: list[str], k: int = 40) -> list[str]:
+    user = encode(version, version.predictor.rows([history]))[0]
+    return [version.ids[row] for row in rank([Query(version, user, k)])[0].rows]
+
+
+@pytest.mark.parametrize("items", ["table", "encode"])
+def test_items_come_change_and_go(items: str, request: pytest.FixtureRequest) -> None:
+    first = load_version(request.getfixturevalue(f"{items}_run").run)
+    ranked = top(first, ["i1", "i2"])
+    second = first.with_items({"n1": ("heavy red hat", {"color": "red"}), "n2": ("hat", {})})
+    third = second.with_items({"n1": ("cold glass door", {}), "i3": ("cold glass door", {})})
+    fourth = third.without_items(["n2", "i4", "nobody"])
+    # Each of them answers as before, although the model has grown since.
+    assert top(first, ["i1", "i2"]) == ranked and not {"n1", "n2"} & set(ranked)
+    assert {"n1", "n2"} <= set(top(second, ["i1", "i2"])) and len(second) == 32
+    now = top(third, ["n1", "i2"])
+    assert now.count("n1") == now.count("i3") == 1 and len(now) == 32
+    assert third.texts[third.predictor.row_of("n1") or 0] == "cold glass door"
+    assert third.attributes_of(second.predictor.row_of("n1") or 0) == {"color": "red"}
+    assert set(top(fourth, ["i1", "n2"])) == set(now) - {"n2", "i4"}
+    assert fourth.serves("n1") and not fourth.serves("n2") and not fourth.serves("zz")
+    # What is the same already costs nothing.
+    again = third.with_items({"n1": ("cold glass door", {})})
+    assert again.predictor is third.predictor
+    back = fourth.with_items({"n2": ("hat", {})})
+    assert back.serves("n2") and back.predictor is fourth.predictor
+
+
+def test_a_version_that_was_given_up_leaves_no_trace(table_run: Finished) -> None:
+    first = load_version(table_run.run)
+    first.with_items({"lost": ("heavy red hat", {})})
+    second = first.with_items({"n1": ("heavy red hat", {})})
+    assert second.added == 2 and len(second) == 32
+    ranked = top(second, ["i1", "n1"])
+    assert len(ranked) == 31 and "" not in ranked and "n1" in ranked
+    assert second.predictor.row_of("") is None and second.predictor.row_of("lost") is None
+
+
+def test_new_items_are_found_beside_an_index(table_run: Finished) -> None:
+    first = load_version(table_run.run)
+    assert first.index is not None and len(first.index) == first.indexed == 30
+    text = first.texts[5]
+    second = first.with_items({"twin": (text, {})})
+    assert second.index is first.index
+    by_text = second.embed_texts([text])[0]
+    found = rank([Query(second, User(by_text), 1)])[0]
+    assert second.ids[found.rows[0]] == "twin" and found.scores[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_items_of_the_log_are_indexed_with_the_rest(table_run: Finished) -> None:
+    state = ({"n1": ("heavy red hat", {})}, frozenset({"i4", "gone"}))
+    version = load_version(table_run.run, items=state)
+    assert version.indexed == 31 and version.added == 0
+    ranked = top(version, ["i1"])
+    assert "n1" in ranked and "i4" not in ranked and len(ranked) == 30
+    assert version.brought_to(state) is version
+    later = version.brought_to(({"n2": ("hat", {})}, frozenset({"n1"})))
+    assert later.serves("n2") and not later.serves("n1")
+
+
+# -- runs that are not served --------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(table_run: Finished, tmp_path: Path) -> Path:
+    shutil.copytree(table_run.run, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def test_a_good_run_passes(table_run: Finished) -> None:
+    version = load_version(table_run.run)
+    check_version(version)
+    assert version.name == "table" and version.report["method"] == "L2Rec"
+    assert version.version == version.predictor.version and version.loaded_at > 1e9
+    assert load_version(table_run.run).serial != version.serial
+
+
+def test_weights_that_were_not_deployed(copied: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"its weights are \w{16}, beef was deployed"):
+        load_version(copied, expected="beef")
+
+
+def test_torn_weights(copied: Path) -> None:
+    path = copied / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="torn or not a safetensors file"):
+        load_version(copied)
+
+
+def test_weights_exchanged_under_their_vectors(copied: Path) -> None:
+    tensors, metadata = load_tensors(copied / "model.safetensors")
+    save_tensors(
+        copied / "model.safetensors", {n: t * 1.01 for n, t in tensors.items()}, **metadata
+    )
+    with pytest.raises(CheckpointError, match=r"item vectors of model \w+, weights \w+: torn or"):
+        load_version(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v * float("nan"), "item vectors that are not finite"),
+        (lambda v: -v, r"stored item vectors differ from the model's by 2 of their length"),
+    ],
+)
+def test_vectors_that_are_not_the_models(copied: Path, change: Any, message: str) -> None:
+    tensors, metadata = load_tensors(copied / "items.safetensors")
+    save_tensors(copied / "items.safetensors", {"vectors": change(tensors["vectors"])}, **metadata)
+    with pytest.raises(CheckpointError, match=message):
+        load_version(copied)
+
+
+def test_a_model_that_gives_no_numbers(copied: Path) -> None:
+    tensors, _ = load_tensors(copied / "model.safetensors")
+    tensors = {n: t * float("nan") if "fusion" in n else t for n, t in tensors.items()}
+    save_tensors(copied / "model.safetensors", tensors)
+    (copied / "items.safetensors").unlink()  # of the table, which is sound
+    version = load_version(copied)
+    with pytest.raises(CheckpointError, match="copied: scores that are not finite numbers"):
+        check_version(version)
+
+
+def test_an_index_that_finds_something_else(table_run: Finished) -> None:
+    version = load_version(table_run.run)
+    assert version.matrix is not None
+    wrong = replace(version, index=Scan(-version.matrix.numpy()))
+    with pytest.raises(CheckpointError, match=r"the index finds \d+% of what exact search finds"):
+        check_version(wrong)
+    nothing = replace(version, deleted=frozenset(range(30)))
+    with pytest.raises(CheckpointError, match="no item can be recommended"):
+        check_version(nothing)
+
+
+def test_a_model_of_ids_alone_takes_no_items(table_run: Finished) -> None:
+    version = load_version(table_run.run)
+
+    class OfIds:
+        n_items = 30
+
+    version.predictor.model = OfIds()
+    assert not version.takes_new_items
+    assert version.brought_to(({"n1": ("hat", {})}, frozenset())) is version
+    with pytest.raises(ConfigError, match="ranks the items it was trained on"):
+        version.with_items({"n1": ("hat", {})})
