@@ -14,7 +14,7 @@ from l2rec.data.sources import SOURCES, fetch
 from l2rec.errors import DataError
 from l2rec.runs import Predictor, finished_report, load, train_run
 
-RECIPE = "movielens-100k/l2rec-table"
+RECIPE = "movielens-100k/l2rec-plus"
 SOURCE = "movielens-100k"
 USERS = 3
 SHOWN = 5
@@ -60,7 +60,7 @@ def run_demo(out: Path, data: Path, minutes: float) -> None:
         f"\n  l2rec recommend {out} --history {history} -k 5"
         f'\n  l2rec recommend {out} --history {history} --new-item "new1=Solaris (1972), Sci-Fi"'
         f"\n  l2rec embed {out} --out {out}/vectors"
-        "\n  l2rec prepare YOUR_FILES --out data/mine && l2rec train l2rec-table --data data/mine"
+        "\n  l2rec prepare YOUR_FILES --out data/mine && l2rec train l2rec-plus --data data/mine"
         " --out runs/mine"
     )
 

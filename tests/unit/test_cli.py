@@ -407,7 +407,7 @@ def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Pa
 
 def test_recipes(call: Call) -> None:
     names = call("recipes").out.split()
-    assert {"l2rec", "l2rec-table", "scientific/l2rec", "movielens-100k/l2rec-table"} <= set(names)
+    assert {"l2rec", "l2rec-table", "scientific/l2rec", "movielens-100k/l2rec-plus"} <= set(names)
 
 
 def only_json(outcome: Outcome) -> dict[str, Any]:
