@@ -117,7 +117,7 @@ def prepare(
         f"{out}: {dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.n_events:,} "
         f"events, fingerprint {dataset.fingerprint}"
     )
-    typer.echo(f"next: l2rec train l2rec-table --data {out} --out runs/{out.name}")
+    typer.echo(f"next: l2rec train l2rec-plus --data {out} --out runs/{out.name}")
 
 
 @app.command()
@@ -173,7 +173,7 @@ def train(
 
     Recipes shipped: see `l2rec recipes`. Any key of a recipe can be overridden.
 
-    Example: `l2rec train l2rec-table --data data/ml-100k --out runs/ml training.epochs=5`
+    Example: `l2rec train l2rec-plus --data data/ml-100k --out runs/ml training.epochs=5`
     """
     from l2rec.config import load_recipe
     from l2rec.console import Console
