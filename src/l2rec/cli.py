@@ -430,6 +430,77 @@ def embed(
 
 
 @app.command()
+def abtest(
+    log: Annotated[
+        str | None,
+        typer.Argument(help="Event log (file or URL), or a Parquet table.", show_default=False),
+    ] = None,
+    experiment: Annotated[str | None, typer.Option(help="Which, if the log has several.")] = None,
+    treatment: Annotated[float, typer.Option(help="Share of users planned for it.")] = 0.06,
+    alpha: Annotated[float, typer.Option(help="Level of tests and intervals.")] = 0.05,
+    power: Annotated[float, typer.Option(help="That the detectable lift is for.")] = 0.8,
+    pre_days: Annotated[float, typer.Option(help="Days before the experiment, for CUPED.")] = 14.0,
+    simulate: Annotated[
+        int | None, typer.Option(help="Instead of a log: simulate so many users.")
+    ] = None,
+    lift: Annotated[float, typer.Option(help="Lift of clicks that is simulated.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the simulation.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Click and reply rate per user in both arms of an experiment, and what may be concluded.
+
+    Welch's t-test on users, the lift with its interval, CUPED, the ratio of sums, a check of the
+    arms' sizes, and the lift that would have been detected. docs/abtest.md has every formula.
+
+    Example: `l2rec abtest runs/ml/events.db`, or `l2rec abtest --simulate 100000 --lift 0.05`
+    """
+    from l2rec import abtest as ab
+    from l2rec.console import print_experiment
+    from l2rec.errors import ConfigError, DataError
+
+    if (log is None) == (simulate is None):
+        raise ConfigError("give a log, or --simulate USERS")
+    if simulate is not None:
+        users = ab.simulate(simulate, lift=lift, seed=seed, treatment=treatment)
+        found = ab.conclude(users, treatment=treatment, alpha=alpha, power=power)
+        found = {"experiment": f"simulated, lift {lift:+.1%}, seed {seed}", **found}
+    else:
+        events = _events(str(log))
+        if experiment is None:
+            names = ab.experiments(events)
+            if len(names) != 1:
+                raise DataError(f"{log} has {len(names)} experiments; name one: {names[:5]}")
+            (experiment,) = names
+        found = ab.analyze(
+            events, experiment, treatment=treatment, alpha=alpha, power=power, pre_days=pre_days
+        )
+    if as_json:
+        _print_json(found)
+    else:
+        print_experiment(found)
+
+
+def _events(source: str) -> Any:
+    """A log as a data frame."""
+    import polars as pl
+    import pyarrow as pa
+
+    from l2rec.errors import DataError
+    from l2rec.service.events import SCHEMA, EventLog, is_event_log
+
+    if is_event_log(source):
+        log = EventLog(source if "://" in source else f"sqlite:///{source}")
+        try:
+            return pl.from_arrow(pa.Table.from_batches(log.read(), schema=SCHEMA))
+        finally:
+            log.close()
+    try:
+        return pl.read_parquet(source)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{source}: neither an event log nor a Parquet table: {error}") from error
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("runs/demo"),
     data: Annotated[Path, typer.Option(help="Folder for the data set.")] = Path("data/ml-100k"),
@@ -495,14 +566,8 @@ def serve(
     from pydantic import ValidationError
 
     from l2rec.errors import ConfigError
+    from l2rec.service.settings import Experiment, Settings, keys_from_environment
 
-    try:
-        from l2rec.service.server import serve as run_server
-        from l2rec.service.settings import Experiment, Settings, keys_from_environment
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"`l2rec serve` needs {error.name}: pip install 'l2rec[serve]'"
-        ) from error
     read_keys, write_keys = keys_from_environment()
     try:
         settings = Settings(
@@ -529,6 +594,11 @@ def serve(
         first = error.errors(include_input=False)[0]
         name = str(first["loc"][-1]).replace("_", "-")
         raise ConfigError(f"--{name}: {first['msg']}") from None
+    settings.check()  # before anything heavy is imported
+    try:
+        from l2rec.service.server import serve as run_server
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"`l2rec serve` needs {error.name}: pip install 'l2rec[serve]'") from None
     if threads:
         import torch
 

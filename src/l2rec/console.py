@@ -157,6 +157,54 @@ def print_rows(title: str, name: str, rows: Mapping[Any, Mapping[str, float]]) -
     _out().print(table)
 
 
+def print_experiment(found: Mapping[str, Any]) -> None:
+    """What an A/B test found, on standard output."""
+
+    def percent(value: float | None, sign: str = "") -> str:
+        return "–" if value is None else f"{value:{sign}.2%}"
+
+    arms, ratio = found["arms"], found["sample_ratio"]
+    sizes = Table(title=escape(f"experiment {found['experiment']}"))
+    for name in ("arm", *next(iter(arms.values()))):
+        sizes.add_column(name, justify="left" if name == "arm" else "right")
+    for name, counts in arms.items():
+        sizes.add_row(name, *(f"{number:,}" for number in counts.values()))
+    _out().print(sizes)
+    rows = Table()
+    for name in ("metric", "treatment", "control", "lift", f"{1 - found['alpha']:.0%} interval"):
+        rows.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    rows.add_column("p", justify="right")
+    for metric, values in found["metrics"].items():
+        readings = {metric: values, "  all / all": values["ratio"], "  CUPED": values["cuped"]}
+        for name, reading in readings.items():
+            if reading is None:
+                continue
+            rows.add_row(
+                name,
+                f"{reading['treatment']:.5f}",
+                f"{reading['control']:.5f}",
+                percent(reading["lift"], "+"),
+                f"{percent(reading['lift_low'], '+')} .. {percent(reading['lift_high'], '+')}",
+                f"{reading['p']:.2g}",
+            )
+    _out().print(rows)
+    _out().print(
+        f"arms: {ratio['observed']:.2%} of users in the treatment, {ratio['planned']:.2%} planned, "
+        f"p {ratio['p']:.2g}"
+        + (": NOT as planned, look for what went wrong before you read on" * ratio["mismatch"])
+    )
+    for metric, values in found["metrics"].items():
+        _out().print(
+            f"{metric}: p over all metrics (Holm) {values['p_holm']:.2g}; a true lift of "
+            f"{percent(values['mde'])} is found with power {found['power']:.0%}"
+        )
+    gone = {k: v for k, v in found.get("left_out", {}).items() if v}
+    if gone:
+        _out().print(
+            "left out: " + ", ".join(f"{n:,} users {k.replace('_', ' ')}" for k, n in gone.items())
+        )
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "  ".join(f"{k} {_shown(v)}" for k, v in value.items())

@@ -11,7 +11,7 @@ is written twice under one id is stored once.
 
 from __future__ import annotations
 
-__all__ = ["TYPES", "Event", "EventLog"]
+__all__ = ["TYPES", "Event", "EventLog", "is_event_log"]
 
 import json
 import math
@@ -83,6 +83,17 @@ class Event:
 
 
 COLUMNS = tuple(f.name for f in fields(Event))
+
+
+def is_event_log(source: str) -> bool:
+    """Whether this names a database, as a URL or as a file, and not a table of events."""
+    if "://" in source:
+        return True
+    path = Path(source)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
 
 
 class EventLog:
