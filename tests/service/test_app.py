@@ -20,6 +20,7 @@ from l2rec.errors import StorageError
 from l2rec.runs import load
 from l2rec.service.app import create_app
 from l2rec.service.live import Live
+from l2rec.service.metrics import Metrics
 from l2rec.service.settings import Experiment, Settings
 from l2rec.service.version import load_version
 
@@ -38,14 +39,18 @@ def error(answer: Any, status: int) -> str:
     return str(value["error"])
 
 
-def metric(client: TestClient, name: str, /, **labels: str) -> float:
+def metric_of(metrics: Metrics, name: str, /, **labels: str) -> float:
     """The sum of all samples of a name that have these labels."""
-    found = 0.0
-    for line in client.get("/metrics").text.splitlines():
-        labelled = all(f'{key}="{value}"' in line for key, value in labels.items())
-        if labelled and line.startswith((f"{name} ", f"{name}{{")):
-            found += float(line.rsplit(" ", 1)[1])
-    return found
+    return sum(
+        sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+def metric(client: TestClient, name: str, /, **labels: str) -> float:
+    return metric_of(client.app.state.metrics, name, **labels)  # type: ignore[attr-defined]
 
 
 # -- recommend -----------------------------------------------------------------------------------
@@ -541,7 +546,9 @@ def test_labels_of_metrics_are_few(serve: Serve) -> None:
         client.delete("/v1/items", params={"id": f"x{n}"})
         client.get(f"/v1/experiments/e{n}")
     recommend(client, history=["i1"])
-    lines = client.get("/metrics").text.splitlines()
+    page = client.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain")
+    lines = page.text.splitlines()
     requests = [line for line in lines if line.startswith("l2rec_requests_total")]
     assert len(requests) < 12
     assert metric(client, "l2rec_requests_total", route="other") == 30

@@ -29,6 +29,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
 from l2rec import __version__
+from l2rec.abtest import SHARE
 from l2rec.errors import DataError, L2RecError, StorageError
 from l2rec.service import schemas as s
 from l2rec.service import version as v
@@ -119,7 +120,7 @@ def create_app(
     _write_routes(app, service)
     _probe_routes(app, service)
     _errors(app, service)
-    _schema(app)
+    _schema(app, settings)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     return app
 
@@ -291,6 +292,13 @@ def _write_routes(app: FastAPI, service: Service) -> None:
         metrics.events.labels("ignored").inc(len(events) - stored)
         return _json({"stored": stored, "ignored": len(events) - stored})
 
+    def share(name: str) -> float:
+        """Planned for the treatment: of the experiment that runs here, else the default."""
+        running = settings.experiment
+        if running is not None and running.name == name:
+            return running.treatment
+        return SHARE
+
     summaries: dict[str, tuple[float, dict[str, Any]]] = {}
     summarising = asyncio.Lock()
 
@@ -307,7 +315,7 @@ def _write_routes(app: FastAPI, service: Service) -> None:
             known = summaries.get(name)
             if known is None or time.monotonic() - known[0] > SUMMARY_SECONDS:
                 async with asyncio.timeout(settings.timeout):
-                    found = await service.stored("read", _summary, log, name)
+                    found = await service.stored("read", _summary, log, name, share(name))
                 if found is None:
                     raise Refused(404, f"no events of an experiment {name!r}")
                 summaries.clear()
@@ -315,9 +323,23 @@ def _write_routes(app: FastAPI, service: Service) -> None:
         return _json(known[1])
 
 
-def _summary(log: EventLog, name: str) -> dict[str, Any] | None:
+def _summary(log: EventLog, name: str, share: float) -> dict[str, Any] | None:
     """The state of an experiment; None where no event is of it."""
-    raise NotImplementedError
+    import polars as pl
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from l2rec import abtest
+    from l2rec.service.events import SCHEMA
+
+    own = pa.Table.from_batches(log.read(experiment=name), schema=SCHEMA)
+    if not len(own):
+        return None
+    began = float(pc.min(own["timestamp"]).as_py())
+    since = began - abtest.PRE_DAYS * abtest.DAY
+    events = pl.from_arrow(pa.Table.from_batches(log.read(since=since), schema=SCHEMA))
+    assert isinstance(events, pl.DataFrame)
+    return abtest.analyze(events, name, treatment=share)
 
 
 # -- probes --------------------------------------------------------------------------------------
@@ -391,8 +413,8 @@ def _errors(app: FastAPI, service: Service) -> None:
         return answer(422 if isinstance(error, DataError) else 409, str(error))
 
 
-def _schema(app: FastAPI) -> None:
-    """OpenAPI with the key that each route needs."""
+def _schema(app: FastAPI, settings: Settings) -> None:
+    """OpenAPI, with the key that each route needs where keys are."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -402,12 +424,13 @@ def _schema(app: FastAPI) -> None:
                 description=app.description,
                 routes=app.routes,
             )
-            schemes = schema.setdefault("components", {}).setdefault("securitySchemes", {})
-            schemes["key"] = {"type": "http", "scheme": "bearer"}
-            for path, methods in schema["paths"].items():
-                for method, operation in methods.items():
-                    public = is_public(method.upper(), path)
-                    operation["security"] = [] if public else [{"key": []}]
+            if settings.secured:
+                key = {"key": {"type": "http", "scheme": "bearer"}}
+                schema.setdefault("components", {})["securitySchemes"] = key
+                for path, methods in schema["paths"].items():
+                    for method, operation in methods.items():
+                        if not is_public(method.upper(), path):
+                            operation["security"] = [{"key": []}]
             app.openapi_schema = schema
         return app.openapi_schema
 

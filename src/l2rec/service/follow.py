@@ -285,11 +285,11 @@ class Shadow:
             if found is None:
                 metrics.shadow.labels("unknown").inc()
                 continue
-            metrics.shadow.labels("ranked").inc()
             metrics.shadow_overlap.observe(found.overlap)
             metrics.shadow_seconds.observe(found.seconds)
             if found.correlation is not None:
                 metrics.shadow_correlation.observe(found.correlation)
+            metrics.shadow.labels("ranked").inc()
 
 
 IDLE_SECONDS = 0.01

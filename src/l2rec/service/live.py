@@ -22,7 +22,7 @@ __all__ = [
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,7 @@ def _write(folder: Path, deployment: Deployment) -> Deployment:
     runs += [] if deployment.shadow is None else [deployment.shadow]
     known = deployment.weights
     weights = {str(run): known[str(run)] for run in runs if str(run) in known}
+    deployment = replace(deployment, weights=weights)
     write_json(
         folder / FILE,
         {

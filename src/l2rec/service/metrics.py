@@ -11,6 +11,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Summary,
     generate_latest,
 )
 
@@ -19,7 +20,6 @@ from l2rec.service.version import Version
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 JOBS = (1, 2, 4, 8, 16, 32, 64, 128)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-CORRELATION = (-0.5, 0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 SHARE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -103,10 +103,9 @@ class Metrics:
             buckets=SHARE,
             registry=r,
         )
-        self.shadow_correlation = Histogram(
+        self.shadow_correlation = Summary(  # a histogram has no sum of negative numbers
             "l2rec_shadow_rank_correlation",
             "Spearman's, of the order of the live answer's items by both.",
-            buckets=CORRELATION,
             registry=r,
         )
         self.shadow_seconds = Histogram(

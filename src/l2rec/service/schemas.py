@@ -21,7 +21,7 @@ __all__ = [
     "Stored",
 ]
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -47,6 +47,8 @@ Name = Annotated[
 Value = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
 _VISIBLE = r"^[^\x00]*[^\x00\s][^\x00]*$"
 Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT, pattern=_VISIBLE)]
+# Of a mapping with names by a pattern, the schema would otherwise allow any other.
+_NO_OTHER_NAMES: dict[str, Any] = {"additionalProperties": False}
 History = Annotated[list[Id], Field(min_length=1, max_length=MAX_HISTORY)]
 
 
@@ -67,6 +69,10 @@ class Recommend(_Closed):
         extra="forbid",
         frozen=True,
         json_schema_extra={
+            "anyOf": [
+                {"required": ["user"], "properties": {"user": {"type": "string"}}},
+                {"required": ["history"], "properties": {"history": {"type": "array"}}},
+            ],
             "examples": [
                 {"history": ["50", "172", "181"], "k": 5},
                 {"user": "u42", "k": 10, "deny": ["50"]},
@@ -75,7 +81,7 @@ class Recommend(_Closed):
                     "history": ["50", "172"],
                     "filters": {"genres": ["Comedy", "Drama"]},
                 },
-            ]
+            ],
         },
     )
 
@@ -92,7 +98,7 @@ class Recommend(_Closed):
     """These are not."""
     filters: Annotated[
         dict[Name, Annotated[list[Value], Field(min_length=1, max_length=MAX_VALUES)]],
-        Field(max_length=MAX_ATTRIBUTES),
+        Field(max_length=MAX_ATTRIBUTES, json_schema_extra=_NO_OTHER_NAMES),
     ] = {}
     """Attribute -> values: an item has one of them, for every attribute named."""
     experiment: Name | None = None
@@ -178,7 +184,9 @@ class ItemIn(_Closed):
 
     id: Id
     text: Text
-    attributes: Annotated[dict[Name, Value], Field(max_length=MAX_ATTRIBUTES)] = {}
+    attributes: Annotated[
+        dict[Name, Value], Field(max_length=MAX_ATTRIBUTES, json_schema_extra=_NO_OTHER_NAMES)
+    ] = {}
 
 
 class Items(_Closed):

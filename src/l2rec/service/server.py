@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 
 from l2rec.errors import CheckpointError, ConfigError
@@ -160,7 +159,6 @@ def _run(server: _Server, app: Any, listening: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     sys.setswitchinterval(SWITCH_SECONDS)
-    torch.set_grad_enabled(False)
 
     async def main() -> None:
         def poke() -> None:

@@ -1,0 +1,107 @@
+"""What the schema promises is what the service does, asked by Schemathesis."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from pydantic import SecretStr
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from tests.unit.conftest import Finished
+
+from l2rec.service.app import create_app
+from l2rec.service.events import EventLog
+from l2rec.service.live import Live
+from l2rec.service.settings import Settings
+from l2rec.service.version import load_version
+
+EXAMPLES = 20
+KEY = "write-key-987654321"
+NOT_IN_A_SCHEMA = (
+    "unknown item ids: ",
+    "no attribute ",
+    "experiment: arms are assigned to users",
+    " is given twice",
+    " different attributes; items have at most",
+)
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def api(table_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The schema of a server that runs."""
+    log = EventLog(f"sqlite:///{tmp_path_factory.mktemp('log') / 'events.db'}")
+    app = create_app(
+        Settings(rate=0, write_keys=(SecretStr(KEY),)), Live(load_version(table_run.run)), log
+    )
+    with socket.socket(proto=socket.IPPROTO_TCP) as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 60
+        while not server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_every_operation(mode: GenerationMode, api: Any) -> None:
+    """Requests that fit the schema, and some that do not: no 500, and nothing undocumented."""
+    operations = [result.ok() for result in api.get_all_operations()]
+    assert len(operations) >= 10
+    for operation in operations:
+        if mode is GenerationMode.NEGATIVE and not (operation.body or operation.query):
+            continue  # there is nothing that could be wrong
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        def check(case: Any) -> None:
+            answer = case.call(headers=HEADERS)
+            if mode is GenerationMode.POSITIVE and answer.status_code == 422:
+                assert any(part in answer.text for part in NOT_IN_A_SCHEMA), answer.text
+            case.validate_response(answer, excluded_checks=[positive_data_acceptance])
+
+        check()
+
+
+def test_every_route_is_described(api: Any) -> None:
+    paths = api.raw_schema["paths"]
+    assert {
+        "/v1/recommend",
+        "/v1/embed/users",
+        "/v1/embed/items",
+        "/v1/items",
+        "/v1/events",
+        "/v1/experiments/{name}",
+        "/livez",
+        "/readyz",
+        "/metrics",
+    } <= set(paths)
+    bodies = {
+        name: model
+        for name, model in api.raw_schema["components"]["schemas"].items()
+        if name in ("Recommend", "EmbedUsers", "EmbedItems", "Items", "Events")
+    }
+    assert len(bodies) == 5
+    for model in bodies.values():
+        assert model["examples"] and model["additionalProperties"] is False

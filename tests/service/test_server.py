@@ -1,0 +1,252 @@
+"""A real process: what it refuses to start with, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.unit.conftest import Finished
+from typer.testing import CliRunner
+
+from l2rec.cli import app
+from l2rec.errors import L2RecError
+from l2rec.runs import load
+from l2rec.service.live import deploy
+
+CLI = "import sys; from l2rec.cli import main; sys.argv[0] = 'l2rec'; main()"
+KEY = "write-key-987654321"
+
+
+class Process:
+    """``l2rec serve`` on a port of its own."""
+
+    def __init__(self, target: Path, *options: str, keys: bool = False) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("L2REC_")}
+        if keys:
+            environment["L2REC_WRITE_KEYS"] = KEY
+        command = ["serve", str(target), "--port", "0", *options]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLI, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.errors: list[str] = []
+        assert self.process.stderr is not None and self.process.stdout is not None
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        if found is None:
+            self.process.wait(60)
+            self._reading.join(10)
+            raise AssertionError(line + "".join(self.errors))
+        self.url = found[0]
+        self.port = int(found[1])
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.errors.extend(self.process.stderr)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(60)
+        self._reading.join(10)
+        return code
+
+
+@contextmanager
+def serving(target: Path, *options: str, keys: bool = False) -> Iterator[Process]:
+    process = Process(target, *options, keys=keys)
+    try:
+        yield process
+    finally:
+        process.process.kill()
+        process.process.wait(60)
+        for stream in (process.process.stdout, process.process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+def test_a_public_address_without_a_key_is_refused() -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("L2REC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", CLI, "serve", "runs", "--host", "0.0.0.0"],
+        capture_output=True,
+        text=True,
+        env=clean,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("l2rec: --host 0.0.0.0 can be reached from other machines")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The message of the error that `l2rec serve` ends with, in this process."""
+    for name in ("L2REC_READ_KEYS", "L2REC_WRITE_KEYS", "L2REC_LOG"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
+        assert isinstance(result.exception, L2RecError), result.output
+        return str(result.exception)
+
+    return run
+
+
+def test_what_cannot_be_served(
+    command: Any, table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(table_run.run)
+    assert "nowhere is not a folder; give a run" in command(str(tmp_path / "nowhere"))
+    assert "is not a run folder: it has no config.yaml" in command(str(tmp_path))
+    assert command(run, "--burst", "0") == "--burst: Input should be greater than or equal to 1"
+    assert command(run, "--index", "x").startswith("--index: Input should be 'auto', ")
+    assert "--control needs --experiment NAME" in command(run, "--control", run)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        line = command(run, "--port", str(taken.getsockname()[1]))
+        assert "choose another --port, or 0 for any" in line
+    monkeypatch.setenv("L2REC_READ_KEYS", "hunter2")
+    line = command(run, "--host", "0.0.0.0")
+    assert "L2REC_READ_KEYS: key 1 has 7 characters" in line and "hunter2" not in line
+    monkeypatch.delenv("L2REC_READ_KEYS")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "l2rec.service.server", raising=False)
+    assert command(run) == "`l2rec serve` needs uvicorn: pip install 'l2rec[serve]'"
+
+
+def test_deploy_and_rollback_by_command(
+    table_run: Finished, other_run: Finished, tmp_path: Path
+) -> None:
+    def invoke(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    folder = str(tmp_path / "serving")
+    for finished in (table_run, other_run):
+        said = invoke("deploy", str(finished.run), "--to", folder)
+        assert said == f"{folder}: current {finished.run.resolve()}, shadow none\n"
+    said = invoke("deploy", str(table_run.run), "--to", folder, "--shadow")
+    assert said.endswith(f"shadow {table_run.run.resolve()}\n")
+    said = invoke("deploy", str(table_run.run), "--to", folder, "--stop-shadow")
+    assert said.endswith("shadow none\n")
+    said = invoke("rollback", folder)
+    assert said == f"{folder}: current {table_run.run.resolve()}, before it 0 more\n"
+
+
+def test_sigterm_answers_what_is_in_flight(table_run: Finished, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'events.db'}"
+    with serving(table_run.run, "--log", url, keys=True) as server:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        idle = httpx.Client(base_url=server.url, headers=headers)
+        assert idle.get("/readyz").json()["status"] == "ready"
+        assert "server" not in idle.get("/livez").headers
+        # A request that is half sent when the signal comes, and ends after it.
+        body = json.dumps({"history": ["i1", "i2"], "k": 3}).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as half:
+            half.sendall(
+                b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                + f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+                + body[:5]
+            )
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 30
+            while True:  # until nobody new is let in
+                assert time.monotonic() < deadline
+                try:
+                    socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
+                except OSError:
+                    break
+                time.sleep(0.02)
+            half.sendall(body[5:])
+            answer = b""
+            while part := half.recv(65536):
+                answer += part
+        head, _, content = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), answer
+        expected = load(table_run.run).recommend(["i1", "i2"], 3)
+        assert [i["id"] for i in json.loads(content)["items"]] == [i["id"] for i in expected.items]
+        assert server.process.wait(60) == 0
+        idle.close()
+        said = "".join(server.errors)
+        assert "Traceback" not in said and KEY not in said
+
+
+def test_items_and_events_survive_kill_9(table_run: Finished, tmp_path: Path) -> None:
+    """What was acknowledged before the kill is there after it, whenever it comes."""
+    url = f"sqlite:///{tmp_path / 'events.db'}"
+    acknowledged: list[int] = []
+
+    def write(client: httpx.Client, number: int) -> None:
+        item = {"id": f"n{number}", "text": f"heavy red hat {number}"}
+        event = {"id": f"e{number}", "user": "u", "item": f"n{number}", "type": "click"}
+        for method, path, body in (
+            ("PUT", "/v1/items", {"items": [item]}),
+            ("POST", "/v1/events", {"events": [event]}),
+        ):
+            client.request(method, path, json=body).raise_for_status()
+        acknowledged.append(number)
+
+    with serving(table_run.run, "--log", url) as server:
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            killer = threading.Timer(0.4, server.process.kill)
+            killer.start()
+            with pytest.raises(httpx.HTTPError):
+                for number in range(10_000):
+                    write(client, number)
+        assert server.process.wait(60) == -signal.SIGKILL
+    assert acknowledged
+    with (
+        serving(table_run.run, "--log", url) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+    ):
+        body: Any = {"history": ["i1"], "k": 500}
+        found = client.post("/v1/recommend", json=body).json()
+        ids = {item["id"] for item in found["items"]}
+        assert {f"n{number}" for number in acknowledged} <= ids
+        again = [
+            {"id": f"e{n}", "user": "u", "item": f"n{n}", "type": "click"} for n in acknowledged
+        ]
+        stored = client.post("/v1/events", json={"events": again[:1000]}).json()
+        assert stored == {"stored": 0, "ignored": len(again[:1000])}
+        assert client.post("/v1/recommend", json={"user": "u"}).status_code == 200
+
+
+def test_a_folder_is_followed(table_run: Finished, other_run: Finished, tmp_path: Path) -> None:
+    folder = tmp_path / "serving"
+    deploy(table_run.run, folder)
+    with serving(folder) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+
+        def version() -> str:
+            answer = client.post("/v1/recommend", json={"history": ["i1"]})
+            return str(answer.json()["version"])
+
+        assert version() == load(table_run.run).version
+        assert (folder / "events.db").is_file()
+        deploy(other_run.run, folder)
+        server.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 30
+        while version() != load(other_run.run).version:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert server.end(signal.SIGINT) == 0
+        assert "Traceback" not in "".join(server.errors)
