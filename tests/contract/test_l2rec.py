@@ -131,6 +131,7 @@ def test_loss_and_gradients(family: str, options: dict[str, Any]) -> None:
     expected = {"rec"} | ({"bpc"} if both and model.config.bpc else set())
     expected |= {"balance"} if model.config.balance else set()
     expected |= {"behavioral", "semantic"} if both and model.config.view_loss else set()
+    expected |= {"counts"} if model.config.cooccurrence else set()
     assert set(losses.parts) == expected
     weights = {"rec": 1, "bpc": model.config.bpc, "balance": model.config.balance}
     total = sum(weights.get(k, model.config.view_loss) * float(v) for k, v in losses.parts.items())
@@ -416,15 +417,21 @@ def literal_prior(model: L2Rec, history: list[int], others: list[list[int]]) -> 
     return torch.tensor(prior)
 
 
+def whole_prior(model: L2Rec, batch: Batch, state: Any) -> Tensor:
+    with torch.no_grad():
+        repeats, evidence = model._prior(
+            batch.histories, state.position, batch.users[state.row.numpy()]
+        )
+    assert repeats is not None and evidence is not None
+    return repeats + evidence
+
+
 def test_the_prior_counts_others_in_training_and_everyone_afterwards() -> None:
     model = shaken(build(**PRIOR)).eval()
     batch = one_batch(model)
     sequences = [HISTORIES[i].tolist() for i in range(len(HISTORIES))]
     state = model(batch.histories, every=True)
-    whose = batch.users[state.row.numpy()]
-    with torch.no_grad():
-        found = model._prior(batch.histories, state.position, whose)
-    assert found is not None
+    found = whole_prior(model, batch, state)
     for n, (position, row) in enumerate(
         zip(state.position.tolist(), state.row.tolist(), strict=True)
     ):
@@ -446,11 +453,27 @@ def test_a_target_is_no_evidence_for_itself() -> None:
     apart = Ragged.from_rows([[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]])
     batch = one_batch(model, apart)
     state = model(batch.histories, every=True)
-    found = model._prior(batch.histories, state.position, batch.users[state.row.numpy()])
-    assert found is not None and model.repeat is not None
-    assert {0.0, float(model.repeat.detach())} == set(found.detach().unique().tolist())
+    found = whole_prior(model, batch, state)
+    assert model.repeat is not None
+    assert {0.0, float(model.repeat.detach())} == set(found.unique().tolist())
     new = model.prior(Ragged.from_rows([[1]]))
     assert new is not None and (new[0] > 0.05).nonzero().flatten().tolist() == [0, 2, 3]
+
+
+def test_the_views_learn_as_if_there_were_no_counts() -> None:
+    """Only the two scalars have a gradient from what the counts add."""
+    grads = []
+    for option in (False, True):
+        model = shaken(build(**PRIOR | {"cooccurrence": option})).eval()
+        torch.manual_seed(0)
+        losses = model.loss(one_batch(model))
+        losses.total.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert ("counts" in losses.parts) is option
+    without, with_counts = grads
+    assert with_counts.keys() - without.keys() == {"evidence"}
+    for name, grad in without.items():
+        torch.testing.assert_close(with_counts[name], grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_prior_is_part_of_scores_and_of_the_saved_model() -> None:

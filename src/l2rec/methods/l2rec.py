@@ -30,9 +30,9 @@ Deviations from the paper are named options, off by default:
 - ``view_loss``: each view is also trained on the recommendation loss alone.
 - ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
 - ``repeat_bias``: a learned scalar is added to r_{u,i} of every item of the user's history.
-- ``cooccurrence``: w log(1 + m_{u,i} / f) is added to r_{u,i}, with m the counts of what was met
-  near the user's newest items (`l2rec.methods.blocks.cooccurrence`) and w, f learned. In training,
-  m leaves out the user's own sequence. With both, an item of the history has the first alone.
+- ``cooccurrence``: w log(1 + m_{u,i} / f) is added to r_{u,i} of every other item, with m the
+  counts of what was met near the user's newest items (`l2rec.methods.blocks.cooccurrence`). w and f
+  are learned with everything else held; in training, m leaves out the user's own sequence.
 
 With one of the last two, scores are no longer inner products of the embeddings alone.
 """
@@ -81,7 +81,7 @@ Kept = TypeVar("Kept")
 # fresh pages cost more than the arithmetic.
 ENCODED_ROWS, ENCODED_TOKENS = 512, 4096
 ALL = slice(None)
-EVIDENCE_WEIGHT, EVIDENCE_FLOOR = 1.5, 0.3
+EVIDENCE_WEIGHT, EVIDENCE_FLOOR = 1.0, 0.3
 """Where w and f of ``cooccurrence`` start."""
 PRIOR_LR = 0.02
 """Of three scalars that must go far: repeats may be worth minus five, or plus five."""
@@ -703,17 +703,27 @@ class L2Rec(nn.Module):
             allowed = self._negatives(batch, state.row, distinct, column)
             positive = column
 
-        prior = self._prior(batch.histories, state.position, batch.users[state.row.numpy()])
+        repeats, evidence = self._prior(
+            batch.histories, state.position, batch.users[state.row.numpy()]
+        )
 
         def rec(users: Tensor, side: Tensor | None) -> Tensor:
             assert side is not None
             scores = cosine(users, side) / self.temperature
             if allowed is None:
-                return catalog_loss(scores if prior is None else scores + prior, positive)
+                return catalog_loss(scores if repeats is None else scores + repeats, positive)
             return contrastive_loss(scores, positive, allowed)
 
         total = rec(state.fused, items["fused"])
         parts = {"rec": total}
+        if evidence is not None:
+            # The views learn as if there were no counts, or they would leave to them what they
+            # could learn; the two scalars learn what the counts are worth beside them.
+            assert table is not None
+            known = cosine(state.fused, table) / self.temperature
+            known = (known if repeats is None else known + repeats).detach()
+            parts["counts"] = catalog_loss(known + evidence, positive)
+            total = total + parts["counts"]
         both = state.behavioral is not None and state.semantic is not None
         if both and config.bpc > 0:
             assert state.behavioral is not None and state.semantic is not None
@@ -741,39 +751,48 @@ class L2Rec(nn.Module):
             computed_tokens=computed,
         )
 
+    def _seen(self, histories: Ragged, ends: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """(row, item) of every item of every prefix, once: prefixes up to ``ends`` [P]."""
+        starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
+        counts = ends - starts + 1
+        row = np.repeat(np.arange(len(ends)), counts)
+        cells = np.unique(row * self.n_items + histories.values[flat_index(starts, counts)])
+        row, item = divmod(cells, self.n_items)
+        return self._on_device(row), self._on_device(item)
+
     def _prior(
         self,
         histories: Ragged,
         position: Tensor,
         users: npt.NDArray[np.integer] | None = None,
-    ) -> Tensor | None:
-        """What is added to r of Eq. 8 [P, N] at each ``position`` [P] of the flat items.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to r of Eq. 8 [P, N] at each ``position`` [P] of the flat items: for what
+        is in the history, and for what was met near it.
 
         ``users``: [P] in training, whose own sequences are left out of the counts.
         """
+        repeats = evidence = None
         if self.repeat is None and self.together is None:
-            return None
+            return None, None
         ends = position.numpy()
-        prior = torch.zeros(len(ends), self.n_items, device=self.backbone.device)
+        seen = self._seen(histories, ends)
+        nothing = torch.zeros(len(ends), self.n_items, device=self.backbone.device)
+        if self.repeat is not None:
+            repeats = nothing.index_put(seen, self.repeat)
         if self.together is not None:
             assert self.evidence is not None
             if users is None:
                 found = self.together.recall(histories, ends).tocoo()
             else:
                 found = self.together.held_out(histories, ends, users).tocoo()
+            met = nothing.clone()
+            met[self._on_device(found.row), self._on_device(found.col)] = torch.from_numpy(
+                found.data
+            ).to(met)
+            met[seen] = 0.0
             weight, floor = self.evidence.exp()
-            met = torch.from_numpy(found.data).to(prior)
-            cells = (self._on_device(found.row), self._on_device(found.col))
-            prior = prior.index_put(cells, weight * torch.log1p(met / floor))
-        if self.repeat is not None:
-            starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
-            counts = ends - starts + 1
-            row = np.repeat(np.arange(len(ends)), counts)
-            seen = np.unique(row * self.n_items + histories.values[flat_index(starts, counts)])
-            row, item = divmod(seen, self.n_items)
-            cells = (self._on_device(row), self._on_device(item))
-            prior = prior.index_put(cells, self.repeat)  # in place of what was met near it
-        return prior
+            evidence = weight * torch.log1p(met / floor)
+        return repeats, evidence
 
     def _negatives(
         self, batch: Batch, row: Tensor, distinct: npt.NDArray[np.integer], positive: Tensor
@@ -886,5 +905,6 @@ class L2Rec(nn.Module):
         """What ``repeat_bias`` and ``cooccurrence`` add to the inner products of user and item
         vectors, [B, N] float32; None without them.
         """
-        added = self._prior(histories, torch.from_numpy(histories.offsets[1:] - 1))
-        return None if added is None else added * self.temperature
+        found = self._prior(histories, torch.from_numpy(histories.offsets[1:] - 1))
+        added = [part for part in found if part is not None]
+        return torch.stack(added).sum(0) * self.temperature if added else None
