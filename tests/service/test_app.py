@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import numpy as np
+import polars as pl
 import pytest
-from l2rec.service.events import EventLog
 from starlette.testclient import TestClient
 from tests.service.conftest import Serve
 from tests.unit.conftest import Finished
@@ -19,6 +19,7 @@ from l2rec import abtest
 from l2rec.errors import StorageError
 from l2rec.runs import load
 from l2rec.service.app import create_app
+from l2rec.service.events import EventLog
 from l2rec.service.live import Live
 from l2rec.service.metrics import Metrics
 from l2rec.service.settings import Experiment, Settings
@@ -594,3 +595,35 @@ def test_arms(table_run: Finished, other_run: Finished, log_url: str) -> None:
         client.put("/v1/items", json={"items": [{"id": "n1", "text": "heavy red hat"}]})
         for n in range(8):
             assert "n1" in recommend(client, user=f"u{n}", history=["i1"], k=40)
+
+
+def test_an_experiment_is_summed_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l2rec.service.app.SUMMARY_SECONDS", 0.0)
+    client = serve(experiment=Experiment(name="exp", treatment=0.3))
+    empty = client.get("/v1/experiments/exp").json()
+    assert empty["running"] and empty["treatment"] == 0.3 and empty["events"] == 0
+    assert empty["result"] is None and empty["reason"] == "no events of it yet"
+    assert error(client.get("/v1/experiments/other"), 404).startswith("no experiment 'other': ")
+    events = []
+    for n in range(40):
+        answer = client.post("/v1/recommend", json={"user": f"u{n}", "history": ["i1"]}).json()
+        common = {"user": f"u{n}", "request": answer["request"], "experiment": "exp"}
+        common |= {"arm": answer["experiment"]["arm"], "item": answer["items"][0]["id"]}
+        events.append(common | {"id": f"x{n}", "type": "exposure"})
+        if n % 3 == 0:
+            events.append(common | {"id": f"c{n}", "type": "click"})
+    # One user alone is too few to conclude anything.
+    client.post("/v1/events", json={"events": events[:1]})
+    few = client.get("/v1/experiments/exp").json()
+    assert few["events"] == 1 and few["result"] is None and few["reason"]
+    client.post("/v1/events", json={"events": events})
+    found = client.get("/v1/experiments/exp").json()
+    assert found["events"] == len(events) and found["reason"] is None
+    log: EventLog = client.app.state.log  # type: ignore[attr-defined]
+    table = pl.concat([pl.from_arrow(batch) for batch in log.read()])  # type: ignore[type-var]
+    expected = abtest.analyze(table, "exp", treatment=0.3)
+    assert found["result"]["metrics"].keys() == expected["metrics"].keys()
+    assert found["result"]["experiment"] == "exp"
+    # Of an experiment that no longer runs, the events still tell.
+    past = serve().get("/v1/experiments/exp").json()
+    assert not past["running"] and past["events"] == len(events) and past["result"]

@@ -19,33 +19,34 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
 from fastapi import FastAPI, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
-from l2rec import __version__
+from l2rec import __version__, abtest
 from l2rec.abtest import SHARE
 from l2rec.errors import DataError, L2RecError, StorageError
 from l2rec.service import schemas as s
 from l2rec.service import version as v
 from l2rec.service.batching import Busy
+from l2rec.service.events import Event, EventLog
 from l2rec.service.follow import Follower, Shadow, keep_in_sync
 from l2rec.service.live import Live
 from l2rec.service.security import Guard, Refused, is_public, problem
 from l2rec.service.serving import Service
-from l2rec.service.settings import Settings
+from l2rec.service.settings import Experiment, Settings
 from l2rec.service.version import User, Version
 
-if TYPE_CHECKING:
-    from l2rec.service.events import EventLog
-
 RETRY_STORAGE = 5
-SUMMARY_SECONDS = 10.0
+SUMMARY_SECONDS, SUMMARIES = 60.0, 8
 
 
 def _described(**texts: str) -> dict[int | str, dict[str, Any]]:
@@ -213,9 +214,7 @@ def _arm(settings: Settings, body: s.Recommend) -> str | None:
             raise Refused(422, "experiment: arms are assigned to users, give a user")
     if running is None or body.user is None:
         return None
-    from l2rec import abtest
-
-    return str(abtest.arm(body.user, running.name, salt=running.salt, treatment=running.treatment))
+    return abtest.arm(body.user, running.name, salt=running.salt, treatment=running.treatment)
 
 
 def _query(version: Version, user: User, history: Sequence[str], body: s.Recommend) -> v.Query:
@@ -270,8 +269,6 @@ def _write_routes(app: FastAPI, service: Service) -> None:
         """Store events. They are on disk when this is answered; ids seen before are ignored, so
         that it can be sent again.
         """
-        from l2rec.service.events import Event
-
         now = time.time()
         events = [
             Event(
@@ -299,47 +296,77 @@ def _write_routes(app: FastAPI, service: Service) -> None:
             return running.treatment
         return SHARE
 
-    summaries: dict[str, tuple[float, dict[str, Any]]] = {}
-    summarising = asyncio.Lock()
+    # Of each name at most one is computed at a time, and all take turns: they read many events.
+    summaries: dict[str, tuple[float, asyncio.Task[dict[str, Any] | None]]] = {}
+    turn = asyncio.Lock()
+
+    async def summarise(name: str) -> dict[str, Any] | None:
+        async with turn:
+            return await service.stored("read", _summary, log, settings.experiment, name)
 
     @app.get(
         "/v1/experiments/{name}",
+        response_model=s.Summary,
         responses=READING | NOT_FOUND,
         tags=["experiments"],
     )
-    async def experiment(name: Annotated[str, InPath(max_length=64)]) -> Response:
-        """Click and reply rates of users in both arms, lift, tests and intervals, from the events
-        stored; at most some seconds old.
+    async def experiment(
+        name: Annotated[s.Name, InPath(examples=["exp"])],
+    ) -> Response:
+        """What both arms of an experiment did, and what may be concluded: `l2rec abtest` on the
+        events stored, at most a minute old. ``reason``: why there is no result yet.
         """
-        async with summarising:  # it reads all events: one at a time
-            known = summaries.get(name)
-            if known is None or time.monotonic() - known[0] > SUMMARY_SECONDS:
-                async with asyncio.timeout(settings.timeout):
-                    found = await service.stored("read", _summary, log, name, share(name))
-                if found is None:
-                    raise Refused(404, f"no events of an experiment {name!r}")
-                summaries.clear()
-                summaries[name] = known = (time.monotonic(), found)
-        return _json(known[1])
+        at, task = summaries.get(name, (0.0, None))
+        if task is None or (task.done() and time.monotonic() - at > SUMMARY_SECONDS):
+            for old in [n for n, (_, other) in summaries.items() if other.done()]:
+                del summaries[old]
+            if len(summaries) >= SUMMARIES:
+                raise Busy(f"{len(summaries)} experiments are being summed up")
+            task = asyncio.ensure_future(summarise(name))
+            task.add_done_callback(_looked_at)
+            summaries[name] = (time.monotonic(), task)
+        async with asyncio.timeout(settings.timeout):
+            found = await asyncio.shield(task)  # goes on without us, for who asks again
+        if found is None:
+            raise Refused(404, f"no experiment {name!r}: none of that name runs or has events")
+        return _json(found)
 
 
-def _summary(log: EventLog, name: str, share: float) -> dict[str, Any] | None:
-    """The state of an experiment; None where no event is of it."""
-    import polars as pl
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def _looked_at(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
 
-    from l2rec import abtest
-    from l2rec.service.events import SCHEMA
 
-    own = pa.Table.from_batches(log.read(experiment=name), schema=SCHEMA)
-    if not len(own):
+def _summary(log: EventLog, running: Experiment | None, name: str) -> dict[str, Any] | None:
+    """The state of an experiment; None where none of that name runs or has events."""
+    runs = running is not None and running.name == name
+    share = running.treatment if running is not None and runs else abtest.SHARE
+    own = list(log.read(experiment=name))
+    if not own and not runs:
         return None
-    began = float(pc.min(own["timestamp"]).as_py())
-    since = began - abtest.PRE_DAYS * abtest.DAY
-    events = pl.from_arrow(pa.Table.from_batches(log.read(since=since), schema=SCHEMA))
-    assert isinstance(events, pl.DataFrame)
-    return abtest.analyze(events, name, treatment=share)
+    found: dict[str, Any] = {"name": name, "running": runs, "treatment": share}
+    found |= {"events": sum(len(batch) for batch in own), "result": None, "reason": None}
+    if not own:
+        return found | {"reason": "no events of it yet"}
+    started = min(float(pc.min(batch["timestamp"]).as_py()) for batch in own)
+    batches = log.read(since=started - abtest.PRE_DAYS * abtest.DAY)
+    table = pl.from_arrow(pa.Table.from_batches(list(batches)))
+    assert isinstance(table, pl.DataFrame)
+    try:
+        return found | {"result": _finite(abtest.analyze(table, name, treatment=share))}
+    except DataError as error:
+        return found | {"reason": str(error)}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not a number is null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 # -- probes --------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from scipy.stats import rankdata
 
 from l2rec.errors import L2RecError, StorageError
 from l2rec.service.batching import Worker
+from l2rec.service.events import EventLog
 from l2rec.service.live import FILE, Deployment, read_deployment
 from l2rec.service.serving import Service
 from l2rec.service.version import (
@@ -36,9 +36,6 @@ from l2rec.service.version import (
     rank,
     score,
 )
-
-if TYPE_CHECKING:
-    from l2rec.service.events import EventLog
 
 logger = logging.getLogger("l2rec.service")
 

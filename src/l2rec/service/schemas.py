@@ -19,6 +19,7 @@ __all__ = [
     "Recommended",
     "Status",
     "Stored",
+    "Summary",
 ]
 
 from typing import Annotated, Any, Literal
@@ -279,3 +280,14 @@ class Status(BaseModel):
 
     status: str
     version: str
+
+
+class Summary(BaseModel):
+    """Of an experiment. ``result``: as of `l2rec abtest`."""
+
+    name: str
+    running: bool
+    treatment: float
+    events: int
+    result: dict[str, Any] | None
+    reason: str | None

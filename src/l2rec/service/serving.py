@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from l2rec.data.ragged import Ragged
 from l2rec.errors import L2RecError
 from l2rec.service.batching import Batcher, Worker
+from l2rec.service.events import EventLog
 from l2rec.service.live import Live
 from l2rec.service.metrics import Metrics
 from l2rec.service.security import Refused
@@ -36,9 +37,6 @@ from l2rec.service.version import (
     encode,
     rank,
 )
-
-if TYPE_CHECKING:
-    from l2rec.service.events import EventLog
 
 T = TypeVar("T")
 
