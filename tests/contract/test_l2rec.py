@@ -132,9 +132,8 @@ def test_loss_and_gradients(family: str, options: dict[str, Any]) -> None:
     expected |= {"balance"} if model.config.balance else set()
     expected |= {"behavioral", "semantic"} if both and model.config.view_loss else set()
     expected |= {"counts"} if model.config.cooccurrence else set()
-    expected |= {"counts"} if model.config.cooccurrence else set()
     assert set(losses.parts) == expected
-    weights = {"rec": 1, "bpc": model.config.bpc, "balance": model.config.balance}
+    weights = {"rec": 1, "counts": 1, "bpc": model.config.bpc, "balance": model.config.balance}
     total = sum(weights.get(k, model.config.view_loss) * float(v) for k, v in losses.parts.items())
     assert float(losses.total.detach()) == pytest.approx(total, rel=1e-5)
     assert not any(part.requires_grad for part in losses.parts.values())
