@@ -55,6 +55,7 @@ def shaken(model: L2Rec, seed: int = 1) -> L2Rec:
                 "log_temperature",
                 "blend",
                 "skip",
+                "evidence",
             ):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
