@@ -42,7 +42,8 @@ from __future__ import annotations
 __all__ = ["ItemTable", "L2Rec", "L2RecConfig", "UserState"]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -844,6 +845,18 @@ class L2Rec(nn.Module):
         )
         return torch.cat(parts)[order.to(parts[0].device)]
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """In eval mode within; nothing is touched where it is already."""
+        was_training = self.training
+        if was_training:
+            self.eval()
+        try:
+            yield
+        finally:
+            if was_training:
+                self.train()
+
     @torch.inference_mode()
     def _in_batches(
         self, histories: Ragged, keep: Callable[[UserState], Kept]
@@ -855,13 +868,9 @@ class L2Rec(nn.Module):
             self.costs(histories), None, max_rows=ENCODED_ROWS, max_cost=ENCODED_TOKENS
         )
         order = np.argsort(np.concatenate(plan)) if plan else np.zeros(0, dtype=np.int64)
-        was_training = self.training
-        self.eval()
-        try:
+        with self._evaluating():
             table = None if self.table is None else self.table()
             kept = [keep(self(histories.take(rows), table=table)) for rows in plan]
-        finally:
-            self.train(was_training)
         return kept, torch.from_numpy(order)
 
     @torch.inference_mode()
@@ -871,10 +880,8 @@ class L2Rec(nn.Module):
             return self._encode_texts([str(text) for text in items])
         chosen = np.asarray(items, dtype=np.int32)
         if self.table is not None:
-            was_training = self.training
-            self.eval()
-            table: Tensor = self.table()
-            self.train(was_training)
+            with self._evaluating():
+                table: Tensor = self.table()
             return table.index_select(0, self._on_device(chosen))
         return self.encode_users(Ragged(chosen, np.arange(len(chosen) + 1)))
 
