@@ -430,6 +430,38 @@ def embed(
 
 
 @app.command()
+def index(
+    vectors: Annotated[Path, typer.Argument(help="items.parquet of `l2rec embed`.")],
+    out: Annotated[Path, typer.Option(help="Index folder to write.")],
+    kind: Annotated[
+        str, typer.Option(help="auto (by size), exact, flat, hnsw, ivf, milvus.")
+    ] = "auto",
+    queries: Annotated[
+        Path | None, typer.Option(help="users.parquet to search for; by default the items.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="Of the recall that is printed.")] = 10,
+    uri: Annotated[
+        str | None, typer.Option(help="Of Milvus: a server, or a file ending in .db.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build an index of item vectors, and say what it finds of what exact search finds.
+
+    The vectors are checked first: they must be all of what `l2rec embed` wrote.
+
+    Example: `l2rec index vectors/items.parquet --out vectors/index --queries vectors/users.parquet`
+    """
+    from l2rec.console import print_table
+    from l2rec.index import build_folder
+
+    facts = build_folder(vectors, out, kind=kind, queries=queries, k=k, uri=uri)
+    if as_json:
+        _print_json(facts)
+    else:
+        print_table(str(out), facts)
+
+
+@app.command()
 def abtest(
     log: Annotated[
         str | None,
@@ -526,7 +558,10 @@ def serve(
             "By default events.db in the folder.",
         ),
     ] = None,
-    index: Annotated[str, typer.Option(help="auto, exact, flat, ivf, hnsw or milvus.")] = "auto",
+    index: Annotated[
+        str,
+        typer.Option(help="auto (the one in RUN/index, or by size), exact, flat, ivf or hnsw."),
+    ] = "auto",
     experiment: Annotated[
         str | None, typer.Option(help="Run an A/B experiment of this name.")
     ] = None,
