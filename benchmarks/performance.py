@@ -35,10 +35,12 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """needs: the prepared data sets, the first of them, or finished runs. gpu: only with one."""
+    """needs: the prepared data sets, the first of them, a finished run, or some. gpu: only with
+    one.
+    """
 
     name: str
-    needs: Literal["nothing", "data", "first", "runs"] = "nothing"
+    needs: Literal["nothing", "data", "first", "run", "runs"] = "nothing"
     gpu: bool = False
 
     def command(
@@ -50,6 +52,7 @@ class Part:
             "nothing": [],
             "data": ["--data", *(data or ["DIR"])],
             "first": ["--data", *(data[:1] or ["DIR"])],
+            "run": ["--run", *(runs[:1] or ["RUN"])],
             "runs": [
                 "--run",
                 *(runs[:1] or ["RUN"]),
@@ -77,6 +80,7 @@ PARTS = (
     Part("preparation"),
     Part("startup"),
     Part("precision", "runs"),
+    Part("serving", "run"),
 )
 
 
@@ -242,18 +246,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="a finished run to score in both precisions, and two that were trained in each",
+        help="a finished run to score in both precisions and to serve, and two trained in each",
     )
     args = p.parse_args(argv)
     given = {"nothing"} | ({"data", "first"} if args.data else set())
-    given |= {"runs"} if args.runs else set()
+    given |= {"run", "runs"} if args.runs else set()
     try:
         parts = chosen_parts(args.only, given, torch.cuda.is_available())
     except ValueError as error:
         p.error(str(error))
     for part in parts:
         if part.needs not in given:
-            option = "--runs RUN" if part.needs == "runs" else "--data DIR"
+            option = "--runs RUN" if part.needs in ("run", "runs") else "--data DIR"
             p.error(f"{part.name} needs {option}")
     options = [*(["--quick"] if args.quick else []), "--threads", str(args.threads)]
     failed = [part.name for part in parts if not run(part, options, args.data, args.runs)]

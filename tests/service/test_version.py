@@ -17,6 +17,7 @@ from tests.unit.conftest import Finished
 
 from l2rec.checkpoint import load_tensors, save_tensors
 from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.index import Exact, build, save
 from l2rec.service.version import (
     Attributes,
     Query,
@@ -29,22 +30,14 @@ from l2rec.service.version import (
 )
 
 
-class Scan:
-    """An exact index, and how often it was asked."""
+class Scan(Exact):
+    """An exact index that counts how often it was asked."""
 
-    kind = "exact"
-
-    def __init__(self, vectors: Any) -> None:
-        self.vectors, self.searches = vectors, 0
-
-    def __len__(self) -> int:
-        return len(self.vectors)
+    searches = 0
 
     def search(self, queries: Any, k: int) -> Any:
         self.searches += 1
-        scores = queries @ self.vectors.T
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int64)
-        return order, np.take_along_axis(scores, order, 1)
+        return super().search(queries, k)
 
 
 class Plain:
@@ -279,6 +272,37 @@ def test_an_index_that_finds_something_else(table_run: Finished) -> None:
     nothing = replace(version, deleted=frozenset(range(30)))
     with pytest.raises(CheckpointError, match="no item can be recommended"):
         check_version(nothing)
+
+
+def test_an_index_of_the_run_folder(copied: Path) -> None:
+    first = load_version(copied)
+    assert first.matrix is not None and first.index is not None and first.index.kind == "exact"
+    made = build(first.matrix.numpy(), "hnsw")
+    save(made, copied / "index", ids=list(first.ids), version=first.version)
+    state = ({"n1": ("heavy red hat", {})}, frozenset({"i4"}))
+    version = load_version(copied, items=state)
+    check_version(version)
+    assert version.index is not None and version.index.kind == "hnsw"
+    assert version.indexed == 30 and len(version) == 31 and version.added == 0
+    assert top(version, ["i1"]) == top(load_version(copied, index="exact", items=state), ["i1"])
+    save(made, copied / "index", ids=list(first.ids), version="other")
+    with pytest.raises(CheckpointError, match=r"of vectors of model other, the run is \w+; build"):
+        load_version(copied)
+    (copied / "index" / "ids.parquet").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"ids.parquet is torn or was edited"):
+        load_version(copied)
+
+
+def test_an_index_that_fails_is_not_needed(table_run: Finished) -> None:
+    version = load_version(table_run.run)
+
+    class Away:
+        kind = "milvus"
+
+        def search(self, *_: Any) -> Any:
+            raise RuntimeError("away")
+
+    assert top(replace(version, index=Away()), ["i1"]) == top(version, ["i1"])  # type: ignore[arg-type]
 
 
 def test_a_model_of_ids_alone_takes_no_items(table_run: Finished) -> None:

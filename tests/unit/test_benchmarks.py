@@ -302,6 +302,7 @@ def test_what_a_part_is_given() -> None:
     assert command("breakdown") == "benchmarks/breakdown.py --threads 1 --data a"
     assert command("padding") == "benchmarks/padding.py --threads 1 --data a b"
     assert command("precision") == "benchmarks/precision.py --threads 1 --run x --runs y z"
+    assert command("serving") == "benchmarks/serving.py --threads 1 --run x"
 
 
 def test_a_part_is_run_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535)
     read_keys: tuple[SecretStr, ...] = ()
     write_keys: tuple[SecretStr, ...] = ()
-    index: Literal["auto", "exact", "flat", "ivf", "hnsw", "milvus"] = "auto"
+    index: Literal["auto", "exact", "flat", "ivf", "hnsw"] = "auto"
+    """auto: the one in the run folder, or one that fits the size of the catalog."""
 
     batch_tokens: int = Field(4096, ge=1)
     """A batch is closed when its histories have this many tokens ..."""

@@ -22,12 +22,13 @@ __all__ = [
 ]
 
 import itertools
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,11 +41,12 @@ from l2rec.checkpoint import load_tensors, read_json
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, DataError, nearest
+from l2rec.index import Index, build
+from l2rec.index import load as load_index
 from l2rec.methods.protocols import TakesNewItems
 from l2rec.runs import Predictor, load, read_catalog
 
-if TYPE_CHECKING:
-    from l2rec.index import Index
+logger = logging.getLogger("l2rec.service")
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -151,7 +153,7 @@ class Version:
     None for a method that only ranks. deleted: rows that are never recommended (deleted, or
     replaced by a newer row of the same id). name: of the run folder. version: short hash of the
     trained tensors. report: report.json. loaded_at: unix seconds. serial: of the loading; with it,
-    a row is the same item for as long as the process lives.
+    a row is the same item for as long as the process lives. loaded: rows it was loaded with.
     """
 
     predictor: Predictor
@@ -163,6 +165,7 @@ class Version:
     report: Mapping[str, Any]
     loaded_at: float
     serial: int
+    loaded: int = 0
 
     @property
     def version(self) -> str:
@@ -198,7 +201,7 @@ class Version:
     @property
     def added(self) -> int:
         """Rows that the model has beyond those that were loaded, of this version or given up."""
-        return int(self.predictor.model.n_items) - self.indexed
+        return int(self.predictor.model.n_items) - self.loaded
 
     @property
     def takes_new_items(self) -> bool:
@@ -313,10 +316,11 @@ def load_version(
         )
     predictor.verify()
     report = read_json(run / "report.json") if (run / "report.json").is_file() else {}
+    base = len(predictor.ids)
     version = Version(
         predictor=predictor,
         index=None,
-        indexed=len(predictor.ids),
+        indexed=base,
         attributes=Attributes.of_catalog(read_catalog(run)),
         deleted=frozenset(n for n, item in enumerate(predictor.ids) if not item),
         name=run.resolve().name,
@@ -326,35 +330,30 @@ def load_version(
     )
     if items is not None:
         version = version.brought_to(items)
-    return replace(version, index=_index(version.predictor, index), indexed=len(version))
+    over, indexed = _index(run, version.predictor, index, base)
+    return replace(version, index=over, indexed=indexed, loaded=len(version))
 
 
-def _index(predictor: Predictor, kind: str) -> Index | None:
+def _index(run: Path, predictor: Predictor, kind: str, base: int) -> tuple[Index | None, int]:
+    """An index and how many rows it is over: what `l2rec index` wrote into the run folder, over the
+    run's own ``base`` items, or one that is built now, over all.
+    """
     if predictor.vectors is None:
-        return None
-    try:
-        from l2rec.index import build
-    except ImportError:  # until it lands
-        return _Scan(predictor.vectors.float().cpu().numpy())
-
-    return build(predictor.vectors.float().cpu().numpy(), kind=kind)
-
-
-class _Scan:
-    kind = "exact"
-
-    def __init__(self, vectors: npt.NDArray[np.float32]) -> None:
-        self._vectors = vectors
-
-    def __len__(self) -> int:
-        return len(self._vectors)
-
-    def search(self, queries: npt.NDArray[np.float32], k: int) -> tuple[Rows, Any]:
-        scores = queries @ self._vectors.T
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return order.astype(np.int64), np.take_along_axis(scores, order, 1)
+        return None, len(predictor.ids)
+    if kind == "auto" and (run / INDEX).is_dir():
+        index, ids, version = load_index(run / INDEX)
+        if version != predictor.version or ids != predictor.ids[:base]:
+            raise CheckpointError(
+                f"{run / INDEX}: of vectors of model {version}, the run is {predictor.version}; "
+                f"build it anew: l2rec embed {run} --out V && l2rec index V/items.parquet --out "
+                f"{run / INDEX}"
+            )
+        return index, base
+    return build(predictor.vectors.float().cpu().numpy(), kind), len(predictor.ids)
 
 
+INDEX = "index"
+"""Folder of a run that an index may lie in."""
 CHECKED, RECALL = 8, 0.8
 
 
@@ -478,7 +477,12 @@ def rank(queries: Sequence[Query]) -> list[Ranked]:
         if query.only is None and query.version.index is not None:
             together.setdefault(id(query.version), []).append(number)
     for numbers in together.values():
-        for number, ranked in zip(numbers, _searched([queries[n] for n in numbers]), strict=True):
+        try:
+            searched = _searched([queries[n] for n in numbers])
+        except Exception:  # such as of a server that is away: exact search needs nobody
+            logger.exception("the index failed; all rows are scored")
+            continue
+        for number, ranked in zip(numbers, searched, strict=True):
             found[number] = ranked
     return [
         _exact(query) if ranked is None else ranked
