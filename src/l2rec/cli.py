@@ -66,6 +66,9 @@ def prepare(
         str, typer.Option(help="Column of the time; none: the order of the file.")
     ] = "timestamp",
     event_type: Annotated[str | None, typer.Option(help="Column of the event's type.")] = None,
+    events: Annotated[
+        str, typer.Option(help="Types that are read from a service's event log.")
+    ] = "click,reply",
     encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = "utf-8",
     cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
         "~/.cache/l2rec"
@@ -74,18 +77,27 @@ def prepare(
     """Read interaction logs and item texts into a data set folder.
 
     Formats: RecBole atomic files, Amazon reviews (2014, 2018, 2023), MovieLens (100K, 1M, latest),
-    CSV and Parquet; plain or gzip. Files larger than memory are fine.
+    CSV and Parquet; plain or gzip. Files larger than memory are fine. And the event log of
+    `l2rec serve`, by file or URL, with the texts of `--items` and of the items put since.
 
-    Example: `l2rec prepare movielens-100k --out data/ml-100k`
+    Example: `l2rec prepare movielens-100k --out data/ml-100k`, or
+    `l2rec prepare runs/ml/events.db --items runs/ml/catalog.parquet --out data/served`
     """
+    import contextlib
+    import tempfile
+
     from pydantic import ValidationError
 
     from l2rec.data.prepare import PrepareConfig
     from l2rec.data.prepare import prepare as run_prepare
     from l2rec.data.sources import SOURCES, fetch
     from l2rec.errors import ConfigError
+    from l2rec.service.events import is_event_log
 
-    if source in SOURCES and not Path(source).exists():
+    served = is_event_log(source)
+    if served:
+        path, text = Path(source), text or "{text}"
+    elif source in SOURCES and not Path(source).exists():
         path = fetch(source, cache.expanduser())
         text = text or SOURCES[source].text
     elif not Path(source).exists() and not any(mark in source for mark in "/.\\"):
@@ -112,7 +124,14 @@ def prepare(
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise ConfigError(f"--{name} {first['input']}: {first['msg']}") from None
-    dataset = run_prepare(path, out, config, items=items, format=format)
+    with contextlib.ExitStack() as stack:
+        if served:
+            from l2rec.service.export import export_log
+
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
+            url = source if "://" in source else f"sqlite:///{source}"
+            path, items = export_log(url, folder, types=events.split(","), catalog=items)
+        dataset = run_prepare(path, out, config, items=items, format=format)
     typer.echo(
         f"{out}: {dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.n_events:,} "
         f"events, fingerprint {dataset.fingerprint}"

@@ -1,0 +1,87 @@
+"""An event log as files that `l2rec prepare` reads: what was served becomes training data."""
+
+from __future__ import annotations
+
+__all__ = ["export_log"]
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from l2rec.errors import ConfigError, DataError
+from l2rec.service.events import POSITIVE, TYPES, EventLog
+
+NAMES = {"user": "user_id", "item": "item_id", "type": "event_type", "timestamp": "timestamp"}
+
+
+def export_log(
+    url: str, folder: Path, *, types: Sequence[str] = POSITIVE, catalog: Path | None = None
+) -> tuple[Path, Path]:
+    """Write events.parquet and items.parquet into ``folder``; returns their paths.
+
+    The catalog is that of ``catalog`` (Parquet or CSV with item_id and text, such as a run's
+    catalog.parquet) with the items that were put since, or changed; deleted items stay, since
+    events may name them.
+
+    Raises:
+        ConfigError: an unknown type. DataError: no such events, or a catalog without its columns.
+        StorageError: the log cannot be read.
+    """
+    odd = [name for name in types if name not in TYPES]
+    if odd or not types:
+        raise ConfigError(f"event types {odd or '()'}: choose from {', '.join(TYPES)}")
+    log = EventLog(url)
+    try:
+        events, rows = folder / "events.parquet", 0
+        schema = pa.schema([(new, SCHEMA_TYPES[old]) for old, new in NAMES.items()])
+        with pq.ParquetWriter(events, schema) as writer:
+            for batch in log.read(types=types):
+                columns = [batch[name] for name in NAMES]
+                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+                rows += len(batch)
+        put, _ = log.items()
+    finally:
+        log.close()
+    if not rows:
+        raise DataError(f"the event log has no {' or '.join(types)} yet: nothing to prepare")
+    items = folder / "items.parquet"
+    _catalog(catalog, put).write_parquet(items)
+    return events, items
+
+
+SCHEMA_TYPES = {
+    "user": pa.string(),
+    "item": pa.string(),
+    "type": pa.string(),
+    "timestamp": pa.float64(),
+}
+
+
+def _catalog(path: Path | None, put: dict[str, tuple[str, dict[str, str]]]) -> pl.DataFrame:
+    fresh = pl.DataFrame(
+        [{"item_id": item, "text": text, **fields} for item, (text, fields) in put.items()],
+        schema_overrides={"item_id": pl.String, "text": pl.String},
+        infer_schema_length=None,
+    )
+    if path is None:
+        if not put:
+            raise DataError("the event log knows no item texts; give the catalog with --items")
+        return fresh
+    try:
+        if path.suffix == ".csv":
+            known = pl.read_csv(path, infer_schema=False)
+        else:
+            known = pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{path}: neither Parquet nor CSV: {error}") from error
+    absent = {"item_id", "text"} - set(known.columns)
+    if absent:
+        raise DataError(f"{path} has no column {min(absent)!r}; it needs item_id and text")
+    if not put:
+        return known
+    return pl.concat(
+        [known.filter(~pl.col("item_id").is_in(list(put))), fresh], how="diagonal_relaxed"
+    )
