@@ -62,7 +62,7 @@ def serve(table_run: Finished, log_url: str) -> Iterator[Serve]:
         log = log or EventLog(log_url)
         version = load_version(run or table_run.run, items=log.items())
         app = create_app(Settings(**{"rate": 0, **settings}), Live(version), log)
-        client = TestClient(app)
+        client = TestClient(app, base_url="http://localhost")
         client.__enter__()
         opened.append(client)
         return client

@@ -567,7 +567,7 @@ def test_arms(table_run: Finished, other_run: Finished, log_url: str) -> None:
     running_now = Experiment(name="exp", treatment=0.4, salt="s")
     app = create_app(Settings(rate=0, experiment=running_now), live, log)
     versions = {"treatment": live.version.version, "control": live.control.version}
-    with TestClient(app) as client:
+    with TestClient(app, base_url="http://localhost") as client:
         for n in range(30):
             body = {"user": f"u{n}", "history": ["i1", "i2"], "k": 5}
             answer = client.post("/v1/recommend", json=body).json()

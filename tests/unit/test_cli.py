@@ -73,6 +73,9 @@ VERBS = {
     "fusion": ["--alpha", "--dominant", "--split", "--data", "--json"],
     "recommend": ["--history", "--user", "--new-item", "--include-seen", "--json"],
     "embed": ["--out", "--users", "--data"],
+    "serve": ["--host", "--port", "--log", "--index", "--experiment", "--control", "--rate"],
+    "deploy": ["--to", "--shadow", "--stop-shadow"],
+    "rollback": [],
     "demo": ["--out", "--data", "--minutes"],
 }
 

@@ -43,6 +43,7 @@ T = TypeVar("T")
 logger = logging.getLogger("l2rec.service")
 
 RANKED_TOGETHER = 256
+CACHED_NUMBERS = 1 << 26
 STORAGE_THREADS = 4
 READY_SECONDS, READY_KEPT = 5.0, 1.0
 
@@ -138,7 +139,9 @@ class Service:
             held.serial == version.serial for held in self.live.all().values()
         ):
             self._cache[key] = user
-            while len(self._cache) > self.settings.cache:
+            # Of a method that only ranks, a user is as long as the catalog.
+            most = min(self.settings.cache, max(1, CACHED_NUMBERS // user.vector.numel()))
+            while len(self._cache) > most:
                 self._cache.popitem(last=False)
         return user
 
