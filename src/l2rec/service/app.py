@@ -34,6 +34,7 @@ from starlette.exceptions import HTTPException
 from l2rec import __version__, abtest
 from l2rec.abtest import SHARE
 from l2rec.errors import DataError, L2RecError, StorageError
+from l2rec.service import page
 from l2rec.service import schemas as s
 from l2rec.service import version as v
 from l2rec.service.batching import Busy
@@ -120,6 +121,8 @@ def create_app(
     _rank_routes(app, service, shadow)
     _write_routes(app, service)
     _probe_routes(app, service)
+    app.include_router(page.router)
+    app.mount("/static", page.static, name="static")
     _errors(app, service)
     _schema(app, settings)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
