@@ -74,7 +74,6 @@ def serve(
             server_header=False,
             ws="none",
             lifespan="on",
-            limit_concurrency=4 * settings.inflight,
             timeout_graceful_shutdown=settings.shutdown,
         )
         host, port = listening.getsockname()[:2]
