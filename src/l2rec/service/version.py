@@ -153,7 +153,8 @@ class Version:
     None for a method that only ranks. deleted: rows that are never recommended (deleted, or
     replaced by a newer row of the same id). name: of the run folder. version: short hash of the
     trained tensors. report: report.json. loaded_at: unix seconds. serial: of the loading; with it,
-    a row is the same item for as long as the process lives. loaded: rows it was loaded with.
+    a row is the same item for as long as the process lives. loaded: rows it was loaded with. run:
+    the folder it was loaded from.
     """
 
     predictor: Predictor
@@ -166,6 +167,7 @@ class Version:
     loaded_at: float
     serial: int
     loaded: int = 0
+    run: Path | None = None
 
     @property
     def version(self) -> str:
@@ -327,6 +329,7 @@ def load_version(
         report=report,
         loaded_at=time.time(),
         serial=next(_serials),
+        run=run,
     )
     if items is not None:
         version = version.brought_to(items)
