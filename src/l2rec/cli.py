@@ -69,6 +69,12 @@ def prepare(
     events: Annotated[
         str, typer.Option(help="Types that are read from a service's event log.")
     ] = "click,reply",
+    only: Annotated[
+        str | None, typer.Option(help="Keep events of these types alone: click,reply")
+    ] = None,
+    before: Annotated[
+        str | None, typer.Option(help="Keep earlier events alone: 2023-11-28, or a number.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = "utf-8",
     cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
         "~/.cache/l2rec"
@@ -118,6 +124,8 @@ def prepare(
             item=item,
             timestamp=timestamp,
             event_type=event_type,
+            only=[] if only is None else [name.strip() for name in only.split(",")],
+            before=before,
             encoding=encoding,
         )
     except ValidationError as error:
@@ -529,6 +537,61 @@ def abtest(
         _print_json(found)
     else:
         print_experiment(found)
+
+
+@app.command()
+def downstream(
+    data: Annotated[Path, typer.Argument(help="Data set of exposures, clicks and replies.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as test_days=3 or dlrm.dim=32")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = ...,  # type: ignore[assignment]
+    run: Annotated[
+        Path | None, typer.Option(help="Run that makes the vectors, users anew each day.")
+    ] = None,
+    run_data: Annotated[
+        Path | None, typer.Option(help="Data set of that run, if it was moved.")
+    ] = None,
+    vectors: Annotated[
+        Path | None, typer.Option(help="Instead of a run: folder written by `l2rec embed`.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="With --vectors: first day they know nothing of.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each arm and stage.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Train a matching and a ranking stage (DLRM) with and without L2Rec vectors as features.
+
+    Both arms are retrained alike on the days after the newest event that the vectors know, and
+    tested on the last days: AUC, GAUC and log loss of clicks and replies, Recall of held-out
+    clicks. docs/downstream.md has the road from a log to this table.
+
+    Example: `l2rec downstream data/feed --run runs/feed-clicks --out runs/feed-downstream`
+    """
+    from l2rec.console import Console, print_downstream
+    from l2rec.data.daily import moment
+    from l2rec.downstream import downstream_config, run_downstream
+
+    config = downstream_config(overrides or ())
+    with Console(quiet=as_json) as console:
+        report = run_downstream(
+            data,
+            out,
+            progress=console,
+            run=run,
+            run_data=run_data,
+            vectors=vectors,
+            until=None if until is None else moment(until),
+            seeds=seeds,
+            config=config,
+            command=shlex.join(["l2rec", *sys.argv[1:]]),
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        print_downstream(report)
+        typer.echo(f"report: {out}/report.json")
 
 
 def _events(source: str) -> Any:

@@ -205,6 +205,37 @@ def print_experiment(found: Mapping[str, Any]) -> None:
         )
 
 
+def print_downstream(report: Mapping[str, Any]) -> None:
+    """Both arms of the stages downstream, side by side, on standard output."""
+
+    def number(value: float | None, digits: str = ".4f") -> str:
+        return "–" if value is None else f"{value:{digits}}"
+
+    def spread(arm: Mapping[str, Any]) -> str:
+        sd = "" if arm["sd"] is None else f" ± {arm['sd']:.4f}"
+        return number(arm["mean"]) + sd
+
+    periods = report["periods"]
+    for name, facts in periods.items():
+        _out().print(
+            f"{name:7s} {facts['days']}  {facts['exposures']:,} exposures, "
+            f"{facts['clicks']:,} clicks, {facts['replies']:,} replies of {facts['users']:,} users"
+        )
+    level = f"{1 - report['options']['alpha']:.0%} interval"
+    table = Table(title=escape(f"{report['dataset']['name']}: test, {len(report['seeds'])} seeds"))
+    floors = list(report["floors"])
+    for name in ("metric", *floors, "control", "treatment", "difference", level, "p", "p (Holm)"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    for metric, found in report["metrics"].items():
+        cells = [number(report["floors"][floor].get(metric)) for floor in floors]
+        cells += [spread(found["control"]), spread(found["treatment"])]
+        if found["difference"] is not None:
+            cells += [f"{found['difference']:+.4f}", f"{found['low']:+.4f} .. {found['high']:+.4f}"]
+            cells += [f"{found['p']:.2g}", f"{found['p_holm']:.2g}"]
+        table.add_row(metric, *cells)
+    _out().print(table)
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "  ".join(f"{k} {_shown(v)}" for k, v in value.items())

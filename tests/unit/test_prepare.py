@@ -315,6 +315,42 @@ def test_limits_that_leave_nothing(tmp_path: Path) -> None:
     assert "no event is left of 6 after filtering with k_core=9, min_history=0" in message
 
 
+TYPED = (
+    "user_id,item_id,timestamp,event_type\n"
+    "u,a,86400,exposure\nu,a,86401,click\nu,b,172800,exposure\nv,b,172801,click\n"
+)
+
+
+def typed(tmp_path: Path, **options: Any) -> Dataset:
+    (tmp_path / "log.csv").write_text(TYPED)
+    config = PrepareConfig(event_type="event_type", **options)
+    return prepare(tmp_path / "log.csv", tmp_path / "out", config, progress=False)
+
+
+def test_only_and_before_choose_events(tmp_path: Path) -> None:
+    clicks = typed(tmp_path, only=("click",))
+    assert rows_of(clicks) == {"u": ["a"], "v": ["b"]}
+    assert clicks.event_type_names == ["click"]
+    assert clicks.meta["counters"]["events_left_out"] == 2
+    early = typed(tmp_path, before="1970-01-03")  # the second of midnight is out
+    assert rows_of(early) == {"u": ["a", "a"]}
+    assert early.meta["options"]["before"] == 172800.0
+    assert rows_of(typed(tmp_path, before=172801.0)) == {"u": ["a", "a", "b"]}
+    assert rows_of(typed(tmp_path, only=("click",), before="172801")) == {"u": ["a"]}
+
+
+def test_only_and_before_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"only=clik: .*did you mean 'click'\?; there are exposure"):
+        typed(tmp_path, only=("clik",))
+    with pytest.raises(DataError, match=r"none of the 4 events is kept by only=click before=5\.0"):
+        typed(tmp_path, only=("click",), before=5)
+    with pytest.raises(ValidationError, match="'soon' is no time; write a date such as"):
+        typed(tmp_path, before="soon")
+    assert "the log has no event types; name their column" in refuse(
+        tmp_path / "untyped", EVENTS, only=("click",)
+    )
+
+
 def test_too_many_event_types(tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     rows = "".join(f"u,i,{n},type{n}\n" for n in range(200))

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
+from l2rec.data.catalog import Catalog
 from l2rec.data.prepare import prepare
-from l2rec.data.synthetic import N_TEXTS, chain_dataset, industrial_log, simple_text
+from l2rec.data.synthetic import (
+    N_TEXTS,
+    TOPICS,
+    chain_dataset,
+    industrial_log,
+    simple_text,
+    simulated_exposures,
+)
 from l2rec.errors import DataError
 
 
@@ -70,3 +79,87 @@ def test_industrial_log(tmp_path: Path) -> None:
     assert counts[:8].sum() > 0.3 * counts.sum()  # a tenth of the items has much of it
     with pytest.raises(DataError, match="is not empty; choose another folder"):
         industrial_log(folder, 10, 5, 5, seed=0)
+
+
+@pytest.fixture(scope="module")
+def feed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulated_exposures(tmp_path_factory.mktemp("feed") / "log", 300, 200, 6, seed=1)
+
+
+def test_simulated_feed(feed: Path, tmp_path: Path) -> None:
+    assert len(list(feed.glob("events-*.parquet"))) == 6
+    dataset = prepare(feed, tmp_path / "out", progress=False)
+    types = dataset.describe()["event_types"]
+    assert types["exposure"] > 5 * types["click"] > 5 * types["reply"] > 0
+    assert Catalog(dataset.catalog).fields == ["title", "category", "creator"]
+    log = pl.read_parquet(feed / "events-*.parquet")
+    assert log["timestamp"].is_sorted()  # files in order of time
+    shown = log.filter(pl.col("event_type") == "exposure")
+    kinds = {kind: log.filter(pl.col("event_type") == kind) for kind in ("click", "reply")}
+    pair = ["user_id", "item_id"]
+    assert kinds["click"].join(shown, on=pair, how="anti").is_empty()
+    assert kinds["reply"].join(kinds["click"], on=pair, how="anti").is_empty()
+
+
+def test_simulated_clicks_follow_what_was_planted(feed: Path) -> None:
+    log = pl.read_parquet(feed / "events-*.parquet").with_columns(
+        pl.col("event_type").cast(pl.String)
+    )
+    items = pl.read_parquet(feed / "items.parquet").with_row_index("row")
+    log = log.join(items, on="item_id")
+    # Taste: the category that a user clicks most in the first days is clicked most afterwards too.
+    middle = log["timestamp"].min() + 3 * 86_400  # type: ignore[operator]
+    clicks = log.filter(pl.col("event_type") == "click")
+    early, late = (
+        clicks.filter((pl.col("timestamp") < middle) == first) for first in (True, False)
+    )
+    mode = early.group_by("user_id").agg(pl.col("category").mode().sort().first().alias("liked"))
+    both = late.join(mode, on="user_id")
+    assert (both["liked"] == both["category"]).mean() > 0.2  # 0.1 by chance
+    # Items appear in the course of time.
+    first = log.group_by("item_id").agg(pl.col("timestamp").min())["timestamp"]
+    assert 0.1 < ((first - log["timestamp"].min()) > 86_400).mean() < 0.7  # type: ignore[operator]
+
+
+def test_texts_name_the_topics_and_categories_do_not(feed: Path) -> None:
+    items = pl.read_parquet(feed / "items.parquet")
+    topic_of = {
+        word: (category, topic)
+        for category, topics in TOPICS.items()
+        for topic, words in topics.items()
+        for word in words.split()
+    }
+    assert len(topic_of) == sum(len(t) for t in TOPICS.values()) * 6  # no word of two topics
+    for title, category in items.select("title", "category").iter_rows():
+        found = [topic_of[w] for w in title.replace(",", "").split() if w in topic_of]
+        assert len(found) == 4 and found[0] == found[1] == found[2]
+        assert found[0][0] == category
+
+
+def test_simulations_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    logs = [
+        pl.read_parquet(simulated_exposures(tmp_path / n, 20, 50, 2, s) / "events-*.parquet")
+        for n, s in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert logs[0].equals(logs[1]) and not logs[0].equals(logs[2])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"n_users": 0}, "n_users=0 is less than 1"),
+        ({"n_items": 39}, "n_items=39 is less than 40"),
+        ({"days": 0}, "days=0 is less than 1"),
+        ({"sessions": 0.0}, "sessions=0.0 is not above 0"),
+    ],
+)
+def test_impossible_simulations(tmp_path: Path, sizes: dict[str, float], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        simulated_exposures(
+            tmp_path / "x", **({"n_users": 5, "n_items": 40, "days": 1, "seed": 0} | sizes)
+        )  # type: ignore[arg-type]
+
+
+def test_a_simulation_overwrites_nothing(feed: Path) -> None:
+    with pytest.raises(DataError, match="is not empty; choose another folder"):
+        simulated_exposures(feed, 5, 40, 1, seed=0)

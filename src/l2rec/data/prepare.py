@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from l2rec.data.daily import moment
 from l2rec.data.dataset import (
     FORMAT,
     VERSION,
@@ -64,7 +65,9 @@ class PrepareConfig(BaseModel):
     fields that are not empty, joined by ". ". ``drop_unknown_items``: drop events of items that
     the catalog does not have, instead of refusing. ``drop_textless``: drop items without text.
     ``keep_all_items``: keep catalog items without events. ``duplicate_items``: what to do about
-    different catalog rows with one id. ``user`` to ``encoding``: see `formats.Columns`.
+    different catalog rows with one id. ``only``: keep events of these types. ``before``: keep
+    events of an earlier time (in the log's unit; also a date such as 2023-11-28, midnight UTC).
+    ``user`` to ``encoding``: see `formats.Columns`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +80,8 @@ class PrepareConfig(BaseModel):
     drop_textless: bool = False
     keep_all_items: bool = False
     duplicate_items: Literal["error", "first"] = "error"
+    only: tuple[str, ...] = ()
+    before: float | None = None
     user: str = "user_id"
     item: str = "item_id"
     timestamp: str | None = "timestamp"
@@ -88,6 +93,11 @@ class PrepareConfig(BaseModel):
     def _none_by_name(cls, value: Any) -> Any:
         # A command line can only say the word.
         return None if isinstance(value, str) and value.lower() in ("none", "null", "") else value
+
+    @field_validator("before", mode="before")
+    @classmethod
+    def _seconds_of_a_date(cls, value: Any) -> Any:
+        return moment(value) if isinstance(value, str) else value
 
 
 def prepare(
@@ -328,14 +338,15 @@ class _Ids:
 
 def _read_events(source: Source, known_items: pa.Array | None, state: _State) -> _Log:
     users, items, types = _Ids(), _Ids(known_items), _Ids()
-    unknown = _Unknown()
+    unknown, wanted = _Unknown(), _Wanted(state.config)
     total = 0
     with contextlib.ExitStack() as stack:
         files = {
             name: stack.enter_context((state.work / name).open("wb"))
             for name in ("users", "items", "times", "types")
         }
-        for table in _rechunk(source.events(), state):
+        for read in _rechunk(source.events(), state):
+            table = wanted.of(read)
             item_ints = items.encode(_one(table["item_id"]))
             unknown.see(item_ints, table["item_id"])
             _append(files["users"], users.encode(_one(table["user_id"])))
@@ -350,8 +361,11 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
                     )
                 _append(files["types"], codes.astype(np.int8))
             total += len(item_ints)
+    wanted.check(source)
     if not total:
         raise DataError(f"{source.files[0]} has no events; give a log with at least one")
+    if wanted.left_out:
+        state.counters["events_left_out"] = wanted.left_out
     state.counters |= {
         "events_read": total,
         "users_read": len(users.values),
@@ -368,6 +382,48 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
         user_ids=users.values,
         item_ids=items.values,
     )
+
+
+class _Wanted:
+    """Which events are read at all: those of the options ``only`` and ``before``."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self.only, self.before = config.only, config.before
+        self.left_out = self.kept = 0
+        self.types: dict[str, None] = {}
+
+    def of(self, table: pa.Table) -> pa.Table:
+        """The rows that are kept."""
+        kept = table
+        if self.only:
+            if "event_type" not in table.column_names:
+                raise DataError(
+                    f"only={','.join(self.only)}: the log has no event types; name their column "
+                    f"with --event-type or leave --only out"
+                )
+            self.types |= dict.fromkeys(pc.unique(table["event_type"]).to_pylist())
+            known = pa.array(self.only, pa.string())
+            kept = kept.filter(pc.is_in(kept["event_type"].cast(pa.string()), value_set=known))
+        if self.before is not None:
+            kept = kept.filter(pc.less(kept["timestamp"], self.before))
+        self.left_out += len(table) - len(kept)
+        self.kept += len(kept)
+        return kept
+
+    def check(self, source: Source) -> None:
+        """Raise DataError for a type that no event has, or where nothing was kept."""
+        for name in self.only:
+            if name not in self.types:
+                shown = ", ".join(list(self.types)[:10])
+                raise DataError(
+                    f"only={name}: no event of {source.files[0].name} is of this type"
+                    f"{nearest(name, self.types)}; there are {shown}"
+                )
+        if self.left_out and not self.kept:
+            raise DataError(
+                f"none of the {self.left_out:,} events is kept by only={','.join(self.only)} "
+                f"before={self.before}; choose wider limits"
+            )
 
 
 @dataclass

@@ -1,11 +1,14 @@
-"""Data that is made, not found: chains with one right answer, and a log of industrial size."""
+"""Data that is made, not found: chains with one right answer, a log of industrial size, and what
+simulated people did with what a simulated recommender showed them.
+"""
 
 from __future__ import annotations
 
-__all__ = ["chain_dataset", "industrial_log"]
+__all__ = ["chain_dataset", "industrial_log", "simulated_exposures"]
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +191,243 @@ def _write_items(path: Path, n_items: int, rng: np.random.Generator) -> None:
 
 def _ids(prefix: str, numbers: npt.NDArray[np.int64]) -> pa.Array:
     return pc.binary_join_element_wise(prefix, pa.array(numbers).cast(pa.string()), "")
+
+
+TOPICS: dict[str, dict[str, str]] = {
+    "food": {
+        "baking": "sourdough yeast flour oven crust pastry",
+        "grilling": "barbecue charcoal steak brisket smoker marinade",
+        "coffee": "espresso beans roast grinder latte crema",
+        "vegan": "tofu lentils chickpeas tempeh kale quinoa",
+    },
+    "music": {
+        "jazz": "saxophone swing bebop trumpet improvisation quartet",
+        "techno": "synthesizer rave drumbeat turntable club remix",
+        "classical": "violin symphony sonata orchestra opera cello",
+        "metal": "distortion riff headbanging drummer scream amplifier",
+    },
+    "sport": {
+        "football": "goalkeeper penalty striker offside derby league",
+        "running": "marathon sneakers pace sprint treadmill jogging",
+        "climbing": "boulder carabiner rope summit chalk belay",
+        "swimming": "freestyle pool backstroke goggles lap diving",
+    },
+    "nature": {
+        "gardening": "tomatoes compost seedlings pruning greenhouse mulch",
+        "birds": "owl feathers nest warbler binoculars migration",
+        "hiking": "trail backpack mountain campsite tent ridge",
+        "fishing": "trout reel bait angler lure river",
+    },
+    "science": {
+        "astronomy": "telescope galaxy nebula planet comet eclipse",
+        "chemistry": "molecule reaction acid catalyst laboratory beaker",
+        "dinosaurs": "fossil triassic raptor excavation skeleton jurassic",
+        "robots": "actuator sensor arduino drone automation servo",
+    },
+    "home": {
+        "furniture": "sofa bookshelf wardrobe cushion armchair desk",
+        "knitting": "yarn needles crochet scarf sweater stitch",
+        "woodwork": "chisel plywood saw varnish carpenter joinery",
+        "cleaning": "vacuum detergent mop laundry sponge bleach",
+    },
+    "animals": {
+        "cats": "kitten purring whiskers litter tabby meow",
+        "dogs": "puppy leash terrier barking fetch kennel",
+        "horses": "saddle stable gallop pony bridle dressage",
+        "aquarium": "goldfish coral guppy tank algae shrimp",
+    },
+    "games": {
+        "chess": "checkmate bishop opening endgame grandmaster gambit",
+        "puzzles": "crossword sudoku jigsaw riddle anagram maze",
+        "shooters": "sniper respawn headshot multiplayer grenade loadout",
+        "cards": "poker dealer bluff deck joker blackjack",
+    },
+    "travel": {
+        "beaches": "sand snorkel surf palm sunscreen lagoon",
+        "trains": "railway locomotive station conductor sleeper carriage",
+        "cities": "museum skyline metro cathedral boulevard nightlife",
+        "winter": "skiing snowboard chalet slope glacier sledge",
+    },
+    "money": {
+        "stocks": "dividend portfolio broker earnings shares index",
+        "housing": "mortgage landlord rent deposit lease realtor",
+        "saving": "budget coupon frugal discount savings bargain",
+        "startups": "founder venture pitch investor funding incubator",
+    },
+}
+"""Category, topic, and the words that texts about the topic are made of."""
+OPENINGS = ("notes on", "my", "a guide to", "questions about", "thinking of", "all about", "first")
+FIRST_DAY = 1_699_920_000
+"""2023-11-14, midnight UTC."""
+CANDIDATES, SLOTS, SLOT_SECONDS = 40, 10, 20
+"""Items the simulated recommender ranks for a session, of which so many are shown, one by one."""
+MAIN_TOPIC = 0.75
+"""How much of an item is its first topic; the rest is its second."""
+OLD = 0.5
+"""Share of items that are there on the first day; the others appear on the days after."""
+
+
+def simulated_exposures(
+    out: str | Path, n_users: int, n_items: int, days: int, seed: int, *, sessions: float = 1.0
+) -> Path:
+    """Write the log of a simulated feed: folder ``out`` with events-*.parquet and items.parquet.
+
+    **A simulation**: what is learned from it says nothing about any real platform. It was made so
+    that texts can help: a user's taste is for topics, and topics are told by titles alone (the
+    field ``category`` holds four topics each).
+
+    - Users have a taste for each topic and category, three favourites, and an activity.
+    - Items have one or two topics, a title of their words, a category, a creator who mostly keeps
+      to one category, and an appeal to everybody. Half of them appear in the course of time.
+    - Each session, a recommender that knows taste and appeal but for noise shows ten of forty
+      candidates. Clicks follow from affinity, appeal and position; replies from affinity and from
+      how talkative the user is, among what was clicked.
+
+    ``sessions``: of a user a day, on average. One file a day, in order of time. The folder is a
+    source for `prepare`. Raises DataError if it exists and is not empty, or for sizes that cannot
+    be.
+    """
+    for name, value, least in (
+        ("n_users", n_users, 1),
+        ("n_items", n_items, 40),
+        ("days", days, 1),
+    ):
+        if value < least:
+            raise DataError(f"{name}={value} is less than {least}; choose at least {least}")
+    if not sessions > 0:
+        raise DataError(f"sessions={sessions} is not above 0; choose how many a user has a day")
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty; choose another folder or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    items = _Items.draw(n_items, days, rng)
+    users = _Users.draw(n_users, rng)
+    pq.write_table(items.table, out / "items.parquet", compression="zstd")
+    for day in range(days):
+        table = _simulated_day(day, users, items, sessions, rng)
+        pq.write_table(table, out / f"events-{day:05d}.parquet", compression="zstd")
+    made = {"users": n_users, "items": n_items, "days": days, "seed": seed, "sessions": sessions}
+    (out / "made.txt").write_text(json.dumps({"simulated": made}) + "\n", encoding="utf-8")
+    return out
+
+
+@dataclass(frozen=True)
+class _Items:
+    """``topics``: [N, 2] int64. ``appeal``: [N] float64. ``born``: [N] int64 day."""
+
+    table: pa.Table
+    topics: npt.NDArray[np.int64]
+    appeal: npt.NDArray[np.float64]
+    born: npt.NDArray[np.int64]
+
+    @classmethod
+    def draw(cls, n: int, days: int, rng: np.random.Generator) -> _Items:
+        categories = list(TOPICS)
+        words = np.array([t.split() for topics in TOPICS.values() for t in topics.values()])
+        each = len(words) // len(categories)  # topics of a category
+        n_creators = max(10, n // 20)
+        creator = rng.integers(n_creators, size=n)
+        home = rng.integers(len(categories), size=n_creators)[creator]
+        category = np.where(rng.random(n) < 0.8, home, rng.integers(len(categories), size=n))
+        first = category * each + rng.integers(each, size=n)
+        near = category * each + rng.integers(each, size=n)
+        second = np.where(rng.random(n) < 0.5, near, rng.integers(len(words), size=n))
+        # Three different words of the first topic, one of the second.
+        order = np.argsort(rng.random((n, words.shape[1])), axis=1)
+        chosen = [pa.array(words[first, order[:, i]]) for i in range(3)]
+        other = pa.array(words[second, rng.integers(words.shape[1], size=n)])
+        opening = pa.array(np.array(OPENINGS)[rng.integers(len(OPENINGS), size=n)])
+        listed = pc.binary_join_element_wise(*chosen, ", ")
+        columns = {
+            "item_id": _ids("item-", np.arange(n)),
+            "title": pc.binary_join_element_wise(opening, listed, "and", other, " "),
+            "category": pa.array(np.array(categories)[category]),
+            "creator": _ids("creator ", creator),
+        }
+        born = np.where(rng.random(n) < OLD, 0, rng.integers(1, max(2, days), size=n))
+        born[rng.permutation(n)[:CANDIDATES]] = 0
+        topics = np.stack((first, second), axis=1)
+        return cls(pa.table(columns), topics, rng.normal(size=n), born)
+
+
+@dataclass(frozen=True)
+class _Users:
+    """``taste``: [U, topics] float64. ``activity``: [U], mean 1. ``talkative``: [U]."""
+
+    taste: npt.NDArray[np.float64]
+    activity: npt.NDArray[np.float64]
+    talkative: npt.NDArray[np.float64]
+
+    @classmethod
+    def draw(cls, n: int, rng: np.random.Generator) -> _Users:
+        each = [len(topics) for topics in TOPICS.values()]
+        taste = rng.normal(0, 0.6, (n, len(each))).repeat(each, axis=1)
+        taste += rng.normal(0, 0.5, taste.shape)
+        favourites = np.argsort(rng.random(taste.shape), axis=1)[:, :3]
+        np.put_along_axis(taste, favourites, rng.uniform(1.5, 3.0, favourites.shape), axis=1)
+        activity = rng.lognormal(-0.32, 0.8, n)
+        return cls(taste, activity, rng.normal(0, 0.7, n))
+
+
+def _simulated_day(
+    day: int, users: _Users, items: _Items, sessions: float, rng: np.random.Generator
+) -> pa.Table:
+    """Exposures, clicks and replies of one day, in order of time."""
+    user = np.repeat(np.arange(len(users.activity)), rng.poisson(sessions * users.activity))
+    there = np.flatnonzero(items.born <= day)
+    weight = np.exp(0.4 * items.appeal[there] + (day - items.born[there] < 3) * 0.7)
+    drawn = rng.choice(there, size=(len(user), CANDIDATES), p=weight / weight.sum())
+    affinity = _affinity(users, items, user, drawn)
+    score = 0.7 * affinity + 0.3 * items.appeal[drawn] + rng.normal(size=drawn.shape)
+    ordered = np.sort(drawn, axis=1)
+    at = np.argsort(drawn, axis=1, kind="stable")
+    again = np.zeros_like(drawn, dtype=bool)
+    np.put_along_axis(again, at[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    score[again] = -np.inf  # nothing is shown twice in a session
+    best = np.argsort(-score, axis=1, kind="stable")[:, :SLOTS]
+    shown, liked = np.take_along_axis(drawn, best, 1), np.take_along_axis(affinity, best, 1)
+    real = np.isfinite(np.take_along_axis(score, best, 1))
+    position = np.arange(SLOTS)
+    click = -3.0 + liked + 0.5 * items.appeal[shown] - 0.6 * np.log1p(position)
+    clicked = (rng.random(shown.shape) < _sigmoid(click)) & real
+    reply = -1.2 + 0.5 * liked + users.talkative[user][:, None]
+    replied = (rng.random(shown.shape) < _sigmoid(reply)) & clicked
+    start = FIRST_DAY + 86_400 * day + rng.integers(86_400 - SLOTS * SLOT_SECONDS, size=len(user))
+    seconds = start[:, None] + SLOT_SECONDS * position
+    parts = [
+        (
+            np.broadcast_to(user[:, None], shown.shape)[mask],
+            shown[mask],
+            seconds[mask] + after,
+            kind,
+        )
+        for kind, (mask, after) in enumerate(((real, 0), (clicked, 5), (replied, 12)))
+    ]
+    who, what, when = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    kinds = np.concatenate([np.full(len(part[0]), part[3], dtype=np.int8) for part in parts])
+    order = np.lexsort((kinds, who, when))
+    return pa.table(
+        {
+            "user_id": _ids("user-", who[order]),
+            "item_id": _ids("item-", what[order]),
+            "timestamp": pa.array(when[order].astype(np.float64)),
+            "event_type": pa.DictionaryArray.from_arrays(kinds[order], pa.array(EVENT_TYPES)),
+        }
+    )
+
+
+def _affinity(
+    users: _Users, items: _Items, user: npt.NDArray[np.int64], item: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """[S, C] of users [S] for items [S, C]."""
+    first, second = items.topics[item, 0], items.topics[item, 1]
+    taste = users.taste
+    mixed: npt.NDArray[np.float64] = (
+        MAIN_TOPIC * taste[user[:, None], first] + (1 - MAIN_TOPIC) * taste[user[:, None], second]
+    )
+    return mixed
+
+
+def _sigmoid(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return 1.0 / (1.0 + np.exp(-x))
