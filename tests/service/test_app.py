@@ -172,6 +172,13 @@ def test_unknown_routes_and_methods(serve: Serve) -> None:
     assert error(client.get("/docs"), 404) and error(client.get("/livez/"), 404)
 
 
+def test_unknown_parameters(serve: Serve) -> None:
+    client = serve()
+    answer = client.get("/v1/items", params={"limt": 3})
+    assert error(answer, 422) == "'limt': no such parameter; did you mean 'limit'?"
+    assert error(client.get("/livez?x=1"), 422) == "'x': no such parameter"
+
+
 def test_a_failure_that_nobody_foresaw(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     client = serve()
 

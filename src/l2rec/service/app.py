@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -33,7 +33,7 @@ from starlette.exceptions import HTTPException
 
 from l2rec import __version__, abtest
 from l2rec.abtest import SHARE
-from l2rec.errors import DataError, L2RecError, StorageError
+from l2rec.errors import DataError, L2RecError, StorageError, nearest
 from l2rec.service import page
 from l2rec.service import schemas as s
 from l2rec.service import version as v
@@ -114,6 +114,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(_known_query)],
     )
     app.state.settings, app.state.live, app.state.log = settings, live, log
     app.state.service, app.state.metrics = service, service.metrics
@@ -121,12 +122,22 @@ def create_app(
     _rank_routes(app, service, shadow)
     _write_routes(app, service)
     _probe_routes(app, service)
-    app.include_router(page.router)
+    app.include_router(page.router, responses=ANY)
     app.mount("/static", page.static, name="static")
     _errors(app, service)
     _schema(app, settings)
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     return app
+
+
+async def _known_query(request: Request) -> None:
+    """As bodies, queries have nothing that no route knows: a name with a typo is told."""
+    if not request.query_params:
+        return
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            raise Refused(422, f"{name[:64]!r}: no such parameter{nearest(name, known)}")
 
 
 # -- recommend and embed -------------------------------------------------------------------------
@@ -146,12 +157,11 @@ def _rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         started = time.perf_counter()
         arm = _arm(settings, body)
         version = live.of_arm(arm)
-        async with asyncio.timeout(settings.timeout):
-            history = body.history or await _history_of(str(body.user), version)
-            version.attributes.check(body.filters)
-            user = await service.user(version, history)
-            query = _query(version, user, history, body)
-            ranked = await service.ranking.submit(query)
+        history = body.history or await _history_of(str(body.user), version)
+        version.attributes.check(body.filters)
+        user = await service.user(version, history)
+        query = _query(version, user, history, body)
+        ranked = await service.ranking.submit(query)
         items = [
             {"id": version.ids[row], "score": score, "text": version.texts[row]}
             for row, score in zip(ranked.rows.tolist(), ranked.scores.tolist(), strict=True)
@@ -189,8 +199,7 @@ def _rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         version = live.current()
         if version.matrix is None:
             raise Refused(409, f"{version.name} has no vectors: its method only ranks")
-        async with asyncio.timeout(settings.timeout):
-            users = await service.users(version, body.histories)
+        users = await service.users(version, body.histories)
         return _json(
             {"vectors": [user.vector.tolist() for user in users], "version": version.version}
         )
@@ -201,8 +210,7 @@ def _rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         version = live.current()
         if version.matrix is None or not version.takes_new_items:
             raise Refused(409, f"{version.name} has no vectors of texts")
-        async with asyncio.timeout(settings.timeout):
-            vectors = await service.worker.run(version.embed_texts, body.texts)
+        vectors = await service.worker.run(version.embed_texts, body.texts)
         return _json({"vectors": vectors.tolist(), "version": version.version})
 
 
@@ -249,8 +257,7 @@ def _write_routes(app: FastAPI, service: Service) -> None:
             item.id: (item.text, {name: text for name, text in item.attributes.items() if text})
             for item in body.items
         }
-        async with asyncio.timeout(settings.timeout):
-            await service.put(items)
+        await service.put(items)
         return _json({"items": len(items), "version": service.live.current().version})
 
     @app.delete(
@@ -263,8 +270,7 @@ def _write_routes(app: FastAPI, service: Service) -> None:
         ],
     ) -> Response:
         """Take items out of all answers, from the next request on."""
-        async with asyncio.timeout(settings.timeout):
-            await service.delete(list(dict.fromkeys(id)))
+        await service.delete(list(dict.fromkeys(id)))
         return _json({"items": len(id), "version": service.live.current().version})
 
     @app.post("/v1/events", response_model=s.Stored, responses=WRITING, tags=["events"])
@@ -286,8 +292,7 @@ def _write_routes(app: FastAPI, service: Service) -> None:
             )
             for event in body.events
         ]
-        async with asyncio.timeout(settings.timeout):
-            stored = await service.stored("append", log.append, events)
+        stored = await service.stored("append", log.append, events)
         metrics.events.labels("stored").inc(stored)
         metrics.events.labels("ignored").inc(len(events) - stored)
         return _json({"stored": stored, "ignored": len(events) - stored})
@@ -328,8 +333,7 @@ def _write_routes(app: FastAPI, service: Service) -> None:
             task = asyncio.ensure_future(summarise(name))
             task.add_done_callback(_looked_at)
             summaries[name] = (time.monotonic(), task)
-        async with asyncio.timeout(settings.timeout):
-            found = await asyncio.shield(task)  # goes on without us, for who asks again
+        found = await asyncio.shield(task)  # goes on without us, for who asks again
         if found is None:
             raise Refused(404, f"no experiment {name!r}: none of that name runs or has events")
         return _json(found)
@@ -430,11 +434,6 @@ def _errors(app: FastAPI, service: Service) -> None:
     async def _busy(_: Request, error: Busy) -> Response:
         metrics.refused.labels("queue").inc()
         return answer(503, str(error), error.retry_after)
-
-    @app.exception_handler(TimeoutError)
-    async def _late(_: Request, error: TimeoutError) -> Response:
-        metrics.refused.labels("timeout").inc()
-        return answer(503, f"no answer within {service.settings.timeout:g} s; try again", 1)
 
     @app.exception_handler(L2RecError)
     async def _known(_: Request, error: L2RecError) -> Response:

@@ -42,7 +42,7 @@ PROBES = frozenset({"/livez", "/readyz"})
 DEPTH = 16
 """Lists and objects of a body within each other."""
 BODY_SECONDS = 10.0
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "testserver"})
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -212,7 +212,14 @@ class Guard:
             given = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, whole, send)
+        try:
+            async with asyncio.timeout(settings.timeout if counted else None):
+                await self.app(scope, whole, send)
+        except TimeoutError:
+            self._metrics.refused.labels("timeout").inc()
+            raise Refused(
+                503, f"no answer within {settings.timeout:g} s; try again", retry_after=1
+            ) from None
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         """Without keys only names of this machine are answered, or a web page that a browser here
