@@ -421,16 +421,21 @@ class Table:
 
 
 class Arm:
-    """What one arm sees of the table: features as tensors, standardised on the training days."""
+    """What one arm sees of the table: dense features, scaled on the training days.
+
+    Counters and the cosine are standardised, column by column. Vectors and their product are
+    divided by their mean length: as many standardised columns would drown the counters.
+    """
 
     def __init__(self, table: Table, treated: bool) -> None:
         self.table, self.treated = table, treated
         self.size = table.item_vectors.shape[1] if treated else 0
         rows = table.parts["train"]
-        self.moments = _moments(self._pair_dense(part) for part in _blocks(rows))
-        self.user_moments = _moments(self._user_dense(table.user_row[p]) for p in _blocks(rows))
+        parts = list(_blocks(rows))
+        self.moments = _moments((self._pair_dense(p) for p in parts), self.size)
+        self.user_moments = _moments((self._user_dense(table.user_row[p]) for p in parts), self.size)
         self.item_moments = _moments(
-            self._item_dense(table.items, table.item_row[p]) for p in _blocks(rows)
+            (self._item_dense(table.items, table.item_row[p]) for p in parts), self.size
         )
 
     def _user_dense(self, at: Ints) -> Tensor:
@@ -447,13 +452,13 @@ class Arm:
         return torch.cat(parts, dim=1)
 
     def _pair_dense(self, rows: Ints) -> Tensor:
-        """[B, K]: users, items, pairs; and of the treatment a, b, a b and cos(a, b)."""
+        """[B, K]: users, items, pairs; and of the treatment cos(a, b), a, b and a b."""
         t = self.table
         user, item = t.user_row[rows], t.item_row[rows]
         parts = [t.users.dense[user], t.items.dense[item], t.cross[rows]]
         if self.treated:
             a, b = self.pair_vectors(rows)
-            parts += [a, b, a * b, nn.functional.cosine_similarity(a, b)[:, None]]
+            parts += [nn.functional.cosine_similarity(a, b)[:, None], a, b, a * b]
         return torch.cat(parts, dim=1)
 
     def pair_vectors(self, rows: Ints) -> tuple[Tensor, Tensor]:
@@ -500,8 +505,10 @@ def _blocks(rows: Ints, size: int = 8192) -> Iterator[Ints]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _moments(blocks: Iterator[Tensor]) -> Moments:
-    """Mean and deviation [K] of the columns of all blocks."""
+def _moments(blocks: Iterator[Tensor], size: int) -> Moments:
+    """Shift and scale [K] of the columns of all blocks: mean and deviation of counters; no shift
+    and the mean length of each of the vectors of ``size`` columns that follow them.
+    """
     count, total, squares = 0, Tensor(), Tensor()
     for block in blocks:
         sums = block.double().sum(0), block.double().square().sum(0)
@@ -509,6 +516,10 @@ def _moments(blocks: Iterator[Tensor]) -> Moments:
         count += len(block)
     mean = total / count
     deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+    vectors = len(mean) // size if size else 0
+    for start in range(len(mean) - vectors * size, len(mean), size or 1):
+        mean[start : start + size] = 0.0
+        deviation[start : start + size] = (squares[start : start + size].sum() / count).sqrt()
     deviation[deviation < 1e-6] = 1.0
     return mean.float(), deviation.float()
 

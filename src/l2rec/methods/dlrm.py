@@ -23,7 +23,7 @@ with Q(i) the share of i among training exposures, from which the batch is drawn
 Sampling-Bias-Corrected Neural Modeling, RecSys '19). a, b are vectors of user and item that were
 made elsewhere and stay frozen. In the ranking stage they are dense features, as are their cosine
 and their elementwise product; between two towers cosine and product are the weights w, which
-start at zero. Without frozen vectors the term is not there, and nothing else differs.
+start at one. Without frozen vectors the term is not there, and nothing else differs.
 
 Deviations from the public code:
 
@@ -212,7 +212,7 @@ class TwoTower(nn.Module):
         self.item_side = _Side(config, item_dense, ITEM)
         self.alpha = nn.Parameter(torch.full((tasks,), 1.0 / config.temperature))
         self.beta = nn.Parameter(torch.zeros(tasks))
-        self.weights = nn.Parameter(torch.zeros(frozen)) if frozen else None
+        self.weights = nn.Parameter(torch.ones(frozen)) if frozen else None
 
     def start_at(self, log_odds: Tensor) -> None:
         """Begin with the tasks' average log odds [tasks]."""
