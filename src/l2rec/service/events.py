@@ -1,12 +1,13 @@
 """The durable log: exposures, clicks, replies, and the items that were put or deleted.
 
-SQLite in WAL mode by default, PostgreSQL by URL; the same four tables. A write is one transaction,
-and it is on disk when the call returns: WAL with synchronous=FULL, PostgreSQL's own default. What
-is written twice under one id is stored once.
+SQLite in WAL mode by default, PostgreSQL by URL; the same three tables. A write is one transaction,
+and it is on disk when the call returns: WAL with synchronous=FULL, PostgreSQL without
+synchronous_commit=off. What is written twice under one id is stored once. Threads that append at
+the same time share one transaction, since what costs time is the disk's answer.
 
-    events  seq, id (unique), user, item, type, timestamp, request, experiment, arm
-    items   item, text, attributes (JSON), deleted
-    meta    version of this layout
+    l2rec_events  seq, id (unique), user, item, type, timestamp, request, experiment, arm
+    l2rec_items   item, text, attributes (JSON), deleted
+    l2rec_meta    layout: version of these tables
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 __all__ = ["TYPES", "Event", "EventLog", "is_event_log"]
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
@@ -31,9 +33,17 @@ POSITIVE = ("click", "reply")
 LAYOUT = 1
 MAX_ID = 256
 """Characters of an id or a name."""
+MAX_TIMESTAMP = 1e11
+"""Seconds. The year 5138; today's time in milliseconds is beyond it."""
 LOCK = 0x12EC
 READ_ROWS = 10_000
+PRUNE_ROWS = 10_000
+GROUP_BATCHES = 256
+"""Batches that share one transaction at most."""
 BUSY_SECONDS = 10
+ATTEMPTS = 3
+AGAIN = {"40P01", "40001"}
+"""PostgreSQL's states of a transaction that another one was in the way of."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -48,6 +58,19 @@ SCHEMA = pa.schema(
 )
 
 Attributes = Mapping[str, str]
+T = TypeVar("T")
+
+
+def _check(what: str, value: str, longest: int | None = MAX_ID) -> None:
+    """Raise DataError for what one of the databases could not store."""
+    if longest is not None and not 0 < len(value) <= longest:
+        raise DataError(f"{what} {value[:40]!r}: 1 to {longest} characters, no NUL")
+    if "\0" in value:
+        raise DataError(f"{what} {value[:40]!r}: a NUL cannot be stored, leave it out")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{what} {value[:40]!r}: half a surrogate pair is no character") from None
 
 
 @dataclass(frozen=True)
@@ -55,7 +78,7 @@ class Event:
     """timestamp: seconds since 1970. request, experiment, arm: of the recommendation it follows.
 
     Raises:
-        DataError: an empty or overlong id, an unknown type, a time that is no finite number.
+        DataError: an empty or overlong id or name, an unknown type, an impossible time.
     """
 
     id: str
@@ -69,20 +92,28 @@ class Event:
 
     def __post_init__(self) -> None:
         for name in ("id", "user", "item"):
-            value = getattr(self, name)
-            if not value or len(value) > MAX_ID or "\0" in value:
-                raise DataError(f"event {name} {value[:40]!r}: 1 to {MAX_ID} characters, no NUL")
+            _check(f"event {name}", getattr(self, name))
         for name in ("request", "experiment", "arm"):
-            value = getattr(self, name)
-            if value is not None and (len(value) > MAX_ID or "\0" in value):
-                raise DataError(f"event {name} {value[:40]!r}: at most {MAX_ID} characters, no NUL")
+            if (value := getattr(self, name)) is not None:
+                _check(f"event {name}", value)
         if self.type not in TYPES:
             raise DataError(f"event type {self.type!r}: choose one of {', '.join(TYPES)}")
-        if not math.isfinite(self.timestamp) or self.timestamp < 0:
-            raise DataError(f"timestamp {self.timestamp}: give seconds since 1970")
+        if not 0 <= self.timestamp <= MAX_TIMESTAMP:  # NaN neither
+            raise DataError(
+                f"event timestamp {self.timestamp}: seconds since 1970, at most {MAX_TIMESTAMP:g} "
+                "(not milliseconds)"
+            )
 
 
 COLUMNS = tuple(f.name for f in fields(Event))
+NETWORK = {
+    "connect_timeout": 3,
+    "tcp_user_timeout": 1000 * BUSY_SECONDS,
+    "keepalives_idle": 10,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+}
+"""libpq's: a server that went away without a word is noticed in seconds, not in a quarter hour."""
 
 
 def is_event_log(source: str) -> bool:
@@ -99,18 +130,22 @@ def is_event_log(source: str) -> bool:
 class EventLog:
     """One database. Safe to use from many threads, and by many processes at once.
 
-    url: ``sqlite:///PATH`` or ``postgresql+psycopg://...``. A database that is away when the log is
-    opened, or goes away later, is a StorageError of the call that needed it; the next call tries
-    again.
+    url: ``sqlite:///PATH`` or ``postgresql+psycopg://...``. create: make the tables where there are
+    none. A database that is away when the log is opened, or goes away later, is a StorageError of
+    the call that needed it; the next call tries again.
 
     Raises:
         ConfigError: another kind of URL, a library that is missing. StorageError: a file that is
             no event log, or one of another layout.
     """
 
-    def __init__(self, url: str) -> None:
-        self.engine, self._events, self._items, self._meta = _open(url)
+    def __init__(self, url: str, *, create: bool = True) -> None:
+        self.engine, self._events, self._items, self._meta = _open(url, create)
+        self._create = create
         self._made = False
+        self._waiting: deque[tuple[list[dict[str, Any]], Future[int]]] = deque()
+        # One thread writes for all: they would only wait for each other's commits.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="l2rec-log")
         if self.engine.dialect.name == "sqlite":
             with self._errors():
                 self._prepare()
@@ -125,42 +160,75 @@ class EventLog:
         """
         if not events:
             return 0
-        rows = [asdict(event) for event in events]
-        insert = self._insert(self._events, "id").returning(self._events.c.seq)
-        with self._writing() as connection:
-            return sum(len(connection.execute(insert, part).all()) for part in _parts(rows))
+        stored: Future[int] = Future()
+        self._waiting.append(([asdict(event) for event in events], stored))
+        self._write(self._append_waiting)  # or the call of another who waits too
+        return stored.result()
+
+    def _append_waiting(self) -> None:
+        """One transaction for the batches that wait; each of them gets its outcome."""
+        group = [self._waiting.popleft() for _ in range(min(len(self._waiting), GROUP_BATCHES))]
+        rows = [row for batch, _ in group for row in batch]
+        if not rows:
+            return  # another call wrote them
+        insert = self._insert(self._events, "id").returning(self._events.c.id)
+
+        def write(connection: Any) -> set[str]:
+            return {i for part in _parts(rows) for (i,) in connection.execute(insert, part)}
+
+        try:
+            new = self._transaction(write)
+        except Exception as error:
+            for _, stored in group:
+                stored.set_exception(error)
+            return
+        for batch, stored in group:
+            ids = {row["id"] for row in batch} & new
+            new -= ids  # an id that two of them bring is new to the first
+            stored.set_result(len(ids))
 
     def history(self, user: str, limit: int) -> list[str]:
         """The newest ``limit`` items that a user clicked or replied to, oldest first.
 
         Several events in a row about one item are one step of the history.
-        """
-        from sqlalchemy import select
 
+        Raises:
+            DataError: no possible user id.
+        """
+        from sqlalchemy import and_, or_, select
+
+        _check("user", user)
         e = self._events.c
         query = (
-            select(e.item)
-            .where(e.user == user, e.type.in_(POSITIVE))
+            select(e.item, e.timestamp, e.seq)
+            .where(e.user == user, _positive(e))
             .order_by(e.timestamp.desc(), e.seq.desc())
             .limit(2 * limit)
         )
+        steps: list[str] = []
         with self._reading() as connection:
-            newest = [str(item) for (item,) in connection.execute(query)]
-        steps = [item for n, item in enumerate(newest) if n == 0 or newest[n - 1] != item]
+            page = connection.execute(query).all()
+            while page:
+                for item, _, _ in page:
+                    if not steps or steps[-1] != item:
+                        steps.append(str(item))
+                if len(steps) >= limit or len(page) < 2 * limit:
+                    break
+                _, at, seq = page[-1]  # many steps were one and the same: look further back
+                older = or_(e.timestamp < at, and_(e.timestamp == at, e.seq < seq))
+                page = connection.execute(query.where(e.timestamp <= at, older)).all()
         return steps[:limit][::-1]
 
     def users(self, prefix: str = "", limit: int = 20) -> list[str]:
         """Users with a history whose id begins with ``prefix``, in order of id."""
         from sqlalchemy import select
 
+        if prefix:
+            _check("user", prefix)
         e = self._events.c
-        query = (
-            select(e.user)
-            .where(e.type.in_(POSITIVE), e.user.startswith(prefix, autoescape=True))
-            .distinct()
-            .order_by(e.user)
-            .limit(limit)
-        )
+        query = select(e.user).where(_positive(e)).distinct().order_by(e.user).limit(limit)
+        if prefix:  # a range of the index, in the order of code points
+            query = query.where(e.user >= prefix, e.user < prefix + "\U0010ffff")
         with self._reading() as connection:
             return [str(user) for (user,) in connection.execute(query)]
 
@@ -194,21 +262,41 @@ class EventLog:
             )
 
     def prune(self, before: float) -> int:
-        """Delete events older than ``before``, in seconds since 1970. How many they were."""
-        from sqlalchemy import delete
+        """Delete events older than ``before``, in seconds since 1970. How many they were.
 
-        with self._writing() as connection:
-            gone = delete(self._events).where(self._events.c.timestamp < before)
+        In small transactions, between which others write; cut off, it has deleted some. What is
+        deleted is in no history any more, and its ids would be stored again. SQLite keeps the
+        room for new events; ``VACUUM`` gives it back to the disk.
+        """
+        from sqlalchemy import delete, select
+
+        e = self._events.c
+        some = select(e.seq).where(e.timestamp < before).order_by(e.timestamp).limit(PRUNE_ROWS)
+        gone = delete(self._events).where(e.seq.in_(some))
+
+        def delete_some(connection: Any) -> int:
             return int(connection.execute(gone).rowcount)
+
+        total = 0
+        while True:
+            number: int = self._write(self._transaction, delete_some).result()
+            total += number
+            if number < PRUNE_ROWS:
+                return total
 
     # -- items -----------------------------------------------------------------------------------
 
     def put_items(self, items: Mapping[str, tuple[str, Attributes]]) -> None:
-        """Add or replace items; on disk when this returns.
+        """Add or replace items, all or none; on disk when this returns.
 
         Raises:
+            DataError: an id that is empty or too long, a text that cannot be stored.
             StorageError: nothing was changed.
         """
+        for item, (text, attributes) in items.items():
+            _check("item id", item)
+            for part in (text, *attributes, *attributes.values()):
+                _check(f"item {item[:40]!r}: text or attribute", part, None)
         rows = [
             {
                 "item": item,
@@ -224,8 +312,11 @@ class EventLog:
         """Mark items as deleted, of the run's catalog or put later; on disk when this returns.
 
         Raises:
-            StorageError: nothing was changed.
+            DataError: an id that is empty or too long. StorageError: nothing was changed.
         """
+        ids = list(ids)
+        for item in ids:
+            _check("item id", item)
         rows = [{"item": i, "text": "", "attributes": "{}", "deleted": True} for i in ids]
         self._upsert(rows, ("deleted",))
 
@@ -247,9 +338,13 @@ class EventLog:
         insert = insert.on_conflict_do_update(
             index_elements=["item"], set_={name: insert.excluded[name] for name in changed}
         )
-        with self._writing() as connection:
+        rows = sorted(rows, key=lambda row: row["item"])  # one order: no two writers block another
+
+        def write(connection: Any) -> None:
             for part in _parts(rows):
                 connection.execute(insert, part)
+
+        self._write(self._transaction, write).result()
 
     # -- the database ----------------------------------------------------------------------------
 
@@ -261,7 +356,16 @@ class EventLog:
             connection.execute(text("SELECT 1"))
 
     def close(self) -> None:
+        """After what is being written; later calls that write are StorageErrors."""
+        self._writer.shutdown()
         self.engine.dispose()
+
+    def _write(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """A call in the thread that writes, in its turn."""
+        try:
+            return self._writer.submit(function, *args)
+        except RuntimeError:
+            raise StorageError(f"event log {self._name}: closed; open it again") from None
 
     def _insert(self, table: Any, once: str | None) -> Any:
         """INSERT of this dialect; a row whose column ``once`` is there already is left out."""
@@ -270,12 +374,24 @@ class EventLog:
         made = (sqlite if self.engine.dialect.name == "sqlite" else postgresql).insert(table)
         return made if once is None else made.on_conflict_do_nothing(index_elements=[once])
 
-    @contextmanager
-    def _writing(self) -> Iterator[Any]:
-        with self._errors():
-            self._prepare()
-            with self.engine.execution_options(writes=True).begin() as connection:
-                yield connection
+    def _transaction(self, work: Callable[[Any], T]) -> T:
+        """What ``work`` gives, of a connection whose changes are on disk when this returns.
+
+        Raises:
+            StorageError: nothing was changed.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                with self._errors():
+                    self._prepare()
+                    with self.engine.execution_options(writes=True).begin() as connection:
+                        found = work(connection)
+                return found
+            except StorageError as error:
+                state = getattr(getattr(error.__cause__, "orig", None), "sqlstate", None)
+                if state not in AGAIN or attempt + 1 == ATTEMPTS:
+                    raise
+        raise AssertionError("not reached")
 
     @contextmanager
     def _reading(self) -> Iterator[Any]:
@@ -322,6 +438,8 @@ class EventLog:
                     raise StorageError(
                         f"{self._name} is a database of something else; name another file"
                     )
+                if not self._create:
+                    raise StorageError(f"{self._name} has no event log; name the server's own")
                 self._meta.metadata.create_all(connection)
                 connection.execute(self._meta.insert(), {"layout": LAYOUT})
         self._made = True
@@ -331,7 +449,14 @@ def _parts(rows: list[dict[str, Any]], size: int = 1000) -> Iterator[list[dict[s
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _open(url: str) -> tuple[Any, Any, Any, Any]:
+def _positive(columns: Any) -> Any:
+    """Events that make a history, said as the index of histories says it."""
+    from sqlalchemy import literal_column
+
+    return columns.type != literal_column("'exposure'")
+
+
+def _open(url: str, create: bool) -> tuple[Any, Any, Any, Any]:
     """The engine and its tables. Nothing is connected to yet."""
     try:
         import sqlalchemy as sa
@@ -351,14 +476,17 @@ def _open(url: str) -> tuple[Any, Any, Any, Any]:
     if sqlite:
         if not parsed.database or parsed.database == ":memory:":
             raise ConfigError("event log: an event log lies in a file: sqlite:///PATH")
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        path = Path(parsed.database)
+        if not create and not path.exists():  # SQLite would make it
+            raise StorageError(f"event log {path}: no such file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"event log {path}: {error}") from error
         options: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}}
     else:
-        options = {
-            "pool_pre_ping": True,
-            "pool_timeout": BUSY_SECONDS,
-            "connect_args": {"connect_timeout": 3},
-        }
+        given = {name: v for name, v in NETWORK.items() if name not in parsed.query}
+        options = {"pool_pre_ping": True, "pool_timeout": BUSY_SECONDS, "connect_args": given}
     try:
         engine = sa.create_engine(parsed, **options)
     except ImportError:
@@ -366,6 +494,8 @@ def _open(url: str) -> tuple[Any, Any, Any, Any]:
     if sqlite:
         sa.event.listen(engine, "connect", _durable)
         sa.event.listen(engine, "begin", _begin)
+    else:
+        sa.event.listen(engine, "connect", _patient)
     return engine, *_tables(sa)
 
 
@@ -376,6 +506,19 @@ def _durable(connection: Any, _: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
+def _patient(connection: Any, _: Any) -> None:
+    """Nobody waits for ever for a writer that is gone, and a commit is on disk whatever the
+    server's default is.
+    """
+    connection.execute(f"SET lock_timeout = '{BUSY_SECONDS}s'")
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{BUSY_SECONDS}s'")
+    connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', false) "
+        "WHERE current_setting('synchronous_commit') = 'off'"
+    )
+    connection.commit()
+
+
 def _begin(connection: Any) -> None:
     """Who will write says so at once, and waits for other writers; later it could only fail."""
     writes = connection.get_execution_options().get("writes", False)
@@ -384,7 +527,9 @@ def _begin(connection: Any) -> None:
 
 def _tables(sa: Any) -> tuple[Any, Any, Any]:
     metadata = sa.MetaData()
-    short, number = sa.String(MAX_ID), sa.BigInteger().with_variant(sa.Integer, "sqlite")
+    # One order of ids everywhere, that of code points, as SQLite has it.
+    short = sa.String(MAX_ID).with_variant(sa.String(MAX_ID, collation="C"), "postgresql")
+    number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     events = sa.Table(
         "l2rec_events",
         metadata,
@@ -397,10 +542,14 @@ def _tables(sa: Any) -> tuple[Any, Any, Any]:
         sa.Column("request", short),
         sa.Column("experiment", short),
         sa.Column("arm", short),
-        sa.Index("l2rec_events_user", "user", "timestamp", "seq"),
         sa.Index("l2rec_events_experiment", "experiment", "seq"),
         sa.Index("l2rec_events_time", "timestamp"),
     )
+    # Histories without the exposures, of which there are many more, and without the table: item
+    # is what is asked for, and SQLite looks at the type again.
+    e, only = events.c, _positive(events.c)
+    columns = (e.user, e.timestamp, e.seq, e.item, e.type)
+    sa.Index("l2rec_events_history", *columns, sqlite_where=only, postgresql_where=only)
     items = sa.Table(
         "l2rec_items",
         metadata,
