@@ -433,7 +433,9 @@ class Arm:
         rows = table.parts["train"]
         parts = list(_blocks(rows))
         self.moments = _moments((self._pair_dense(p) for p in parts), self.size)
-        self.user_moments = _moments((self._user_dense(table.user_row[p]) for p in parts), self.size)
+        self.user_moments = _moments(
+            (self._user_dense(table.user_row[p]) for p in parts), self.size
+        )
         self.item_moments = _moments(
             (self._item_dense(table.items, table.item_row[p]) for p in parts), self.size
         )
