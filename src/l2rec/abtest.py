@@ -7,6 +7,7 @@
 A rate is a user-level metric: events of a user per exposure of that user, averaged over users
 (L2Rec, section 3.6). The user is what was randomised, so the user is what is tested.
 
+    difference  mean_t - mean_c, its interval by Welch's t
     lift        (mean_t - mean_c) / mean_c
     p           Welch's two-sample t-test on the users' rates, two-sided; Holm over the metrics
     interval    of the lift, by the delta method: var(m_t / m_c) = v_t / m_c^2 + m_t^2 v_c / m_c^4
@@ -18,6 +19,8 @@ A rate is a user-level metric: events of a user per exposure of that user, avera
                 (Fabijan et al., KDD '19)
     MDE         the smallest true lift that is found with the wanted power:
                 (z_{1 - alpha/2} + z_power) sqrt(v_t + v_c) / mean_c
+    power       that a true lift of 1, 5, 10% is found with; not that of the lift that was found,
+                which is the p-value said again (Hoenig, Heisey, The American Statistician '01)
 """
 
 from __future__ import annotations
@@ -45,8 +48,9 @@ SRM_ALPHA = 0.001
 """Below this, arms are not as large as they were planned: something is broken."""
 PRE_DAYS = 14.0
 DAY = 86_400.0
-COLUMNS = ("user", "item", "type", "timestamp", "experiment", "arm")
+COLUMNS = ("user", "type", "timestamp", "experiment", "arm")
 
+Log = pl.DataFrame | pl.LazyFrame
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -70,92 +74,141 @@ def arm(user: str, experiment: str, *, salt: str = "", treatment: float = SHARE)
 class Users:
     """What M users did. ``treated``: [M] bool. ``exposures``: [M] int64, at least 1.
 
-    ``events``: [M] int64 of each metric. ``before``: [M] float64, the rate before the experiment,
-    NaN where nothing was shown to the user then.
+    ``events``: [M] int64 of each metric. ``exposures_before``, ``events_before``: the same before
+    the experiment, 0 where nothing was shown to the user then.
     """
 
     treated: npt.NDArray[np.bool_]
     exposures: Ints
     events: Mapping[str, Ints]
-    before: Mapping[str, Floats]
+    exposures_before: Ints
+    events_before: Mapping[str, Ints]
+
+    def rate(self, metric: str) -> Floats:
+        """[M] events per exposure."""
+        found: Floats = self.events[metric] / self.exposures
+        return found
+
+    def rate_before(self, metric: str) -> Floats:
+        """[M] of what was before; NaN where nothing was."""
+        shown = np.where(self.exposures_before > 0, self.exposures_before, np.nan)
+        found: Floats = self.events_before[metric] / shown
+        return found
 
 
-def experiments(events: pl.DataFrame) -> list[str]:
+def experiments(events: Log) -> list[str]:
     """Names of the experiments in a log, the one with most events first."""
-    named = events.drop_nulls("experiment").group_by("experiment").len()
+    named = events.lazy().drop_nulls("experiment").group_by("experiment").len().collect()
     return [str(name) for name in named.sort("len", "experiment", descending=[True, False])[:, 0]]
 
 
-def _users(events: pl.DataFrame, name: str, pre_days: float) -> tuple[Users, dict[str, Any]]:
-    """Users of an experiment, and what was noticed on the way."""
-    missing = [column for column in COLUMNS if column not in events.columns]
+def _log(events: Log) -> pl.LazyFrame:
+    """With the columns that are needed, times in seconds."""
+    log = events.lazy()
+    schema = log.collect_schema()
+    missing = [column for column in COLUMNS if column not in schema]
     if missing:
         raise DataError(f"the log has no column {missing[0]!r}; it needs {', '.join(COLUMNS)}")
-    within = events.filter(pl.col("experiment") == name)
-    if within.is_empty():
-        known = ", ".join(experiments(events)[:5]) or "none"
-        raise DataError(f"no events of experiment {name!r}; the log has: {known}")
-    odd = within.filter(~pl.col("arm").is_in([TREATMENT, CONTROL]) | pl.col("arm").is_null())
-    if not odd.is_empty():
-        raise DataError(f"arm {odd['arm'][0]!r} of experiment {name!r}: treatment or control")
+    if schema["timestamp"].is_temporal():
+        log = log.with_columns(pl.col("timestamp").dt.epoch("us") / 1e6)
+    elif not schema["timestamp"].is_numeric():
+        raise DataError(
+            f"the log's timestamp is {schema['timestamp']}: seconds since 1970 or dates"
+        )
+    return log.select(COLUMNS)
 
-    def count(of_type: str) -> pl.Expr:
-        return (pl.col("type") == of_type).sum().cast(pl.Int64)
 
-    counted = [count("exposure").alias("exposures")]
-    counted += [count(kind).alias(metric) for metric, kind in METRICS.items()]
-    table = within.group_by("user").agg(
-        *counted, pl.col("arm").n_unique().alias("arms"), pl.col("arm").first()
+def _counts(rows: pl.Expr, suffix: str = "") -> list[pl.Expr]:
+    """Exposures, and events of each metric, among these rows."""
+
+    def count(kind: str) -> pl.Expr:
+        return ((pl.col("type") == kind) & rows).sum().cast(pl.Int64)
+
+    kinds = {"exposures": "exposure", **METRICS}
+    return [count(kind).alias(what + suffix) for what, kind in kinds.items()]
+
+
+def _users(
+    events: Log, name: str, pre_days: float, since: float | None
+) -> tuple[Users, dict[str, Any]]:
+    """Users of an experiment, and what was noticed on the way."""
+    log = _log(events)
+    arms, time = pl.col("arm"), pl.col("timestamp")
+    within = time >= (-math.inf if since is None else since)
+    wrong = arms.is_null() | ~arms.is_in([TREATMENT, CONTROL])
+    table = (
+        log.filter(pl.col("experiment") == name)
+        .group_by("user")
+        .agg(
+            *_counts(within),
+            arms.first(),
+            arms.n_unique().alias("arms"),
+            wrong.any().alias("wrong"),
+            arms.filter(wrong).first().alias("odd"),
+            time.min().alias("start"),
+            time.filter(within).min().alias("from"),
+            time.max().alias("to"),
+        )
+        .collect()
     )
+    if table.is_empty():
+        known = ", ".join(experiments(log)[:5]) or "none"
+        raise DataError(f"no events of experiment {name!r}; the log has: {known}")
+    odd = table.filter("wrong")["odd"]
+    if len(odd):
+        raise DataError(f"arm {odd[0]!r} of experiment {name!r}: treatment or control")
+    start, first, last = table.select(
+        pl.col("start").min(), pl.col("from").min(), pl.col("to").max()
+    ).row(0)
+    if first is None:
+        raise DataError(f"no events of experiment {name!r} since {since}; give an earlier time")
+    # Who has no event since then was not lost; who was in both arms at any time is in neither.
+    table = table.filter(pl.col("from").is_not_null())
     crossed = int((table["arms"] > 1).sum())
-    unexposed = int(((table["arms"] == 1) & (table["exposures"] == 0)).sum())
-    table = table.filter((pl.col("arms") == 1) & (pl.col("exposures") > 0))
-    start, end = float(within["timestamp"].min()), float(within["timestamp"].max())  # type: ignore[arg-type]
-    earlier = events.filter(
-        (pl.col("timestamp") < start)
-        & (pl.col("timestamp") >= start - pre_days * DAY)
+    table = table.filter(pl.col("arms") == 1)
+    unexposed = int((table["exposures"] == 0).sum())
+    earlier = log.filter(
+        (time < start)
+        & (time >= start - pre_days * DAY)
         & ((pl.col("experiment") != name) | pl.col("experiment").is_null())
     )
-    past = earlier.group_by("user").agg(*counted).filter(pl.col("exposures") > 0)
-    past = past.select(
-        "user", *((pl.col(m) / pl.col("exposures")).alias(f"before_{m}") for m in METRICS)
+    past = earlier.group_by("user").agg(*_counts(pl.lit(value=True), "_before")).collect()
+    table = table.filter(pl.col("exposures") > 0).join(past, on="user", how="left").sort("user")
+    table = table.with_columns(pl.col("^.*_before$").fill_null(0))
+    users = Users(
+        treated=(table["arm"] == TREATMENT).to_numpy(),
+        exposures=table["exposures"].to_numpy(),
+        events={m: table[m].to_numpy() for m in METRICS},
+        exposures_before=table["exposures_before"].to_numpy(),
+        events_before={m: table[f"{m}_before"].to_numpy() for m in METRICS},
     )
-    table = table.join(past, on="user", how="left").sort("user")
-    noticed = {"crossed_over": crossed, "never_exposed": unexposed, "from": start, "to": end}
-    return (
-        Users(
-            treated=(table["arm"] == TREATMENT).to_numpy(),
-            exposures=table["exposures"].to_numpy(),
-            events={m: table[m].to_numpy() for m in METRICS},
-            before={
-                m: table[f"before_{m}"].fill_null(float("nan")).to_numpy().astype(np.float64)
-                for m in METRICS
-            },
-        ),
-        noticed,
-    )
+    return users, {"from": first, "to": last, "crossed_over": crossed, "never_exposed": unexposed}
 
 
 # -- users to conclusions ------------------------------------------------------------------------
 
 
 def analyze(
-    events: pl.DataFrame,
+    events: Log,
     name: str,
     *,
     treatment: float = SHARE,
     alpha: float = 0.05,
     power: float = 0.8,
     pre_days: float = PRE_DAYS,
+    since: float | None = None,
 ) -> dict[str, Any]:
     """Everything about one experiment, ready for JSON.
 
     Args:
-        events: columns user, item, type (exposure, click, reply), timestamp (seconds), experiment,
-            arm; events without an experiment may be among them, and serve CUPED.
+        events: columns user, type (exposure, click, reply), timestamp (seconds since 1970, or
+            dates), experiment, arm; events without an experiment may be among them, and serve
+            CUPED. What is lazy is never in memory as a whole.
         treatment: the share of users that was planned for the treatment.
         alpha: of tests and intervals. power: that the MDE is for.
         pre_days: how long before the experiment's first event counts as before.
+        since: leave out the experiment's events before this time, such as its first days; decide
+            that before you see them.
 
     Raises:
         DataError: no such experiment, a missing column, an arm without two exposed users.
@@ -164,7 +217,9 @@ def analyze(
     for what, value in (("treatment", treatment), ("alpha", alpha), ("power", power)):
         if not 0 < value < 1:
             raise ConfigError(f"{what}={value}: a number between 0 and 1")
-    users, noticed = _users(events, name, pre_days)
+    if not pre_days >= 0:
+        raise ConfigError(f"pre_days={pre_days}: a number of days, 0 for none")
+    users, noticed = _users(events, name, pre_days, since)
     return {
         "experiment": name,
         "from": noticed["from"],
@@ -205,11 +260,11 @@ def conclude(
 
 def _metric(users: Users, name: str, alpha: float, power: float) -> dict[str, Any]:
     t, c = users.treated, ~users.treated
-    rate = users.events[name] / users.exposures
+    rate = users.rate(name)
     found = _compare(rate[t], rate[c], alpha)
     found |= _detectable(rate[t], rate[c], alpha, power)
     found["ratio"] = _ratio(users, name, alpha)
-    found["cuped"] = _cuped(rate, users.before[name], t, alpha)
+    found["cuped"] = _cuped(rate, users.rate_before(name), t, alpha)
     return found
 
 
@@ -219,13 +274,21 @@ def _compare(treated: Floats, control: Floats, alpha: float) -> dict[str, Any]:
 
     mean_t, mean_c = float(treated.mean()), float(control.mean())
     var_t, var_c = treated.var(ddof=1) / len(treated), control.var(ddof=1) / len(control)
+    difference = mean_t - mean_c
     if var_t + var_c > 0:
-        t, p = map(float, stats.ttest_ind(treated, control, equal_var=False))
-    else:
-        t, p = 0.0, 1.0 if mean_t == mean_c else 0.0
+        test = stats.ttest_ind(treated, control, equal_var=False)
+        t: float | None = float(test.statistic)
+        p = float(test.pvalue)
+        low, high = map(float, test.confidence_interval(1 - alpha))
+    else:  # every user of an arm is like the others
+        t, p = None if difference else 0.0, float(difference == 0)
+        low = high = difference
     return {
         "treatment": mean_t,
         "control": mean_c,
+        "difference": difference,
+        "low": low,
+        "high": high,
         **_lift(mean_t, mean_c, float(var_t), float(var_c), alpha),
         "t": t,
         "p": p,
@@ -364,44 +427,53 @@ def simulate(
         clicks = rng.binomial(exposures, np.minimum(rate, 1.0))
         return {"ctr": clicks, "reply_rate": rng.binomial(clicks, 0.2)}
 
-    earlier = shown()
+    earlier = shown() if before else np.zeros(users, dtype=np.int64)
     was = did(earlier, taste)
     exposures = shown()
-    events = did(exposures, taste * np.where(treated, 1 + lift, 1.0))
-    nothing = np.full(users, np.nan)
     return Users(
         treated=treated,
         exposures=exposures,
-        events=events,
-        before={m: was[m] / earlier if before else nothing for m in METRICS},
+        events=did(exposures, taste * np.where(treated, 1 + lift, 1.0)),
+        exposures_before=earlier,
+        events_before=was,
     )
 
 
 def events_of(users: Users, experiment: str, seed: int = 0) -> pl.DataFrame:
-    """The log that simulated users leave: one row an event, as `analyze` reads it.
+    """The log that simulated users leave: one row an event, with the columns of an event log.
 
-    What was before is not in it.
+    Two weeks of the experiment, after nearly two weeks that no experiment is named for.
     """
     rng = np.random.default_rng(seed)
-    parts = []
-    counts = {"exposure": users.exposures} | {k: users.events[m] for m, k in METRICS.items()}
-    for kind, number in counts.items():
-        who = np.repeat(np.arange(len(number)), number)
-        parts.append(
-            pl.DataFrame(
-                {
-                    "user": who,
-                    "item": rng.integers(1000, size=len(who)),
-                    "type": [kind] * len(who),
-                    "timestamp": 1.7e9 + rng.uniform(0, 14 * DAY, len(who)),
-                    "arm": np.where(users.treated[who], TREATMENT, CONTROL),
-                }
+    start, days, parts = 1.7e9, PRE_DAYS - 1, []
+    periods = (
+        (users.exposures_before, users.events_before, start - days * DAY, days, False),
+        (users.exposures, users.events, start, 14.0, True),
+    )
+    for exposures, events, begin, length, runs in periods:
+        counts = {"exposure": exposures} | {kind: events[m] for m, kind in METRICS.items()}
+        for kind, number in counts.items():
+            who = np.repeat(np.arange(len(number)), number)
+            arms = pl.Series(np.where(users.treated[who], TREATMENT, CONTROL), dtype=pl.String)
+            parts.append(
+                pl.DataFrame(
+                    {
+                        "user": who,
+                        "item": rng.integers(1000, size=len(who)),
+                        "type": pl.Series([kind] * len(who), dtype=pl.String),
+                        "timestamp": begin + rng.uniform(0, length * DAY, len(who)),
+                        "arm": arms if runs else pl.Series([None] * len(who), dtype=pl.String),
+                    }
+                )
             )
-        )
     rows = pl.concat(parts).sort("timestamp")
-    return rows.with_columns(
+    return rows.select(
         pl.format("e{}", pl.int_range(pl.len())).alias("id"),
         pl.format("user-{}", "user").alias("user"),
         pl.format("item-{}", "item").alias("item"),
-        pl.lit(experiment).alias("experiment"),
+        "type",
+        "timestamp",
+        pl.lit(None, pl.String).alias("request"),
+        pl.when(pl.col("arm").is_not_null()).then(pl.lit(experiment)).alias("experiment"),
+        "arm",
     )

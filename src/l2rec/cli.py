@@ -499,6 +499,9 @@ def abtest(
     alpha: Annotated[float, typer.Option(help="Level of tests and intervals.")] = 0.05,
     power: Annotated[float, typer.Option(help="That the detectable lift is for.")] = 0.8,
     pre_days: Annotated[float, typer.Option(help="Days before the experiment, for CUPED.")] = 14.0,
+    since: Annotated[
+        str | None, typer.Option(help="Leave out what was earlier: 2023-11-28, or seconds.")
+    ] = None,
     simulate: Annotated[
         int | None, typer.Option(help="Instead of a log: simulate so many users.")
     ] = None,
@@ -515,6 +518,7 @@ def abtest(
     """
     from l2rec import abtest as ab
     from l2rec.console import print_experiment
+    from l2rec.data.daily import moment
     from l2rec.errors import ConfigError, DataError
 
     if (log is None) == (simulate is None):
@@ -531,7 +535,13 @@ def abtest(
                 raise DataError(f"{log} has {len(names)} experiments; name one: {names[:5]}")
             (experiment,) = names
         found = ab.analyze(
-            events, experiment, treatment=treatment, alpha=alpha, power=power, pre_days=pre_days
+            events,
+            experiment,
+            treatment=treatment,
+            alpha=alpha,
+            power=power,
+            pre_days=pre_days,
+            since=None if since is None else moment(since),
         )
     if as_json:
         _print_json(found)
@@ -595,7 +605,7 @@ def downstream(
 
 
 def _events(source: str) -> Any:
-    """A log as a data frame."""
+    """A log as a data frame; a table on disk as a lazy one."""
     import polars as pl
     import pyarrow as pa
 
@@ -603,15 +613,19 @@ def _events(source: str) -> Any:
     from l2rec.service.events import SCHEMA, EventLog, is_event_log
 
     if is_event_log(source):
-        log = EventLog(source if "://" in source else f"sqlite:///{source}")
+        url = source if "://" in source else f"sqlite:///{source}"
+        log = EventLog(url, create=False)
         try:
             return pl.from_arrow(pa.Table.from_batches(log.read(), schema=SCHEMA))
         finally:
             log.close()
     try:
-        return pl.read_parquet(source)
+        table = pl.scan_parquet(source)
+        table.collect_schema()
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"{source}: neither an event log nor a Parquet table: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{source}: neither an event log nor a Parquet table: {reason}") from error
+    return table
 
 
 @app.command()

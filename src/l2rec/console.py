@@ -193,11 +193,15 @@ def print_experiment(found: Mapping[str, Any]) -> None:
         f"p {ratio['p']:.2g}"
         + (": NOT as planned, look for what went wrong before you read on" * ratio["mismatch"])
     )
+    checks = Table()
+    detectable = f"{found['power']:.0%} power at"
+    for name in ("metric", "p (Holm)", detectable, "power at +1%", "at +5%", "at +10%"):
+        checks.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for metric, values in found["metrics"].items():
-        _out().print(
-            f"{metric}: p over all metrics (Holm) {values['p_holm']:.2g}; a true lift of "
-            f"{percent(values['mde'])} is found with power {found['power']:.0%}"
-        )
+        powers = (values[f"power_at_{lift}%"] for lift in (1, 5, 10))
+        detected = percent(values["mde"], "+")
+        checks.add_row(metric, f"{values['p_holm']:.2g}", detected, *map(percent, powers))
+    _out().print(checks)
     gone = {k: v for k, v in found.get("left_out", {}).items() if v}
     if gone:
         _out().print(

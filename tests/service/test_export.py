@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from l2rec.cli import app
 from l2rec.data.dataset import open_dataset
-from l2rec.errors import ConfigError, DataError
+from l2rec.errors import ConfigError, DataError, StorageError
 from l2rec.service.events import Event, EventLog
 from l2rec.service.export import export_log
 
@@ -71,6 +71,9 @@ def test_what_cannot_be_exported(log: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no column 'text'"):
         export_log(url, tmp_path, catalog=bare)
     empty = f"sqlite:///{tmp_path / 'empty.db'}"
+    with pytest.raises(StorageError, match="no such file"):
+        export_log(empty, tmp_path)
+    EventLog(empty).close()
     with pytest.raises(DataError, match="has no click or reply yet"):
         export_log(empty, tmp_path)
     only = EventLog(f"sqlite:///{tmp_path / 'only.db'}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 import math
 from pathlib import Path
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 from l2rec import abtest
 from l2rec.abtest import Users, analyze, arm, conclude, events_of, experiments, holm, simulate
 from l2rec.cli import app
-from l2rec.errors import ConfigError, DataError
+from l2rec.errors import ConfigError, DataError, L2RecError
 
 DAY = 86_400.0
 
@@ -81,12 +83,13 @@ def test_events_are_counted_by_user() -> None:
         event("z", "exposure", x="another"),
     ]
     frame = pl.DataFrame(rows)
-    users, noticed = abtest._users(frame, "x", 14.0)
+    users, noticed = abtest._users(frame, "x", 14.0, None)
     assert users.treated.tolist() == [False, True, True, False]
     assert users.exposures.tolist() == [2, 1, 1, 1]
     assert users.events["ctr"].tolist() == [1, 1, 0, 0]
     assert users.events["reply_rate"].tolist() == [0, 1, 0, 0]
-    assert users.before["ctr"][0] == 1.0 and np.isnan(users.before["ctr"][1:]).all()
+    before = users.rate_before("ctr")
+    assert before[0] == 1.0 and np.isnan(before[1:]).all()
     assert (noticed["crossed_over"], noticed["never_exposed"]) == (1, 1)
     assert experiments(frame) == ["x", "another"]
     found = analyze(frame, "x")
@@ -100,6 +103,7 @@ def test_events_are_counted_by_user() -> None:
     [
         ([event("a", "exposure")], "y", "no events of experiment 'y'; the log has: x"),
         ([event("a", "exposure", a="B")], "x", "arm 'B' of experiment 'x'"),
+        ([event("a", "exposure") | {"arm": None}, event("b", "click")], "x", "arm None of exp"),
         ([event("a", "exposure"), event("b", "exposure")], "x", "0 exposed users in treatment"),
     ],
 )
@@ -110,6 +114,11 @@ def test_logs_that_cannot_be_analysed(rows: list[Any], name: str, message: str) 
         analyze(pl.DataFrame({"x": [1]}), name)
     with pytest.raises(ConfigError, match=r"alpha=5: a number between 0 and 1"):
         analyze(pl.DataFrame(rows), name, alpha=5)
+    with pytest.raises(ConfigError, match=r"pre_days=-1: a number of days, 0 for none"):
+        analyze(pl.DataFrame(rows), name, pre_days=-1)
+    words = pl.DataFrame(rows).with_columns(pl.lit("noon").alias("timestamp"))
+    with pytest.raises(DataError, match="timestamp is String: seconds since 1970 or dates"):
+        analyze(words, name)
 
 
 # ------------------------------------------------------------------------------- each number
@@ -125,6 +134,12 @@ def test_welch_and_the_lift() -> None:
         expected.statistic
     )
     assert found["lift"] == pytest.approx(t.mean() / c.mean() - 1)
+    # Welch and Satterthwaite by hand.
+    a, b = t.var(ddof=1) / len(t), c.var(ddof=1) / len(c)
+    df = (a + b) ** 2 / (a**2 / (len(t) - 1) + b**2 / (len(c) - 1))
+    half = stats.t.ppf(0.975, df) * math.sqrt(a + b)
+    assert found["low"] == pytest.approx(t.mean() - c.mean() - half)
+    assert found["high"] == pytest.approx(t.mean() - c.mean() + half)
     low, high = found["lift_low"], found["lift_high"]
     assert low < found["lift"] < high
     draws = np.random.default_rng(0)
@@ -150,13 +165,31 @@ def test_the_ratio_s_interval_is_a_bootstrap_s() -> None:
     assert found["treatment"] == users.events["ctr"][rows].sum() / users.exposures[rows].sum()
 
 
+def test_the_delta_method_by_hand() -> None:
+    """Of a mean over a mean: variances and the covariance, term by term."""
+    users = some_users(7)
+    found = conclude(users, treatment=0.5)["metrics"]["ctr"]
+    relative, ratio = 0.0, 0.0
+    for rows in (users.treated, ~users.treated):
+        y, n = users.events["ctr"][rows].astype(float), users.exposures[rows].astype(float)
+        r, m = y / n, len(y)
+        relative += r.var(ddof=1) / m / r.mean() ** 2
+        v = np.cov(y, n, ddof=1) / m
+        r = y.mean() / n.mean()
+        ratio += (v[0, 0] - 2 * r * v[0, 1] + r**2 * v[1, 1]) / n.mean() ** 2 / r**2
+    for reading, squared in ((found, relative), (found["ratio"], ratio)):
+        half = stats.norm.ppf(0.975) * (1 + reading["lift"]) * math.sqrt(squared)
+        assert reading["lift_high"] - reading["lift"] == pytest.approx(half)
+        assert reading["lift"] - reading["lift_low"] == pytest.approx(half)
+
+
 def test_cuped_takes_out_what_was_before_and_nothing_else() -> None:
     users = simulate(6000, lift=0.2, seed=3, treatment=0.5)
     found = conclude(users, treatment=0.5)["metrics"]["ctr"]
     cuped = found["cuped"]
     assert cuped["variance_left"] < 0.9 and cuped["known_before"] == 1.0
     assert cuped["lift_high"] - cuped["lift_low"] < 0.96 * (found["lift_high"] - found["lift_low"])
-    rate, before = users.events["ctr"] / users.exposures, users.before["ctr"]
+    rate, before = users.rate("ctr"), users.rate_before("ctr")
     slope = stats.linregress(before, rate).slope
     assert cuped["theta"] == pytest.approx(slope)
     none = conclude(simulate(100, seed=1, treatment=0.5, before=False), treatment=0.5)
@@ -176,15 +209,16 @@ def test_holm() -> None:
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
-def test_the_detectable_lift_has_the_power_it_says() -> None:
+def test_the_detectable_lift_by_hand() -> None:
+    """As the power of scipy's normal distribution says it, without our formula."""
     users = some_users()
-    found = conclude(users, treatment=0.5, power=0.8)["metrics"]["ctr"]
-    rate = users.events["ctr"] / users.exposures
-    t, c = rate[users.treated], rate[~users.treated]
+    found = conclude(users, treatment=0.5, alpha=0.1, power=0.7)["metrics"]["ctr"]
+    t, c = (users.rate("ctr")[rows] for rows in (users.treated, ~users.treated))
     spread = math.sqrt(t.var(ddof=1) / len(t) + c.var(ddof=1) / len(c))
-    shift = found["mde"] * c.mean() / spread
-    z = stats.norm.ppf(0.975)
-    assert stats.norm.sf(z - shift) + stats.norm.cdf(-z - shift) == pytest.approx(0.8, abs=1e-3)
+    critical = stats.norm.ppf(0.95) * spread
+    for lift, power in ((found["mde"], 0.7), (0.05, found["power_at_5%"])):
+        estimate = stats.norm(lift * c.mean(), spread)
+        assert estimate.sf(critical) + estimate.cdf(-critical) == pytest.approx(power, abs=2e-3)
     assert found["power_at_1%"] < found["power_at_5%"] < found["power_at_10%"] < 1
 
 
@@ -193,35 +227,102 @@ def test_nothing_ever_happened() -> None:
         treated=np.array([True, True, False, False]),
         exposures=np.ones(4, dtype=np.int64),
         events={m: np.zeros(4, dtype=np.int64) for m in abtest.METRICS},
-        before={m: np.full(4, np.nan) for m in abtest.METRICS},
+        exposures_before=np.zeros(4, dtype=np.int64),
+        events_before={m: np.zeros(4, dtype=np.int64) for m in abtest.METRICS},
     )
     found = conclude(users, treatment=0.5)["metrics"]["ctr"]
     assert found["lift"] is None and found["p"] == 1.0 and found["mde"] is None
+    assert (found["difference"], found["low"], found["high"]) == (0.0, 0.0, 0.0)
+    apart = dataclasses.replace(users, events={m: users.treated.astype(int) for m in users.events})
+    found = conclude(apart, treatment=0.5)["metrics"]["ctr"]
+    assert (found["difference"], found["p"], found["t"]) == (1.0, 0.0, None)
+    json.dumps(found, allow_nan=False)
 
 
 # ------------------------------------------------------------------------------- error rates
 
 
+READINGS = {"Welch": (), "all / all": ("ratio",), "CUPED": ("cuped",)}
+
+
+def repeat(runs: int, users: int, lift: float, share: float, seed: int) -> pl.DataFrame:
+    """A row for each metric and reading of many experiments: p, and whether the interval held."""
+    rows = []
+    for n in range(runs):
+        drawn = simulate(users, lift=lift, seed=seed + n, treatment=share)
+        found = conclude(drawn, treatment=share)
+        for metric, values in found["metrics"].items():
+            for reading, path in READINGS.items():
+                value = values
+                for key in path:
+                    value = value[key]
+                held = value["lift_low"] <= lift <= value["lift_high"]
+                row = {"reading": f"{metric}, {reading}", "p": value["p"], "held": held}
+                rows.append(row | {"lift": value["lift"], "mde": values["mde"]})
+        p, mismatch = found["sample_ratio"]["p"], found["sample_ratio"]["mismatch"]
+        rows.append({"reading": "sample ratio", "p": p, "held": not mismatch})
+        least = min(value["p_holm"] for value in found["metrics"].values())
+        rows.append({"reading": "Holm", "p": least, "held": True})
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def rates(rows: pl.DataFrame, what: pl.Expr) -> dict[str, int]:
+    found = rows.group_by("reading", maintain_order=True).agg(what.sum().alias("n"))
+    return dict(found.iter_rows())
+
+
+def as_promised(number: int, runs: int, rate: float) -> bool:
+    """Whether so many of these runs are no wonder where each had this chance (1 in 1000)."""
+    return float(stats.binomtest(number, runs, rate).pvalue) > 0.001
+
+
 def test_an_a_a_test_rejects_at_its_level() -> None:
-    ps = {"p": 0, "ratio": 0, "cuped": 0}
-    runs = 300
-    for seed in range(runs):
-        found = conclude(simulate(800, seed=seed, treatment=0.5), treatment=0.5)["metrics"]["ctr"]
-        ps["p"] += found["p"] < 0.05
-        ps["ratio"] += found["ratio"]["p"] < 0.05
-        ps["cuped"] += found["cuped"]["p"] < 0.05
-    for name, rejected in ps.items():
-        p = stats.binomtest(rejected, runs, 0.05).pvalue
-        assert p > 0.001, f"{name}: {rejected} of {runs} rejected at 5%"
+    rows = repeat(300, 800, 0.0, 0.5, seed=0)
+    rejected = rates(rows, pl.col("p") < 0.05)
+    for reading in ("ctr, Welch", "ctr, all / all", "ctr, CUPED"):
+        assert as_promised(rejected[reading], 300, 0.05), f"{reading}: {rejected[reading]} of 300"
 
 
 def test_intervals_hold_a_planted_lift_as_often_as_they_say() -> None:
-    held, runs = 0, 200
-    for seed in range(runs):
-        users = simulate(1500, lift=0.3, seed=1000 + seed, treatment=0.5)
-        found = conclude(users, treatment=0.5)["metrics"]["ctr"]
-        held += found["lift_low"] <= 0.3 <= found["lift_high"]
-    assert stats.binomtest(held, runs, 0.95).pvalue > 0.001, f"{held} of {runs}"
+    rows = repeat(150, 1500, 0.3, 0.5, seed=1000)
+    held = rates(rows, pl.col("held"))
+    for reading in ("ctr, Welch", "ctr, all / all", "ctr, CUPED"):
+        assert as_promised(held[reading], 150, 0.95), f"{reading}: {held[reading]} of 150"
+
+
+@pytest.mark.slow
+def test_error_rates_at_the_share_of_the_papers() -> None:
+    """6% treated, both metrics, every reading, the check of the arms, and Holm's promise."""
+    runs = 1000
+    rows = repeat(runs, 10_000, 0.0, 0.06, seed=50_000)
+    rejected = rates(rows, pl.col("p") < 0.05)
+    print("A/A, rejected at 5%:", {k: f"{v / runs:.1%}" for k, v in rejected.items()})
+    for reading, number in rejected.items():
+        if reading != "Holm":
+            assert as_promised(number, runs, 0.05), f"{reading}: {number} of {runs}"
+    assert rejected["Holm"] <= stats.binom.isf(0.001, runs, 0.05)
+    alarms = runs - rates(rows, pl.col("held"))["sample ratio"]
+    print("A/A, alarms of the sample ratio at 0.1%:", alarms, "of", runs)
+    assert alarms <= stats.binom.isf(0.001, runs, abtest.SRM_ALPHA)
+
+
+@pytest.mark.slow
+def test_a_planted_lift_is_found_as_often_as_its_power_says() -> None:
+    runs, users, share = 500, 10_000, 0.06
+    lift = conclude(simulate(200_000, seed=1, treatment=share), treatment=share)["metrics"]["ctr"][
+        "mde"
+    ] * math.sqrt(200_000 / users)
+    rows = repeat(runs, users, lift, share, seed=90_000)
+    found, held = rates(rows, pl.col("p") < 0.05), rates(rows, pl.col("held"))
+    lifts = dict(rows.drop_nulls("lift").group_by("reading").agg(pl.col("lift").mean()).iter_rows())
+    print(f"planted {lift:.1%}; mean lift:", {k: f"{v:.1%}" for k, v in lifts.items()})
+    print("found at 5%:", {k: f"{v / runs:.1%}" for k, v in found.items()})
+    print("interval held it:", {k: f"{v / runs:.1%}" for k, v in held.items()})
+    assert abs(found["ctr, Welch"] / runs - 0.8) < 0.08
+    assert found["ctr, CUPED"] >= found["ctr, Welch"]
+    assert lifts["ctr, Welch"] == pytest.approx(lift, abs=0.02)
+    for reading in ("ctr, Welch", "ctr, all / all", "ctr, CUPED"):
+        assert held[reading] / runs > 0.92, f"{reading}: {held[reading]} of {runs}"
 
 
 def test_a_log_says_what_its_users_did() -> None:
@@ -230,11 +331,56 @@ def test_a_log_says_what_its_users_did() -> None:
     found = analyze(frame, "home", treatment=0.5)
     direct = conclude(users, treatment=0.5)
     assert found["arms"] == direct["arms"]
-    for name in ("treatment", "control", "lift", "p"):
-        assert found["metrics"]["ctr"][name] == pytest.approx(direct["metrics"]["ctr"][name])
+    for metric in abtest.METRICS:
+        for name in ("treatment", "control", "lift", "p"):
+            for path in READINGS.values():
+                a, b = found["metrics"][metric], direct["metrics"][metric]
+                for key in path:
+                    a, b = a[key], b[key]
+                assert a[name] == pytest.approx(b[name]), (metric, path, name)
     assert frame["id"].n_unique() == len(frame)
+    assert set(frame.columns) == {"id", "item", "request", *abtest.COLUMNS}
+    lazy = analyze(frame.lazy(), "home", treatment=0.5)
+    dated = frame.with_columns(pl.from_epoch(pl.col("timestamp") * 1e6, "us"))
+    for other in (lazy, analyze(dated, "home", treatment=0.5)):
+        assert other["arms"] == found["arms"]
+        assert other["metrics"]["ctr"]["cuped"]["p"] == pytest.approx(
+            found["metrics"]["ctr"]["cuped"]["p"]
+        )
+    bare = frame.filter(pl.col("experiment").is_not_null())
+    assert analyze(bare, "home", treatment=0.5)["metrics"]["ctr"]["cuped"] is None
+    assert analyze(frame, "home", treatment=0.5, pre_days=0)["metrics"]["ctr"]["cuped"] is None
     with pytest.raises(ConfigError, match="simulate ten or more"):
         simulate(3)
+
+
+def test_the_first_days_may_be_left_out() -> None:
+    rows = [
+        event("a", "exposure", 50.0, x=""),
+        event("a", "click", 50.0, x=""),
+        event("a", "exposure", 100.0),
+        event("a", "click", 100.0),
+        event("a", "exposure", 200.0),
+        event("b", "exposure", 201.0),
+        event("gone", "exposure", 101.0),
+        event("both", "exposure", 102.0, a="treatment"),
+        event("both", "exposure", 202.0),
+        event("late", "click", 203.0),
+        event("t", "exposure", 204.0, a="treatment"),
+        event("s", "exposure", 205.0, a="treatment"),
+    ]
+    found = analyze(pl.DataFrame(rows), "x", since=150.0)
+    assert found["arms"]["control"] == {"users": 2, "exposures": 2, "clicks": 0, "replies": 0}
+    assert found["left_out"] == {"crossed_over": 1, "never_exposed": 1}
+    assert (found["from"], found["to"]) == (200.0, 205.0)
+    users, _ = abtest._users(pl.DataFrame(rows), "x", 14.0, 150.0)
+    assert users.exposures_before.tolist() == [1, 0, 0, 0], (
+        "before the experiment, not before since"
+    )
+    with pytest.raises(
+        DataError, match=r"no events of experiment 'x' since 300.0; give an earlier"
+    ):
+        analyze(pl.DataFrame(rows), "x", since=300.0)
 
 
 # ------------------------------------------------------------------------------- the command
@@ -256,8 +402,13 @@ def test_the_command_reads_tables_and_event_logs(tmp_path: Path) -> None:
         assert done.exit_code == 0
         found.append(json.loads(done.stdout))
         shown = CliRunner().invoke(app, options, catch_exceptions=False).stdout
-        assert "experiment home" in shown and "CUPED" not in shown and "planned" in shown
+        assert "experiment home" in shown and "CUPED" in shown and "planned" in shown
+        assert "…" not in shown, "fits a terminal of 80 columns"
+        late = CliRunner().invoke(app, [*options, "--since", "2023-11-20", "--json"])
+        late_from = json.loads(late.stdout)["from"]
+        assert late_from >= datetime.datetime(2023, 11, 20, tzinfo=datetime.UTC).timestamp()
     assert found[0] == found[1] and found[0]["experiment"] == "home"
+    assert found[0]["from"] < late_from
 
 
 def test_what_the_command_cannot_do(tmp_path: Path) -> None:
@@ -267,6 +418,7 @@ def test_what_the_command_cannot_do(tmp_path: Path) -> None:
         ([], "give a log, or --simulate USERS"),
         ([str(tmp_path / "none.parquet")], "neither an event log nor a Parquet table"),
         ([str(tmp_path / "two.parquet")], "has 2 experiments; name one"),
+        (["sqlite:///" + str(tmp_path / "none.db")], "none.db: no such file"),
     ):
-        with pytest.raises((ConfigError, DataError), match=message):
+        with pytest.raises(L2RecError, match=message):
             CliRunner().invoke(app, ["abtest", *options], catch_exceptions=False)

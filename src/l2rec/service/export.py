@@ -33,7 +33,7 @@ def export_log(
     odd = [name for name in types if name not in TYPES]
     if odd or not types:
         raise ConfigError(f"event types {odd or '()'}: choose from {', '.join(TYPES)}")
-    log = EventLog(url)
+    log = EventLog(url, create=False)
     try:
         events, rows = folder / "events.parquet", 0
         schema = pa.schema([(new, SCHEMA_TYPES[old]) for old, new in NAMES.items()])
