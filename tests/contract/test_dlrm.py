@@ -16,6 +16,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.methods.dlrm import (
     DLRM,
     ITEM,
+    PACE,
     DLRMConfig,
     Features,
     Tables,
@@ -163,7 +164,7 @@ def test_matching_is_the_equations(frozen: int) -> None:
     inner = np.array([[float(x @ y) for y in q] for x in p])
     if frozen:
         assert model.weights is not None
-        inner += (array(a) * array(model.weights)) @ array(b).T
+        inner += (array(a) * PACE * array(model.weights)) @ array(b).T
     given = (a, b) if frozen else (None, None)
     left, right = model.users(users, given[0]), model.items(items, given[1])
     np.testing.assert_allclose(array(left @ right.T), inner, atol=2e-6)

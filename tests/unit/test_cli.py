@@ -63,7 +63,7 @@ def refused(outcome: Outcome, message: str) -> None:
 # -- help ----------------------------------------------------------------------------------------
 
 VERBS = {
-    "prepare": ["--out", "--items", "--format", "--text", "--k-core", "--encoding"],
+    "prepare": ["--out", "--items", "--format", "--text", "--k-core", "--only", "--before"],
     "describe": ["--json"],
     "train": ["--data", "--out", "--resume", "--init"],
     "tune": ["--data", "--out", "--trials", "--search", "--seed", "--json"],
@@ -76,6 +76,7 @@ VERBS = {
     "serve": ["--host", "--port", "--log", "--index", "--experiment", "--control", "--rate"],
     "deploy": ["--to", "--shadow", "--stop-shadow"],
     "rollback": [],
+    "downstream": ["--run", "--vectors", "--until", "--seeds", "--out", "--json"],
     "demo": ["--out", "--data", "--minutes"],
 }
 

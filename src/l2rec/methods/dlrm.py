@@ -23,7 +23,7 @@ with Q(i) the share of i among training exposures, from which the batch is drawn
 Sampling-Bias-Corrected Neural Modeling, RecSys '19). a, b are vectors of user and item that were
 made elsewhere and stay frozen. In the ranking stage they are dense features, as are their cosine
 and their elementwise product; between two towers cosine and product are the weights w, which
-start at one. Without frozen vectors the term is not there, and nothing else differs.
+start at zero. Without frozen vectors the term is not there, and nothing else differs.
 
 Deviations from the public code:
 
@@ -51,6 +51,11 @@ from l2rec.methods.protocols import Losses
 
 USER, ITEM = 0, 1
 """Tables of the user's hash and of the item's id (histories are rows of it); then attributes."""
+
+
+PACE = 10.0
+"""w is so many times its parameter, and under Adam so much faster: it starts at zero and has to
+come near one before vectors of unit length count as much as those of the towers."""
 
 
 class DLRMConfig(BaseModel):
@@ -212,7 +217,7 @@ class TwoTower(nn.Module):
         self.item_side = _Side(config, item_dense, ITEM)
         self.alpha = nn.Parameter(torch.full((tasks,), 1.0 / config.temperature))
         self.beta = nn.Parameter(torch.zeros(tasks))
-        self.weights = nn.Parameter(torch.ones(frozen)) if frozen else None
+        self.weights = nn.Parameter(torch.zeros(frozen)) if frozen else None
 
     def start_at(self, log_odds: Tensor) -> None:
         """Begin with the tasks' average log odds [tasks]."""
@@ -225,7 +230,7 @@ class TwoTower(nn.Module):
         own = F.normalize(self.user_top(_tower_input(vectors)), dim=-1)
         if self.weights is None or frozen is None:
             return own
-        return torch.cat((own, frozen * self.weights), dim=1)
+        return torch.cat((own, frozen * (PACE * self.weights)), dim=1)
 
     def items(self, features: Features, frozen: Tensor | None = None) -> Tensor:
         """[B, h + D]: q_i and the frozen vectors; scores are inner products with ``users``."""
