@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-from l2rec.service.events import EventLog
 from tests.service.test_app import metric_of
 from tests.unit.conftest import Finished
 
@@ -22,6 +21,7 @@ from l2rec.checkpoint import load_tensors, save_tensors
 from l2rec.errors import CheckpointError, ConfigError, StorageError
 from l2rec.runs import load
 from l2rec.service.app import create_app
+from l2rec.service.events import EventLog
 from l2rec.service.follow import load_first
 from l2rec.service.live import (
     Live,
