@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from tests.unit import tiny_run
 from tests.unit.conftest import Finished, backbone_folder, chains, encode_run, one_thread, table_run
 
+from l2rec.config import load_recipe
 from l2rec.data.dataset import Dataset
 from l2rec.runs import train_run
 from l2rec.service.app import create_app
@@ -45,6 +46,15 @@ def prior_run(
     config = tiny_run.config(backbone_folder, "table", model=prior)
     train_run(config, chains.path, run, progress=tiny_run.Quiet(), recipe="tiny", command="test")
     return Finished(run, chains.path, backbone_folder)
+
+
+@pytest.fixture(scope="session")
+def sasrec_run(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A method of ids alone, without a gate and without experts."""
+    run = tmp_path_factory.mktemp("runs") / "sasrec"
+    config = load_recipe("sasrec", ["training.max_steps=4"])
+    train_run(config, chains.path, run, progress=tiny_run.Quiet(), recipe="sasrec")
+    return run
 
 
 @pytest.fixture(scope="session")

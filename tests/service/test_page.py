@@ -1,7 +1,8 @@
-"""The page: its routes, exact reasons, and a real browser that uses it with the keyboard alone."""
+"""The page: its routes by what they answer, and a real browser that uses it as people do."""
 
 from __future__ import annotations
 
+import functools
 import shutil
 import socket
 import threading
@@ -12,148 +13,324 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import SecretStr
 from starlette.testclient import TestClient
+from tests.service.conftest import Serve
+from tests.service.test_app import error
 from tests.unit.conftest import Finished
 
-from l2rec.errors import DataError
+from l2rec.data.dataset import Dataset
+from l2rec.errors import StorageError
 from l2rec.runs import load
+from l2rec.service import explain as x
 from l2rec.service.app import create_app
 from l2rec.service.events import Event, EventLog
-from l2rec.service.explain import explain
 from l2rec.service.live import Live
-from l2rec.service.settings import Settings
-from l2rec.service.version import Version, load_version
+from l2rec.service.search import Items, plain
+from l2rec.service.settings import Experiment, Settings
+from l2rec.service.version import load_version
 
-Serve = Callable[..., TestClient]
-
-
-@pytest.fixture(scope="module")
-def version(prior_run: Finished) -> Version:
-    return load_version(prior_run.run)
+KEY = "read-key-0123456789"
 
 
-# ------------------------------------------------------------------------------- reasons
+def get(client: TestClient, path: str, **params: Any) -> Any:
+    answer = client.get(path, params=params)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
 
 
-def test_what_is_left_out_is_as_if_it_had_never_been(version: Version, prior_run: Finished) -> None:
-    history, item = list(version.ids[:4]), version.ids[9]
-    found = explain(version, history, item)
-    predictor = load(prior_run.run)
-
-    def score(of: list[str]) -> float:
-        ranked = predictor.recommend(of, len(version), exclude_seen=False)
-        return float(next(i["score"] for i in ranked.items if i["id"] == item))
-
-    assert found["score"] == pytest.approx(score(history), abs=1e-4)
-    for place, one in enumerate(found["without"]):
-        assert one["id"] == history[place]
-        left = history[:place] + history[place + 1 :]
-        assert one["score"] == pytest.approx(score(left), abs=1e-4)
-    assert 0 <= found["gate"] <= 1
-    assert found["experts"].keys() == {"semantic", "behavioral"}
-    for loads in found["experts"].values():
-        assert len(loads) == len(found["matrices"])
-        np.testing.assert_allclose(np.sum(loads, axis=1), 1.0, atol=0.01)
+def ids(found: Any) -> list[str]:
+    return [item["id"] for item in found["items"]]
 
 
-def test_a_history_of_one_and_a_method_without_experts(
-    version: Version, chains: Any, tmp_path: Path
-) -> None:
-    (only,) = explain(version, [version.ids[3]], version.ids[4])["without"]
-    assert only["id"] == version.ids[3] and only["score"] is None
-    with pytest.raises(DataError, match="unknown item id: 'nothing'"):
-        explain(version, [version.ids[3]], "nothing")
-    from tests.unit.tiny_run import Quiet
-
-    from l2rec.config import load_recipe
-    from l2rec.runs import train_run
-
-    config = load_recipe("sasrec", ["training.max_steps=2"])
-    train_run(config, chains.path, tmp_path / "sasrec", progress=Quiet())
-    other = load_version(tmp_path / "sasrec")
-    found = explain(other, list(other.ids[:3]), other.ids[5])
-    assert found["gate"] is None and found["experts"] == {} and len(found["without"]) == 3
+def put(client: TestClient, **texts: str) -> None:
+    body = {"items": [{"id": i, "text": text} for i, text in texts.items()]}
+    assert client.put("/v1/items", json=body).status_code == 200
 
 
-# ------------------------------------------------------------------------------- routes
+# -- files ---------------------------------------------------------------------------------------
 
 
-def test_search_items_and_neighbours(serve: Serve, version: Version) -> None:
-    client = serve()
-    text = version.texts[3]
-    found = client.get("/v1/items", params={"q": text.upper()}).json()
-    assert version.ids[3] in [item["id"] for item in found["items"]] and found["total"] >= 1
-    assert client.get("/v1/items", params={"q": "no such words"}).json()["total"] == 0
-    pages = [client.get("/v1/items", params={"limit": 5, "offset": n}).json() for n in (0, 5)]
-    ids = [item["id"] for page in pages for item in page["items"]]
-    assert len(set(ids)) == 10 and pages[0]["total"] == len(version)
-    assert client.get(f"/v1/items/{version.ids[3]}").json()["text"] == text
-    near = client.get(f"/v1/items/{version.ids[3]}/neighbours", params={"k": 4}).json()["items"]
-    matrix = client.app.state.live.current().matrix  # type: ignore[attr-defined]
-    cosines = (matrix @ matrix[3]).numpy()
-    best = [version.ids[r] for r in np.argsort(-cosines, kind="stable") if r != 3][:4]
-    assert [item["id"] for item in near] == best
-    client.request("DELETE", "/v1/items", params={"id": best[0]})
-    again = client.get(f"/v1/items/{version.ids[3]}/neighbours", params={"k": 4}).json()["items"]
-    assert best[0] not in [item["id"] for item in again]
-    assert client.get(f"/v1/items/{best[0]}").status_code == 404
-    assert client.get("/v1/items", params={"q": best[0]}).json()["total"] == 0
-    for path in ("/v1/items/none", "/v1/items/none/neighbours", "/v1/users/none"):
-        assert client.get(path).status_code == 404 and "error" in client.get(path).json()
-    for query in ("limit=0", "limit=101", "offset=-1", "q=" + "x" * 300):
-        assert client.get(f"/v1/items?{query}").status_code == 422
+def test_the_page_and_its_files(serve: Serve) -> None:
+    client = serve(read_keys=(SecretStr(KEY),))
+    page = client.get("/")
+    assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
+    kinds = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
+    files = {"/": "text/html"} | {f"/static/{name}": kind for name, kind in kinds.items()}
+    for path, kind in files.items():
+        file = client.get(path)
+        assert file.headers["content-type"] == f"{kind}; charset=utf-8"
+        assert file.headers["cache-control"] == "no-cache"
+        assert "unsafe" not in file.headers["content-security-policy"]
+        same = client.get(path, headers={"if-none-match": file.headers["etag"]})
+        assert same.status_code == 304 and not same.content
+        head = client.head(path)
+        assert head.status_code == 200 and not head.content
+    for name in kinds:
+        assert f"static/{name}" in page.text  # no other place
+    for inline in ("<script>", "<style", "style=", "onclick=", "http://", "https://"):
+        assert inline not in page.text
+    for path in ("/static/../page.py", "/static/%2e%2e/page.py", "/static/", "/static/none.js"):
+        assert client.get(path).status_code in (401, 404), path
 
 
-def test_users_come_from_the_log(serve: Serve, version: Version, log_url: str) -> None:
-    client, log = serve(), EventLog(log_url)
-    log.append(
-        [Event(f"e{n}", "ann", item, "click", float(n)) for n, item in enumerate(version.ids[:3])]
-    )
-    log.close()
-    assert client.get("/v1/users", params={"q": "a"}).json() == {"users": ["ann"]}
-    found = client.get("/v1/users/ann").json()
-    assert [item["id"] for item in found["items"]] == list(version.ids[:3])
+# -- live ----------------------------------------------------------------------------------------
 
 
 def test_what_is_live(serve: Serve, table_run: Finished) -> None:
-    live = serve().get("/v1/live").json()
-    assert live["method"] == "L2Rec" and live["recipe"] == "tiny" and live["gate"] is True
-    assert set(live["scores"]) >= {"recall@10", "ndcg@10"} and live["index"] == "exact"
-    assert live["name"] == table_run.run.name and live["fingerprint"]
+    version = load_version(table_run.run)
+    client = serve(experiment=Experiment(name="plus", treatment=0.25))
+    live = get(client, "/v1/live")
+    assert live["name"] == table_run.run.name and live["version"] == version.version
+    assert live["method"] == "L2Rec" and live["recipe"] == "tiny" and live["index"] == "exact"
+    assert live["data"]["fingerprint"] == version.report["dataset"]["fingerprint"]
+    assert live["data"]["users"] == 40 and live["items"] == 30 and live["added"] == 0
+    assert next(iter(live["scores"])) == "L2Rec" and "popularity" in live["scores"]
+    assert live["scores"]["L2Rec"]["recall@10"] == version.report["scores"]["L2Rec"]["recall@10"]
+    assert live["can"] == {"gate": True, "experts": True, "neighbours": True}
+    assert live["experiment"] == {"name": "plus", "treatment": 0.25}
+    assert live["shadow"] is live["control"] is live["refused"] is None
+    put(client, n1="something new")
+    client.request("DELETE", "/v1/items", params={"id": ["i1", "i2"]})
+    live = get(client, "/v1/live")
+    assert live["items"] == 29 and live["added"] == 1
 
 
-def test_reasons_by_route(serve: Serve, version: Version) -> None:
+def test_what_is_held_beside_it(serve: Serve, table_run: Finished, other_run: Finished) -> None:
     client = serve()
-    body = {"history": list(version.ids[:3]), "item": version.ids[7]}
-    found = client.post("/v1/explain", json=body).json()
-    assert len(found["without"]) == 3 and found["version"]
-    for wrong in ({"item": "x"}, {"history": []}, {"more": 1}):
-        answer = client.post("/v1/explain", json=body | wrong)
-        assert answer.status_code == 422 and "error" in answer.json()
+    held: Live = client.app.state.live  # type: ignore[attr-defined]
+    held.shadow = load_version(other_run.run)
+    held.refuse("/somewhere/bad", "its tensors are torn")
+    live = get(client, "/v1/live")
+    assert live["shadow"] == {"name": "other", "version": held.shadow.version}
+    assert live["refused"]["run"] == "bad" and live["refused"]["reason"] == "its tensors are torn"
 
 
-def test_files_and_keys(serve: Serve) -> None:
-    client = serve(read_keys=("r",), write_keys=("w",))
-    page = client.get("/")
-    assert page.status_code == 200
-    assert page.headers["content-security-policy"].startswith(
-        "default-src 'none'; script-src 'self'"
+def test_a_method_that_has_neither_gate_nor_experts(serve: Serve, sasrec_run: Path) -> None:
+    client = serve(sasrec_run)
+    can = get(client, "/v1/live")["can"]
+    assert can["gate"] is False and can["experts"] is False
+    found = client.post("/v1/explain", json={"history": ["i1", "i2"], "item": "i7"}).json()
+    assert found["gate"] is None and found["experts"] is None and found["added"] is None
+    assert all(one["score"] is not None for one in found["history"])
+
+
+# -- items ---------------------------------------------------------------------------------------
+
+
+def test_items_by_words(serve: Serve) -> None:
+    client = serve()
+    put(
+        client,
+        c1="Cooking salmon at home",
+        c2="Salmon, whole",
+        c3="The book of Pokémon",
+        c4="Salmonella: a handbook",
+        c5="Atlas of rivers, with the whole of the salmon's way",
     )
-    for name, kind in (("app.js", "javascript"), ("style.css", "text/css")):
-        file = client.get(f"/static/{name}")
-        assert file.status_code == 200 and kind in file.headers["content-type"]
-        again = client.get(f"/static/{name}", headers={"if-none-match": file.headers["etag"]})
-        assert again.status_code == 304
-    assert "<script>" not in page.text and "style=" not in page.text
-    assert client.get("/static/../page.py").status_code in (401, 404)
-    for path in ("/v1/live", "/v1/items", "/v1/users"):
-        assert client.get(path).status_code == 401
-        assert client.get(path, headers={"authorization": "Bearer r"}).status_code == 200
+    assert ids(get(client, "/v1/items", q="salmon")) == ["c2", "c1", "c5", "c4"]
+    assert ids(get(client, "/v1/items", q="whole SALMON")) == ["c2", "c5"]
+    assert ids(get(client, "/v1/items", q="monella")) == ["c4"]  # within a word, too
+    assert ids(get(client, "/v1/items", q="pokemon")) == ["c3"]
+    assert ids(get(client, "/v1/items", q="C3"))[0] == "c3"
+    assert get(client, "/v1/items", q="salmon nowhere") == {"items": [], "total": 0}
+    found = get(client, "/v1/items", q="salmon", limit=2, offset=1)
+    assert ids(found) == ["c1", "c5"] and found["total"] == 4
 
 
-# ------------------------------------------------------------------------------- a real browser
+def test_all_items_and_those_of_some_ids(serve: Serve) -> None:
+    client = serve()
+    assert get(client, "/v1/items")["total"] == get(client, "/v1/items", q=" .,-")["total"] == 30
+    pages = [ids(get(client, "/v1/items", limit=20, offset=n)) for n in (0, 20, 40)]
+    assert [len(page) for page in pages] == [20, 10, 0]
+    assert len({i for page in pages for i in page}) == 30
+    assert ids(get(client, "/v1/items", id=["i9", "nobody", "i2"])) == ["i9", "i2"]
+    client.request("DELETE", "/v1/items", params={"id": "i9"})
+    assert ids(get(client, "/v1/items", id=["i9", "i2"])) == ["i2"]
+    assert "i9" not in ids(get(client, "/v1/items", q="i9"))
+    assert get(client, "/v1/items")["total"] == 29
+    text = get(client, "/v1/items/i2")["text"]
+    put(client, i2="quite another text")
+    assert get(client, "/v1/items/i2")["text"] == "quite another text" != text
+    assert ids(get(client, "/v1/items", q="quite another")) == ["i2"]
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=101", "offset=-1", "k=1&limit=x", "q=" + "x" * 201, "id="]
+)
+def test_limits_of_a_search(query: str, serve: Serve) -> None:
+    error(serve().get(f"/v1/items?{query}"), 422)
+
+
+def test_an_item(serve: Serve, table_run: Finished) -> None:
+    client, version = serve(), load_version(table_run.run)
+    found = get(client, "/v1/items/i5")
+    assert found == {
+        "id": "i5",
+        "text": version.texts[5],
+        "attributes": version.attributes_of(5),
+    }
+    put(client, **{"a/b": "an id with a slash"})
+    assert get(client, "/v1/items/a%2Fb")["id"] == "a/b"
+    assert len(get(client, "/v1/items/a%2Fb/neighbours", k=3)["items"]) == 3
+    for path in ("/v1/items/none", "/v1/items/none/neighbours"):
+        assert error(client.get(path), 404) == "no item 'none' in table"
+
+
+@pytest.mark.parametrize("name", ["table", "sasrec"])
+def test_neighbours_are_nearest_by_cosine(
+    name: str, serve: Serve, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue(f"{name}_run")
+    client = serve(getattr(run, "run", run))
+    version = client.app.state.live.current()  # type: ignore[attr-defined]
+    matrix = version.matrix.numpy()
+    unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+    cosines = unit @ unit[3]
+    best = [n for n in np.argsort(-cosines, kind="stable") if n != 3]
+    found = get(client, "/v1/items/i3/neighbours", k=6)
+    assert ids(found) == [version.ids[n] for n in best[:6]] and found["version"] == version.version
+    scores = [item["score"] for item in found["items"]]
+    assert scores == pytest.approx(cosines[best[:6]].tolist(), abs=1e-5)
+    client.request("DELETE", "/v1/items", params={"id": ids(found)[0]})
+    assert ids(get(client, "/v1/items/i3/neighbours", k=5)) == ids(found)[1:]
+    assert len(get(client, "/v1/items/i3/neighbours", k=100)["items"]) == 28
+    error(client.get("/v1/items/i3/neighbours?k=101"), 422)
+
+
+def test_a_method_without_vectors_has_no_neighbours(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve()
+    version = client.app.state.live.current()  # type: ignore[attr-defined]
+    version.__dict__["matrix"] = None
+    message = error(client.get("/v1/items/i3/neighbours"), 409)
+    assert message == "table has no item vectors: its method only ranks"
+    assert get(client, "/v1/live")["can"]["neighbours"] is False
+
+
+def test_words_are_compared_plainly() -> None:
+    assert plain("  Pokémon — Go! (2016)") == "pokemon go 2016"
+    assert plain("Straße_ΑΣ") == "strasse ασ"
+    assert plain("¡!") == ""
+
+
+def test_a_search_grows_with_the_catalog(table_run: Finished) -> None:
+    version = load_version(table_run.run)
+    index = Items(version.serial)
+    index.extend(version)
+    more = version.with_items({"n": ("a walrus", {})})
+    index.extend(more)
+    assert len(index) == len(more) == 31
+    assert index.find(more, "walrus").tolist() == [30]
+    assert index.find(version, "walrus").tolist() == []  # of the version before
+
+
+# -- users ---------------------------------------------------------------------------------------
+
+
+def test_users_of_the_log_and_of_the_data(serve: Serve, log_url: str, chains: Dataset) -> None:
+    client, log = serve(), EventLog(log_url)
+    some = [Event(f"e{n}", "u1", f"i{n}", "click", float(n)) for n in range(3)]
+    log.append([*some, Event("x", "u1", "gone", "click", 9.0), Event("y", "v", "no", "click", 1.0)])
+    log.close()
+    found = get(client, "/v1/users", q="u1", limit=100)
+    assert found["incomplete"] is None
+    assert found["users"][0] == {"id": "u1", "source": "events", "events": None}
+    others = {u["id"]: u["events"] for u in found["users"][1:]}
+    assert "u1" not in others and others["u10"] == len(chains.sequences[chains.user_index("u10")])
+    assert len(get(client, "/v1/users", limit=7)["users"]) == 7
+    logged = get(client, "/v1/users/u1")
+    assert logged["source"] == "events" and ids(logged) == ["i0", "i1", "i2"]
+    assert logged["next"] is None
+    data = get(client, "/v1/users/u10")
+    events = [chains.item_ids[int(i)].as_py() for i in chains.sequences[chains.user_index("u10")]]
+    assert data["source"] == "data" and ids(data) == events[:-1]
+    assert data["next"]["id"] == events[-1]
+    assert error(client.get("/v1/users/nobody"), 404) == "user 'nobody' has no history here"
+    error(client.get("/v1/users/v"), 404)  # nothing of it is in the catalog
+
+
+def test_the_log_is_away(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve()
+
+    def away(*_: Any) -> Any:
+        raise StorageError("event log x: away")
+
+    log = client.app.state.log  # type: ignore[attr-defined]
+    monkeypatch.setattr(log, "users", away)
+    monkeypatch.setattr(log, "history", away)
+    found = get(client, "/v1/users", q="u1")
+    assert found["incomplete"] == "the event log is away: its users are missing"
+    assert found["users"] and all(user["source"] == "data" for user in found["users"])
+    assert get(client, "/v1/users/u10")["source"] == "data"
+    assert error(client.get("/v1/users/nobody"), 503) == "event log x: away"
+
+
+def test_the_data_set_is_gone(serve: Serve, table_run: Finished, tmp_path: Path) -> None:
+    run = shutil.copytree(table_run.run, tmp_path / "moved")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(table_run.data), str(tmp_path / "none")))
+    client = serve(run)
+    assert get(client, "/v1/users") == {"users": [], "incomplete": None}
+    error(client.get("/v1/users/u10"), 404)
+
+
+# -- reasons -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", ["table", "prior"])
+def test_reasons_are_those_of_the_library(
+    items: str, serve: Serve, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue(f"{items}_run").run
+    client, predictor = serve(run), load(run)
+    history = [f"i{n % 29}" for n in range(20)]  # more than wait for the model at a time
+    for item in ("i29", "i7", None):
+        expected = x.explain(predictor, history, item)
+        body = {"history": history} | ({} if item is None else {"item": item})
+        answer = client.post("/v1/explain", json=body)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        assert found["item"]["id"] == expected.item and found["version"] == predictor.version
+        assert found["score"] == pytest.approx(expected.score, abs=1e-5)
+        assert found["gate"] == pytest.approx(expected.gate, abs=1e-5)
+        assert found["added"] == pytest.approx(expected.added, abs=1e-5)
+        assert [one["id"] for one in found["history"]] == history
+        scores = [one["score"] for one in found["history"]]
+        assert scores == pytest.approx(expected.without, abs=1e-5)
+        assert expected.experts is not None
+        assert found["experts"]["shares"] == expected.experts.shares
+        assert found["experts"]["matrices"] == expected.experts.matrices
+        assert found["experts"]["labels"] == ["1 q", "1 v", "2 q", "2 v"]
+
+
+def test_of_a_long_history_the_newest_items_are_left_out(serve: Serve) -> None:
+    history = [f"i{n % 30}" for n in range(70)]
+    found = serve().post("/v1/explain", json={"history": history, "item": "i5"}).json()
+    known = [one["score"] is not None for one in found["history"]]
+    assert known == [False] * (70 - x.MOST) + [True] * x.MOST
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"history": []}, 422, "history: List should have at least 1 item"),
+        ({"history": ["i1"] * 501}, 422, "history: List should have at most 500 items"),
+        ({"history": ["i1"], "item": "zz"}, 422, "unknown item ids: 'zz'"),
+        ({"history": ["yy"], "item": "i1"}, 422, "unknown item ids: 'yy'"),
+        ({"history": ["i1"], "k": 1}, 422, "k: Extra inputs are not permitted"),
+        ({"history": [f"i{n}" for n in range(30)]}, 404, "every item is in the history"),
+    ],
+)
+def test_what_cannot_be_explained(body: Any, status: int, message: str, serve: Serve) -> None:
+    assert error(serve().post("/v1/explain", json=body), status).startswith(message)
+
+
+# -- a real browser ------------------------------------------------------------------------------
 
 FLAGS = [
+    "--headless",
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -162,117 +339,564 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+LAPTOP = {"viewport": {"width": 1280, "height": 800}}
+TABLET = {"viewport": {"width": 900, "height": 800}}
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+Open = Callable[..., Any]
+
+
+class Server:
+    """A real server of an app, in a thread."""
+
+    def __init__(self, run: Path, log: EventLog, **settings: Any) -> None:
+        import uvicorn
+
+        self.app = create_app(Settings(rate=0, **settings), Live(load_version(run)), log)
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="critical", lifespan="on"))
+        self.thread = threading.Thread(
+            target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True
+        )
+        self.thread.start()
+        deadline = time.monotonic() + 60
+        while not self.server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(60)
+        self.socket.close()
+        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
-def address(prior_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server in a thread."""
-    import uvicorn
-
-    version = load_version(prior_run.run)
+def server(prior_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = EventLog(f"sqlite:///{tmp_path_factory.mktemp('log') / 'events.db'}")
-    log.append([Event("e", "walter", version.ids[1], "click", 1.0)])
-    app = create_app(Settings(rate=0), Live(version), log)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, log_level="error")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    log.append([Event(f"e{n}", "walter", f"i{n}", "click", float(n)) for n in (4, 5, 6)])
+    made = Server(prior_run.run, log, experiment=Experiment(name="plus"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("no chromium on this machine: apt-get install chromium")
     with playwright.sync_playwright() as running:
         made = running.chromium.launch(executable_path=chromium, args=FLAGS)
         yield made
         made.close()
 
 
+WATCH = """
+window.shifts = 0;
+window.broken = [];
+new PerformanceObserver((list) => {
+  for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifts += entry.value;
+}).observe({ type: "layout-shift", buffered: true });
+document.addEventListener("securitypolicyviolation", (event) => {
+  window.broken.push(event.violatedDirective);
+});
+"""
+
+
 @pytest.fixture
-def page(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """An open page; what its console says, a broken policy included, fails the test."""
-    options = getattr(request, "param", {"viewport": {"width": 1280, "height": 900}})
-    context = browser.new_context(**options)
-    made, said = context.new_page(), []
-    made.on("console", lambda m: said.append(m.text) if m.type in ("error", "warning") else None)
-    made.on("pageerror", lambda error: said.append(str(error)))
-    made.goto(address)
-    made.wait_for_selector("#live:not(:empty)")
-    yield made
-    assert not said
-    context.close()
+def visit(browser: Any, server: Server) -> Iterator[Open]:
+    """Opens the page. What the console says, or a policy that is broken, fails the test."""
+    contexts, said, pages = [], [], []
+
+    def opened(at: str = "", *, of: Server = server, quiet: bool = True, **options: Any) -> Any:
+        context = browser.new_context(**(options or LAPTOP))
+        context.set_default_timeout(20_000)
+        context.add_init_script(WATCH)
+        contexts.append(context)
+        page = context.new_page()
+        if quiet:
+            page.on("console", lambda m: said.append(m.text) if m.type != "log" else None)
+            page.on("requestfailed", lambda r: said.append(r.url) if aborted(r) else None)
+        page.on("pageerror", lambda e: said.append(str(e)))
+        page.goto(f"{of.url}/{at}")
+        pages.append(page)
+        return page
+
+    yield opened
+    broken = [part for page in pages for part in page.evaluate("window.broken")]
+    for context in contexts:
+        context.close()
+    assert not said and not broken
 
 
-def add(page: Any, words: str) -> None:
-    before = page.locator("#history li").count()
+def aborted(request: Any) -> bool:
+    """Whether a request failed otherwise than by being given up."""
+    return "ERR_ABORTED" not in str(request.failure)
+
+
+def chips(page: Any) -> list[str]:
+    return [
+        str(i)
+        for i in page.eval_on_selector_all("#history .open", "all => all.map(n => n.dataset.id)")
+    ]
+
+
+def wait_for_chips(page: Any, expected: list[str]) -> None:
+    page.wait_for_function(
+        "wanted => JSON.stringify([...document.querySelectorAll('#history .open')]"
+        ".map(n => n.dataset.id)) === JSON.stringify(wanted)",
+        arg=expected,
+    )
+
+
+def wait_for_ranking(page: Any, rows: int = 10) -> None:
+    page.wait_for_selector("#answer[aria-busy=false] #results .pick")
+    page.wait_for_function(f"() => document.querySelectorAll('#results .pick').length === {rows}")
+
+
+def type_and_enter(page: Any, words: str) -> None:
     page.fill("#search", words)
-    page.wait_for_selector("#found li[role=option]")
+    page.wait_for_selector("#found [role=option]")
     page.keyboard.press("Enter")
-    page.wait_for_function("n => document.querySelectorAll('#history li').length > n", arg=before)
-    page.wait_for_selector("#results .row")
 
 
-def test_from_nothing_to_reasons_by_keyboard(page: Any, version: Version) -> None:
-    assert page.locator("#empty").is_visible()
-    add(page, version.texts[2])
-    add(page, version.texts[5])
-    assert page.locator("#history li").count() == 2
-    page.focus("#results .row")
+def test_by_keyboard_from_nothing_to_reasons(visit: Open, server: Server) -> None:
+    page, version = visit(), server.app.state.live.current()
+    page.wait_for_selector("#starts button")
+    assert "Whose next items?" in page.inner_text("#answer")
+    assert page.evaluate("document.activeElement.id") == "search"
+    # Two items, found by what they are called; the second with the arrow keys.
+    page.keyboard.type(version.texts[3])
+    page.wait_for_selector("#found [aria-selected=true]")
+    assert page.get_attribute("#search", "aria-expanded") == "true"
+    page.keyboard.press("Enter")
+    wait_for_chips(page, ["i3"])
+    wait_for_ranking(page)
+    page.fill("#search", "i1")
+    page.wait_for_function("() => document.querySelectorAll('#found [role=option]').length > 2")
+    found = page.eval_on_selector_all("#found .id", "all => all.map(n => n.textContent)")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    chosen = page.get_attribute("#search", "aria-activedescendant")
+    assert chosen == "option-1" and page.get_attribute(f"#{chosen}", "aria-selected") == "true"
+    page.keyboard.press("Enter")
+    wait_for_chips(page, ["i3", found[1]])
+    wait_for_ranking(page)
+    expected = server_ranks(server, ["i3", found[1]])
+    assert ranked(page) == expected
+    assert "First:" in page.inner_text("#status") or "10 recommendations" in page.text_content(
+        "#status"
+    )
+    # Down into the list; the reasons follow.
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_function(
+        "id => document.querySelector('.chosen .pick').dataset.id === id", arg=expected[1]
+    )
+    page.wait_for_function(
+        "id => document.querySelector('#subject .id').textContent === id", arg=expected[1]
+    )
+    page.wait_for_selector("#why[aria-busy=false] .gate")
+    reasons = x.explain(load_predictor(server), ["i3", found[1]], expected[1])
+    page.wait_for_function(
+        "text => document.querySelector('#why').innerText.includes(text)",
+        arg=f"Score {reasons.score:.3f}".replace("-", "−"),
+    )
+    assert f"δ = {reasons.gate:.2f}" in page.inner_text("#why")
+    assert page.locator("#why .effects li").count() == 2
+    effects = [reasons.score - without for without in reasons.without if without is not None]
+    shown = page.locator("#why .value").all_inner_texts()
+    assert shown == [f"{'−' if e < 0 else '+'}{abs(e):.3f}" for e in reversed(effects)]
+    assert page.locator("#why table").count() == 2
+    assert (
+        page.locator("#why tbody tr").count() == 8 and page.locator("#why tbody td").count() == 24
+    )
+    assert "together with the history" in page.inner_text("#why")
+    # Add it, with one key; the focus stays in the list.
+    page.keyboard.press("a")
+    wait_for_chips(page, ["i3", found[1], expected[1]])
+    wait_for_ranking(page)
+    assert page.evaluate("document.activeElement.className") == "pick"
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+
+
+def ranked(page: Any) -> list[str]:
+    return [
+        str(i)
+        for i in page.eval_on_selector_all("#results .pick", "all => all.map(n => n.dataset.id)")
+    ]
+
+
+def load_predictor(server: Server) -> Any:
+    return server.app.state.live.current().predictor
+
+
+def server_ranks(server: Server, history: list[str], k: int = 10) -> list[str]:
+    return [item["id"] for item in load_predictor(server).recommend(history, k).items]
+
+
+def test_a_history_is_changed_by_keyboard(visit: Open) -> None:
+    page = visit("#h=i1&h=i2&h=i3&k=5")
+    wait_for_chips(page, ["i1", "i2", "i3"])
+    wait_for_ranking(page, 5)
+    assert page.input_value("#k") == "5"
+    page.focus("#history .open")
+    page.keyboard.press("Alt+ArrowDown")
+    wait_for_chips(page, ["i2", "i1", "i3"])
+    assert page.evaluate("document.activeElement.dataset.id") == "i1"
+    page.keyboard.press("Alt+ArrowDown")
+    page.keyboard.press("Alt+ArrowDown")  # it is the last already
+    wait_for_chips(page, ["i2", "i3", "i1"])
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("document.activeElement.dataset.id") == "i3"
+    page.keyboard.press("Delete")
+    wait_for_chips(page, ["i2", "i1"])
+    assert page.evaluate("document.activeElement.dataset.id") == "i1"
+    assert page.text_content("#status").startswith(("Removed: ", "5 recommendations"))
+    page.go_back()
+    wait_for_chips(page, ["i2", "i3", "i1"])
+    page.go_forward()
+    wait_for_chips(page, ["i2", "i1"])
+    page.click("#clear")
+    wait_for_chips(page, [])
+    assert page.is_visible("#empty") and not page.is_visible("#clear")
+    assert "h=" not in page.url
+
+
+def test_a_history_is_changed_by_mouse(visit: Open) -> None:
+    page = visit("#h=i1&h=i2&h=i3")
+    wait_for_chips(page, ["i1", "i2", "i3"])
+    wait_for_ranking(page)
+    page.hover(".chip >> nth=2")
+    page.click(".chip >> nth=2 >> [title='Move up']")
+    wait_for_chips(page, ["i1", "i3", "i2"])
+    page.drag_and_drop(".chip >> nth=0 >> .open", ".chip >> nth=2 >> .open")
+    wait_for_chips(page, ["i3", "i2", "i1"])
+    page.click(".chip >> nth=1 >> [title=Remove]")
+    wait_for_chips(page, ["i3", "i1"])
+    wait_for_ranking(page)
+    first = ranked(page)[0]
+    page.click("#results .plus >> nth=0")
+    wait_for_chips(page, ["i3", "i1", first])
+    page.select_option("#k", "20")
+    wait_for_ranking(page, 20)
+    assert "k=20" in page.url
+
+
+def test_a_view_can_be_shared(visit: Open, server: Server) -> None:
+    page = visit("#h=i4&h=gone%2F%26&h=i8&k=7&item=" + server_ranks(server, ["i4", "i8"])[2])
+    wait_for_chips(page, ["i4", "gone/&", "i8"])
+    wait_for_ranking(page, 7)
+    assert ranked(page) == server_ranks(server, ["i4", "i8"], 7)
+    assert "gone/& (not in this catalog)" in page.inner_text("#history")
+    assert page.input_value("#k") == "7"
+    page.wait_for_function(
+        "id => document.querySelector('#subject .id').textContent === id", arg=ranked(page)[2]
+    )
+    shared = page.url
+    other = visit(shared.partition("/#")[2] and "#" + shared.partition("#")[2])
+    wait_for_chips(other, ["i4", "gone/&", "i8"])
+    wait_for_ranking(other, 7)
+    assert ranked(other) == ranked(page)
+
+
+def test_users_bring_their_histories(visit: Open, chains: Dataset) -> None:
+    page = visit()
+    type_and_enter(page, "walt")
+    wait_for_chips(page, ["i4", "i5", "i6"])
+    assert not page.is_visible("#next")
+    type_and_enter(page, "u12")
+    events = [chains.item_ids[int(i)].as_py() for i in chains.sequences[chains.user_index("u12")]]
+    wait_for_chips(page, events[:-1])
+    wait_for_ranking(page)
+    assert page.is_visible("#next") and "Taken next by this user" in page.inner_text("#next")
+    rows = ranked(page)
+    said = f"ranked {rows.index(events[-1]) + 1}." if events[-1] in rows else "not among these 10."
+    assert said in page.inner_text("#next")
+    assert page.locator("#results .tag").count() == (events[-1] in rows)
+    page.reload()
+    wait_for_chips(page, events[:-1])
+    page.wait_for_selector("#next:not([hidden])")
+    page.click(".chip >> nth=0 >> [title=Remove]")
+    page.wait_for_selector("#next", state="hidden")  # it is this user's history no longer
+
+
+def test_neighbours(visit: Open, server: Server) -> None:
+    page = visit("#h=i1&h=i2")
+    wait_for_ranking(page)
+    page.focus("#results .pick")
+    page.keyboard.press("n")
+    page.wait_for_selector("#near[aria-busy=false] .nearby .pick")
+    assert page.get_attribute("#tab-near", "aria-selected") == "true"
+    near = "#near .nearby .pick"
+    version = server.app.state.live.current()
+    row = version.predictor.row_of(ranked(page)[0])
+    cosines = (version.matrix @ version.matrix[row]).numpy()
+    expected = [version.ids[n] for n in np.argsort(-cosines, kind="stable") if n != row][:12]
+    shown = page.eval_on_selector_all(near, "all => all.map(n => n.dataset.id)")
+    assert shown == expected
+    # On to the neighbours of a neighbour, and back.
+    page.keyboard.press("Tab")
+    page.focus(near)
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#why:not([hidden])")
-    why = page.locator("#why")
-    assert "δ" in why.inner_text() and why.locator("svg.heat").count() == 2
-    assert why.locator(".effects .side").count() == 2 and why.locator(".near li").count() == 6
-    page.focus("#results .row")
-    page.keyboard.press("a")
-    page.wait_for_function("document.querySelectorAll('#history li').length === 3")
-    page.focus("#history li")
-    page.keyboard.press("Alt+ArrowDown")
-    first = page.locator("#history li .id").all_inner_texts()
-    page.keyboard.press("Delete")
-    page.wait_for_function("document.querySelectorAll('#history li').length === 2")
-    assert page.locator("#history li .id").all_inner_texts() == [first[0], first[2]]
-    shared = page.url
-    page.goto("about:blank")
-    page.goto(shared)  # what is seen can be shared
-    page.wait_for_selector("#results .row")
-    assert page.locator("#history li .id").all_inner_texts() == [first[0], first[2]]
+    page.wait_for_function(
+        "id => document.querySelector('#subject .id').textContent === id", arg=expected[1]
+    )
+    page.wait_for_selector("#back")
+    page.click("#back")
+    page.wait_for_function(
+        "id => document.querySelector('#near .pick').dataset.id === id", arg=expected[0]
+    )
+    page.focus("#tab-near")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_selector("#why:not([hidden]) .block")
+    assert page.evaluate("document.activeElement.id") == "tab-why"
+    # Of an item of the history, too.
+    page.click("#history .open >> nth=1")
+    page.wait_for_function("() => document.querySelector('#subject .id').textContent === 'i2'")
+    page.wait_for_selector("#near:not([hidden]) .pick")
+
+
+def test_what_is_around(visit: Open, server: Server) -> None:
+    page, version = visit(), server.app.state.live.current()
+    page.wait_for_selector("#facts dt")
+    scores = version.report["scores"]["L2Rec"]
+    assert page.inner_text("#live b") == version.name
+    assert f"recall@10 {scores['recall@10']:.4f}" in page.inner_text("#headline")
+    facts = page.inner_text("#facts")
+    assert version.version in facts and version.report["dataset"]["fingerprint"] in facts
+    assert "30" in facts and "exact" in facts and "40 users" in facts
+    assert "popularity" in page.inner_text("#scores")
+    page.wait_for_function("() => document.querySelector('#experiment').innerText.includes('plus')")
+    page.wait_for_selector("#experiment .quiet")
+    assert "6%" in page.inner_text("#experiment")
+    assert "No result yet: no events of it yet" in page.inner_text("#experiment")
+
+
+def test_an_experiment_with_a_result(
+    visit: Open, table_run: Finished, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
+    events = []
+    for n in range(80):
+        arm = "treatment" if n % 4 == 0 else "control"
+        events.append(Event(f"x{n}", f"u{n}", "i1", "exposure", 100.0 + n, None, "plus", arm))
+        if n % 3 == 0:
+            events.append(Event(f"c{n}", f"u{n}", "i1", "click", 101.0 + n, None, "plus", arm))
+    log.append(events)
+    running = Experiment(name="plus", treatment=0.25)
+    other = Server(table_run.run, log, experiment=running)
+    request.addfinalizer(other.close)
+    page = visit(of=other)
+    page.wait_for_selector("#experiment tbody tr")
+    shown = page.inner_text("#experiment")
+    assert "25% of the users" in shown and "clicks" in shown and "replies" in shown
+    assert "33.33%" in shown  # 20 of 60, 7 of 20
+    assert "35.00%" in shown
+
+
+def test_a_key_is_asked_for(
+    visit: Open, table_run: Finished, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
+    other = Server(table_run.run, log, read_keys=(SecretStr(KEY),))
+    request.addfinalizer(other.close)
+    page = visit("#h=i1&h=i2", of=other, quiet=False)  # a browser says of each 401 that it was one
+    page.wait_for_selector("#key:not([hidden])")
+    assert "asks for a key" in page.inner_text("#key")
+    page.fill("#key-field", "a-wrong-key-0000000")
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "() => document.querySelector('#key').innerText.includes('does not know')"
+    )
+    page.fill("#key-field", KEY)
+    page.keyboard.press("Enter")
+    wait_for_ranking(page)
+    assert not page.is_visible("#key") and not page.is_visible("#notice")
+    assert page.evaluate("Object.values(sessionStorage)") == [KEY]
+    assert KEY not in page.url and page.evaluate("localStorage.length") == 0
+    page.reload()
+    wait_for_ranking(page)
+
+
+def answered(route: Any, *, status: int | None, body: str) -> None:
+    if status is None:
+        route.abort()
+    else:
+        route.fulfill(status=status, body=body, headers={"retry-after": "3"})
+
+
+def test_what_goes_wrong_is_said_and_can_be_tried_again(visit: Open) -> None:
+    page = visit("#h=i1", quiet=False)
+    wait_for_ranking(page)
+    cases: list[tuple[str, int | None, str]] = [
+        ("cannot be reached", None, ""),
+        (
+            "busy; try again in 3 s. It says: 256 requests wait",
+            503,
+            '{"error": "256 requests wait"}',
+        ),
+        ("answered 500", 500, ""),
+        ("cannot be read", 200, "<html>"),
+    ]
+    for expected, status, body in cases:
+        answer = functools.partial(answered, status=status, body=body)
+        page.route("**/v1/recommend", answer)
+        page.select_option("#k", "20" if page.input_value("#k") == "10" else "10")
+        page.wait_for_selector("#notice:not([hidden])")
+        assert expected in page.inner_text("#problem")
+        page.unroute("**/v1/recommend")
+        page.click("#retry")
+        page.wait_for_selector("#results .pick")
+        assert not page.is_visible("#notice")
     page.focus("#search")
-    page.keyboard.press("Backspace")
-    page.wait_for_function("document.querySelectorAll('#history li').length === 1")
+    page.keyboard.type("nothing is called this")
+    page.wait_for_selector("#found .group")
+    assert "Nothing has all these words" in page.inner_text("#found")
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#found") and page.input_value("#search") == ""
 
 
-def test_a_user_brings_a_history(page: Any, version: Version) -> None:
-    page.keyboard.press("/")
-    add(page, "walt")
-    assert page.locator("#history li .id").all_inner_texts() == [version.ids[1]]
+def test_on_a_phone(visit: Open) -> None:
+    page = visit(**PHONE)
+    page.wait_for_selector("#starts button")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.tap("#starts button")
+    wait_for_ranking(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert not page.is_visible("#detail")
+    page.tap("#results .pick >> nth=1")
+    page.wait_for_selector("#why[aria-busy=false] .gate")
+    page.wait_for_timeout(300)  # it slides in
+    box = page.locator("#detail").bounding_box()
+    assert box["x"] == 0 and box["width"] == 360
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    for part in ("#why", "#detail"):
+        widths = page.eval_on_selector(part, "node => [node.scrollWidth, node.clientWidth]")
+        assert widths[0] <= widths[1], part
+    assert page.get_attribute("#detail", "role") == "dialog"
+    page.tap("#close")
+    page.wait_for_selector("#detail", state="hidden")
+    small = page.eval_on_selector_all(
+        "button:not([tabindex='-1'])",
+        "all => all.filter(n => n.offsetHeight && n.offsetHeight < 28).map(n => n.outerHTML)",
+    )
+    assert not small
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        {"viewport": {"width": 360, "height": 740}, "color_scheme": "light"},
-        {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"},
-    ],
-    indirect=True,
-    ids=["light", "dark"],
-)
-def test_on_a_phone_in_light_and_dark(page: Any, version: Version) -> None:
-    add(page, version.texts[2])
-    page.locator("#results .row").first.click()
-    page.wait_for_selector("#why:not([hidden])")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    page.locator("#theme").click()
-    other = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert {ground, other} == {"rgb(251, 251, 250)", "rgb(20, 21, 24)"}
+def test_a_panel_over_the_page(visit: Open) -> None:
+    page = visit("#h=i1&h=i2", **TABLET)
+    wait_for_ranking(page)
+    page.focus("#results .pick")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#why[aria-busy=false] .gate")
+    assert page.evaluate("document.activeElement.id") == "tab-why"
+    assert page.evaluate("document.querySelector('#answer').inert") is True
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#detail", state="hidden")
+    assert page.evaluate("document.activeElement.className") == "pick"
+    assert page.evaluate("document.querySelectorAll('[inert]').length") == 0
+
+
+def contrast(page: Any, selector: str) -> float:
+    """Of a text and what lies behind it, as WCAG counts it."""
+    return float(
+        page.evaluate(
+            """selector => {
+              const made = document.createElement("canvas");
+              const canvas = made.getContext("2d", { willReadFrequently: true });
+              const of = (colour) => {
+                canvas.clearRect(0, 0, 1, 1);
+                canvas.fillStyle = colour;
+                canvas.fillRect(0, 0, 1, 1);
+                return [...canvas.getImageData(0, 0, 1, 1).data];
+              };
+              const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+                .map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+                .reduce((sum, c, n) => sum + c * [0.2126, 0.7152, 0.0722][n], 0);
+              const node = document.querySelector(selector);
+              const ground = (other) => of(getComputedStyle(other).backgroundColor);
+              let behind = node;
+              while (ground(behind)[3] < 255) behind = behind.parentElement;
+              const pair = [light(of(getComputedStyle(node).color)), light(ground(behind))];
+              return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+            }""",
+            selector,
+        )
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark(scheme: str, visit: Open) -> None:
+    page = visit("#h=i1&h=i2", viewport={"width": 1280, "height": 800}, color_scheme=scheme)
+    wait_for_ranking(page)
+    page.wait_for_selector("#why .gate")
+
+    def ground() -> str:
+        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    system = ground()
+    for part in ("#results .text", "#results .id", "#live code", "#why p.quiet", ".chosen .id"):
+        assert contrast(page, part) >= 4.5, part
+    seen = {}
+    for name in ("Light", "Dark", "Auto"):
+        page.click("#theme")
+        assert page.inner_text("#theme") == name
+        seen[name] = ground()
+    assert seen["Light"] != seen["Dark"] and seen["Auto"] == system == seen[scheme.title()]
+    other = "Dark" if scheme == "light" else "Light"
+    while page.inner_text("#theme") != other:
+        page.click("#theme")
+    page.reload()
+    wait_for_ranking(page)
+    assert ground() == seen[other]  # it is remembered
+
+
+def test_nothing_shifts_and_the_focus_is_seen(visit: Open) -> None:
+    page = visit("#h=i1&h=i2")
+    wait_for_ranking(page)
+    page.wait_for_selector("#why .gate")
+    page.wait_for_selector("#experiment .quiet")
+    assert page.evaluate("window.shifts") < 0.02
+    page.focus(".skip")
+    stops: list[str] = []
+    while len(stops) < 30:
+        stop, outline = page.evaluate(
+            """() => {
+              const node = document.activeElement;
+              const name = node.id || node.className || node.tagName;
+              return [name, getComputedStyle(node).outlineStyle];
+            }"""
+        )
+        if stop == "BODY":
+            break
+        stops.append(stop)
+        assert outline != "none", stop
+        page.keyboard.press("Tab")
+    # Lists are one stop each; arrows move within.
+    assert {"skip", "theme", "search", "open", "k", "pick", "tab-why", "why"} <= set(stops)
+    assert stops.count("pick") == stops.count("open") == 1 and len(stops) < 14
+    page.focus(".skip")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.className") == "pick"
+
+
+def test_another_version_is_noticed(
+    visit: Open,
+    table_run: Finished,
+    other_run: Finished,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    other = Server(table_run.run, EventLog(f"sqlite:///{tmp_path / 'events.db'}"))
+    request.addfinalizer(other.close)
+    page = visit("#h=i1&h=i2", of=other)
+    wait_for_ranking(page)
+    page.wait_for_function("() => document.querySelector('#live b')?.textContent === 'table'")
+    other.app.state.live.swap("live", load_version(other_run.run))
+    page.select_option("#k", "20")
+    page.wait_for_function("() => document.querySelector('#live b').textContent === 'other'")

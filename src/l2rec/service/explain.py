@@ -1,60 +1,132 @@
-"""Why an item is ranked where it is: the gate, the experts, what each item of the history did."""
+"""Why an item is ranked where it is: pure functions of a model, a history and an item.
+
+- the gate: delta of Eq. 7, how far this user is read by behaviour (1) or by texts (0)
+- the experts: the share of the history's tokens that went to each expert of each view
+- what is left out: the item's score if one item of the history had never been
+
+What is left out needs the score of the item for many histories, which differ by one item each:
+`variants` makes them, `effects` reads what they scored. `explain` does it all in one batch; a
+server encodes the variants beside other requests, and keeps them for the next item that is asked
+for.
+"""
 
 from __future__ import annotations
 
-__all__ = ["explain"]
+__all__ = ["MOST", "Experts", "Explanation", "effects", "experts", "explain", "label", "variants"]
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import torch
 
-from l2rec.data.ragged import Ragged
 from l2rec.diagnostics import expert_load
 from l2rec.errors import DataError
-from l2rec.service.version import Version, encode, score
+from l2rec.experts import MATRIX_NAMES
+from l2rec.runs import Predictor
+
+T = TypeVar("T")
 
 MOST = 50
-"""Newest items of a history that are left out one by one."""
+"""Newest items of a history that are left out, one by one."""
 
 
-def explain(version: Version, history: Sequence[str], item: str) -> dict[str, Any]:
-    """What speaks for ``item``, for a user who is this history. In the thread of the models.
+@dataclass(frozen=True)
+class Experts:
+    """matrices: names of the adapted matrices. shares: view -> [J][E] share of the tokens' choices
+    that fell on each expert of each matrix; the shares of a matrix add up to 1.
+    """
 
-    score: of the item. gate: mean delta of Eq. 7, 1 all behavioural, None without one.
-    without: for each of the newest items of the history, the item's score if it had never been
-    (None for the only one there is). experts: share of the history's tokens that each expert of
-    each view was chosen for, by adapted matrix; empty for a method without experts.
+    matrices: list[str]
+    shares: dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """score: of the item. added: what of it no inner product gives, such as counts; None where
+    nothing is added. gate: mean delta, None without one. experts: None without any. without: the
+    score without each item of the history, oldest first; None where none was computed: it is older
+    than `MOST`, or the only one.
+    """
+
+    item: str
+    score: float
+    added: float | None
+    gate: float | None
+    experts: Experts | None
+    without: list[float | None]
+
+
+def variants(history: Sequence[T], most: int = MOST) -> list[list[T]]:
+    """The history, and then without each of its newest ``most`` items, oldest of them first; of a
+    history of one, nothing else.
+    """
+    first = max(0, len(history) - most) if len(history) > 1 else len(history)
+    left = [[*history[:i], *history[i + 1 :]] for i in range(first, len(history))]
+    return [list(history), *left]
+
+
+def effects(length: int, scores: Sequence[float]) -> list[float | None]:
+    """Scores of the `variants` of a history of ``length`` -> the score without each item."""
+    left = [float(score) for score in scores[1:]]
+    return [*[None] * (length - len(left)), *left]
+
+
+def experts(predictor: Predictor, history: Sequence[str]) -> Experts | None:
+    """Where the tokens of a history went, both views; None for a method without experts.
 
     Raises:
-        DataError: an unknown item.
+        DataError: unknown ids, all of them named.
     """
-    row = version.predictor.row_of(item)
-    if row is None:
-        raise DataError(f"unknown item id: {item!r}")
-    whole = version.predictor.rows([history])[0]
-    places = list(range(max(0, len(whole) - MOST), len(whole))) if len(whole) > 1 else []
-    rows = Ragged.from_rows([whole, *(np.delete(whole, place) for place in places)])
-    users = encode(version, rows)
-    wanted = np.array([row], dtype=np.int64)
-    scores = [float(score(version, user, wanted)[0]) for user in users]
-    load = {}
-    if hasattr(version.predictor.model, "experts"):
-        load = expert_load(version.predictor.model, rows.take(np.array([0])))
-    alone = [None] if len(whole) == 1 else scores[1:]
-    shown = places or [0]
-    return {
-        "item": item,
-        "score": scores[0],
-        "gate": users[0].gate,
-        "without": [
-            {
-                "id": version.ids[int(whole[place])],
-                "text": version.texts[int(whole[place])],
-                "score": s,
-            }
-            for place, s in zip(shown, alone, strict=True)
-        ],
-        "matrices": load.get("matrices", []),
-        "experts": load.get("experts", {}),
-    }
+    model = predictor.model
+    if not hasattr(model, "experts") or not hasattr(model, "user_states"):
+        return None
+    found = expert_load(model, predictor.rows([history]))
+    return Experts(found["matrices"], found["experts"]) if found else None
+
+
+def label(matrix: str) -> str:
+    """A short name of an adapted matrix: ``encoder.layer.3.attention.self.query`` is ``4 q``, the
+    query matrix of the fourth layer.
+    """
+    layer = re.search(r"\.(\d+)\.", matrix)
+    ends = {end: part for part, names in MATRIX_NAMES.items() for end in names}
+    hits = [end for end in ends if matrix == end or matrix.endswith(f".{end}")]
+    part = ends[max(hits, key=len)] if hits else matrix.rpartition(".")[2]
+    return part if layer is None else f"{int(layer[1]) + 1} {part}"
+
+
+def explain(predictor: Predictor, history: Sequence[str], item: str | None = None) -> Explanation:
+    """What speaks for ``item`` (by default the best one that is not in the history) to a user who
+    is this history, oldest first.
+
+    Raises:
+        DataError: an empty history, unknown ids.
+    """
+    if not history:
+        raise DataError("an empty history: give at least one item id")
+    if item is None:
+        best = predictor.recommend(history, 1).items
+        if not best:
+            raise DataError("every item is in the history: name the one to explain")
+        item = best[0]["id"]
+    row = int(predictor.rows([[item]])[0][0])
+    rows = predictor.rows(variants(history))
+    users, gates = predictor.users(rows)
+    with torch.inference_mode():
+        if predictor.vectors is None:
+            scores, prior = users[:, row], None
+        else:
+            scores, prior = users @ predictor.vectors[row], predictor.prior(rows)
+            scores = scores if prior is None else scores + prior[:, row]
+    found = np.asarray(scores.float().cpu())
+    return Explanation(
+        item=item,
+        score=float(found[0]),
+        added=None if prior is None else float(prior[0, row]),
+        gate=gates[0],
+        experts=experts(predictor, history),
+        without=effects(len(history), found.tolist()),
+    )

@@ -1,182 +1,420 @@
-// The page: a history is put together, /v1/recommend ranks, /v1/explain says why. State is in the
-// address behind the #, so that what is seen can be shared.
+// The page: a history is put together, /v1/recommend ranks, /v1/explain says why.
+//
+//   server    asking, and saying in plain words what went wrong
+//   address   history and k are behind the # of the address, so that a view can be shared
+//   history   chips: add, remove, move
+//   search    items and users while one types
+//   ranking   the list
+//   detail    reasons and neighbours of the chosen item
+//   around    what is live, scores, experiment, theme, key
 
 const $ = (id) => document.getElementById(id);
-const state = { history: [], texts: new Map(), k: 10, seen: false, chosen: null, run: 0 };
+const MOST = 100; // items of a history
+const BARS = 12; // of the history in the reasons, until all are asked for
+const KEY = "l2rec-key";
+const THEME = "l2rec-theme";
 
-const make = (tag, attributes = {}, ...children) => {
+const state = { history: [], k: 10, next: null, chosen: null };
+const texts = new Map(); // id -> text; null for an id that the catalog does not have
+let live = null;
+
+/** An element with attributes, listeners (on...) and children; empty attributes are left out. */
+function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined) node.setAttribute(name, value);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children);
+  node.append(...children.filter((child) => child !== null));
   return node;
-};
+}
 
-// -- the server ----------------------------------------------------------------------------------
+/** Custom properties of an element: the style sheet says what they mean. */
+function measure(node, values) {
+  for (const [name, value] of Object.entries(values)) node.style.setProperty(`--${name}`, value);
+  return node;
+}
 
-async function ask(path, body) {
+const number = (value) => value.toLocaleString("en");
+const signed = (value, digits = 3) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+const decimals = (value, digits = 3) => value.toFixed(digits).replace("-", "−");
+const percent = (value, digits = 0) => `${(100 * value).toFixed(digits)}%`;
+const textOf = (id) => texts.get(id) || id;
+const short = (text) => (text.length > 80 ? `${text.slice(0, 78)}…` : text);
+const say = (line) => { $("status").textContent = line; };
+const narrow = matchMedia("(max-width: 1119px)");
+
+// -- server --------------------------------------------------------------------------------------
+
+class Problem extends Error {}
+
+let waiting = 0;
+let bar = 0;
+
+/** Shows that something is awaited, once it takes long enough to be noticed. */
+function wait(by) {
+  waiting += by;
+  if (waiting && !bar) bar = setTimeout(() => { $("progress").hidden = !waiting; }, 200);
+  if (!waiting) {
+    clearTimeout(bar);
+    bar = 0;
+    $("progress").hidden = true;
+  }
+}
+
+/** JSON of a route. Throws a Problem with a line to show; an AbortError where nobody waits. */
+async function ask(path, { body, signal } = {}) {
   const headers = {};
-  const key = sessionStorage.getItem("l2rec-key");
+  const key = sessionStorage.getItem(KEY);
   if (key) headers.authorization = `Bearer ${key}`;
   if (body) headers["content-type"] = "application/json";
-  let answer;
+  wait(1);
   try {
-    answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body) });
-  } catch {
-    throw new Error("The server cannot be reached.");
+    let answer;
+    try {
+      answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Problem("The server cannot be reached. It may be restarting.");
+    }
+    if (answer.ok) {
+      return await answer.json().catch((error) => {
+        if (error.name === "AbortError") throw error;
+        throw new Problem("The server's answer cannot be read.");
+      });
+    }
+    const said = (await answer.json().catch(() => ({}))).error;
+    if (answer.status === 401) {
+      if (key === sessionStorage.getItem(KEY)) askForKey(Boolean(key)); // no other was given meanwhile
+      throw Object.assign(new Problem(""), { silent: true });
+    }
+    if (answer.status === 429 || answer.status === 503) {
+      const seconds = answer.headers.get("retry-after");
+      throw new Problem(`The server is busy${seconds ? `; try again in ${seconds} s` : ""}. It says: ${said || answer.status}`);
+    }
+    throw Object.assign(new Problem(said ? `The server says: ${said}` : `The server answered ${answer.status}.`), { status: answer.status });
+  } finally {
+    wait(-1);
   }
-  if (answer.status === 401) {
-    $("key").hidden = false;
-    $("key-field").focus();
-  }
-  const found = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(found.error || `The server answered ${answer.status}.`);
-  return found;
 }
 
-function tell(error) {
-  $("problem").textContent = error ? error.message : "";
-  $("problem").hidden = !error;
+let again = null;
+
+/** Shows what went wrong, and what to do again. */
+function tell(error, retry = null) {
+  if (error.name === "AbortError" || error.silent) return;
+  if (!(error instanceof Problem)) console.error(error);
+  $("problem").textContent = error instanceof Problem ? error.message : "Something in this page failed. Reloading it may help.";
+  again = retry;
+  $("retry").hidden = !retry;
+  $("notice").hidden = false;
 }
 
-// -- the address ---------------------------------------------------------------------------------
+function untell() {
+  $("notice").hidden = true;
+}
 
-function remember() {
+function askForKey(wrong) {
+  $("key").hidden = false;
+  $("key").querySelector("label").textContent = wrong ? "The server does not know that key" : "This server asks for a key";
+  if (document.activeElement !== $("key-field")) $("key-field").focus();
+}
+
+/** A function of which only the newest call counts: the one before is given up. */
+function latest(run) {
+  let controller = null;
+  return async (...args) => {
+    controller?.abort();
+    const own = (controller = new AbortController());
+    try {
+      return await run(own.signal, ...args);
+    } finally {
+      if (controller === own) controller = null;
+    }
+  };
+}
+
+/** A function that runs when it was not called again for a while. */
+function later(milliseconds, run) {
+  let timer = 0;
+  const call = (...args) => {
+    clearTimeout(timer);
+    timer = setTimeout(run, milliseconds, ...args);
+  };
+  call.cancel = () => clearTimeout(timer);
+  return call;
+}
+
+// -- address -------------------------------------------------------------------------------------
+
+function address() {
   const parts = new URLSearchParams();
   for (const id of state.history) parts.append("h", id);
   if (state.k !== 10) parts.set("k", state.k);
-  if (state.seen) parts.set("seen", 1);
-  history.replaceState(null, "", parts.size ? `#${parts}` : location.pathname);
+  if (state.next) parts.set("next", state.next);
+  if (state.chosen && state.history.length) parts.set("item", state.chosen);
+  return parts.size ? `#${parts}` : "";
+}
+
+/** Writes the address; `push`: so that going back takes back what was done. */
+function remember(push = false) {
+  const wanted = address();
+  if (wanted === location.hash) return;
+  history[push ? "pushState" : "replaceState"](null, "", wanted || location.pathname + location.search);
 }
 
 async function restore() {
   const parts = new URLSearchParams(location.hash.slice(1));
-  state.history = parts.getAll("h").slice(0, 500);
-  state.k = Number(parts.get("k")) || 10;
-  state.seen = parts.has("seen");
+  const k = Math.round(Number(parts.get("k")));
+  state.history = parts.getAll("h").slice(-MOST);
+  state.k = k >= 1 && k <= 500 ? k : 10;
+  state.next = parts.get("next");
+  state.chosen = parts.get("item");
+  if (![...$("k").options].some((option) => option.value === String(state.k))) $("k").add(new Option(state.k));
   $("k").value = state.k;
-  $("seen").checked = state.seen;
-  await Promise.all(
-    state.history.filter((id) => !state.texts.has(id)).map(async (id) => {
-      try {
-        state.texts.set(id, (await ask(`/v1/items/${encodeURIComponent(id)}`)).text);
-      } catch {
-        state.texts.set(id, "");
-      }
-    }),
-  );
-  changed();
+  await refresh();
 }
 
-// -- the history ---------------------------------------------------------------------------------
-
-function add(id, text) {
-  state.texts.set(id, text);
-  state.history.push(id);
-  changed();
+/** Texts of ids that are not known yet; of ids that the catalog lacks, null. */
+async function learn(ids) {
+  const wanted = [...new Set(ids)].filter((id) => id && !texts.get(id));
+  if (!wanted.length) return;
+  const query = wanted.map((id) => `id=${encodeURIComponent(id)}`).join("&");
+  const { items } = await ask(`v1/items?${query}`);
+  for (const id of wanted) texts.set(id, null);
+  for (const item of items) texts.set(item.id, item.text);
 }
 
-function remove(place) {
-  state.history.splice(place, 1);
-  changed();
-  const chips = $("history").children;
-  (chips[Math.min(place, chips.length - 1)] || $("search")).focus();
+async function refresh() {
+  try {
+    await learn([...state.history, state.next]);
+  } catch (error) {
+    tell(error, restore);
+    if (!error.silent) draw();
+    return;
+  }
+  draw();
+  await recommend();
 }
 
-function move(place, by) {
-  const to = place + by;
-  if (to < 0 || to >= state.history.length) return;
-  state.history.splice(to, 0, ...state.history.splice(place, 1));
-  changed();
-  $("history").children[to].focus();
-}
+// -- history -------------------------------------------------------------------------------------
 
-function drawHistory() {
-  $("history").replaceChildren(
-    ...state.history.map((id, place) => {
-      const text = state.texts.get(id) || id;
-      return make(
-        "li",
-        {
-          tabindex: 0,
-          "aria-label": `${place + 1}: ${text}. Delete removes it, Alt with an arrow moves it.`,
-          onkeydown: (event) => {
-            if (event.target !== event.currentTarget) return;
-            if (event.key === "Delete" || event.key === "Backspace") remove(place);
-            else if (event.altKey && event.key === "ArrowUp") move(place, -1);
-            else if (event.altKey && event.key === "ArrowDown") move(place, 1);
-            else return;
-            event.preventDefault();
-          },
-        },
-        make("span", {}, make("span", { class: "text", title: text }, text), make("span", { class: "id" }, id)),
-        make("button", { type: "button", "aria-label": `Remove ${text}`, onclick: () => remove(place) }, "×"),
-      );
-    }),
-  );
-  $("empty").hidden = state.history.length > 0;
-  $("clear").hidden = !state.history.length;
-}
-
-function changed() {
-  remember();
-  drawHistory();
+/** After the history was changed: drawn, ranked, and kept in the address. */
+function changed(line, { next = null } = {}) {
+  state.history = state.history.slice(-MOST);
+  state.next = next;
+  state.chosen = null;
+  remember(true);
+  draw();
+  if (line) say(line);
   recommend();
 }
 
-// -- searching -----------------------------------------------------------------------------------
+function add(id, text) {
+  texts.set(id, text);
+  state.history.push(id);
+  changed(`Added: ${short(text || id)}`);
+  $("history").scrollTop = $("history").scrollHeight;
+}
 
-let options = [];
-let at = -1;
-let searching = 0;
-let timer;
+function remove(place) {
+  const [id] = state.history.splice(place, 1);
+  changed(`Removed: ${short(textOf(id))}`);
+  focusChip(Math.min(place, state.history.length - 1));
+}
 
-async function search() {
-  const words = $("search").value.trim();
-  const mine = ++searching;
-  if (!words) return close();
+function move(from, to) {
+  if (to < 0 || to >= state.history.length || from === to) return;
+  const [id] = state.history.splice(from, 1);
+  state.history.splice(to, 0, id);
+  changed(`Moved to ${to + 1} of ${state.history.length}: ${short(textOf(id))}`);
+  focusChip(to);
+}
+
+function focusChip(place) {
+  const chips = $("history").querySelectorAll(".open");
+  for (const [n, chip] of chips.entries()) chip.tabIndex = n === place ? 0 : -1; // one stop of Tab
+  (chips[place] || $("search")).focus();
+}
+
+let dragged = null;
+
+function chip(id, place) {
+  const text = textOf(id);
+  const unknown = texts.get(id) === null;
+  const last = state.history.length - 1;
+  const keys = (event) => {
+    if (event.key === "Delete" || event.key === "Backspace") remove(place);
+    else if (event.key === "ArrowUp") event.altKey ? move(place, place - 1) : focusChip(Math.max(place - 1, 0));
+    else if (event.key === "ArrowDown") event.altKey ? move(place, place + 1) : focusChip(Math.min(place + 1, last));
+    else if (event.key === "Home") focusChip(0);
+    else if (event.key === "End") focusChip(last);
+    else return;
+    event.preventDefault();
+  };
+  const tool = (label, sign, kind, disabled, onclick) =>
+    make("button", { type: "button", class: kind, tabindex: -1, disabled, title: label, "aria-label": `${label}: ${short(text)}`, onclick }, sign);
+  return make(
+    "li",
+    {
+      class: `chip${unknown ? " unknown" : ""}`,
+      draggable: "true",
+      ondragstart: (event) => {
+        dragged = place;
+        event.dataTransfer.effectAllowed = "move";
+        event.dataTransfer.setData("text/plain", text);
+        event.currentTarget.classList.add("dragged");
+      },
+      ondragend: (event) => { dragged = null; event.currentTarget.classList.remove("dragged"); },
+      ondragover: (event) => {
+        if (dragged === null) return;
+        event.preventDefault();
+        event.currentTarget.classList.add("over");
+      },
+      ondragleave: (event) => event.currentTarget.classList.remove("over"),
+      ondrop: (event) => {
+        if (dragged === null) return;
+        event.preventDefault();
+        move(dragged, place);
+      },
+    },
+    make(
+      "button",
+      {
+        type: "button", class: "open", title: text, "data-id": id, "aria-describedby": "chip-help",
+        "aria-label": `${place + 1}. ${text}${unknown ? " (not in this catalog)" : ""}`,
+        tabindex: place === last ? 0 : -1, onkeydown: keys, onclick: () => { if (!unknown) choose(id, { tab: "near", open: true, focus: true }); },
+      },
+      make("i", {}, String(place + 1)),
+      make("span", { class: "text" }, unknown ? `${id} (not in this catalog)` : text),
+    ),
+    make(
+      "span",
+      { class: "tools" },
+      tool("Move up", "↑", "move", place === 0, () => move(place, place - 1)),
+      tool("Move down", "↓", "move", place === last, () => move(place, place + 1)),
+      tool("Remove", "×", "remove", false, () => remove(place)),
+    ),
+  );
+}
+
+function draw() {
+  const some = state.history.length;
+  $("history").replaceChildren(...state.history.map(chip));
+  $("count").textContent = some ? `${some} ${some === 1 ? "item" : "items"}, oldest first` : "";
+  $("clear").hidden = $("copy").hidden = !some;
+  $("empty").hidden = some > 0;
+  if (!some) starts();
+  drawNext();
+}
+
+/** What a user of the data set took next, and where the ranking has it. */
+function drawNext() {
+  const text = state.next && texts.get(state.next);
+  $("next").hidden = !text;
+  if (!text) return;
+  const place = ranked.findIndex((item) => item.id === state.next);
+  const where = !ranked.length ? "" : place < 0 ? `It is not among these ${ranked.length}.` : `It is ranked ${place + 1}.`;
+  $("next").replaceChildren(make("span", { class: "quiet" }, "Taken next by this user"), make("span", { class: "text", title: text }, text), make("b", {}, where));
+}
+
+let started = false;
+
+/** Where to start from, while there is no history: users, or else items. */
+async function starts() {
+  if (started) return;
+  started = true;
   try {
-    const [items, users] = await Promise.all([
-      ask(`/v1/items?limit=8&q=${encodeURIComponent(words)}`),
-      ask(`/v1/users?limit=3&q=${encodeURIComponent(words)}`).catch(() => ({ users: [] })),
-    ]);
-    if (mine !== searching) return;
-    tell();
-    options = [
-      ...users.users.map((user) => ({ user })),
-      ...items.items.map((item) => ({ item })),
-    ];
-    const rest = items.total - items.items.length;
-    $("found").replaceChildren(
-      ...options.map((option, place) =>
-        make(
-          "li",
-          { role: "option", id: `option-${place}`, "aria-selected": "false", onmousedown: (e) => { e.preventDefault(); choose(place); } },
-          make("span", { class: "text" }, option.user ? `User ${option.user}` : option.item.text),
-          make("span", { class: "id" }, option.user ? "takes over this user's history" : option.item.id),
-        ),
-      ),
-      ...(options.length ? [] : [make("li", { class: "quiet" }, "Nothing has all these words.")]),
-      ...(rest > 0 ? [make("li", { class: "quiet" }, `and ${rest.toLocaleString()} more: add a word`)] : []),
-    );
-    open(options.length ? 0 : -1);
+    const { users } = await ask("v1/users?limit=6");
+    const option = (name, detail, onclick) =>
+      make("li", {}, make("button", { type: "button", onclick }, make("span", { class: "text" }, name), make("span", { class: "id" }, detail)));
+    if (users.length) {
+      $("starts").replaceChildren(...users.map((user) => option(`User ${user.id}`, told(user), () => takeOver(user.id))));
+      return;
+    }
+    const { items } = await ask("v1/items?limit=6");
+    $("starts").replaceChildren(...items.map((item) => option(item.text || item.id, item.id, () => { add(item.id, item.text); $("search").focus(); })));
   } catch (error) {
-    close();
-    tell(error);
+    started = false;
+    tell(error, starts);
   }
 }
 
-function open(place) {
-  at = place;
+const told = (user) => (user.source === "events" ? "from the event log" : `${number(user.events)} events of the data set`);
+
+async function takeOver(id) {
+  try {
+    const found = await ask(`v1/users/${encodeURIComponent(id)}`);
+    for (const item of [...found.items, found.next]) if (item) texts.set(item.id, item.text);
+    state.history = found.items.map((item) => item.id);
+    changed(`The history of user ${id}: ${found.items.length} items`, { next: found.next && found.next.id });
+    $("history").scrollTop = $("history").scrollHeight;
+    $("search").focus({ preventScroll: true });
+  } catch (error) {
+    tell(error, () => takeOver(id));
+  }
+}
+
+// -- search --------------------------------------------------------------------------------------
+
+let options = [];
+let at = -1;
+
+const search = latest(async (signal) => {
+  const words = $("search").value.trim();
+  if (!words) return close();
+  const q = encodeURIComponent(words.slice(0, 200));
+  try {
+    const [items, users] = await Promise.all([ask(`v1/items?limit=8&q=${q}`, { signal }), ask(`v1/users?limit=4&q=${q}`, { signal })]);
+    offer(words, items, users.users);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    close();
+    tell(error, search);
+  }
+});
+const searchSoon = later(90, search);
+
+/** The text with what was searched for marked. */
+function marked(text, words) {
+  const parts = words.split(/\s+/).filter(Boolean).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+  return text.split(new RegExp(`(${parts.join("|")})`, "i")).map((part, n) => (n % 2 ? make("mark", {}, part) : part));
+}
+
+function offer(words, { items, total }, users) {
+  options = [
+    ...items.map((item) => ({ text: item.text || item.id, detail: item.id, take: () => add(item.id, item.text) })),
+    ...users.map((user) => ({ text: `User ${user.id}`, detail: `${told(user)}; replaces the history`, take: () => takeOver(user.id) })),
+  ];
+  const nodes = options.map((option, place) =>
+    make(
+      "li",
+      { role: "option", id: `option-${place}`, "aria-selected": "false", onpointermove: () => point(place, false), onpointerdown: (event) => { event.preventDefault(); take(place); } },
+      make("span", { class: "text" }, ...marked(option.text, words)),
+      make("span", { class: "id" }, option.detail),
+    ),
+  );
+  const group = (text) => make("li", { class: "group", role: "presentation" }, text);
+  const rest = total - items.length;
+  if (items.length) nodes.splice(0, 0, group(rest > 0 ? `Items: the best ${items.length} of ${number(total)}` : "Items"));
+  if (users.length) nodes.splice(nodes.length - users.length, 0, group("Users"));
+  if (!options.length) nodes.push(group("Nothing has all these words. Try fewer, or their beginnings."));
+  $("found").replaceChildren(...nodes);
   $("found").hidden = false;
+  $("found").scrollTop = 0;
   $("search").setAttribute("aria-expanded", "true");
-  for (const [n, node] of [...$("found").children].entries()) node.setAttribute("aria-selected", String(n === at));
-  if (at >= 0) {
-    $("search").setAttribute("aria-activedescendant", `option-${at}`);
-    $(`option-${at}`).scrollIntoView({ block: "nearest" });
-  } else $("search").removeAttribute("aria-activedescendant");
+  point(options.length ? 0 : -1);
+  say(options.length ? `${number(total)} items and ${users.length} users found` : "Nothing found");
+}
+
+function point(place, scroll = true) {
+  if (at >= 0) $(`option-${at}`)?.setAttribute("aria-selected", "false");
+  at = place;
+  if (at < 0) return $("search").removeAttribute("aria-activedescendant");
+  const node = $(`option-${at}`);
+  node.setAttribute("aria-selected", "true");
+  $("search").setAttribute("aria-activedescendant", node.id);
+  if (scroll) node.scrollIntoView({ block: "nearest" });
 }
 
 function close() {
@@ -187,295 +425,564 @@ function close() {
   $("search").removeAttribute("aria-activedescendant");
 }
 
-async function choose(place) {
+function take(place) {
+  searchSoon.cancel();
   const option = options[place];
   if (!option) return;
   $("search").value = "";
   close();
-  if (option.item) return add(option.item.id, option.item.text);
-  try {
-    const { items } = await ask(`/v1/users/${encodeURIComponent(option.user)}`);
-    state.history = items.map((item) => item.id);
-    for (const item of items) state.texts.set(item.id, item.text);
-    changed();
-  } catch (error) {
-    tell(error);
-  }
+  option.take();
 }
 
-$("search").addEventListener("input", () => {
-  clearTimeout(timer);
-  timer = setTimeout(search, 120);
-});
-$("search").addEventListener("keydown", (event) => {
-  if (event.key === "ArrowDown" && options.length) open((at + 1) % options.length);
-  else if (event.key === "ArrowUp" && options.length) open((at - 1 + options.length) % options.length);
-  else if (event.key === "Enter") choose(at);
-  else if (event.key === "Escape") close();
-  else if (event.key === "Backspace" && !$("search").value && state.history.length) {
-    state.history.pop();
-    changed();
+$("search").addEventListener("input", searchSoon);
+$("search").addEventListener("blur", close);
+$("search").addEventListener("keydown", async (event) => {
+  const open = options.length > 0;
+  if (event.key === "ArrowDown" && open) point((at + 1) % options.length);
+  else if (event.key === "ArrowUp" && open) point((at - 1 + options.length) % options.length);
+  else if (event.key === "ArrowDown" && !$("search").value) focusRow(0);
+  else if (event.key === "Enter") {
+    event.preventDefault();
+    if (!open) await search(); // faster than the wait for more letters
+    if ($("search").value) take(Math.max(at, 0));
+    return;
+  } else if (event.key === "Escape") {
+    if (!$("found").hidden) event.stopPropagation();
+    $("search").value = "";
+    close();
   } else return;
-  if (event.key !== "Backspace") event.preventDefault();
+  event.preventDefault();
 });
-$("search").addEventListener("blur", () => close());
 
 // -- ranking -------------------------------------------------------------------------------------
 
-async function recommend() {
-  const mine = ++state.run;
-  state.chosen = null;
-  $("why").hidden = true;
-  if (!state.history.length) {
+let ranked = [];
+let rankedBy = null; // version
+
+const recommend = latest(async (signal) => {
+  const known = state.history.filter((id) => texts.get(id) !== null);
+  const focused = [...$("results").querySelectorAll(".pick")].indexOf(document.activeElement);
+  if (!known.length) {
+    ranked = [];
     $("results").replaceChildren();
-    $("status").textContent = "";
+    $("summary").textContent = "";
+    busy(false);
+    subject(null);
+    if (state.history.length) say("None of these items is in this catalog");
     return;
   }
-  $("status").textContent = "Ranking…";
+  busy(true);
+  if (!ranked.length) $("results").replaceChildren(...Array.from({ length: state.k }, () => make("li", { class: "blank", "aria-hidden": "true" })));
+  const began = performance.now();
   try {
-    const found = await ask("/v1/recommend", { history: state.history, k: state.k, exclude_seen: !state.seen });
-    if (mine !== state.run) return;
-    tell();
-    const scores = found.items.map((item) => item.score);
-    const high = Math.max(...scores);
-    const low = Math.min(...scores, high - 1e-9);
-    for (const item of found.items) state.texts.set(item.id, item.text);
-    $("results").replaceChildren(
-      ...found.items.map((item, place) => {
-        const fill = make("i");
-        fill.style.width = `${15 + (85 * (item.score - low)) / (high - low)}%`;
-        return make(
-          "li",
-          {},
-          make(
-            "button",
-            {
-              type: "button", class: "row", "aria-expanded": "false", "data-id": item.id,
-              onclick: (event) => why(item, event.currentTarget),
-              onkeydown: (event) => keys(event, place, item),
-            },
-            make("span", { class: "rank" }, String(place + 1)),
-            make("span", {}, make("span", { class: "text" }, item.text || item.id), make("span", { class: "id" }, item.id)),
-            make("span", { class: "score" }, item.score.toFixed(3), make("span", { class: "bar" }, fill)),
-          ),
-        );
-      }),
-    );
-    $("status").textContent =
-      `${found.items.length} of version ${found.version}` +
-      (found.gate === null ? "" : ` · this user is read ${Math.round(100 * found.gate)}% by behaviour, ${Math.round(100 * (1 - found.gate))}% by text`);
+    const found = await ask("v1/recommend", { body: { history: known, k: state.k }, signal });
+    untell();
+    for (const item of found.items) texts.set(item.id, item.text);
+    ranked = found.items;
+    const time = performance.now() - began;
+    $("summary").textContent = `${ranked.length} of ${live ? number(live.items) : "all"}, in ${time < 10 ? time.toFixed(1) : time.toFixed(0)} ms`;
+    drawRanked();
+    drawNext();
+    busy(false);
+    const first = ranked[0] ? `First: ${short(ranked[0].text)}` : "Nothing is left to recommend.";
+    say(`${ranked.length} recommendations for a history of ${known.length}. ${first}`);
+    if (rankedBy && rankedBy !== found.version) about();
+    rankedBy = found.version;
+    if (focused >= 0) focusRow(Math.min(focused, ranked.length - 1));
+    const wanted = ranked.some((item) => item.id === state.chosen) ? state.chosen : ranked[Math.max(focused, 0)]?.id || ranked[0]?.id;
+    if (wanted && (!narrow.matches || opened())) choose(wanted, { tab: "why" });
+    else if (!wanted) subject(null);
   } catch (error) {
-    if (mine !== state.run) return;
+    if (error.name === "AbortError") return;
+    busy(false);
+    ranked = [];
     $("results").replaceChildren();
-    $("status").textContent = "";
-    tell(error);
+    $("summary").textContent = "";
+    subject(null);
+    tell(error, refresh);
   }
+});
+
+function busy(is) {
+  $("answer").setAttribute("aria-busy", String(is));
 }
 
-function keys(event, place, item) {
-  const rows = [...$("results").querySelectorAll(".row")];
-  if (event.key === "ArrowDown") (rows[place + 1] || rows[0]).focus();
-  else if (event.key === "ArrowUp") (rows[place - 1] || $("search")).focus();
-  else if (event.key === "a") {
-    add(item.id, item.text);
-    $("search").focus();
-  } else return;
+/** Lengths of score bars: from zero, or from the lowest where scores are below it. */
+function scale(scores) {
+  const low = Math.min(0, ...scores);
+  const high = Math.max(...scores, low + 1e-9);
+  return (score) => (score - low) / (high - low);
+}
+
+function drawRanked() {
+  const share = scale(ranked.map((item) => item.score));
+  $("results").replaceChildren(
+    ...ranked.map((item, place) =>
+      make(
+        "li",
+        { class: "row" },
+        make(
+          "button",
+          {
+            type: "button", class: "pick", "data-id": item.id, tabindex: place ? -1 : 0,
+            "aria-label": `${place + 1}. ${item.text || item.id}, score ${decimals(item.score)}${item.id === state.next ? ", taken next by this user" : ""}`,
+            onclick: () => choose(item.id, { open: true, focus: narrow.matches }),
+            onkeydown: (event) => rowKeys(event, place, item),
+            onfocus: () => { if (!narrow.matches) chooseSoon(item.id); },
+          },
+          make("span", { class: "rank" }, String(place + 1)),
+          make(
+            "span",
+            {},
+            make("span", { class: "text" }, item.text || item.id),
+            make("span", { class: "id" }, item.id),
+            item.id === state.next ? make("span", { class: "tag" }, "taken next") : null,
+          ),
+          make("span", { class: "score" }, decimals(item.score), measure(make("span", { class: "bar" }, make("i")), { share: share(item.score) })),
+        ),
+        plus(item),
+      ),
+    ),
+  );
+}
+
+function plus(item) {
+  return make("button", { type: "button", class: "plus", tabindex: -1, title: "Add to the history", "aria-label": `Add to the history: ${short(item.text || item.id)}`, onclick: () => add(item.id, item.text) }, "+");
+}
+
+function focusRow(place) {
+  const rows = $("results").querySelectorAll(".pick");
+  for (const [n, row] of rows.entries()) row.tabIndex = n === place ? 0 : -1;
+  rows[place]?.focus();
+}
+
+function rowKeys(event, place, item) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "ArrowDown") focusRow(Math.min(place + 1, ranked.length - 1));
+  else if (event.key === "ArrowUp") place ? focusRow(place - 1) : $("search").focus();
+  else if (event.key === "Home") focusRow(0);
+  else if (event.key === "End") focusRow(ranked.length - 1);
+  else if (event.key === "a") add(item.id, item.text);
+  else if (event.key === "n") choose(item.id, { tab: "near", open: true, focus: true });
+  else return;
   event.preventDefault();
 }
 
-// -- reasons -------------------------------------------------------------------------------------
+// -- detail --------------------------------------------------------------------------------------
 
-async function why(item, row) {
-  if (state.chosen === item.id) {
-    state.chosen = null;
-    row.setAttribute("aria-expanded", "false");
-    $("why").hidden = true;
+const panels = { why: { shown: null }, near: { shown: null } };
+let tab = "why";
+let subjectId = null;
+let trail = []; // items whose neighbours were looked at before
+let origin = null; // what had the focus when the panel was opened
+
+const opened = () => document.body.classList.contains("opened");
+const chooseSoon = later(120, (id) => { if (state.chosen !== id || subjectId !== id) choose(id, { tab: "why" }); });
+
+/** Shows an item in the panel: in the tab that is there, or another. */
+function choose(id, { tab: wanted = tab, open = false, focus = false, back = false } = {}) {
+  chooseSoon.cancel();
+  if (!back) trail = [];
+  if (ranked.some((item) => item.id === id)) {
+    state.chosen = id;
+    remember();
+  }
+  for (const row of $("results").querySelectorAll(".row")) {
+    const own = row.firstChild.dataset.id === id;
+    row.classList.toggle("chosen", own);
+    row.firstChild.toggleAttribute("aria-current", own);
+    if (own) row.firstChild.setAttribute("aria-current", "true");
+  }
+  subject(id);
+  select(wanted);
+  if (open && narrow.matches && !opened()) openPanel();
+  if (focus) $(`tab-${tab}`).focus();
+}
+
+function subject(id) {
+  subjectId = id;
+  $("subject").hidden = !id;
+  if (!id) {
+    panels.why.shown = panels.near.shown = null;
+    const hold = () => make("p", { class: "quiet hold" }, state.history.length ? "Nothing is chosen." : "Reasons and neighbours of an item are shown here.");
+    $("why").replaceChildren(hold());
+    $("near").replaceChildren(hold());
     return;
   }
-  state.chosen = item.id;
-  for (const other of $("results").querySelectorAll(".row")) other.setAttribute("aria-expanded", String(other === row));
-  try {
-    const [found, near] = await Promise.all([
-      ask("/v1/explain", { history: state.history, item: item.id }),
-      ask(`/v1/items/${encodeURIComponent(item.id)}/neighbours?k=6`).catch(() => ({ items: [] })),
-    ]);
-    if (state.chosen !== item.id) return;
-    tell();
-    $("why").replaceChildren(
-      make("h2", {}, item.text || item.id),
-      make("button", { type: "button", onclick: () => add(item.id, item.text) }, "Add to the history"),
-      ...gate(found.gate),
-      ...effects(found),
-      ...heat(found),
-      ...neighbours(near.items),
-    );
-    $("why").hidden = false;
-    if (matchMedia("(max-width: 1080px)").matches) $("why").scrollIntoView({ block: "nearest" });
-  } catch (error) {
-    tell(error);
+  const text = textOf(id);
+  $("subject").replaceChildren(
+    make("div", {}, make("p", { class: "text", title: text }, text), make("span", { class: "id" }, id)),
+    make("button", { type: "button", onclick: () => add(id, texts.get(id)) }, "Add to history"),
+  );
+}
+
+function select(name) {
+  tab = name;
+  for (const other of ["why", "near"]) {
+    $(`tab-${other}`).setAttribute("aria-selected", String(other === name));
+    $(`tab-${other}`).tabIndex = other === name ? 0 : -1;
+    $(other).hidden = other !== name;
   }
+  if (subjectId) (name === "why" ? explain : neighbours)(subjectId);
+}
+
+for (const name of ["why", "near"]) {
+  $(`tab-${name}`).addEventListener("click", () => select(name));
+  $(`tab-${name}`).addEventListener("keydown", (event) => {
+    if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
+    event.preventDefault();
+    const other = name === "why" ? "near" : "why";
+    select(other);
+    $(`tab-${other}`).focus();
+  });
+}
+
+function openPanel() {
+  origin = document.activeElement;
+  document.body.classList.add("opened");
+  $("detail").setAttribute("role", "dialog");
+  $("detail").setAttribute("aria-modal", "true");
+  for (const node of [document.querySelector("header"), $("ask"), $("answer"), document.querySelector("footer")]) node.inert = true;
+}
+
+function closePanel() {
+  if (!opened()) return;
+  document.body.classList.remove("opened");
+  $("detail").removeAttribute("role");
+  $("detail").removeAttribute("aria-modal");
+  for (const node of document.querySelectorAll("[inert]")) node.inert = false;
+  if (origin?.isConnected) origin.focus();
+  else focusRow(Math.max(ranked.findIndex((item) => item.id === state.chosen), 0));
+}
+
+$("close").addEventListener("click", closePanel);
+narrow.addEventListener("change", () => {
+  closePanel();
+  if (!narrow.matches && !subjectId && ranked.length) choose(ranked[0].id, { tab: "why" });
+});
+
+/** Fills a tab for an item: what is there stays until there is something new. */
+async function fill(name, key, load, draw) {
+  const panel = panels[name];
+  if (panel.shown === key) return;
+  $(name).setAttribute("aria-busy", "true");
+  try {
+    const found = await load();
+    panel.shown = key;
+    $(name).replaceChildren(...draw(found));
+    $(name).scrollTop = 0;
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    panel.shown = null;
+    $(name).replaceChildren(make("p", { class: "quiet hold" }, error.message || "A key is needed."));
+  } finally {
+    $(name).setAttribute("aria-busy", "false");
+  }
+}
+
+const explain = latest((signal, id) => {
+  const known = state.history.filter((other) => texts.get(other) !== null);
+  if (!known.length) {
+    panels.why.shown = null;
+    $("why").replaceChildren(make("p", { class: "quiet hold" }, "Reasons need a history."));
+    return undefined;
+  }
+  return fill("why", JSON.stringify([id, known, rankedBy]), () => ask("v1/explain", { body: { history: known, item: id }, signal }), reasons);
+});
+
+function block(title, note, ...children) {
+  return make("section", { class: "block" }, make("h3", {}, title), note ? make("p", { class: "quiet" }, note) : null, ...children);
+}
+
+function reasons(found) {
+  return [scored(found), gate(found.gate), effects(found), heat(found.experts)].filter(Boolean);
+}
+
+function scored(found) {
+  const parts = found.added === null ? null : `${decimals(found.score - found.added)} by its vector, ${signed(found.added)} by what was met together with the history`;
+  return block(`Score ${decimals(found.score)}`, parts);
 }
 
 function gate(value) {
-  if (value === null) return [];
-  const mark = make("span", { class: "mark" });
-  mark.style.left = `${100 * value}%`;
-  return [
-    make("h3", {}, "How this user is read"),
+  if (value === null) return null;
+  const side = value > 0.5 ? "more by what was taken together than by what the texts say" : "more by what the texts say than by what was taken together";
+  return block(
+    "How this user is read",
+    `${percent(value)} behavioural: ${Math.abs(value - 0.5) < 0.02 ? "both views alike" : side}.`,
     make(
       "div",
-      { class: "gate", role: "img", "aria-label": `Gate ${value.toFixed(2)}: 0 all text, 1 all behaviour` },
-      make("span", {}, "texts"),
-      make("span", { class: "track" }, mark),
-      make("span", {}, `behaviour  δ ${value.toFixed(2)}`),
+      { class: "gate", role: "img", "aria-label": `Gate δ = ${value.toFixed(2)}, between 0, all semantic, and 1, all behavioural` },
+      make("div", { class: "track" }, measure(make("i"), { at: value })),
+      make("div", { class: "ends" }, make("span", {}, "Semantic"), make("span", {}, `δ = ${value.toFixed(2)}`), make("span", {}, "Behavioural")),
     ),
-  ];
+  );
 }
 
 function effects(found) {
-  const known = found.without.filter((one) => one.score !== null);
-  if (!known.length) return [make("h3", {}, "What mattered"), make("p", { class: "quiet" }, "There is but one item in the history.")];
-  const changes = known.map((one) => found.score - one.score);
-  const widest = Math.max(...changes.map(Math.abs), 1e-9);
-  const rows = known.map((one, n) => [n, one]).reverse().flatMap(([n, one]) => {
-    const bar = make("i", { class: changes[n] < 0 ? "less" : null });
-    const width = (50 * Math.abs(changes[n])) / widest;
-    bar.style.width = `${width}%`;
-    bar.style.left = `${changes[n] < 0 ? 50 - width : 50}%`;
-    return [
-      make("span", { class: "text", title: one.text }, one.text || one.id),
-      make("span", { class: "side" }, bar),
-      make("b", {}, `${changes[n] >= 0 ? "+" : "−"}${Math.abs(changes[n]).toFixed(3)}`),
-    ];
-  });
-  return [
-    make("h3", {}, "What each item of the history adds to the score, newest first"),
-    make("div", { class: "effects" }, ...rows),
-  ];
+  const title = "What each item of the history does";
+  const known = found.history.map((one, n) => ({ ...one, n, effect: one.score === null ? null : found.score - one.score })).reverse();
+  const some = known.filter((one) => one.effect !== null);
+  if (!some.length) return block(title, "There is only one: without it there would be no history.");
+  const low = Math.min(0, ...some.map((one) => one.effect));
+  const high = Math.max(0, ...some.map((one) => one.effect));
+  const span = high - low || 1;
+  const row = (one) => {
+    const side = measure(make("span", { class: "side", "aria-hidden": "true" }, measure(make("i", { class: one.effect < 0 ? "less" : null }), { from: (Math.min(one.effect, 0) - low) / span, share: Math.abs(one.effect) / span })), { zero: percent(-low / span, 2) });
+    return make("li", {}, make("span", { class: "text one", title: one.text }, `${one.n + 1}. ${one.text || one.id}`), side, make("span", { class: "value" }, signed(one.effect)));
+  };
+  const list = make("ol", { class: "effects", "aria-label": "Change of the score by each item, newest first" }, ...some.slice(0, BARS).map(row));
+  const rest = some.length - BARS;
+  const more = rest > 0 ? make("button", { type: "button", class: "plain", onclick: (event) => { list.append(...some.slice(BARS).map(row)); event.currentTarget.remove(); } }, `Show ${rest} older`) : null;
+  const older = known.length - some.length;
+  return block(title, `The score, less the score if that item had never been; newest first${older ? `, the newest ${some.length}` : ""}.`, list, more);
 }
 
-function heat(found) {
-  const space = "http://www.w3.org/2000/svg";
-  return Object.entries(found.experts).flatMap(([view, loads]) => {
-    if (!loads.length) return [];
-    const experts = loads[0].length;
-    const cell = 12;
-    const wide = loads.length * cell;
-    const svg = document.createElementNS(space, "svg");
-    svg.setAttribute("class", "heat");
-    svg.setAttribute("viewBox", `0 0 ${wide + 18} ${experts * cell}`);
-    svg.setAttribute("role", "img");
-    const most = Math.max(...loads.flat(), 1e-9);
-    for (const [x, shares] of loads.entries()) {
-      for (const [y, share] of shares.entries()) {
-        const box = document.createElementNS(space, "rect");
-        for (const [name, value] of Object.entries({ x: 18 + x * cell, y: y * cell, width: cell - 1, height: cell - 1, rx: 2 })) box.setAttribute(name, value);
-        box.setAttribute("fill-opacity", (0.06 + (0.94 * share) / most).toFixed(3));
-        const title = document.createElementNS(space, "title");
-        title.textContent = `${found.matrices[x] || x}, expert ${y + 1}: ${(100 * share).toFixed(0)}% of the tokens`;
-        box.append(title);
-        svg.append(box);
-      }
-    }
-    for (let y = 0; y < experts; y += 1) {
-      const label = document.createElementNS(space, "text");
-      label.setAttribute("x", 0);
-      label.setAttribute("y", y * cell + 9);
-      label.textContent = String(y + 1);
-      svg.append(label);
-    }
-    const busiest = loads.reduce((sum, shares) => sum.map((s, n) => s + shares[n]), Array(experts).fill(0));
-    svg.setAttribute("aria-label", `Experts of the ${view} view, first matrix to last; busiest: expert ${busiest.indexOf(Math.max(...busiest)) + 1}`);
-    return [make("h3", {}, `Experts of the ${view} view, from the first matrix to the last`), svg];
-  });
-}
-
-function neighbours(items) {
-  if (!items.length) return [];
-  return [
-    make("h3", {}, "Closest items"),
-    make(
-      "ul",
-      { class: "near" },
-      ...items.map((item) =>
-        make(
-          "li",
-          {},
+function heat(experts) {
+  if (!experts) return null;
+  const shares = Object.values(experts.shares).flat(2);
+  const top = Math.max(...shares, 1e-9);
+  const even = 1 / Object.values(experts.shares)[0][0].length;
+  const names = { semantic: "Semantic view", behavioral: "Behavioural view" };
+  const map = ([view, rows]) => {
+    const best = rows.flatMap((row, j) => row.map((share, e) => ({ share, j, e }))).reduce((a, b) => (b.share > a.share ? b : a));
+    return make(
+      "table",
+      {},
+      make("caption", {}, names[view] || view, make("span", { class: "hidden" }, `: most in expert ${best.e + 1} of ${experts.labels[best.j]}, ${percent(best.share)}`)),
+      make("thead", {}, make("tr", {}, make("td"), ...rows[0].map((_, e) => make("th", { scope: "col" }, make("span", { class: "hidden" }, "expert "), String(e + 1))))),
+      make(
+        "tbody",
+        {},
+        ...rows.map((row, j) =>
           make(
-            "button",
-            { type: "button", title: "Add to the history", onclick: () => add(item.id, item.text) },
-            make("span", { class: "text" }, item.text || item.id),
-            make("span", { class: "score" }, item.score.toFixed(2)),
+            "tr",
+            {},
+            make("th", { scope: "row", title: experts.matrices[j] }, experts.labels[j]),
+            ...row.map((share, e) => measure(make("td", { title: `${experts.labels[j]}, expert ${e + 1}: ${percent(share, 1)}` }, make("span", { class: "hidden" }, percent(share))), { share: share / top })),
+          ),
+        ),
+      ),
+    );
+  };
+  const [first] = experts.labels;
+  return block(
+    "Which experts were active",
+    `Of what the history's tokens chose among experts 1 to ${Math.round(1 / even)}, by layer and matrix${first.includes(" ") ? ` (${first}: matrix ${first.split(" ")[1]} of layer ${first.split(" ")[0]})` : ""}.`,
+    make("div", { class: "maps" }, ...Object.entries(experts.shares).map(map)),
+    make("p", { class: "legend" }, "0%", make("i"), `${percent(top)}; even would be ${percent(even, 1)}`),
+  );
+}
+
+const neighbours = latest((signal, id) => {
+  if (live && !live.can.neighbours) {
+    panels.near.shown = null;
+    $("near").replaceChildren(make("p", { class: "quiet hold" }, "This method only ranks: its items have no vectors, and so no neighbours."));
+    return undefined;
+  }
+  return fill("near", JSON.stringify([id, rankedBy]), () => ask(`v1/items/${encodeURIComponent(id)}/neighbours?k=12`, { signal }), (found) => nearby(id, found.items));
+});
+
+function nearby(id, items) {
+  const share = scale(items.map((item) => item.score));
+  const visit = (other) => { trail.push(id); choose(other.id, { tab: "near", back: true, focus: true }); };
+  for (const item of items) texts.set(item.id, item.text);
+  const keys = (event, item) => {
+    const rows = [...$("near").querySelectorAll(".pick")];
+    const place = rows.indexOf(event.currentTarget);
+    if (event.key === "ArrowDown") rows[place + 1]?.focus();
+    else if (event.key === "ArrowUp") (rows[place - 1] || $("tab-near")).focus();
+    else if (event.key === "a") add(item.id, item.text);
+    else return;
+    event.preventDefault();
+  };
+  const before = trail.at(-1);
+  return [
+    before ? make("button", { type: "button", id: "back", class: "plain", onclick: () => { trail.pop(); choose(before, { tab: "near", back: true, focus: true }); } }, `← ${short(textOf(before)).slice(0, 40)}`) : null,
+    block(
+      "Nearest items",
+      "By the cosine of their vectors. Enter goes on from there.",
+      make(
+        "ol",
+        { class: "nearby" },
+        ...items.map((item) =>
+          make(
+            "li",
+            { class: "row" },
+            make(
+              "button",
+              { type: "button", class: "pick", "data-id": item.id, "aria-label": `${item.text || item.id}, cosine ${decimals(item.score, 2)}`, onclick: () => visit(item), onkeydown: (event) => keys(event, item) },
+              make("span", {}, make("span", { class: "text" }, item.text || item.id)),
+              make("span", { class: "score" }, decimals(item.score, 2), measure(make("span", { class: "bar" }, make("i")), { share: share(item.score) })),
+            ),
+            plus(item),
           ),
         ),
       ),
     ),
-  ];
+  ].filter(Boolean);
 }
 
-// -- around it -----------------------------------------------------------------------------------
+// -- around --------------------------------------------------------------------------------------
+
+const METRICS = ["recall@10", "ndcg@10", "mrr"];
 
 async function about() {
   try {
-    const live = await ask("/v1/live");
-    tell();
-    $("live").textContent = [
-      `${live.name} · ${live.version}`,
-      `${live.items.toLocaleString()} items`,
-      live.index && `${live.index} index`,
-      live.shadow && `shadow ${live.shadow}`,
-      live.refused && `refused ${live.refused.run}`,
-    ].filter(Boolean).join(" · ");
-    const scores = Object.entries(live.scores).map(([name, value]) => `${name.replace("_", " ")} ${value.toFixed(4)}`);
-    const lines = scores.length ? [`${live.method} on ${live.data} (${live.fingerprint}), test: ${scores.join(", ")}`] : [];
-    if (live.experiment) lines.push(await experiment(live.experiment));
-    $("scores").textContent = lines.join(" · ");
+    live = await ask("v1/live");
   } catch (error) {
-    $("live").textContent = "";
-    tell(error);
+    tell(error, start);
+    return;
   }
+  $("live").replaceChildren(make("b", { title: `Live version ${live.name}` }, live.name), make("code", {}, live.version.slice(0, 8)));
+  const own = live.scores[live.method] || {};
+  $("headline").replaceChildren(...METRICS.filter((name) => name in own).map((name) => make("span", {}, `${name} `, make("b", {}, own[name].toFixed(4)))));
+  facts();
+  scores();
+  experiment();
 }
 
-async function experiment(name) {
+function facts() {
+  const rows = [
+    ["Run", live.name],
+    ["Version", make("code", {}, live.version)],
+    ["Method", live.recipe ? `${live.method}, ${live.recipe}` : live.method],
+    ["Loaded", new Date(1000 * live.loaded_at).toLocaleString()],
+    ["Items", `${number(live.items)}${live.added ? `, ${number(live.added)} of them rows that came since` : ""}`],
+    ["Index", live.index || "none: the method only ranks"],
+    ["Data", live.data && `${live.data.name}: ${number(live.data.users)} users, ${number(live.data.items)} items, ${number(live.data.events)} events`],
+    ["Fingerprint", live.data && make("code", {}, live.data.fingerprint)],
+    ["Control", live.control && live.control.name],
+    ["Shadow", live.shadow && `${live.shadow.name}, compared on live requests`],
+    ["Refused", live.refused && `${live.refused.run}: ${live.refused.reason}`],
+  ];
+  $("facts").replaceChildren(...rows.filter(([, value]) => value).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+}
+
+function scores() {
+  const all = Object.entries(live.scores);
+  if (!all.length) {
+    $("scores").replaceChildren(make("p", { class: "quiet" }, "This run has no report."));
+    return;
+  }
+  const names = METRICS.filter((name) => all.some(([, values]) => name in values));
+  $("scores").replaceChildren(
+    make(
+      "table",
+      { class: "table" },
+      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "on the test split"), ...names.map((name) => make("th", { scope: "col" }, name)))),
+      make("tbody", {}, ...all.map(([method, values]) => make("tr", { class: method === live.method ? "own" : null }, make("th", { scope: "row" }, method), ...names.map((name) => make("td", {}, name in values ? values[name].toFixed(4) : ""))))),
+    ),
+  );
+}
+
+async function experiment() {
+  const box = $("experiment");
+  if (!live.experiment) {
+    box.replaceChildren(make("p", { class: "quiet" }, "None runs. Every request is answered by the live version."));
+    return;
+  }
+  const { name, treatment } = live.experiment;
+  const lines = [make("p", {}, make("b", {}, name), `: ${percent(treatment)} of the users are served ${live.name}, the others ${live.control ? live.control.name : "the same, to test the test"}.`)];
   try {
-    const found = await ask(`/v1/experiments/${encodeURIComponent(name)}`);
-    const ctr = found.metrics && found.metrics.ctr;
-    if (!ctr || ctr.lift === null) return `experiment ${name}: too few events`;
-    return `experiment ${name}: clicks ${ctr.lift >= 0 ? "+" : ""}${(100 * ctr.lift).toFixed(1)}%, p ${ctr.p.toPrecision(2)}`;
-  } catch {
-    return `experiment ${name}: no events yet`;
+    const found = await ask(`v1/experiments/${encodeURIComponent(name)}`);
+    if (!found.result) lines.push(make("p", { class: "quiet" }, `No result yet: ${found.reason}`));
+    else lines.push(outcome(found.result));
+  } catch (error) {
+    if (error.name !== "AbortError") lines.push(make("p", { class: "quiet" }, error.message));
   }
+  box.replaceChildren(...lines);
 }
 
-function theme(next) {
-  if (next) localStorage.setItem("l2rec-theme", next);
-  const chosen = localStorage.getItem("l2rec-theme");
-  if (chosen) document.documentElement.dataset.theme = chosen;
+function outcome(result) {
+  const rows = Object.entries(result.metrics || {}).map(([name, one]) => [
+    { ctr: "clicks", reply_rate: "replies" }[name] || name,
+    ...["control", "treatment"].map((side) => (typeof one[side] === "number" ? percent(one[side], 2) : "")),
+    typeof one.lift === "number" ? `${signed(100 * one.lift, 1)}%` : "",
+    typeof one.p === "number" ? one.p.toPrecision(2) : "",
+  ]);
+  return make(
+    "table",
+    { class: "table" },
+    make("thead", {}, make("tr", {}, ...["users' rate of", "control", "treatment", "lift", "p"].map((text) => make("th", { scope: "col" }, text)))),
+    make("tbody", {}, ...rows.map(([name, ...cells]) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((text) => make("td", {}, text))))),
+  );
+}
+
+const THEMES = ["auto", "light", "dark"];
+
+function theme(chosen) {
+  if (chosen === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = chosen;
+  $("theme").textContent = { auto: "Auto", light: "Light", dark: "Dark" }[chosen];
+  $("theme").setAttribute("aria-label", `Colours: ${chosen === "auto" ? "as the system" : chosen}. Change`);
+}
+
+function storedTheme() {
+  const chosen = localStorage.getItem(THEME);
+  return THEMES.includes(chosen) ? chosen : "auto";
 }
 
 $("theme").addEventListener("click", () => {
-  const dark = getComputedStyle(document.documentElement).getPropertyValue("--ground").trim() === "#141518";
-  theme(dark ? "light" : "dark");
+  const chosen = THEMES[(THEMES.indexOf(storedTheme()) + 1) % THEMES.length];
+  localStorage.setItem(THEME, chosen);
+  theme(chosen);
 });
+
 $("key").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("l2rec-key", $("key-field").value);
+  sessionStorage.setItem(KEY, $("key-field").value.trim());
+  $("key-field").value = "";
   $("key").hidden = true;
-  about();
-  restore();
+  started = false;
+  start();
+  $("search").focus();
 });
-$("k").addEventListener("change", () => { state.k = Number($("k").value); changed(); });
-$("seen").addEventListener("change", () => { state.seen = $("seen").checked; changed(); });
-$("clear").addEventListener("click", () => { state.history = []; changed(); $("search").focus(); });
-addEventListener("keydown", (event) => {
-  if (event.key === "/" && document.activeElement !== $("search") && !event.ctrlKey && !event.metaKey) {
-    event.preventDefault();
-    $("search").focus();
-  }
-});
-addEventListener("hashchange", restore);
 
-theme();
-about();
-restore();
-$("search").focus();
+$("retry").addEventListener("click", () => {
+  untell();
+  again?.();
+});
+$("k").addEventListener("change", () => {
+  state.k = Number($("k").value);
+  remember(true);
+  recommend();
+});
+$("clear").addEventListener("click", () => {
+  state.history = [];
+  changed("The history is empty");
+  $("search").focus();
+});
+$("copy").addEventListener("click", async () => {
+  try {
+    await navigator.clipboard.writeText(location.href);
+    $("copy").textContent = "Copied";
+  } catch {
+    $("copy").textContent = "Copy it from the address bar";
+  }
+  setTimeout(() => { $("copy").textContent = "Copy link"; }, 2000);
+});
+
+addEventListener("keydown", (event) => {
+  const typing = event.target.closest?.("input, select, textarea");
+  if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) {
+    event.preventDefault();
+    closePanel();
+    $("search").focus();
+    $("search").select();
+  } else if (event.key === "Escape") closePanel();
+});
+addEventListener("popstate", restore);
+document.addEventListener("visibilitychange", () => { if (!document.hidden && live) about(); });
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the part behind the # is the history
+  ranked.length ? focusRow(0) : $("results").focus();
+});
+
+async function start() {
+  await Promise.all([about(), restore()]);
+}
+
+theme(storedTheme());
+subject(null);
+start();
+if (!narrow.matches) $("search").focus();
