@@ -60,7 +60,7 @@ from l2rec.data.splits import Split, leave_one_out
 from l2rec.diagnostics import expert_load, gate_histogram
 from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
 from l2rec.evaluation import Evaluation, evaluate, paired_test, top_k, write_ranks
-from l2rec.index import vectors_digest
+from l2rec.index import vectors_table
 from l2rec.methods.floors import LastItemNeighbour, NearbyItems, Popularity
 from l2rec.methods.protocols import Embedder, Scorer, TakesNewItems
 from l2rec.report import write_report
@@ -933,16 +933,7 @@ def _write_vectors(
     path: Path, ids: Sequence[str], vectors: Tensor, predictor: Predictor
 ) -> tuple[Path, int, int]:
     flat = vectors.float().cpu().numpy()
-    column = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
-    table = pa.table(
-        {"id": pa.array(ids, pa.string()), "vector": column},
-        metadata={
-            "l2rec.version": predictor.version,
-            "l2rec.rows": str(len(ids)),
-            "l2rec.digest": vectors_digest(ids, flat),
-        },
-    )
-    table = table.append_column("version", pa.array([predictor.version] * len(ids), pa.string()))
+    table = vectors_table(ids, flat, predictor.version)
     with replacing(path) as partial:
         pq.write_table(table, partial)
     return path, len(ids), flat.shape[1]

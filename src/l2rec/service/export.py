@@ -76,12 +76,17 @@ def _catalog(path: Path | None, put: dict[str, tuple[str, dict[str, str]]]) -> p
         else:
             known = pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"{path}: neither Parquet nor CSV: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: neither Parquet nor CSV: {reason}") from error
     absent = {"item_id", "text"} - set(known.columns)
     if absent:
         raise DataError(f"{path} has no column {min(absent)!r}; it needs item_id and text")
     if not put:
         return known
-    return pl.concat(
-        [known.filter(~pl.col("item_id").is_in(list(put))), fresh], how="diagonal_relaxed"
-    )
+    rest = known.with_columns(pl.col("item_id").cast(pl.String))
+    rest = rest.filter(~pl.col("item_id").is_in(list(put)))
+    try:
+        return pl.concat([rest, fresh], how="diagonal_relaxed")
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: no column for the attributes of items put: {reason}") from error
