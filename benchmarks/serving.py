@@ -334,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
     p.add_argument("--seconds", type=float, default=5.0, help="of a round (default %(default)s)")
     args = p.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are ended on the way
     rounds, seconds = (1, 3.0) if args.quick else (args.rounds, args.seconds)
     threads = args.threads or torch.get_num_threads()
     with tempfile.TemporaryDirectory() as temporary:

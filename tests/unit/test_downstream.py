@@ -22,7 +22,7 @@ from tests.unit.tiny_run import Quiet
 from l2rec import cli, downstream
 from l2rec.checkpoint import read_json
 from l2rec.data.catalog import Catalog
-from l2rec.data.daily import DAY, Known, daily_log, moment
+from l2rec.data.daily import DAY, Exposures, Known, daily_log, exposures, moment
 from l2rec.data.dataset import Dataset
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.synthetic import TOPICS, simulated_exposures
@@ -133,8 +133,6 @@ def test_log_loss_is_sklearns() -> None:
 
 
 def replace_labels(users: Any, labels: Any) -> Any:
-    from l2rec.data.daily import Exposures
-
     both = np.stack((labels, labels), axis=1).astype(np.float32)
     zeros = np.zeros(len(users), dtype=np.int64)
     return Exposures(users, zeros, zeros, zeros.astype(np.float64), both)
@@ -250,17 +248,29 @@ def table_of(data: Dataset, config: DownstreamConfig, until: str = CUT) -> Table
     return Table(data, config, no_vectors, math.nextafter(moment(until), 0), Quiet())
 
 
-def test_training_features_do_not_know_the_test_days(road: Road, tmp_path: Path) -> None:
+def delayed(log: Path, out: Path, hours: float) -> Path:
+    """The same log, but people take hours to answer: often until the next day."""
+    out.mkdir()
+    events = pl.read_parquet(log / "events-*.parquet").with_columns(pl.col("event_type").cast(str))
+    late = pl.when(pl.col("event_type") == "exposure").then(0.0).otherwise(3600 * hours)
+    end = events["timestamp"].max()
+    events = events.with_columns(pl.col("timestamp") + late).filter(pl.col("timestamp") <= end)
+    events.write_parquet(out / "events.parquet")
+    (out / "items.parquet").write_bytes((log / "items.parquet").read_bytes())
+    return out
+
+
+def test_training_does_not_know_the_test_days(road: Road, tmp_path: Path) -> None:
     """The log as it was the evening before the test: what is trained on is the same to the bit."""
     config = DownstreamConfig(**FAST)
-    whole = table_of(road.data, config)
-    before = moment(str(np.datetime64(whole.days.test, "D")))
-    options = PrepareConfig(before=before, keep_all_items=True)
-    past = prepare(road.log, tmp_path / "past", options, progress=False)
+    source = delayed(road.log, tmp_path / "log", hours=6)
     everything = prepare(
-        road.log, tmp_path / "all", PrepareConfig(keep_all_items=True), progress=False
+        source, tmp_path / "all", PrepareConfig(keep_all_items=True), progress=False
     )
     whole = table_of(everything, config)
+    before = moment(str(np.datetime64(whole.days.test, "D")))
+    options = PrepareConfig(before=before, keep_all_items=True)
+    past = prepare(source, tmp_path / "past", options, progress=False)
     log = daily_log(past)
     cut = Table.__new__(Table)
     cut.config, cut.days, cut.known = config, whole.days, Known(log, whole.fields, whole.days.train)
@@ -280,13 +290,17 @@ def test_training_features_do_not_know_the_test_days(road: Road, tmp_path: Path)
     mine, its = whole.users.histories.take(whole.user_row[rows]), cut.known.histories(user, day, 50)
     assert mine.values.tolist() == its.values.tolist()
     # and the labels
-    from l2rec.data.daily import exposures
-
     shown = exposures(log, cut=whole.days.test)
     shown = shown.take(np.flatnonzero(shown.day >= whole.days.train))
     key = np.lexsort((shown.time, shown.item, shown.user))
     own = np.lexsort((whole.shown.time[rows], item, user))
     assert shown.labels[key].tolist() == whole.shown.labels[rows][own].tolist()
+    later = exposures(daily_log(everything), cut=0)  # and there was something not to know
+    assert later.labels[later.day < whole.days.test].sum() > (
+        exposures(daily_log(everything), cut=whole.days.test)
+        .labels[later.day < whole.days.test]
+        .sum()
+    )
 
 
 def test_histories_end_before_the_day(road: Road) -> None:
