@@ -337,6 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are ended on the way
     rounds, seconds = (1, 3.0) if args.quick else (args.rounds, args.seconds)
     threads = args.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)  # as it is reported
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         run = args.run or small_run(folder, "training.max_steps=1", items=400)
