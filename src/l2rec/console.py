@@ -219,11 +219,14 @@ def print_downstream(report: Mapping[str, Any]) -> None:
         sd = "" if arm["sd"] is None else f" ± {arm['sd']:.4f}"
         return number(arm["mean"]) + sd
 
-    periods = report["periods"]
-    for name, facts in periods.items():
-        _out().print(
+    out = _out()
+    if not out.is_terminal:
+        out.width = max(out.width, WIDE)
+    for name, facts in report["periods"].items():
+        out.print(
             f"{name:7s} {facts['days']}  {facts['exposures']:,} exposures, "
-            f"{facts['clicks']:,} clicks, {facts['replies']:,} replies of {facts['users']:,} users"
+            f"{facts['clicks']:,} clicks, {facts['replies']:,} replies of {facts['users']:,} users",
+            soft_wrap=True,
         )
     level = f"{1 - report['options']['alpha']:.0%} interval"
     table = Table(title=escape(f"{report['dataset']['name']}: test, {len(report['seeds'])} seeds"))
@@ -237,7 +240,7 @@ def print_downstream(report: Mapping[str, Any]) -> None:
             cells += [f"{found['difference']:+.4f}", f"{found['low']:+.4f} .. {found['high']:+.4f}"]
             cells += [f"{found['p']:.2g}", f"{found['p_holm']:.2g}"]
         table.add_row(metric, *cells)
-    _out().print(table)
+    out.print(table)
 
 
 def _shown(value: Any) -> str:

@@ -292,8 +292,8 @@ def periods(until: float, last: int, test_days: int) -> Days:
 
 @dataclass
 class States:
-    """S users or items on a day. key: [S] int * span + day, ascending. dense: [S, K] float32.
-    ids: [S, F] int64. vectors: [S] rows of ``table`` [*, D].
+    """S users or items as a day begins. owner, day: [S]. dense: [S, K] float32, not scaled.
+    ids: [S, F] int64. vectors: [S] rows of the table's frozen vectors. histories: of users.
     """
 
     owner: Ints
