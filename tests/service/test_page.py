@@ -508,7 +508,8 @@ def test_by_keyboard_from_nothing_to_reasons(visit: Open, server: Server) -> Non
     assert page.locator("#why .effects li").count() == 2
     effects = [reasons.score - without for without in reasons.without if without is not None]
     shown = page.locator("#why .value").all_inner_texts()
-    assert shown == [f"{'−' if e < 0 else '+'}{abs(e):.3f}" for e in reversed(effects)]
+    signed = [f"{effect:+.3f}".replace("-", "−") for effect in reversed(effects)]
+    assert shown == [text.replace("+0.000", "0.000").replace("−0.000", "0.000") for text in signed]
     assert page.locator("#why table").count() == 2
     assert (
         page.locator("#why tbody tr").count() == 8 and page.locator("#why tbody td").count() == 24
@@ -843,13 +844,13 @@ def test_light_and_dark(scheme: str, visit: Open) -> None:
     for part in ("#results .text", "#results .id", "#live code", "#why p.quiet", ".chosen .id"):
         assert contrast(page, part) >= 4.5, part
     seen = {}
-    for name in ("Light", "Dark", "Auto"):
+    for name in ("light", "dark", "auto"):
         page.click("#theme")
-        assert page.inner_text("#theme") == name
+        assert page.inner_text("#theme") == f"Theme: {name}"
         seen[name] = ground()
-    assert seen["Light"] != seen["Dark"] and seen["Auto"] == system == seen[scheme.title()]
-    other = "Dark" if scheme == "light" else "Light"
-    while page.inner_text("#theme") != other:
+    assert seen["light"] != seen["dark"] and seen["auto"] == system == seen[scheme]
+    other = "dark" if scheme == "light" else "light"
+    while page.inner_text("#theme") != f"Theme: {other}":
         page.click("#theme")
     page.reload()
     wait_for_ranking(page)

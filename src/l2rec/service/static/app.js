@@ -36,7 +36,10 @@ function measure(node, values) {
 }
 
 const number = (value) => value.toLocaleString("en");
-const signed = (value, digits = 3) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+const signed = (value, digits = 3) => {
+  const size = Math.abs(value).toFixed(digits);
+  return Number(size) ? `${value < 0 ? "−" : "+"}${size}` : size;
+};
 const decimals = (value, digits = 3) => value.toFixed(digits).replace("-", "−");
 const percent = (value, digits = 0) => `${(100 * value).toFixed(digits)}%`;
 const textOf = (id) => texts.get(id) || id;
@@ -214,7 +217,6 @@ function add(id, text) {
   texts.set(id, text);
   state.history.push(id);
   changed(`Added: ${short(text || id)}`);
-  $("history").scrollTop = $("history").scrollHeight;
 }
 
 function remove(place) {
@@ -300,12 +302,15 @@ function chip(id, place) {
 
 function draw() {
   const some = state.history.length;
+  const grown = state.history.length > $("history").children.length;
+  const top = $("history").scrollTop;
   $("history").replaceChildren(...state.history.map(chip));
   $("count").textContent = some ? `${some} ${some === 1 ? "item" : "items"}, oldest first` : "";
   $("clear").hidden = $("copy").hidden = !some;
   $("empty").hidden = some > 0;
   if (!some) starts();
   drawNext();
+  $("history").scrollTop = grown ? $("history").scrollHeight : top; // the newest is the last
 }
 
 /** What a user of the data set took next, and where the ranking has it. */
@@ -314,7 +319,7 @@ function drawNext() {
   $("next").hidden = !text;
   if (!text) return;
   const place = ranked.findIndex((item) => item.id === state.next);
-  const where = !ranked.length ? "" : place < 0 ? `It is not among these ${ranked.length}.` : `It is ranked ${place + 1}.`;
+  const where = !ranked.length ? "\u00a0" : place < 0 ? `It is not among these ${ranked.length}.` : `It is ranked ${place + 1}.`;
   $("next").replaceChildren(make("span", { class: "quiet" }, "Taken next by this user"), make("span", { class: "text", title: text }, text), make("b", {}, where));
 }
 
@@ -348,7 +353,6 @@ async function takeOver(id) {
     for (const item of [...found.items, found.next]) if (item) texts.set(item.id, item.text);
     state.history = found.items.map((item) => item.id);
     changed(`The history of user ${id}: ${found.items.length} items`, { next: found.next && found.next.id });
-    $("history").scrollTop = $("history").scrollHeight;
     $("search").focus({ preventScroll: true });
   } catch (error) {
     tell(error, () => takeOver(id));
@@ -705,10 +709,9 @@ function scored(found) {
 
 function gate(value) {
   if (value === null) return null;
-  const side = value > 0.5 ? "more by what was taken together than by what the texts say" : "more by what the texts say than by what was taken together";
   return block(
     "How this user is read",
-    `${percent(value)} behavioural: ${Math.abs(value - 0.5) < 0.02 ? "both views alike" : side}.`,
+    `${percent(1 - value)} by what the texts say, ${percent(value)} by what is taken together.`,
     make(
       "div",
       { class: "gate", role: "img", "aria-label": `Gate δ = ${value.toFixed(2)}, between 0, all semantic, and 1, all behavioural` },
@@ -913,7 +916,7 @@ const THEMES = ["auto", "light", "dark"];
 function theme(chosen) {
   if (chosen === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = chosen;
-  $("theme").textContent = { auto: "Auto", light: "Light", dark: "Dark" }[chosen];
+  $("theme").textContent = `Theme: ${chosen}`;
   $("theme").setAttribute("aria-label", `Colours: ${chosen === "auto" ? "as the system" : chosen}. Change`);
 }
 
