@@ -19,6 +19,8 @@ A rate is a user-level metric: events of a user per exposure of that user, avera
                 (Fabijan et al., KDD '19)
     MDE         the smallest true lift that is found with the wanted power:
                 (z_{1 - alpha/2} + z_power) sqrt(v_t + v_c) / mean_c
+    needed      355 skewness^2 users in an arm, for its mean to be normal enough
+                (Kohavi, Deng, Longbotham, Xu, KDD '14, rule 7)
     power       that a true lift of 1, 5, 10% is found with; not that of the lift that was found,
                 which is the p-value said again (Hoenig, Heisey, The American Statistician '01)
 """
@@ -46,6 +48,8 @@ METRICS = {"ctr": "click", "reply_rate": "reply"}
 PLURAL = {"ctr": "clicks", "reply_rate": "replies"}
 SRM_ALPHA = 0.001
 """Below this, arms are not as large as they were planned: something is broken."""
+NORMAL = 355
+"""Users of an arm, times the squared skewness: from there on a mean is normal enough."""
 PRE_DAYS = 14.0
 DAY = 86_400.0
 COLUMNS = ("user", "type", "timestamp", "experiment", "arm")
@@ -263,6 +267,7 @@ def _metric(users: Users, name: str, alpha: float, power: float) -> dict[str, An
     rate = users.rate(name)
     found = _compare(rate[t], rate[c], alpha)
     found |= _detectable(rate[t], rate[c], alpha, power)
+    found |= _needed(rate)
     found["ratio"] = _ratio(users, name, alpha)
     found["cuped"] = _cuped(rate, users.rate_before(name), t, alpha)
     return found
@@ -327,6 +332,16 @@ def _detectable(
         return float(stats.norm.sf(z - shift) + stats.norm.cdf(-z - shift))
 
     return {"mde": mde} | {f"power_at_{lift}%": found(lift / 100) for lift in (1, 5, 10)}
+
+
+def _needed(rate: Floats) -> Mapping[str, float | int | None]:
+    """Skewness of a user's rate, and how many users an arm needs for its mean to be normal."""
+    from scipy import stats
+
+    if rate.var() == 0:
+        return {"skewness": None, "users_needed": None}
+    skewness = float(stats.skew(rate))
+    return {"skewness": skewness, "users_needed": math.ceil(NORMAL * skewness**2)}
 
 
 def _ratio(users: Users, name: str, alpha: float) -> dict[str, Any]:

@@ -202,6 +202,13 @@ def print_experiment(found: Mapping[str, Any]) -> None:
         detected = percent(values["mde"], "+")
         checks.add_row(metric, f"{values['p_holm']:.2g}", detected, *map(percent, powers))
     _out().print(checks)
+    smallest = min(counts["users"] for counts in arms.values())
+    for metric, values in found["metrics"].items():
+        if (needed := values["users_needed"]) is not None and needed > smallest:
+            _out().print(
+                f"{metric} is skewed: its p is rough until each arm has about {needed:,} users; "
+                f"the smaller one has {smallest:,}"
+            )
     gone = {k: v for k, v in found.get("left_out", {}).items() if v}
     if gone:
         _out().print(

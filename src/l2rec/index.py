@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -501,8 +502,8 @@ def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> dict
 
     def write(role: str, to: Callable[[Any], object]) -> None:
         suffix = FILES[index.kind][role]
-        # All writing goes through Python: FAISS, by itself, does not tell of a disk that filled up
-        # with its last bytes.
+        # All writing goes through Python: FAISS and NumPy, with buffers of their own, do not tell
+        # of a disk that filled up with their last bytes.
         with (folder / role).open("wb") as file:
             to(file)
             file.flush()
@@ -516,7 +517,11 @@ def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> dict
     write("ids", lambda file: pq.write_table(table, file))
     options: dict[str, Any] = {}
     if isinstance(index, Exact):
-        write("vectors", lambda file: np.save(file, index.vectors.numpy(), allow_pickle=False))
+        vectors = index.vectors.numpy()
+        write(
+            "vectors",
+            lambda file: np.save(SimpleNamespace(write=file.write), vectors, allow_pickle=False),
+        )
     elif isinstance(index, Faiss):
         faiss = _faiss()
         write(

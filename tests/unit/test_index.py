@@ -410,6 +410,7 @@ def test_a_disk_that_fills_up(kind: str, tmp_path: Path) -> None:
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
+import faiss, torch, l2rec.evaluation  # once, not in every child
 from l2rec.index import build_folder, load
 
 folder, out = Path(sys.argv[1]), Path(sys.argv[1]) / "index"
