@@ -352,6 +352,8 @@ class Server:
         import uvicorn
 
         self.app = create_app(Settings(rate=0, **settings), Live(load_version(run)), log)
+        # For what is expected: the served model belongs to the server's thread.
+        self.reference = load(run)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="critical", lifespan="on"))
@@ -499,7 +501,7 @@ def test_by_keyboard_from_nothing_to_reasons(visit: Open, server: Server) -> Non
         "id => document.querySelector('#subject .id').textContent === id", arg=expected[1]
     )
     page.wait_for_selector("#why[aria-busy=false] .gate")
-    reasons = x.explain(load_predictor(server), ["i3", found[1]], expected[1])
+    reasons = x.explain(server.reference, ["i3", found[1]], expected[1])
     page.wait_for_function(
         "text => document.querySelector('#why').innerText.includes(text)",
         arg=f"Score {reasons.score:.3f}".replace("-", "−"),
@@ -531,12 +533,8 @@ def ranked(page: Any) -> list[str]:
     ]
 
 
-def load_predictor(server: Server) -> Any:
-    return server.app.state.live.current().predictor
-
-
 def server_ranks(server: Server, history: list[str], k: int = 10) -> list[str]:
-    return [item["id"] for item in load_predictor(server).recommend(history, k).items]
+    return [item["id"] for item in server.reference.recommend(history, k).items]
 
 
 def test_a_history_is_changed_by_keyboard(visit: Open) -> None:

@@ -388,7 +388,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.xfail(reason="a full disk is not noticed in every case yet", strict=False)
 @pytest.mark.parametrize("kind", ["exact", "flat", "hnsw"])
 def test_a_disk_that_fills_up(kind: str, tmp_path: Path) -> None:
     made = build(VECTORS, kind, **options(kind, tmp_path))
