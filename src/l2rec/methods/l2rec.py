@@ -39,7 +39,7 @@ With one of the last two, scores are no longer inner products of the embeddings 
 
 from __future__ import annotations
 
-__all__ = ["ItemTable", "L2Rec", "L2RecConfig", "UserState"]
+__all__ = ["L2Rec", "L2RecConfig", "UserState"]
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +65,7 @@ from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
 from l2rec.fusion import AdaptiveFusion
 from l2rec.methods.blocks.cooccurrence import CoOccurrence
 from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
+from l2rec.methods.blocks.text_table import TextTable
 from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
 from l2rec.objectives import bpc_loss, catalog_loss, contrastive_loss, cosine
 from l2rec.views import (
@@ -211,68 +212,6 @@ class _ViewInput:
     user: Tensor
 
 
-class ItemTable(nn.Module):
-    """items=table: T = norm(E + E L + R), rows of unit length.
-
-    E: [N, D] the backbone's text vectors, centred and normalised, frozen. L: [D, D] and R: [N, D]
-    start at zero. Items added after training have no row of R: norm(e + e L).
-    """
-
-    def __init__(self, text: Tensor, dropout: float, text_dropout: float = 0.0) -> None:
-        super().__init__()
-        self.register_buffer("mean", text.mean(0), persistent=True)
-        self.text: Tensor
-        self.mean: Tensor
-        self.register_buffer("text", F.normalize(text - self.mean, dim=-1), persistent=False)
-        dim = text.shape[-1]
-        self.linear = nn.Parameter(torch.zeros(dim, dim))
-        self.residual = nn.Parameter(torch.zeros_like(text))
-        self.dropout, self.text_dropout = dropout, text_dropout
-        self._kept: Tensor | None = None
-
-    def keep(self) -> None:
-        """Compute T once, for weights that no longer change. Training or loading ends it."""
-        self._kept = None
-        if not self.training:
-            with torch.inference_mode():
-                self._kept = self()
-
-    def train(self, mode: bool = True) -> ItemTable:
-        """As of every module; what was kept is forgotten."""
-        if mode:
-            self._kept = None
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._kept = None
-        super()._load_from_state_dict(*args)
-
-    def extend(self, text: Tensor) -> None:
-        """Add items by their backbone text vectors [n, D] alone."""
-        added = F.normalize(text - self.mean, dim=-1)
-        self.text = torch.cat((self.text, added))
-        if self._kept is not None:
-            rows = F.normalize(added + added @ self.linear, dim=-1)
-            self._kept = torch.cat((self._kept, rows))
-
-    def take_back(self, text: Tensor) -> None:
-        """Undo `extend`: ``text`` is what E was before."""
-        self.text = text
-        if self._kept is not None:
-            self._kept = self._kept[: len(text)]
-
-    def forward(self) -> Tensor:
-        """T [N, D] float32."""
-        if self._kept is not None:
-            return self._kept
-        text = F.dropout(self.text, self.text_dropout, self.training)
-        rows = text + text @ self.linear
-        residual = F.dropout(self.residual, self.dropout, self.training)
-        trained = len(self.residual)
-        rows = torch.cat((rows[:trained] + residual, rows[trained:]))
-        return F.normalize(rows, dim=-1)
-
-
 class L2Rec(nn.Module):
     """The recommender. Only experts, P_U, ACF (and the table) are trained.
 
@@ -333,7 +272,7 @@ class L2Rec(nn.Module):
             if config.cooccurrence
             else None
         )
-        self.table: ItemTable | None = None
+        self.table: TextTable | None = None
         self.item_vectors: Tensor
         self._set_catalog(catalog.require_texts("L2Rec"))
         for unused in self._unused():
@@ -384,7 +323,7 @@ class L2Rec(nn.Module):
             self.item_vectors = torch.empty(0, self.backbone.dim, device=device)
             return
         if config.items == "table":
-            self.table = ItemTable(
+            self.table = TextTable(
                 self._catalog_text(), config.table_dropout, config.text_dropout
             ).to(device)
             with torch.no_grad():

@@ -1,0 +1,77 @@
+"""A trained table of items that starts at the backbone's vectors of their texts."""
+
+from __future__ import annotations
+
+__all__ = ["TextTable"]
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TextTable(nn.Module):
+    """T = norm(E + E L + R), rows of unit length.
+
+    E: [N, D] the backbone's text vectors, centred and normalised, frozen. L: [D, D] and R: [N, D]
+    start at zero. Items added after training have no row of R: norm(e + e L).
+    """
+
+    def __init__(self, text: Tensor, dropout: float, text_dropout: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("mean", text.mean(0), persistent=True)
+        self.text: Tensor
+        self.mean: Tensor
+        self.register_buffer("text", F.normalize(text - self.mean, dim=-1), persistent=False)
+        dim = text.shape[-1]
+        self.linear = nn.Parameter(torch.zeros(dim, dim))
+        self.residual = nn.Parameter(torch.zeros_like(text))
+        self.dropout, self.text_dropout = dropout, text_dropout
+        self._kept: Tensor | None = None
+
+    def keep(self) -> None:
+        """Compute T once, for weights that no longer change. Training or loading ends it."""
+        self._kept = None
+        if not self.training:
+            with torch.inference_mode():
+                self._kept = self()
+
+    def train(self, mode: bool = True) -> TextTable:
+        """As of every module; what was kept is forgotten."""
+        if mode:
+            self._kept = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args)
+
+    @torch.no_grad()
+    def extend(self, text: Tensor) -> None:
+        """Add items by their backbone text vectors [n, D] alone."""
+        self.text = torch.cat((self.text, F.normalize(text - self.mean, dim=-1)))
+        if self._kept is not None:
+            self._kept = torch.cat((self._kept, self.of_text(text)))
+
+    def of_text(self, text: Tensor) -> Tensor:
+        """Rows [n, D] of items that were not trained on, by their backbone text vectors [n, D]."""
+        added = F.normalize(text - self.mean, dim=-1)
+        return F.normalize(added + added @ self.linear, dim=-1)
+
+    def take_back(self, text: Tensor) -> None:
+        """Undo `extend`: ``text`` is what E was before."""
+        self.text = text
+        if self._kept is not None:
+            self._kept = self._kept[: len(text)]
+
+    def forward(self) -> Tensor:
+        """T [N, D] float32."""
+        if self._kept is not None:
+            return self._kept
+        text = F.dropout(self.text, self.text_dropout, self.training)
+        rows = text + text @ self.linear
+        residual = F.dropout(self.residual, self.dropout, self.training)
+        trained = len(self.residual)
+        rows = torch.cat((rows[:trained] + residual, rows[trained:]))
+        return F.normalize(rows, dim=-1)

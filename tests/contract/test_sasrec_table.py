@@ -1,0 +1,101 @@
+"""SASRecTable: its equations written out, and items that come by their texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import sequential, tiny
+from tests.sequential import HISTORIES, N, double
+from torch import Tensor
+
+from l2rec.data.catalog import Catalog
+from l2rec.data.ragged import Ragged
+from l2rec.data.synthetic import simple_text
+from l2rec.errors import ConfigError, DataError
+from l2rec.methods.sasrec_table import SASRecTable, SASRecTableConfig
+
+TEXTS = [simple_text(1007 * i) for i in range(N)]
+
+
+def build(**changes: Any) -> SASRecTable:
+    backbone = tiny.random_backbone()
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"inner": 24, "max_items": 8, "text_tokens": 12} | changes
+    return SASRecTable(SASRecTableConfig(**options), Catalog.of_texts(TEXTS), backbone)
+
+
+def row(model: SASRecTable, text: Tensor, residual: Tensor | None) -> Tensor:
+    """T of one item, [D] float64, from its text's vector."""
+    e = double(text) - double(model.text.vectors[:N]).mean(0)
+    e = e / e.norm()
+    e = e + e @ double(model.table.linear) + (0 if residual is None else double(residual))
+    return e / e.norm()
+
+
+def users(model: SASRecTable, history: list[Tensor]) -> list[Tensor]:
+    """u_t of every position."""
+    wide = len(history[0]) ** 0.5
+    states = sequential.encoded(model.encoder, [wide * one for one in history], causal=True)
+    beside = [
+        0.5 * state / state.norm() + model.skip.item() * one
+        for state, one in zip(states, history, strict=True)
+    ]
+    return [one / one.norm() for one in beside]
+
+
+def test_the_equations() -> None:
+    model = sequential.shaken(build())
+    rows = HISTORIES.head(8)
+    table = [row(model, model.text.vectors[i], model.table.residual[i]) for i in range(N)]
+    each = []
+    for number in range(len(rows)):
+        items = rows[number].tolist()
+        expected = users(model, [table[i] for i in items])
+        found = model.encode_users(Ragged.from_rows([items]))[0].double()
+        torch.testing.assert_close(found, expected[-1], rtol=0, atol=1e-4)
+        scores = model.scorer()(Ragged.from_rows([items]))[0].double()
+        torch.testing.assert_close(
+            scores, torch.stack([expected[-1] @ t for t in table]), rtol=0, atol=1e-4
+        )
+        each += [
+            sequential.cross_entropy(
+                torch.stack([expected[t] @ one for one in table]) / model.config.temperature,
+                items[t + 1],
+            )
+            for t in range(len(items) - 1)
+        ]
+    total = model.loss(sequential.one_batch(model, rows)).total.detach()
+    assert float(total) == pytest.approx(np.mean(each), rel=1e-4)
+
+
+def test_it_trains() -> None:
+    sequential.check_loss_and_gradients(build())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_items_that_come_later(kept: bool) -> None:
+    model = sequential.shaken(build())
+    if kept:
+        model.freeze()
+    old = model.encode_items(np.arange(N))
+    text = "a lamp for reading"
+    (alone,) = model.encode_items([text])
+    assert model.n_items == N
+    (added,) = model.add_items([text]).tolist()
+    assert added == N and model.n_items == N + 1
+    expected = row(model, model.text.vectors[N], None)
+    found = model.encode_items(np.arange(N + 1))
+    torch.testing.assert_close(found[N].double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[N], alone)
+    torch.testing.assert_close(found[:N], old)
+    assert model.scorer()(HISTORIES).shape == (len(HISTORIES), N + 1)
+    with pytest.raises(DataError, match="needs a text"):
+        model.add_items([" "])
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ConfigError, match="heads=5 does not divide"):
+        build(heads=5)
