@@ -10,14 +10,13 @@ method is worth shows in what it adds to the counts.
 
 from __future__ import annotations
 
-__all__ = ["Blend", "blend_run"]
+__all__ = ["blend_run"]
 
 import itertools
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +25,26 @@ import torch
 from torch import Tensor
 
 from l2rec.checkpoint import read_json, write_json
-from l2rec.data.ragged import Ragged
-from l2rec.data.splits import Split, leave_one_out
+from l2rec.data.ragged import IntArray, Ragged
+from l2rec.data.splits import leave_one_out
 from l2rec.errors import CheckpointError
-from l2rec.evaluation import Evaluation, evaluate_each, write_ranks
-from l2rec.methods.blocks.cooccurrence import CoOccurrence
+from l2rec.evaluation import Evaluation, evaluate, write_ranks
+from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose
 from l2rec.methods.protocols import Scorer
 from l2rec.runs import load, open_run_dataset
 from l2rec.training import Progress
 
-WEIGHTS = (0.0, 0.15, 0.3, 0.6, 1.2, 2.4)
-FLOORS = (0.1, 0.4, 1.6)
-REPEATS = (-8.0, 0.0, 2.0)
+TRIED = [
+    Weights(weight, floor, repeat)
+    for repeat in (-8.0, 0.0, 2.0)
+    for weight, floor in [
+        (0.0, 1.0),
+        *itertools.product((0.3, 0.6, 1.2, 2.4, 4.8), (0.1, 0.2, 0.4, 0.8, 1.6)),
+    ]
+]
+"""The scores have deviation 1 for each user; a repeat of -8 is never recommended."""
 USERS = 10_000
 """Validation users that weights are chosen on, drawn evenly from all."""
-
-
-@dataclass(frozen=True)
-class Blend:
-    """weight: w of the counts. floor: f. repeat: rho of items of the history."""
-
-    weight: float
-    floor: float
-    repeat: float
 
 
 def blend_run(
@@ -70,14 +66,34 @@ def blend_run(
     together = CoOccurrence(dataset.n_items)
     together.count(split.train)
     started = time.monotonic()
-    tried = [Blend(*values) for values in itertools.product(WEIGHTS, FLOORS, REPEATS)]
-    tried = list(dict.fromkeys(b if b.weight else Blend(0.0, FLOORS[0], b.repeat) for b in tried))
+    parts = _parts(model.scorer(), together)
     some = np.unique(np.linspace(0, len(split.users) - 1, USERS).astype(np.int64))
-    valid = _evaluate(model, together, tried, split, progress, some)
-    best = max(tried, key=lambda b: valid[b].metrics()["ndcg@10"])
+    best = choose(
+        parts,
+        together.n_items,
+        split.valid_histories.take(some),
+        split.valid_targets[some],
+        TRIED,
+        progress=lambda done: progress.validating(done, len(some)),
+    )
     progress.line(f"chosen on {len(some):,} validation users: {best}")
     chosen = time.monotonic() - started
-    (evaluation,) = _evaluate(model, together, [best], split, progress).values()
+
+    def blended(histories: Ragged) -> Tensor:
+        own, met, seen = parts(histories)
+        return own + best.added(met, seen)
+
+    def ranked(histories: Ragged, targets: IntArray) -> Evaluation:
+        return evaluate(
+            _Scored(blended, together.n_items),
+            histories,
+            targets,
+            users=split.users,
+            progress=lambda done: progress.validating(done, len(targets)),
+        )
+
+    valid = ranked(split.valid_histories, split.valid_targets)
+    evaluation = ranked(split.test_histories, split.test_targets)
     out.mkdir(parents=True, exist_ok=True)
     ids = dataset.user_ids.to_pylist()
     write_ranks(out / "ranks.parquet", evaluation, ids, fingerprint=dataset.fingerprint)
@@ -91,7 +107,7 @@ def blend_run(
         "recipe": f"{report['recipe']} + nearby items",
         "blend": asdict(best),
         "blend_seconds": round(chosen, 1),
-        "valid": valid[best].metrics(),
+        "valid": valid.metrics(),
         "scores": {method: evaluation.metrics(), report["method"]: alone, **own},
         "significance": {},
     }
@@ -99,60 +115,32 @@ def blend_run(
     return report
 
 
-def _evaluate(
-    model: Any,
-    together: CoOccurrence,
-    blends: list[Blend],
-    split: Split,
-    progress: Progress,
-    valid_rows: np.ndarray[Any, np.dtype[np.int64]] | None = None,
-) -> dict[Blend, Evaluation]:
-    """Ranks of every blend: on ``valid_rows`` of validation, or on all of test."""
-    if valid_rows is None:
-        histories, targets, users = split.test_histories, split.test_targets, split.users
-    else:
-        histories = split.valid_histories.take(valid_rows)
-        targets, users = split.valid_targets[valid_rows], split.users[valid_rows]
-    names = {str(blend): blend for blend in blends}
-    made = _scorers(model, together, blends)
-    found = evaluate_each(
-        together.n_items,
-        dict(zip(names, made, strict=True)),
-        histories,
-        targets,
-        users=users,
-        progress=lambda done: progress.validating(done, len(targets)),
-    )
-    return {names[name]: evaluation for name, evaluation in found.items()}
+@dataclass(frozen=True)
+class _Scored:
+    """A scorer as the evaluator takes it."""
 
+    score: Scorer
+    n_items: int
 
-def _scorers(model: Any, together: CoOccurrence, blends: list[Blend]) -> list[Callable[[], Scorer]]:
-    """One for each blend; they share what the same histories were last scored by."""
-    scorer: Scorer = model.scorer()
-    last: tuple[Ragged, Tensor, Tensor, Tensor] | None = None
-
-    def score(histories: Ragged, blend: Blend) -> Tensor:
-        nonlocal last
-        if last is None or last[0] is not histories:
-            last = (histories, *_parts(scorer, together, histories))
-        _, own, met, seen = last
-        near = blend.weight * torch.log1p(met / blend.floor) if blend.weight else 0.0
-        return own + torch.where(seen, torch.tensor(blend.repeat), near)
-
-    return [partial(lambda b: partial(score, blend=b), blend) for blend in blends]
+    def scorer(self) -> Scorer:
+        return self.score
 
 
 def _parts(
-    scorer: Scorer, together: CoOccurrence, histories: Ragged
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, N] each: scores with mean 0 and deviation 1 for each user, m, and what is in the
-    history.
+    scorer: Scorer, together: CoOccurrence
+) -> Callable[[Ragged], tuple[Tensor, Tensor, Tensor]]:
+    """Histories -> [B, N] each: scores with mean 0 and deviation 1 for each user, m, and what is
+    in the history.
     """
-    scores = scorer(histories).float()
-    spread = scores.std(1, keepdim=True).clamp(min=1e-12)
-    own = (scores - scores.mean(1, keepdim=True)) / spread
-    met = torch.from_numpy(together.recall(histories).toarray()).float()
-    seen = torch.zeros(own.shape, dtype=torch.bool)
-    rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths))
-    seen[rows, torch.from_numpy(histories.values.astype(np.int64))] = True
-    return own, met.to(own), seen.to(own.device)
+
+    def parts(histories: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+        scores = scorer(histories).float()
+        spread = scores.std(1, keepdim=True).clamp(min=1e-12)
+        own = (scores - scores.mean(1, keepdim=True)) / spread
+        met = torch.from_numpy(together.recall(histories).toarray()).to(own)
+        seen = torch.zeros(own.shape, dtype=torch.bool)
+        rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths))
+        seen[rows, torch.from_numpy(histories.values.astype(np.int64))] = True
+        return own, met, seen.to(own.device)
+
+    return parts

@@ -38,7 +38,15 @@ from l2rec.config import TrainingConfig
 from l2rec.data.splits import Split
 from l2rec.errors import CheckpointError, TrainingError
 from l2rec.evaluation import evaluate
-from l2rec.methods.protocols import EpochBatches, Losses, Recommender, Stage, Trainable, updates
+from l2rec.methods.protocols import (
+    Calibrated,
+    EpochBatches,
+    Losses,
+    Recommender,
+    Stage,
+    Trainable,
+    updates,
+)
 
 SELECT = "ndcg@10"
 
@@ -400,6 +408,8 @@ def _validate(run: _Run, position: float, validated: Recommender | None = None) 
     started = time.monotonic()
     if not len(split.users):
         raise TrainingError("no user has three events: there is nothing to validate on")
+    if validated is None and isinstance(run.model, Calibrated):
+        run.model.calibrate(split.train, split.valid_histories, split.valid_targets)
     result = evaluate(
         run.model if validated is None else validated,
         split.valid_histories,

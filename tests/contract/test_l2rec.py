@@ -28,6 +28,7 @@ from l2rec.methods import l2rec
 from l2rec.methods.blocks import item_text
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
 from l2rec.methods.protocols import Embedder, Recommender, Trainable
+from l2rec.metrics import expected_ranks, rank_values
 
 N = 20
 TEXTS = [
@@ -55,7 +56,6 @@ def shaken(model: L2Rec, seed: int = 1) -> L2Rec:
                 "log_temperature",
                 "blend",
                 "skip",
-                "evidence",
             ):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
@@ -111,7 +111,7 @@ OPTIONS: list[dict[str, Any]] = [
     TABLE | {"views": ("semantic",), "personalized_router": False},
     TABLE | {"text_dropout": 0.3},
     TABLE | {"repeat_bias": True},
-    TABLE | {"cooccurrence": True, "view_loss": 0.5},
+    TABLE | {"repeat_bias": True, "view_loss": 0.5},
 ]
 PRIOR = TABLE | {"repeat_bias": True, "cooccurrence": True}
 
@@ -132,9 +132,8 @@ def test_loss_and_gradients(family: str, options: dict[str, Any]) -> None:
     expected = {"rec"} | ({"bpc"} if both and model.config.bpc else set())
     expected |= {"balance"} if model.config.balance else set()
     expected |= {"behavioral", "semantic"} if both and model.config.view_loss else set()
-    expected |= {"counts"} if model.config.cooccurrence else set()
     assert set(losses.parts) == expected
-    weights = {"rec": 1, "counts": 1, "bpc": model.config.bpc, "balance": model.config.balance}
+    weights = {"rec": 1, "bpc": model.config.bpc, "balance": model.config.balance}
     total = sum(weights.get(k, model.config.view_loss) * float(v) for k, v in losses.parts.items())
     assert float(losses.total.detach()) == pytest.approx(total, rel=1e-5)
     assert not any(part.requires_grad for part in losses.parts.values())
@@ -399,14 +398,25 @@ def test_training_does_not_see_the_last_two_items(changes: dict[str, Any]) -> No
 # ------------------------------------------------------------------------------- what is added to r
 
 
-def literal_prior(model: L2Rec, history: list[int], others: list[list[int]]) -> Tensor:
-    """repeat_bias and cooccurrence for one user of HISTORIES, a pair at a time."""
+VALID = np.array([[7, 3, 11, 2, 5, 1, 9, 4][i % 8] for i in range(len(HISTORIES))])
+
+
+def calibrated(model: L2Rec) -> L2Rec:
+    """Counts taken of HISTORIES, with weights that a choice would not find by chance."""
+    model.calibrate(HISTORIES, HISTORIES, VALID)
+    assert model.evidence is not None
+    model.evidence.copy_(torch.tensor([0.7, 0.3]))
+    return model
+
+
+def literal_prior(model: L2Rec, history: list[int], everyone: list[list[int]]) -> Tensor:
+    """repeat_bias and cooccurrence for one history, a pair at a time."""
     assert model.evidence is not None and model.repeat is not None and model.together is not None
-    weight, floor = model.evidence.detach().exp().tolist()
+    weight, floor = model.evidence.tolist()
     rule, met = model.together, [0.0] * N
     for k, item in enumerate(history[::-1][: rule.newest]):
         often = math.sqrt((HISTORIES.values == item).sum())
-        for row in others:
+        for row in everyone:
             for p, i in enumerate(row):
                 for q, j in enumerate(row):
                     distance = abs(p - q)
@@ -418,68 +428,74 @@ def literal_prior(model: L2Rec, history: list[int], others: list[list[int]]) -> 
     return torch.tensor(prior)
 
 
-def whole_prior(model: L2Rec, batch: Batch, state: Any) -> Tensor:
-    with torch.no_grad():
-        repeats, evidence = model._prior(
-            batch.histories, state.position, batch.users[state.row.numpy()]
-        )
-    assert repeats is not None and evidence is not None
-    return repeats + evidence
-
-
-def test_the_prior_counts_others_in_training_and_everyone_afterwards() -> None:
-    model = shaken(build(**PRIOR)).eval()
-    batch = one_batch(model)
+def test_the_prior_is_as_written_down() -> None:
+    model = calibrated(shaken(build(**PRIOR)).eval())
     sequences = [HISTORIES[i].tolist() for i in range(len(HISTORIES))]
-    state = model(batch.histories, every=True)
-    found = whole_prior(model, batch, state)
-    for n, (position, row) in enumerate(
-        zip(state.position.tolist(), state.row.tolist(), strict=True)
-    ):
-        history = batch.histories.values[batch.histories.offsets[row] : position + 1].tolist()
-        others = [r for user, r in enumerate(sequences) if user != batch.users[row]]
-        torch.testing.assert_close(
-            found[n], literal_prior(model, history, others), rtol=1e-4, atol=1e-4
-        )
-    everyone = model.prior(HISTORIES)
-    assert everyone is not None
+    found = model.prior(HISTORIES)
+    assert found is not None
     for n, history in enumerate(sequences):
         expected = literal_prior(model, history, sequences) * model.config.temperature
-        torch.testing.assert_close(everyone[n], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_target_is_no_evidence_for_itself() -> None:
-    """Sequences without a pair in common: training sees no evidence at all, a new user does."""
-    model = shaken(build(**PRIOR)).eval()
-    apart = Ragged.from_rows([[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    batch = one_batch(model, apart)
-    state = model(batch.histories, every=True)
-    found = whole_prior(model, batch, state)
-    assert model.repeat is not None
-    assert {0.0, float(model.repeat.detach())} == set(found.unique().tolist())
-    new = model.prior(Ragged.from_rows([[1]]))
-    assert new is not None and (new[0] > 0.05).nonzero().flatten().tolist() == [0, 2, 3]
-
-
-def test_the_views_learn_as_if_there_were_no_counts() -> None:
-    """Only the two scalars have a gradient from what the counts add."""
-    grads = []
+def test_repeats_are_a_term_of_the_loss_and_counts_are_not() -> None:
+    """The views learn as if there were no counts, whatever these were found to be worth."""
+    found = []
     for option in (False, True):
         model = shaken(build(**PRIOR | {"cooccurrence": option})).eval()
-        torch.manual_seed(0)
+        if option:
+            calibrated(model)
         losses = model.loss(one_batch(model))
         losses.total.backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        assert ("counts" in losses.parts) is option
-    without, with_counts = grads
-    assert with_counts.keys() - without.keys() == {"evidence"}
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    without, with_counts = found
+    assert with_counts.keys() == without.keys() and "repeat" in without
     for name, grad in without.items():
         torch.testing.assert_close(with_counts[name], grad, rtol=1e-4, atol=1e-6)
+    # r + rho for what each prefix holds, position by position.
+    model = shaken(build(**TABLE | {"repeat_bias": True, "balance": 0.0, "bpc": 0.0})).eval()
+    batch = one_batch(model)
+    assert model.repeat is not None
+    with torch.no_grad():
+        state = model(batch.histories, every=True)
+        scores = torch.nn.functional.normalize(state.fused, dim=-1)
+        scores = scores @ model.encode_items(np.arange(N)).T / model.config.temperature
+        each = []
+        for p, (end, row) in enumerate(zip(state.position, state.row, strict=True)):
+            start = int(batch.histories.offsets[int(row)])
+            held = set(batch.histories.values[start : int(end) + 1].tolist())
+            r = scores[p] + torch.tensor([float(model.repeat) * (i in held) for i in range(N)])
+            each.append(float(torch.logsumexp(r, 0) - r[int(batch.targets[int(end)])]))
+        total = float(model.loss(batch).total)
+    assert total == pytest.approx(np.mean(each), rel=1e-4)
+
+
+def test_weights_are_chosen_on_validation() -> None:
+    """Where the counts tell the target they weigh much, where they mislead nothing."""
+    model = shaken(build(**PRIOR)).eval()
+    assert model.evidence is not None and model.evidence.tolist() == [0.0, 1.0]
+    rows = Ragged.from_rows([[i, (i + 1) % N] for i in range(N)] * 3)
+    one = Ragged.from_rows([[i] for i in range(N)])
+    model.calibrate(rows, one, np.array([(i + 1) % N for i in range(N)]))
+    assert model.evidence[0] > 1
+    best = model.scorer()(one)
+    apart = best.argmin(1).numpy()
+    model.calibrate(rows, one, apart)
+    scores = model.scorer()(one)
+    model.evidence.copy_(torch.tensor([8.0, 0.1]))
+    wanted = torch.from_numpy(apart)
+    assert float(ndcg(scores, wanted)) >= float(ndcg(model.scorer()(one), wanted))
+    plain = build(**TABLE)
+    plain.calibrate(rows, one, apart)
+    assert plain.prior(one) is None
+
+
+def ndcg(scores: Tensor, targets: Tensor) -> Tensor:
+    return torch.from_numpy(rank_values(expected_ranks(scores, targets).numpy(), "ndcg@10")).mean()
 
 
 def test_the_prior_is_part_of_scores_and_of_the_saved_model() -> None:
-    model = shaken(build(**PRIOR)).eval()
-    one_batch(model)
+    model = calibrated(shaken(build(**PRIOR)).eval())
     users, items = model.encode_users(HISTORIES), model.encode_items(np.arange(N, dtype=np.int32))
     prior = model.prior(HISTORIES)
     assert prior is not None
@@ -492,8 +508,7 @@ def test_the_prior_is_part_of_scores_and_of_the_saved_model() -> None:
 
 
 def test_a_new_item_has_no_evidence_yet() -> None:
-    model = shaken(build(**PRIOR)).eval()
-    one_batch(model)
+    model = calibrated(shaken(build(**PRIOR)).eval())
     model.add_items(["a red lamp"])
     found = model.prior(Ragged.from_rows([[3, N], [N]]))
     assert found is not None and found.shape == (2, N + 1)

@@ -43,7 +43,7 @@ def test_clients_count_what_they_get(load: ModuleType, table_run: Finished, tmp_
         assert set(many.statuses) == {200, 503} and not many.broken
         assert len(many.refused) == many.statuses[503] and not many.without_retry_after
         found = load.overload(load.Server("l2rec", server.port, server.process), drawn, 0.5)
-        assert found["refused"].keys() == {"503"} and found["errors after"] >= 0
+        assert found["refused"].keys() <= {"503"} and found["errors after"] >= 0
     assert not load.answers(server.port)
 
 

@@ -12,12 +12,12 @@ from tests.unit.conftest import Finished
 from tests.unit.tiny_run import Quiet
 
 from l2rec import blend
-from l2rec.blend import Blend, blend_run
+from l2rec.blend import blend_run
 from l2rec.checkpoint import read_json
 from l2rec.compare import compare_runs
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError
-from l2rec.methods.blocks.cooccurrence import CoOccurrence
+from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights
 from l2rec.runs import load
 
 
@@ -27,11 +27,11 @@ def test_scores_are_as_written_down(table_run: Finished) -> None:
     together = CoOccurrence(n)
     together.count(Ragged.from_rows([[0, 1, 2], [1, 3], [2, 1]]))
     histories = Ragged.from_rows([[0, 1], [3]])
-    tried = [Blend(0.5, 0.4, -8.0), Blend(0.0, 0.1, 2.0)]
     own = model.scorer()(histories)
     met = together.recall(histories).toarray()
-    for chosen, make in zip(tried, blend._scorers(model, together, tried), strict=True):
-        scores = make()(histories)
+    scaled, counts, seen = blend._parts(model.scorer(), together)(histories)
+    for chosen in (Weights(0.5, 0.4, -8.0), Weights(0.0, 0.1, 2.0)):
+        scores = scaled + chosen.added(counts, seen)
         for row, history in enumerate([[0, 1], [3]]):
             mean, spread = float(own[row].mean()), float(own[row].std())
             for item in range(n):

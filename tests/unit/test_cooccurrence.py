@@ -1,14 +1,17 @@
-"""Counts of pairs against a loop over every pair, and nothing of one's own in them."""
+"""Counts of pairs against a loop over every pair, and the choice of their weights."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.cooccurrence import CoOccurrence
+from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose
 
 N = 9
 OPTIONS: dict[str, Any] = {"window": 3, "decay": 0.5, "newest": 2, "fade": 0.5}
@@ -59,35 +62,54 @@ def test_counts_and_recall_are_what_a_loop_counts(seed: int) -> None:
     np.testing.assert_allclose(recalled, [literal_recall(h, counts) for h in histories], rtol=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_what_is_held_out_is_as_if_the_user_had_never_been(seed: int) -> None:
-    """The windows of a training batch, every position: the counts of all the other users."""
-    rows = random_rows(seed)
-    found = counted(rows)
-    users = np.array([u for u, row in enumerate(rows) if len(row) >= 3] * 2)
-    inputs = [rows[u][:-1] for u in users]  # all but the newest target
-    batch = Ragged.from_rows(inputs)
-    ends = np.arange(len(batch.values))
-    whose = np.repeat(users, batch.lengths)
-    held_out = found.held_out(batch, ends, whose).toarray()
-    expected = []
-    for user, history in zip(users, inputs, strict=True):
-        others = literal_counts([row for u, row in enumerate(rows) if u != user]) / often(rows)
-        expected += [literal_recall(history[: t + 1], others) for t in range(len(history))]
-    np.testing.assert_allclose(held_out, expected, atol=1e-6)
-
-
-def test_a_target_only_its_user_has_is_never_its_own_evidence() -> None:
-    rows = [[0, 1, 2], [3, 4, 5]]  # no pair occurs with two users
-    found = counted(rows)
-    batch = Ragged.from_rows([[0, 1], [3, 4]])
-    assert found.recall(batch).nnz > 0
-    assert found.held_out(batch, np.arange(4), np.array([0, 0, 1, 1])).nnz == 0
-
-
 def test_nothing_is_recalled_before_anything_is_counted_or_for_an_item_that_came_later() -> None:
     histories = Ragged.from_rows([[1, 2], [N + 3]])
     assert CoOccurrence(N, **OPTIONS).recall(histories).nnz == 0
     later = counted([[1, 2, 3]]).recall(Ragged.from_rows([[N + 3], [2, N + 3]])).toarray()
     assert not later[0].any()
     np.testing.assert_allclose(later[1][[1, 3]], [0.5, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [Weights(0.7, 0.4, -3.0), Weights(0.0, 1.0), Weights(2.0, 0.1)])
+def test_what_is_added(weights: Weights) -> None:
+    met = torch.tensor([[0.0, 1.5, 0.2], [3.0, 0.0, 0.1]])
+    seen = torch.tensor([[True, False, False], [False, False, True]])
+    found = weights.added(met, seen)
+    for row in range(2):
+        for item in range(3):
+            expected = weights.weight * math.log1p(float(met[row, item]) / weights.floor)
+            expected = weights.repeat if seen[row, item] else expected
+            assert float(found[row, item]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 3 * N, 10**6])
+def test_the_best_weights_are_chosen(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the blocks: what a loop over users and weights finds."""
+    monkeypatch.setattr("l2rec.methods.blocks.cooccurrence.BLOCK_SCORES", block)
+    rng = np.random.default_rng(3)
+    users = 40
+    histories = Ragged.from_rows(rng.integers(N, size=(users, 1)))
+    own = torch.from_numpy(rng.normal(size=(users, N)))
+    met = torch.from_numpy(rng.exponential(size=(users, N)))
+    seen = torch.zeros(users, N, dtype=torch.bool)
+    # What is sought stands out of both together, and is never in the history.
+    targets = (own + 2 * torch.log1p(met / 0.5)).argmax(1).numpy()
+    tried = [Weights(w, f) for w in (0.0, 2.0, 50.0) for f in (0.01, 0.5)]
+    at, told = iter(range(users)), []
+
+    def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+        some = [next(at) for _ in range(len(rows))]
+        return own[some], met[some], seen[some]
+
+    best = choose(parts, N, histories, targets, tried, told.append)
+    assert told[-1] == users
+
+    def ndcg(weights: Weights) -> float:
+        total = 0.0
+        for user in range(users):
+            scores = own[user] + weights.added(met[user], seen[user])
+            rank = 1 + int((scores > scores[targets[user]]).sum())
+            total += 1 / math.log2(1 + rank) if rank <= 10 else 0.0
+        return total
+
+    assert best == max(tried, key=ndcg) == Weights(2.0, 0.5)

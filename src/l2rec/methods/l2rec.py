@@ -31,8 +31,8 @@ Deviations from the paper are named options, off by default:
 - ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
 - ``repeat_bias``: a learned scalar is added to r_{u,i} of every item of the user's history.
 - ``cooccurrence``: w log(1 + m_{u,i} / f) is added to r_{u,i} of every other item, with m the
-  counts of what was met near the user's newest items (`l2rec.methods.blocks.cooccurrence`). w and f
-  are learned with everything else held; in training, m leaves out the user's own sequence.
+  counts of what was met near the user's newest items (`l2rec.methods.blocks.cooccurrence`). The
+  views are trained without it; w and f are chosen by NDCG@10 before each validation.
 
 With one of the last two, scores are no longer inner products of the embeddings alone.
 """
@@ -63,7 +63,7 @@ from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
 from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
 from l2rec.fusion import AdaptiveFusion
-from l2rec.methods.blocks.cooccurrence import CoOccurrence
+from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose
 from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
 from l2rec.methods.blocks.text_table import TextTable
 from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
@@ -83,10 +83,14 @@ Kept = TypeVar("Kept")
 # fresh pages cost more than the arithmetic.
 ENCODED_ROWS, ENCODED_TOKENS = 512, 4096
 ALL = slice(None)
-EVIDENCE_WEIGHT, EVIDENCE_FLOOR = 1.0, 0.3
-"""Where w and f of ``cooccurrence`` start."""
-PRIOR_LR = 0.02
-"""Of three scalars that must go far: repeats may be worth minus five, or plus five."""
+WEIGHTS = [Weights(0.0, 1.0)] + [
+    Weights(weight, floor) for weight in (0.5, 1, 2, 3, 5, 8) for floor in (0.1, 0.2, 0.4, 0.8, 1.6)
+]
+"""w and f of ``cooccurrence`` that are tried."""
+CALIBRATED = 2000
+"""Validation users that they are tried on, drawn evenly from all."""
+REPEAT_LR = 0.1
+"""Of a scalar that must go far: repeats may be worth minus five, or plus five."""
 
 
 class L2RecConfig(BaseModel):
@@ -267,11 +271,9 @@ class L2Rec(nn.Module):
         self.skip = nn.Parameter(torch.tensor(1.0), requires_grad=config.last_item_skip)
         self.repeat = nn.Parameter(torch.tensor(0.0)) if config.repeat_bias else None
         self.together = CoOccurrence(len(catalog)) if config.cooccurrence else None
-        self.evidence = (
-            nn.Parameter(torch.tensor([EVIDENCE_WEIGHT, EVIDENCE_FLOOR]).log())
-            if config.cooccurrence
-            else None
-        )
+        self.evidence: Tensor | None  # w, f
+        start = torch.tensor([WEIGHTS[0].weight, WEIGHTS[0].floor])
+        self.register_buffer("evidence", start if config.cooccurrence else None)
         self.table: TextTable | None = None
         self.item_vectors: Tensor
         self._set_catalog(catalog.require_texts("L2Rec"))
@@ -560,8 +562,6 @@ class L2Rec(nn.Module):
     ) -> TrainingBatches:
         """The batches of one epoch over training prefixes."""
         config = self.config
-        if self.together is not None:
-            self.together.count(sequences)
         return TrainingBatches(
             sequences,
             supervision=config.supervision,
@@ -600,15 +600,15 @@ class L2Rec(nn.Module):
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         if not named:
             return []
-        prior = [p for n, p in named if n in ("repeat", "evidence")]
-        plain = [p for n, p in named if p.ndim < 2 and n not in ("repeat", "evidence")]
+        repeat = [p for n, p in named if n == "repeat"]
+        plain = [p for n, p in named if p.ndim < 2 and n != "repeat"]
         slow = [p for n, p in named if n == "table.residual"]
         rest = [p for n, p in named if p.ndim >= 2 and n != "table.residual"]
         groups = [
             ParameterGroup("matrices", rest, lr, weight_decay),
             ParameterGroup("vectors", plain, lr, 0.0),
             ParameterGroup("table", slow, self.config.table_lr, 0.0),
-            ParameterGroup("prior", prior, PRIOR_LR, 0.0),
+            ParameterGroup("repeat", repeat, REPEAT_LR, 0.0),
         ]
         groups = [g for g in groups if g.parameters]
         return [Stage("train", groups, self.batches, self.loss)]
@@ -643,9 +643,7 @@ class L2Rec(nn.Module):
             allowed = self._negatives(batch, state.row, distinct, column)
             positive = column
 
-        repeats, evidence = self._prior(
-            batch.histories, state.position, batch.users[state.row.numpy()]
-        )
+        repeats = self._repeats(batch.histories, state.position.numpy())
 
         def rec(users: Tensor, side: Tensor | None) -> Tensor:
             assert side is not None
@@ -656,14 +654,6 @@ class L2Rec(nn.Module):
 
         total = rec(state.fused, items["fused"])
         parts = {"rec": total}
-        if evidence is not None:
-            # The views learn as if there were no counts, or they would leave to them what they
-            # could learn; the two scalars learn what the counts are worth beside them.
-            assert table is not None
-            known = cosine(state.fused, table) / self.temperature
-            known = (known if repeats is None else known + repeats).detach()
-            parts["counts"] = catalog_loss(known + evidence, positive)
-            total = total + parts["counts"]
         both = state.behavioral is not None and state.semantic is not None
         if both and config.bpc > 0:
             assert state.behavioral is not None and state.semantic is not None
@@ -691,48 +681,23 @@ class L2Rec(nn.Module):
             computed_tokens=computed,
         )
 
-    def _seen(self, histories: Ragged, ends: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _seen(
+        self, histories: Ragged, ends: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(row, item) of every item of every prefix, once: prefixes up to ``ends`` [P]."""
         starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
         counts = ends - starts + 1
         row = np.repeat(np.arange(len(ends)), counts)
         cells = np.unique(row * self.n_items + histories.values[flat_index(starts, counts)])
-        row, item = divmod(cells, self.n_items)
-        return self._on_device(row), self._on_device(item)
+        return divmod(cells, self.n_items)
 
-    def _prior(
-        self,
-        histories: Ragged,
-        position: Tensor,
-        users: npt.NDArray[np.integer] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to r of Eq. 8 [P, N] at each ``position`` [P] of the flat items: for what
-        is in the history, and for what was met near it.
-
-        ``users``: [P] in training, whose own sequences are left out of the counts.
-        """
-        repeats = evidence = None
-        if self.repeat is None and self.together is None:
-            return None, None
-        ends = position.numpy()
-        seen = self._seen(histories, ends)
+    def _repeats(self, histories: Ragged, ends: npt.NDArray[np.int64]) -> Tensor | None:
+        """What ``repeat_bias`` adds to r of Eq. 8 [P, N], for prefixes up to ``ends`` [P]."""
+        if self.repeat is None:
+            return None
+        rows, items = self._seen(histories, ends)
         nothing = torch.zeros(len(ends), self.n_items, device=self.backbone.device)
-        if self.repeat is not None:
-            repeats = nothing.index_put(seen, self.repeat)
-        if self.together is not None:
-            assert self.evidence is not None
-            if users is None:
-                found = self.together.recall(histories, ends).tocoo()
-            else:
-                found = self.together.held_out(histories, ends, users).tocoo()
-            met = nothing.clone()
-            met[self._on_device(found.row), self._on_device(found.col)] = torch.from_numpy(
-                found.data
-            ).to(met)
-            met[seen] = 0.0
-            weight, floor = self.evidence.exp()
-            evidence = weight * torch.log1p(met / floor)
-        return repeats, evidence
+        return nothing.index_put((self._on_device(rows), self._on_device(items)), self.repeat)
 
     def _negatives(
         self, batch: Batch, row: Tensor, distinct: npt.NDArray[np.integer], positive: Tensor
@@ -851,6 +816,43 @@ class L2Rec(nn.Module):
         """What ``repeat_bias`` and ``cooccurrence`` add to the inner products of user and item
         vectors, [B, N] float32; None without them.
         """
-        found = self._prior(histories, torch.from_numpy(histories.offsets[1:] - 1))
-        added = [part for part in found if part is not None]
-        return torch.stack(added).sum(0) * self.temperature if added else None
+        added = self._repeats(histories, histories.offsets[1:] - 1)
+        if self.evidence is not None:
+            near = Weights(*self.evidence.tolist()).added(*self._met(histories))
+            added = near if added is None else added + near
+        return None if added is None else added * self.temperature
+
+    def _met(self, histories: Ragged) -> tuple[Tensor, Tensor]:
+        """[B, N] each: m, and what is in the history."""
+        assert self.together is not None
+        met = torch.zeros(len(histories), self.n_items, device=self.backbone.device)
+        seen = torch.zeros_like(met, dtype=torch.bool)
+        found = self.together.recall(histories).tocoo()
+        rows, items = self._on_device(found.row), self._on_device(found.col)
+        met[rows, items] = torch.from_numpy(found.data).to(met)
+        rows, items = map(self._on_device, self._seen(histories, histories.offsets[1:] - 1))
+        seen[rows, items] = True
+        return met, seen
+
+    @torch.inference_mode()
+    def calibrate(
+        self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
+    ) -> None:
+        """Choose w and f of ``cooccurrence`` for the views as they are now.
+
+        sequences: what is counted. histories, targets: of validation.
+        """
+        if self.together is None or self.evidence is None:
+            return
+        self.together.count(sequences)
+        self.evidence.copy_(torch.tensor([0.0, 1.0]))
+        score = self.scorer()
+        some = np.unique(np.linspace(0, len(targets) - 1, CALIBRATED).astype(np.int64))
+        best = choose(
+            lambda rows: (score(rows), *self._met(rows)),
+            self.n_items,
+            histories.take(some),
+            targets[some],
+            WEIGHTS,
+        )
+        self.evidence.copy_(torch.tensor([best.weight, best.floor]))

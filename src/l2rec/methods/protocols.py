@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "Calibrated",
     "Embedder",
     "EpochBatches",
     "Losses",
@@ -127,6 +128,21 @@ class Trainable(Recommender, Protocol):
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         """In order; empty for a method that is not trained."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A method with a few numbers that no gradient chooses."""
+
+    def calibrate(
+        self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
+    ) -> None:
+        """Choose them by validation's histories and targets [B]; called before each validation.
+
+        sequences: of training. What is chosen must be part of the model's state, and must not
+        change what the losses are.
+        """
         ...
 
 

@@ -7,17 +7,19 @@
 Before and after count alike: in logs of purchases the order within a day says little.
 
 In small data these counts say what no embedding of the same data has learned to say. Used alone
-they are a floor (`l2rec.methods.floors`); as a term of a method's logits they leave to it what they
-do not know. Where they enter a training loss, a user's own sequence must not be counted:
-`held_out`.
+they are a floor (`l2rec.methods.floors`); beside a method's scores they are a term that knows what
+the method does not. A method is trained without them, or it would leave to the counts what it could
+learn; what they are worth beside it is chosen on validation.
 
 Rows of sparse matrices throughout; nothing of size N x N or P x N is made dense here.
 """
 
 from __future__ import annotations
 
-__all__ = ["CoOccurrence"]
+__all__ = ["CoOccurrence", "Weights", "choose"]
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.ragged import IntArray, Ragged
+from l2rec.metrics import expected_ranks, rank_values
 
 Sparse = Any
 """scipy.sparse.csr_array; scipy is slow to import and only needed here."""
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-ROUNDING = 1e-4
-"""Below the smallest evidence of another user; what is less is left of float32 counts."""
+BLOCK_SCORES = 1 << 20
+"""Scores that `choose` makes at once."""
 
 
 class CoOccurrence(nn.Module):
@@ -61,22 +63,28 @@ class CoOccurrence(nn.Module):
         self.offsets: Tensor
         self.items: Tensor
         self.weights: Tensor
-        self._sequences: Ragged | None = None
-        self._scale = np.ones(n_items)  # 1 / sqrt(events of i), while there are sequences
 
     def count(self, sequences: Ragged) -> None:
         """Take the counts of ``sequences``: one row for each user, oldest first, items below N."""
-        if self._sequences is sequences:
-            return
-        events = np.bincount(sequences.values, minlength=self.n_items)
-        self._scale = 1 / np.sqrt(np.maximum(events, 1))
-        _, first, second, weight = self._pairs(sequences)
-        counts = _csr(weight, first, second, (self.n_items, self.n_items))
+        counts = self._pairs(sequences)
         device = self.offsets.device
         self.offsets = torch.from_numpy(counts.indptr.astype(np.int64)).to(device)
         self.items = torch.from_numpy(counts.indices.astype(np.int32)).to(device)
         self.weights = torch.from_numpy(counts.data.astype(np.float32)).to(device)
-        self._sequences = sequences
+
+    def _pairs(self, rows: Ragged) -> Sparse:
+        """C of every pair within the window, both directions."""
+        values, lengths = np.asarray(rows.values, dtype=np.int64), rows.lengths
+        scale = 1 / np.sqrt(np.maximum(np.bincount(values, minlength=self.n_items), 1))
+        place = np.arange(len(values)) - np.repeat(rows.offsets[:-1], lengths)
+        parts = []
+        for distance in range(1, self.window + 1):
+            later = np.flatnonzero(place >= distance)
+            a, b = values[later - distance], values[later]
+            weight = self.decay ** (distance - 1)
+            parts += [(a, b, weight * scale[a]), (b, a, weight * scale[b])]
+        first, second, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return _csr(weights, first, second, (self.n_items, self.n_items))
 
     def counts(self) -> Sparse:
         """C [N, N] float64."""
@@ -87,66 +95,56 @@ class CoOccurrence(nn.Module):
             tuple(array.cpu().numpy() for array in arrays), shape=(self.n_items, self.n_items)
         )
 
-    def _pairs(self, rows: Ragged) -> tuple[Ints, Ints, Ints, Floats]:
-        """(row, i, j, weight) of every pair within the window, both directions."""
-        values, lengths = np.asarray(rows.values, dtype=np.int64), rows.lengths
-        row_of = np.repeat(np.arange(len(rows)), lengths)
-        place = np.arange(len(values)) - np.repeat(rows.offsets[:-1], lengths)
-        parts = []
-        for distance in range(1, self.window + 1):
-            later = np.flatnonzero(place >= distance)
-            a, b, row = values[later - distance], values[later], row_of[later]
-            weight = np.full(len(later), self.decay ** (distance - 1))
-            parts += [(row, a, b, weight * self._scale[a]), (row, b, a, weight * self._scale[b])]
-        row, a, b, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return row, a, b, weight
-
-    def _faded(self, histories: Ragged, ends: IntArray) -> tuple[Ints, Ints, Floats]:
-        """(prediction, item, fade^k) of the newest items up to each of ``ends`` [P], positions in
-        the flat items of ``histories``. Items that came after training have no counts.
-        """
-        starts = histories.offsets[:-1]
-        first = starts[np.searchsorted(histories.offsets, ends, side="right") - 1]
+    def recall(self, histories: Ragged) -> Sparse:
+        """m [B, N] float64. Items that came after training have no counts."""
         values = np.asarray(histories.values, dtype=np.int64)
         parts = []
         for k in range(self.newest):
-            some = np.flatnonzero(ends - k >= first)
-            some = some[values[ends[some] - k] < self.n_items]
-            parts.append((some, values[ends[some] - k], np.full(len(some), self.fade**k)))
-        some, items, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return some, items, weight
+            some = np.flatnonzero(histories.lengths > k)
+            items = values[histories.offsets[some + 1] - 1 - k]
+            known = items < self.n_items
+            parts.append((some[known], items[known], np.full(int(known.sum()), self.fade**k)))
+        rows, items, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return _csr(weights, rows, items, (len(histories), self.n_items)) @ self.counts()
 
-    def recall(self, histories: Ragged, ends: IntArray | None = None) -> Sparse:
-        """m [P, N] float64 for the prefix of ``histories`` up to each flat position in ``ends``
-        [P]; by default of each row as a whole.
-        """
-        at = histories.offsets[1:] - 1 if ends is None else np.asarray(ends, dtype=np.int64)
-        prediction, items, weight = self._faded(histories, at)
-        return _csr(weight, prediction, items, (len(at), self.n_items)) @ self.counts()
 
-    def held_out(self, histories: Ragged, ends: IntArray, users: IntArray) -> Sparse:
-        """As `recall`, without what the user's own sequence added to the counts.
+@dataclass(frozen=True)
+class Weights:
+    """weight: w of the counts. floor: f. repeat: rho of what is in the history already."""
 
-        ``users``: [P] rows of the counted sequences. What is left comes from other users alone, as
-        it does for a user who was never seen: no target is among its own evidence.
-        """
-        assert self._sequences is not None, "held_out needs the sequences that were counted"
-        ends = np.asarray(ends, dtype=np.int64)
-        prediction, items, weight = self._faded(histories, ends)
-        distinct, local = np.unique(np.asarray(users, dtype=np.int64), return_inverse=True)
-        row, first, second, own = self._pairs(self._sequences.take(distinct))
-        # (user, item) pairs in place of items: each user reads its own counts alone.
-        wanted, column = np.unique(
-            np.concatenate((local[prediction] * self.n_items + items, row * self.n_items + first)),
-            return_inverse=True,
-        )
-        read = _csr(weight, prediction, column[: len(items)], (len(ends), len(wanted)))
-        mine = _csr(own, column[len(items) :], second, (len(wanted), self.n_items))
-        everyone = _csr(weight, prediction, items, (len(ends), self.n_items)) @ self.counts()
-        rest = (everyone - read @ mine).tocsr()
-        rest.data[rest.data < ROUNDING] = 0.0
-        rest.eliminate_zeros()
-        return rest
+    weight: float
+    floor: float
+    repeat: float = 0.0
+
+    def added(self, met: Tensor, seen: Tensor) -> Tensor:
+        """w log(1 + m / f) outside of the history and rho within it, for m and bool [B, N]."""
+        near = self.weight * torch.log1p(met / self.floor) if self.weight else torch.zeros_like(met)
+        return near.masked_fill_(seen, self.repeat)
+
+
+def choose(
+    parts: Callable[[Ragged], tuple[Tensor, Tensor, Tensor]],
+    n_items: int,
+    histories: Ragged,
+    targets: IntArray,
+    tried: Sequence[Weights],
+    progress: Callable[[int], None] = lambda done: None,
+) -> Weights:
+    """The weights with the best mean NDCG@10; of equals the first.
+
+    parts: histories -> scores without the counts, m, what is in the history, [B, N] each.
+    """
+    totals = np.zeros(len(tried))
+    size = max(1, BLOCK_SCORES // n_items)
+    for start in range(0, len(histories), size):
+        rows = np.arange(start, min(start + size, len(histories)))
+        own, met, seen = parts(histories.take(rows))
+        wanted = torch.from_numpy(targets[rows].astype(np.int64))
+        for number, weights in enumerate(tried):
+            ranks = expected_ranks(own + weights.added(met, seen), wanted).numpy()
+            totals[number] += rank_values(ranks, "ndcg@10").sum()
+        progress(int(rows[-1]) + 1)
+    return tried[int(totals.argmax())]
 
 
 def _csr(values: Floats, rows: IntArray, columns: IntArray, shape: tuple[int, int]) -> Sparse:
