@@ -501,6 +501,7 @@ def test_the_prior_is_part_of_scores_and_of_the_saved_model() -> None:
     assert prior is not None
     scores = model.scorer()(HISTORIES)
     torch.testing.assert_close(scores, (users @ items.T + prior) / model.config.temperature)
+    load_trained(model, trained_tensors(model), "the best, when training ends")
     again = build(seed=5, **PRIOR).eval()
     load_trained(again, trained_tensors(model), "here")  # counts of another length than its own
     torch.testing.assert_close(again.scorer()(HISTORIES), scores)

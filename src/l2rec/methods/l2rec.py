@@ -834,7 +834,7 @@ class L2Rec(nn.Module):
         seen[rows, items] = True
         return met, seen
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: what is counted here is loaded into later
     def calibrate(
         self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
     ) -> None:
