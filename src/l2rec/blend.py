@@ -1,9 +1,9 @@
 """Any finished run together with what was met near the user's newest items, weighed on validation.
 
-    s = z + w log(1 + m / f) + rho [i in history]
+    s = z + w m [i not in history] + rho [i in history]
 
 with z the method's scores, centred and scaled for each user, m the counts of
-`l2rec.methods.blocks.cooccurrence`, and w, f, rho chosen by NDCG@10 on validation (rho not at all
+`l2rec.methods.blocks.cooccurrence`, and w, rho chosen by NDCG@10 on validation (rho not at all
 where histories are masked anyway). It costs no training, so every method can have it: what a
 method is worth shows in what it adds to the counts.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 __all__ = ["blend_run"]
 
-import itertools
 import shutil
 import time
 from collections.abc import Callable
@@ -35,12 +34,9 @@ from l2rec.runs import load, open_run_dataset
 from l2rec.training import Progress
 
 TRIED = [
-    Weights(weight, floor, repeat)
+    Weights(near, repeat)
     for repeat in (-8.0, 0.0, 2.0)
-    for weight, floor in [
-        (0.0, 1.0),
-        *itertools.product((0.3, 0.6, 1.2, 2.4, 4.8), (0.1, 0.2, 0.4, 0.8, 1.6)),
-    ]
+    for near in (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0)
 ]
 """The scores have deviation 1 for each user; a repeat of -8 is never recommended."""
 USERS = 10_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import numpy as np
@@ -402,27 +401,27 @@ VALID = np.array([[7, 3, 11, 2, 5, 1, 9, 4][i % 8] for i in range(len(HISTORIES)
 
 
 def calibrated(model: L2Rec) -> L2Rec:
-    """Counts taken of HISTORIES, with weights that a choice would not find by chance."""
+    """Counts taken of HISTORIES, with a weight that is not among those tried."""
     model.calibrate(HISTORIES, HISTORIES, VALID)
-    assert model.evidence is not None
-    model.evidence.copy_(torch.tensor([0.7, 0.3]))
+    assert model.near is not None
+    model.near.fill_(0.7)
     return model
 
 
 def literal_prior(model: L2Rec, history: list[int], everyone: list[list[int]]) -> Tensor:
     """repeat_bias and cooccurrence for one history, a pair at a time."""
-    assert model.evidence is not None and model.repeat is not None and model.together is not None
-    weight, floor = model.evidence.tolist()
+    assert model.near is not None and model.repeat is not None and model.together is not None
     rule, met = model.together, [0.0] * N
+    often = [(HISTORIES.values == item).sum() for item in range(N)]
     for k, item in enumerate(history[::-1][: rule.newest]):
-        often = math.sqrt((HISTORIES.values == item).sum())
         for row in everyone:
             for p, i in enumerate(row):
                 for q, j in enumerate(row):
                     distance = abs(p - q)
                     if i == item and 0 < distance <= rule.window:
-                        met[j] += rule.fade**k * rule.decay ** (distance - 1) / often
-    prior = [weight * math.log1p(m / floor) for m in met]
+                        weight = rule.fade**k * rule.decay ** (distance - 1)
+                        met[j] += weight / often[i] ** 0.5 / often[j] ** rule.rarity
+    prior = [float(model.near) * float(m) for m in met]
     for item in history:
         prior[item] = float(model.repeat.detach())
     return torch.tensor(prior)
@@ -470,19 +469,19 @@ def test_repeats_are_a_term_of_the_loss_and_counts_are_not() -> None:
     assert total == pytest.approx(np.mean(each), rel=1e-4)
 
 
-def test_weights_are_chosen_on_validation() -> None:
-    """Where the counts tell the target they weigh much, where they mislead nothing."""
+def test_the_weight_is_chosen_on_validation() -> None:
+    """Where the counts tell the target they weigh much, and never more than they are worth."""
     model = shaken(build(**PRIOR)).eval()
-    assert model.evidence is not None and model.evidence.tolist() == [0.0, 1.0]
+    assert model.near is not None and float(model.near) == 0.0
     rows = Ragged.from_rows([[i, (i + 1) % N] for i in range(N)] * 3)
     one = Ragged.from_rows([[i] for i in range(N)])
     model.calibrate(rows, one, np.array([(i + 1) % N for i in range(N)]))
-    assert model.evidence[0] > 1
+    assert float(model.near) > 1
     best = model.scorer()(one)
     apart = best.argmin(1).numpy()
     model.calibrate(rows, one, apart)
     scores = model.scorer()(one)
-    model.evidence.copy_(torch.tensor([8.0, 0.1]))
+    model.near.fill_(24.0)
     wanted = torch.from_numpy(apart)
     assert float(ndcg(scores, wanted)) >= float(ndcg(model.scorer()(one), wanted))
     plain = build(**TABLE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ def test_scores_are_as_written_down(table_run: Finished) -> None:
     own = model.scorer()(histories)
     met = together.recall(histories).toarray()
     scaled, counts, seen = blend._parts(model.scorer(), together)(histories)
-    for chosen in (Weights(0.5, 0.4, -8.0), Weights(0.0, 0.1, 2.0)):
+    for chosen in (Weights(0.5, -8.0), Weights(0.0, 2.0)):
         scores = scaled + chosen.added(counts, seen)
         for row, history in enumerate([[0, 1], [3]]):
             mean, spread = float(own[row].mean()), float(own[row].std())
@@ -39,7 +38,7 @@ def test_scores_are_as_written_down(table_run: Finished) -> None:
                 if item in history:
                     expected += chosen.repeat
                 else:
-                    expected += chosen.weight * math.log1p(met[row, item] / chosen.floor)
+                    expected += chosen.near * met[row, item]
                 assert float(scores[row, item]) == pytest.approx(expected, abs=1e-4)
 
 

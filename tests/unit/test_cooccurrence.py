@@ -14,7 +14,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose
 
 N = 9
-OPTIONS: dict[str, Any] = {"window": 3, "decay": 0.5, "newest": 2, "fade": 0.5}
+OPTIONS: dict[str, Any] = {"window": 3, "decay": 0.5, "newest": 2, "fade": 0.5, "rarity": 0.3}
 
 
 def counted(rows: list[list[int]]) -> CoOccurrence:
@@ -40,8 +40,9 @@ def literal_counts(rows: list[list[int]]) -> np.ndarray:
 
 
 def often(rows: list[list[int]]) -> np.ndarray:
-    """[N, 1] sqrt of how often each item occurs."""
-    return np.sqrt([[max(1, sum(row.count(i) for row in rows))] for i in range(N)])
+    """[N, N] what counts are divided by."""
+    n = np.array([max(1, sum(row.count(i) for row in rows)) for i in range(N)])
+    return n[:, None] ** 0.5 * n[None, :] ** OPTIONS["rarity"]
 
 
 def literal_recall(history: list[int], counts: np.ndarray) -> np.ndarray:
@@ -70,15 +71,15 @@ def test_nothing_is_recalled_before_anything_is_counted_or_for_an_item_that_came
     np.testing.assert_allclose(later[1][[1, 3]], [0.5, 0.5], rtol=1e-6)
 
 
-@pytest.mark.parametrize("weights", [Weights(0.7, 0.4, -3.0), Weights(0.0, 1.0), Weights(2.0, 0.1)])
+@pytest.mark.parametrize("weights", [Weights(0.7, -3.0), Weights(0.0), Weights(2.0)])
 def test_what_is_added(weights: Weights) -> None:
     met = torch.tensor([[0.0, 1.5, 0.2], [3.0, 0.0, 0.1]])
     seen = torch.tensor([[True, False, False], [False, False, True]])
     found = weights.added(met, seen)
     for row in range(2):
         for item in range(3):
-            expected = weights.weight * math.log1p(float(met[row, item]) / weights.floor)
-            expected = weights.repeat if seen[row, item] else expected
+            near = weights.near * float(met[row, item])
+            expected = weights.repeat if seen[row, item] else near
             assert float(found[row, item]) == pytest.approx(expected, abs=1e-6)
 
 
@@ -92,9 +93,11 @@ def test_the_best_weights_are_chosen(block: int, monkeypatch: pytest.MonkeyPatch
     own = torch.from_numpy(rng.normal(size=(users, N)))
     met = torch.from_numpy(rng.exponential(size=(users, N)))
     seen = torch.zeros(users, N, dtype=torch.bool)
+    seen[:, 0] = True
+    own[:, 0] = -9.0
     # What is sought stands out of both together, and is never in the history.
-    targets = (own + 2 * torch.log1p(met / 0.5)).argmax(1).numpy()
-    tried = [Weights(w, f) for w in (0.0, 2.0, 50.0) for f in (0.01, 0.5)]
+    targets = (own + 2 * met).argmax(1).numpy()
+    tried = [Weights(0.0), Weights(2.0), Weights(50.0), Weights(2.0, repeat=9.0)]
     at, told = iter(range(users)), []
 
     def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,4 +115,4 @@ def test_the_best_weights_are_chosen(block: int, monkeypatch: pytest.MonkeyPatch
             total += 1 / math.log2(1 + rank) if rank <= 10 else 0.0
         return total
 
-    assert best == max(tried, key=ndcg) == Weights(2.0, 0.5)
+    assert best == max(tried, key=ndcg) == Weights(2.0)

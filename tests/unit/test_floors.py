@@ -61,7 +61,7 @@ def test_nearby_items_fade_with_distance_and_age() -> None:
     near = torch.tensor([0.0, 3.0, 0.8, 0.8, 0.0]) / 3**0.5
     # Near 2, which occurs once: 1 beside it, 0 two away from it.
     older = torch.tensor([0.8, 1.0, 0.0, 0.0, 0.0])
-    expected = torch.stack((near, near + 0.85 * older, 0 * near, 0 * near)) + torch.tensor(ties)
+    expected = torch.stack((near, near + 0.8 * older, 0 * near, 0 * near)) + torch.tensor(ties)
     torch.testing.assert_close(scores, expected)
     with pytest.raises(DataError, match="outside the catalog"):
         floor.scorer()(Ragged.from_rows([[N_ITEMS]]))

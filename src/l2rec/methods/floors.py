@@ -108,7 +108,7 @@ class LastItemNeighbour:
 class NearbyItems:
     """How often, and how closely, each item was met near the newest items of the user.
 
-    The faded counts of `l2rec.methods.blocks.cooccurrence` at its defaults; equal counts, and all
+    The faded counts of `l2rec.methods.blocks.cooccurrence` ; equal counts, and all
     items that were never met, are ordered by popularity. ``counts``: [N] int64, training events.
     """
 
@@ -119,7 +119,7 @@ class NearbyItems:
     def from_sequences(cls, train: Ragged, n_items: int) -> NearbyItems:
         """Count the pairs of ``train``, item ints below ``n_items``; else ``DataError``."""
         counts = _event_counts(train, n_items)
-        together = CoOccurrence(n_items)
+        together = CoOccurrence(n_items, rarity=0.0)  # nothing else here knows what is popular
         together.count(train)
         return cls(together, counts)
 

@@ -30,9 +30,9 @@ Deviations from the paper are named options, off by default:
 - ``view_loss``: each view is also trained on the recommendation loss alone.
 - ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
 - ``repeat_bias``: a learned scalar is added to r_{u,i} of every item of the user's history.
-- ``cooccurrence``: w log(1 + m_{u,i} / f) is added to r_{u,i} of every other item, with m the
-  counts of what was met near the user's newest items (`l2rec.methods.blocks.cooccurrence`). The
-  views are trained without it; w and f are chosen by NDCG@10 before each validation.
+- ``cooccurrence``: w m_{u,i} is added to r_{u,i} of every other item, with m the counts of what was
+  met near the user's newest items (`l2rec.methods.blocks.cooccurrence`). The views are trained
+  without it; w is chosen by NDCG@10 before each validation.
 
 With one of the last two, scores are no longer inner products of the embeddings alone.
 """
@@ -83,12 +83,10 @@ Kept = TypeVar("Kept")
 # fresh pages cost more than the arithmetic.
 ENCODED_ROWS, ENCODED_TOKENS = 512, 4096
 ALL = slice(None)
-WEIGHTS = [Weights(0.0, 1.0)] + [
-    Weights(weight, floor) for weight in (0.5, 1, 2, 3, 5, 8) for floor in (0.1, 0.2, 0.4, 0.8, 1.6)
-]
-"""w and f of ``cooccurrence`` that are tried."""
+WEIGHTS = [Weights(w) for w in (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0)]
+"""w of ``cooccurrence`` that are tried."""
 CALIBRATED = 2000
-"""Validation users that they are tried on, drawn evenly from all."""
+"""Validation users that they are tried on, at most, drawn evenly from all."""
 REPEAT_LR = 0.1
 """Of a scalar that must go far: repeats may be worth minus five, or plus five."""
 
@@ -271,9 +269,8 @@ class L2Rec(nn.Module):
         self.skip = nn.Parameter(torch.tensor(1.0), requires_grad=config.last_item_skip)
         self.repeat = nn.Parameter(torch.tensor(0.0)) if config.repeat_bias else None
         self.together = CoOccurrence(len(catalog)) if config.cooccurrence else None
-        self.evidence: Tensor | None  # w, f
-        start = torch.tensor([WEIGHTS[0].weight, WEIGHTS[0].floor])
-        self.register_buffer("evidence", start if config.cooccurrence else None)
+        self.near: Tensor | None  # w
+        self.register_buffer("near", torch.tensor(0.0) if config.cooccurrence else None)
         self.table: TextTable | None = None
         self.item_vectors: Tensor
         self._set_catalog(catalog.require_texts("L2Rec"))
@@ -817,8 +814,8 @@ class L2Rec(nn.Module):
         vectors, [B, N] float32; None without them.
         """
         added = self._repeats(histories, histories.offsets[1:] - 1)
-        if self.evidence is not None:
-            near = Weights(*self.evidence.tolist()).added(*self._met(histories))
+        if self.near is not None:
+            near = Weights(float(self.near)).added(*self._met(histories))
             added = near if added is None else added + near
         return None if added is None else added * self.temperature
 
@@ -838,14 +835,14 @@ class L2Rec(nn.Module):
     def calibrate(
         self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
     ) -> None:
-        """Choose w and f of ``cooccurrence`` for the views as they are now.
+        """Choose w of ``cooccurrence`` for the views as they are now.
 
         sequences: what is counted. histories, targets: of validation.
         """
-        if self.together is None or self.evidence is None:
+        if self.together is None or self.near is None:
             return
         self.together.count(sequences)
-        self.evidence.copy_(torch.tensor([0.0, 1.0]))
+        self.near.fill_(0.0)
         score = self.scorer()
         some = np.unique(np.linspace(0, len(targets) - 1, CALIBRATED).astype(np.int64))
         best = choose(
@@ -855,4 +852,4 @@ class L2Rec(nn.Module):
             targets[some],
             WEIGHTS,
         )
-        self.evidence.copy_(torch.tensor([best.weight, best.floor]))
+        self.near.fill_(best.near)

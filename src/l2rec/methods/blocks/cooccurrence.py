@@ -1,7 +1,8 @@
 """Which items are bought near each other: counts of pairs in training sequences.
 
     C[i, j]   = sum over pairs (i at p, j at p + d), 0 < |d| <= window, of decay^(|d| - 1),
-                divided by the square root of how often i occurs: what is rare says more
+                divided by n_i^(1/2) n_j^rarity, with n how often each occurs: what is rare says
+                more, of j too where something else knows already what is popular
     m[u, j]   = sum over the ``newest`` items i of u's history, k = 0 the newest, of fade^k C[i, j]
 
 Before and after count alike: in logs of purchases the order within a day says little.
@@ -52,11 +53,12 @@ class CoOccurrence(nn.Module):
         window: int = 10,
         decay: float = 0.8,
         newest: int = 10,
-        fade: float = 0.85,
+        fade: float = 0.8,
+        rarity: float = 0.25,
     ) -> None:
         super().__init__()
         self.n_items, self.newest, self.fade = n_items, newest, fade
-        self.window, self.decay = window, decay
+        self.window, self.decay, self.rarity = window, decay, rarity
         self.register_buffer("offsets", torch.zeros(n_items + 1, dtype=torch.int64))
         self.register_buffer("items", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("weights", torch.zeros(0))
@@ -75,14 +77,15 @@ class CoOccurrence(nn.Module):
     def _pairs(self, rows: Ragged) -> Sparse:
         """C of every pair within the window, both directions."""
         values, lengths = np.asarray(rows.values, dtype=np.int64), rows.lengths
-        scale = 1 / np.sqrt(np.maximum(np.bincount(values, minlength=self.n_items), 1))
+        often = np.maximum(np.bincount(values, minlength=self.n_items), 1).astype(np.float64)
+        near, far = often**-0.5, often**-self.rarity
         place = np.arange(len(values)) - np.repeat(rows.offsets[:-1], lengths)
         parts = []
         for distance in range(1, self.window + 1):
             later = np.flatnonzero(place >= distance)
             a, b = values[later - distance], values[later]
             weight = self.decay ** (distance - 1)
-            parts += [(a, b, weight * scale[a]), (b, a, weight * scale[b])]
+            parts += [(a, b, weight * near[a] * far[b]), (b, a, weight * near[b] * far[a])]
         first, second, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
         return _csr(weights, first, second, (self.n_items, self.n_items))
 
@@ -110,16 +113,14 @@ class CoOccurrence(nn.Module):
 
 @dataclass(frozen=True)
 class Weights:
-    """weight: w of the counts. floor: f. repeat: rho of what is in the history already."""
+    """near: w of what was met near the history. repeat: rho of what is in it."""
 
-    weight: float
-    floor: float
+    near: float
     repeat: float = 0.0
 
     def added(self, met: Tensor, seen: Tensor) -> Tensor:
-        """w log(1 + m / f) outside of the history and rho within it, for m and bool [B, N]."""
-        near = self.weight * torch.log1p(met / self.floor) if self.weight else torch.zeros_like(met)
-        return near.masked_fill_(seen, self.repeat)
+        """w m outside of the history and rho within it, for m and bool [B, N]."""
+        return (self.near * met).masked_fill_(seen, self.repeat)
 
 
 def choose(
