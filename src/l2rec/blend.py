@@ -25,12 +25,11 @@ from torch import Tensor
 
 from l2rec.checkpoint import read_json, write_json
 from l2rec.data.ragged import IntArray, Ragged
-from l2rec.data.splits import leave_one_out
 from l2rec.errors import CheckpointError
 from l2rec.evaluation import Evaluation, evaluate, write_ranks
 from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose
 from l2rec.methods.protocols import Scorer
-from l2rec.runs import load, open_run_dataset
+from l2rec.runs import load, load_run_config, open_run_dataset, training_split
 from l2rec.training import Progress
 
 TRIED = [
@@ -58,7 +57,7 @@ def blend_run(
     dataset = open_run_dataset(run, data)
     report = read_json(run / "report.json")
     model: Any = load(run).model
-    split = leave_one_out(dataset.sequences)
+    split = training_split(load_run_config(run)[0], dataset)
     together = CoOccurrence(dataset.n_items)
     together.count(split.train)
     started = time.monotonic()

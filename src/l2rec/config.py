@@ -62,6 +62,8 @@ class TrainingConfig(_Closed):
     """Stop after so many optimiser steps, whatever ``epochs`` says."""
     max_minutes: float | None = Field(None, gt=0)
     """Stop the run after so much training time (resumed parts summed), with a last validation."""
+    user_share: float = Field(1.0, gt=0, le=1)
+    """Share of the users that is trained on, drawn by the seed; everybody is evaluated."""
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)

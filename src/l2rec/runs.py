@@ -56,7 +56,7 @@ from l2rec.config import RunConfig, method_class, resolve
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import Ragged
-from l2rec.data.splits import Split, leave_one_out
+from l2rec.data.splits import Split, leave_one_out, with_fewer_users
 from l2rec.diagnostics import expert_load, gate_histogram
 from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
 from l2rec.evaluation import Evaluation, evaluate, paired_test, top_k, write_ranks
@@ -210,7 +210,7 @@ def _fit(
         f"data {dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
         f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
     )
-    split = leave_one_out(dataset.sequences)
+    split = training_split(config, dataset)
     if not len(split.users):
         raise DataError(
             f"{dataset.path}: no user has three events: one to learn from, two to be tested on"
@@ -245,6 +245,12 @@ def _fit(
         f"stopped ({result.stopped}) after {result.steps} steps; best step {result.best_step}"
     )
     return _Fitted(split, backbone, model, trained, result)
+
+
+def training_split(config: RunConfig, dataset: Dataset) -> Split:
+    """Leave-one-out, trained on as many users as the run says."""
+    split, share = leave_one_out(dataset.sequences), config.training.user_share
+    return split if share == 1 else with_fewer_users(split, share, config.seed)
 
 
 def _all_vectors(model: Any) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from l2rec.blend import blend_run
 from l2rec.checkpoint import read_json
 from l2rec.compare import compare_runs
 from l2rec.data.ragged import Ragged
+from l2rec.data.splits import Split
 from l2rec.errors import CheckpointError
 from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights
 from l2rec.runs import load
@@ -64,15 +67,13 @@ def test_the_test_split_chooses_nothing(
 ) -> None:
     """Whatever test targets are, the same blend is chosen."""
     first = blend_run(table_run.run, tmp_path / "a", progress=Quiet())
-    split = blend.leave_one_out
+    split = blend.training_split
 
-    def other(sequences: Ragged) -> blend.Split:
-        from dataclasses import replace
-
-        made = split(sequences)
+    def other(*of: Any) -> Split:
+        made = split(*of)
         return replace(made, test_targets=np.zeros_like(made.test_targets))
 
-    monkeypatch.setattr(blend, "leave_one_out", other)
+    monkeypatch.setattr(blend, "training_split", other)
     second = blend_run(table_run.run, tmp_path / "b", progress=Quiet())
     assert first["blend"] == second["blend"]
     assert first["scores"]["L2Rec + nearby items"] != second["scores"]["L2Rec + nearby items"]

@@ -292,6 +292,26 @@ def test_nobody_to_evaluate(backbone_folder: Path, tmp_path: Path) -> None:
         train_run(config, data.path, tmp_path / "run", progress=Quiet())
 
 
+def test_a_share_of_the_users_is_trained_on(
+    backbone_folder: Path, chains: Dataset, tmp_path: Path
+) -> None:
+    config = tiny_run.config(backbone_folder, user_share=0.25, epochs=1)
+    split = runs.training_split(config, chains)
+    assert len(split.train) == round(0.25 * chains.n_users)
+    report = train_run(config, chains.path, tmp_path / "run", progress=Quiet())
+    whole = train_run(
+        tiny_run.config(backbone_folder, epochs=1),
+        chains.path,
+        tmp_path / "whole",
+        progress=Quiet(),
+    )
+    ranks = [read_ranks(tmp_path / name / "ranks.parquet") for name in ("run", "whole")]
+    assert len(ranks[0].users) == len(ranks[1].users) == len(split.users)
+    assert report["steps"] < whole["steps"]
+    # The floors know no more than the method.
+    assert report["scores"]["popularity"] != whole["scores"]["popularity"]
+
+
 # -- fine-tuning ---------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
-from l2rec.data.splits import global_time, leave_one_out
+from l2rec.data.splits import global_time, leave_one_out, with_fewer_users
 from l2rec.errors import DataError
 
 ROWS = st.lists(st.lists(st.integers(0, 9), max_size=7), max_size=8)
@@ -32,6 +32,20 @@ def test_leave_one_out_equals_the_loop(rows: list[list[int]]) -> None:
     assert split.valid_targets.tolist() == [rows[u][-2] for u in users]
     assert rows_of(split.test_histories) == [rows[u][:-1] for u in users]
     assert split.test_targets.tolist() == [rows[u][-1] for u in users]
+
+
+@given(ROWS, st.floats(0.01, 1.0), st.integers(0, 99))
+def test_fewer_users_are_trained_on_and_all_evaluated(
+    rows: list[list[int]], share: float, seed: int
+) -> None:
+    split = leave_one_out(Ragged.from_rows(rows))
+    fewer = with_fewer_users(split, share, seed)
+    kept, every = rows_of(fewer.train), rows_of(split.train)
+    assert len(kept) == min(len(rows), max(1, round(share * len(rows))))
+    rest = iter(every)
+    assert all(row in rest for row in kept), "rows of the split, in their order"
+    assert fewer.users is split.users and fewer.test_histories is split.test_histories
+    assert rows_of(with_fewer_users(split, share, seed).train) == kept
 
 
 def test_dtypes_are_those_promised() -> None:

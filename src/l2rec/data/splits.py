@@ -11,9 +11,9 @@ Users with fewer events are trained on whole and never evaluated.
 
 from __future__ import annotations
 
-__all__ = ["Split", "global_time", "leave_one_out"]
+__all__ = ["Split", "global_time", "leave_one_out", "with_fewer_users"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,16 @@ def leave_one_out(sequences: Ragged) -> Split:
         test_histories=_heads(sequences, _spread(evaluated - 1, users, len(lengths)), users),
         test_targets=sequences.values[ends - 1].astype(np.int32),
     )
+
+
+def with_fewer_users(split: Split, share: float, seed: int) -> Split:
+    """Trained on a share of the users, drawn at random; everybody is evaluated as before.
+
+    Rows of ``train`` are no longer aligned with user ints.
+    """
+    users = len(split.train)
+    drawn = np.random.default_rng(seed).permutation(users)[: max(1, round(share * users))]
+    return replace(split, train=split.train.take(np.sort(drawn)))
 
 
 def global_time(dataset: Dataset, valid_from: float, test_from: float) -> Split:
