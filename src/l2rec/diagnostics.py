@@ -20,7 +20,8 @@ def expert_load(model: Any, histories: Ragged) -> dict[str, Any]:
     ``{"matrices": [names], "experts": {view: [[share of expert 0, ...] per matrix]}}``; empty for
     a model without routers.
     """
-    if not len(histories) or not getattr(model.config, "adapt", False):
+    routed = getattr(model.config, "adapt", False) and model.linears
+    if not len(histories) or not routed:
         return {}
     was_training = model.training
     model.eval()

@@ -109,6 +109,7 @@ OPTIONS: list[dict[str, Any]] = [
     TABLE | {"views": ("behavioral",), "last_item_skip": True},
     TABLE | {"views": ("semantic",), "personalized_router": False},
     TABLE | {"text_dropout": 0.3},
+    TABLE | {"matrices": ()},
     TABLE | {"repeat_bias": True},
     TABLE | {"repeat_bias": True, "view_loss": 0.5},
 ]
@@ -129,7 +130,7 @@ def test_loss_and_gradients(family: str, options: dict[str, Any]) -> None:
     assert losses.tokens > 0 and losses.computed_tokens >= losses.tokens
     both = len(model.config.views) == 2
     expected = {"rec"} | ({"bpc"} if both and model.config.bpc else set())
-    expected |= {"balance"} if model.config.balance else set()
+    expected |= {"balance"} if model.config.balance and model.config.matrices else set()
     expected |= {"behavioral", "semantic"} if both and model.config.view_loss else set()
     assert set(losses.parts) == expected
     weights = {"rec": 1, "bpc": model.config.bpc, "balance": model.config.balance}

@@ -117,6 +117,7 @@ class L2RecConfig(BaseModel):
     adapt: bool = True
     """False: the frozen backbone alone, no experts, no projections, no training ("w/o Adapt")."""
     matrices: tuple[str, ...] = ("q", "v")
+    """None: the backbone is as it was, and what stands around it is trained."""
     shared_experts: int = Field(1, ge=0)
     view_experts: int = Field(8, ge=1)
     top_n: int = Field(2, ge=1)
@@ -283,7 +284,7 @@ class L2Rec(nn.Module):
         """Modules that the ablations switch off: they are not trained and not counted."""
         if not self.config.adapt:
             return [self]
-        off: list[nn.Module] = []
+        off: list[nn.Module] = [] if self.linears else [self.experts]
         if "semantic" not in self.config.views:
             off += [self.fusion.project_semantic, self.fusion.gate]
         if "behavioral" not in self.config.views:
@@ -500,7 +501,7 @@ class L2Rec(nn.Module):
             start = group.stop
         packing = Packing(tuple(groups), torch.cat(positions))
         packed = torch.cat([part.x.to(self.backbone.dtype) for part in inputs])
-        if self.config.adapt:
+        if self.config.adapt and self.linears:
             with self.experts.routed(slices) as routing:
                 states = self.backbone(packed, packing)
         else:

@@ -397,7 +397,7 @@ async def live(request: Request) -> State:
         index=None if version.index is None else version.index.kind,
         can=Can(
             gate=len(getattr(config, "views", ())) > 1 and hasattr(model, "user_states"),
-            experts=hasattr(model, "experts") and bool(getattr(config, "adapt", False)),
+            experts=bool(getattr(config, "adapt", False) and model.linears),
             neighbours=version.matrix is not None,
         ),
         experiment=None
