@@ -27,16 +27,12 @@ from l2rec.checkpoint import read_json, write_json
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.errors import CheckpointError
 from l2rec.evaluation import Evaluation, evaluate, write_ranks
-from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose
+from l2rec.methods.blocks.cooccurrence import NEAR, CoOccurrence, Weights, choose
 from l2rec.methods.protocols import Scorer
 from l2rec.runs import load, load_run_config, open_run_dataset, training_split
 from l2rec.training import Progress
 
-TRIED = [
-    Weights(near, repeat)
-    for repeat in (-8.0, 0.0, 2.0)
-    for near in (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0)
-]
+TRIED = [Weights(near, repeat) for repeat in (-8.0, 0.0, 2.0) for near in NEAR]
 """The scores have deviation 1 for each user; a repeat of -8 is never recommended."""
 USERS = 10_000
 """Validation users that weights are chosen on, drawn evenly from all."""

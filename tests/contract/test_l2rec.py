@@ -482,7 +482,7 @@ def test_the_weight_is_chosen_on_validation() -> None:
     apart = best.argmin(1).numpy()
     model.calibrate(rows, one, apart)
     scores = model.scorer()(one)
-    model.near.fill_(24.0)
+    model.near.fill_(256.0)
     wanted = torch.from_numpy(apart)
     assert float(ndcg(scores, wanted)) >= float(ndcg(model.scorer()(one), wanted))
     plain = build(**TABLE)

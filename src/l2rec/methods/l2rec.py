@@ -63,7 +63,7 @@ from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
 from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
 from l2rec.fusion import AdaptiveFusion
-from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose
+from l2rec.methods.blocks.cooccurrence import NEAR, CoOccurrence, Weights, choose
 from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
 from l2rec.methods.blocks.text_table import TextTable
 from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
@@ -83,10 +83,8 @@ Kept = TypeVar("Kept")
 # fresh pages cost more than the arithmetic.
 ENCODED_ROWS, ENCODED_TOKENS = 512, 4096
 ALL = slice(None)
-WEIGHTS = [Weights(w) for w in (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0)]
-"""w of ``cooccurrence`` that are tried."""
 CALIBRATED = 2000
-"""Validation users that they are tried on, at most, drawn evenly from all."""
+"""Validation users that w of ``cooccurrence`` is chosen on, at most, drawn evenly from all."""
 REPEAT_LR = 0.1
 """Of a scalar that must go far: repeats may be worth minus five, or plus five."""
 
@@ -851,6 +849,6 @@ class L2Rec(nn.Module):
             self.n_items,
             histories.take(some),
             targets[some],
-            WEIGHTS,
+            [Weights(near) for near in NEAR],
         )
         self.near.fill_(best.near)

@@ -17,7 +17,7 @@ Rows of sparse matrices throughout; nothing of size N x N or P x N is made dense
 
 from __future__ import annotations
 
-__all__ = ["CoOccurrence", "Weights", "choose"]
+__all__ = ["NEAR", "CoOccurrence", "Weights", "choose"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +34,8 @@ from l2rec.metrics import expected_ranks, rank_values
 Sparse = Any
 """scipy.sparse.csr_array; scipy is slow to import and only needed here."""
 Floats = npt.NDArray[np.float64]
+NEAR = (0.0, *(2.0 ** (k / 2) for k in range(-2, 17)))
+"""w to choose from, up to 256: m is smaller where items occur more often."""
 BLOCK_SCORES = 1 << 20
 """Scores that `choose` makes at once."""
 
