@@ -6,8 +6,8 @@
 
 With ``--items`` the rows are those of `l2rec embed`; where more are wanted than it has, more are
 made around them (cosine about 0.9), as a catalog has variants of its articles. Random vectors have
-no neighbours at all, and are the worst an approximate index can meet. ``EXACT_ROWS`` and
-``FLAT_ROWS`` of `l2rec.index` come from here.
+no neighbours at all, and are the worst an approximate index can meet. ``EXACT_ROWS`` of
+`l2rec.index` comes from here.
 """
 
 from __future__ import annotations
