@@ -446,7 +446,11 @@ def embed(
     users: Annotated[bool, typer.Option(help="Also the users of the data set.")] = True,
     data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
 ) -> None:
-    """Write item and user vectors as Parquet: id, vector, version. Scores are inner products."""
+    """Write item and user vectors as Parquet: id, vector, version. Scores are inner products.
+
+    Of a run with repeat_bias or cooccurrence, they are a part of its scores: l2rec serve adds the
+    rest.
+    """
     from l2rec.console import Console
     from l2rec.runs import embed_run
 
