@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+import time
 from pathlib import Path
 from typing import Any
 
@@ -576,6 +577,7 @@ def test_tensorboard_holds_no_step_twice(tmp_run: Path) -> None:
 
     with pytest.raises(Crash):
         fit(tmp_run, Toy(on_loss=crash_at(8)), checkpoint_minutes=60)
+    time.sleep(1.1)  # TensorBoard orders files by the second in which they were begun
     fit(tmp_run, resume=True, checkpoint_minutes=60)
     events = EventAccumulator(str(tmp_run / "tensorboard")).Reload()
     steps = [e.step for e in events.Scalars("train/loss")]
