@@ -7,8 +7,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
