@@ -15,18 +15,16 @@ __all__ = ["blend_run"]
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from l2rec.checkpoint import read_json, write_json
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.errors import CheckpointError
-from l2rec.evaluation import Evaluation, evaluate, write_ranks
+from l2rec.evaluation import Evaluation, evaluate_each, write_ranks
 from l2rec.methods.blocks.cooccurrence import NEAR, CoOccurrence, Weights, choose
 from l2rec.methods.protocols import Scorer
 from l2rec.runs import load, load_run_config, open_run_dataset, training_split
@@ -35,7 +33,7 @@ from l2rec.training import Progress
 TRIED = [Weights(near, repeat) for repeat in (-8.0, 0.0, 2.0) for near in NEAR]
 """The scores have deviation 1 for each user; a repeat of -8 is never recommended."""
 USERS = 10_000
-"""Validation users that weights are chosen on, drawn evenly from all."""
+"""Validation users that weights are chosen on, at most, drawn evenly from all."""
 
 
 def blend_run(
@@ -58,16 +56,16 @@ def blend_run(
     together.count(split.train)
     started = time.monotonic()
     parts = _parts(model.scorer(), together)
-    some = np.unique(np.linspace(0, len(split.users) - 1, USERS).astype(np.int64))
     best = choose(
         parts,
         together.n_items,
-        split.valid_histories.take(some),
-        split.valid_targets[some],
+        split.valid_histories,
+        split.valid_targets,
         TRIED,
-        progress=lambda done: progress.validating(done, len(some)),
+        USERS,
+        progress.validating,
     )
-    progress.line(f"chosen on {len(some):,} validation users: {best}")
+    progress.line(f"chosen on {min(USERS, len(split.users)):,} validation users: {best}")
     chosen = time.monotonic() - started
 
     def blended(histories: Ragged) -> Tensor:
@@ -75,13 +73,15 @@ def blend_run(
         return own + best.added(met, seen)
 
     def ranked(histories: Ragged, targets: IntArray) -> Evaluation:
-        return evaluate(
-            _Scored(blended, together.n_items),
+        found = evaluate_each(
+            together.n_items,
+            {"blend": lambda: blended},
             histories,
             targets,
             users=split.users,
             progress=lambda done: progress.validating(done, len(targets)),
         )
+        return found["blend"]
 
     valid = ranked(split.valid_histories, split.valid_targets)
     evaluation = ranked(split.test_histories, split.test_targets)
@@ -106,17 +106,6 @@ def blend_run(
     return report
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A scorer as the evaluator takes it."""
-
-    score: Scorer
-    n_items: int
-
-    def scorer(self) -> Scorer:
-        return self.score
-
-
 def _parts(
     scorer: Scorer, together: CoOccurrence
 ) -> Callable[[Ragged], tuple[Tensor, Tensor, Tensor]]:
@@ -128,10 +117,7 @@ def _parts(
         scores = scorer(histories).float()
         spread = scores.std(1, keepdim=True).clamp(min=1e-12)
         own = (scores - scores.mean(1, keepdim=True)) / spread
-        met = torch.from_numpy(together.recall(histories).toarray()).to(own)
-        seen = torch.zeros(own.shape, dtype=torch.bool)
-        rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths))
-        seen[rows, torch.from_numpy(histories.values.astype(np.int64))] = True
-        return own, met, seen.to(own.device)
+        met, seen = together.dense(histories, together.n_items)
+        return own, met.to(own), seen.to(own.device)
 
     return parts

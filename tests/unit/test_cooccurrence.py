@@ -104,8 +104,10 @@ def test_the_best_weights_are_chosen(block: int, monkeypatch: pytest.MonkeyPatch
         some = [next(at) for _ in range(len(rows))]
         return own[some], met[some], seen[some]
 
-    best = choose(parts, N, histories, targets, tried, told.append)
-    assert told[-1] == users
+    best = choose(
+        parts, N, histories, targets, tried, users, lambda done, total: told.append((done, total))
+    )
+    assert told[-1] == (users, users)
 
     def ndcg(weights: Weights) -> float:
         total = 0.0

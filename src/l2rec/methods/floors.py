@@ -108,8 +108,8 @@ class LastItemNeighbour:
 class NearbyItems:
     """How often, and how closely, each item was met near the newest items of the user.
 
-    The faded counts of `l2rec.methods.blocks.cooccurrence` ; equal counts, and all
-    items that were never met, are ordered by popularity. ``counts``: [N] int64, training events.
+    The faded counts of `l2rec.methods.blocks.cooccurrence`; equal counts, and all items that
+    were never met, are ordered by popularity. ``counts``: [N] int64, training events.
     """
 
     together: CoOccurrence

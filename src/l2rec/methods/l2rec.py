@@ -677,21 +677,15 @@ class L2Rec(nn.Module):
             computed_tokens=computed,
         )
 
-    def _seen(
-        self, histories: Ragged, ends: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(row, item) of every item of every prefix, once: prefixes up to ``ends`` [P]."""
-        starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
-        counts = ends - starts + 1
-        row = np.repeat(np.arange(len(ends)), counts)
-        cells = np.unique(row * self.n_items + histories.values[flat_index(starts, counts)])
-        return divmod(cells, self.n_items)
-
     def _repeats(self, histories: Ragged, ends: npt.NDArray[np.int64]) -> Tensor | None:
         """What ``repeat_bias`` adds to r of Eq. 8 [P, N], for prefixes up to ``ends`` [P]."""
         if self.repeat is None:
             return None
-        rows, items = self._seen(histories, ends)
+        starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
+        counts = ends - starts + 1
+        rows = np.repeat(np.arange(len(ends)), counts)
+        cells = np.unique(rows * self.n_items + histories.values[flat_index(starts, counts)])
+        rows, items = divmod(cells, self.n_items)
         nothing = torch.zeros(len(ends), self.n_items, device=self.backbone.device)
         return nothing.index_put((self._on_device(rows), self._on_device(items)), self.repeat)
 
@@ -814,21 +808,10 @@ class L2Rec(nn.Module):
         """
         added = self._repeats(histories, histories.offsets[1:] - 1)
         if self.near is not None:
-            near = Weights(float(self.near)).added(*self._met(histories))
+            assert self.together is not None
+            near = Weights(float(self.near)).added(*self.together.dense(histories, self.n_items))
             added = near if added is None else added + near
         return None if added is None else added * self.temperature
-
-    def _met(self, histories: Ragged) -> tuple[Tensor, Tensor]:
-        """[B, N] each: m, and what is in the history."""
-        assert self.together is not None
-        met = torch.zeros(len(histories), self.n_items, device=self.backbone.device)
-        seen = torch.zeros_like(met, dtype=torch.bool)
-        found = self.together.recall(histories).tocoo()
-        rows, items = self._on_device(found.row), self._on_device(found.col)
-        met[rows, items] = torch.from_numpy(found.data).to(met)
-        rows, items = map(self._on_device, self._seen(histories, histories.offsets[1:] - 1))
-        seen[rows, items] = True
-        return met, seen
 
     @torch.no_grad()  # not inference mode: what is counted here is loaded into later
     def calibrate(
@@ -840,15 +823,16 @@ class L2Rec(nn.Module):
         """
         if self.together is None or self.near is None:
             return
-        self.together.count(sequences)
-        self.near.fill_(0.0)
-        score = self.scorer()
-        some = np.unique(np.linspace(0, len(targets) - 1, CALIBRATED).astype(np.int64))
-        best = choose(
-            lambda rows: (score(rows), *self._met(rows)),
-            self.n_items,
-            histories.take(some),
-            targets[some],
-            [Weights(near) for near in NEAR],
-        )
+        together = self.together
+        together.count(sequences)
+        vectors = self.encode_items(np.arange(self.n_items, dtype=np.int32))
+
+        def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+            own = self.encode_users(rows) @ vectors.T / self.temperature
+            repeats = self._repeats(rows, rows.offsets[1:] - 1)
+            own = own if repeats is None else own + repeats
+            return own, *together.dense(rows, self.n_items)
+
+        tried = [Weights(near) for near in NEAR]
+        best = choose(parts, self.n_items, histories, targets, tried, CALIBRATED)
         self.near.fill_(best.near)

@@ -112,6 +112,17 @@ class CoOccurrence(nn.Module):
         rows, items, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
         return _csr(weights, rows, items, (len(histories), self.n_items)) @ self.counts()
 
+    def dense(self, histories: Ragged, n_items: int) -> tuple[Tensor, Tensor]:
+        """m float32 and what is in the history, bool: [B, n_items] each; n_items N or more."""
+        device = self.offsets.device
+        met = torch.zeros(len(histories), n_items, device=device)
+        met[:, : self.n_items] = torch.from_numpy(self.recall(histories).toarray()).to(met)
+        seen = torch.zeros(met.shape, dtype=torch.bool, device=device)
+        rows = np.repeat(np.arange(len(histories)), histories.lengths)
+        items = histories.values.astype(np.int64)
+        seen[torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)] = True
+        return met, seen
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -131,22 +142,25 @@ def choose(
     histories: Ragged,
     targets: IntArray,
     tried: Sequence[Weights],
-    progress: Callable[[int], None] = lambda done: None,
+    most: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Weights:
     """The weights with the best mean NDCG@10; of equals the first.
 
-    parts: histories -> scores without the counts, m, what is in the history, [B, N] each.
+    parts: histories -> scores without the counts, m, what is in the history, [B, N] each. most:
+    histories that are looked at, at most, drawn evenly from all. progress: is told (done, of).
     """
+    some = np.unique(np.linspace(0, len(histories) - 1, most).astype(np.int64))
     totals = np.zeros(len(tried))
     size = max(1, BLOCK_SCORES // n_items)
-    for start in range(0, len(histories), size):
-        rows = np.arange(start, min(start + size, len(histories)))
+    for start in range(0, len(some), size):
+        rows = some[start : start + size]
         own, met, seen = parts(histories.take(rows))
         wanted = torch.from_numpy(targets[rows].astype(np.int64))
         for number, weights in enumerate(tried):
             ranks = expected_ranks(own + weights.added(met, seen), wanted).numpy()
             totals[number] += rank_values(ranks, "ndcg@10").sum()
-        progress(int(rows[-1]) + 1)
+        progress(start + len(rows), len(some))
     return tried[int(totals.argmax())]
 
 
