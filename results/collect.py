@@ -4,16 +4,18 @@
     python results/collect.py                             write the tables again from what is here
     l2rec compare results/scientific/* --data DATA        test them against each other
 
-NAME is <data set>/<recipe>. The README gets one table for each data set, results/README.md also how
-every run was made. Only the recipe, scores, counts and ranks are kept: nothing of the data set, no
-texts, no ids. Ranks are in the order of the data set's test users, which only those who have the
-data can name.
+NAME is <data set>/<recipe>, and <data set>/<recipe>-s1, -s2 ... for its other seeds, which are one
+row of means. The README gets one table for each data set, results/README.md also how every run was
+made. Only the recipe, scores, counts and ranks are kept: nothing of the data set, no texts, no ids.
+Ranks are in the order of the data set's test users, which only those who have the data can name.
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pyarrow as pa
@@ -81,22 +83,35 @@ def table(runs: dict[str, Report]) -> str:
         f"**{data['name']}**, {data['users']:,} users, {data['items']:,} items, "
         f"{data['events']:,} events, fingerprint `{data['fingerprint']}`, test:",
         "",
-        f"| | {head} | training, min |",
-        "|---|" + "---:|" * (len(COLUMNS) + 1),
+        f"| | seeds | {head} | training, min |",
+        "|---|" + "---:|" * (len(COLUMNS) + 2),
     ]
 
-    def line(name: str, scores: dict[str, float], minutes: str) -> str:
-        return f"| {name} | " + " | ".join(f"{scores[c]:.4f}" for c in COLUMNS) + f" | {minutes} |"
+    def line(name: str, seeds: str, scores: dict[str, float], minutes: str) -> str:
+        values = " | ".join(f"{scores[c]:.4f}" for c in COLUMNS)
+        return f"| {name} | {seeds} | {values} | {minutes} |"
 
-    for name, report in runs.items():
-        minutes = f"{report['training_seconds'] / 60:.0f}"
-        lines.append(line(f"`{name}`{' †' * cut(report)}", own(report), minutes))
+    rows = []
+    for name, seeds in of_recipes(runs).items():
+        scores = {c: mean(own(report)[c] for report in seeds) for c in COLUMNS}
+        minutes = f"{mean(report['training_seconds'] for report in seeds) / 60:.0f}"
+        label = f"`{name}`{' †' * any(map(cut, seeds))}"
+        rows.append((scores["ndcg@10"], line(label, str(len(seeds)), scores, minutes)))
+    lines += [row for _, row in sorted(rows, reverse=True)]
     # Reports from before a floor was known lack it; it is the same in all that have it.
     known = {n: r["scores"][n] for r in reports for n in FLOORS if n in r["scores"]}
-    lines += [line(name, known[name], "") for name in FLOORS if name in known]
+    lines += [line(name, "–", known[name], "") for name in FLOORS if name in known]
     if any(map(cut, reports)):
         lines += ["", "† cut by its time budget while it still got better"]
     return "\n".join(lines)
+
+
+def of_recipes(runs: dict[str, Report]) -> dict[str, list[Report]]:
+    """Reports of all seeds by the name without its seed."""
+    found: dict[str, list[Report]] = {}
+    for name, report in runs.items():
+        found.setdefault(re.sub(r"-s\d+$", "", name), []).append(report)
+    return found
 
 
 def cut(report: Report) -> bool:
