@@ -806,12 +806,16 @@ class L2Rec(nn.Module):
         """What ``repeat_bias`` and ``cooccurrence`` add to the inner products of user and item
         vectors, [B, N] float32; None without them.
         """
-        added = self._repeats(histories, histories.offsets[1:] - 1)
-        if self.near is not None:
-            assert self.together is not None
-            near = Weights(float(self.near)).added(*self.together.dense(histories, self.n_items))
-            added = near if added is None else added + near
+        if self.together is None or self.near is None:
+            added = self._repeats(histories, histories.offsets[1:] - 1)
+        else:
+            weights = Weights(float(self.near), self._repeat())
+            added = weights.added(*self.together.dense(histories, self.n_items))
         return None if added is None else added * self.temperature
+
+    def _repeat(self) -> float:
+        """What ``repeat_bias`` has learned, 0 without it."""
+        return 0.0 if self.repeat is None else float(self.repeat.detach())
 
     @torch.no_grad()  # not inference mode: what is counted here is loaded into later
     def calibrate(
@@ -829,10 +833,8 @@ class L2Rec(nn.Module):
 
         def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
             own = self.encode_users(rows) @ vectors.T / self.temperature
-            repeats = self._repeats(rows, rows.offsets[1:] - 1)
-            own = own if repeats is None else own + repeats
             return own, *together.dense(rows, self.n_items)
 
-        tried = [Weights(near) for near in NEAR]
+        tried = [Weights(near, self._repeat()) for near in NEAR]
         best = choose(parts, self.n_items, histories, targets, tried, CALIBRATED)
         self.near.fill_(best.near)
