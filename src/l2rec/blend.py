@@ -3,9 +3,9 @@
     s = z + w m [i not in history] + rho [i in history]
 
 with z the method's scores, centred and scaled for each user, m the counts of
-`l2rec.methods.blocks.cooccurrence`, and w, rho chosen by NDCG@10 on validation (rho not at all
-where histories are masked anyway). It costs no training, so every method can have it: what a
-method is worth shows in what it adds to the counts.
+`l2rec.methods.blocks.cooccurrence` (for a method that reads texts, with text neighbours), and w,
+rho chosen by NDCG@10 on validation (rho not at all where histories are masked anyway). It costs no
+training, so every method can have it: what a method is worth shows in what it adds to the counts.
 """
 
 from __future__ import annotations
@@ -20,18 +20,36 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from l2rec.checkpoint import read_json, write_json
 from l2rec.data.ragged import IntArray, Ragged
+from l2rec.data.text import tokenize
 from l2rec.errors import CheckpointError
 from l2rec.evaluation import Evaluation, evaluate_each, write_ranks
-from l2rec.methods.blocks.cooccurrence import NEAR, CoOccurrence, Weights, choose
+from l2rec.methods.blocks.cooccurrence import (
+    NEAR,
+    CoOccurrence,
+    Sparse,
+    Weights,
+    choose,
+    text_neighbors,
+)
+from l2rec.methods.blocks.item_text import text_vectors
 from l2rec.methods.protocols import Scorer
-from l2rec.runs import load, load_run_config, open_run_dataset, training_split
+from l2rec.runs import (
+    backbone_of,
+    load,
+    load_run_config,
+    open_run_dataset,
+    read_catalog,
+    training_split,
+)
 from l2rec.training import Progress
 
 TRIED = [Weights(near, repeat) for repeat in (-8.0, 0.0, 2.0) for near in NEAR]
 """The scores have deviation 1 for each user; a repeat of -8 is never recommended."""
+TEXT_TOKENS = 128
 USERS = 10_000
 """Validation users that weights are chosen on, at most, drawn evenly from all."""
 
@@ -53,7 +71,7 @@ def blend_run(
     model: Any = load(run).model
     split = training_split(load_run_config(run)[0], dataset)
     together = CoOccurrence(dataset.n_items)
-    together.count(split.train)
+    together.count(split.train, _alike(run))
     started = time.monotonic()
     parts = _parts(model.scorer(), together)
     best = choose(
@@ -104,6 +122,17 @@ def blend_run(
     }
     write_json(out / "report.json", report)
     return report
+
+
+def _alike(run: Path) -> Sparse | None:
+    """K of `text_neighbors`, read by the run's backbone; None for a method without one."""
+    config = load_run_config(run)[0]
+    backbone = backbone_of(config)
+    if backbone is None:
+        return None
+    tokens = tokenize(read_catalog(run).texts, backbone.tokenizer, TEXT_TOKENS)
+    vectors = text_vectors(backbone, tokens, TEXT_TOKENS)
+    return text_neighbors(F.normalize(vectors - vectors.mean(0), dim=-1))
 
 
 def _parts(

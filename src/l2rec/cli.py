@@ -375,8 +375,8 @@ def blend(
 ) -> None:
     """Score a run together with what was met near the user's newest items.
 
-    Three weights are chosen on validation: of these counts, of where they level off, and of items
-    of the history. No training; any method can have it.
+    Two weights are chosen on validation: of these counts (and, for a method that reads texts, of
+    what reads like those items), and of items of the history. No training; any method can have it.
 
     Example: `l2rec blend runs/sasrec --out runs/sasrec-blend`
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = [
     "Predictor",
     "Recommendation",
+    "backbone_of",
     "evaluate_run",
     "load",
     "load_run_config",
@@ -90,7 +91,7 @@ def build_model(
     return model.to(device())
 
 
-def _load_backbone(config: RunConfig) -> Backbone | None:
+def backbone_of(config: RunConfig) -> Backbone | None:
     """The backbone of a config, or None for a method that has no use for one."""
     if not method_class(config.method).uses_backbone:
         return None
@@ -215,7 +216,7 @@ def _fit(
         raise DataError(
             f"{dataset.path}: no user has three events: one to learn from, two to be tested on"
         )
-    backbone = _load_backbone(config)
+    backbone = backbone_of(config)
     if backbone is not None:
         progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
     model = build_model(config, Catalog(dataset.catalog), backbone, dataset.path / "cache")
@@ -811,7 +812,7 @@ def load(run: str | Path) -> Predictor:
     config, identity = load_run_config(run)
     tensors, _ = load_tensors(run / "model.safetensors")
     catalog = read_catalog(run)
-    backbone = _load_backbone(config)
+    backbone = backbone_of(config)
     _same_backbone(run, identity, backbone)
     # A run that lies on a read-only disk can be used; its texts are then read anew.
     model = build_model(

@@ -410,9 +410,18 @@ def calibrated(model: L2Rec) -> L2Rec:
 
 
 def literal_prior(model: L2Rec, history: list[int], everyone: list[list[int]]) -> Tensor:
-    """repeat_bias and cooccurrence for one history, a pair at a time."""
+    """repeat_bias, cooccurrence and text_neighbors for one history, a pair at a time."""
     assert model.near is not None and model.repeat is not None and model.together is not None
     rule, met = model.together, [0.0] * N
+    if model.config.text_neighbors:
+        assert model.table is not None
+        text = model.table.text
+        for k, item in enumerate(history[::-1][: rule.newest]):
+            others = [j for j in range(N) if j != item]
+            cosines = torch.tensor([float(text[item] @ text[j]) for j in others])
+            nearest = cosines.argsort(descending=True)[:20]
+            for j, weight in zip(nearest, torch.softmax(cosines[nearest] / 0.05, 0), strict=True):
+                met[others[int(j)]] += 0.2 * rule.fade**k * float(weight)
     often = [(HISTORIES.values == item).sum() for item in range(N)]
     for k, item in enumerate(history[::-1][: rule.newest]):
         for row in everyone:
@@ -428,8 +437,9 @@ def literal_prior(model: L2Rec, history: list[int], everyone: list[list[int]]) -
     return torch.tensor(prior)
 
 
-def test_the_prior_is_as_written_down() -> None:
-    model = calibrated(shaken(build(**PRIOR)).eval())
+@pytest.mark.parametrize("texts", [False, True])
+def test_the_prior_is_as_written_down(texts: bool) -> None:
+    model = calibrated(shaken(build(**PRIOR | {"text_neighbors": texts})).eval())
     sequences = [HISTORIES[i].tolist() for i in range(len(HISTORIES))]
     found = model.prior(HISTORIES)
     assert found is not None
@@ -514,6 +524,11 @@ def test_a_new_item_has_no_evidence_yet() -> None:
     found = model.prior(Ragged.from_rows([[3, N], [N]]))
     assert found is not None and found.shape == (2, N + 1)
     assert float(found[1, :N].abs().max()) == 0.0 and float(found[1, N]) != 0.0
+
+
+def test_text_neighbors_are_among_the_counts() -> None:
+    with pytest.raises(ValidationError, match="text_neighbors needs cooccurrence"):
+        tiny.small(**TABLE | {"text_neighbors": True})
 
 
 @pytest.mark.parametrize("option", ["text_dropout", "repeat_bias", "cooccurrence"])

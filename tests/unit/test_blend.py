@@ -19,7 +19,7 @@ from l2rec.compare import compare_runs
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
 from l2rec.errors import CheckpointError
-from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights
+from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, text_neighbors
 from l2rec.runs import load
 
 
@@ -43,6 +43,15 @@ def test_scores_are_as_written_down(table_run: Finished) -> None:
                 else:
                     expected += chosen.near * met[row, item]
                 assert float(scores[row, item]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_texts_are_among_the_counts_of_a_method_that_reads_them(table_run: Finished) -> None:
+    """The neighbours that the run's own backbone finds, as the model's table has them."""
+    found = blend._alike(table_run.run)
+    table = load(table_run.run).model.table
+    np.testing.assert_allclose(
+        found.toarray(), text_neighbors(table.text).toarray(), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_a_blend_is_a_run_to_compare(table_run: Finished, tmp_path: Path) -> None:

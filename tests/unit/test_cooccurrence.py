@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose
+from l2rec.methods.blocks import cooccurrence
+from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose, text_neighbors
 
 N = 9
 OPTIONS: dict[str, Any] = {"window": 3, "decay": 0.5, "newest": 2, "fade": 0.5, "rarity": 0.3}
@@ -69,6 +70,40 @@ def test_nothing_is_recalled_before_anything_is_counted_or_for_an_item_that_came
     later = counted([[1, 2, 3]]).recall(Ragged.from_rows([[N + 3], [2, N + 3]])).toarray()
     assert not later[0].any()
     np.testing.assert_allclose(later[1][[1, 3]], [0.5, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+@pytest.mark.parametrize("most", [3, 20])
+def test_text_neighbors_are_what_a_loop_finds(
+    most: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cooccurrence, "TEXT_NEIGHBORS", most)
+    monkeypatch.setattr(cooccurrence, "BLOCK_SCORES", block)
+    vectors = torch.nn.functional.normalize(torch.randn(N, 4, dtype=torch.float64), dim=-1)
+    found = text_neighbors(vectors).toarray()
+    for i in range(N):
+        others = sorted(
+            (j for j in range(N) if j != i), key=lambda j: -float(vectors[i] @ vectors[j])
+        )
+        kept = others[:most]
+        each = [math.exp(float(vectors[i] @ vectors[j]) / 0.05) for j in kept]
+        expected = np.zeros(N)
+        expected[kept] = np.array(each) / sum(each)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-9)
+
+
+def test_texts_speak_for_an_item_that_was_never_seen() -> None:
+    """C + 0.2 K; without counts K alone, in both directions."""
+    rows = [[0, 1, 2], [2, 3], [1, 4]]
+    vectors = torch.nn.functional.normalize(torch.randn(N, 4), dim=-1)
+    alike = text_neighbors(vectors)
+    found = CoOccurrence(N, **OPTIONS)
+    found.count(Ragged.from_rows(rows), alike)
+    expected = literal_counts(rows) / often(rows) + 0.2 * alike.toarray()
+    np.testing.assert_allclose(found.counts().toarray(), expected, rtol=1e-6)
+    recalled = found.recall(Ragged.from_rows([[N - 1]])).toarray()[0]
+    np.testing.assert_allclose(recalled, 0.2 * alike.toarray()[N - 1], rtol=1e-6)
+    assert recalled.sum() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("weights", [Weights(0.7, -3.0), Weights(0.0), Weights(2.0)])

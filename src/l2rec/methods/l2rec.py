@@ -33,8 +33,10 @@ Deviations from the paper are named options, off by default:
 - ``cooccurrence``: w m_{u,i} is added to r_{u,i} of every other item, with m the counts of what was
   met near the user's newest items (`l2rec.methods.blocks.cooccurrence`). The views are trained
   without it; w is chosen by NDCG@10 before each validation.
+- ``text_neighbors``: among these counts too, a little, what reads like those newest items.
 
-With one of the last two, scores are no longer inner products of the embeddings alone.
+With ``repeat_bias`` or ``cooccurrence``, scores are no longer inner products of the embeddings
+alone.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -63,7 +66,13 @@ from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
 from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
 from l2rec.fusion import AdaptiveFusion
-from l2rec.methods.blocks.cooccurrence import NEAR, CoOccurrence, Weights, choose
+from l2rec.methods.blocks.cooccurrence import (
+    NEAR,
+    CoOccurrence,
+    Weights,
+    choose,
+    text_neighbors,
+)
 from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
 from l2rec.methods.blocks.text_table import TextTable
 from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
@@ -145,6 +154,7 @@ class L2RecConfig(BaseModel):
     # Eq. 8, what is added to r_{u,i}
     repeat_bias: bool = False
     cooccurrence: bool = False
+    text_neighbors: bool = False
 
     # Eq. 8-9
     supervision: Literal["last", "all"] = "last"
@@ -179,6 +189,8 @@ class L2RecConfig(BaseModel):
         for option in ("last_item_skip", "text_dropout", "repeat_bias", "cooccurrence"):
             if getattr(self, option) and self.items != "table":
                 raise ValueError(f"{option} needs items=table")
+        if self.text_neighbors and not self.cooccurrence:
+            raise ValueError("text_neighbors needs cooccurrence=true")
         return self
 
 
@@ -813,6 +825,12 @@ class L2Rec(nn.Module):
             added = weights.added(*self.together.dense(histories, self.n_items))
         return None if added is None else added * self.temperature
 
+    @cached_property
+    def _alike(self) -> Any:
+        """K of ``text_neighbors`` [N, N], sparse: the texts do not change."""
+        assert self.table is not None and self.together is not None
+        return text_neighbors(self.table.text[: self.together.n_items])
+
     def _repeat(self) -> float:
         """What ``repeat_bias`` has learned, 0 without it."""
         return 0.0 if self.repeat is None else float(self.repeat.detach())
@@ -828,7 +846,7 @@ class L2Rec(nn.Module):
         if self.together is None or self.near is None:
             return
         together = self.together
-        together.count(sequences)
+        together.count(sequences, self._alike if self.config.text_neighbors else None)
         vectors = self.encode_items(np.arange(self.n_items, dtype=np.int32))
 
         def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:

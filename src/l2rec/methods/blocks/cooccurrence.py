@@ -7,6 +7,10 @@
 
 Before and after count alike: in logs of purchases the order within a day says little.
 
+Where texts are given, C + TEXT_SHARE K takes the place of C: K[i, j] is a softmax over the items
+that read most like i (`text_neighbors`). Its rows sum to 1 and those of C grow with what was seen
+of i, so that texts speak for what is rare or new, and counts for the rest.
+
 In small data these counts say what no embedding of the same data has learned to say. Used alone
 they are a floor (`l2rec.methods.floors`); beside a method's scores they are a term that knows what
 the method does not. A method is trained without them, or it would leave to the counts what it could
@@ -17,8 +21,9 @@ Rows of sparse matrices throughout; nothing of size N x N or P x N is made dense
 
 from __future__ import annotations
 
-__all__ = ["NEAR", "CoOccurrence", "Weights", "choose"]
+__all__ = ["NEAR", "CoOccurrence", "Weights", "choose", "text_neighbors"]
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +43,9 @@ NEAR = (0.0, *(2.0 ** (k / 2) for k in range(-2, 17)))
 """w to choose from, up to 256: m is smaller where items occur more often."""
 BLOCK_SCORES = 1 << 20
 """Scores that `choose` makes at once."""
+TEXT_SHARE = 0.2
+TEXT_NEIGHBORS = 20
+TEXT_TEMPERATURE = 0.05
 
 
 class CoOccurrence(nn.Module):
@@ -68,9 +76,14 @@ class CoOccurrence(nn.Module):
         self.items: Tensor
         self.weights: Tensor
 
-    def count(self, sequences: Ragged) -> None:
-        """Take the counts of ``sequences``: one row for each user, oldest first, items below N."""
+    def count(self, sequences: Ragged, texts: Sparse | None = None) -> None:
+        """Take the counts of ``sequences``: one row for each user, oldest first, items below N.
+
+        texts: K [N, N] of `text_neighbors`, to add TEXT_SHARE K.
+        """
         counts = self._pairs(sequences)
+        if texts is not None:
+            counts = (counts + TEXT_SHARE * texts).tocsr()
         device = self.offsets.device
         self.offsets = torch.from_numpy(counts.indptr.astype(np.int64)).to(device)
         self.items = torch.from_numpy(counts.indices.astype(np.int32)).to(device)
@@ -134,6 +147,28 @@ class Weights:
     def added(self, met: Tensor, seen: Tensor) -> Tensor:
         """w m outside of the history and rho within it, for m and bool [B, N]."""
         return (self.near * met).masked_fill_(seen, self.repeat)
+
+
+@torch.no_grad()
+def text_neighbors(vectors: Tensor) -> Sparse:
+    """K [N, N] float64: for each item the TEXT_NEIGHBORS others whose texts read most like its own,
+    weighed by a softmax of cosine / TEXT_TEMPERATURE.
+
+    vectors: [N, D] of the texts, centred and of unit length. Takes N^2 D operations.
+    """
+    n = len(vectors)
+    k = min(TEXT_NEIGHBORS, n - 1)
+    columns, weights = [], []
+    size = max(1, 16 * BLOCK_SCORES // n)
+    for start in range(0, n, size):
+        cosines = vectors[start : start + size] @ vectors.T
+        own = torch.arange(len(cosines), device=vectors.device)
+        cosines[own, own + start] = -math.inf
+        nearest = cosines.topk(k, dim=1)
+        columns.append(nearest.indices.cpu().numpy())
+        weights.append(torch.softmax(nearest.values.double() / TEXT_TEMPERATURE, 1).cpu().numpy())
+    rows = np.repeat(np.arange(n), k)
+    return _csr(np.concatenate(weights).ravel(), rows, np.concatenate(columns).ravel(), (n, n))
 
 
 def choose(
