@@ -72,6 +72,21 @@ def test_nothing_is_recalled_before_anything_is_counted_or_for_an_item_that_came
     np.testing.assert_allclose(later[1][[1, 3]], [0.5, 0.5], rtol=1e-6)
 
 
+def test_counts_follow_what_is_counted_and_what_is_loaded() -> None:
+    first, second = random_rows(1), random_rows(2)
+    found, histories = counted(first), Ragged.from_rows([[1, 2], [3]])
+    before = found.recall(histories).toarray()
+    found.count(Ragged.from_rows(second))
+    after = found.recall(histories).toarray()
+    np.testing.assert_array_equal(after, counted(second).recall(histories).toarray())
+    assert not np.allclose(before, after)
+    saved = counted(first)
+    for name in found.sized_by_data:
+        setattr(found, name, torch.empty_like(getattr(saved, name)))
+    found.load_state_dict(saved.state_dict())
+    np.testing.assert_array_equal(found.recall(histories).toarray(), before)
+
+
 @pytest.mark.parametrize("block", [1, 1 << 20])
 @pytest.mark.parametrize("most", [3, 20])
 def test_text_neighbors_are_what_a_loop_finds(

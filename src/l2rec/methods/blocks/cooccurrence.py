@@ -75,6 +75,11 @@ class CoOccurrence(nn.Module):
         self.offsets: Tensor
         self.items: Tensor
         self.weights: Tensor
+        self._counts: Sparse | None = None  # the same, ready for use
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._counts = None
+        super()._load_from_state_dict(*args)
 
     def count(self, sequences: Ragged, texts: Sparse | None = None) -> None:
         """Take the counts of ``sequences``: one row for each user, oldest first, items below N.
@@ -84,6 +89,7 @@ class CoOccurrence(nn.Module):
         counts = self._pairs(sequences)
         if texts is not None:
             counts = (counts + TEXT_SHARE * texts).tocsr()
+        self._counts = None
         device = self.offsets.device
         self.offsets = torch.from_numpy(counts.indptr.astype(np.int64)).to(device)
         self.items = torch.from_numpy(counts.indices.astype(np.int32)).to(device)
@@ -108,10 +114,12 @@ class CoOccurrence(nn.Module):
         """C [N, N] float64."""
         from scipy import sparse
 
-        arrays = (self.weights.double(), self.items, self.offsets)
-        return sparse.csr_array(
-            tuple(array.cpu().numpy() for array in arrays), shape=(self.n_items, self.n_items)
-        )
+        if self._counts is None:
+            arrays = (self.weights.double(), self.items, self.offsets)
+            self._counts = sparse.csr_array(
+                tuple(array.cpu().numpy() for array in arrays), shape=(self.n_items, self.n_items)
+            )
+        return self._counts
 
     def recall(self, histories: Ragged) -> Sparse:
         """m [B, N] float64. Items that came after training have no counts."""
