@@ -1,12 +1,27 @@
-"""Training objectives of L2Rec (SIGIR '26), Eq. 8-9: pure functions of tensors, in float32."""
+"""Training objectives of L2Rec (SIGIR '26), Eq. 8-9: pure functions of tensors, in float32.
+
+`fused_catalog_loss` is `catalog_loss` of a product users x items that is never whole in memory.
+"""
 
 from __future__ import annotations
 
-__all__ = ["bpc_loss", "catalog_loss", "contrastive_loss", "cosine"]
+__all__ = [
+    "Added",
+    "bpc_loss",
+    "catalog_loss",
+    "contrastive_loss",
+    "cosine",
+    "fused_catalog_loss",
+]
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+FUSED_SCORES = 1 << 22
+"""Scores that `fused_catalog_loss` holds at once, at most: a few MB, near the processor."""
 
 
 def cosine(users: Tensor, items: Tensor) -> Tensor:
@@ -32,6 +47,90 @@ def catalog_loss(scores: Tensor, positive: Tensor) -> Tensor:
     scores: [B, N]; positive: [B] int64.
     """
     return F.cross_entropy(scores, positive)
+
+
+class Added(NamedTuple):
+    """``value``, a scalar, in cells of a matrix of scores: rows [n], ascending, and columns [n]."""
+
+    value: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def fused_catalog_loss(
+    users: Tensor,
+    items: Tensor,
+    positive: Tensor,
+    *,
+    added: Added | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`catalog_loss` of users @ items.T (+ ``added``), made and differentiated some rows at a time.
+
+    Half the memory traffic of the plain product, and no [P, N] kept for the backward pass.
+
+    Args:
+        users: [P, D] float32, divided by the temperature. items: [N, D] float32.
+        positive: [P] int64. dtype: of the matrix products; the softmax and sums are float32.
+    """
+    value, rows, columns = (None, None, None) if added is None else added
+    apply: Any = _FusedCatalogLoss.apply
+    loss: Tensor = apply(users, items, positive, value, rows, columns, dtype)
+    return loss
+
+
+class _FusedCatalogLoss(torch.autograd.Function):
+    """The gradients are made in the forward pass, while the scores are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        users: Tensor,
+        items: Tensor,
+        positive: Tensor,
+        value: Tensor | None,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        count = len(users)
+        size = max(1, FUSED_SCORES // len(items))
+        starts = list(range(0, count, size))
+        low_users, low_items = users.to(dtype), items.to(dtype)
+        to_users, to_items = torch.empty_like(users), torch.zeros_like(items)
+        total = users.new_zeros(())
+        to_value = None if value is None else torch.zeros_like(value)
+        if rows is not None:
+            edges = torch.tensor([*starts, count], device=rows.device)
+            cells = torch.searchsorted(rows.contiguous(), edges).tolist()
+        for number, start in enumerate(starts):
+            part = low_users[start : start + size]
+            scores = (part @ low_items.T).to(users.dtype)
+            if value is not None and rows is not None and columns is not None:
+                some = slice(cells[number], cells[number + 1])
+                where = (rows[some] - start, columns[some])
+                scores[where] += value
+            wanted = positive[start : start + size, None]
+            norm = torch.logsumexp(scores, dim=1, keepdim=True)
+            total += (norm - scores.gather(1, wanted)).sum()
+            grad = scores.sub_(norm).exp_()  # softmax, less one at the positive item
+            grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
+            if to_value is not None:
+                to_value += grad[where].sum()
+            low = grad.to(dtype)
+            to_users[start : start + size] = low @ low_items
+            to_items += low.T @ part
+        ctx.save_for_backward(to_users, to_items, *([] if to_value is None else [to_value]))
+        ctx.count = count
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        scale = grad / ctx.count
+        to_users, to_items, *to_value = ctx.saved_tensors
+        first = scale * to_value[0] if to_value else None
+        return scale * to_users, scale * to_items, None, first, None, None, None
 
 
 def bpc_loss(

@@ -7,8 +7,16 @@ import torch
 from tests.parity import reference
 from torch import Tensor, nn
 
+from l2rec import objectives
 from l2rec.fusion import AdaptiveFusion
-from l2rec.objectives import bpc_loss, catalog_loss, contrastive_loss, cosine
+from l2rec.objectives import (
+    Added,
+    bpc_loss,
+    catalog_loss,
+    contrastive_loss,
+    cosine,
+    fused_catalog_loss,
+)
 
 B, D = 5, 4
 
@@ -107,6 +115,49 @@ def test_catalog_loss_is_eq_8_with_every_other_item() -> None:
         reference.recommendation_loss(scores, positive, negatives),
         [scores],
     )
+
+
+@pytest.mark.parametrize("block", [1, 13, 1 << 22])
+@pytest.mark.parametrize("cells", [None, [], [(0, 1), (0, 4), (3, 2), (4, 0)]])
+def test_the_fused_catalog_loss_is_that_of_the_product(
+    block: int, cells: list[tuple[int, int]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value and every gradient, in float64, whatever the blocks; the positive may be added to."""
+    monkeypatch.setattr(objectives, "FUSED_SCORES", block)
+    users, items, value, positive = draw(B, D), draw(6, D), draw(1)[0], [5, 0, 0, 2, 0]
+    negatives = [[i for i in range(6) if i != p] for p in positive]
+    scores, leaves, added = users @ items.T, [users, items], None
+    if cells is not None:
+        rows, columns = torch.tensor(cells, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        added = Added(value, rows, columns)
+        for row, column in cells:
+            here = torch.zeros_like(scores)
+            here[row, column] = 1.0
+            scores = scores + value * here
+        leaves += [value] if cells else []
+    ours = fused_catalog_loss(
+        users, items, torch.tensor(positive), added=added, dtype=torch.float64
+    )
+    theirs = reference.recommendation_loss(scores, positive, negatives)
+    same_gradients(3 * ours, 3 * theirs, leaves)
+
+
+def test_the_fused_catalog_loss_in_bfloat16_is_close() -> None:
+    """Products of eight bits; softmax and sums of all."""
+    torch.manual_seed(0)
+    users, items = torch.randn(64, 32, requires_grad=True), torch.randn(500, 32)
+    items = torch.nn.functional.normalize(items, dim=-1).requires_grad_()
+    positive = torch.randint(500, (64,))
+    exact = fused_catalog_loss(users, items, positive)
+    rough = fused_catalog_loss(users, items, positive, dtype=torch.bfloat16)
+    assert float(rough.detach()) == pytest.approx(float(exact.detach()), rel=1e-3)
+    for mine, other in zip(
+        torch.autograd.grad(rough, [users, items]),
+        torch.autograd.grad(exact, [users, items]),
+        strict=True,
+    ):
+        assert mine.dtype == torch.float32
+        assert float((mine - other).norm() / other.norm()) < 0.01
 
 
 # ------------------------------------------------------------------------------- Eq. 9

@@ -351,13 +351,13 @@ def test_nan_is_one_line(
 
     from l2rec.methods import l2rec as method
 
-    real, calls = method.catalog_loss, []
+    real, calls = method.fused_catalog_loss, []
 
-    def poisoned(*args: Any) -> torch.Tensor:
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
-        return real(*args) * (float("nan") if len(calls) > 12 else 1.0)
+        return real(*args, **options) * (float("nan") if len(calls) > 12 else 1.0)
 
-    monkeypatch.setattr(method, "catalog_loss", poisoned)
+    monkeypatch.setattr(method, "fused_catalog_loss", poisoned)
     values = tiny_run.recipe_values(table_run.backbone)
     recipe = tiny_run.write_recipe(tmp_path / "r.yaml", values)
     outcome = call("train", recipe, "--data", table_run.data, "--out", tmp_path / "run")

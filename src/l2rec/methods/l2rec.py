@@ -76,7 +76,13 @@ from l2rec.methods.blocks.cooccurrence import (
 from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
 from l2rec.methods.blocks.text_table import TextTable
 from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
-from l2rec.objectives import bpc_loss, catalog_loss, contrastive_loss, cosine
+from l2rec.objectives import (
+    Added,
+    bpc_loss,
+    contrastive_loss,
+    cosine,
+    fused_catalog_loss,
+)
 from l2rec.views import (
     BehavioralProjector,
     Segments,
@@ -651,14 +657,19 @@ class L2Rec(nn.Module):
             allowed = self._negatives(batch, state.row, distinct, column)
             positive = column
 
-        repeats = self._repeats(batch.histories, state.position.numpy())
+        repeats = None
+        if self.repeat is not None:
+            rows, seen = self._repeats(batch.histories, state.position.numpy())
+            repeats = Added(self.repeat, rows, seen)
 
         def rec(users: Tensor, side: Tensor | None) -> Tensor:
             assert side is not None
-            scores = cosine(users, side) / self.temperature
-            if allowed is None:
-                return catalog_loss(scores if repeats is None else scores + repeats, positive)
-            return contrastive_loss(scores, positive, allowed)
+            if allowed is not None:
+                return contrastive_loss(cosine(users, side) / self.temperature, positive, allowed)
+            users = F.normalize(users.float(), dim=-1) / self.temperature  # as T is already
+            return fused_catalog_loss(
+                users, side, positive, added=repeats, dtype=self.backbone.dtype
+            )
 
         total = rec(state.fused, items["fused"])
         parts = {"rec": total}
@@ -689,17 +700,14 @@ class L2Rec(nn.Module):
             computed_tokens=computed,
         )
 
-    def _repeats(self, histories: Ragged, ends: npt.NDArray[np.int64]) -> Tensor | None:
-        """What ``repeat_bias`` adds to r of Eq. 8 [P, N], for prefixes up to ``ends`` [P]."""
-        if self.repeat is None:
-            return None
+    def _repeats(self, histories: Ragged, ends: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """What prefixes up to ``ends`` [P] hold: rows [n] int64 below P, ascending, and items."""
         starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
         counts = ends - starts + 1
         rows = np.repeat(np.arange(len(ends)), counts)
         cells = np.unique(rows * self.n_items + histories.values[flat_index(starts, counts)])
         rows, items = divmod(cells, self.n_items)
-        nothing = torch.zeros(len(ends), self.n_items, device=self.backbone.device)
-        return nothing.index_put((self._on_device(rows), self._on_device(items)), self.repeat)
+        return self._on_device(rows), self._on_device(items)
 
     def _negatives(
         self, batch: Batch, row: Tensor, distinct: npt.NDArray[np.integer], positive: Tensor
@@ -818,12 +826,15 @@ class L2Rec(nn.Module):
         """What ``repeat_bias`` and ``cooccurrence`` add to the inner products of user and item
         vectors, [B, N] float32; None without them.
         """
-        if self.together is None or self.near is None:
-            added = self._repeats(histories, histories.offsets[1:] - 1)
-        else:
+        if self.together is not None and self.near is not None:
             weights = Weights(float(self.near), self._repeat())
             added = weights.added(*self.together.dense(histories, self.n_items))
-        return None if added is None else added * self.temperature
+        elif self.repeat is not None:
+            added = torch.zeros(len(histories), self.n_items, device=self.backbone.device)
+            added[self._repeats(histories, histories.offsets[1:] - 1)] = self.repeat
+        else:
+            return None
+        return added * self.temperature
 
     @cached_property
     def _alike(self) -> Any:

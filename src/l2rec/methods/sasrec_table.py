@@ -36,7 +36,7 @@ from l2rec.methods.blocks.frozen_text import FrozenText
 from l2rec.methods.blocks.sequences import encode_rows, last_of, next_item_batches, pad
 from l2rec.methods.blocks.text_table import TextTable
 from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage, decayed
-from l2rec.objectives import catalog_loss
+from l2rec.objectives import fused_catalog_loss
 
 
 class SASRecTableConfig(BaseModel):
@@ -132,7 +132,9 @@ class SASRecTable(nn.Module):
         table = self.table()
         users, real = self(batch.histories, table)
         targets = torch.from_numpy(batch.targets.astype(np.int64)).to(table.device)
-        total = catalog_loss(users[real] @ table.T / self.config.temperature, targets)
+        total = fused_catalog_loss(
+            users[real] / self.config.temperature, table, targets, dtype=self.text.dtype
+        )
         return Losses(total, {"rec": total.detach()}, len(targets), computed_positions(real))
 
     # -- inference -------------------------------------------------------------------------------

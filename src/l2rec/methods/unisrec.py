@@ -59,7 +59,7 @@ from l2rec.methods.blocks.frozen_text import FrozenText
 from l2rec.methods.blocks.losses import in_batch_loss
 from l2rec.methods.blocks.sequences import encode_rows, last_of, next_item_batches, pad
 from l2rec.methods.protocols import Losses, Scorer, Stage, decayed
-from l2rec.objectives import catalog_loss, cosine
+from l2rec.objectives import cosine, fused_catalog_loss
 
 ROWS = 128
 """Histories encoded together: few, so that rows of alike length waste little on padding."""
@@ -277,7 +277,10 @@ class UniSRec(nn.Module):
         table = self.item_states(torch.arange(self.n_items, device=self.text.vectors.device))
         states, real = self(batch.histories, table)
         targets = torch.from_numpy(batch.targets.astype(np.int64)).to(table.device)
-        total = catalog_loss(cosine(states[real], table) / self.config.temperature, targets)
+        users = F.normalize(states[real], dim=-1) / self.config.temperature
+        total = fused_catalog_loss(
+            users, F.normalize(table, dim=-1), targets, dtype=self.text.dtype
+        )
         return Losses(total, {"rec": total.detach()}, len(targets), computed_positions(real))
 
     # -- inference -------------------------------------------------------------------------------

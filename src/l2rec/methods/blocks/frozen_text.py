@@ -53,6 +53,11 @@ class FrozenText(nn.Module):
     def __len__(self) -> int:
         return len(self.vectors)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone, for products that it would make in it."""
+        return self._backbone[0].dtype
+
     def forward(self, items: Tensor) -> Tensor:
         """Item ints [...] -> [..., d]."""
         return self.vectors[items]
