@@ -70,6 +70,7 @@ class Part:
 PARTS = (
     Part("step"),
     Part("step-cuda", gpu=True),
+    Part("loss"),
     Part("breakdown", "first"),
     Part("systems", "first"),
     Part("growth"),

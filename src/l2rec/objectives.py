@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FUSED_SCORES = 1 << 22
-"""Scores that `fused_catalog_loss` holds at once, at most: a few MB, near the processor."""
+FUSED_SCORES, FUSED_ROWS = 1 << 22, 256
+"""Scores that `fused_catalog_loss` makes at once: a few MB, near the processor, or what so many
+users have, for fewer make poor matrix products.
+"""
 
 
 def cosine(users: Tensor, items: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class _FusedCatalogLoss(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         count = len(users)
-        size = max(1, FUSED_SCORES // len(items))
+        size = max(FUSED_ROWS, FUSED_SCORES // len(items))
         starts = list(range(0, count, size))
         low_users, low_items = users.to(dtype), items.to(dtype)
         to_users, to_items = torch.empty_like(users), torch.zeros_like(items)
@@ -111,9 +113,12 @@ class _FusedCatalogLoss(torch.autograd.Function):
                 where = (rows[some] - start, columns[some])
                 scores[where] += value
             wanted = positive[start : start + size, None]
-            norm = torch.logsumexp(scores, dim=1, keepdim=True)
-            total += (norm - scores.gather(1, wanted)).sum()
-            grad = scores.sub_(norm).exp_()  # softmax, less one at the positive item
+            # Softmax in place, one exponential a score: less one at the positive, the gradient.
+            scores.sub_(scores.amax(dim=1, keepdim=True))
+            total -= scores.gather(1, wanted).sum()
+            norm = scores.exp_().sum(dim=1, keepdim=True)
+            total += norm.log().sum()
+            grad = scores.div_(norm)
             grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
             if to_value is not None:
                 to_value += grad[where].sum()

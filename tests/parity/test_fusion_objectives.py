@@ -124,6 +124,7 @@ def test_the_fused_catalog_loss_is_that_of_the_product(
 ) -> None:
     """Value and every gradient, in float64, whatever the blocks; the positive may be added to."""
     monkeypatch.setattr(objectives, "FUSED_SCORES", block)
+    monkeypatch.setattr(objectives, "FUSED_ROWS", 1)
     users, items, value, positive = draw(B, D), draw(6, D), draw(1)[0], [5, 0, 0, 2, 0]
     negatives = [[i for i in range(6) if i != p] for p in positive]
     scores, leaves, added = users @ items.T, [users, items], None

@@ -131,6 +131,16 @@ def test_the_peer_of_ranking_finds_the_same_items() -> None:
     assert len(ranking.goals(rows[1])) == 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peer_of_the_loss_has_the_same_gradients(dtype: str) -> None:
+    loss = script("loss")
+    ours, theirs = (loss.step(found, 20, 30, dtype)() for found in loss.CONTENDERS.values())
+    for mine, other in zip(ours, theirs, strict=True):
+        assert float((mine - other).norm() / other.norm()) < (1e-5 if dtype == "float32" else 0.02)
+    rows = loss.measure(20, 30, dtype, 1, lambda name: 1.0)
+    assert finite(rows) and rows[0]["ratio"] == 1.0
+
+
 def test_ranking_takes_the_data_set_with_most_users(chains: Dataset) -> None:
     task = script("ranking").largest_task([chains.path])
     assert (len(task.targets), task.n_items) == (chains.n_users, chains.n_items)
