@@ -69,7 +69,7 @@ def fused_catalog_loss(
 ) -> Tensor:
     """`catalog_loss` of users @ items.T (+ ``added``), made and differentiated some rows at a time.
 
-    Half the memory traffic of the plain product, and no [P, N] kept for the backward pass.
+    No [P, N] is kept for the backward pass.
 
     Args:
         users: [P, D] float32, divided by the temperature. items: [N, D] float32.
