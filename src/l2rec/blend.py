@@ -14,7 +14,7 @@ __all__ = ["blend_run"]
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2rec.checkpoint import read_json, write_json
+from l2rec.config import RunConfig
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.data.text import tokenize
 from l2rec.errors import CheckpointError
@@ -42,7 +43,6 @@ from l2rec.runs import (
     load,
     load_run_config,
     open_run_dataset,
-    read_catalog,
     training_split,
 )
 from l2rec.training import Progress
@@ -68,10 +68,11 @@ def blend_run(
         raise CheckpointError(f"{out} is not empty; choose another --out")
     dataset = open_run_dataset(run, data)
     report = read_json(run / "report.json")
-    model: Any = load(run).model
-    split = training_split(load_run_config(run)[0], dataset)
+    predictor, (config, _) = load(run), load_run_config(run)
+    model: Any = predictor.model
+    split = training_split(config, dataset)
     together = CoOccurrence(dataset.n_items)
-    together.count(split.train, _alike(run))
+    together.count(split.train, _alike(config, predictor.texts))
     started = time.monotonic()
     parts = _parts(model.scorer(), together)
     best = choose(
@@ -124,13 +125,12 @@ def blend_run(
     return report
 
 
-def _alike(run: Path) -> Sparse | None:
+def _alike(config: RunConfig, texts: Sequence[str]) -> Sparse | None:
     """K of `text_neighbors`, read by the run's backbone; None for a method without one."""
-    config = load_run_config(run)[0]
     backbone = backbone_of(config)
     if backbone is None:
         return None
-    tokens = tokenize(read_catalog(run).texts, backbone.tokenizer, TEXT_TOKENS)
+    tokens = tokenize(texts, backbone.tokenizer, TEXT_TOKENS)
     vectors = text_vectors(backbone, tokens, TEXT_TOKENS)
     return text_neighbors(F.normalize(vectors - vectors.mean(0), dim=-1))
 

@@ -75,9 +75,11 @@ def fused_catalog_loss(
         users: [P, D] float32, divided by the temperature. items: [N, D] float32.
         positive: [P] int64. dtype: of the matrix products; the softmax and sums are float32.
     """
-    value, rows, columns = (None, None, None) if added is None else added
+    if added is None:
+        nowhere = positive[:0]
+        added = Added(users.new_zeros(()), nowhere, nowhere)
     apply: Any = _FusedCatalogLoss.apply
-    loss: Tensor = apply(users, items, positive, value, rows, columns, dtype)
+    loss: Tensor = apply(users, items, positive, *added, dtype)
     return loss
 
 
@@ -90,9 +92,9 @@ class _FusedCatalogLoss(torch.autograd.Function):
         users: Tensor,
         items: Tensor,
         positive: Tensor,
-        value: Tensor | None,
-        rows: Tensor | None,
-        columns: Tensor | None,
+        value: Tensor,
+        rows: Tensor,
+        columns: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
         count = len(users)
@@ -101,17 +103,15 @@ class _FusedCatalogLoss(torch.autograd.Function):
         low_users, low_items = users.to(dtype), items.to(dtype)
         to_users, to_items = torch.empty_like(users), torch.zeros_like(items)
         total = users.new_zeros(())
-        to_value = None if value is None else torch.zeros_like(value)
-        if rows is not None:
-            edges = torch.tensor([*starts, count], device=rows.device)
-            cells = torch.searchsorted(rows.contiguous(), edges).tolist()
+        to_value = torch.zeros_like(value)
+        edges = torch.tensor([*starts, count], device=rows.device)
+        cells = torch.searchsorted(rows.contiguous(), edges).tolist()
         for number, start in enumerate(starts):
             part = low_users[start : start + size]
             scores = (part @ low_items.T).to(users.dtype)
-            if value is not None and rows is not None and columns is not None:
-                some = slice(cells[number], cells[number + 1])
-                where = (rows[some] - start, columns[some])
-                scores[where] += value
+            some = slice(cells[number], cells[number + 1])
+            where = (rows[some] - start, columns[some])
+            scores[where] += value
             wanted = positive[start : start + size, None]
             # Softmax in place, one exponential a score: less one at the positive, the gradient.
             scores.sub_(scores.amax(dim=1, keepdim=True))
@@ -120,12 +120,11 @@ class _FusedCatalogLoss(torch.autograd.Function):
             total += norm.log().sum()
             grad = scores.div_(norm)
             grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
-            if to_value is not None:
-                to_value += grad[where].sum()
+            to_value += grad[where].sum()
             low = grad.to(dtype)
             to_users[start : start + size] = low @ low_items
             to_items += low.T @ part
-        ctx.save_for_backward(to_users, to_items, *([] if to_value is None else [to_value]))
+        ctx.save_for_backward(to_users, to_items, to_value)
         ctx.count = count
         return total / count
 
@@ -133,9 +132,8 @@ class _FusedCatalogLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         scale = grad / ctx.count
-        to_users, to_items, *to_value = ctx.saved_tensors
-        first = scale * to_value[0] if to_value else None
-        return scale * to_users, scale * to_items, None, first, None, None, None
+        to_users, to_items, to_value = ctx.saved_tensors
+        return scale * to_users, scale * to_items, None, scale * to_value, None, None, None
 
 
 def bpc_loss(

@@ -20,7 +20,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
 from l2rec.errors import CheckpointError
 from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, text_neighbors
-from l2rec.runs import load
+from l2rec.runs import load, load_run_config
 
 
 def test_scores_are_as_written_down(table_run: Finished) -> None:
@@ -47,8 +47,9 @@ def test_scores_are_as_written_down(table_run: Finished) -> None:
 
 def test_texts_are_among_the_counts_of_a_method_that_reads_them(table_run: Finished) -> None:
     """The neighbours that the run's own backbone finds, as the model's table has them."""
-    found = blend._alike(table_run.run)
-    table = load(table_run.run).model.table
+    predictor = load(table_run.run)
+    found = blend._alike(load_run_config(table_run.run)[0], predictor.texts)
+    table = predictor.model.table
     np.testing.assert_allclose(
         found.toarray(), text_neighbors(table.text).toarray(), rtol=1e-3, atol=1e-5
     )

@@ -66,23 +66,11 @@ from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
 from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
 from l2rec.fusion import AdaptiveFusion
-from l2rec.methods.blocks.cooccurrence import (
-    NEAR,
-    CoOccurrence,
-    Weights,
-    choose,
-    text_neighbors,
-)
+from l2rec.methods.blocks.cooccurrence import NEAR, CoOccurrence, Weights, choose, text_neighbors
 from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
 from l2rec.methods.blocks.text_table import TextTable
 from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
-from l2rec.objectives import (
-    Added,
-    bpc_loss,
-    contrastive_loss,
-    cosine,
-    fused_catalog_loss,
-)
+from l2rec.objectives import Added, bpc_loss, contrastive_loss, cosine, fused_catalog_loss
 from l2rec.views import (
     BehavioralProjector,
     Segments,

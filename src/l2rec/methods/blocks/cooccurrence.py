@@ -88,7 +88,7 @@ class CoOccurrence(nn.Module):
         """
         counts = self._pairs(sequences)
         if texts is not None:
-            counts = (counts + TEXT_SHARE * texts).tocsr()
+            counts = counts + TEXT_SHARE * texts
         self._counts = None
         device = self.offsets.device
         self.offsets = torch.from_numpy(counts.indptr.astype(np.int64)).to(device)
