@@ -29,6 +29,7 @@ from l2rec.data.text import tokenize
 from l2rec.errors import CheckpointError
 from l2rec.evaluation import Evaluation, evaluate_each, write_ranks
 from l2rec.methods.blocks.cooccurrence import (
+    CHOSEN_ON,
     NEAR,
     CoOccurrence,
     Sparse,
@@ -50,8 +51,6 @@ from l2rec.training import Progress
 TRIED = [Weights(near, repeat) for repeat in (-8.0, 0.0, 2.0) for near in NEAR]
 """The scores have deviation 1 for each user; a repeat of -8 is never recommended."""
 TEXT_TOKENS = 128
-USERS = 10_000
-"""Validation users that weights are chosen on, at most, drawn evenly from all."""
 
 
 def blend_run(
@@ -81,10 +80,9 @@ def blend_run(
         split.valid_histories,
         split.valid_targets,
         TRIED,
-        USERS,
         progress.validating,
     )
-    progress.line(f"chosen on {min(USERS, len(split.users)):,} validation users: {best}")
+    progress.line(f"chosen on {min(CHOSEN_ON, len(split.users)):,} validation users: {best}")
     chosen = time.monotonic() - started
 
     def blended(histories: Ragged) -> Tensor:

@@ -66,6 +66,8 @@ class _Counters:
     stage: int = 0
     stage_start: int = 0
     """Steps of the stages before this one."""
+    stage_seconds: float = 0.0
+    """``seconds`` of the stages before this one."""
     step: int = 0
     """Steps of all stages."""
     epoch: int = 0
@@ -262,7 +264,7 @@ def _next_stage(run: _Run, number: int, stage: Stage, before: Stage) -> None:
     c = run.counters
     if stage.validates is not before.validates:
         c.best = -math.inf  # other scores than these
-    c.stage, c.stage_start = number, c.step
+    c.stage, c.stage_start, c.stage_seconds = number, c.step, c.seconds
     c.epoch = c.batch = c.bad = 0
     c.next_eval = run.config.eval_every
     run.progress.line(f"stage {number + 1}: {stage.name}, from step {c.best_step}")
@@ -357,12 +359,13 @@ def _batches(run: _Run, stage: Stage, epoch: int) -> EpochBatches:
 
 def _rate(run: _Run, planned: int) -> float:
     """`_schedule` at this step; under ``max_minutes`` the clock may run ahead of the steps, and
-    the rate follows whichever is nearer to its end.
+    the rate follows whichever is nearer to its end. A stage has the time that is left to it.
     """
     config, c = run.config, run.counters
     step = c.step - c.stage_start
     if config.max_minutes is not None:
-        step = max(step, int(planned * c.seconds / (60 * config.max_minutes)))
+        left = 60 * config.max_minutes - c.stage_seconds
+        step = max(step, int(planned * (c.seconds - c.stage_seconds) / max(left, 1e-9)))
     return _schedule(step, planned, config)
 
 
@@ -408,10 +411,11 @@ def _validate(run: _Run, position: float, validated: Recommender | None = None) 
     started = time.monotonic()
     if not len(split.users):
         raise TrainingError("no user has three events: there is nothing to validate on")
-    if validated is None and isinstance(run.model, Calibrated):
-        run.model.calibrate(split.train, split.valid_histories, split.valid_targets)
+    ranked = run.model if validated is None else validated
+    if isinstance(ranked, Calibrated):
+        ranked.calibrate(split.train, split.valid_histories, split.valid_targets)
     result = evaluate(
-        run.model if validated is None else validated,
+        ranked,
         split.valid_histories,
         split.valid_targets,
         users=split.users,
@@ -513,8 +517,10 @@ def _last_step(run: _Run, planned: int) -> int:
     """The step this stage will end at, as far as is known now: for the time that is left."""
     c, minutes = run.counters, run.config.max_minutes
     last = c.stage_start + planned
-    if minutes is not None and c.seconds > 0:
-        last = min(last, round(c.step * 60 * minutes / c.seconds))
+    steps, seconds = c.step - c.stage_start, c.seconds - c.stage_seconds
+    if minutes is not None and seconds > 0:
+        left = 60 * minutes - c.stage_seconds
+        last = min(last, c.stage_start + round(steps * left / seconds))
     return max(last, c.step)
 
 

@@ -155,7 +155,7 @@ def test_the_best_weights_are_chosen(block: int, monkeypatch: pytest.MonkeyPatch
         return own[some], met[some], seen[some]
 
     best = choose(
-        parts, N, histories, targets, tried, users, lambda done, total: told.append((done, total))
+        parts, N, histories, targets, tried, lambda done, total: told.append((done, total))
     )
     assert told[-1] == (users, users)
 
@@ -168,3 +168,17 @@ def test_the_best_weights_are_chosen(block: int, monkeypatch: pytest.MonkeyPatch
         return total
 
     assert best == max(tried, key=ndcg) == Weights(2.0)
+
+
+def test_of_many_users_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cooccurrence, "CHOSEN_ON", 3)
+    histories = Ragged.from_rows([[user] for user in range(11)])
+    looked: list[int] = []
+
+    def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+        looked.extend(rows.values.tolist())
+        scores = torch.zeros(len(rows), 11)
+        return scores, scores, torch.zeros_like(scores, dtype=torch.bool)
+
+    choose(parts, 11, histories, np.zeros(11, dtype=np.int64), [Weights(1.0)])
+    assert looked == [0, 5, 10]

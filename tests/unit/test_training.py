@@ -673,6 +673,26 @@ class Pretrained(Toy):
         return self.loss(batch)
 
 
+def test_under_max_minutes_each_stage_has_a_schedule_of_its_own(
+    tmp_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate of the second begins at its peak too, and ends at zero with the minutes."""
+    clock, rates = iter(range(10**6)), list[float]()
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    rate = training._rate
+
+    def watched(run: Any, planned: int) -> float:
+        rates.append(rate(run, planned))
+        return rates[-1]
+
+    monkeypatch.setattr(training, "_rate", watched)
+    result, _ = fit(tmp_run, Pretrained(), max_minutes=1, epochs=100, warmup=0.0)
+    assert result.stopped == "max_minutes"
+    second = rates[3 * len(Toy().batches(split().train, **budget(0) | {"batch_tokens": 8192})) :]
+    assert len(second) > 4 and second[:2] == [1.0, pytest.approx(1.0, abs=0.2)]
+    assert second == sorted(second, reverse=True) and second[-1] < 0.1
+
+
 def test_a_stage_without_selection_keeps_its_last_weights(tmp_path: Path) -> None:
     model = Pretrained()
     result = training.train(

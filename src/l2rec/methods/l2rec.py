@@ -34,6 +34,9 @@ Deviations from the paper are named options, off by default:
   met near the user's newest items (`l2rec.methods.blocks.cooccurrence`). The views are trained
   without it; w is chosen by NDCG@10 before each validation.
 - ``text_neighbors``: among these counts too, a little, what reads like those newest items.
+- ``behavioral_epochs``: the behavioural view and the table are trained alone for so long, before
+  both views: it is by far the cheaper one, and the semantic view then meets a table that knows
+  something.
 
 With ``repeat_bias`` or ``cooccurrence``, scores are no longer inner products of the embeddings
 alone.
@@ -86,8 +89,6 @@ Kept = TypeVar("Kept")
 # fresh pages cost more than the arithmetic.
 ENCODED_ROWS, ENCODED_TOKENS = 512, 4096
 ALL = slice(None)
-CALIBRATED = 2000
-"""Validation users that w of ``cooccurrence`` is chosen on, at most, drawn evenly from all."""
 REPEAT_LR = 0.1
 """Of a scalar that must go far: repeats may be worth minus five, or plus five."""
 
@@ -166,6 +167,8 @@ class L2RecConfig(BaseModel):
     balance: float = Field(0.01, ge=0)
     """beta."""
     view_loss: float = Field(0.0, ge=0)
+    behavioral_epochs: int = Field(0, ge=0)
+    """No matter where one view is all there is."""
 
     @model_validator(mode="after")
     def _consistent(self) -> L2RecConfig:
@@ -209,6 +212,48 @@ class UserState:
 
 
 @dataclass(frozen=True)
+class _OneView:
+    """The method with one of its views, to be trained and validated so for a while."""
+
+    model: L2Rec
+    view: View
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        before, self.model.views = self.model.views, (self.view,)
+        try:
+            yield
+        finally:
+            self.model.views = before
+
+    @property
+    def n_items(self) -> int:
+        return self.model.n_items
+
+    def batches(self, sequences: Ragged, **options: Any) -> TrainingBatches:
+        with self._alone():
+            return self.model.batches(sequences, **options)
+
+    def loss(self, batch: Batch) -> Losses:
+        with self._alone():
+            return self.model.loss(batch)
+
+    def calibrate(self, *validation: Any) -> None:
+        with self._alone():
+            self.model.calibrate(*validation)
+
+    def scorer(self) -> Scorer:
+        with self._alone():
+            score = self.model.scorer()
+
+        def alone(histories: Ragged) -> Tensor:
+            with self._alone():
+                return score(histories)
+
+        return alone
+
+
+@dataclass(frozen=True)
 class _ViewInput:
     """One view of a batch: x [n, D] inputs, u [U, D] user vectors, user [n] their row of u."""
 
@@ -245,6 +290,8 @@ class L2Rec(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.views = config.views
+        """Those that are read; fewer than the config's in the stage of ``behavioral_epochs``."""
         self.backbone = backbone
         self._cache = cache
         self.cached: list[Path] = []
@@ -430,7 +477,7 @@ class L2Rec(nn.Module):
         recent = Ragged(np.arange(len(histories.values)), histories.offsets)
         recent = recent.tail(self.config.max_items)
         items = Ragged(histories.values[recent.values], recent.offsets)
-        inputs = [self._input(view, items, table) for view in self.config.views]
+        inputs = [self._input(view, items, table) for view in self.views]
         states, routing, packing = self._transform(inputs)
 
         # Predictions: every newest position that all views hold, or the last of each row.
@@ -494,12 +541,13 @@ class L2Rec(nn.Module):
         positions: list[Tensor] = []
         slices: list[ViewSlice] = []
         start = 0
-        for index, part in enumerate(inputs):
+        for part in inputs:
             segments = part.segments
             group, position = pack(
                 segments.lengths, self._attend(), blocks=segments.block, start=start
             )
-            slices.append(ViewSlice(index, start, group.stop, part.u, part.user))
+            view = self.config.views.index(part.view)
+            slices.append(ViewSlice(view, start, group.stop, part.u, part.user))
             groups.append(group)
             positions.append(position)
             start = group.stop
@@ -580,8 +628,8 @@ class L2Rec(nn.Module):
 
     def _window(self) -> int:
         """Newest positions of a row that are supervised with ``supervision=all``."""
-        both = "semantic" in self.config.views
-        return min(self.config.max_items, self.config.semantic_items if both else 10**9)
+        semantic = "semantic" in self.views
+        return min(self.config.max_items, self.config.semantic_items if semantic else 10**9)
 
     def costs(self, histories: Ragged) -> npt.NDArray[np.int64]:
         """[B] tokens that each history takes in the backbone, both views, about."""
@@ -590,15 +638,17 @@ class L2Rec(nn.Module):
         return np.minimum(tokens, self.config.max_tokens)
 
     def _item_costs(self, items: npt.NDArray[np.integer] | slice = ALL) -> npt.NDArray[np.int64]:
-        """[N] tokens that items, by default all, add to a row, both views."""
+        """[N] tokens that items, by default all, add to a row, all views that are read."""
         starts, ends = self.tokens.offsets[:-1][items], self.tokens.offsets[1:][items]
         text = np.minimum(ends - starts, self.config.item_tokens) + len(self.after)
-        views = self.config.views
+        views = self.views
         costs: npt.NDArray[np.int64] = text * ("semantic" in views) + ("behavioral" in views)
         return costs
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
-        """One stage; the free residual of the table has a learning rate of its own."""
+        """The behavioural view alone (``behavioral_epochs``), and all views. The free residual of
+        the table has a learning rate of its own.
+        """
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         if not named:
             return []
@@ -613,7 +663,22 @@ class L2Rec(nn.Module):
             ParameterGroup("repeat", repeat, REPEAT_LR, 0.0),
         ]
         groups = [g for g in groups if g.parameters]
-        return [Stage("train", groups, self.batches, self.loss)]
+        stages = [Stage("train", groups, self.batches, self.loss)]
+        if self.config.behavioral_epochs and len(self.config.views) > 1:
+            alone = _OneView(self, "behavioral")
+            stages.insert(
+                0,
+                Stage(
+                    "behavioral",
+                    groups,
+                    alone.batches,
+                    alone.loss,
+                    select=False,
+                    validates=alone,
+                    epochs=self.config.behavioral_epochs,
+                ),
+            )
+        return stages
 
     def loss(self, batch: Batch) -> Losses:
         """L = L_Rec + gamma L_BPC + beta L_LB (and, as an option, each view's own L_Rec)."""
@@ -853,5 +918,5 @@ class L2Rec(nn.Module):
             return own, *together.dense(rows, self.n_items)
 
         tried = [Weights(near, self._repeat()) for near in NEAR]
-        best = choose(parts, self.n_items, histories, targets, tried, CALIBRATED)
+        best = choose(parts, self.n_items, histories, targets, tried)
         self.near.fill_(best.near)

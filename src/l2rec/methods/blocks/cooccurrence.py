@@ -41,6 +41,9 @@ Sparse = Any
 Floats = npt.NDArray[np.float64]
 NEAR = (0.0, *(2.0 ** (k / 2) for k in range(-2, 17)))
 """w to choose from, up to 256: m is smaller where items occur more often."""
+CHOSEN_ON = 10_000
+"""Users that `choose` looks at, at most: weights far apart differ by a percent, which two thousand
+users do not tell from chance."""
 BLOCK_SCORES = 1 << 20
 """Scores that `choose` makes at once."""
 TEXT_SHARE = 0.2
@@ -185,15 +188,14 @@ def choose(
     histories: Ragged,
     targets: IntArray,
     tried: Sequence[Weights],
-    most: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Weights:
     """The weights with the best mean NDCG@10; of equals the first.
 
-    parts: histories -> scores without the counts, m, what is in the history, [B, N] each. most:
-    histories that are looked at, at most, drawn evenly from all. progress: is told (done, of).
+    parts: histories -> scores without the counts, m, what is in the history, [B, N] each.
+    progress: is told (done, of). Of more than CHOSEN_ON histories so many, drawn evenly.
     """
-    some = np.unique(np.linspace(0, len(histories) - 1, most).astype(np.int64))
+    some = np.unique(np.linspace(0, len(histories) - 1, CHOSEN_ON).astype(np.int64))
     totals = np.zeros(len(tried))
     size = max(1, BLOCK_SCORES // n_items)
     for start in range(0, len(some), size):
