@@ -780,3 +780,28 @@ def test_a_stage_may_validate_another_recommender(tmp_path: Path) -> None:
     scores = [r["ndcg@10"] for r in log(tmp_path, "valid")]
     assert scores[1] == 1.0 and scores[0] < scores[2] < 1.0
     assert result.valid["ndcg@10"] == scores[2] and result.best_step == result.steps
+
+
+def test_what_is_validated_is_calibrated_on_the_same_users(tmp_path: Path) -> None:
+    """The model, and what a stage validates in its place: each right before it is ranked."""
+    data = unique_histories()
+    told: list[tuple[str, int]] = []
+
+    class Tuned(Scripted):
+        name = "model"
+
+        def calibrate(self, sequences: Ragged, histories: Ragged, targets: Any) -> None:
+            assert sequences is data.train and histories is data.valid_histories
+            assert targets is data.valid_targets
+            told.append((self.name, self.calls))
+
+        def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+            one, two = super().stages(lr, weight_decay)
+            return [dataclasses.replace(one, validates=other), two]
+
+    other = Tuned([1], data, stages=2)
+    other.name = "other"
+    model = Tuned([5, 4], data, stages=2)
+    result = training.train(model, data, options(epochs=1), seed=0, run=tmp_path, progress=Quiet())
+    half = result.steps // 2
+    assert told == [("model", 0), ("other", 0), ("model", 2 * half)] and model.calls == 2 * half
