@@ -660,6 +660,25 @@ def test_a_text_starts_at_its_row_of_the_table(family: str) -> None:
     torch.testing.assert_close(model.encode_items(TEXTS), rows, rtol=0, atol=1e-5)
 
 
+def test_an_item_that_training_never_meets_is_its_text() -> None:
+    """Otherwise it would be a negative in every step, and sink below everything."""
+    model = shaken(build(**TABLE)).eval()
+    assert model.table is not None
+    met = np.unique(HISTORIES.values)
+    never = np.setdiff1d(np.arange(N, dtype=np.int32), met)
+    assert 0 < len(never) < N
+    model.freeze()
+    model.calibrate(HISTORIES, HISTORIES, VALID)
+    of_text = model.encode_items(TEXTS)
+    rows = model.encode_items(np.arange(N, dtype=np.int32))
+    torch.testing.assert_close(rows[never], of_text[never], rtol=0, atol=1e-5)
+    assert not bool(torch.isclose(rows[met], of_text[met], atol=1e-3).all(1).any())
+    model.train().loss(one_batch(model)).total.backward()
+    grad = model.table.residual.grad
+    assert grad is not None
+    assert not bool(grad[never].any()) and bool(grad[met].any(1).all())
+
+
 @pytest.mark.parametrize("changes", [{}, {"items": "table"}, TABLE | {"last_item_skip": True}])
 def test_a_new_item_is_ranked_and_can_be_in_a_history(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes))

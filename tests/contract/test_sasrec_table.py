@@ -71,6 +71,16 @@ def test_the_equations() -> None:
     assert float(total) == pytest.approx(np.mean(each), rel=1e-4)
 
 
+def test_an_item_that_training_never_meets_is_its_text() -> None:
+    model = sequential.shaken(build())
+    model.calibrate(Ragged.from_rows([[4, 2], [2, 7]]), HISTORIES, HISTORIES.values)
+    rows = model.encode_items(np.arange(N, dtype=np.int32))
+    for item in range(N):
+        met = item in (2, 4, 7)
+        own = row(model, model.text.vectors[item], model.table.residual[item] if met else None)
+        torch.testing.assert_close(rows[item].double(), own, rtol=0, atol=1e-5)
+
+
 def test_it_trains() -> None:
     sequential.check_loss_and_gradients(build())
 

@@ -22,7 +22,8 @@ Where the paper leaves a choice, the default is the reading below; each is an op
 Deviations from the paper are named options, off by default:
 
 - ``items=table``: the item side is a trained table T = norm(E + E L + R) that starts at the
-  backbone's text vectors E (L, R zero), with the full softmax; a new item enters as norm(e + e L).
+  backbone's text vectors E (L, R zero), with the full softmax; an item that is new, or that
+  training never meets, enters as norm(e + e L).
 - ``supervision=all``: every position predicts its next item in one pass; attention is causal over
   items and u is the running mean, so that no prediction sees what follows it.
 - ``pooling=blend``: newest item plus a learned share of the mean.
@@ -275,7 +276,7 @@ class L2Rec(nn.Module):
     Config = L2RecConfig
     uses_backbone = True
     item_tensors = frozenset(
-        {"table.residual", "table.mean"}
+        {"table.residual", "table.mean", "table.held"}
         | {f"together.{name}" for name in ("offsets", *CoOccurrence.sized_by_data)}
     )
     sized_by_data = frozenset(f"together.{name}" for name in CoOccurrence.sized_by_data)
@@ -903,10 +904,13 @@ class L2Rec(nn.Module):
     def calibrate(
         self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
     ) -> None:
-        """Choose w of ``cooccurrence`` for the views as they are now.
+        """Choose w of ``cooccurrence`` for the views as they are now, and tell the table which
+        items training holds.
 
-        sequences: what is counted. histories, targets: of validation.
+        sequences: what is counted, of training. histories, targets: of validation.
         """
+        if self.table is not None:
+            self.table.restrict(sequences.values)
         if self.together is None or self.near is None:
             return
         together = self.together

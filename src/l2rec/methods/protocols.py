@@ -133,15 +133,16 @@ class Trainable(Recommender, Protocol):
 
 @runtime_checkable
 class Calibrated(Protocol):
-    """A method with a few numbers that no gradient chooses."""
+    """A method with a few things in it that no gradient chooses."""
 
     def calibrate(
         self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
     ) -> None:
-        """Choose them by validation's histories and targets [B]; called before each validation.
+        """Choose them by the training's sequences and validation's histories and targets [B].
 
-        sequences: of training. What is chosen must be part of the model's state, and must not
-        change what the losses are.
+        Called before each validation, the first of which comes before the first step. What is
+        chosen must be part of the model's state, and what validation chooses must not change what
+        the losses are.
         """
         ...
 

@@ -73,7 +73,7 @@ class SASRecTable(nn.Module):
 
     Config = SASRecTableConfig
     uses_backbone = True
-    item_tensors = frozenset({"table.residual", "table.mean"})
+    item_tensors = frozenset({"table.residual", "table.mean", "table.held"})
 
     def __init__(
         self,
@@ -136,6 +136,12 @@ class SASRecTable(nn.Module):
             users[real] / self.config.temperature, table, targets, dtype=self.text.dtype
         )
         return Losses(total, {"rec": total.detach()}, len(targets), computed_positions(real))
+
+    def calibrate(
+        self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
+    ) -> None:
+        """Tell the table which items training holds."""
+        self.table.restrict(sequences.values)
 
     # -- inference -------------------------------------------------------------------------------
 

@@ -6,16 +6,21 @@ __all__ = ["TextTable"]
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from l2rec.data.ragged import IntArray
 
 
 class TextTable(nn.Module):
     """T = norm(E + E L + R), rows of unit length.
 
     E: [N, D] the backbone's text vectors, centred and normalised, frozen. L: [D, D] and R: [N, D]
-    start at zero. Items added after training have no row of R: norm(e + e L).
+    start at zero. Items added after training have no row of R: norm(e + e L). Neither have items
+    that training does not hold (`restrict`): negatives in every step and never a target, their rows
+    would sink below everything.
     """
 
     def __init__(self, text: Tensor, dropout: float, text_dropout: float = 0.0) -> None:
@@ -27,6 +32,8 @@ class TextTable(nn.Module):
         dim = text.shape[-1]
         self.linear = nn.Parameter(torch.zeros(dim, dim))
         self.residual = nn.Parameter(torch.zeros_like(text))
+        self.register_buffer("held", torch.ones(len(text), 1))  # 0: no row of R
+        self.held: Tensor
         self.dropout, self.text_dropout = dropout, text_dropout
         self._kept: Tensor | None = None
 
@@ -46,6 +53,15 @@ class TextTable(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._kept = None
         super()._load_from_state_dict(*args)
+
+    @torch.no_grad()
+    def restrict(self, items: IntArray) -> None:
+        """Rows of R are for the items that training holds: ``items``, in any order, repeated or
+        not. The same before every use, as it changes T.
+        """
+        self._kept = None
+        often = np.bincount(items, minlength=len(self.residual))
+        self.held.copy_(torch.from_numpy(often > 0)[:, None])
 
     @torch.no_grad()
     def extend(self, text: Tensor) -> None:
@@ -73,5 +89,6 @@ class TextTable(nn.Module):
         rows = text + text @ self.linear
         residual = F.dropout(self.residual, self.dropout, self.training)
         trained = len(self.residual)
-        rows = torch.cat((rows[:trained] + residual, rows[trained:]))
+        own = torch.addcmul(rows[:trained], residual, self.held)
+        rows = torch.cat((own, rows[trained:]))
         return F.normalize(rows, dim=-1)
