@@ -57,7 +57,7 @@ class TextTable(nn.Module):
     @torch.no_grad()
     def restrict(self, items: IntArray) -> None:
         """Rows of R are for the items that training holds: ``items``, in any order, repeated or
-        not. The same before every use, as it changes T.
+        not. To be told before the first step, since it changes T.
         """
         self._kept = None
         often = np.bincount(items, minlength=len(self.residual))
