@@ -13,6 +13,7 @@ __all__ = [
 
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ class Console:
         )
         self._tasks: dict[str, TaskID] = {}
         self._last = 0.0
-        self._first: tuple[int, float] | None = None
+        self._seen: deque[tuple[int, float]] = deque(maxlen=10)
+        """Steps and times of the newest plain lines: stages differ in what a step takes."""
 
     def __enter__(self) -> Console:
         self._bars.start()
@@ -77,10 +79,9 @@ class Console:
             self._bar("training", step, total, f"epoch {epoch:.2f}  {text}")
         elif time.monotonic() - self._last > PLAIN_EVERY:
             self._last = time.monotonic()
-            if self._first is None:
-                self._first = (step, self._last)
-            done = step - self._first[0]
-            left = (self._last - self._first[1]) / done * (total - step) / 60 if done else 0.0
+            self._seen.append((step, self._last))
+            done, seconds = step - self._seen[0][0], self._last - self._seen[0][1]
+            left = seconds / done * (total - step) / 60 if done else 0.0
             about = f"  ~{left:.0f} min left" if done else ""
             self.line(f"step {step}/{total}  epoch {epoch:.2f}  {text}{about}")
 

@@ -53,6 +53,16 @@ def test_the_time_left_is_of_this_part_of_a_resumed_run(
     assert capsys.readouterr().err.splitlines()[-1].endswith("~9 min left")
 
 
+def test_the_time_left_follows_a_stage_with_slower_steps(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    with Console() as out:
+        for step in range(1000):
+            out.training(1.0, step, 2000, "")
+            clock.time += 2 if step < 900 else 60
+    assert capsys.readouterr().err.splitlines()[-1].endswith("~1001 min left")
+
+
 def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with Console(quiet=True) as out:
         out.line("a")
