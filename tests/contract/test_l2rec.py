@@ -183,7 +183,7 @@ def test_stages_hold_every_trained_tensor_once(family: str) -> None:
 @pytest.mark.parametrize("options", [{}, PRIOR | {"view_loss": 0.5}], ids=["paper", "table"])
 def test_the_behavioral_view_can_be_trained_first(options: dict[str, Any]) -> None:
     model = shaken(build(**options, behavioral_epochs=3)).train()
-    model.fusion.gate.bias.data.zero_()
+    model.calibrate(HISTORIES, HISTORIES, VALID)
     first, then = model.stages(1e-3, 0.1)
     assert (first.epochs, first.select, then.epochs, then.select) == (3, False, None, True)
     sizes = {"seed": 0, "epoch": 0, "batch_users": 99, "batch_tokens": 40}
@@ -494,8 +494,7 @@ def test_repeats_are_a_term_of_the_loss_and_counts_are_not() -> None:
     found = []
     for option in (False, True):
         model = shaken(build(**PRIOR | {"cooccurrence": option})).eval()
-        if option:
-            calibrated(model)
+        model.calibrate(HISTORIES, HISTORIES, VALID)
         losses = model.loss(one_batch(model))
         losses.total.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})

@@ -231,6 +231,10 @@ class _OneView:
     def n_items(self) -> int:
         return self.model.n_items
 
+    def groups(self, lr: float, weight_decay: float) -> list[ParameterGroup]:
+        with self._alone():
+            return self.model._groups(lr, weight_decay)
+
     def batches(self, sequences: Ragged, **options: Any) -> TrainingBatches:
         with self._alone():
             return self.model.batches(sequences, **options)
@@ -332,16 +336,18 @@ class L2Rec(nn.Module):
 
     # -- construction ----------------------------------------------------------------------------
 
-    def _unused(self) -> list[nn.Module]:
-        """Modules that the ablations switch off: they are not trained and not counted."""
+    def _unused(self) -> list[nn.Parameter]:
+        """What the ablations switch off, or has no part in the views that are read now."""
         if not self.config.adapt:
-            return [self]
+            return list(self.parameters())
         off: list[nn.Module] = [] if self.linears else [self.experts]
-        if "semantic" not in self.config.views:
+        blend: list[nn.Parameter] = []
+        if "semantic" not in self.views:
             off += [self.fusion.project_semantic, self.fusion.gate]
-        if "behavioral" not in self.config.views:
+            blend = [self.blend]
+        if "behavioral" not in self.views:
             off += [self.fusion.project_behavioral, self.fusion.gate, self.projector]
-        return off
+        return [parameter for module in off for parameter in module.parameters()] + blend
 
     def _check_lengths(self) -> None:
         config, limit = self.config, self.backbone.max_positions
@@ -650,9 +656,27 @@ class L2Rec(nn.Module):
         """The behavioural view alone (``behavioral_epochs``), and all views. The free residual of
         the table has a learning rate of its own.
         """
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        if not named:
+        if not (groups := self._groups(lr, weight_decay)):
             return []
+        stages = [Stage("train", groups, self.batches, self.loss)]
+        if self.config.behavioral_epochs and len(self.config.views) > 1:
+            alone = _OneView(self, "behavioral")
+            before = Stage(
+                "behavioral",
+                alone.groups(lr, weight_decay),
+                alone.batches,
+                alone.loss,
+                select=False,
+                validates=alone,
+                epochs=self.config.behavioral_epochs,
+            )
+            stages.insert(0, before)
+        return stages
+
+    def _groups(self, lr: float, weight_decay: float) -> list[ParameterGroup]:
+        """Everything that is trained with the views that are read now."""
+        unused = set(self._unused())
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad and p not in unused]
         repeat = [p for n, p in named if n == "repeat"]
         plain = [p for n, p in named if p.ndim < 2 and n != "repeat"]
         slow = [p for n, p in named if n == "table.residual"]
@@ -663,23 +687,7 @@ class L2Rec(nn.Module):
             ParameterGroup("table", slow, self.config.table_lr, 0.0),
             ParameterGroup("repeat", repeat, REPEAT_LR, 0.0),
         ]
-        groups = [g for g in groups if g.parameters]
-        stages = [Stage("train", groups, self.batches, self.loss)]
-        if self.config.behavioral_epochs and len(self.config.views) > 1:
-            alone = _OneView(self, "behavioral")
-            stages.insert(
-                0,
-                Stage(
-                    "behavioral",
-                    groups,
-                    alone.batches,
-                    alone.loss,
-                    select=False,
-                    validates=alone,
-                    epochs=self.config.behavioral_epochs,
-                ),
-            )
-        return stages
+        return [g for g in groups if g.parameters]
 
     def loss(self, batch: Batch) -> Losses:
         """L = L_Rec + gamma L_BPC + beta L_LB (and, as an option, each view's own L_Rec)."""
