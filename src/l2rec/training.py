@@ -362,11 +362,16 @@ def _rate(run: _Run, planned: int) -> float:
     the rate follows whichever is nearer to its end. A stage has the time that is left to it.
     """
     config, c = run.config, run.counters
-    step = c.step - c.stage_start
-    if config.max_minutes is not None:
-        left = 60 * config.max_minutes - c.stage_seconds
-        step = max(step, int(planned * (c.seconds - c.stage_seconds) / max(left, 1e-9)))
+    step = max(c.step - c.stage_start, int(planned * _time_over(run)))
     return _schedule(step, planned, config)
+
+
+def _time_over(run: _Run) -> float:
+    """Share of the time that ``max_minutes`` left to this stage that is over; 0 without a limit."""
+    c, minutes = run.counters, run.config.max_minutes
+    if minutes is None:
+        return 0.0
+    return (c.seconds - c.stage_seconds) / max(60 * minutes - c.stage_seconds, 1e-9)
 
 
 def _schedule(step: int, total: int, config: TrainingConfig) -> float:
@@ -515,12 +520,10 @@ def _log_window(run: _Run, position: float, planned: int) -> None:
 
 def _last_step(run: _Run, planned: int) -> int:
     """The step this stage will end at, as far as is known now: for the time that is left."""
-    c, minutes = run.counters, run.config.max_minutes
+    c, over = run.counters, _time_over(run)
     last = c.stage_start + planned
-    steps, seconds = c.step - c.stage_start, c.seconds - c.stage_seconds
-    if minutes is not None and seconds > 0:
-        left = 60 * minutes - c.stage_seconds
-        last = min(last, c.stage_start + round(steps * left / seconds))
+    if over > 0:
+        last = min(last, c.stage_start + round((c.step - c.stage_start) / over))
     return max(last, c.step)
 
 

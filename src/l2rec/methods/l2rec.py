@@ -814,10 +814,14 @@ class L2Rec(nn.Module):
 
     def encode_users(self, histories: Ragged) -> Tensor:
         """Unit-length user vectors [B, D] float32; scores are their inner products with items'."""
+        return self._unit_users(histories)
+
+    def _unit_users(self, histories: Ragged, table: Tensor | None = None) -> Tensor:
+        """`encode_users`, where T may be known already."""
         if not len(histories):
             return torch.zeros(0, self.backbone.dim, device=self.backbone.device)
         parts, order = self._in_batches(
-            histories, lambda state: F.normalize(state.fused.float(), dim=-1)
+            histories, lambda state: F.normalize(state.fused.float(), dim=-1), table
         )
         return torch.cat(parts)[order.to(parts[0].device)]
 
@@ -835,7 +839,7 @@ class L2Rec(nn.Module):
 
     @torch.inference_mode()
     def _in_batches(
-        self, histories: Ragged, keep: Callable[[UserState], Kept]
+        self, histories: Ragged, keep: Callable[[UserState], Kept], table: Tensor | None = None
     ) -> tuple[list[Kept], Tensor]:
         """What is kept of the state of each batch, and where each row went."""
         if len(histories) and int(histories.lengths.min()) == 0:
@@ -845,7 +849,8 @@ class L2Rec(nn.Module):
         )
         order = np.argsort(np.concatenate(plan)) if plan else np.zeros(0, dtype=np.int64)
         with self._evaluating():
-            table = None if self.table is None else self.table()
+            if table is None and self.table is not None:
+                table = self.table()
             kept = [keep(self(histories.take(rows), table=table)) for rows in plan]
         return kept, torch.from_numpy(order)
 
@@ -872,13 +877,19 @@ class L2Rec(nn.Module):
             else:
                 self.table.take_back(known[1])
 
+    def _cosines(self) -> Scorer:
+        """Histories -> cosines with every catalog item [B, N] float32. Encodes the catalog."""
+        vectors = self.encode_items(np.arange(self.n_items, dtype=np.int32))
+        table = None if self.table is None else vectors
+        return lambda histories: self._unit_users(histories, table) @ vectors.T
+
     def scorer(self) -> Scorer:
         """Histories -> cosine / tau with every catalog item [B, N] float32. Encodes the catalog."""
-        vectors = self.encode_items(np.arange(self.n_items, dtype=np.int32))
+        cosine_of = self._cosines()
         temperature = float(self.temperature.detach())
 
         def score(histories: Ragged) -> Tensor:
-            cosines, prior = self.encode_users(histories) @ vectors.T, self.prior(histories)
+            cosines, prior = cosine_of(histories), self.prior(histories)
             return (cosines if prior is None else cosines + prior) / temperature
 
         return score
@@ -923,10 +934,10 @@ class L2Rec(nn.Module):
             return
         together = self.together
         together.count(sequences, self._alike if self.config.text_neighbors else None)
-        vectors = self.encode_items(np.arange(self.n_items, dtype=np.int32))
+        cosine_of = self._cosines()
 
         def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
-            own = self.encode_users(rows) @ vectors.T / self.temperature
+            own = cosine_of(rows) / self.temperature
             return own, *together.dense(rows, self.n_items)
 
         tried = [Weights(near, self._repeat()) for near in NEAR]
