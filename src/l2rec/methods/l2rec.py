@@ -87,8 +87,8 @@ View = Literal["semantic", "behavioral"]
 Kept = TypeVar("Kept")
 
 # Of one batch without gradients. Beyond this, activations outgrow what the C library reuses, and
-# fresh pages cost more than the arithmetic.
-ENCODED_ROWS, ENCODED_TOKENS = 512, 4096
+# fresh pages cost more than the arithmetic; a GPU has to be filled.
+ENCODED_ROWS, ENCODED_TOKENS = (4096, 1 << 16) if torch.cuda.is_available() else (512, 4096)
 ALL = slice(None)
 REPEAT_LR = 0.1
 """Of a scalar that must go far: repeats may be worth minus five, or plus five."""
@@ -392,7 +392,7 @@ class L2Rec(nn.Module):
             self.item_vectors = torch.empty(0, self.backbone.dim, device=device)
             return
         words = self.backbone.word_embeddings.weight.float().square().mean().sqrt()
-        self.projector.calibrate(vectors, config.behavioral_boost * float(words))
+        self.projector.to(device).calibrate(vectors, config.behavioral_boost * float(words))
 
     def _tokenize(self, texts: Sequence[str]) -> Ragged:
         longest = max(self.config.text_tokens, self.config.item_tokens)

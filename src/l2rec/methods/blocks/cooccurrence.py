@@ -44,7 +44,7 @@ NEAR = (0.0, *(2.0 ** (k / 2) for k in range(-2, 17)))
 CHOSEN_ON = 10_000
 """Users that `choose` looks at, at most: weights far apart differ by a percent, which two thousand
 users do not tell from chance."""
-BLOCK_SCORES = 1 << 20
+BLOCK_SCORES = 1 << (24 if torch.cuda.is_available() else 20)
 """Scores that `choose` makes at once."""
 TEXT_SHARE = 0.2
 TEXT_NEIGHBORS = 20
