@@ -69,6 +69,8 @@ from l2rec.views import Segments, semantic_tokens
 
 Side = Literal["text", "id"]
 DOMINANT = ("text", "id", "both")
+# Of one batch without gradients; a GPU has to be filled.
+ENCODED_TOKENS = 1 << 16 if torch.cuda.is_available() else 4096
 """Which side is not calibrated: Eq. 18, its mirror image, none."""
 
 
@@ -548,7 +550,7 @@ class HDRec(nn.Module):
             DataError: an empty history.
         """
         cost = int(self._item_costs().max(initial=1))
-        rows = max(1, 4096 // (cost + len(self.prompt)))
+        rows = max(1, ENCODED_TOKENS // (cost + len(self.prompt)))
         return [
             encode_rows(
                 self,
