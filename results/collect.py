@@ -147,6 +147,8 @@ def main() -> None:
     """Copy what is named, then write the tables."""
     for argument in sys.argv[1:]:
         name, _, run = argument.partition("=")
+        if not run:
+            raise SystemExit(__doc__)
         keep(name, Path(run))
     # Data sets whose runs were trained out come first.
     sets = sorted(collected().values(), key=lambda runs: sum(map(cut, runs.values())))
