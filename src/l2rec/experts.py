@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,8 @@ class Routing:
     """
 
     slices: Sequence[ViewSlice]
-    user_gates: list[Tensor]  # per slice: g^u [U, J, E]
-    user_hidden: list[Tensor]  # per slice: the u-half of R1^f [u; x], [U, J, W]
+    user_gates: list[Sequence[Tensor]]  # per slice and matrix: g^u [U, E]
+    user_hidden: list[Sequence[Tensor]]  # per slice and matrix: u-half of R1^f [u; x], [U, W]
     balance: dict[int, list[Tensor]] = field(default_factory=dict)
     load: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -182,6 +182,17 @@ class _AddLowRank(torch.autograd.Function):
         return grads[0], None, *g_factors
 
 
+class _View(NamedTuple):
+    """What one view has of a `_Mixture`. out: [E, W] and out_bias: [E] of each router."""
+
+    a: Tensor
+    b: Tensor
+    router_x: Tensor
+    router_x_bias: Tensor
+    out: Sequence[Tensor]
+    out_bias: Sequence[Tensor]
+
+
 class _Mixture(nn.Module):
     """The experts and routers of one adapted matrix, all views."""
 
@@ -208,6 +219,20 @@ class _Mixture(nn.Module):
         self.router_x_bias = nn.Parameter(torch.empty(views, signals * width))
         self.router_out = nn.Parameter(torch.empty(views, signals, experts, width))
         self.router_out_bias = nn.Parameter(torch.empty(views, signals, experts))
+
+    def views(self) -> list[_View]:
+        """The parameters by view. Taken apart in one piece: an index into them costs a zero-filled
+        gradient of all of them for every view and router.
+        """
+        signals = self.router_out.shape[1]
+        out = self.router_out.flatten(0, 1).unbind()
+        out_bias = self.router_out_bias.flatten(0, 1).unbind()
+        stacked = (self.a, self.b, self.router_x, self.router_x_bias)
+        views = []
+        for v, (a, b, x, x_bias) in enumerate(zip(*(p.unbind() for p in stacked), strict=True)):
+            routers = slice(v * signals, (v + 1) * signals)
+            views.append(_View(a, b, x, x_bias, out[routers], out_bias[routers]))
+        return views
 
     def reset_parameters(self) -> None:
         for a in (self.shared_a, self.a):
@@ -332,58 +357,58 @@ class DPMoE(nn.Module):
 
     # -- the equations ---------------------------------------------------------------------------
 
-    def _user_share(self, part: ViewSlice) -> tuple[Tensor, Tensor]:
-        """g^u [U, J, E] and the u-half of the interaction's hidden layer [U, J, W]."""
+    def _user_share(self, part: ViewSlice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """g^u [U, E] and the u-half of the interaction's hidden layer [U, W], of every matrix."""
         if not self.personalized:
-            return part.u.new_zeros(0), part.u.new_zeros(0)
+            return (), ()
         v = part.view
         matrices, width = self.router_u.shape[1], self.width
         hidden = F.linear(part.u, self.router_u[v].flatten(0, 1)).view(-1, matrices, 2 * width)
         user = F.relu(hidden[..., :width] + self.router_u_bias[v])
         logits = torch.einsum("ujw,jew->uje", user, self.user_out[v]) + self.user_out_bias[v]
-        return logits.softmax(-1), hidden[..., width:]
+        return logits.softmax(-1).unbind(1), hidden[..., width:].unbind(1)
 
     def adapted(self, j: int, x: Tensor, routing: Routing) -> Tensor:
         """(W_j + dW_j) x + b of a whole packed batch, Eq. 3: x [N, d_in] -> [N, d_out]."""
-        linear = self._linears[j]
+        linear, mixture = self._linears[j], self.mixtures[j]
         sizes = [part.stop - part.start for part in routing.slices]
-        stacks = [self._stack(j, part.view).to(x.dtype) for part in routing.slices]
+        every: list[_View] = mixture.views()  # type: ignore[operator]
+        views = [every[part.view] for part in routing.slices]
+        # [A of all experts; x-halves of the routers' first layers], [(S + E) R + 2 W, d_in]
+        stacks = [
+            torch.cat((mixture.shared_a, own.a, own.router_x)).to(x.dtype)  # type: ignore[arg-type]
+            for own in views
+        ]
         y, *products = _Products.apply(x, linear.weight, linear.bias, sizes, *stacks)  # type: ignore[no-untyped-call]
         factors: list[Tensor] = []
-        for k, product in enumerate(products):
-            factors += self._gated(j, product, k, routing)
+        for k, (product, own) in enumerate(zip(products, views, strict=True)):
+            b = torch.cat((mixture.shared_b, own.b)).to(product.dtype)  # type: ignore[arg-type]
+            factors += (self._gated(j, own, product, k, routing), b)
         added: Tensor = _AddLowRank.apply(y, sizes, *factors)  # type: ignore[no-untyped-call]
         return added
 
-    def _stack(self, j: int, view: int) -> Tensor:
-        """[A of all experts; x-halves of the routers' first layers], [(S + E) R + 2 W, d_in]."""
-        mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
-        return torch.cat((mixture.shared_a, mixture.a[view], mixture.router_x[view]))
-
-    def _gated(self, j: int, product: Tensor, k: int, routing: Routing) -> tuple[Tensor, Tensor]:
-        """The update of one view as two factors: A x times the gates [n, (S + E) R], stacked B."""
+    def _gated(self, j: int, own: _View, product: Tensor, k: int, routing: Routing) -> Tensor:
+        """A x of one view's experts times their gates, [n, (S + E) R]: B brings it back."""
         v = routing.slices[k].view
-        mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
-        routers = mixture.router_x.shape[1]
+        routers = len(own.router_x)
         low, hidden = product.split((product.shape[1] - routers, routers), dim=-1)
-        scores = self._fused_scores(j, hidden + mixture.router_x_bias[v], k, routing)
+        scores = self._fused_scores(j, own, hidden + own.router_x_bias, k, routing)
         kept = top_n(scores, self.top)
         balance, load = load_balance(scores, kept)
         routing.balance.setdefault(v, []).append(balance)
         routing.load.setdefault(v, []).append(load)
         gates = F.pad(scores * kept, (self.shared_experts, 0), value=1.0) * self.scaling
-        low = low * gates.to(product.dtype).repeat_interleave(self.rank, dim=-1)
-        return low, torch.cat((mixture.shared_b, mixture.b[v])).to(product.dtype)
+        gated: Tensor = low * gates.to(product.dtype).repeat_interleave(self.rank, dim=-1)
+        return gated
 
-    def _fused_scores(self, j: int, hidden: Tensor, k: int, routing: Routing) -> Tensor:
+    def _fused_scores(self, j: int, own: _View, hidden: Tensor, k: int, routing: Routing) -> Tensor:
         """Eq. 4 and the first line of Eq. 5: g_hat [n, E] float32."""
-        part = routing.slices[k]
-        mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
-        out, bias = mixture.router_out[part.view], mixture.router_out_bias[part.view]
-        g_context = _gate(hidden[:, : self.width], out[0], bias[0])
         if not self.personalized:
-            return g_context
-        from_user = routing.user_hidden[k][:, j].index_select(0, part.user)
-        g_interaction = _gate(hidden[:, self.width :] + from_user, out[1], bias[1])
-        g_user = routing.user_gates[k][:, j].index_select(0, part.user)
+            return _gate(hidden, own.out[0], own.out_bias[0])
+        context, interaction = hidden.split(self.width, dim=-1)
+        user = routing.slices[k].user
+        g_context = _gate(context, own.out[0], own.out_bias[0])
+        from_user = routing.user_hidden[k][j].index_select(0, user)
+        g_interaction = _gate(interaction + from_user, own.out[1], own.out_bias[1])
+        g_user = routing.user_gates[k][j].index_select(0, user)
         return g_context + (g_user + g_interaction) * g_context
