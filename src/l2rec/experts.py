@@ -370,20 +370,18 @@ class DPMoE(nn.Module):
 
     def adapted(self, j: int, x: Tensor, routing: Routing) -> Tensor:
         """(W_j + dW_j) x + b of a whole packed batch, Eq. 3: x [N, d_in] -> [N, d_out]."""
-        linear, mixture = self._linears[j], self.mixtures[j]
+        linear = self._linears[j]
+        mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
         sizes = [part.stop - part.start for part in routing.slices]
-        every: list[_View] = mixture.views()  # type: ignore[operator]
-        views = [every[part.view] for part in routing.slices]
+        of_view = mixture.views()
+        views = [of_view[part.view] for part in routing.slices]
         # [A of all experts; x-halves of the routers' first layers], [(S + E) R + 2 W, d_in]
-        stacks = [
-            torch.cat((mixture.shared_a, own.a, own.router_x)).to(x.dtype)  # type: ignore[arg-type]
-            for own in views
-        ]
+        stacks = [torch.cat((mixture.shared_a, v.a, v.router_x)).to(x.dtype) for v in views]
         y, *products = _Products.apply(x, linear.weight, linear.bias, sizes, *stacks)  # type: ignore[no-untyped-call]
         factors: list[Tensor] = []
-        for k, (product, own) in enumerate(zip(products, views, strict=True)):
-            b = torch.cat((mixture.shared_b, own.b)).to(product.dtype)  # type: ignore[arg-type]
-            factors += (self._gated(j, own, product, k, routing), b)
+        for k, (product, v) in enumerate(zip(products, views, strict=True)):
+            b = torch.cat((mixture.shared_b, v.b)).to(product.dtype)
+            factors += (self._gated(j, v, product, k, routing), b)
         added: Tensor = _AddLowRank.apply(y, sizes, *factors)  # type: ignore[no-untyped-call]
         return added
 
