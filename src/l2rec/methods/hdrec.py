@@ -52,7 +52,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Attend, Backbone, Packing, pack
+from l2rec.backbone import ENCODED_TOKENS, Attend, Backbone, Packing, pack
 from l2rec.data.batches import Batch, TrainingBatches, plan_batches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged, flat_index
@@ -69,8 +69,6 @@ from l2rec.views import Segments, semantic_tokens
 
 Side = Literal["text", "id"]
 DOMINANT = ("text", "id", "both")
-# Of one batch without gradients; a GPU has to be filled.
-ENCODED_TOKENS = 1 << 16 if torch.cuda.is_available() else 4096
 """Which side is not calibrated: Eq. 18, its mirror image, none."""
 
 

@@ -62,7 +62,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Attend, Backbone, Group, Packing, pack, split
+from l2rec.backbone import (
+    ENCODED_ROWS,
+    ENCODED_TOKENS,
+    Attend,
+    Backbone,
+    Group,
+    Packing,
+    pack,
+    split,
+)
 from l2rec.data.batches import Batch, TrainingBatches, plan_batches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged, flat_index
@@ -86,9 +95,6 @@ from l2rec.views import (
 View = Literal["semantic", "behavioral"]
 Kept = TypeVar("Kept")
 
-# Of one batch without gradients. Beyond this, activations outgrow what the C library reuses, and
-# fresh pages cost more than the arithmetic; a GPU has to be filled.
-ENCODED_ROWS, ENCODED_TOKENS = (4096, 1 << 16) if torch.cuda.is_available() else (512, 4096)
 ALL = slice(None)
 REPEAT_LR = 0.1
 """Of a scalar that must go far: repeats may be worth minus five, or plus five."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rec.backbone import Attend, Backbone, Packing, pack
+from l2rec.backbone import ENCODED_ROWS, ENCODED_TOKENS, Attend, Backbone, Packing, pack
 from l2rec.data.batches import plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import special_tokens
@@ -42,7 +42,7 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
     out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
     lengths = np.minimum(tokens.lengths, max_tokens)
     attend = Attend.CAUSAL if backbone.causal else Attend.FULL
-    for rows in plan_batches(lengths + 2, None, max_rows=512, max_cost=4096):
+    for rows in plan_batches(lengths + 2, None, max_rows=ENCODED_ROWS, max_cost=ENCODED_TOKENS):
         part = semantic_tokens(
             Ragged(rows.astype(np.int32), np.arange(len(rows) + 1)),
             tokens,
