@@ -132,7 +132,7 @@ class PartClock(TorchDispatchMode):
             (model, "_read", FUSION),
             (model, "_fuse", FUSION),
             (model.experts, "adapted", SCALING),
-            (model.experts, "_user_share", ROUTERS),
+            (model.experts, "_from_user", ROUTERS),
             (model.experts, "_fused_scores", ROUTERS),
             (l2rec.experts, "top_n", ROUTERS),
             (l2rec.experts, "load_balance", ROUTERS),

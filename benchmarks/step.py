@@ -301,7 +301,7 @@ def dpmoe(name: str, load: Load, work: Workload, views: int) -> Contender:
         packing = Packing(tuple(groups), torch.cat(positions))
         with experts.routed(slices) as routing:
             states = backbone(torch.cat(inputs), packing)
-        balance = torch.stack([t for terms in routing.balance.values() for t in terms]).mean()
+        balance = torch.cat(list(routing.balance.values())).mean()
         return score(states) + BALANCE * balance
 
     trained = list(experts.parameters()) + list(projector.parameters()) * (views - 1)

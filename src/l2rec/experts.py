@@ -10,7 +10,9 @@ For every adapted matrix W_j of the frozen backbone, every view v in {semantic, 
 No loop over experts: the A of all experts and the x-halves of R1^c and R1^f are one stacked
 matrix, so one skinny matmul of x gives every low-rank activation and the routers' hidden layers;
 the activations are scaled by the gates and one matmul with the stacked B brings them back. What
-depends on the user alone (R1^u u and the u-half of R1^f [u; x]) is one matmul for all matrices.
+depends on the user alone (g^u and the u-half of R1^f [u; x]) is one matmul for all matrices.
+On a GPU a step of a small backbone is as long as its list of calls: the routers of a token are one
+batched matmul, and the load balance of all matrices is computed at once.
 
 The backbone stays Hugging Face's code: `DPMoE.attach` takes over the forward of its Linear modules,
 by name, and `DPMoE.detach` gives it back.
@@ -91,17 +93,30 @@ class ViewSlice:
 
 @dataclass
 class Routing:
-    """What one forward pass of the backbone needs to know, and what it notes down.
+    """What one forward pass of the backbone needs to know, and what is known after it.
 
-    balance: per view, one load-balancing term for each adapted matrix that was passed.
-    load: per view, for each matrix the share of tokens that each expert received, [E], detached.
+    from_user: per slice and matrix, what a token's user adds, [U, 2 W + E] float32: to the hidden
+        layers of the context router (its bias) and of the interaction router (its bias and the
+        u-half of R1^f [u; x]), and g^u. Empty where the router does not know the user.
+    chosen: per slice, of each matrix that was passed: g_hat [n, E] and the chosen experts, bool.
+    balance: per view, the load-balancing term of each of these matrices, [J].
+    load: per view, for each of them the share of tokens that each expert received, [J, E],
+        detached.
     """
 
     slices: Sequence[ViewSlice]
-    user_gates: list[Sequence[Tensor]]  # per slice and matrix: g^u [U, E]
-    user_hidden: list[Sequence[Tensor]]  # per slice and matrix: u-half of R1^f [u; x], [U, W]
-    balance: dict[int, list[Tensor]] = field(default_factory=dict)
-    load: dict[int, list[Tensor]] = field(default_factory=dict)
+    from_user: list[Sequence[Tensor]]
+    chosen: list[list[tuple[Tensor, Tensor]]]
+    balance: dict[int, Tensor] = field(default_factory=dict)
+    load: dict[int, Tensor] = field(default_factory=dict)
+
+    def finish(self) -> None:
+        """Balance and load, once the backbone was passed."""
+        for part, chosen in zip(self.slices, self.chosen, strict=True):
+            if chosen:
+                scores, kept = (torch.stack(of_matrix) for of_matrix in zip(*chosen, strict=True))
+                self.balance[part.view], self.load[part.view] = load_balance(scores, kept)
+                chosen.clear()
 
 
 def top_n(scores: Tensor, n: int) -> Tensor:
@@ -111,25 +126,30 @@ def top_n(scores: Tensor, n: int) -> Tensor:
 
 
 def load_balance(scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Switch-style balance of one router: E * sum_i f_i P_i, 1 when the load is even.
+    """Switch-style balance of routers: E * sum_i f_i P_i, 1 when the load is even.
 
     Args:
-        scores: [n, E] fused scores g_hat of Eq. 5. kept: [n, E] bool, the chosen experts.
+        scores: [..., n, E] fused scores g_hat of Eq. 5. kept: alike, bool, the chosen experts.
 
     Returns:
-        The scalar term, and f [E], each expert's share of the choices (detached).
+        The term of each router [...], and f [..., E], each expert's share of the choices
+        (detached).
     """
-    share = kept.to(scores.dtype).mean(0) / kept[0].sum()
-    probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
-    return scores.shape[-1] * (share * probability).sum(), share.detach()
+    share = kept.to(scores.dtype).mean(-2)
+    share = share / share.sum(-1, keepdim=True)
+    probability = (scores / scores.sum(-1, keepdim=True)).mean(-2)
+    return scores.shape[-1] * (share * probability).sum(-1), share.detach()
 
 
-def _gate(hidden: Tensor, out: Tensor, bias: Tensor) -> Tensor:
-    """softmax(R2 relu(hidden) + b2): hidden [n, W] -> [n, E], experts first in memory.
+def _gates(hidden: Tensor, out: Tensor, bias: Tensor) -> Sequence[Tensor]:
+    """softmax(R2 relu(hidden) + b2) of S routers: hidden [n, S W], out [S, E, W], bias [S, E]
+    -> S times [n, E], experts first in memory.
 
     A softmax over a short last dimension is several times slower.
     """
-    return torch.addmm(bias[:, None], out, F.relu(hidden).t()).softmax(0).t()
+    active = F.relu(hidden).view(len(hidden), len(out), -1).permute(1, 2, 0)
+    scores = torch.baddbmm(bias[..., None], out, active).softmax(1)
+    return scores.transpose(1, 2).unbind()
 
 
 class _Products(torch.autograd.Function):
@@ -183,14 +203,14 @@ class _AddLowRank(torch.autograd.Function):
 
 
 class _View(NamedTuple):
-    """What one view has of a `_Mixture`. out: [E, W] and out_bias: [E] of each router."""
+    """What one view has of a `_Mixture`."""
 
     a: Tensor
     b: Tensor
     router_x: Tensor
     router_x_bias: Tensor
-    out: Sequence[Tensor]
-    out_bias: Sequence[Tensor]
+    out: Tensor
+    out_bias: Tensor
 
 
 class _Mixture(nn.Module):
@@ -222,17 +242,17 @@ class _Mixture(nn.Module):
 
     def views(self) -> list[_View]:
         """The parameters by view. Taken apart in one piece: an index into them costs a zero-filled
-        gradient of all of them for every view and router.
+        gradient of all of them for every view.
         """
-        signals = self.router_out.shape[1]
-        out = self.router_out.flatten(0, 1).unbind()
-        out_bias = self.router_out_bias.flatten(0, 1).unbind()
-        stacked = (self.a, self.b, self.router_x, self.router_x_bias)
-        views = []
-        for v, (a, b, x, x_bias) in enumerate(zip(*(p.unbind() for p in stacked), strict=True)):
-            routers = slice(v * signals, (v + 1) * signals)
-            views.append(_View(a, b, x, x_bias, out[routers], out_bias[routers]))
-        return views
+        stacked = (
+            self.a,
+            self.b,
+            self.router_x,
+            self.router_x_bias,
+            self.router_out,
+            self.router_out_bias,
+        )
+        return [_View(*own) for own in zip(*(p.unbind() for p in stacked), strict=True)]
 
     def reset_parameters(self) -> None:
         for a in (self.shared_a, self.a):
@@ -348,25 +368,31 @@ class DPMoE(nn.Module):
     @contextmanager
     def routed(self, slices: Sequence[ViewSlice]) -> Iterator[Routing]:
         """Within this context the attached backbone adapts the given slices of its packed input."""
-        shares = [self._user_share(s) for s in slices]
-        self._routing = Routing(slices, [g for g, _ in shares], [h for _, h in shares])
+        from_user = [self._from_user(s) for s in slices]
+        self._routing = routing = Routing(slices, from_user, [[] for _ in slices])
         try:
-            yield self._routing
+            yield routing
         finally:
             self._routing = None
+        routing.finish()
 
     # -- the equations ---------------------------------------------------------------------------
 
-    def _user_share(self, part: ViewSlice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """g^u [U, E] and the u-half of the interaction's hidden layer [U, W], of every matrix."""
+    def _from_user(self, part: ViewSlice) -> Sequence[Tensor]:
+        """`Routing.from_user` of one slice: [U, 2 W + E] of every matrix."""
         if not self.personalized:
-            return (), ()
+            return ()
         v = part.view
         matrices, width = self.router_u.shape[1], self.width
         hidden = F.linear(part.u, self.router_u[v].flatten(0, 1)).view(-1, matrices, 2 * width)
-        user = F.relu(hidden[..., :width] + self.router_u_bias[v])
-        logits = torch.einsum("ujw,jew->uje", user, self.user_out[v]) + self.user_out_bias[v]
-        return logits.softmax(-1).unbind(1), hidden[..., width:].unbind(1)
+        user, interaction = hidden.split(width, dim=-1)
+        logits = torch.einsum(
+            "ujw,jew->uje", F.relu(user + self.router_u_bias[v]), self.user_out[v]
+        )
+        g_user = (logits + self.user_out_bias[v]).softmax(-1)
+        biases = torch.stack([m.router_x_bias for m in self.mixtures], dim=1)[v]  # type: ignore[misc]
+        hidden = biases + F.pad(interaction, (width, 0))
+        return torch.cat((hidden, g_user), dim=-1).unbind(1)
 
     def adapted(self, j: int, x: Tensor, routing: Routing) -> Tensor:
         """(W_j + dW_j) x + b of a whole packed batch, Eq. 3: x [N, d_in] -> [N, d_out]."""
@@ -387,26 +413,21 @@ class DPMoE(nn.Module):
 
     def _gated(self, j: int, own: _View, product: Tensor, k: int, routing: Routing) -> Tensor:
         """A x of one view's experts times their gates, [n, (S + E) R]: B brings it back."""
-        v = routing.slices[k].view
         routers = len(own.router_x)
         low, hidden = product.split((product.shape[1] - routers, routers), dim=-1)
-        scores = self._fused_scores(j, own, hidden + own.router_x_bias, k, routing)
+        scores = self._fused_scores(j, own, hidden, k, routing)
         kept = top_n(scores, self.top)
-        balance, load = load_balance(scores, kept)
-        routing.balance.setdefault(v, []).append(balance)
-        routing.load.setdefault(v, []).append(load)
+        routing.chosen[k].append((scores, kept))
         gates = F.pad(scores * kept, (self.shared_experts, 0), value=1.0) * self.scaling
         gated: Tensor = low * gates.to(product.dtype).repeat_interleave(self.rank, dim=-1)
         return gated
 
     def _fused_scores(self, j: int, own: _View, hidden: Tensor, k: int, routing: Routing) -> Tensor:
-        """Eq. 4 and the first line of Eq. 5: g_hat [n, E] float32."""
+        """Eq. 4 and the first line of Eq. 5: g_hat [n, E] float32, of R1 x without its bias."""
         if not self.personalized:
-            return _gate(hidden, own.out[0], own.out_bias[0])
-        context, interaction = hidden.split(self.width, dim=-1)
-        user = routing.slices[k].user
-        g_context = _gate(context, own.out[0], own.out_bias[0])
-        from_user = routing.user_hidden[k][j].index_select(0, user)
-        g_interaction = _gate(interaction + from_user, own.out[1], own.out_bias[1])
-        g_user = routing.user_gates[k][j].index_select(0, user)
-        return g_context + (g_user + g_interaction) * g_context
+            return _gates(hidden + own.router_x_bias, own.out, own.out_bias)[0]
+        from_user = routing.from_user[k][j].index_select(0, routing.slices[k].user)
+        of_hidden, g_user = from_user.split((2 * self.width, self.view_experts), dim=-1)
+        g_context, g_interaction = _gates(hidden + of_hidden, own.out, own.out_bias)
+        fused: Tensor = g_context + (g_user + g_interaction) * g_context
+        return fused

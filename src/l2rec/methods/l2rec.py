@@ -758,8 +758,8 @@ class L2Rec(nn.Module):
                 parts[view] = rec(users, items[view])
                 total = total + config.view_loss * parts[view]
         if balances and config.balance > 0:
-            terms = [t for routing in balances for view in routing.balance.values() for t in view]
-            parts["balance"] = torch.stack(terms).mean()
+            terms = [view for routing in balances for view in routing.balance.values()]
+            parts["balance"] = torch.cat(terms).mean()
             total = total + config.balance * parts["balance"]
         return Losses(
             total,
