@@ -1,8 +1,10 @@
 """Search for the options of a recipe on validation: `l2rec tune`.
 
 A trial is a training with drawn options, selected by validation NDCG@10 over all users; the test
-split is never looked at. Options are drawn by TPE, and a trial that stands below the median of the
-others at the same validation is stopped (Optuna's `TPESampler` and `MedianPruner`).
+split is never looked at. The first trial is the recipe as it is, where the spaces hold it: a search
+ends no worse than it began. Some follow that cover the spaces evenly (a Sobol sequence), then
+options are drawn by TPE, and a trial that stands below the median of the others at the same
+validation is stopped (Optuna's `TPESampler` and `MedianPruner`).
 
 The folder holds the study (``study.db``), a folder for each trial while it runs, and ``best.yaml``,
 a recipe. A search that was killed goes on: with the finished trials as they are, and with the trial
@@ -15,12 +17,14 @@ __all__ = ["Trial", "Tuned", "tune"]
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from l2rec.checkpoint import write_text
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 
 STUDY = "l2rec"
 STARTUP = 5
-"""Trials drawn at random before TPE, and finished before any is stopped."""
+"""Trials before TPE, and finished before any is stopped."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,13 @@ def tune(
     }
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _study(out, about)
-    _take_up_again(study)
+    first = [_own(base, spaces), *_even(spaces, STARTUP - 1, seed)]
+    taken_up_again = _take_up_again(study)
     while (done := len(_told(study))) < trials:
         # What is drawn depends on what is finished alone, so that a killed search draws the same.
+        if done < STARTUP and not taken_up_again:
+            study.enqueue_trial(first[done])
+        taken_up_again = False
         study.sampler = optuna.samplers.TPESampler(seed=seed + done, n_startup_trials=STARTUP)
         trial = study.ask()
         drawn = {key: _draw(trial, key, space) for key, space in spaces.items()}
@@ -197,6 +205,47 @@ def _default_spaces(base: RunConfig) -> dict[str, Any]:
     return spaces
 
 
+def _own(base: RunConfig, spaces: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipe itself has of each key, as Optuna keeps it; not what its space lacks."""
+    values = {"training": base.training.model_dump(), "model": base.model.model_dump()}
+    own = {}
+    for key, space in spaces.items():
+        group, _, name = key.partition(".")
+        value = values.get(group, {}).get(name)
+        if isinstance(space, Mapping):
+            if value in space["choose"]:
+                own[key] = json.dumps(value)
+        elif value is not None and space[0] <= value <= space[1]:
+            own[key] = value
+    return own
+
+
+def _even(spaces: Mapping[str, Any], n: int, seed: int) -> list[dict[str, Any]]:
+    """``n`` points that cover the spaces evenly, as Optuna keeps them: random ones of so small a
+    number leave gaps.
+    """
+    from scipy.stats import qmc
+
+    sobol = qmc.Sobol(len(spaces), rng=np.random.default_rng(seed))
+    places = sobol.random_base2(math.ceil(math.log2(n)))[:n]
+    return [
+        {key: _at(space, float(x)) for (key, space), x in zip(spaces.items(), place, strict=True)}
+        for place in places
+    ]
+
+
+def _at(space: Any, share: float) -> Any:
+    """What lies at this share, from 0 to below 1, of a space."""
+    if isinstance(space, Mapping):
+        choices = space["choose"]
+        return json.dumps(choices[int(share * len(choices))])
+    low, high, *log = space
+    if type(low) is int and type(high) is int and not log:
+        return low + int(share * (high - low + 1))
+    value = low * (high / low) ** share if log else low + share * (high - low)
+    return round(value) if type(low) is int and type(high) is int else value
+
+
 def _draw(trial: optuna.Trial, key: str, space: Any) -> Any:
     if isinstance(space, Mapping):
         # Optuna takes scalars alone; anything else is drawn by its text.
@@ -245,14 +294,17 @@ def _study(out: Path, about: Mapping[str, Any]) -> optuna.Study:
     return study
 
 
-def _take_up_again(study: optuna.Study) -> None:
-    """A trial that was running when the search was killed is asked for again."""
+def _take_up_again(study: optuna.Study) -> bool:
+    """A trial that was running when the search was killed is asked for again. Was there one?"""
     import optuna
 
+    waiting = bool(study.get_trials(states=(optuna.trial.TrialState.WAITING,)))
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         if trial.params:
             study.enqueue_trial(trial.params)
+            waiting = True
+    return waiting
 
 
 def _told(study: optuna.Study) -> list[Trial]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,51 @@ def test_what_is_refused(chains: Dataset, tmp_path: Path) -> None:
         search(chains.path, tmp_path / "s2", 1, overrides=FIXED[:2])
 
 
-def test_without_a_space_rate_and_dropout_are_searched(chains: Dataset, tmp_path: Path) -> None:
-    found = search(chains.path, tmp_path / "s", 1, search=[])
-    options = found.trials[0].options
-    assert options.keys() == {"training.lr", "model.dropout"}
-    lr = load_recipe("sasrec").training.lr
-    assert lr / 5 <= options["training.lr"] <= lr * 5
-    assert json.dumps(options)
+def test_without_a_space_rate_and_dropout_are_searched_from_the_recipe_on(
+    chains: Dataset, tmp_path: Path
+) -> None:
+    found = search(chains.path, tmp_path / "s", 2, search=[])
+    first, second = (t.options for t in sorted(found.trials, key=lambda t: t.number))
+    recipe = load_recipe("sasrec")
+    lr = recipe.training.lr
+    assert first == {"training.lr": lr, "model.dropout": recipe.model.dropout}
+    assert second.keys() == first.keys() and second != first
+    assert lr / 5 <= second["training.lr"] <= lr * 5
+    assert json.dumps(second)
+
+
+def test_of_the_recipe_what_the_spaces_hold(chains: Dataset, tmp_path: Path) -> None:
+    """Its rate lies outside, its width and layers inside."""
+    recipe = load_recipe("sasrec", FIXED)
+    low = recipe.training.lr * 2
+    spaces = [
+        f"training.lr=[{low}, 1.0]",
+        f"model.dim={{choose: [{recipe.model.dim}, 8]}}",
+        "model.layers=[1, 9]",
+    ]
+    options = search(chains.path, tmp_path / "s", 1, search=spaces).trials[0].options
+    assert options["training.lr"] >= low
+    assert options["model.dim"] == recipe.model.dim
+    assert options["model.layers"] == recipe.model.layers
+
+
+def test_the_first_trials_cover_the_spaces(
+    chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = TrainingResult(1, 1, {"ndcg@10": 0.1}, {}, 0, 0, 0, "epochs")
+    monkeypatch.setattr(tune, "validate_run", lambda *arguments, **named: ended)
+    spaces = [
+        "model.dropout=[0.0, 0.8]",
+        "training.lr=[1e-4, 1.0, log]",
+        "model.layers=[1, 4]",
+        "model.inner=[1, 10000, log]",
+        "model.dim={choose: [8, 16]}",
+    ]
+    found = search(chains.path, tmp_path / "s", tune.STARTUP, search=spaces)
+    first = [t.options for t in sorted(found.trials, key=lambda t: t.number)][1:]
+    assert sorted(int(t["model.dropout"] * 5) for t in first) == [0, 1, 2, 3]
+    assert sorted(int(math.log10(t["training.lr"])) for t in first) == [-3, -2, -1, 0]
+    assert sorted(t["model.layers"] for t in first) == [1, 2, 3, 4]
+    assert sorted(t["model.dim"] for t in first) == [8, 8, 16, 16]
+    assert all(1 <= t["model.inner"] <= 10000 for t in first)
+    assert len({t["model.inner"] for t in first}) == 4
