@@ -4,9 +4,9 @@
                               ├─ compare ─ Comparison ─ tables ─ console, Markdown
     data set ── population ───┘                     └── csv_text
 
-Runs of one recipe that differ in the seed alone are one row, mean ± standard deviation over
-seeds; what is tested are each user's means over seeds. Every test is a two-sided paired t-test
-over users, not corrected for the number of comparisons.
+Runs of one recipe that differ in the seed alone, or in what changes no result, are one row, mean ±
+standard deviation over seeds; what is tested are each user's means over seeds. Every test is a
+two-sided paired t-test over users, not corrected for the number of comparisons.
 """
 
 from __future__ import annotations
@@ -361,7 +361,9 @@ def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[Finishe
     alike: dict[str, list[FinishedRun]] = {}
     for run in runs:
         blended = " blended" * ("blend" in run.report)
-        key = _recipe_key(run.config, run.identity) + blended if group else str(run.path)
+        key = str(run.path)
+        if group:
+            key = _recipe_key(run.config, run.identity, run.report.get("stopped")) + blended
         same = next((r for r in alike.get(key, ()) if r.config.seed == run.config.seed), None)
         if same is not None:
             raise DataError(
@@ -378,12 +380,19 @@ def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[Finishe
     }
 
 
-def _recipe_key(config: RunConfig, identity: Mapping[str, Any]) -> str:
-    """The same for runs that differ in nothing but the seed, their pre-training included."""
+def _recipe_key(config: RunConfig, identity: Mapping[str, Any], stopped: str | None = None) -> str:
+    """The same for runs that differ in nothing but the seed, their pre-training included, or in
+    what cannot have changed the result: how often they were written down, and a time limit that
+    neither ended the run nor, as it does with cosine, bent its learning rate.
+    """
     start = identity.get("init")
     if start is not None and (Path(start) / "config.yaml").is_file():
         start = _recipe_key(*load_run_config(Path(start)))
     options = config.model_dump(mode="json") | {"seed": None}
+    training = options["training"]
+    del training["log_every"], training["checkpoint_minutes"]
+    if training["schedule"] == "constant" and stopped not in (None, "max_minutes"):
+        training["max_minutes"] = None
     made_on = [identity["dataset"]["fingerprint"], identity["backbone"], start]
     return json.dumps([options, made_on], sort_keys=True)
 

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,11 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
         init: Path | None = None,
         order: Sequence[int] = range(USERS),
         seconds: float = 60.0,
+        training: Mapping[str, Any] | None = None,
+        stopped: str = "patience",
     ) -> Path:
         values = {"method": "l2rec.methods.sasrec:SASRec", "seed": seed, "model": {"dim": dim}}
+        values["training"] = dict(training or {})
         fingerprint = fingerprint or data.fingerprint
         identity = {
             "run_version": 1,
@@ -85,6 +88,7 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
             "backbone": {"name": "none", "trained_parameters": 1234},
             "hardware": "a processor",
             "training_seconds": seconds,
+            "stopped": stopped,
             "tokens_seen": 2_000_000,
             "scores": {"SASRec": {}, "popularity": FLOOR},
         }
@@ -230,6 +234,27 @@ def test_seeds_apart(make: Make) -> None:
     found = compare_runs([a, b], group=False)
     assert [entry.label for entry in found.entries] == [f"sasrec ({a})", f"sasrec ({b})"]
     assert [entry.seeds for entry in found.entries] == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("training", "stopped", "same"),
+    [
+        ({"log_every": 50, "checkpoint_minutes": 1}, "patience", True),
+        ({"max_minutes": 9}, "patience", True),
+        ({"max_minutes": 9}, "max_minutes", False),
+        ({"max_minutes": 9, "schedule": "cosine"}, "patience", False),  # the clock sets the rate
+        ({"patience": 4}, "patience", False),
+    ],
+)
+def test_what_changes_no_result_is_one_recipe(
+    make: Make, training: Mapping[str, Any], stopped: str, same: bool
+) -> None:
+    constant = {"schedule": "constant"}
+    schedule = {"schedule": training.get("schedule", "constant")}
+    a = make("a", ranks_of(1), training=schedule)
+    b = make("b", ranks_of(2), seed=1, training=constant | training, stopped=stopped)
+    found = compare_runs([a, b])
+    assert [entry.seeds for entry in found.entries] == ([[0, 1]] if same else [[0], [1]])
 
 
 def test_pre_training_is_part_of_the_recipe(make: Make, tmp_path: Path) -> None:
