@@ -11,20 +11,31 @@ No loop over experts: the A of all experts and the x-halves of R1^c and R1^f are
 matrix, so one skinny matmul of x gives every low-rank activation and the routers' hidden layers;
 the activations are scaled by the gates and one matmul with the stacked B brings them back. What
 depends on the user alone (g^u and the u-half of R1^f [u; x]) is one matmul for all matrices.
-On a GPU a step of a small backbone is as long as its list of calls: the routers of a token are one
-batched matmul, and the load balance of all matrices is computed at once.
+
+On a GPU a step of a small backbone is as long as its list of calls, so matrices that read the same
+x (q, k and v of a block; gate and up) are one *group*: one stack, one batch of routers. The first
+of them to be called computes for all. The load balance of all matrices is computed at the end.
 
 The backbone stays Hugging Face's code: `DPMoE.attach` takes over the forward of its Linear modules,
 by name, and `DPMoE.detach` gives it back.
 
-Legend: n tokens, U users (rows or running prefixes), J adapted matrices, E experts of a view,
-V views, R rank, W router width, D hidden size.
+Legend: n tokens, U users (rows or running prefixes), J adapted matrices, G those of a group, E
+experts of a view, V views, R rank, W router width, D hidden size.
 """
 
 from __future__ import annotations
 
-__all__ = ["DPMoE", "Routing", "ViewSlice", "find_linears", "load_balance", "top_n"]
+__all__ = [
+    "DPMoE",
+    "Routing",
+    "ViewSlice",
+    "find_linears",
+    "load_balance",
+    "side_by_side",
+    "top_n",
+]
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +59,12 @@ MATRIX_NAMES = {
     "up": ("up_proj", "intermediate.dense", "lin1", "mlp.Wi"),
     "down": ("down_proj", "lin2", "mlp.Wo"),
 }
+SIDE_BY_SIDE = (("q", "k", "v"), ("gate", "up"))
+"""Parts of a block that read the same input."""
+
+
+def _plays(name: str, matrix: str) -> bool:
+    return any(name == s or name.endswith(f".{s}") for s in MATRIX_NAMES[matrix])
 
 
 def find_linears(model: nn.Module, matrices: Sequence[str]) -> dict[str, nn.Linear]:
@@ -64,16 +81,23 @@ def find_linears(model: nn.Module, matrices: Sequence[str]) -> dict[str, nn.Line
             raise ConfigError(
                 f"matrices: unknown {matrix!r}; choose from {', '.join(MATRIX_NAMES)}"
             )
-        hits = {
-            n: m
-            for n, m in linears.items()
-            if any(n == s or n.endswith(f".{s}") for s in MATRIX_NAMES[matrix])
-        }
+        hits = {n: m for n, m in linears.items() if _plays(n, matrix)}
         if not hits:
             raise BackboneError(f"the backbone has no {matrix!r} matrix; change model.matrices")
         found.update(hits)
     order = list(linears)
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+
+
+def side_by_side(names: Sequence[str]) -> list[list[int]]:
+    """Places of matrices that read the same input, neighbours in ``names``; most are alone."""
+
+    def reads(place: int) -> tuple[str, object]:
+        name = names[place]
+        found = (row for row in SIDE_BY_SIDE if any(_plays(name, part) for part in row))
+        return name.rpartition(".")[0], next(found, name)
+
+    return [list(group) for _, group in itertools.groupby(range(len(names)), reads)]
 
 
 @dataclass(frozen=True)
@@ -95,26 +119,29 @@ class ViewSlice:
 class Routing:
     """What one forward pass of the backbone needs to know, and what is known after it.
 
-    from_user: per slice and matrix, what a token's user adds, [U, 2 W + E] float32: to the hidden
-        layers of the context router (its bias) and of the interaction router (its bias and the
-        u-half of R1^f [u; x]), and g^u. Empty where the router does not know the user.
-    chosen: per slice, of each matrix that was passed: g_hat [n, E] and the chosen experts, bool.
-    balance: per view, the load-balancing term of each of these matrices, [J].
+    from_user: per slice and group, what a token's user adds, float32: to the hidden layers of the
+        routers, [U, G, 2 W] (the context's bias; the interaction's bias and u-half of R1^f [u; x]),
+        and g^u, [U, G, E]. Empty where the router does not know the user.
+    chosen: per slice, of each group that was passed: g_hat [G, n, E] and the chosen experts, bool.
+    ready: by matrix, the input of its group and what the matrix makes of it, until it is called.
+    balance: per view, the load-balancing term of each matrix that was passed, [J].
     load: per view, for each of them the share of tokens that each expert received, [J, E],
         detached.
     """
 
     slices: Sequence[ViewSlice]
-    from_user: list[Sequence[Tensor]]
+    from_user: list[Sequence[tuple[Tensor, Tensor]]]
     chosen: list[list[tuple[Tensor, Tensor]]]
+    ready: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     balance: dict[int, Tensor] = field(default_factory=dict)
     load: dict[int, Tensor] = field(default_factory=dict)
 
     def finish(self) -> None:
         """Balance and load, once the backbone was passed."""
+        self.ready.clear()
         for part, chosen in zip(self.slices, self.chosen, strict=True):
             if chosen:
-                scores, kept = (torch.stack(of_matrix) for of_matrix in zip(*chosen, strict=True))
+                scores, kept = (torch.cat(of_groups) for of_groups in zip(*chosen, strict=True))
                 self.balance[part.view], self.load[part.view] = load_balance(scores, kept)
                 chosen.clear()
 
@@ -141,19 +168,19 @@ def load_balance(scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return scores.shape[-1] * (share * probability).sum(-1), share.detach()
 
 
-def _gates(hidden: Tensor, out: Tensor, bias: Tensor) -> Sequence[Tensor]:
-    """softmax(R2 relu(hidden) + b2) of S routers: hidden [n, S W], out [S, E, W], bias [S, E]
-    -> S times [n, E], experts first in memory.
+def _gates(hidden: Tensor, out: Tensor, bias: Tensor) -> Tensor:
+    """softmax(R2 relu(hidden) + b2) of K routers: hidden [n, K W], out [K, E, W], bias [K, E]
+    -> [K, E, n].
 
     A softmax over a short last dimension is several times slower.
     """
     active = F.relu(hidden).view(len(hidden), len(out), -1).permute(1, 2, 0)
-    scores = torch.baddbmm(bias[..., None], out, active).softmax(1)
-    return scores.transpose(1, 2).unbind()
+    return torch.baddbmm(bias[..., None], out, active).softmax(1)
 
 
 class _Products(torch.autograd.Function):
-    """W x + b of the frozen matrix, and of each view's rows of x the products with its own stack.
+    """W x + b of the frozen matrices of a group, and of each view's rows of x the products with its
+    own stack.
 
     One function, so that all gradients of x meet inside the products: autograd would add them up
     afterwards, once for every adapted matrix, which costs more than the products of the experts.
@@ -161,24 +188,30 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int], *stacks: Tensor
+        ctx: Any, x: Tensor, frozen: list[nn.Linear], sizes: list[int], *stacks: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, weight, *stacks)
+        weights = [linear.weight for linear in frozen]
+        ctx.save_for_backward(x, *weights, *stacks)
         ctx.sizes = sizes
         views = zip(split(x, sizes), stacks, strict=True)
-        return F.linear(x, weight, bias), *(F.linear(own, stack) for own, stack in views)
+        own = [F.linear(x, linear.weight, linear.bias) for linear in frozen]
+        return *own, *(F.linear(part, stack) for part, stack in views)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *stacks = ctx.saved_tensors
-        g_y, g_low = grads[0], grads[1:]
+        views = len(ctx.sizes)
+        x, *matrices = ctx.saved_tensors
+        weights, stacks = matrices[:-views], matrices[-views:]
+        g_own, g_low = grads[:-views], grads[-views:]
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = g_y @ weight
-            for own, g, stack in zip(split(g_x, ctx.sizes), g_low, stacks, strict=True):
-                own.addmm_(g, stack)
-        g_stacks = [g.t() @ own for own, g in zip(split(x, ctx.sizes), g_low, strict=True)]
-        return g_x, None, None, None, *g_stacks
+            g_x = g_own[0] @ weights[0]
+            for g, weight in zip(g_own[1:], weights[1:], strict=True):
+                g_x.addmm_(g, weight)
+            for part, g, stack in zip(split(g_x, ctx.sizes), g_low, stacks, strict=True):
+                part.addmm_(g, stack)
+        g_stacks = [g.t() @ part for part, g in zip(split(x, ctx.sizes), g_low, strict=True)]
+        return g_x, None, None, *g_stacks
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -303,6 +336,7 @@ class DPMoE(nn.Module):
         if not 1 <= top <= view_experts:
             raise ConfigError(f"top_n={top} must lie between 1 and view_experts={view_experts}")
         self.names = list(linears)
+        self.groups = side_by_side(self.names)
         self.shared_experts, self.view_experts = shared_experts, view_experts
         self.rank, self.scaling, self.top, self.width = rank, alpha / rank, top, width
         self.personalized = personalized
@@ -358,10 +392,20 @@ class DPMoE(nn.Module):
         self._taken = {}
 
     def _adapting(self, j: int, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        number = next(n for n, group in enumerate(self.groups) if j in group)
+        group = self.groups[number]
+
         def forward(x: Tensor) -> Tensor:
-            if self._routing is None:
+            routing = self._routing
+            if routing is None:
                 return plain(x)
-            return self.adapted(j, x.squeeze(0), self._routing)[None]
+            read, y = routing.ready.pop(j, (None, x))
+            if read is not x:
+                ys = self.adapted(number, x.squeeze(0), routing)
+                made = {i: (x, one[None]) for i, one in zip(group, ys, strict=True)}
+                _, y = made.pop(j)
+                routing.ready |= made
+            return y
 
         return forward
 
@@ -378,56 +422,82 @@ class DPMoE(nn.Module):
 
     # -- the equations ---------------------------------------------------------------------------
 
-    def _from_user(self, part: ViewSlice) -> Sequence[Tensor]:
-        """`Routing.from_user` of one slice: [U, 2 W + E] of every matrix."""
+    def _from_user(self, part: ViewSlice) -> Sequence[tuple[Tensor, Tensor]]:
+        """`Routing.from_user` of one slice."""
         if not self.personalized:
             return ()
         v = part.view
         matrices, width = self.router_u.shape[1], self.width
         hidden = F.linear(part.u, self.router_u[v].flatten(0, 1)).view(-1, matrices, 2 * width)
         user, interaction = hidden.split(width, dim=-1)
-        logits = torch.einsum(
-            "ujw,jew->uje", F.relu(user + self.router_u_bias[v]), self.user_out[v]
-        )
-        g_user = (logits + self.user_out_bias[v]).softmax(-1)
+        active = F.relu(user + self.router_u_bias[v])
+        logits = torch.einsum("ujw,jew->uje", active, self.user_out[v]) + self.user_out_bias[v]
         biases = torch.stack([m.router_x_bias for m in self.mixtures], dim=1)[v]  # type: ignore[misc]
-        hidden = biases + F.pad(interaction, (width, 0))
-        return torch.cat((hidden, g_user), dim=-1).unbind(1)
+        added = biases + F.pad(interaction, (width, 0))
+        sizes = [len(group) for group in self.groups]
+        return list(zip(added.split(sizes, 1), logits.softmax(-1).split(sizes, 1), strict=True))
 
-    def adapted(self, j: int, x: Tensor, routing: Routing) -> Tensor:
-        """(W_j + dW_j) x + b of a whole packed batch, Eq. 3: x [N, d_in] -> [N, d_out]."""
-        linear = self._linears[j]
-        mixture: _Mixture = self.mixtures[j]  # type: ignore[assignment]
+    def adapted(self, group: int, x: Tensor, routing: Routing) -> list[Tensor]:
+        """(W_j + dW_j) x + b of a whole packed batch, Eq. 3, for every matrix j of a group:
+        x [N, d_in] -> [N, d_out] each.
+        """
+        members = self.groups[group]
+        frozen = [self._linears[j] for j in members]
+        mixtures: list[_Mixture] = [self.mixtures[j] for j in members]  # type: ignore[misc]
         sizes = [part.stop - part.start for part in routing.slices]
-        of_view = mixture.views()
-        views = [of_view[part.view] for part in routing.slices]
-        # [A of all experts; x-halves of the routers' first layers], [(S + E) R + 2 W, d_in]
-        stacks = [torch.cat((mixture.shared_a, v.a, v.router_x)).to(x.dtype) for v in views]
-        y, *products = _Products.apply(x, linear.weight, linear.bias, sizes, *stacks)  # type: ignore[no-untyped-call]
-        factors: list[Tensor] = []
-        for k, (product, v) in enumerate(zip(products, views, strict=True)):
-            b = torch.cat((mixture.shared_b, v.b)).to(product.dtype)
-            factors += (self._gated(j, v, product, k, routing), b)
-        added: Tensor = _AddLowRank.apply(y, sizes, *factors)  # type: ignore[no-untyped-call]
-        return added
+        of_member = [mixture.views() for mixture in mixtures]
+        own = [[views[part.view] for views in of_member] for part in routing.slices]
+        # [A of all experts; x-halves of the routers' first layers], [G ((S + E) R + 2 W), d_in]
+        stacks = []
+        for views in own:
+            pairs = zip(mixtures, views, strict=True)
+            a = [matrix for mixture, v in pairs for matrix in (mixture.shared_a, v.a)]
+            stacks.append(torch.cat([*a, *(v.router_x for v in views)]).to(x.dtype))
+        made = _Products.apply(x, frozen, sizes, *stacks)  # type: ignore[no-untyped-call]
+        plain, products = made[: len(members)], made[len(members) :]
+        low = [
+            self._gated(group, own[k], product, k, routing) for k, product in enumerate(products)
+        ]
+        ys: list[Tensor] = []
+        for m, (mixture, y) in enumerate(zip(mixtures, plain, strict=True)):
+            factors: list[Tensor] = []
+            for of_view, views in zip(low, own, strict=True):
+                b = torch.cat((mixture.shared_b, views[m].b)).to(x.dtype)
+                factors += (of_view[m], b)
+            ys.append(_AddLowRank.apply(y, sizes, *factors))  # type: ignore[no-untyped-call]
+        return ys
 
-    def _gated(self, j: int, own: _View, product: Tensor, k: int, routing: Routing) -> Tensor:
-        """A x of one view's experts times their gates, [n, (S + E) R]: B brings it back."""
-        routers = len(own.router_x)
+    def _gated(
+        self, group: int, own: Sequence[_View], product: Tensor, k: int, routing: Routing
+    ) -> Sequence[Tensor]:
+        """A x of one view's experts times their gates, [n, (S + E) R] for every matrix of the
+        group: B brings it back.
+        """
+        matrices, routers = len(own), sum(len(v.router_x) for v in own)
         low, hidden = product.split((product.shape[1] - routers, routers), dim=-1)
-        scores = self._fused_scores(j, own, hidden, k, routing)
+        scores = self._fused_scores(group, own, hidden.unflatten(-1, (matrices, -1)), k, routing)
         kept = top_n(scores, self.top)
         routing.chosen[k].append((scores, kept))
         gates = F.pad(scores * kept, (self.shared_experts, 0), value=1.0) * self.scaling
-        gated: Tensor = low * gates.to(product.dtype).repeat_interleave(self.rank, dim=-1)
-        return gated
+        gates = gates.transpose(0, 1).to(product.dtype).repeat_interleave(self.rank, dim=-1)
+        gated: Tensor = low.unflatten(-1, (matrices, -1)) * gates
+        return gated.unbind(1)
 
-    def _fused_scores(self, j: int, own: _View, hidden: Tensor, k: int, routing: Routing) -> Tensor:
-        """Eq. 4 and the first line of Eq. 5: g_hat [n, E] float32, of R1 x without its bias."""
+    def _fused_scores(
+        self, group: int, own: Sequence[_View], hidden: Tensor, k: int, routing: Routing
+    ) -> Tensor:
+        """Eq. 4 and the first line of Eq. 5: g_hat [G, n, E] float32, of R1 x [n, G, 2 W] without
+        its bias.
+        """
+        out, bias = (torch.cat([v.out for v in own]), torch.cat([v.out_bias for v in own]))
         if not self.personalized:
-            return _gates(hidden + own.router_x_bias, own.out, own.out_bias)[0]
-        from_user = routing.from_user[k][j].index_select(0, routing.slices[k].user)
-        of_hidden, g_user = from_user.split((2 * self.width, self.view_experts), dim=-1)
-        g_context, g_interaction = _gates(hidden + of_hidden, own.out, own.out_bias)
+            hidden = hidden + torch.stack([v.router_x_bias for v in own])
+            return _gates(hidden.flatten(1), out, bias).transpose(1, 2)
+        of_hidden, of_user = routing.from_user[k][group]
+        user = routing.slices[k].user
+        hidden = hidden + of_hidden.index_select(0, user)
+        gates = _gates(hidden.flatten(1), out, bias).unflatten(0, (len(own), 2))
+        g_context, g_interaction = gates.transpose(2, 3).unbind(1)
+        g_user = of_user.index_select(0, user).transpose(0, 1)
         fused: Tensor = g_context + (g_user + g_interaction) * g_context
         return fused

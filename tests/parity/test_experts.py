@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from l2rec.backbone import Attend, Packing, pack
 from l2rec.errors import BackboneError, ConfigError
-from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears, load_balance, top_n
+from l2rec.experts import (
+    DPMoE,
+    Routing,
+    ViewSlice,
+    find_linears,
+    load_balance,
+    side_by_side,
+    top_n,
+)
 
 DIM, WIDTH, RANK = 5, 3, 2
 SHAPES = [(DIM, DIM), (4, 6)]  # of the adapted matrices: d_in, d_out
@@ -64,7 +72,8 @@ def matrix_of(moe: DPMoE, j: int, v: int) -> reference.Matrix:
 def update(moe: DPMoE, j: int, x: Tensor, routing: Routing) -> Tensor:
     """dW_j x alone."""
     linear = moe._linears[j].to(x.dtype)
-    return moe.adapted(j, x, routing) - linear(x)
+    [adapted] = moe.adapted(j, x, routing)  # every matrix is a group of its own
+    return adapted - linear(x)
 
 
 def packed(running: bool) -> tuple[list[ViewSlice], list[Tensor], int]:
@@ -206,8 +215,8 @@ def test_new_routers_are_even_and_new_experts_silent() -> None:
     slices = [ViewSlice(s.view, s.start, s.stop, s.u.float(), s.user) for s in slices]
     with moe.routed(slices) as routing:
         found = update(moe, 0, torch.randn(n, DIM), routing)
-        hidden = torch.zeros(slices[0].stop, 2 * moe.width)
-        scores = moe._fused_scores(0, moe.mixtures[0].views()[0], hidden, 0, routing)
+        hidden = torch.zeros(slices[0].stop, 1, 2 * moe.width)
+        scores = moe._fused_scores(0, moe.mixtures[0].views()[:1], hidden, 0, routing)
     assert not found.any()
     # g^c = g^u = g^f = 1/E
     torch.testing.assert_close(
@@ -276,6 +285,81 @@ def test_without_gradients_the_update_is_added_in_place_and_the_same() -> None:
     for without in (torch.no_grad, torch.inference_mode):
         with without(), moe.routed(slices):
             torch.testing.assert_close(backbone(x, packing), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "qwen3", "llama"])
+def test_matrices_that_read_the_same_are_a_group(family: str) -> None:
+    """Also where keys and values are narrower than queries; out and down read what others wrote."""
+    gated = family in ("qwen3", "llama")
+    parts = ["q", "k", "v", "o", "up", *(["gate", "down"] * gated)]
+    linears = find_linears(random_backbone(family).model, parts)
+    groups = [[list(linears)[j] for j in group] for group in side_by_side(list(linears))]
+    sizes = [3, 1, 2, 1] if gated else [3, 1, 1]
+    assert [len(group) for group in groups] == sizes * 2
+    assert len({name for group in groups for name in group}) == len(linears)
+    assert all(len({linears[n].in_features for n in group}) == 1 for group in groups)
+
+
+@pytest.mark.parametrize("personalized", [True, False])
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_a_group_is_its_matrices_one_by_one(family: str, personalized: bool) -> None:
+    """Outputs, balance, load and all gradients through a whole backbone, two views, in float64."""
+    torch.manual_seed(0)
+    backbone = random_backbone(family).double()
+    parts = ("q", "k", "v", "o", "up", *(["gate", "down"] * backbone.causal))
+    moe = DPMoE(
+        find_linears(backbone.model, parts),
+        backbone.dim,
+        view_experts=4,
+        rank=2,
+        width=3,
+        personalized=personalized,
+    ).double()
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    attend = Attend.CAUSAL if backbone.causal else Attend.FULL
+    a, first = pack(torch.tensor([5, 2]), attend)
+    b, second = pack(torch.tensor([4]), attend, start=7)
+    packing = Packing((a, b), torch.cat((first, second)))
+    x = backbone.embed(torch.randint(6, 40, (11,))).requires_grad_()
+    rows = (torch.tensor([0] * 5 + [1] * 2), torch.zeros(4, dtype=torch.long))
+    u = torch.randn(2, backbone.dim, dtype=torch.float64, requires_grad=personalized)
+    slices = [ViewSlice(0, 0, 7, u, rows[0]), ViewSlice(1, 7, 11, u, rows[1])]
+    leaves = [*moe.parameters(), x, *([u] if personalized else [])]
+    weight = torch.randn(11, backbone.dim, dtype=torch.float64)
+
+    def passed() -> list[Tensor]:
+        moe.attach()
+        with moe.routed(slices) as routing:
+            y = backbone(x, packing)
+        moe.detach()
+        assert not routing.ready
+        balance = torch.cat(list(routing.balance.values()))
+        grads = torch.autograd.grad((y * weight).sum() + balance.sum(), leaves)
+        return [y, balance, *routing.load.values(), *grads]
+
+    together = passed()
+    assert max(map(len, moe.groups)) == 3
+    moe.groups = [[j] for j in range(len(moe.names))]
+    for got, expected in zip(together, passed(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_neighbour_that_reads_something_else_is_computed_anew() -> None:
+    torch.manual_seed(0)
+    block = nn.ModuleDict({"q": nn.Linear(DIM, DIM), "k": nn.Linear(DIM, DIM)})
+    moe = DPMoE(find_linears(block, ("q", "k")), DIM, view_experts=4)
+    moe.attach()
+    for mixture in moe.mixtures:
+        nn.init.normal_(mixture.b)
+    part = [ViewSlice(0, 0, 3, torch.randn(1, DIM), torch.zeros(3, dtype=torch.long))]
+    x, other = torch.randn(1, 3, DIM), torch.randn(1, 3, DIM)
+    with moe.routed(part):
+        expected = [block["q"](x), block["k"](x), block["q"](other), block["k"](other)]
+    with moe.routed(part):
+        got = [block["q"](x), block["k"](other), block["q"](other), block["k"](x)]
+    for one, place in zip(got, (0, 3, 2, 1), strict=True):
+        assert torch.equal(one, expected[place])
 
 
 def test_two_mixtures_on_one_backbone_do_not_meet() -> None:
