@@ -37,6 +37,8 @@ Report = dict[str, Any]
 
 def keep(name: str, run: Path) -> None:
     """Copy the files of a run that hold its numbers, without what belongs to the data set."""
+    if not (run / "report.json").is_file():
+        raise SystemExit(f"{run} is not a finished run: it has no report.json")
     folder = HERE / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("report.json", "metrics.jsonl"):
