@@ -79,6 +79,8 @@ class Console:
             self._bar("training", step, total, f"epoch {epoch:.2f}  {text}")
         elif time.monotonic() - self._last > PLAIN_EVERY:
             self._last = time.monotonic()
+            if self._seen and step < self._seen[-1][0]:  # another run began, as in a search
+                self._seen.clear()
             self._seen.append((step, self._last))
             done, seconds = step - self._seen[0][0], self._last - self._seen[0][1]
             left = seconds / done * (total - step) / 60 if done else 0.0

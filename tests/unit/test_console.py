@@ -43,6 +43,22 @@ def test_plain_lines_now_and_then(
     assert last[-3:] == [f"~{(200 - done) / 10:.0f}", "min", "left"]
 
 
+def test_the_time_left_is_of_this_run_of_several(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    """A search trains one run after the other."""
+    with Console() as out:
+        for _ in range(2):
+            for step in range(10, 31, 10):
+                out.training(0.0, step, 40, "")
+                clock.time += 60
+    assert [line.partition("~")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "",
+        "2 min left",
+        "1 min left",
+    ] * 2
+
+
 def test_the_time_left_is_of_this_part_of_a_resumed_run(
     capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
 ) -> None:
