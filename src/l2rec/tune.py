@@ -44,7 +44,9 @@ STARTUP = 5
 
 @dataclass(frozen=True)
 class Trial:
-    """``options``: what was drawn. ``score``: best validation NDCG@10, None if it failed."""
+    """``number``: its place in the search, from 1. ``options``: what was drawn. ``score``: best
+    validation NDCG@10, None if it failed.
+    """
 
     number: int
     options: dict[str, Any]
@@ -309,15 +311,19 @@ def _take_up_again(study: optuna.Study) -> bool:
 
 def _told(study: optuna.Study) -> list[Trial]:
     """Trials that came to an end, be it a failure of the training; best first."""
+    ended = (
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state.is_finished() and "stopped" in trial.user_attrs
+    )
     found = [
         Trial(
-            trial.number,
+            number,
             {k: json.loads(v) if isinstance(v, str) else v for k, v in trial.params.items()},
             trial.value,
             str(trial.user_attrs["stopped"]),
         )
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state.is_finished() and "stopped" in trial.user_attrs
+        for number, trial in enumerate(ended, start=1)
     ]
     return sorted(found, key=lambda trial: 1.0 if trial.score is None else -trial.score)
 
