@@ -412,7 +412,11 @@ class DPMoE(nn.Module):
     @contextmanager
     def routed(self, slices: Sequence[ViewSlice]) -> Iterator[Routing]:
         """Within this context the attached backbone adapts the given slices of its packed input."""
-        from_user = [self._from_user(s) for s in slices]
+        biases: Sequence[Tensor] = ()
+        if self.personalized:
+            stacked = [mixture.router_x_bias for mixture in self.mixtures]
+            biases = torch.stack(stacked, dim=1).unbind()  # type: ignore[arg-type]
+        from_user = [self._from_user(s, biases) for s in slices]
         self._routing = routing = Routing(slices, from_user, [[] for _ in slices])
         try:
             yield routing
@@ -422,8 +426,10 @@ class DPMoE(nn.Module):
 
     # -- the equations ---------------------------------------------------------------------------
 
-    def _from_user(self, part: ViewSlice) -> Sequence[tuple[Tensor, Tensor]]:
-        """`Routing.from_user` of one slice."""
+    def _from_user(
+        self, part: ViewSlice, biases: Sequence[Tensor]
+    ) -> Sequence[tuple[Tensor, Tensor]]:
+        """`Routing.from_user` of one slice; biases: of the routers of x, [J, 2 W] of each view."""
         if not self.personalized:
             return ()
         v = part.view
@@ -432,8 +438,7 @@ class DPMoE(nn.Module):
         user, interaction = hidden.split(width, dim=-1)
         active = F.relu(user + self.router_u_bias[v])
         logits = torch.einsum("ujw,jew->uje", active, self.user_out[v]) + self.user_out_bias[v]
-        biases = torch.stack([m.router_x_bias for m in self.mixtures], dim=1)[v]  # type: ignore[misc]
-        added = biases + F.pad(interaction, (width, 0))
+        added = biases[v] + F.pad(interaction, (width, 0))
         sizes = [len(group) for group in self.groups]
         return list(zip(added.split(sizes, 1), logits.softmax(-1).split(sizes, 1), strict=True))
 
@@ -489,7 +494,7 @@ class DPMoE(nn.Module):
         """Eq. 4 and the first line of Eq. 5: g_hat [G, n, E] float32, of R1 x [n, G, 2 W] without
         its bias.
         """
-        out, bias = (torch.cat([v.out for v in own]), torch.cat([v.out_bias for v in own]))
+        out, bias = torch.cat([v.out for v in own]), torch.cat([v.out_bias for v in own])
         if not self.personalized:
             hidden = hidden + torch.stack([v.router_x_bias for v in own])
             return _gates(hidden.flatten(1), out, bias).transpose(1, 2)

@@ -209,15 +209,16 @@ def _default_spaces(base: RunConfig) -> dict[str, Any]:
 
 def _own(base: RunConfig, spaces: Mapping[str, Any]) -> dict[str, Any]:
     """What the recipe itself has of each key, as Optuna keeps it; not what its space lacks."""
-    values = {"training": base.training.model_dump(), "model": base.model.model_dump()}
-    own = {}
+    values = base.model_dump(mode="json")
+    own: dict[str, Any] = {}
     for key, space in spaces.items():
-        group, _, name = key.partition(".")
-        value = values.get(group, {}).get(name)
+        value: Any = values
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(space, Mapping):
             if value in space["choose"]:
                 own[key] = json.dumps(value)
-        elif value is not None and space[0] <= value <= space[1]:
+        elif isinstance(value, int | float) and space[0] <= value <= space[1]:
             own[key] = value
     return own
 

@@ -128,6 +128,8 @@ def test_what_is_refused(chains: Dataset, tmp_path: Path) -> None:
             search(chains.path, tmp_path / "s", 1, search=[one])
     with pytest.raises(ConfigError, match="dimm"):
         search(chains.path, tmp_path / "s1", 1, search=["model.dimm=[8, 9]"])
+    with pytest.raises(ConfigError, match="schedule"):  # no number
+        search(chains.path, tmp_path / "s3", 1, search=["training.schedule=[1, 2]"])
     with pytest.raises(ConfigError, match="--trials 0"):
         search(chains.path, tmp_path / "s", 0)
     (tmp_path / "full").mkdir()
