@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from importlib import resources
 from pathlib import Path
@@ -24,6 +25,7 @@ from l2rec.methods.protocols import updates
 
 ROOT = Path(str(resources.files("l2rec") / "recipes"))
 FILES = sorted(ROOT.rglob("*.y*ml"))
+LOSSES = Path(__file__).parent / "losses.json"
 NAMES = [path.relative_to(ROOT).with_suffix("").as_posix() for path in FILES]
 
 
@@ -96,8 +98,17 @@ def test_fits_its_backbone(name: str, chains: Dataset, minilm: Backbone) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trains(name: str, chains: Dataset) -> None:
-    """Two steps of every stage move every tensor that the stage says it trains."""
+def test_trains_as_it_always_did(name: str, chains: Dataset) -> None:
+    """Three batches of every stage have the known losses and move every tensor that is trained."""
+    found = three_steps(name, chains)
+    known = json.loads(LOSSES.read_text())[name]
+    assert found.keys() == known.keys()
+    for stage, losses in found.items():
+        assert losses == pytest.approx(known[stage], rel=2e-4), stage
+
+
+def three_steps(name: str, chains: Dataset) -> dict[str, list[float]]:
+    """The loss of each update of three batches of every stage, by the stage's name."""
     config = load_recipe(name)
     method = method_class(config.method)
     limits = {"max_tokens": 240, "text_tokens": 64, "item_tokens": 8, "semantic_items": 12}
@@ -108,6 +119,7 @@ def test_trains(name: str, chains: Dataset) -> None:
     model = method(config.model.model_copy(update=changes), Catalog(chains.catalog), backbone)
     model.train()
     training = config.training
+    found: dict[str, list[float]] = {}
     for stage in model.stages(training.lr, training.weight_decay):
         optimizer = torch.optim.AdamW([{"params": g.parameters, "lr": g.lr} for g in stage.groups])
         trained = {p for g in stage.groups for p in g.parameters}
@@ -123,6 +135,7 @@ def test_trains(name: str, chains: Dataset) -> None:
         if stage.begin_epoch is not None:
             stage.begin_epoch(0)
         before = {n: p.clone() for n, p in model.named_parameters() if p in trained}
+        found[stage.name] = []
         for batch in itertools.islice(batches.iterate(), 3):
             for losses in updates(stage.loss(batch)):
                 assert all(math.isfinite(float(x)) for x in losses.parts.values()), losses.parts
@@ -130,6 +143,16 @@ def test_trains(name: str, chains: Dataset) -> None:
                 optimizer.zero_grad()
                 losses.total.backward()
                 optimizer.step()
+                found[stage.name].append(float(losses.total.detach()))
         parameters = dict(model.named_parameters())
         still = [n for n in before if torch.equal(parameters[n], before[n])]
         assert not still, (stage.name, still)
+    return found
+
+
+if __name__ == "__main__":  # writes what is known anew: python -m tests.recipes.test_recipes
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = chain_dataset(Path(folder) / "chains", 20, 15, 8, seed=0)
+        LOSSES.write_text(json.dumps({n: three_steps(n, data) for n in NAMES}, indent=1) + "\n")
