@@ -28,8 +28,7 @@ from measure import arguments, median, report
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import l2rec.experts
-from l2rec.backbone import load_backbone
+import l2rec.modules.experts
 from l2rec.config import RunConfig, load_recipe
 from l2rec.data.batches import TrainingBatches
 from l2rec.data.catalog import Catalog
@@ -37,6 +36,7 @@ from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
 from l2rec.methods.l2rec import L2Rec
+from l2rec.modules.backbone import load_backbone
 
 FROZEN = "frozen backbone: matrix products"
 ATTENTION = "frozen backbone: attention"
@@ -134,8 +134,8 @@ class PartClock(TorchDispatchMode):
             (model.experts, "adapted", SCALING),
             (model.experts, "_from_user", ROUTERS),
             (model.experts, "_fused_scores", ROUTERS),
-            (l2rec.experts, "top_n", ROUTERS),
-            (l2rec.experts, "load_balance", ROUTERS),
+            (l2rec.modules.experts, "top_n", ROUTERS),
+            (l2rec.modules.experts, "load_balance", ROUTERS),
         ]
         with ExitStack() as stack:
             for owner, name, part in calls:

@@ -34,15 +34,15 @@ import numpy as np
 import torch
 from measure import arguments, from_child, interleave, median, peak_mb, ratio, report
 
-from l2rec.backbone import load_backbone, minilm_source, native_bfloat16
 from l2rec.config import load_recipe
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import N_TEXTS, simple_text
 from l2rec.methods.l2rec import L2Rec
-from l2rec.runs import build_model
-from l2rec.views import semantic_tokens
+from l2rec.modules.backbone import load_backbone, minilm_source, native_bfloat16
+from l2rec.modules.views import semantic_tokens
+from l2rec.runs.train import build_model
 
 RECIPE = "scientific/l2rec"
 PEER = "sentence-transformers"

@@ -26,14 +26,14 @@ import torch
 from measure import arguments, from_child, interleave, median, peak_mb, report, synchronize
 from step import OURS, Contender, Workload, dpmoe, loader, two_steps
 
-from l2rec.backbone import native_bfloat16
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import simple_text
-from l2rec.evaluation import evaluate
+from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
-from l2rec.methods.protocols import Scorer
+from l2rec.modules.backbone import native_bfloat16
+from l2rec.protocols import Scorer
 
 LAST = 3
 """Points that the slope is fitted to."""

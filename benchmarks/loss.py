@@ -3,8 +3,8 @@
     python benchmarks/loss.py
     python benchmarks/loss.py --quick          a tenth of the users and items
 
-`l2rec.objectives.fused_catalog_loss` makes the scores of some users at a time and their gradients
-while they are at hand. The peer multiplies, converts to float32 and calls
+`l2rec.modules.objectives.fused_catalog_loss` makes the scores of some users at a time and their
+gradients while they are at hand. The peer multiplies, converts to float32 and calls
 `torch.nn.functional.cross_entropy`. Both get the same random users, items and positives, [P, 384]
 and [N, 384] float32, and multiply in the dtype of the row.
 
@@ -24,7 +24,7 @@ from measure import arguments, from_child, interleave, median, peak_mb, ratio, r
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rec.objectives import fused_catalog_loss
+from l2rec.modules.objectives import fused_catalog_loss
 
 DIM, TEMPERATURE = 384, 0.07
 SIZES = ((430, 4_385), (860, 16_859), (860, 100_000))

@@ -27,14 +27,14 @@ import torch
 from measure import arguments, report
 from torch import Tensor
 
-from l2rec.backbone import Packing, load_backbone
 from l2rec.config import RunConfig, load_recipe
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
 from l2rec.methods.l2rec import L2Rec
-from l2rec.runs import build_model
+from l2rec.modules.backbone import Packing, load_backbone
+from l2rec.runs.train import build_model
 
 RECIPES = ("scientific/l2rec", "scientific/l2rec-table")
 GOAL = 0.95

@@ -4,8 +4,8 @@
     python benchmarks/ranking.py                   as many users and items, all of them random
     python benchmarks/ranking.py --quick           a tenth of both
 
-`l2rec.evaluation.evaluate` finds each target's exact rank, with the history in the ranking and with
-it masked, and each user's 20 best items. The peer computes the same scores in the same blocks of
+`l2rec.evaluation.ranking.evaluate` finds each target's exact rank, with the history in the ranking
+and with it masked, and each user's 20 best items. The peer computes the same scores in the same blocks of
 users and asks torch for the 20 best: no ranks, no masks, no ties, no check for NaN. Histories and
 targets are those of the test split; vectors are random, [users, 384] and [items, 384] float32.
 
@@ -30,8 +30,8 @@ from torch import Tensor
 from l2rec.data.dataset import open_dataset
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.data.splits import leave_one_out
-from l2rec.evaluation import evaluate
-from l2rec.methods.protocols import Scorer
+from l2rec.evaluation.ranking import evaluate
+from l2rec.protocols import Scorer
 
 DIM, TOP = 384, 20
 USERS, ITEMS, MEAN_HISTORY = 50_546, 16_859, 8  # of Amazon Games

@@ -35,8 +35,8 @@ from l2rec.config import load_recipe
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split, leave_one_out
-from l2rec.evaluation import evaluate
-from l2rec.runs import build_model
+from l2rec.evaluation.ranking import evaluate
+from l2rec.runs.train import build_model
 
 RECIPE = "sasrec"
 OURS, PEER = "l2rec", "RecBole"

@@ -34,11 +34,11 @@ import torch
 from measure import arguments, interleave, median, ratio, report
 
 import l2rec
-from l2rec.backbone import minilm_source
 from l2rec.config import load_recipe
 from l2rec.data.dataset import open_dataset
 from l2rec.data.synthetic import chain_dataset
-from l2rec.runs import train_run
+from l2rec.modules.backbone import minilm_source
+from l2rec.runs.train import train_run
 
 RECIPE = "scientific/l2rec-table"
 HELP_SECONDS, GOAL = 0.3, 1.5

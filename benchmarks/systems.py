@@ -23,13 +23,13 @@ import torch
 from measure import arguments, from_child, interleave, median, peak_mb, ratio, report
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2rec.backbone import load_backbone
 from l2rec.config import load_recipe
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import leave_one_out
-from l2rec.methods.protocols import updates
-from l2rec.runs import build_model
+from l2rec.modules.backbone import load_backbone
+from l2rec.protocols import updates
+from l2rec.runs.train import build_model
 
 PEER = "L2Rec, the paper's form"
 SYSTEMS = {

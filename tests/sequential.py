@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from l2rec.data.batches import Batch
 from l2rec.data.ragged import Ragged
-from l2rec.evaluation import evaluate
-from l2rec.methods.blocks.encoder import SequenceEncoder
+from l2rec.evaluation.ranking import evaluate
+from l2rec.modules.encoder import SequenceEncoder
 
 N = 20
 HISTORIES = Ragged.from_rows(

@@ -17,9 +17,9 @@ from transformers import (
     RobertaConfig,
 )
 
-from l2rec.backbone import Backbone
 from l2rec.data.synthetic import COLOURS, KINDS, MATERIALS, THINGS
 from l2rec.methods.l2rec import L2RecConfig
+from l2rec.modules.backbone import Backbone
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "\n")
 VOCABULARY = (*SPECIAL, *dict.fromkeys((*COLOURS, *KINDS, *MATERIALS, *THINGS)))

@@ -31,26 +31,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l2rec.backbone import load_backbone
     from l2rec.data.dataset import Dataset, open_dataset
     from l2rec.data.prepare import PrepareConfig, prepare
     from l2rec.data.splits import leave_one_out
     from l2rec.errors import L2RecError
-    from l2rec.evaluation import evaluate
+    from l2rec.evaluation.ranking import evaluate
     from l2rec.methods.l2rec import L2Rec, L2RecConfig
-    from l2rec.runs import Predictor, load
+    from l2rec.modules.backbone import load_backbone
+    from l2rec.runs.train import Predictor, load
 
 _HOME = {
     "Dataset": "l2rec.data.dataset",
     "L2Rec": "l2rec.methods.l2rec",
     "L2RecConfig": "l2rec.methods.l2rec",
     "L2RecError": "l2rec.errors",
-    "Predictor": "l2rec.runs",
+    "Predictor": "l2rec.runs.train",
     "PrepareConfig": "l2rec.data.prepare",
-    "evaluate": "l2rec.evaluation",
+    "evaluate": "l2rec.evaluation.ranking",
     "leave_one_out": "l2rec.data.splits",
-    "load": "l2rec.runs",
-    "load_backbone": "l2rec.backbone",
+    "load": "l2rec.runs.train",
+    "load_backbone": "l2rec.modules.backbone",
     "open_dataset": "l2rec.data.dataset",
     "prepare": "l2rec.data.prepare",
 }

@@ -204,7 +204,7 @@ def train(
     """
     from l2rec.config import load_recipe
     from l2rec.console import Console
-    from l2rec.runs import train_run
+    from l2rec.runs.train import train_run
 
     config = load_recipe(recipe, overrides or ())
     with Console() as console:
@@ -250,7 +250,7 @@ def tune(
     from dataclasses import asdict
 
     from l2rec.console import Console, print_trials
-    from l2rec.tune import tune as run_tune
+    from l2rec.studies.tune import tune as run_tune
 
     with Console(quiet=as_json) as console:
         found = run_tune(
@@ -288,7 +288,7 @@ def evaluate(
 ) -> None:
     """Score a finished run again: full ranking, history masked and not."""
     from l2rec.console import Console, print_table
-    from l2rec.runs import evaluate_run
+    from l2rec.runs.train import evaluate_run
 
     with Console(quiet=as_json) as console:
         scores = evaluate_run(run, split, console, data)
@@ -318,8 +318,8 @@ def compare(
     """
     from dataclasses import asdict
 
-    from l2rec.compare import compare_runs, write_comparison
     from l2rec.console import print_comparison
+    from l2rec.studies.compare import compare_runs, write_comparison
 
     found = compare_runs(runs, data=data, against=against, group=group)
     if out is not None:
@@ -351,7 +351,7 @@ def fusion(
     """
     from l2rec.console import Console, print_rows
     from l2rec.errors import ConfigError
-    from l2rec.figures import fusion_sweep
+    from l2rec.studies.fusion_sweep import fusion_sweep
 
     try:
         alphas = [float(number) for number in alpha.split(",")]
@@ -380,8 +380,8 @@ def blend(
 
     Example: `l2rec blend runs/sasrec --out runs/sasrec-blend`
     """
-    from l2rec.blend import blend_run
     from l2rec.console import Console
+    from l2rec.studies.blend import blend_run
 
     with Console() as console:
         report = blend_run(run, out, progress=console, data=data)
@@ -412,7 +412,7 @@ def recommend(
     """
     from l2rec.console import print_recommendations
     from l2rec.errors import DataError
-    from l2rec.runs import load, user_history
+    from l2rec.runs.train import load, user_history
 
     if (history is None) == (user is None):
         raise DataError("give either --history ID,ID,... or --user ID")
@@ -452,7 +452,7 @@ def embed(
     rest.
     """
     from l2rec.console import Console
-    from l2rec.runs import embed_run
+    from l2rec.runs.train import embed_run
 
     with Console() as console:
         written = embed_run(run, out, console, with_users=users, data=data)
@@ -520,10 +520,10 @@ def abtest(
 
     Example: `l2rec abtest runs/ml/events.db`, or `l2rec abtest --simulate 100000 --lift 0.05`
     """
-    from l2rec import abtest as ab
     from l2rec.console import print_experiment
-    from l2rec.data.daily import moment
     from l2rec.errors import ConfigError, DataError
+    from l2rec.studies import abtest as ab
+    from l2rec.studies.downstream.daily import moment
 
     if (log is None) == (simulate is None):
         raise ConfigError("give a log, or --simulate USERS")
@@ -584,8 +584,8 @@ def downstream(
     Example: `l2rec downstream data/feed --run runs/feed-clicks --out runs/feed-downstream`
     """
     from l2rec.console import Console, print_downstream
-    from l2rec.data.daily import moment
-    from l2rec.downstream import downstream_config, run_downstream
+    from l2rec.studies.downstream.daily import moment
+    from l2rec.studies.downstream.study import downstream_config, run_downstream
 
     config = downstream_config(overrides or ())
     with Console(quiet=as_json) as console:

@@ -32,8 +32,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from l2rec.compare import Comparison
-    from l2rec.tune import Trial
+    from l2rec.studies.compare import Comparison
+    from l2rec.studies.tune import Trial
 
 PLAIN_EVERY = 15.0
 """Seconds between progress lines where there is no terminal."""
@@ -269,7 +269,7 @@ def _shown(value: Any) -> str:
 
 def print_comparison(comparison: Comparison) -> None:
     """Tables and notes of compared runs, on standard output; whole lines where it is a file."""
-    from l2rec.compare import tables
+    from l2rec.studies.compare import tables
 
     out = _out()
     if not out.is_terminal:

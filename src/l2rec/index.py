@@ -209,7 +209,7 @@ class Exact:
         import torch
 
         from l2rec.data.ragged import Ragged
-        from l2rec.evaluation import top_k
+        from l2rec.evaluation.ranking import top_k
 
         asked = torch.from_numpy(_asked(queries, self.dim, k))
         rows, scores = _nothing(len(asked), k)

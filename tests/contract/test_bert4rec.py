@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.methods.bert4rec import BERT4Rec, BERT4RecConfig
-from l2rec.methods.blocks.sequences import pad
+from l2rec.modules.sequences import pad
 
 
 def build(seed: int = 0, **changes: Any) -> BERT4Rec:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from l2rec.data.ragged import Ragged
-from l2rec.methods.dlrm import (
+from l2rec.studies.downstream.dlrm import (
     DLRM,
     ITEM,
     PACE,

@@ -18,7 +18,7 @@ from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
-from l2rec.evaluation import evaluate
+from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.famousrec import (
     FamouSRec,
     FamouSRecConfig,

@@ -18,7 +18,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
 from l2rec.methods.hdrec import HDRec, HDRecConfig, fuse
-from l2rec.methods.protocols import Losses, Recommender, TakesNewItems, Trainable, updates
+from l2rec.protocols import Losses, Recommender, TakesNewItems, Trainable, updates
 
 N = 20
 TEXTS = [simple_text(1000 * i + 7 * i) for i in range(N)]

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, Qwen3Config
 
-from l2rec.backbone import Backbone
-from l2rec.checkpoint import load_trained, trained_tensors
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
@@ -24,10 +22,12 @@ from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
 from l2rec.methods import l2rec
-from l2rec.methods.blocks import item_text
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
-from l2rec.methods.protocols import Calibrated, Embedder, Losses, Recommender, Trainable
 from l2rec.metrics import expected_ranks, rank_values
+from l2rec.modules import item_text
+from l2rec.modules.backbone import Backbone
+from l2rec.protocols import Calibrated, Embedder, Losses, Recommender, Trainable
+from l2rec.runs.checkpoint import load_trained, trained_tensors
 
 N = 20
 TEXTS = [

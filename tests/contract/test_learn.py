@@ -18,7 +18,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
-from l2rec.evaluation import evaluate
+from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.learn import LEARN, LEARNConfig, dense_all_action_loss, sample_recent
 
 TEXTS = [simple_text(1007 * i) for i in range(N)]

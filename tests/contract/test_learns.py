@@ -12,7 +12,7 @@ from tests import tiny
 from l2rec.data.catalog import Catalog
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
-from l2rec.evaluation import evaluate
+from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.l2rec import L2Rec
 
 TABLE = {

@@ -20,7 +20,6 @@ from tests import tiny
 from torch import Tensor, nn
 
 from l2rec import methods
-from l2rec.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.config import TrainingConfig
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
@@ -28,10 +27,11 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split, leave_one_out
 from l2rec.data.synthetic import chain_dataset, simple_text
 from l2rec.errors import DataError
-from l2rec.evaluation import evaluate
+from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.floors import Popularity
-from l2rec.methods.protocols import Embedder, Losses, Recommender, Stage, TakesNewItems, Trainable
-from l2rec.training import train
+from l2rec.protocols import Embedder, Losses, Recommender, Stage, TakesNewItems, Trainable
+from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
+from l2rec.runs.loop import train
 
 N = 16
 TINY: dict[str, Any] = {

@@ -16,8 +16,6 @@ from tests import tiny
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
-from l2rec.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.config import TrainingConfig
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
@@ -25,9 +23,11 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import BackboneError, ConfigError, DataError
-from l2rec.evaluation import evaluate
+from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.recformer import KEY, MARK, VALUE, RecFormer, RecFormerConfig, Rows, split_rows
-from l2rec.training import train
+from l2rec.modules.backbone import Backbone
+from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
+from l2rec.runs.loop import train
 
 N = 20
 TITLES = [" ".join(simple_text(1007 * i).split()[: 1 + i % 4]) for i in range(N)]

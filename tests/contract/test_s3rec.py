@@ -16,7 +16,7 @@ from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
-from l2rec.evaluation import evaluate
+from l2rec.evaluation.ranking import evaluate
 from l2rec.methods import s3rec
 from l2rec.methods.s3rec import S3Rec, S3RecConfig, hide, item_attributes, nearer_loss, segments
 from l2rec.methods.sasrec import SASRec, SASRecConfig

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from tests import tiny
 from torch import Tensor
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
@@ -21,6 +20,7 @@ from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
 from l2rec.methods.said import SAID, SAIDConfig, standardised
 from l2rec.methods.sasrec import SASRec, SASRecConfig
+from l2rec.modules.backbone import Backbone
 
 N = 12
 TEXTS = [" ".join(simple_text(1007 * i).split()[: 1 + i % 4]) for i in range(N)]

@@ -15,16 +15,16 @@ from tests.sequential import HISTORIES, N, double
 from tests.unit import tiny_run
 from torch import Tensor
 
-from l2rec.checkpoint import load_tensors, trained_tensors
 from l2rec.config import resolve
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import chain_dataset, simple_text
 from l2rec.errors import ConfigError, DataError
-from l2rec.methods.blocks.frozen_text import FrozenText
 from l2rec.methods.unisrec import MixtureAdaptor, UniSRec, UniSRecConfig, drop_words, without
-from l2rec.runs import load, train_run
+from l2rec.modules.frozen_text import FrozenText
+from l2rec.runs.checkpoint import load_tensors, trained_tensors
+from l2rec.runs.train import load, train_run
 
 TEXTS = [simple_text(1007 * i) for i in range(N)]
 SMALL: dict[str, Any] = {

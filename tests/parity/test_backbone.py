@@ -15,7 +15,11 @@ from tests.parity import reference
 from torch import Tensor, nn
 from transformers import AutoModel, BertForMaskedLM, DebertaV2Config, ElectraConfig, Gemma2Config
 
-from l2rec.backbone import (
+from l2rec.config import BackboneConfig
+from l2rec.data.catalog import Catalog
+from l2rec.errors import BackboneError
+from l2rec.methods.l2rec import L2Rec
+from l2rec.modules.backbone import (
     Attend,
     Backbone,
     Packing,
@@ -24,10 +28,6 @@ from l2rec.backbone import (
     pack,
     packed_attention,
 )
-from l2rec.config import BackboneConfig
-from l2rec.data.catalog import Catalog
-from l2rec.errors import BackboneError
-from l2rec.methods.l2rec import L2Rec
 
 FAMILIES = tuple(tiny.CONFIGS)
 LENGTHS = {"ragged": [5, 1, 9, 3], "even": [4, 4, 4], "one": [6]}

@@ -8,9 +8,9 @@ from tests.parity import reference
 from tests.tiny import random_backbone
 from torch import Tensor, nn
 
-from l2rec.backbone import Attend, Packing, pack
 from l2rec.errors import BackboneError, ConfigError
-from l2rec.experts import (
+from l2rec.modules.backbone import Attend, Packing, pack
+from l2rec.modules.experts import (
     DPMoE,
     Routing,
     ViewSlice,

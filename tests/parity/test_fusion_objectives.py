@@ -7,9 +7,9 @@ import torch
 from tests.parity import reference
 from torch import Tensor, nn
 
-from l2rec import objectives
-from l2rec.fusion import AdaptiveFusion
-from l2rec.objectives import (
+from l2rec.modules import objectives
+from l2rec.modules.fusion import AdaptiveFusion
+from l2rec.modules.objectives import (
     Added,
     bpc_loss,
     catalog_loss,

@@ -14,14 +14,14 @@ import torch
 import yaml
 from tests import tiny
 
-from l2rec.backbone import Backbone, load_backbone
 from l2rec.config import BackboneConfig, find_recipe, load_recipe, method_class, recipe_names
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
 from l2rec.errors import ConfigError
-from l2rec.methods.protocols import updates
+from l2rec.modules.backbone import Backbone, load_backbone
+from l2rec.protocols import updates
 
 ROOT = Path(str(resources.files("l2rec") / "recipes"))
 FILES = sorted(ROOT.rglob("*.y*ml"))

@@ -14,7 +14,7 @@ from tests.unit.conftest import Finished, backbone_folder, chains, encode_run, o
 
 from l2rec.config import load_recipe
 from l2rec.data.dataset import Dataset
-from l2rec.runs import train_run
+from l2rec.runs.train import train_run
 from l2rec.service.app import create_app
 from l2rec.service.live import Live
 from l2rec.service.settings import Settings

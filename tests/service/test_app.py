@@ -15,15 +15,15 @@ from starlette.testclient import TestClient
 from tests.service.conftest import Serve
 from tests.unit.conftest import Finished
 
-from l2rec import abtest
 from l2rec.errors import StorageError
-from l2rec.runs import load
+from l2rec.runs.train import load
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live
 from l2rec.service.metrics import Metrics
 from l2rec.service.settings import Experiment, Settings
 from l2rec.service.version import load_version
+from l2rec.studies import abtest
 
 
 def recommend(client: TestClient, **body: Any) -> list[str]:

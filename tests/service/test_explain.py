@@ -9,9 +9,9 @@ import pytest
 import torch
 from tests.unit.conftest import Finished
 
-from l2rec.diagnostics import expert_load
 from l2rec.errors import DataError
-from l2rec.runs import Predictor, load
+from l2rec.runs.diagnostics import expert_load
+from l2rec.runs.train import Predictor, load
 from l2rec.service.explain import effects, experts, explain, label, variants
 
 HISTORY = ["i3", "i4", "i9", "i4", "i20"]

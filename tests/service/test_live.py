@@ -17,9 +17,9 @@ import pytest
 from tests.service.test_app import metric_of
 from tests.unit.conftest import Finished
 
-from l2rec.checkpoint import load_tensors, save_tensors
 from l2rec.errors import CheckpointError, ConfigError, StorageError
-from l2rec.runs import load
+from l2rec.runs.checkpoint import load_tensors, save_tensors
+from l2rec.runs.train import load
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.follow import load_first

@@ -21,7 +21,7 @@ from tests.unit.conftest import Finished
 
 from l2rec.data.dataset import Dataset
 from l2rec.errors import StorageError
-from l2rec.runs import load
+from l2rec.runs.train import load
 from l2rec.service import explain as x
 from l2rec.service.app import create_app
 from l2rec.service.events import Event, EventLog

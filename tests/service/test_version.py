@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.conftest import Finished
 
-from l2rec.checkpoint import load_tensors, save_tensors
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.index import Exact, build, save
+from l2rec.runs.checkpoint import load_tensors, save_tensors
 from l2rec.service.version import (
     Attributes,
     Query,

@@ -40,7 +40,7 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def _finished(
     items: str, backbone: Path, chains: Dataset, factory: pytest.TempPathFactory
 ) -> Finished:
-    from l2rec.runs import train_run
+    from l2rec.runs.train import train_run
 
     run = factory.mktemp("runs") / items
     config = tiny_run.config(backbone, items)

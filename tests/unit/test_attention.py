@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2rec import backbone
-from l2rec.backbone import Attend, pack
+from l2rec.modules import backbone
+from l2rec.modules.backbone import Attend, pack
 
 
 @pytest.mark.parametrize("attend", list(Attend))

@@ -16,9 +16,9 @@ import torch
 from tests import tiny
 from tests.unit import tiny_run
 
-import l2rec.experts
+import l2rec.modules.experts
 from l2rec.data.dataset import Dataset
-from l2rec.experts import top_n
+from l2rec.modules.experts import top_n
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -232,7 +232,7 @@ def test_a_step_is_taken_apart(items: str, backbone_folder: Path, chains: Datase
     assert sum(row["share"] for row in table) == pytest.approx(1.0)
     assert table[0]["share"] == max(row["share"] for row in table)
     # Nothing stays behind: the model's own code is back, and there is no hook.
-    assert l2rec.experts.top_n is top_n
+    assert l2rec.modules.experts.top_n is top_n
     hooks = [len(m._forward_hooks) for m in step.model.backbone.model.modules()]
     assert not any(hooks)
 

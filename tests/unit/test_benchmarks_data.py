@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from l2rec.backbone import load_backbone
 from l2rec.config import load_recipe
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
-from l2rec.evaluation import evaluate
-from l2rec.runs import build_model
+from l2rec.evaluation.ranking import evaluate
+from l2rec.modules.backbone import load_backbone
+from l2rec.runs.train import build_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ["model.max_tokens=128", "model.text_tokens=32", "model.max_items=8"]
@@ -158,7 +158,7 @@ IMPORTS = """
 import time: self [us] | cumulative | imported package
 import time:       100 |        100 |   torch._C
 import time:      2000 |       2100 | torch
-import time:        50 |       2150 | l2rec.runs
+import time:        50 |       2150 | l2rec.runs.train
 import time:         7 |          7 | a
 import time:         6 |          6 | b
 import time:         5 |          5 | c

@@ -12,15 +12,15 @@ import torch
 from tests.unit.conftest import Finished
 from tests.unit.tiny_run import Quiet
 
-from l2rec import blend
-from l2rec.blend import blend_run
-from l2rec.checkpoint import read_json
-from l2rec.compare import compare_runs
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
 from l2rec.errors import CheckpointError
-from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, text_neighbors
-from l2rec.runs import load, load_run_config
+from l2rec.modules.cooccurrence import CoOccurrence, Weights, text_neighbors
+from l2rec.runs.checkpoint import read_json
+from l2rec.runs.train import load, load_run_config
+from l2rec.studies import blend
+from l2rec.studies.blend import blend_run
+from l2rec.studies.compare import compare_runs
 
 
 def test_scores_are_as_written_down(table_run: Finished) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from l2rec import checkpoint
-from l2rec.checkpoint import (
+from l2rec.errors import CheckpointError
+from l2rec.runs import checkpoint
+from l2rec.runs.checkpoint import (
     State,
     latest_state,
     load_tensors,
@@ -30,7 +31,6 @@ from l2rec.checkpoint import (
     write_state,
     write_text,
 )
-from l2rec.errors import CheckpointError
 
 
 def state(step: int, size: int = 4) -> State:

@@ -19,7 +19,14 @@ import pytest
 import yaml
 from scipy import stats
 
-from l2rec.compare import (
+from l2rec.config import resolve
+from l2rec.data.dataset import Dataset
+from l2rec.data.ragged import Ragged
+from l2rec.data.splits import leave_one_out
+from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.evaluation.ranking import Evaluation, write_ranks
+from l2rec.metrics import coverage, popularity_bias, rank_values, ranking_metrics
+from l2rec.studies.compare import (
     Block,
     Comparison,
     compare,
@@ -31,13 +38,6 @@ from l2rec.compare import (
     tables,
     write_comparison,
 )
-from l2rec.config import resolve
-from l2rec.data.dataset import Dataset
-from l2rec.data.ragged import Ragged
-from l2rec.data.splits import leave_one_out
-from l2rec.errors import CheckpointError, ConfigError, DataError
-from l2rec.evaluation import Evaluation, write_ranks
-from l2rec.metrics import coverage, popularity_bias, rank_values, ranking_metrics
 
 Make = Callable[..., Path]
 USERS = 40

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks import cooccurrence
-from l2rec.methods.blocks.cooccurrence import CoOccurrence, Weights, choose, text_neighbors
+from l2rec.modules import cooccurrence
+from l2rec.modules.cooccurrence import CoOccurrence, Weights, choose, text_neighbors
 
 N = 9
 OPTIONS: dict[str, Any] = {"window": 3, "decay": 0.5, "newest": 2, "fade": 0.5, "rarity": 0.3}
@@ -136,7 +136,7 @@ def test_what_is_added(weights: Weights) -> None:
 @pytest.mark.parametrize("block", [1, 3 * N, 10**6])
 def test_the_best_weights_are_chosen(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the blocks: what a loop over users and weights finds."""
-    monkeypatch.setattr("l2rec.methods.blocks.cooccurrence.BLOCK_SCORES", block)
+    monkeypatch.setattr("l2rec.modules.cooccurrence.BLOCK_SCORES", block)
     rng = np.random.default_rng(3)
     users = 40
     histories = Ragged.from_rows(rng.integers(N, size=(users, 1)))

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from l2rec.data.daily import (
+from l2rec.data.prepare import PrepareConfig, prepare
+from l2rec.errors import DataError
+from l2rec.studies.downstream.daily import (
     DAY,
     KINDS,
     SMOOTHING,
@@ -19,8 +21,6 @@ from l2rec.data.daily import (
     exposures,
     moment,
 )
-from l2rec.data.prepare import PrepareConfig, prepare
-from l2rec.errors import DataError
 
 U, N, FIRST, DAYS = 6, 8, 100, 7
 FIELDS = {"kind": np.arange(N) % 3}

@@ -19,14 +19,18 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tests.unit import tiny_run
 from tests.unit.tiny_run import Quiet
 
-from l2rec import cli, downstream
-from l2rec.checkpoint import read_json
+from l2rec import cli
 from l2rec.data.catalog import Catalog
-from l2rec.data.daily import DAY, Exposures, Known, daily_log, exposures, moment
 from l2rec.data.dataset import Dataset
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.synthetic import TOPICS, simulated_exposures
-from l2rec.downstream import (
+from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
+from l2rec.index import vectors_table
+from l2rec.runs.checkpoint import read_json
+from l2rec.runs.train import embed_run, load, train_run
+from l2rec.studies.downstream import study as downstream
+from l2rec.studies.downstream.daily import DAY, Exposures, Known, daily_log, exposures, moment
+from l2rec.studies.downstream.study import (
     Clicks,
     DownstreamConfig,
     Frozen,
@@ -46,9 +50,6 @@ from l2rec.downstream import (
     vectors_of_files,
     vectors_of_run,
 )
-from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
-from l2rec.index import vectors_table
-from l2rec.runs import embed_run, load, train_run
 
 CUT, DAYS = "2023-11-18", 9
 """The run knows four days; three train, one chooses, one tests."""

@@ -21,10 +21,10 @@ from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from l2rec import evaluation as module
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
-from l2rec.evaluation import (
+from l2rec.evaluation import ranking as module
+from l2rec.evaluation.ranking import (
     Evaluation,
     aligned,
     aligned_ranks,
@@ -36,8 +36,8 @@ from l2rec.evaluation import (
     top_k,
     write_ranks,
 )
-from l2rec.methods.protocols import Scorer
 from l2rec.metrics import expected_ranks, rank_values, ranking_metrics
+from l2rec.protocols import Scorer
 
 
 class Table:

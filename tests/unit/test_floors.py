@@ -9,9 +9,9 @@ from scipy import sparse
 
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
-from l2rec.evaluation import evaluate
+from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.floors import LastItemNeighbour, NearbyItems, Popularity, TextNeighbour
-from l2rec.methods.protocols import Recommender
+from l2rec.protocols import Recommender
 
 # Events: item 0 three times, 1 three times, 2 once, 3 once, 4 never.
 # Transitions: 0->1 twice, 1->2, 3->1, 1->0; none from one row into the next.

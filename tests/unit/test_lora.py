@@ -11,11 +11,11 @@ from tests import tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from l2rec.backbone import Attend, Backbone, Packing, pack
 from l2rec.errors import BackboneError
-from l2rec.experts import find_linears
-from l2rec.methods.blocks.lora import LoRA
-from l2rec.methods.blocks.words import WordHead, mask_token
+from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.experts import find_linears
+from l2rec.modules.lora import LoRA
+from l2rec.modules.words import WordHead, mask_token
 
 LENGTHS = torch.tensor([5, 3, 4])
 

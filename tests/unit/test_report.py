@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from l2rec.errors import CheckpointError
-from l2rec.report import _scale, _short_names, _ticks, write_report
+from l2rec.runs.report import _scale, _short_names, _ticks, write_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 SVG_SHAPES = {"line", "path", "rect", "circle"}

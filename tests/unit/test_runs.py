@@ -23,13 +23,13 @@ from tests.unit import tiny_run
 from tests.unit.conftest import Finished
 from tests.unit.tiny_run import Quiet, log, losses
 
-from l2rec import runs
-from l2rec.checkpoint import load_tensors, read_json, save_tensors, trained_tensors
 from l2rec.data.dataset import Dataset
 from l2rec.data.synthetic import chain_dataset
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
-from l2rec.evaluation import read_ranks
-from l2rec.runs import Predictor, embed_run, evaluate_run, load, train_run, user_history
+from l2rec.evaluation.ranking import read_ranks
+from l2rec.runs import train as runs
+from l2rec.runs.checkpoint import load_tensors, read_json, save_tensors, trained_tensors
+from l2rec.runs.train import Predictor, embed_run, evaluate_run, load, train_run, user_history
 
 TIMELESS = ("scores", "valid", "best_step", "steps", "stopped", "significance", "tokens_seen")
 
@@ -265,7 +265,7 @@ def test_resume_refuses_other_weights(table_run: Finished, tmp_path: Path) -> No
 def test_a_full_disk_in_training_keeps_the_run(
     table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from l2rec import checkpoint
+    from l2rec.runs import checkpoint
 
     real, saved = checkpoint.save_file, []
 

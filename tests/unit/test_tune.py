@@ -11,11 +11,12 @@ import pytest
 import yaml
 from tests.unit import tiny_run
 
-from l2rec import runs, tune
 from l2rec.config import load_recipe
 from l2rec.data.dataset import Dataset
 from l2rec.errors import CheckpointError, ConfigError, TrainingError
-from l2rec.training import TrainingResult
+from l2rec.runs import train as runs
+from l2rec.runs.loop import TrainingResult
+from l2rec.studies import tune
 
 SEARCH = ["training.lr=[1e-4, 1e-1, log]", "model.dim={choose: [8, 16]}", "model.inner=[8, 9]"]
 FIXED = ["training.epochs=2", "model.max_items=6", "training.batch_users=16"]

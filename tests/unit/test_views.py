@@ -11,13 +11,13 @@ from tests import tiny
 from tests.parity import reference
 from torch.nn import functional as F
 
-from l2rec.backbone import load_backbone
 from l2rec.config import BackboneConfig
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import N_TEXTS, simple_text
 from l2rec.methods.l2rec import L2Rec
-from l2rec.views import BehavioralProjector, Segments, mean_of, prefix_mean, semantic_tokens
+from l2rec.modules.backbone import load_backbone
+from l2rec.modules.views import BehavioralProjector, Segments, mean_of, prefix_mean, semantic_tokens
 
 BEFORE, AFTER = [101], [102]
 TEXTS = [[10, 11, 12], [], [20], [30, 31], [40, 41, 42, 43, 44], [50, 51, 52, 53], [60]]

@@ -38,7 +38,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from l2rec.data.daily import moment
 from l2rec.data.dataset import (
     FORMAT,
     VERSION,
@@ -47,9 +46,10 @@ from l2rec.data.dataset import (
     open_dataset,
     user_blocks,
 )
-from l2rec.data.formats import Columns, Source, open_source
+from l2rec.data.formats.open import Columns, Source, open_source
 from l2rec.data.splits import MIN_EVENTS
 from l2rec.errors import DataError, nearest
+from l2rec.studies.downstream.daily import moment
 
 CHUNK_EVENTS = 1 << 20
 Ints = npt.NDArray[np.int32]

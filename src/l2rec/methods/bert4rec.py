@@ -3,7 +3,7 @@
 Sun, Liu, Wu, Pei, Lin, Ou, Jiang. CIKM '19, https://arxiv.org/abs/1904.06690
 
     x_t     = LN(E[i_t] + P[t]),  E[mask] for a hidden item
-    h       = bidirectional Transformer(x)              l2rec.methods.blocks.encoder
+    h       = bidirectional Transformer(x)              l2rec.modules.encoder
     r_{t,i} = LN(gelu(W h_t)) . E[i] + b_i              score of item i at the hidden position t
 
 Training hides items of a sequence and asks for them; a user is asked for the item hidden right
@@ -33,14 +33,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
-from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, pad, sequence_batches
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
-from l2rec.objectives import catalog_loss
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.sequences import catalog_rows, encode_rows, pad, sequence_batches
+from l2rec.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
 
 
 class BERT4RecConfig(BaseModel):

@@ -39,16 +39,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import attention, computed_positions, in_length_groups
-from l2rec.methods.blocks.item_table import ItemTable
-from l2rec.methods.blocks.losses import sampled_softmax_loss
-from l2rec.methods.blocks.sequences import pad, sequence_batches
-from l2rec.methods.protocols import Losses, Stage, decayed
-from l2rec.objectives import catalog_loss
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import attention, computed_positions, in_length_groups
+from l2rec.modules.item_table import ItemTable
+from l2rec.modules.losses import sampled_softmax_loss
+from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.sequences import pad, sequence_batches
+from l2rec.protocols import Losses, Stage, decayed
 
 
 class ESASRecConfig(BaseModel):

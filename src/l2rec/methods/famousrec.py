@@ -23,7 +23,7 @@ For a history X [n, h] of item embeddings, with the real Fourier transform over 
          u'_j of the same user are the negatives
     ALI  of u_k, another expert's u_j of the same user is the positive, those of other users in the
          batch are the negatives
-    BAL  the Switch load balance of p                   l2rec.experts
+    BAL  the Switch load balance of p                   l2rec.modules.experts
 
 SPE and ALI are InfoNCE of cosine / temperature. The experts are a causal Transformer (SASRec), a
 GRU (GRU4Rec), a learned filter over the whole spectrum (FMLP-Rec) and dilated causal convolutions
@@ -50,16 +50,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.experts import load_balance, top_n
-from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
-from l2rec.methods.blocks.item_table import ItemTable
-from l2rec.methods.blocks.sequences import encode_rows, last_of, pad, sequence_batches
-from l2rec.methods.protocols import Losses, Stage, decayed
-from l2rec.objectives import catalog_loss
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import SequenceEncoder, initialize
+from l2rec.modules.experts import load_balance, top_n
+from l2rec.modules.item_table import ItemTable
+from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.sequences import encode_rows, last_of, pad, sequence_batches
+from l2rec.protocols import Losses, Stage, decayed
 
 Kind = Literal["transformer", "gru", "filter", "convolution"]
 

@@ -2,7 +2,7 @@
 
 Zhang, Zhao, Liu, Sheng, Xu, Wang, Liu, Zhou. IJCAI '19, https://doi.org/10.24963/ijcai.2019/600
 
-    h^I     = causal Transformer(E[i_t])            l2rec.methods.blocks.encoder, with positions
+    h^I     = causal Transformer(E[i_t])            l2rec.modules.encoder, with positions
     h^F     = causal Transformer(f(i_t))            another one, over features of the same items
     u_t     = LN(W [h^I_t; h^F_t])
     r_{t,i} = u_t . E[i]                            score of item i after position t
@@ -35,18 +35,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import ConfigError, DataError
-from l2rec.methods.blocks.encoder import SequenceEncoder, initialize
-from l2rec.methods.blocks.frozen_text import FrozenText
-from l2rec.methods.blocks.item_table import ItemTable
-from l2rec.methods.blocks.sequences import (
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import SequenceEncoder, initialize
+from l2rec.modules.frozen_text import FrozenText
+from l2rec.modules.item_table import ItemTable
+from l2rec.modules.sequences import (
     next_item_batches,
     pad,
 )
-from l2rec.methods.protocols import Stage, decayed
+from l2rec.protocols import Stage, decayed
 
 
 class FDSAConfig(BaseModel):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from l2rec.data.ragged import IntArray, Ragged, flat_index
 from l2rec.errors import DataError
-from l2rec.methods.blocks.cooccurrence import CoOccurrence
-from l2rec.methods.protocols import Scorer
+from l2rec.modules.cooccurrence import CoOccurrence
+from l2rec.protocols import Scorer
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -108,7 +108,7 @@ class LastItemNeighbour:
 class NearbyItems:
     """How often, and how closely, each item was met near the newest items of the user.
 
-    The faded counts of `l2rec.methods.blocks.cooccurrence`; equal counts, and all items that
+    The faded counts of `l2rec.modules.cooccurrence`; equal counts, and all items that
     were never met, are ordered by popularity. ``counts``: [N] int64, training events.
     """
 

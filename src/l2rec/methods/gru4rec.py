@@ -31,18 +31,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import computed_positions, in_length_groups
-from l2rec.methods.blocks.item_table import ItemTable
-from l2rec.methods.blocks.sequences import (
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import computed_positions, in_length_groups
+from l2rec.modules.item_table import ItemTable
+from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.sequences import (
     next_item_batches,
     pad,
 )
-from l2rec.methods.protocols import Losses, Stage, decayed
-from l2rec.objectives import catalog_loss
+from l2rec.protocols import Losses, Stage, decayed
 
 Loss = Literal["ce", "bpr", "top1", "bpr-max"]
 

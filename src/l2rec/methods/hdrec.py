@@ -52,20 +52,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import ENCODED_TOKENS, Attend, Backbone, Packing, pack
 from l2rec.data.batches import Batch, TrainingBatches, plan_batches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
-from l2rec.experts import find_linears
-from l2rec.methods.blocks.item_text import separators
-from l2rec.methods.blocks.lora import LoRA
-from l2rec.methods.blocks.sequences import encode_rows
-from l2rec.methods.protocols import EpochBatches, Losses, Scorer, Stage, decayed
 from l2rec.methods.sasrec import SASRec, SASRecConfig
-from l2rec.objectives import catalog_loss
-from l2rec.views import Segments, semantic_tokens
+from l2rec.modules.backbone import ENCODED_TOKENS, Attend, Backbone, Packing, pack
+from l2rec.modules.experts import find_linears
+from l2rec.modules.item_text import separators
+from l2rec.modules.lora import LoRA
+from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.sequences import encode_rows
+from l2rec.modules.views import Segments, semantic_tokens
+from l2rec.protocols import EpochBatches, Losses, Scorer, Stage, decayed
 
 Side = Literal["text", "id"]
 DOMINANT = ("text", "id", "both")

@@ -2,10 +2,10 @@
 
 Pan, Zhou, Lu, Fei, Chen, Luo. SIGIR '26, https://doi.org/10.1145/3805712.3809943
 
-    Eq. 1-2   two views of a user                     l2rec.views
-    Eq. 3-6   experts and routers (DPMoE)             l2rec.experts
-    Eq. 7     adaptive cross-view fusion (ACF)        l2rec.fusion
-    Eq. 8-9   losses                                  l2rec.objectives
+    Eq. 1-2   two views of a user                     l2rec.modules.views
+    Eq. 3-6   experts and routers (DPMoE)             l2rec.modules.experts
+    Eq. 7     adaptive cross-view fusion (ACF)        l2rec.modules.fusion
+    Eq. 8-9   losses                                  l2rec.modules.objectives
     this file how they are joined: h_u, h_i, r_{u,i}, the total loss, and every choice
 
 Where the paper leaves a choice, the default is the reading below; each is an option of `Config`.
@@ -32,7 +32,7 @@ Deviations from the paper are named options, off by default:
 - ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
 - ``repeat_bias``: a learned scalar is added to r_{u,i} of every item of the user's history.
 - ``cooccurrence``: w m_{u,i} is added to r_{u,i} of every other item, with m the counts of what was
-  met near the user's newest items (`l2rec.methods.blocks.cooccurrence`). The views are trained
+  met near the user's newest items (`l2rec.modules.cooccurrence`). The views are trained
   without it; w is chosen by NDCG@10 before each validation.
 - ``text_neighbors``: among these counts too, a little, what reads like those newest items.
 - ``behavioral_epochs``: the behavioural view and the table are trained alone for so long, before
@@ -62,7 +62,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import (
+from l2rec.data.batches import Batch, TrainingBatches, plan_batches
+from l2rec.data.catalog import Catalog
+from l2rec.data.ragged import Ragged, flat_index
+from l2rec.data.text import tokenize
+from l2rec.errors import ConfigError, DataError
+from l2rec.modules.backbone import (
     ENCODED_ROWS,
     ENCODED_TOKENS,
     Attend,
@@ -72,25 +77,20 @@ from l2rec.backbone import (
     pack,
     split,
 )
-from l2rec.data.batches import Batch, TrainingBatches, plan_batches
-from l2rec.data.catalog import Catalog
-from l2rec.data.ragged import Ragged, flat_index
-from l2rec.data.text import tokenize
-from l2rec.errors import ConfigError, DataError
-from l2rec.experts import DPMoE, Routing, ViewSlice, find_linears
-from l2rec.fusion import AdaptiveFusion
-from l2rec.methods.blocks.cooccurrence import NEAR, CoOccurrence, Weights, choose, text_neighbors
-from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
-from l2rec.methods.blocks.text_table import TextTable
-from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage
-from l2rec.objectives import Added, bpc_loss, contrastive_loss, cosine, fused_catalog_loss
-from l2rec.views import (
+from l2rec.modules.cooccurrence import NEAR, CoOccurrence, Weights, choose, text_neighbors
+from l2rec.modules.experts import DPMoE, Routing, ViewSlice, find_linears
+from l2rec.modules.fusion import AdaptiveFusion
+from l2rec.modules.item_text import catalog_vectors, separators, text_vectors
+from l2rec.modules.objectives import Added, bpc_loss, contrastive_loss, cosine, fused_catalog_loss
+from l2rec.modules.text_table import TextTable
+from l2rec.modules.views import (
     BehavioralProjector,
     Segments,
     mean_of,
     prefix_mean,
     semantic_tokens,
 )
+from l2rec.protocols import Losses, ParameterGroup, Scorer, Stage
 
 View = Literal["semantic", "behavioral"]
 Kept = TypeVar("Kept")

@@ -2,8 +2,8 @@
 
 Jia, Wang, Li, Chen, Bai, Liu, Zheng, Chen, Li, Gai. AAAI '25, https://arxiv.org/abs/2405.03988
 
-    E^c_i   frozen language model's vector of item i's text         l2rec.methods.blocks.frozen_text
-    PAL(.)  Linear d -> m, causal Transformer, Linear m -> out      l2rec.methods.blocks.encoder
+    E^c_i   frozen language model's vector of item i's text         l2rec.modules.frozen_text
+    PAL(.)  Linear d -> m, causal Transformer, Linear m -> out      l2rec.modules.encoder
     h       = PAL(history), a state after every item                the user tower
     t       = PAL(what the user did next)                           the item tower, variant a
     r_{h,t} = cos(h, t) / tau
@@ -48,15 +48,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
-from l2rec.methods.blocks.frozen_text import FrozenText
-from l2rec.methods.blocks.sequences import encode_rows, last_of, pad, sequence_batches
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
-from l2rec.objectives import cosine
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.frozen_text import FrozenText
+from l2rec.modules.objectives import cosine
+from l2rec.modules.sequences import encode_rows, last_of, pad, sequence_batches
+from l2rec.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
 
 ROWS = 128
 """Histories encoded together: few, so that rows of alike length waste little on padding."""

@@ -31,7 +31,7 @@ Choices and deviations:
   of them, ``text``, and a new item's only one.
 - What exceeds ``max_tokens`` is dropped as whole items, oldest first.
 - An item of the batch is no negative of a user whose next item it is, too.
-- The output layer of both language losses is `l2rec.methods.blocks.words`. A tokenizer without a
+- The output layer of both language losses is `l2rec.modules.words`. A tokenizer without a
   mask token hides words behind its unknown-word token.
 - A new item is encoded by the weights as they are, also beside a fixed table.
 """
@@ -53,20 +53,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from l2rec.backbone import Attend, Backbone, Packing, pack
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import TEXT, Catalog
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import tokenize
 from l2rec.errors import BackboneError, ConfigError, DataError
-from l2rec.experts import find_linears
-from l2rec.methods.blocks.item_text import separators
-from l2rec.methods.blocks.lora import LoRA
-from l2rec.methods.blocks.losses import in_batch_loss
-from l2rec.methods.blocks.sequences import encode_rows
-from l2rec.methods.blocks.words import WordHead, mask_token
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
-from l2rec.objectives import catalog_loss, cosine
+from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.experts import find_linears
+from l2rec.modules.item_text import separators
+from l2rec.modules.lora import LoRA
+from l2rec.modules.losses import in_batch_loss
+from l2rec.modules.objectives import catalog_loss, cosine
+from l2rec.modules.sequences import encode_rows
+from l2rec.modules.words import WordHead, mask_token
+from l2rec.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
 
 MARK, KEY, VALUE = range(3)
 """Types of tokens."""

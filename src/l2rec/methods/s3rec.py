@@ -47,20 +47,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
-from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
-from l2rec.methods.blocks.item_table import ItemTable
-from l2rec.methods.blocks.sequences import (
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.item_table import ItemTable
+from l2rec.modules.sequences import (
     last_of,
     next_item_batches,
     pad,
     sequence_batches,
 )
-from l2rec.methods.protocols import Losses, Stage, decayed
+from l2rec.protocols import Losses, Stage, decayed
 
 WORD = r"[^\W\d_]{3,}"
 

@@ -20,7 +20,7 @@ No code of the paper is public; what its summaries leave open is chosen here:
 - ``lora_rank`` above zero also adapts the language model in stage 1; it is frozen by default.
 - ``vocabulary=catalog`` takes the softmax over the words that item texts use: a smaller product.
 - A bidirectional backbone is no language model of the next word. Its variant is infilling: all of
-  the text is masked, and each word told from e_i and its place. `l2rec.methods.blocks.words` says
+  the text is masked, and each word told from e_i and its place. `l2rec.modules.words` says
   what the output layer is.
 """
 
@@ -40,25 +40,27 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Attend, Backbone, Packing, pack
 from l2rec.data.batches import Batch, plan_batches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
-from l2rec.experts import find_linears
-from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
-from l2rec.methods.blocks.item_text import separators
-from l2rec.methods.blocks.lora import LoRA
-from l2rec.methods.blocks.sequences import (
+from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.experts import find_linears
+from l2rec.modules.item_text import separators
+from l2rec.modules.lora import LoRA
+from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.sequences import (
     catalog_rows,
     encode_rows,
     last_of,
     next_item_batches,
     pad,
 )
-from l2rec.methods.blocks.words import WordHead, mask_token
-from l2rec.methods.protocols import (
+from l2rec.modules.views import semantic_tokens
+from l2rec.modules.words import WordHead, mask_token
+from l2rec.protocols import (
     Losses,
     ParameterGroup,
     Scorer,
@@ -66,8 +68,6 @@ from l2rec.methods.protocols import (
     decayed,
     inner_product_scorer,
 )
-from l2rec.objectives import catalog_loss
-from l2rec.views import semantic_tokens
 
 
 class SAIDConfig(BaseModel):

@@ -3,7 +3,7 @@
 Kang, McAuley. ICDM '18, https://arxiv.org/abs/1808.09781
 
     x_t = LN(E[i_t] + P[t])                         item and position embeddings
-    h   = causal Transformer(x)                     l2rec.methods.blocks.encoder
+    h   = causal Transformer(x)                     l2rec.modules.encoder
     r_{t,i} = h_t . E[i]                            score of item i after position t
 
 Every position predicts its next item. Defaults are those of RecBole, which most papers compare
@@ -26,19 +26,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
-from l2rec.methods.blocks.item_table import ItemTable
-from l2rec.methods.blocks.losses import binary_loss, sampled_softmax_loss
-from l2rec.methods.blocks.sequences import (
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.item_table import ItemTable
+from l2rec.modules.losses import binary_loss, sampled_softmax_loss
+from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.sequences import (
     next_item_batches,
     pad,
 )
-from l2rec.methods.protocols import Losses, Stage, decayed
-from l2rec.objectives import catalog_loss
+from l2rec.protocols import Losses, Stage, decayed
 
 
 class SASRecConfig(BaseModel):

@@ -1,9 +1,9 @@
 """SASRec over the item table of L2Rec: what the table and the skip are worth without a language
 model on the side of the user.
 
-    T   = norm(E + E L + R)                           l2rec.methods.blocks.text_table
+    T   = norm(E + E L + R)                           l2rec.modules.text_table
     x_t = LN(sqrt(D) T[i_t] + P[t])                   items and positions
-    h   = causal Transformer(x), trained from nothing l2rec.methods.blocks.encoder
+    h   = causal Transformer(x), trained from nothing l2rec.modules.encoder
     u_t = norm(h_t / (2 |h_t|) + s T[i_t])            the newest item beside the state, s from 1
     r_{t,i} = u_t . T[i] / tau
 
@@ -26,17 +26,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import ConfigError
-from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions
-from l2rec.methods.blocks.frozen_text import FrozenText
-from l2rec.methods.blocks.sequences import encode_rows, last_of, next_item_batches, pad
-from l2rec.methods.blocks.text_table import TextTable
-from l2rec.methods.protocols import Losses, ParameterGroup, Scorer, Stage, decayed
-from l2rec.objectives import fused_catalog_loss
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import SequenceEncoder, computed_positions
+from l2rec.modules.frozen_text import FrozenText
+from l2rec.modules.objectives import fused_catalog_loss
+from l2rec.modules.sequences import encode_rows, last_of, next_item_batches, pad
+from l2rec.modules.text_table import TextTable
+from l2rec.protocols import Losses, ParameterGroup, Scorer, Stage, decayed
 
 
 class SASRecTableConfig(BaseModel):

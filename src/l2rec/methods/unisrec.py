@@ -2,10 +2,10 @@
 
 Hou, Mu, Zhao, Li, Ding, Wen. KDD '22, https://arxiv.org/abs/2206.05941
 
-    x_i   frozen language model's vector of item i's text           l2rec.methods.blocks.frozen_text
+    x_i   frozen language model's vector of item i's text           l2rec.modules.frozen_text
     v_i   = sum_k g_k (x_i - b_k) W_k                               parametric whitening, G experts
     g     = softmax(x_i W_g + eps softplus(x_i W_n))                eps ~ N(0, 1), in training only
-    s     = state of a causal Transformer after the newest v_i      l2rec.methods.blocks.encoder
+    s     = state of a causal Transformer after the newest v_i      l2rec.modules.encoder
     r_i   = cos(s, v_i) / tau
 
 Stage "pretrain", on texts alone (the paper: on five other domains):
@@ -50,16 +50,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import SequenceEncoder, computed_positions, initialize
-from l2rec.methods.blocks.frozen_text import FrozenText
-from l2rec.methods.blocks.losses import in_batch_loss
-from l2rec.methods.blocks.sequences import encode_rows, last_of, next_item_batches, pad
-from l2rec.methods.protocols import Losses, Scorer, Stage, decayed
-from l2rec.objectives import cosine, fused_catalog_loss
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.frozen_text import FrozenText
+from l2rec.modules.losses import in_batch_loss
+from l2rec.modules.objectives import cosine, fused_catalog_loss
+from l2rec.modules.sequences import encode_rows, last_of, next_item_batches, pad
+from l2rec.protocols import Losses, Scorer, Stage, decayed
 
 ROWS = 128
 """Histories encoded together: few, so that rows of alike length waste little on padding."""

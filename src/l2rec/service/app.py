@@ -31,20 +31,21 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
-from l2rec import __version__, abtest
-from l2rec.abtest import SHARE
+from l2rec import __version__
 from l2rec.errors import DataError, L2RecError, StorageError, nearest
-from l2rec.service import page
 from l2rec.service import schemas as s
 from l2rec.service import version as v
 from l2rec.service.batching import Busy
 from l2rec.service.events import Event, EventLog
 from l2rec.service.follow import Follower, Shadow, keep_in_sync
 from l2rec.service.live import Live
+from l2rec.service.routes import page
 from l2rec.service.security import Guard, Refused, is_public, problem
 from l2rec.service.serving import Service
 from l2rec.service.settings import Experiment, Settings
 from l2rec.service.version import User, Version
+from l2rec.studies import abtest
+from l2rec.studies.abtest import SHARE
 
 RETRY_STORAGE = 5
 SUMMARY_SECONDS, SUMMARIES = 60.0, 8

@@ -22,10 +22,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from l2rec.diagnostics import expert_load
 from l2rec.errors import DataError
-from l2rec.experts import MATRIX_NAMES
-from l2rec.runs import Predictor
+from l2rec.modules.experts import MATRIX_NAMES
+from l2rec.runs.diagnostics import expert_load
+from l2rec.runs.train import Predictor
 
 T = TypeVar("T")
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from l2rec.checkpoint import read_json, write_json
 from l2rec.errors import CheckpointError, ConfigError
+from l2rec.runs.checkpoint import read_json, write_json
 from l2rec.service.version import Version, check_version, load_version
 
 FILE = "live.json"

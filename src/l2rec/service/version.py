@@ -37,14 +37,14 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from l2rec.checkpoint import load_tensors, read_json
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, DataError, nearest
 from l2rec.index import Index, build
 from l2rec.index import load as load_index
-from l2rec.methods.protocols import TakesNewItems
-from l2rec.runs import Predictor, load, read_catalog
+from l2rec.protocols import TakesNewItems
+from l2rec.runs.checkpoint import load_tensors, read_json
+from l2rec.runs.train import Predictor, load, read_catalog
 
 logger = logging.getLogger("l2rec.service")
 

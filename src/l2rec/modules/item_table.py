@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from l2rec.data.batches import Batch
 from l2rec.data.ragged import Ragged
-from l2rec.methods.blocks.encoder import computed_positions
-from l2rec.methods.blocks.sequences import catalog_rows, encode_rows, last_of
-from l2rec.methods.protocols import Losses, Scorer, inner_product_scorer
-from l2rec.objectives import catalog_loss
+from l2rec.modules.encoder import computed_positions
+from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.sequences import catalog_rows, encode_rows, last_of
+from l2rec.protocols import Losses, Scorer, inner_product_scorer
 
 
 class ItemTable(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l2rec.data.batches import TrainingBatches, plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
-from l2rec.methods.protocols import MakeBatches
+from l2rec.protocols import MakeBatches
 
 
 def pad(histories: Ragged, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

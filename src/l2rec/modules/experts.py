@@ -46,8 +46,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import split
 from l2rec.errors import BackboneError, ConfigError
+from l2rec.modules.backbone import split
 
 # What the matrices of one attention or MLP block are called across model families.
 MATRIX_NAMES = {

@@ -42,8 +42,18 @@ import yaml
 from torch import Tensor
 
 from l2rec import __version__
-from l2rec.backbone import Backbone, load_backbone
-from l2rec.checkpoint import (
+from l2rec.config import RunConfig, method_class, resolve
+from l2rec.data.catalog import Catalog
+from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.ragged import Ragged
+from l2rec.data.splits import Split, leave_one_out, with_fewer_users
+from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
+from l2rec.evaluation.ranking import Evaluation, evaluate, paired_test, top_k, write_ranks
+from l2rec.index import vectors_table
+from l2rec.methods.floors import LastItemNeighbour, NearbyItems, Popularity
+from l2rec.modules.backbone import Backbone, load_backbone
+from l2rec.protocols import Embedder, Scorer, TakesNewItems
+from l2rec.runs.checkpoint import (
     load_tensors,
     load_trained,
     read_json,
@@ -53,19 +63,9 @@ from l2rec.checkpoint import (
     write_json,
     write_text,
 )
-from l2rec.config import RunConfig, method_class, resolve
-from l2rec.data.catalog import Catalog
-from l2rec.data.dataset import Dataset, open_dataset
-from l2rec.data.ragged import Ragged
-from l2rec.data.splits import Split, leave_one_out, with_fewer_users
-from l2rec.diagnostics import expert_load, gate_histogram
-from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
-from l2rec.evaluation import Evaluation, evaluate, paired_test, top_k, write_ranks
-from l2rec.index import vectors_table
-from l2rec.methods.floors import LastItemNeighbour, NearbyItems, Popularity
-from l2rec.methods.protocols import Embedder, Scorer, TakesNewItems
-from l2rec.report import write_report
-from l2rec.training import Progress, TrainingResult, peak_memory_mb, train
+from l2rec.runs.diagnostics import expert_load, gate_histogram
+from l2rec.runs.loop import Progress, TrainingResult, peak_memory_mb, train
+from l2rec.runs.report import write_report
 
 RUN_VERSION = 1
 UNTRAINED = "untrained"
@@ -499,7 +499,7 @@ def _commit() -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    tracked = Path(__file__).parents[2] / "pyproject.toml"
+    tracked = Path(__file__).parents[3] / "pyproject.toml"
     return done.stdout.strip() if done.returncode == 0 and tracked.is_file() else ""
 
 

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from l2rec.checkpoint import write_text
 from l2rec.config import RunConfig, find_recipe, load_recipe, override_values
 from l2rec.data.dataset import open_dataset
 from l2rec.errors import CheckpointError, ConfigError, TrainingError
-from l2rec.runs import validate_run
-from l2rec.training import Progress
+from l2rec.runs.checkpoint import write_text
+from l2rec.runs.loop import Progress
+from l2rec.runs.train import validate_run
 
 if TYPE_CHECKING:
     import optuna

@@ -1,6 +1,6 @@
 """The one training loop: stages, validation on all users, early stopping, exact resume.
 
-It knows methods through `l2rec.methods.protocols` alone. Everything random is a function of
+It knows methods through `l2rec.protocols` alone. Everything random is a function of
 (seed, epoch, batch) or of the random state kept in each checkpoint, so a run that was killed and
 resumed ends with the weights of a run that was not.
 """
@@ -22,7 +22,20 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from l2rec.checkpoint import (
+from l2rec.config import TrainingConfig
+from l2rec.data.splits import Split
+from l2rec.errors import CheckpointError, TrainingError
+from l2rec.evaluation.ranking import evaluate
+from l2rec.protocols import (
+    Calibrated,
+    EpochBatches,
+    Losses,
+    Recommender,
+    Stage,
+    Trainable,
+    updates,
+)
+from l2rec.runs.checkpoint import (
     State,
     latest_state,
     load_tensors,
@@ -33,19 +46,6 @@ from l2rec.checkpoint import (
     trained_tensors,
     write_state,
     write_text,
-)
-from l2rec.config import TrainingConfig
-from l2rec.data.splits import Split
-from l2rec.errors import CheckpointError, TrainingError
-from l2rec.evaluation import evaluate
-from l2rec.methods.protocols import (
-    Calibrated,
-    EpochBatches,
-    Losses,
-    Recommender,
-    Stage,
-    Trainable,
-    updates,
 )
 
 SELECT = "ndcg@10"

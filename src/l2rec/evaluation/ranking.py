@@ -39,7 +39,6 @@ from torch import Tensor
 
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
-from l2rec.methods.protocols import Recommender, Scorer, TopK
 from l2rec.metrics import (
     KS,
     FloatArray,
@@ -49,6 +48,7 @@ from l2rec.metrics import (
     rank_values,
     ranking_metrics,
 )
+from l2rec.protocols import Recommender, Scorer, TopK
 
 LEAVE_ONE_OUT = "leave-one-out, full ranking, expected rank on ties"
 """The default name of the protocol, stored beside ranks."""

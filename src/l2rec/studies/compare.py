@@ -45,15 +45,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from l2rec.checkpoint import read_json, write_text
 from l2rec.config import RunConfig
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.data.splits import leave_one_out
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
-from l2rec.evaluation import Ranks, aligned, paired_values_test, read_ranks
+from l2rec.evaluation.ranking import Ranks, aligned, paired_values_test, read_ranks
 from l2rec.metrics import coverage, popularity_bias, rank_values
-from l2rec.runs import load_run_config
+from l2rec.runs.checkpoint import read_json, write_text
+from l2rec.runs.train import load_run_config
 
 METRICS = {
     "recall@5": "R@5",

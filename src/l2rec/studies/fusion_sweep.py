@@ -10,10 +10,10 @@ from typing import Any
 
 from l2rec.data.splits import leave_one_out
 from l2rec.errors import ConfigError
-from l2rec.evaluation import evaluate_each
+from l2rec.evaluation.ranking import evaluate_each
 from l2rec.methods.hdrec import DOMINANT, HDRec
-from l2rec.runs import load, open_run_dataset
-from l2rec.training import Progress
+from l2rec.runs.loop import Progress
+from l2rec.runs.train import load, open_run_dataset
 
 
 def fusion_sweep(

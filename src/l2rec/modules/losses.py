@@ -1,4 +1,4 @@
-"""Losses of the baselines that are not the full softmax (`l2rec.objectives.catalog_loss`)."""
+"""Losses of the baselines that are not the full softmax (`objectives.catalog_loss`)."""
 
 from __future__ import annotations
 

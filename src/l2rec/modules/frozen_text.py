@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from l2rec.backbone import Backbone
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
-from l2rec.methods.blocks.item_text import catalog_vectors, separators, text_vectors
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.item_text import catalog_vectors, separators, text_vectors
 
 
 class FrozenText(nn.Module):

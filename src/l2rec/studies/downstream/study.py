@@ -46,20 +46,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from l2rec.abtest import holm
-from l2rec.checkpoint import read_json, replacing, write_json
 from l2rec.config import override_values
 from l2rec.data.catalog import Catalog
-from l2rec.data.daily import CLICK, DAY, Exposures, Known, daily_log, exposures
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
 from l2rec.index import read_vectors
-from l2rec.methods.dlrm import DLRM, DLRMConfig, Features, TwoTower
-from l2rec.methods.protocols import Embedder, Losses, TakesNewItems
 from l2rec.metrics import expected_ranks
-from l2rec.runs import Predictor, device, hardware, load, open_run_dataset, versions
-from l2rec.training import Progress
+from l2rec.protocols import Embedder, Losses, TakesNewItems
+from l2rec.runs.checkpoint import read_json, replacing, write_json
+from l2rec.runs.loop import Progress
+from l2rec.runs.train import Predictor, device, hardware, load, open_run_dataset, versions
+from l2rec.studies.abtest import holm
+from l2rec.studies.downstream.daily import CLICK, DAY, Exposures, Known, daily_log, exposures
+from l2rec.studies.downstream.dlrm import DLRM, DLRMConfig, Features, TwoTower
 
 ARMS = CONTROL, TREATMENT = "control", "treatment"
 TASKS = "click", "reply"

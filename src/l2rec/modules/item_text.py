@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rec.backbone import ENCODED_ROWS, ENCODED_TOKENS, Attend, Backbone, Packing, pack
 from l2rec.data.batches import plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import special_tokens
-from l2rec.views import mean_of, semantic_tokens
+from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Attend, Backbone, Packing, pack
+from l2rec.modules.views import mean_of, semantic_tokens
 
 
 def separators(backbone: Backbone) -> tuple[list[int], list[int]]:

@@ -47,7 +47,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.methods.protocols import Losses
+from l2rec.protocols import Losses
 
 USER, ITEM = 0, 1
 """Tables of the user's hash and of the item's id (histories are rows of it); then attributes."""

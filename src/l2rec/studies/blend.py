@@ -3,7 +3,7 @@
     s = z + w m [i not in history] + rho [i in history]
 
 with z the method's scores, centred and scaled for each user, m the counts of
-`l2rec.methods.blocks.cooccurrence` (for a method that reads texts, with text neighbours), and w,
+`l2rec.modules.cooccurrence` (for a method that reads texts, with text neighbours), and w,
 rho chosen by NDCG@10 on validation (rho not at all where histories are masked anyway). It costs no
 training, so every method can have it: what a method is worth shows in what it adds to the counts.
 """
@@ -22,13 +22,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rec.checkpoint import read_json, write_json
 from l2rec.config import RunConfig
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.data.text import tokenize
 from l2rec.errors import CheckpointError
-from l2rec.evaluation import Evaluation, evaluate_each, write_ranks
-from l2rec.methods.blocks.cooccurrence import (
+from l2rec.evaluation.ranking import Evaluation, evaluate_each, write_ranks
+from l2rec.modules.cooccurrence import (
     CHOSEN_ON,
     NEAR,
     CoOccurrence,
@@ -37,16 +36,17 @@ from l2rec.methods.blocks.cooccurrence import (
     choose,
     text_neighbors,
 )
-from l2rec.methods.blocks.item_text import text_vectors
-from l2rec.methods.protocols import Scorer
-from l2rec.runs import (
+from l2rec.modules.item_text import text_vectors
+from l2rec.protocols import Scorer
+from l2rec.runs.checkpoint import read_json, write_json
+from l2rec.runs.loop import Progress
+from l2rec.runs.train import (
     backbone_of,
     load,
     load_run_config,
     open_run_dataset,
     training_split,
 )
-from l2rec.training import Progress
 
 TRIED = [Weights(near, repeat) for repeat in (-8.0, 0.0, 2.0) for near in NEAR]
 """The scores have deviation 1 for each user; a repeat of -8 is never recommended."""

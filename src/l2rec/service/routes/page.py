@@ -36,7 +36,7 @@ from l2rec.service.security import Refused
 from l2rec.service.serving import Service
 from l2rec.service.version import Version
 
-FILES = Path(__file__).parent / "static"
+FILES = Path(__file__).parents[1] / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 TYPES |= {".svg": "image/svg+xml"}  # by name: what a system takes them for varies
 

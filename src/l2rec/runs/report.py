@@ -59,7 +59,7 @@ def _render(page: Page) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = resources.files("l2rec").joinpath("report.html.j2").read_text(encoding="utf-8")
+    source = resources.files("l2rec.runs").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(page=page)
 
 

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class LoRA(nn.Module):
-    """One pair (A, B) for each of the given modules, by name (`l2rec.experts.find_linears`).
+    """One pair (A, B) for each of the given modules, by name (`find_linears`).
 
     Args:
         linears: the frozen modules to adapt.

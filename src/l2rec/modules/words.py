@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.backbone import Backbone
 from l2rec.errors import BackboneError
+from l2rec.modules.backbone import Backbone
 
 
 def mask_token(backbone: Backbone) -> int:
