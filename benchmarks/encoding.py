@@ -42,7 +42,7 @@ from l2rec.data.synthetic import N_TEXTS, simple_text
 from l2rec.methods.l2rec import L2Rec
 from l2rec.modules.backbone import load_backbone, minilm_source, native_bfloat16
 from l2rec.modules.views import semantic_tokens
-from l2rec.runs.train import build_model
+from l2rec.runs.predictor import build_model
 
 RECIPE = "scientific/l2rec"
 PEER = "sentence-transformers"

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from l2rec.index import Exact, Floats, Index, build, read_vectors, recall
+from l2rec.data.vectors import Floats, read_vectors
+from l2rec.index import Exact, Index, build, recall
 
 DIM, NOISE = 384, 0.5
 

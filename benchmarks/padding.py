@@ -34,7 +34,7 @@ from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
 from l2rec.methods.l2rec import L2Rec
 from l2rec.modules.backbone import Packing, load_backbone
-from l2rec.runs.train import build_model
+from l2rec.runs.predictor import build_model
 
 RECIPES = ("scientific/l2rec", "scientific/l2rec-table")
 GOAL = 0.95

@@ -27,11 +27,14 @@ from startup import small_run
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import leave_one_out
-from l2rec.evaluation.ranking import Evaluation, aligned_ranks, evaluate, paired_test, read_ranks
+from l2rec.evaluation.ranking import Evaluation, evaluate
+from l2rec.evaluation.ranks import aligned_ranks, read_ranks
+from l2rec.evaluation.significance import paired_test
 from l2rec.metrics import FloatArray, rank_values
 from l2rec.modules.backbone import load_backbone
 from l2rec.runs.checkpoint import load_tensors, load_trained
-from l2rec.runs.train import build_model, load_run_config
+from l2rec.runs.folder import load_run_config
+from l2rec.runs.predictor import build_model
 
 DTYPES = ("float32", "bfloat16")
 METRICS = ("recall@10", "ndcg@10")

@@ -5,9 +5,10 @@
     python benchmarks/ranking.py --quick           a tenth of both
 
 `l2rec.evaluation.ranking.evaluate` finds each target's exact rank, with the history in the ranking
-and with it masked, and each user's 20 best items. The peer computes the same scores in the same blocks of
-users and asks torch for the 20 best: no ranks, no masks, no ties, no check for NaN. Histories and
-targets are those of the test split; vectors are random, [users, 384] and [items, 384] float32.
+and with it masked, and each user's 20 best items. The peer computes the same scores in the same
+blocks of users and asks torch for the 20 best: no ranks, no masks, no ties, no check for NaN.
+Histories and targets are those of the test split; vectors are random, [users, 384] and [items, 384]
+float32.
 
 Seconds are the median over rounds, contenders in turn. Memory is the peak of one evaluation in a
 fresh process, above that process with vectors and histories loaded.

@@ -36,7 +36,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split, leave_one_out
 from l2rec.evaluation.ranking import evaluate
-from l2rec.runs.train import build_model
+from l2rec.runs.predictor import build_model
 
 RECIPE = "sasrec"
 OURS, PEER = "l2rec", "RecBole"

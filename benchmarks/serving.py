@@ -40,7 +40,7 @@ import torch
 from measure import arguments, median, report
 from startup import small_run
 
-from l2rec.runs.train import load_run_config, read_catalog
+from l2rec.runs.folder import load_run_config, read_catalog
 
 CLIENTS = (1, 8, 64)
 ITEMS, K, POOL = 10, 10, 100

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from sentence_transformers import SentenceTransformer
 
 from l2rec.modules.backbone import minilm_source
-from l2rec.runs.train import load_run_config, read_catalog
+from l2rec.runs.folder import load_run_config, read_catalog
 
 run, port = Path(sys.argv[1]), int(sys.argv[2])
 name = load_run_config(run)[0].backbone.name

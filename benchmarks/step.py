@@ -62,8 +62,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2rec.config import BackboneConfig
+from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import Attend, Backbone, Packing, load_backbone, native_bfloat16, pack
-from l2rec.modules.experts import DPMoE, ViewSlice, find_linears
+from l2rec.modules.experts import DPMoE, ViewSlice
 from l2rec.modules.views import BehavioralProjector, mean_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -29,7 +29,7 @@ from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import leave_one_out
 from l2rec.modules.backbone import load_backbone
 from l2rec.protocols import updates
-from l2rec.runs.train import build_model
+from l2rec.runs.predictor import build_model
 
 PEER = "L2Rec, the paper's form"
 SYSTEMS = {

@@ -25,10 +25,10 @@ __all__ = [
     "prepare",
 ]
 
-__version__ = "0.1.0"
-
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from l2rec._version import __version__
 
 if TYPE_CHECKING:
     from l2rec.data.dataset import Dataset, open_dataset
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     from l2rec.evaluation.ranking import evaluate
     from l2rec.methods.l2rec import L2Rec, L2RecConfig
     from l2rec.modules.backbone import load_backbone
-    from l2rec.runs.train import Predictor, load
+    from l2rec.runs.predictor import Predictor, load
 
 _HOME = {
     "Dataset": "l2rec.data.dataset",
     "L2Rec": "l2rec.methods.l2rec",
     "L2RecConfig": "l2rec.methods.l2rec",
     "L2RecError": "l2rec.errors",
-    "Predictor": "l2rec.runs.train",
+    "Predictor": "l2rec.runs.predictor",
     "PrepareConfig": "l2rec.data.prepare",
     "evaluate": "l2rec.evaluation.ranking",
     "leave_one_out": "l2rec.data.splits",
-    "load": "l2rec.runs.train",
+    "load": "l2rec.runs.predictor",
     "load_backbone": "l2rec.modules.backbone",
     "open_dataset": "l2rec.data.dataset",
     "prepare": "l2rec.data.prepare",

@@ -319,7 +319,8 @@ def compare(
     from dataclasses import asdict
 
     from l2rec.console import print_comparison
-    from l2rec.studies.compare import compare_runs, write_comparison
+    from l2rec.studies.compare import compare_runs
+    from l2rec.studies.tables import write_comparison
 
     found = compare_runs(runs, data=data, against=against, group=group)
     if out is not None:
@@ -412,7 +413,8 @@ def recommend(
     """
     from l2rec.console import print_recommendations
     from l2rec.errors import DataError
-    from l2rec.runs.train import load, user_history
+    from l2rec.runs.folder import user_history
+    from l2rec.runs.predictor import load
 
     if (history is None) == (user is None):
         raise DataError("give either --history ID,ID,... or --user ID")
@@ -452,7 +454,7 @@ def embed(
     rest.
     """
     from l2rec.console import Console
-    from l2rec.runs.train import embed_run
+    from l2rec.runs.embed import embed_run
 
     with Console() as console:
         written = embed_run(run, out, console, with_users=users, data=data)
@@ -521,9 +523,9 @@ def abtest(
     Example: `l2rec abtest runs/ml/events.db`, or `l2rec abtest --simulate 100000 --lift 0.05`
     """
     from l2rec.console import print_experiment
+    from l2rec.data.moments import moment
     from l2rec.errors import ConfigError, DataError
     from l2rec.studies import abtest as ab
-    from l2rec.studies.downstream.daily import moment
 
     if (log is None) == (simulate is None):
         raise ConfigError("give a log, or --simulate USERS")
@@ -532,7 +534,9 @@ def abtest(
         found = ab.conclude(users, treatment=treatment, alpha=alpha, power=power)
         found = {"experiment": f"simulated, lift {lift:+.1%}, seed {seed}", **found}
     else:
-        events = _events(str(log))
+        from l2rec.service.export import log_frame
+
+        events = log_frame(str(log))
         if experiment is None:
             names = ab.experiments(events)
             if len(names) != 1:
@@ -584,8 +588,9 @@ def downstream(
     Example: `l2rec downstream data/feed --run runs/feed-clicks --out runs/feed-downstream`
     """
     from l2rec.console import Console, print_downstream
-    from l2rec.studies.downstream.daily import moment
-    from l2rec.studies.downstream.study import downstream_config, run_downstream
+    from l2rec.data.moments import moment
+    from l2rec.studies.downstream.options import downstream_config
+    from l2rec.studies.downstream.study import run_downstream
 
     config = downstream_config(overrides or ())
     with Console(quiet=as_json) as console:
@@ -606,30 +611,6 @@ def downstream(
     else:
         print_downstream(report)
         typer.echo(f"report: {out}/report.json")
-
-
-def _events(source: str) -> Any:
-    """A log as a data frame; a table on disk as a lazy one."""
-    import polars as pl
-    import pyarrow as pa
-
-    from l2rec.errors import DataError
-    from l2rec.service.events import SCHEMA, EventLog, is_event_log
-
-    if is_event_log(source):
-        url = source if "://" in source else f"sqlite:///{source}"
-        log = EventLog(url, create=False)
-        try:
-            return pl.from_arrow(pa.Table.from_batches(log.read(), schema=SCHEMA))
-        finally:
-            log.close()
-    try:
-        table = pl.scan_parquet(source)
-        table.collect_schema()
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{source}: neither an event log nor a Parquet table: {reason}") from error
-    return table
 
 
 @app.command()

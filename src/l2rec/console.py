@@ -269,7 +269,7 @@ def _shown(value: Any) -> str:
 
 def print_comparison(comparison: Comparison) -> None:
     """Tables and notes of compared runs, on standard output; whole lines where it is a file."""
-    from l2rec.studies.compare import tables
+    from l2rec.studies.tables import tables
 
     out = _out()
     if not out.is_terminal:

@@ -12,7 +12,9 @@ from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.sources import SOURCES, fetch
 from l2rec.errors import DataError
-from l2rec.runs.train import Predictor, finished_report, load, train_run
+from l2rec.runs.folder import finished_report
+from l2rec.runs.predictor import Predictor, load
+from l2rec.runs.train import train_run
 
 RECIPE = "movielens-100k/l2rec-plus"
 SOURCE = "movielens-100k"

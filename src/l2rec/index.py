@@ -14,18 +14,7 @@ new one.
 
 from __future__ import annotations
 
-__all__ = [
-    "KINDS",
-    "Index",
-    "Vectors",
-    "build",
-    "build_folder",
-    "load",
-    "read_vectors",
-    "recall",
-    "save",
-    "vectors_table",
-]
+__all__ = ["KINDS", "Index", "build", "build_folder", "load", "recall", "save"]
 
 import contextlib
 import hashlib
@@ -35,7 +24,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +35,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2rec.data.vectors import Floats, off_unit, read_vectors, vectors_hash
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError, StorageError
 
 KINDS = ("exact", "flat", "hnsw", "ivf", "milvus")
@@ -60,14 +49,12 @@ ASKED, SCORED = 1000, 200_000_000
 """Queries that recall and speed are measured with, and most inner products this may take."""
 AT_ONCE = 32
 """Queries of one search when speed is measured: about what the service batches."""
-UNIT_WITHIN = 0.01
 LINKS, CONSTRUCTION = 32, 200
 """Of an HNSW graph."""
 MILVUS_MOST = 16_384
 """Rows that Milvus returns for a query, at most."""
 MILVUS_SECONDS = 10.0
 
-Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 T = TypeVar("T")
 
@@ -127,18 +114,11 @@ def build(vectors: Floats, kind: str = "auto", **options: Any) -> Index:
 def _fitting(vectors: Floats) -> str:
     """What `build` takes for auto."""
     # A graph finds long vectors from everywhere, and little else.
-    if len(vectors) > EXACT_ROWS and not _off_unit(vectors).any():
+    if len(vectors) > EXACT_ROWS and not off_unit(vectors).any():
         with contextlib.suppress(ConfigError):
             _faiss()
             return "hnsw"
     return "exact"
-
-
-def _off_unit(vectors: Floats) -> npt.NDArray[np.bool_]:
-    """[N] rows that are not of unit length."""
-    squares = np.einsum("nd,nd->n", vectors, vectors)
-    off: npt.NDArray[np.bool_] = np.abs(np.sqrt(squares) - 1) > UNIT_WITHIN
-    return off
 
 
 def recall(index: Index, vectors: Floats, queries: Floats, k: int) -> float:
@@ -352,7 +332,7 @@ class Milvus:
         if uri is None:
             raise ConfigError("kind=milvus needs a uri: a server's, or a file ending in .db")
         if collection is None:
-            collection = f"l2rec_{_vectors_hash([], vectors, '')[:16]}"
+            collection = f"l2rec_{vectors_hash([], vectors, '')[:16]}"
         if "://" not in uri:
             Path(uri).resolve().parent.mkdir(parents=True, exist_ok=True)
         made = cls(uri, collection, *vectors.shape)
@@ -696,86 +676,6 @@ def _to_disk(folder: Path) -> None:
 # -- what `l2rec embed` writes ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Vectors:
-    """ids: [N]. vectors: [N, D] float32. version: of the model they come from."""
-
-    ids: list[str]
-    vectors: Floats
-    version: str
-
-
-def vectors_table(ids: Sequence[str], vectors: Floats, version: str) -> pa.Table:
-    """id, vector [D] float32, version: what `l2rec embed` writes and `read_vectors` reads.
-
-    Its metadata has the number of rows, D, and a hash of ids, vectors and version together.
-    """
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    rows, dim = vectors.shape
-    assert len(ids) == rows
-    return pa.table(
-        {
-            "id": pa.array(ids, pa.string()),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim),
-            "version": pa.array([version] * rows, pa.string()),
-        },
-        metadata={
-            "l2rec.version": version,
-            "l2rec.rows": str(rows),
-            "l2rec.dim": str(dim),
-            "l2rec.sha256": _vectors_hash(ids, vectors, version),
-        },
-    )
-
-
-def _vectors_hash(ids: Sequence[str], vectors: Floats, version: str) -> str:
-    digest = hashlib.sha256(json.dumps([version, list(vectors.shape), list(ids)]).encode())
-    digest.update(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
-    return digest.hexdigest()
-
-
-def read_vectors(path: Path) -> Vectors:
-    """What `l2rec embed` wrote, after a check that it is all of it and nothing else.
-
-    Raises:
-        CheckpointError: another file, rows missing or edited, several versions, an id twice,
-            numbers that are not finite, or some vectors of unit length and others not.
-    """
-    try:
-        table = pq.ParquetFile(path).read()
-        stored = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-        version, digest = stored["l2rec.version"], stored["l2rec.sha256"]
-        rows, dim = int(stored["l2rec.rows"]), int(stored["l2rec.dim"])
-        ids, versions = table["id"].to_pylist(), set(table["version"].to_pylist())
-        # A copy: what Arrow hands out cannot be written to, and torch insists on it.
-        flat = np.array(table["vector"].combine_chunks().flatten(), dtype=np.float32)
-    except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} holds no vectors of `l2rec embed`: {reason}") from error
-    if len(ids) != rows or flat.size != rows * dim:
-        raise CheckpointError(
-            f"{path}: {len(ids)} rows and {flat.size} numbers, {rows} of {dim} were written; "
-            "embed the run again"
-        )
-    vectors = flat.reshape(rows, dim)
-    if versions - {version}:
-        raise CheckpointError(f"{path}: vectors of several versions; embed the run again")
-    if digest != _vectors_hash(ids, vectors, version):
-        raise CheckpointError(f"{path} was changed after it was written; embed the run again")
-    if len(set(ids)) != rows:
-        raise CheckpointError(f"{path}: an id twice; embed the run again")
-    if not np.isfinite(vectors).all():
-        raise CheckpointError(f"{path}: numbers that are not finite; the run is badly trained")
-    off = np.flatnonzero(_off_unit(vectors))
-    if 0 < len(off) < rows / 2:  # some methods have vectors of any length, but then most are off
-        length = float(np.linalg.norm(vectors[off[0]]))
-        raise CheckpointError(
-            f"{path}: {len(off)} of {rows} vectors are not of unit length, such as that of "
-            f"{ids[off[0]]!r} ({length:.3g}); the run is torn or badly trained"
-        )
-    return Vectors(ids, vectors, version)
-
-
 def build_folder(
     source: Path,
     out: Path,
@@ -805,7 +705,7 @@ def build_folder(
     options = {}
     if kind == "milvus":
         # Of this folder alone, and the same when a build that was killed is tried again.
-        content = _vectors_hash(given.ids, given.vectors, given.version)
+        content = vectors_hash(given.ids, given.vectors, given.version)
         options = {"uri": uri, "collection": _owned(out) + content[:16]}
     started = time.monotonic()
     index = build(given.vectors, kind, **options)

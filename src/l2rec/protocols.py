@@ -9,6 +9,7 @@ __all__ = [
     "Losses",
     "MakeBatches",
     "ParameterGroup",
+    "Progress",
     "Recommender",
     "Scorer",
     "Stage",
@@ -194,3 +195,11 @@ def decayed(
         ParameterGroup("vectors", [p for p in kept if p.ndim < 2], lr, 0.0),
     ]
     return [group for group in groups if group.parameters]
+
+
+class Progress(Protocol):
+    """What the loop tells whoever watches."""
+
+    def training(self, epoch: float, step: int, total: int, text: str) -> None: ...
+    def validating(self, done: int, total: int) -> None: ...
+    def line(self, text: str) -> None: ...

@@ -24,7 +24,8 @@ from l2rec.errors import ConfigError, DataError
 from l2rec.methods.unisrec import MixtureAdaptor, UniSRec, UniSRecConfig, drop_words, without
 from l2rec.modules.frozen_text import FrozenText
 from l2rec.runs.checkpoint import load_tensors, trained_tensors
-from l2rec.runs.train import load, train_run
+from l2rec.runs.predictor import load
+from l2rec.runs.train import train_run
 
 TEXTS = [simple_text(1007 * i) for i in range(N)]
 SMALL: dict[str, Any] = {

@@ -9,16 +9,9 @@ from tests.tiny import random_backbone
 from torch import Tensor, nn
 
 from l2rec.errors import BackboneError, ConfigError
+from l2rec.modules.adapters import find_linears, side_by_side
 from l2rec.modules.backbone import Attend, Packing, pack
-from l2rec.modules.experts import (
-    DPMoE,
-    Routing,
-    ViewSlice,
-    find_linears,
-    load_balance,
-    side_by_side,
-    top_n,
-)
+from l2rec.modules.experts import DPMoE, Routing, ViewSlice, load_balance, top_n
 
 DIM, WIDTH, RANK = 5, 3, 2
 SHAPES = [(DIM, DIM), (4, 6)]  # of the adapted matrices: d_in, d_out

@@ -17,8 +17,8 @@ from l2rec.data.dataset import Dataset
 from l2rec.runs.train import train_run
 from l2rec.service.app import create_app
 from l2rec.service.live import Live
+from l2rec.service.loading import load_version
 from l2rec.service.settings import Settings
-from l2rec.service.version import load_version
 
 __all__ = ["backbone_folder", "chains", "encode_run", "one_thread", "table_run"]
 

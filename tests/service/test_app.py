@@ -16,13 +16,13 @@ from tests.service.conftest import Serve
 from tests.unit.conftest import Finished
 
 from l2rec.errors import StorageError
-from l2rec.runs.train import load
+from l2rec.runs.predictor import load
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live
+from l2rec.service.loading import load_version
 from l2rec.service.metrics import Metrics
 from l2rec.service.settings import Experiment, Settings
-from l2rec.service.version import load_version
 from l2rec.studies import abtest
 
 
@@ -605,7 +605,7 @@ def test_arms(table_run: Finished, other_run: Finished, log_url: str) -> None:
 
 
 def test_an_experiment_is_summed_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l2rec.service.app.SUMMARY_SECONDS", 0.0)
+    monkeypatch.setattr("l2rec.service.routes.events.SUMMARY_SECONDS", 0.0)
     client = serve(experiment=Experiment(name="exp", treatment=0.3))
     empty = client.get("/v1/experiments/exp").json()
     assert empty["running"] and empty["treatment"] == 0.3 and empty["events"] == 0

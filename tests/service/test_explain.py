@@ -11,7 +11,7 @@ from tests.unit.conftest import Finished
 
 from l2rec.errors import DataError
 from l2rec.runs.diagnostics import expert_load
-from l2rec.runs.train import Predictor, load
+from l2rec.runs.predictor import Predictor, load
 from l2rec.service.explain import effects, experts, explain, label, variants
 
 HISTORY = ["i3", "i4", "i9", "i4", "i20"]

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from l2rec.cli import app
 from l2rec.data.dataset import open_dataset
 from l2rec.errors import ConfigError, DataError, StorageError
-from l2rec.runs.train import load, train_run
+from l2rec.runs.predictor import load
+from l2rec.runs.train import train_run
 from l2rec.service.events import Event, EventLog
 from l2rec.service.export import export_log
 

@@ -19,7 +19,7 @@ from tests.unit.conftest import Finished
 
 from l2rec.errors import CheckpointError, ConfigError, StorageError
 from l2rec.runs.checkpoint import load_tensors, save_tensors
-from l2rec.runs.train import load
+from l2rec.runs.predictor import load
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.follow import load_first
@@ -30,8 +30,8 @@ from l2rec.service.live import (
     read_deployment,
     rollback,
 )
+from l2rec.service.loading import load_version
 from l2rec.service.settings import Settings
-from l2rec.service.version import load_version
 
 
 def spoil(run: Path) -> None:

@@ -21,14 +21,14 @@ from tests.unit.conftest import Finished
 
 from l2rec.data.dataset import Dataset
 from l2rec.errors import StorageError
-from l2rec.runs.train import load
+from l2rec.runs.predictor import load
 from l2rec.service import explain as x
 from l2rec.service.app import create_app
 from l2rec.service.events import Event, EventLog
 from l2rec.service.live import Live
+from l2rec.service.loading import load_version
 from l2rec.service.search import Items, plain
 from l2rec.service.settings import Experiment, Settings
-from l2rec.service.version import load_version
 
 KEY = "read-key-0123456789"
 

@@ -20,8 +20,8 @@ from tests.unit.conftest import Finished
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live
+from l2rec.service.loading import load_version
 from l2rec.service.settings import Settings
-from l2rec.service.version import load_version
 
 EXAMPLES = 20
 KEY = "write-key-987654321"

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from l2rec.cli import app
 from l2rec.errors import L2RecError
-from l2rec.runs.train import load
+from l2rec.runs.predictor import load
 from l2rec.service.live import deploy
 
 CLI = "import sys; from l2rec.cli import main; sys.argv[0] = 'l2rec'; main()"

@@ -18,16 +18,10 @@ from tests.unit.conftest import Finished
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.index import Exact, build, save
 from l2rec.runs.checkpoint import load_tensors, save_tensors
-from l2rec.service.version import (
-    Attributes,
-    Query,
-    User,
-    Version,
-    check_version,
-    encode,
-    load_version,
-    rank,
-)
+from l2rec.service.attributes import Attributes
+from l2rec.service.loading import check_version, load_version
+from l2rec.service.ranking import Query, User, encode, rank
+from l2rec.service.version import Version
 
 
 class Scan(Exact):

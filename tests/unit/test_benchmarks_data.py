@@ -19,7 +19,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.evaluation.ranking import evaluate
 from l2rec.modules.backbone import load_backbone
-from l2rec.runs.train import build_model
+from l2rec.runs.predictor import build_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ["model.max_tokens=128", "model.text_tokens=32", "model.max_items=8"]

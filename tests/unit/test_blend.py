@@ -14,10 +14,11 @@ from tests.unit.tiny_run import Quiet
 
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
+from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 from l2rec.modules.cooccurrence import CoOccurrence, Weights, text_neighbors
-from l2rec.runs.checkpoint import read_json
-from l2rec.runs.train import load, load_run_config
+from l2rec.runs.folder import load_run_config
+from l2rec.runs.predictor import load
 from l2rec.studies import blend
 from l2rec.studies.blend import blend_run
 from l2rec.studies.compare import compare_runs

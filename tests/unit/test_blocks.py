@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from l2rec.methods.blocks import losses, sequences
 from torch import Tensor, nn
 
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
+from l2rec.modules import losses, sequences
 from l2rec.modules.encoder import (
     SequenceEncoder,
     attention,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from l2rec.disk import read_json, write_json, write_text
 from l2rec.errors import CheckpointError
 from l2rec.runs import checkpoint
 from l2rec.runs.checkpoint import (
@@ -22,14 +23,11 @@ from l2rec.runs.checkpoint import (
     load_tensors,
     load_trained,
     optimizer_tensors,
-    read_json,
     read_state,
     restore_optimizer,
     save_tensors,
     trained_tensors,
-    write_json,
     write_state,
-    write_text,
 )
 
 

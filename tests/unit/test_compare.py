@@ -24,20 +24,11 @@ from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import leave_one_out
 from l2rec.errors import CheckpointError, ConfigError, DataError
-from l2rec.evaluation.ranking import Evaluation, write_ranks
+from l2rec.evaluation.ranking import Evaluation
+from l2rec.evaluation.ranks import write_ranks
 from l2rec.metrics import coverage, popularity_bias, rank_values, ranking_metrics
-from l2rec.studies.compare import (
-    Block,
-    Comparison,
-    compare,
-    compare_runs,
-    csv_text,
-    markdown,
-    population,
-    read_run,
-    tables,
-    write_comparison,
-)
+from l2rec.studies.compare import Block, Comparison, compare, compare_runs, population, read_run
+from l2rec.studies.tables import csv_text, markdown, tables, write_comparison
 
 Make = Callable[..., Path]
 USERS = 40

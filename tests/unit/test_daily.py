@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from l2rec.data.moments import moment
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.errors import DataError
 from l2rec.studies.downstream.daily import (
@@ -19,7 +20,6 @@ from l2rec.studies.downstream.daily import (
     Known,
     daily_log,
     exposures,
-    moment,
 )
 
 U, N, FIRST, DAYS = 6, 8, 100, 7

@@ -22,34 +22,30 @@ from tests.unit.tiny_run import Quiet
 from l2rec import cli
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
+from l2rec.data.moments import moment
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.synthetic import TOPICS, simulated_exposures
+from l2rec.data.vectors import vectors_table
+from l2rec.disk import read_json
 from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
-from l2rec.index import vectors_table
-from l2rec.runs.checkpoint import read_json
-from l2rec.runs.train import embed_run, load, train_run
+from l2rec.runs.embed import embed_run
+from l2rec.runs.predictor import load
+from l2rec.runs.train import train_run
 from l2rec.studies.downstream import study as downstream
-from l2rec.studies.downstream.daily import DAY, Exposures, Known, daily_log, exposures, moment
-from l2rec.studies.downstream.study import (
-    Clicks,
-    DownstreamConfig,
-    Frozen,
+from l2rec.studies.downstream.daily import DAY, Exposures, Known, daily_log, exposures
+from l2rec.studies.downstream.features import Clicks, Table, attributes, periods, user_hash
+from l2rec.studies.downstream.metrics import (
     Scored,
-    Table,
     area,
-    attributes,
     compared,
-    downstream_config,
     grouped_area,
     mean_by_user,
     midranks,
-    periods,
     ranking_scores,
-    run_downstream,
-    user_hash,
-    vectors_of_files,
-    vectors_of_run,
 )
+from l2rec.studies.downstream.options import DownstreamConfig, downstream_config
+from l2rec.studies.downstream.study import run_downstream
+from l2rec.studies.downstream.vectors import Frozen, vectors_of_files, vectors_of_run
 
 CUT, DAYS = "2023-11-18", 9
 """The run knows four days; three train, one chooses, one tests."""

@@ -23,19 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
-from l2rec.evaluation import ranking as module
-from l2rec.evaluation.ranking import (
-    Evaluation,
-    aligned,
-    aligned_ranks,
-    by_segment,
-    evaluate,
-    evaluate_each,
-    paired_test,
-    read_ranks,
-    top_k,
-    write_ranks,
-)
+from l2rec.evaluation.ranking import Evaluation, evaluate, evaluate_each, top_k
+from l2rec.evaluation.ranks import Ranks, aligned, aligned_ranks, read_ranks, write_ranks
+from l2rec.evaluation.significance import by_segment, paired_test
 from l2rec.metrics import expected_ranks, rank_values, ranking_metrics
 from l2rec.protocols import Scorer
 
@@ -411,7 +401,7 @@ def test_a_failed_write_leaves_the_old_ranks(
         where.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module.pq, "write_table", full_disk)
+    monkeypatch.setattr(pq, "write_table", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_ranks(path, evaluation_of([3, 4]), ["a", "b"])
     assert read_ranks(path).ranks.tolist() == [1, 2]
@@ -458,7 +448,7 @@ def test_two_runs_are_aligned_by_user(tmp_path: Path) -> None:
 def test_runs_that_cannot_be_paired(tmp_path: Path) -> None:
     path = tmp_path / "ranks.parquet"
 
-    def stored(ids: list[str], **named: str) -> module.Ranks:
+    def stored(ids: list[str], **named: str) -> Ranks:
         write_ranks(path, evaluation_of([1.0] * len(ids)), ids, **named)
         return read_ranks(path)
 

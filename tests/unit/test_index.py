@@ -25,9 +25,10 @@ from typer.testing import CliRunner
 
 from l2rec import index as ix
 from l2rec.cli import app
+from l2rec.data.vectors import read_vectors, vectors_hash, vectors_table
 from l2rec.errors import CheckpointError, ConfigError, DataError, StorageError
-from l2rec.index import Exact, build, build_folder, load, read_vectors, recall, save, vectors_table
-from l2rec.runs.train import embed_run
+from l2rec.index import Exact, build, build_folder, load, recall, save
+from l2rec.runs.embed import embed_run
 
 milvus_is_loud = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -634,6 +635,4 @@ def test_vectors_that_are_not_whole(tmp_path: Path) -> None:
     odd = ["a\0b", "c", '"', "é\n"]
     pq.write_table(vectors_table(odd, VECTORS[:4], "v1"), path)
     assert read_vectors(path).ids == odd
-    assert ix._vectors_hash(["a", "b\0c"], VECTORS, "v") != ix._vectors_hash(
-        ["a\0b", "c"], VECTORS, "v"
-    )
+    assert vectors_hash(["a", "b\0c"], VECTORS, "v") != vectors_hash(["a\0b", "c"], VECTORS, "v")

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from l2rec.errors import BackboneError
+from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import Attend, Backbone, Packing, pack
-from l2rec.modules.experts import find_linears
 from l2rec.modules.lora import LoRA
 from l2rec.modules.words import WordHead, mask_token
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from l2rec.data import prepare as prepare_module
 from l2rec.data.dataset import Dataset
-from l2rec.data.formats.open import Source
+from l2rec.data.formats.source import Source
 from l2rec.data.prepare import PrepareConfig, build, core, prepare
 from l2rec.errors import DataError
 

@@ -23,13 +23,19 @@ from tests.unit import tiny_run
 from tests.unit.conftest import Finished
 from tests.unit.tiny_run import Quiet, log, losses
 
+from l2rec.config import resolve
 from l2rec.data.dataset import Dataset
 from l2rec.data.synthetic import chain_dataset
+from l2rec.disk import read_json
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
-from l2rec.evaluation.ranking import read_ranks
+from l2rec.evaluation.ranks import read_ranks
+from l2rec.runs import folder
 from l2rec.runs import train as runs
-from l2rec.runs.checkpoint import load_tensors, read_json, save_tensors, trained_tensors
-from l2rec.runs.train import Predictor, embed_run, evaluate_run, load, train_run, user_history
+from l2rec.runs.checkpoint import load_tensors, save_tensors, trained_tensors
+from l2rec.runs.embed import embed_run
+from l2rec.runs.folder import user_history
+from l2rec.runs.predictor import Predictor, load
+from l2rec.runs.train import evaluate_run, train_run
 
 TIMELESS = ("scores", "valid", "best_step", "steps", "stopped", "significance", "tokens_seen")
 
@@ -127,7 +133,7 @@ def test_sigkill_and_resume_is_exact(
         assert process.wait() == -signal.SIGKILL
     assert not (run / "report.json").is_file()
     progress = Quiet()
-    config = runs.resolve(values, where="test")
+    config = resolve(values, where="test")
     train_run(config, finished.data, run, progress=progress, resume=True)
     assert [line for line in progress.lines if line.startswith("resuming at step ")]
     assert_same_run(finished.run, run)
@@ -163,10 +169,10 @@ def test_killed_after_training(
         patch.setattr(runs, moment, crash)
         with pytest.raises(KeyboardInterrupt):
             train_run(config, table_run.data, run, progress=Quiet(), resume=True)
-    assert runs.finished_report(run) is None
+    assert folder.finished_report(run) is None
     train_run(config, table_run.data, run, progress=Quiet(), resume=True)
     assert_same_run(table_run.run, run)
-    assert runs.finished_report(run) is not None
+    assert folder.finished_report(run) is not None
 
 
 def test_resume_of_a_finished_run_changes_nothing(
@@ -174,7 +180,9 @@ def test_resume_of_a_finished_run_changes_nothing(
 ) -> None:
     run = copied(table_run, tmp_path / "run")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.rglob("*") if p.is_file()}
-    monkeypatch.setattr(runs, "load_backbone", None)  # not even the backbone is needed
+    monkeypatch.setattr(
+        "l2rec.runs.predictor.load_backbone", None
+    )  # not even the backbone is needed
     progress = Quiet()
     config = tiny_run.config(table_run.backbone)
     report = train_run(config, table_run.data, run, progress=progress, resume=True)
@@ -189,7 +197,7 @@ def test_resume_with_more_epochs_goes_on(table_run: Finished, tmp_path: Path) ->
     config = tiny_run.config(table_run.backbone, epochs=3)
     report = train_run(config, table_run.data, run, progress=Quiet(), resume=True)
     assert report["steps"] == read_json(table_run.run / "report.json")["steps"] * 3 // 2
-    assert runs.load_run_config(run)[0].training.epochs == 3
+    assert folder.load_run_config(run)[0].training.epochs == 3
 
 
 def test_a_report_is_not_of_an_earlier_training(
@@ -204,7 +212,7 @@ def test_a_report_is_not_of_an_earlier_training(
         patch.setattr(runs, "train", crash)
         with pytest.raises(KeyboardInterrupt):
             train_run(config, table_run.data, run, progress=Quiet(), resume=True)
-    assert runs.finished_report(run) is None
+    assert folder.finished_report(run) is None
     assert train_run(config, table_run.data, run, progress=Quiet(), resume=True)["steps"] == 30
 
 
@@ -344,7 +352,7 @@ def test_fine_tuning_starts_from_the_pretrained_experts(
     config = tiny_run.config(finished.backbone, items, max_steps=4)
     again = train_run(config, target_data.path, run, progress=Quiet(), resume=True)
     assert again["scores"]["before fine-tuning"] == report["scores"]["before fine-tuning"]
-    assert runs.load_run_config(run)[1]["init"] == str(finished.run)
+    assert folder.load_run_config(run)[1]["init"] == str(finished.run)
 
 
 def test_fine_tuning_refuses_another_recipe(

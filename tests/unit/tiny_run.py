@@ -10,7 +10,7 @@ import yaml
 from tests import tiny
 
 from l2rec.config import RunConfig, resolve
-from l2rec.runs.loop import Progress
+from l2rec.protocols import Progress
 
 MODEL: dict[str, dict[str, Any]] = {
     "table": {

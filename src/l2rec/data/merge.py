@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from l2rec.data.dataset import Dataset, open_dataset, user_blocks
-from l2rec.data.formats.open import Source
+from l2rec.data.formats.source import Source
 from l2rec.data.prepare import PrepareConfig, build
 from l2rec.errors import DataError
 

@@ -46,10 +46,11 @@ from l2rec.data.dataset import (
     open_dataset,
     user_blocks,
 )
-from l2rec.data.formats.open import Columns, Source, open_source
+from l2rec.data.formats.open import open_source
+from l2rec.data.formats.source import Columns, Source
+from l2rec.data.moments import moment
 from l2rec.data.splits import MIN_EVENTS
 from l2rec.errors import DataError, nearest
-from l2rec.studies.downstream.daily import moment
 
 CHUNK_EVENTS = 1 << 20
 Ints = npt.NDArray[np.int32]

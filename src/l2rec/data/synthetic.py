@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from l2rec.data.dataset import Dataset
-from l2rec.data.formats.open import Source
+from l2rec.data.formats.source import Source
 from l2rec.data.prepare import PrepareConfig, build
 from l2rec.errors import DataError
 

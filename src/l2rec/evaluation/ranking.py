@@ -7,51 +7,27 @@ by all items never exists.
 
 from __future__ import annotations
 
-__all__ = [
-    "LEAVE_ONE_OUT",
-    "Evaluation",
-    "PairedTest",
-    "Ranks",
-    "aligned",
-    "aligned_ranks",
-    "by_segment",
-    "evaluate",
-    "evaluate_each",
-    "paired_test",
-    "paired_values_test",
-    "read_ranks",
-    "top_k",
-    "write_ranks",
-]
+__all__ = ["Evaluation", "evaluate", "evaluate_each", "top_k"]
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from l2rec.data.ragged import IntArray, Ragged
-from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
+from l2rec.errors import ConfigError, DataError, TrainingError
 from l2rec.metrics import (
     KS,
-    FloatArray,
     coverage,
     items_ahead,
     items_ahead_among,
-    rank_values,
     ranking_metrics,
 )
 from l2rec.protocols import Recommender, Scorer, TopK
-
-LEAVE_ONE_OUT = "leave-one-out, full ranking, expected rank on ties"
-"""The default name of the protocol, stored beside ranks."""
 
 _TOP = 20
 # Scores of a block, 16 MB: beyond 32 MB the C library maps fresh memory for every block, and the
@@ -234,219 +210,6 @@ def top_k(
             scores[rows, : found.shape[1]] = values.cpu().numpy()
     items[np.isneginf(scores)] = -1
     return TopK(items, scores)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The content of ``ranks.parquet``: one row per evaluated user.
-
-    ``users``: [M] external ids. ``ranks``, ``ranks_masked``: [M] float64. ``targets``: [M] int64.
-    ``top``: [M, min(20, N)] int32 best items, history not masked, -1 = no item; None in a file
-    from before these were kept.
-    """
-
-    users: list[str]
-    ranks: npt.NDArray[np.float64]
-    ranks_masked: npt.NDArray[np.float64]
-    targets: npt.NDArray[np.int64]
-    fingerprint: str
-    protocol: str
-    top: npt.NDArray[np.int32] | None = None
-
-    def take(self, rows: npt.NDArray[np.int64]) -> Ranks:
-        """The given rows, in the given order."""
-        return Ranks(
-            [self.users[row] for row in rows.tolist()],
-            self.ranks[rows],
-            self.ranks_masked[rows],
-            self.targets[rows],
-            self.fingerprint,
-            self.protocol,
-            None if self.top is None else self.top[rows],
-        )
-
-
-def write_ranks(
-    path: str | os.PathLike[str],
-    evaluation: Evaluation,
-    user_ids: Sequence[str],
-    *,
-    fingerprint: str = "",
-    protocol: str = LEAVE_ONE_OUT,
-) -> None:
-    """Write per-user ranks and best items as Parquet, whole or not at all (written aside, renamed).
-
-    ``user_ids[u]`` is the external id of dense user u, so row i is ``user_ids[users[i]]``.
-    ``fingerprint`` and ``protocol`` say which data set was ranked how. Raises ``DataError``
-    where a user has no id.
-    """
-    users = evaluation.users
-    if len(users) and (int(users.min()) < 0 or int(users.max()) >= len(user_ids)):
-        raise DataError(
-            f"user int {int(users.max())} for {len(user_ids)} user ids; pass the ids of all users"
-        )
-    table = pa.table(
-        {
-            "user": pa.array([str(user_ids[user]) for user in users.tolist()], pa.string()),
-            "rank": evaluation.ranks,
-            "rank_masked": evaluation.ranks_masked,
-            "target": evaluation.targets,
-            "top": pa.FixedSizeListArray.from_arrays(
-                pa.array(evaluation.top.reshape(-1)), evaluation.top.shape[1]
-            ),
-        }
-    ).replace_schema_metadata({"l2rec.fingerprint": fingerprint, "l2rec.protocol": protocol})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, so that the rename stays within one file system; the process id keeps two
-    # writers apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_ranks(
-    path: str | os.PathLike[str],
-    everyone: tuple[list[str], npt.NDArray[np.int64]] | None = None,
-) -> Ranks:
-    """Read what ``write_ranks`` wrote.
-
-    Args:
-        everyone: ids [M] and targets [M] of all evaluated users in the data set's order: for a
-            file that keeps ranks alone, in that order.
-
-    Raises:
-        CheckpointError: a missing, torn or other file, or one of ranks alone without ``everyone``.
-    """
-    try:
-        table = pq.ParquetFile(path).read()
-        stored = table.schema.metadata or {}
-        if "user" not in table.column_names and "rank" in table.column_names:
-            if everyone is None or len(everyone[0]) != len(table):
-                raise CheckpointError(
-                    f"{os.fspath(path)} keeps ranks alone, not whose; name their data set (--data)"
-                )
-            users, targets = everyone
-        else:
-            users, targets = table["user"].to_pylist(), table["target"].to_numpy()
-        return Ranks(
-            users=users,
-            ranks=table["rank"].to_numpy().astype(np.float64),
-            ranks_masked=table["rank_masked"].to_numpy().astype(np.float64),
-            targets=targets,
-            fingerprint=stored[b"l2rec.fingerprint"].decode(),
-            protocol=stored[b"l2rec.protocol"].decode(),
-            top=_lists(table["top"]) if "top" in table.column_names else None,
-        )
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{os.fspath(path)} holds no ranks ({reason}); evaluate the run again"
-        ) from error
-
-
-def _lists(column: pa.ChunkedArray) -> npt.NDArray[np.int32]:
-    """A column of lists of one length as [M, k] int32."""
-    flat = np.asarray(column.combine_chunks().flatten(), dtype=np.int32)
-    return flat.reshape(len(column), column.type.list_size)
-
-
-def aligned(a: Ranks, b: Ranks) -> Ranks:
-    """``b`` with its rows in the order of ``a``.
-
-    Raises ``DataError`` unless both ranked the same (user, target) pairs of the same data by the
-    same protocol.
-    """
-    for what in ("fingerprint", "protocol"):
-        if getattr(a, what) != getattr(b, what):
-            raise DataError(
-                f"{what} {getattr(a, what)!r} against {getattr(b, what)!r}:"
-                " only runs on the same data and protocol can be paired"
-            )
-    place = {pair: row for row, pair in enumerate(zip(b.users, b.targets.tolist(), strict=True))}
-    pairs = list(zip(a.users, a.targets.tolist(), strict=True))
-    if len(place) != len(b.users) or len(set(pairs)) != len(pairs):
-        raise DataError("a user is ranked twice for one target; ranks cannot be paired")
-    if place.keys() != set(pairs):
-        raise DataError(
-            f"{len(pairs)} and {len(place)} ranked users, {len(place.keys() & set(pairs))} in"
-            " common; only evaluations of the same users can be paired"
-        )
-    return b.take(np.array([place[pair] for pair in pairs], dtype=np.int64))
-
-
-def aligned_ranks(
-    a: Ranks, b: Ranks, *, masked: bool = False
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The ranks of two runs in one order of users: two [M] float64, ready for ``paired_test``.
-
-    Raises ``DataError`` as ``aligned``.
-    """
-    b = aligned(a, b)
-    return (a.ranks_masked, b.ranks_masked) if masked else (a.ranks, b.ranks)
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """``difference`` = ``mean_a`` - ``mean_b``; ``t`` has its sign; ``p`` is two-sided."""
-
-    mean_a: float
-    mean_b: float
-    difference: float
-    standard_error: float
-    t: float
-    p: float
-
-
-def paired_test(ranks_a: FloatArray, ranks_b: FloatArray, metric: str = "ndcg@10") -> PairedTest:
-    """``paired_values_test`` on the per-user values of ``metric``.
-
-    ``ranks_a``, ``ranks_b``: [M] ranks of the same users in the same order, M from 2. Raises
-    ``DataError`` for other lengths, ``ValueError`` for an unknown metric.
-    """
-    return paired_values_test(rank_values(ranks_a, metric), rank_values(ranks_b, metric))
-
-
-def paired_values_test(a: FloatArray, b: FloatArray) -> PairedTest:
-    """Paired two-sided t-test.
-
-    ``a``, ``b``: [M] values of the same users in the same order, M from 2. Identical values give
-    t = 0 and p = 1. Raises ``DataError`` for other lengths.
-    """
-    if len(a) != len(b) or len(a) < 2:
-        raise DataError(f"{len(a)} and {len(b)} ranks; a paired test needs 2 or more users in both")
-    from scipy.special import stdtr  # scipy is slow to import and only tests need it
-
-    differences = a - b
-    difference = float(differences.mean())
-    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    if error > 0:
-        t = difference / error
-    else:  # every user differs by the same amount: none at all, or certainly some
-        t = math.copysign(math.inf, difference) if difference else 0.0
-    p = 2.0 * float(stdtr(len(differences) - 1, -abs(t)))
-    return PairedTest(float(a.mean()), float(b.mean()), difference, error, t, p)
-
-
-def by_segment(
-    evaluation: Evaluation, labels: npt.ArrayLike, ks: Sequence[int] = KS
-) -> dict[str, dict[str, float]]:
-    """``Evaluation.metrics`` of each segment, plus its number of users as ``count``.
-
-    ``labels``: [M] strings, one per evaluated user. Segments come in sorted order. Raises
-    ``DataError`` for another number of labels.
-    """
-    names = np.asarray(labels).astype(str)
-    if names.shape != evaluation.ranks.shape:
-        raise DataError(f"labels {list(names.shape)} for {len(evaluation)} users; pass one each")
-    segments: dict[str, dict[str, float]] = {}
-    for name in np.unique(names).tolist():
-        part = evaluation.take(names == name)
-        segments[name] = {"count": float(len(part)), **part.metrics(ks)}
-    return segments
 
 
 def _rank_block(

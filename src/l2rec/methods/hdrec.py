@@ -58,8 +58,8 @@ from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
 from l2rec.methods.sasrec import SASRec, SASRecConfig
+from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import ENCODED_TOKENS, Attend, Backbone, Packing, pack
-from l2rec.modules.experts import find_linears
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.objectives import catalog_loss

@@ -67,6 +67,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError, DataError
+from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import (
     ENCODED_ROWS,
     ENCODED_TOKENS,
@@ -78,7 +79,7 @@ from l2rec.modules.backbone import (
     split,
 )
 from l2rec.modules.cooccurrence import NEAR, CoOccurrence, Weights, choose, text_neighbors
-from l2rec.modules.experts import DPMoE, Routing, ViewSlice, find_linears
+from l2rec.modules.experts import DPMoE, Routing, ViewSlice
 from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_text import catalog_vectors, separators, text_vectors
 from l2rec.modules.objectives import Added, bpc_loss, contrastive_loss, cosine, fused_catalog_loss

@@ -45,9 +45,9 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
+from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import Attend, Backbone, Packing, pack
 from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
-from l2rec.modules.experts import find_linears
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.objectives import catalog_loss

@@ -20,22 +20,14 @@ __all__ = [
     "latest_state",
     "load_tensors",
     "load_trained",
-    "read_json",
     "read_state",
-    "replacing",
     "save_tensors",
     "trained_tensors",
-    "write_json",
     "write_state",
-    "write_text",
 ]
 
-import errno
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,64 +37,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from l2rec.disk import read_json, replacing, umask, write_json
 from l2rec.errors import CheckpointError
 
 KEEP_STATES = 2
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, flushed and renamed to ``path`` at the end.
-
-    Raises:
-        CheckpointError: the disk is full; what was at ``path`` is still there.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CheckpointError(
-                f"{path}: the disk is full; nothing was replaced, free some space and --resume"
-            ) from error
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError if it is missing or torn."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is this a run folder?") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return value
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
@@ -110,7 +48,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> 
     with replacing(path) as partial:
         contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
         save_file(contiguous, partial, metadata=dict(metadata))
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
+        partial.chmod(0o666 & ~umask())  # safetensors makes files that only their owner reads
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

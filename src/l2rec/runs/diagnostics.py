@@ -7,9 +7,15 @@ __all__ = ["expert_load", "gate_histogram"]
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
+from l2rec.data.splits import Split
+from l2rec.evaluation.ranking import top_k
+from l2rec.runs.predictor import users_and_gates, with_prior
 
 BINS = 20
 
@@ -52,3 +58,56 @@ def gate_histogram(delta: torch.Tensor | None) -> dict[str, Any]:
         "counts": [int(x) for x in counts],
         "mean": float(mean.mean()),
     }
+
+
+EXAMPLES = 6
+
+
+def diagnose(model: Any, split: Split, dataset: Dataset, vectors: Tensor | None) -> dict[str, Any]:
+    sample = np.linspace(0, len(split.users) - 1, min(512, len(split.users))).astype(np.int64)
+    found: dict[str, Any] = {}
+    if hasattr(model, "user_states"):
+        histories = split.test_histories.take(np.unique(sample))
+        found |= expert_load(model, histories.take(np.arange(min(128, len(histories)))))
+        gate = gate_histogram(model.user_states(histories).delta)
+        if gate:
+            found["gate"] = gate
+    some = sample[:: max(1, len(sample) // EXAMPLES)]
+    found["examples"] = _examples(model, split, dataset, some, vectors)
+    return found
+
+
+def _examples(
+    model: Any,
+    split: Split,
+    dataset: Dataset,
+    rows: npt.NDArray[np.int64],
+    vectors: Tensor | None,
+) -> list[dict[str, Any]]:
+    rows = rows[:EXAMPLES]
+    histories = split.test_histories.take(rows)
+    if vectors is None:
+        scores, gates = model.scorer()(histories), list[float | None]([None] * len(rows))
+    else:
+        users, gates = users_and_gates(model, histories)
+        scores = with_prior(model, users @ vectors.T, histories)
+    best = top_k(lambda _: scores, histories, min(10, dataset.n_items), exclude=histories)
+    ids, texts = dataset.item_ids, dataset.texts()
+
+    def item(number: int) -> dict[str, Any]:
+        return {"id": ids[number].as_py(), "text": texts[number]}
+
+    return [
+        {
+            "user": dataset.user_ids[int(split.users[row])].as_py(),
+            "history": [item(int(i)) for i in histories[n][-8:]],
+            "items": [
+                {**item(int(i)), "score": float(s)}
+                for i, s in zip(best.items[n], best.scores[n], strict=True)
+                if i >= 0
+            ],
+            "held_out": item(int(split.test_targets[row])),
+            "gate": gates[n],
+        }
+        for n, row in enumerate(rows)
+    ]

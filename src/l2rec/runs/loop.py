@@ -7,29 +7,30 @@ resumed ends with the weights of a run that was not.
 
 from __future__ import annotations
 
-__all__ = ["Progress", "TrainingResult", "train"]
+__all__ = ["TrainingResult", "train"]
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from l2rec.config import TrainingConfig
 from l2rec.data.splits import Split
+from l2rec.disk import write_text
 from l2rec.errors import CheckpointError, TrainingError
 from l2rec.evaluation.ranking import evaluate
 from l2rec.protocols import (
     Calibrated,
     EpochBatches,
     Losses,
+    Progress,
     Recommender,
     Stage,
     Trainable,
@@ -45,18 +46,10 @@ from l2rec.runs.checkpoint import (
     save_tensors,
     trained_tensors,
     write_state,
-    write_text,
 )
+from l2rec.runs.machine import peak_memory_mb
 
 SELECT = "ndcg@10"
-
-
-class Progress(Protocol):
-    """What the loop tells whoever watches."""
-
-    def training(self, epoch: float, step: int, total: int, text: str) -> None: ...
-    def validating(self, done: int, total: int) -> None: ...
-    def line(self, text: str) -> None: ...
 
 
 @dataclass
@@ -525,18 +518,6 @@ def _last_step(run: _Run, planned: int) -> int:
     if over > 0:
         last = min(last, c.stage_start + round((c.step - c.stage_start) / over))
     return max(last, c.step)
-
-
-def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far (or of the GPU, where one is used)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform == "win32":
-        return 0.0  # not known without another dependency
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _log(run: _Run, record: dict[str, Any]) -> None:

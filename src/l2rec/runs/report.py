@@ -15,33 +15,37 @@ __all__ = ["write_report"]
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from l2rec.errors import CheckpointError
+from l2rec.runs.numbers import (
+    MAIN,
+    METRICS,
+    NONE,
+    SIGNIFICANT,
+    as_count,
+    as_duration,
+    as_large,
+    as_memory,
+    as_percent,
+    as_probability,
+    as_score,
+    as_signed,
+    formatted,
+    is_number,
+)
 
 Json = Mapping[str, Any]
 Point = tuple[float, float]
 
-METRICS = {
-    "recall@5": "R@5",
-    "recall@10": "R@10",
-    "recall@20": "R@20",
-    "ndcg@5": "N@5",
-    "ndcg@10": "N@10",
-    "ndcg@20": "N@20",
-    "mrr": "MRR",
-}
-MAIN = "ndcg@10"
-NONE = "–"
 CURVE_POINTS = 300
 SHOWN_HISTORY = 10
-SIGNIFICANT = 0.05
 
 
 def write_report(run: Path) -> Path:
@@ -92,63 +96,6 @@ def _read_events(path: Path) -> list[dict[str, Any]]:
         if isinstance(event, dict):
             events.append(event)
     return events
-
-
-# ---------------------------------------------------------------------------- numbers as text
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _formatted(value: Any, write: Callable[[Any], str]) -> str:
-    return write(value) if _is_number(value) else NONE
-
-
-def _score(value: Any) -> str:
-    return _formatted(value, lambda v: f"{v:.4f}")
-
-
-def _count(value: Any) -> str:
-    return _formatted(value, lambda v: f"{v:,.0f}")
-
-
-def _percent(value: Any) -> str:
-    return _formatted(value, lambda v: f"{v:.1%}" if v < 0.0995 else f"{v:.0%}")
-
-
-def _signed(value: Any) -> str:
-    return _formatted(value, lambda v: f"{v:+.4f}".replace("-", "−"))
-
-
-def _probability(value: Any) -> str:
-    return _formatted(value, lambda v: "p < 0.001" if v < 0.001 else f"p = {v:.3f}")
-
-
-def _large(value: Any) -> str:
-    def write(v: float) -> str:
-        for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-            if v >= size:
-                return f"{v / size:.3g}{unit}"
-        return f"{v:.0f}"
-
-    return _formatted(value, write)
-
-
-def _memory(megabytes: Any) -> str:
-    return _formatted(megabytes, lambda v: f"{v / 1000:.2f} GB" if v >= 1000 else f"{v:.0f} MB")
-
-
-def _duration(seconds: Any) -> str:
-    def write(v: float) -> str:
-        if v < 60:
-            return f"{v:.1f} s" if v < 10 else f"{v:.0f} s"
-        minutes, rest = divmod(round(v), 60)
-        if minutes < 60:
-            return f"{minutes} min {rest} s"
-        return f"{minutes // 60} h {minutes % 60} min"
-
-    return _formatted(seconds, write)
 
 
 # ---------------------------------------------------------------------------- the page
@@ -398,26 +345,26 @@ def _headline(report: Json) -> Headline | None:
         return None
     trained, *floors = scores
     value = scores[trained].get(MAIN)
-    known = [name for name in floors if _is_number(scores[name].get(MAIN))]
-    if not _is_number(value) or not known:
-        return Headline(_score(value), "", "", "", better=True)
+    known = [name for name in floors if is_number(scores[name].get(MAIN))]
+    if not is_number(value) or not known:
+        return Headline(as_score(value), "", "", "", better=True)
     floor = max(known, key=lambda name: scores[name][MAIN])
     base = scores[floor][MAIN]
     better = value >= base
     return Headline(
-        value=_score(value),
+        value=as_score(value),
         lift=f"{abs(value / base - 1):.1%} {'above' if better else 'below'}" if base else "above",
-        floor=f"{floor}, the best floor ({_score(base)})",
+        floor=f"{floor}, the best floor ({as_score(base)})",
         verdict=_verdict((report.get("significance") or {}).get(floor)),
         better=better,
     )
 
 
 def _verdict(test: Json | None) -> str:
-    if not test or not _is_number(test.get("p")):
+    if not test or not is_number(test.get("p")):
         return ""
     sure = "significant" if test["p"] < SIGNIFICANT else "not significant"
-    return f"{sure} over users, {_probability(test['p'])}"
+    return f"{sure} over users, {as_probability(test['p'])}"
 
 
 def _tiles(report: Json) -> list[tuple[str, str]]:
@@ -425,13 +372,13 @@ def _tiles(report: Json) -> list[tuple[str, str]]:
     trained: Json = next(iter(scores.values()), {})
     backbone: Json = report.get("backbone") or {}
     tiles = [
-        ("Recall@10", _score(trained.get("recall@10"))),
-        ("MRR", _score(trained.get("mrr"))),
-        ("NDCG@10, history masked", _score(trained.get(f"{MAIN}_masked"))),
-        ("of the catalog in top tens", _percent(trained.get("coverage@10"))),
-        ("trained parameters", _large(backbone.get("trained_parameters"))),
-        ("wall time", _duration(report.get("wall_seconds"))),
-        ("peak memory", _memory(report.get("peak_memory_mb"))),
+        ("Recall@10", as_score(trained.get("recall@10"))),
+        ("MRR", as_score(trained.get("mrr"))),
+        ("NDCG@10, history masked", as_score(trained.get(f"{MAIN}_masked"))),
+        ("of the catalog in top tens", as_percent(trained.get("coverage@10"))),
+        ("trained parameters", as_large(backbone.get("trained_parameters"))),
+        ("wall time", as_duration(report.get("wall_seconds"))),
+        ("peak memory", as_memory(report.get("peak_memory_mb"))),
     ]
     return [(name, text) for name, text in tiles if text != NONE]
 
@@ -442,7 +389,7 @@ def _score_tables(report: Json) -> list[ScoreTable]:
     tables = []
     for caption, suffix in (("History not masked", ""), ("History masked", "_masked")):
         keys = [metric + suffix for metric in METRICS]
-        if any(_is_number(row.get(key)) for row in scores.values() for key in keys):
+        if any(is_number(row.get(key)) for row in scores.values() for key in keys):
             tables.append(ScoreTable(caption, _score_rows(scores, keys, {} if suffix else tests)))
     return tables
 
@@ -450,7 +397,7 @@ def _score_tables(report: Json) -> list[ScoreTable]:
 def _score_rows(scores: Json, keys: Sequence[str], tests: Json) -> list[Row]:
     # Ties at the printed precision are all best: bold must not claim what is not shown.
     best = {
-        key: max((_score(row.get(key)) for row in scores.values()), key=_as_sortable)
+        key: max((as_score(row.get(key)) for row in scores.values()), key=_as_sortable)
         for key in keys
     }
     first = next(iter(scores), None)
@@ -458,7 +405,7 @@ def _score_rows(scores: Json, keys: Sequence[str], tests: Json) -> list[Row]:
         Row(
             model=name,
             trained=name == first,
-            cells=[Cell(text := _score(row.get(key)), text == best[key] != NONE) for key in keys],
+            cells=[Cell(text := as_score(row.get(key)), text == best[key] != NONE) for key in keys],
             against=_against(tests.get(name)),
         )
         for name, row in scores.items()
@@ -472,7 +419,7 @@ def _as_sortable(text: str) -> float:
 def _against(test: Json | None) -> str:
     if not test:
         return ""
-    return f"{_signed(test.get('difference'))} ({_probability(test.get('p'))})"
+    return f"{as_signed(test.get('difference'))} ({as_probability(test.get('p'))})"
 
 
 # ---------------------------------------------------------------------------- curves
@@ -505,9 +452,7 @@ def _curve(events: Sequence[Json], kind: str, key: str) -> list[Point]:
     return [
         (float(event["step"]), float(event[key]))
         for event in events
-        if event.get("event") == kind
-        and _is_number(event.get("step"))
-        and _is_number(event.get(key))
+        if event.get("event") == kind and is_number(event.get("step")) and is_number(event.get(key))
     ]
 
 
@@ -576,7 +521,7 @@ def _parts_note(events: Sequence[Json]) -> str:
     means = {
         name: _mean(values)
         for name in names
-        if (values := [part[name] for part in last if _is_number(part.get(name))])
+        if (values := [part[name] for part in last if is_number(part.get(name))])
     }
     listed = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
     return f"Parts over the last tenth: {listed}." if listed else ""
@@ -667,7 +612,7 @@ def _heat(view: str, shares: Sequence[Sequence[float]], names: Sequence[str]) ->
             y=head + i * row_height,
             strength=round(max(0.0, share) / top, 3),
             text=f"{share * 100:.0f}",
-            title=f"{full[i]}, expert {j + 1}: {_percent(share)}",
+            title=f"{full[i]}, expert {j + 1}: {as_percent(share)}",
         )
         for i, row in enumerate(shares)
         for j, share in enumerate(row)
@@ -693,7 +638,7 @@ def _heat(view: str, shares: Sequence[Sequence[float]], names: Sequence[str]) ->
         experts=experts,
         uniform=f"{100 * uniform:.3g}%",
         uniform_at=round(uniform / top, 3),
-        top=_percent(top),
+        top=as_percent(top),
         summary=f"Expert load of the {view} view: {len(shares)} matrices by {experts} experts. "
         f"Largest: {peak.title}.",
     )
@@ -709,17 +654,17 @@ def _histogram(gate: Json) -> Histogram | None:
         (float(edges[0]), float(edges[-1])), (0.0, max(shares) * 1.15), left=44, width=480
     )
     mean = gate.get("mean")
-    mean_at = frame.x(mean) if _is_number(mean) else frame.left
+    mean_at = frame.x(mean) if is_number(mean) else frame.left
     return Histogram(
         frame=frame,
         bars=[_bar(frame, edges[i], edges[i + 1], share) for i, share in enumerate(shares)],
         x_ticks=[Tick(frame.x(t), f"{t:g}") for t in _ticks(*frame.x_range)],
         y_ticks=[Tick(frame.y(t), f"{t:.0%}") for t in _ticks(*frame.y_range, 4)],
         mean_at=mean_at,
-        mean=_formatted(mean, lambda v: f"{v:.2f}"),
+        mean=formatted(mean, lambda v: f"{v:.2f}"),
         mean_anchor="end" if mean_at > (frame.left + frame.right) / 2 else "start",
-        summary=f"Histogram of the fusion gate over {_count(total)} users, "
-        f"mean {_formatted(mean, lambda v: f'{v:.2f}')}.",
+        summary=f"Histogram of the fusion gate over {as_count(total)} users, "
+        f"mean {formatted(mean, lambda v: f'{v:.2f}')}.",
     )
 
 
@@ -730,7 +675,7 @@ def _bar(frame: Frame, low: float, high: float, share: float) -> Bar:
         y=top,
         width=round(max(frame.x(high) - x - 2, 0.5), 1),
         height=round(frame.bottom - top, 1),
-        title=f"{low:.2f} to {high:.2f}: {_percent(share)} of users",
+        title=f"{low:.2f} to {high:.2f}: {as_percent(share)} of users",
     )
 
 
@@ -745,7 +690,7 @@ def _example(found: Json) -> Example:
             rank=rank,
             text=str(item.get("text") or item.get("id", "")),
             id=str(item.get("id", "")),
-            score=_formatted(item.get("score"), lambda v: f"{v:.3f}"),
+            score=formatted(item.get("score"), lambda v: f"{v:.3f}"),
             hit="id" in held_out and item.get("id") == held_out["id"],
         )
         for rank, item in enumerate(found.get("items") or [], start=1)
@@ -758,8 +703,8 @@ def _example(found: Json) -> Example:
         items=items,
         held_out=str(held_out.get("text") or held_out.get("id", "")),
         held_out_rank=next((item.rank for item in items if item.hit), None),
-        gate=_formatted(gate, lambda v: f"{v:.2f}"),
-        gate_percent=round(100 * float(gate), 1) if _is_number(gate) else None,
+        gate=formatted(gate, lambda v: f"{v:.2f}"),
+        gate_percent=round(100 * float(gate), 1) if is_number(gate) else None,
     )
 
 
@@ -771,9 +716,9 @@ def _facts(report: Json) -> list[tuple[str, str]]:
         ("Backbone", _backbone(report.get("backbone") or {})),
         ("Seed", str(report.get("seed", ""))),
         ("Steps", _steps(report)),
-        ("Tokens seen", _count(report.get("tokens_seen"))),
-        ("Wall time", _duration(report.get("wall_seconds"))),
-        ("Peak memory", _memory(report.get("peak_memory_mb"))),
+        ("Tokens seen", as_count(report.get("tokens_seen"))),
+        ("Wall time", as_duration(report.get("wall_seconds"))),
+        ("Peak memory", as_memory(report.get("peak_memory_mb"))),
         ("Hardware", str(report.get("hardware") or "")),
         ("Date", str(report.get("date") or "")),
     ]
@@ -781,20 +726,20 @@ def _facts(report: Json) -> list[tuple[str, str]]:
 
 
 def _joined(counts: Json, names: Mapping[str, str]) -> str:
-    listed = [f"{_count(counts[key])} {name}" for key, name in names.items() if key in counts]
+    listed = [f"{as_count(counts[key])} {name}" for key, name in names.items() if key in counts]
     return ", ".join([str(counts["name"]), *listed] if counts.get("name") else listed)
 
 
 def _backbone(backbone: Json) -> str:
     name = str(backbone.get("name") or "")
     parts = [
-        f"{_large(backbone.get(key))} {word}"
+        f"{as_large(backbone.get(key))} {word}"
         for key, word in (("parameters", "parameters"), ("trained_parameters", "trained"))
-        if _is_number(backbone.get(key))
+        if is_number(backbone.get(key))
     ]
     return f"{name}: {', '.join(parts)}" if name and parts else name or ", ".join(parts)
 
 
 def _steps(report: Json) -> str:
-    steps, best = _count(report.get("steps")), _count(report.get("best_step"))
+    steps, best = as_count(report.get("steps")), as_count(report.get("best_step"))
     return steps if best == NONE else f"{steps}, best at {best}"

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from l2rec.errors import DataError
-from l2rec.modules.experts import MATRIX_NAMES
+from l2rec.modules.adapters import MATRIX_NAMES
 from l2rec.runs.diagnostics import expert_load
-from l2rec.runs.train import Predictor
+from l2rec.runs.predictor import Predictor
 
 T = TypeVar("T")
 

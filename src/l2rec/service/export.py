@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["export_log"]
+__all__ = ["export_log", "log_frame"]
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from l2rec.errors import ConfigError, DataError
-from l2rec.service.events import POSITIVE, TYPES, EventLog
+from l2rec.service.events import POSITIVE, SCHEMA, TYPES, EventLog, is_event_log
 
 NAMES = {"user": "user_id", "item": "item_id", "type": "event_type", "timestamp": "timestamp"}
 
@@ -90,3 +91,25 @@ def _catalog(path: Path | None, put: dict[str, tuple[str, dict[str, str]]]) -> p
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: no column for the attributes of items put: {reason}") from error
+
+
+def log_frame(source: str) -> Any:
+    """Read an event log as a data frame; open a table on disk as a lazy one.
+
+    Raises:
+        DataError: neither the one nor the other. StorageError: the log cannot be read.
+    """
+    if is_event_log(source):
+        url = source if "://" in source else f"sqlite:///{source}"
+        log = EventLog(url, create=False)
+        try:
+            return pl.from_arrow(pa.Table.from_batches(log.read(), schema=SCHEMA))
+        finally:
+            log.close()
+    try:
+        table = pl.scan_parquet(source)
+        table.collect_schema()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{source}: neither an event log nor a Parquet table: {reason}") from error
+    return table

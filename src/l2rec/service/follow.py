@@ -26,16 +26,10 @@ from l2rec.errors import L2RecError, StorageError
 from l2rec.service.batching import Worker
 from l2rec.service.events import EventLog
 from l2rec.service.live import FILE, Deployment, read_deployment
+from l2rec.service.loading import check_version, load_version
+from l2rec.service.ranking import Query, encode, rank, score
 from l2rec.service.serving import Service
-from l2rec.service.version import (
-    Query,
-    Version,
-    check_version,
-    encode,
-    load_version,
-    rank,
-    score,
-)
+from l2rec.service.version import Version
 
 logger = logging.getLogger("l2rec.service")
 

@@ -26,9 +26,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from l2rec.disk import read_json, write_json
 from l2rec.errors import CheckpointError, ConfigError
-from l2rec.runs.checkpoint import read_json, write_json
-from l2rec.service.version import Version, check_version, load_version
+from l2rec.service.loading import check_version, load_version
+from l2rec.service.version import Version
 
 FILE = "live.json"
 PREVIOUS = 10

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from l2rec.data.dataset import Dataset
 from l2rec.errors import L2RecError
-from l2rec.runs.train import open_run_dataset
+from l2rec.runs.folder import open_run_dataset
 from l2rec.service.version import Version
 
 Rows = npt.NDArray[np.int64]

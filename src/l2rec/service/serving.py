@@ -25,18 +25,10 @@ from l2rec.service.batching import Batcher, Worker
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live
 from l2rec.service.metrics import Metrics
+from l2rec.service.ranking import Query, Ranked, User, encode, rank
 from l2rec.service.security import Refused
 from l2rec.service.settings import Settings
-from l2rec.service.version import (
-    ItemState,
-    ItemTexts,
-    Query,
-    Ranked,
-    User,
-    Version,
-    encode,
-    rank,
-)
+from l2rec.service.version import ItemState, ItemTexts, Version
 
 T = TypeVar("T")
 

@@ -27,11 +27,11 @@ A rate is a user-level metric: events of a user per exposure of that user, avera
 
 from __future__ import annotations
 
-__all__ = ["analyze", "arm", "events_of", "experiments", "holm", "simulate"]
+__all__ = ["analyze", "arm", "events_of", "experiments", "simulate"]
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ import numpy.typing as npt
 import polars as pl
 
 from l2rec.errors import ConfigError, DataError
+from l2rec.evaluation.significance import holm
 
 TREATMENT, CONTROL = "treatment", "control"
 SHARE = 0.06
@@ -391,16 +392,6 @@ def sample_ratio(treated: int, control: int, share: float) -> dict[str, Any]:
     expected = [share * total, (1 - share) * total]
     p = float(stats.chisquare([treated, control], expected).pvalue)
     return {"planned": share, "observed": treated / total, "p": p, "mismatch": p < SRM_ALPHA}
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number (Holm, 1979), in the order given."""
-    order = np.argsort(ps, kind="stable")
-    steps = [(len(ps) - rank) * float(ps[at]) for rank, at in enumerate(order)]
-    rising = np.minimum(1.0, np.maximum.accumulate(steps))
-    adjusted = np.empty(len(ps))
-    adjusted[order] = rising
-    return [float(p) for p in adjusted]
 
 
 # -- events of an experiment that never was ------------------------------------------------------

@@ -25,8 +25,10 @@ from torch.nn import functional as F
 from l2rec.config import RunConfig
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.data.text import tokenize
+from l2rec.disk import read_json, write_json
 from l2rec.errors import CheckpointError
-from l2rec.evaluation.ranking import Evaluation, evaluate_each, write_ranks
+from l2rec.evaluation.ranking import Evaluation, evaluate_each
+from l2rec.evaluation.ranks import write_ranks
 from l2rec.modules.cooccurrence import (
     CHOSEN_ON,
     NEAR,
@@ -37,16 +39,10 @@ from l2rec.modules.cooccurrence import (
     text_neighbors,
 )
 from l2rec.modules.item_text import text_vectors
-from l2rec.protocols import Scorer
-from l2rec.runs.checkpoint import read_json, write_json
-from l2rec.runs.loop import Progress
-from l2rec.runs.train import (
-    backbone_of,
-    load,
-    load_run_config,
-    open_run_dataset,
-    training_split,
-)
+from l2rec.protocols import Progress, Scorer
+from l2rec.runs.folder import load_run_config, open_run_dataset
+from l2rec.runs.predictor import backbone_of, load
+from l2rec.runs.train import training_split
 
 TRIED = [Weights(near, repeat) for repeat in (-8.0, 0.0, 2.0) for near in NEAR]
 """The scores have deviation 1 for each user; a repeat of -8 is never recommended."""

@@ -12,8 +12,9 @@ from l2rec.data.splits import leave_one_out
 from l2rec.errors import ConfigError
 from l2rec.evaluation.ranking import evaluate_each
 from l2rec.methods.hdrec import DOMINANT, HDRec
-from l2rec.runs.loop import Progress
-from l2rec.runs.train import load, open_run_dataset
+from l2rec.protocols import Progress
+from l2rec.runs.folder import open_run_dataset
+from l2rec.runs.predictor import load
 
 
 def fusion_sweep(

@@ -29,9 +29,9 @@ import yaml
 
 from l2rec.config import RunConfig, find_recipe, load_recipe, override_values
 from l2rec.data.dataset import open_dataset
+from l2rec.disk import write_text
 from l2rec.errors import CheckpointError, ConfigError, TrainingError
-from l2rec.runs.checkpoint import write_text
-from l2rec.runs.loop import Progress
+from l2rec.protocols import Progress
 from l2rec.runs.train import validate_run
 
 if TYPE_CHECKING:

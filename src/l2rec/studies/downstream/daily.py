@@ -7,9 +7,8 @@ train on or to test on. Days are UTC days of timestamps in seconds.
 
 from __future__ import annotations
 
-__all__ = ["DAY", "Counts", "DailyLog", "Exposures", "Known", "daily_log", "exposures", "moment"]
+__all__ = ["DAY", "Counts", "DailyLog", "Exposures", "Known", "daily_log", "exposures"]
 
-import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,25 +28,6 @@ SMOOTHING = 20.0
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-
-
-def moment(text: str) -> float:
-    """Seconds since 1970 of a number, or of a date such as 2023-11-28 (midnight UTC).
-
-    Raises:
-        DataError: it is neither.
-    """
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        date = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise DataError(
-            f"{text!r} is no time; write a date such as 2023-11-28, or seconds"
-        ) from None
-    return date.replace(tzinfo=date.tzinfo or datetime.UTC).timestamp()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,211 @@
+"""Amazon reviews of 2014, 2018 and 2023: JSON lines, plain or gzipped."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.json as pa_json
+
+from l2rec.data.formats.fields import clean, flat, joined, separator_of
+from l2rec.data.formats.files import File, line_blocks, line_in_block, only_file, reading
+from l2rec.data.formats.source import (
+    CatalogReader,
+    Context,
+    Source,
+    as_arrow,
+    as_source,
+    catalog_batch,
+    event_batch,
+)
+from l2rec.errors import DataError
+
+AMAZON_FIELDS = ("title", "category", "brand")
+MORE_AMAZON_FIELDS = ("description", "feature")
+
+_STRINGS = pa.list_(pa.string())
+
+
+_META: dict[str, dict[str, tuple[str, pa.DataType]]] = {
+    "amazon-2014": {
+        "item_id": ("asin", pa.string()),
+        "title": ("title", pa.string()),
+        "category": ("categories", pa.list_(_STRINGS)),
+        "brand": ("brand", pa.string()),
+        "description": ("description", pa.string()),
+        "feature": ("feature", _STRINGS),
+    },
+    "amazon-2018": {
+        "item_id": ("asin", pa.string()),
+        "title": ("title", pa.string()),
+        "category": ("category", _STRINGS),
+        "brand": ("brand", pa.string()),
+        "description": ("description", _STRINGS),
+        "feature": ("feature", _STRINGS),
+    },
+    "amazon-2023": {
+        "item_id": ("parent_asin", pa.string()),
+        "title": ("title", pa.string()),
+        "category": ("categories", _STRINGS),
+        "brand": ("store", pa.string()),
+        "description": ("description", _STRINGS),
+        "feature": ("features", _STRINGS),
+    },
+}
+
+
+def amazon(path: Path, files: dict[str, File], items: File | None, context: Context) -> Source:
+    """Open reviews, and the metadata beside them; the keys of the first lines tell the year."""
+    known = {n: f for n, f in files.items() if n.endswith((".json", ".jsonl"))}
+    if items is None and not (path.is_file() and path.suffix != ".zip"):
+        metadata = [f for n, f in known.items() if n.startswith("meta_")]
+        items = metadata[0] if len(metadata) == 1 else None
+    reviews = {n: f for n, f in known.items() if not n.startswith("meta_") or len(known) == 1}
+    file = File(path) if path.is_file() and path.suffix != ".zip" else None
+    file = file or only_file(path, reviews, (".json", ".jsonl"), "review")
+    keys = _first_keys(file)
+    if {"reviewerID", "asin", "unixReviewTime"} <= keys:
+        format, scale = "amazon-2018", 1.0
+        names = ("reviewerID", "asin", "unixReviewTime")
+    elif {"user_id", "parent_asin", "timestamp"} <= keys:
+        format, scale = "amazon-2023", 1e-3
+        names = ("user_id", "parent_asin", "timestamp")
+    else:
+        raise DataError(
+            f"{file} has the keys {', '.join(sorted(keys)[:12])}; expected reviewerID, asin, "
+            f"unixReviewTime (Amazon 2014, 2018) or user_id, parent_asin, timestamp (2023)"
+        )
+    catalog = amazon_catalog(items, context) if items else None
+    if items and _amazon_version(items) == "amazon-2014":
+        format = "amazon-2014"
+    used = [file, *([items] if items else [])]
+    return as_source(format, used, _review_events(file, names, scale, context), catalog)
+
+
+def _review_events(
+    file: File, names: tuple[str, str, str], scale: float, context: Context
+) -> Callable[[], Iterator[pa.RecordBatch]]:
+    user, item, time = names
+    schema = pa.schema([(user, pa.string()), (item, pa.string()), (time, pa.int64())])
+
+    def events() -> Iterator[pa.RecordBatch]:
+        with reading(file):
+            for block, first in line_blocks(file, context.block_bytes):
+                if not block.strip():
+                    continue
+                where = line_in_block(file, block, first)
+                table = _json_block(block, schema)
+                if table is None:
+                    rows = _json_lines(file, block, first)
+                    table = pa.table(
+                        {
+                            user: pa.array([flat(r.get(user)) for r in rows], pa.string()),
+                            item: pa.array([flat(r.get(item)) for r in rows], pa.string()),
+                            time: pa.array([flat(r.get(time)) for r in rows], pa.string()),
+                        }
+                    )
+                table = table.combine_chunks()
+                columns = [as_arrow(table[name]) for name in names]
+                yield event_batch(columns[0], columns[1], columns[2], None, where, scale)
+
+    return events
+
+
+def _amazon_version(file: File) -> str:
+    keys = _first_keys(file)
+    if "parent_asin" in keys:
+        return "amazon-2023"
+    if "asin" not in keys:
+        raise DataError(
+            f"{file} has the keys {', '.join(sorted(keys)[:12])}; expected Amazon metadata with "
+            f"asin (2014, 2018) or parent_asin (2023)"
+        )
+    return "amazon-2014" if "categories" in keys else "amazon-2018"
+
+
+def amazon_catalog(file: File, context: Context) -> CatalogReader:
+    """Open metadata of any of the three years."""
+    version = _amazon_version(file)
+
+    def catalog(fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        wanted = {name: _META[version][name] for name in ("item_id", *fields)}
+        schema = pa.schema(list(wanted.values()))
+        with reading(file):
+            for block, first in line_blocks(file, context.block_bytes):
+                if not block.strip():
+                    continue
+                where = line_in_block(file, block, first)
+                table = _json_block(block, schema)
+                if table is None:
+                    rows = _json_lines(file, block, first)
+                    texts = {
+                        name: pl.Series(
+                            [flat(r.get(key), separator_of(name)) for r in rows], dtype=pl.String
+                        )
+                        for name, (key, _) in wanted.items()
+                    }
+                else:
+                    frame = cast(pl.DataFrame, pl.from_arrow(table))
+                    texts = {
+                        name: joined(frame[key], separator_of(name))
+                        for name, (key, _) in wanted.items()
+                    }
+                cleaned = {name: clean(texts[name], name) for name in fields}
+                yield catalog_batch(texts["item_id"], cleaned, where)
+
+    return CatalogReader(catalog, AMAZON_FIELDS, MORE_AMAZON_FIELDS)
+
+
+def _json_block(block: bytes, schema: pa.Schema) -> pa.Table | None:
+    """Parse whole lines at once; None if some line does not fit the schema."""
+    block.decode()  # Arrow reports bad bytes late; this says so at once
+    try:
+        return pa_json.read_json(
+            io.BytesIO(block),
+            read_options=pa_json.ReadOptions(block_size=len(block) + 1),
+            parse_options=pa_json.ParseOptions(
+                explicit_schema=schema, unexpected_field_behavior="ignore"
+            ),
+        )
+    except pa.ArrowInvalid:
+        return None
+
+
+def _json_lines(file: File, block: bytes, first: int) -> list[dict[str, Any]]:
+    """Line by line: JSON, or the Python literals of the 2014 files."""
+    lines = enumerate(block.decode().split("\n"), first)
+    return [_json_line(file, line, number) for number, line in lines if line.strip()]
+
+
+def _json_line(file: File, line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        try:
+            row = ast.literal_eval(line.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            row = None
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{file}, line {number} is neither a JSON object nor a Python dict: "
+            f"{line.strip()[:60]!r}; repair or remove that line"
+        )
+    return row
+
+
+def _first_keys(file: File) -> set[str]:
+    """Keys of the first hundred lines: metadata leaves out what it does not know."""
+    keys: set[str] = set()
+    with reading(file), file.open() as stream:
+        for number, line in zip(range(1, 101), stream, strict=False):
+            if line.strip():
+                keys |= set(_json_line(file, line.decode(), number))
+    if not keys:
+        raise DataError(f"{file} is empty; expected one JSON object per line")
+    return keys

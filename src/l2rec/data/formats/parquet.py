@@ -1,0 +1,133 @@
+"""Parquet with named columns."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from l2rec.data.formats.csv import CATALOG_NAMES
+from l2rec.data.formats.fields import joined
+from l2rec.data.formats.files import File, reading
+from l2rec.data.formats.source import (
+    CatalogReader,
+    Columns,
+    Context,
+    OpenCatalog,
+    Source,
+    as_source,
+    catalog_batch,
+    event_batch,
+)
+from l2rec.data.formats.tables import file_order, missing_column
+from l2rec.errors import DataError
+
+
+def _parquet_file(file: File) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file.path if file.member is None else io.BytesIO(file.open().read()))
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file} is not a whole Parquet file ({reason}); fetch it again") from error
+
+
+def parquet(
+    path: Path,
+    files: dict[str, File],
+    items: File | None,
+    context: Context,
+    open_catalog: OpenCatalog,
+) -> Source:
+    """Open one or several files of events, and the catalog that is given or lies beside them."""
+    parts = {n: f for n, f in files.items() if n.endswith(".parquet")}
+    if items is None:
+        items = next((f for n, f in parts.items() if n.split(".")[0] in CATALOG_NAMES), None)
+    logs = [f for f in parts.values() if items is None or f != items]
+    if not logs:
+        raise DataError(f"{path} has no Parquet file with events; give the path of the file")
+    columns = context.columns
+    event_type = columns.event_type
+    for file in logs:
+        names = _parquet_file(file).schema_arrow.names
+        for name, option in (
+            (columns.user, "user"),
+            (columns.item, "item"),
+            (columns.timestamp, "timestamp"),
+            (columns.event_type, "event_type"),
+        ):
+            if name is not None and name not in names:
+                raise missing_column(file, name, option, names)
+    if event_type is None and all(
+        "event_type" in _parquet_file(f).schema_arrow.names for f in logs
+    ):
+        event_type = "event_type"
+    events = _parquet_events(logs, columns, event_type, context)
+    catalog = open_catalog(items, context) if items else None
+    return as_source("parquet", [*logs, *([items] if items else [])], events, catalog)
+
+
+def _parquet_events(
+    files: list[File], columns: Columns, event_type: str | None, context: Context
+) -> Callable[[], Iterator[pa.RecordBatch]]:
+    wanted = [columns.user, columns.item, columns.timestamp, event_type]
+    names = [name for name in wanted if name is not None]
+    rows = max(1, context.block_bytes // 32)  # an event takes about so many bytes
+
+    def events() -> Iterator[pa.RecordBatch]:
+        total = 0
+        for file in files:
+            first = 0
+            with reading(file):
+                for batch in _parquet_file(file).iter_batches(batch_size=rows, columns=names):
+                    yield event_batch(
+                        batch[columns.user],
+                        batch[columns.item],
+                        batch[columns.timestamp] if columns.timestamp else file_order(total, batch),
+                        batch[event_type] if event_type else None,
+                        lambda row, file=file, first=first: f"{file}, row {first + row + 1}",  # type: ignore[misc]
+                    )
+                    first += batch.num_rows
+                    total += batch.num_rows
+
+    return events
+
+
+def parquet_catalog(file: File, item: str) -> CatalogReader:
+    """Open a catalog: text columns make the text, numbers are read when named."""
+    schema = _parquet_file(file).schema_arrow
+    if item not in schema.names:
+        raise missing_column(file, item, "item", schema.names)
+    kinds = {f.name: f.type for f in schema if f.name != item}
+    texts = tuple(name for name, kind in kinds.items() if _is_text(kind))
+    more = tuple(n for n, kind in kinds.items() if n not in texts and not pa.types.is_nested(kind))
+
+    def catalog(fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        first = 0
+        names = list(dict.fromkeys([item, *fields]))
+        with reading(file):
+            for batch in _parquet_file(file).iter_batches(batch_size=1 << 16, columns=names):
+                yield catalog_batch(
+                    batch[item],
+                    {n: joined(cast(pl.Series, pl.from_arrow(batch[n])), ", ") for n in fields}
+                    if any(pa.types.is_list(kinds[n]) for n in fields if n in kinds)
+                    else {n: batch[n] for n in fields},
+                    lambda row, first=first: f"{file}, row {first + row + 1}",  # type: ignore[misc]
+                )
+                first += batch.num_rows
+
+    return CatalogReader(catalog, texts, more)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_text(kind.value_type)
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )

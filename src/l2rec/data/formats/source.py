@@ -1,0 +1,157 @@
+"""What every reader returns: checked batches of events and of the catalog."""
+
+from __future__ import annotations
+
+__all__ = ["Columns", "Source"]
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from l2rec.data.formats.files import File, Where
+from l2rec.errors import DataError
+
+BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column names of formats that leave them to the user, and the encoding of text files.
+
+    ``timestamp=None``: there is none, events are in order. ``event_type=None``: the column
+    ``event_type`` if there is one.
+    """
+
+    user: str = "user_id"
+    item: str = "item_id"
+    timestamp: str | None = "timestamp"
+    event_type: str | None = None
+    encoding: str = "utf-8"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A log to prepare.
+
+    ``events()``: batches of ``user_id`` and ``item_id`` (string, not empty), ``timestamp``
+    (float64, finite) and perhaps ``event_type`` (string), in file order.
+    ``catalog(fields)``: batches of ``item_id`` and the named fields, all strings, none null;
+    None without a catalog. ``fields`` are always kept and make the default text;
+    ``more_fields`` are read only when somebody names them. ``files``: what is read.
+    """
+
+    format: str
+    files: tuple[Path, ...]
+    events: Callable[[], Iterator[pa.RecordBatch]]
+    catalog: Callable[[Sequence[str]], Iterator[pa.RecordBatch]] | None = None
+    fields: tuple[str, ...] = ()
+    more_fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a reader is opened with."""
+
+    columns: Columns
+    block_bytes: int
+
+
+def _strings(column: pa.Array) -> pa.Array:
+    return column if column.type == pa.string() else column.cast(pa.string())
+
+
+def event_batch(
+    users: pa.Array,
+    items: pa.Array,
+    times: pa.Array,
+    types: pa.Array | None,
+    where: Where,
+    scale: float = 1.0,
+) -> pa.RecordBatch:
+    """Check ids and timestamps of one batch; ``scale`` turns timestamps into seconds."""
+    columns = {"user_id": _strings(users), "item_id": _strings(items)}
+    for what, ids in (("user", columns["user_id"]), ("item", columns["item_id"])):
+        missing = pc.fill_null(pc.equal(ids, ""), True)
+        if pc.any(missing).as_py():
+            row = int(pc.index(missing, True).as_py())
+            raise DataError(f"{where(row)} has no {what} id; give it one or remove the row")
+    seconds = _seconds(times, where) * scale
+    columns["timestamp"] = pa.array(seconds, type=pa.float64())
+    if types is not None:
+        columns["event_type"] = pc.fill_null(_strings(types), "")
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _seconds(times: pa.Array, where: Where) -> np.ndarray[Any, np.dtype[np.float64]]:
+    column = cast(pl.Series, pl.from_arrow(times))
+    if column.dtype.is_temporal():
+        numbers = column.cast(pl.Datetime("us")).dt.epoch("us") / 1e6
+    elif column.dtype == pl.String:
+        numbers = column.str.strip_chars().cast(pl.Float64, strict=False)
+    else:
+        numbers = column.cast(pl.Float64, strict=False)
+    wrong = ~numbers.is_finite().fill_null(False)
+    if wrong.any():
+        row = cast(int, wrong.arg_max())
+        value = column[row]
+        shown = "is missing" if value is None or value == "" else f"{value!r} is not a number"
+        raise DataError(
+            f"{where(row)}: timestamp {shown}; give seconds since 1970 (or pass --timestamp none "
+            f"if the events are in order and have no times)"
+        )
+    return numbers.to_numpy()
+
+
+def catalog_batch(ids: Any, fields: dict[str, Any], where: Where) -> pa.RecordBatch:
+    """Make ids and text fields strings without nulls."""
+    columns = {
+        name: pc.fill_null(_strings(as_arrow(column)), "")
+        for name, column in {"item_id": ids, **fields}.items()
+    }
+    missing = pc.equal(columns["item_id"], "")
+    if pc.any(missing).as_py():
+        row = int(pc.index(missing, True).as_py())
+        raise DataError(f"{where(row)} has no item id; give it one or remove the row")
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def as_arrow(column: Any) -> pa.Array:
+    """Turn a Polars or chunked Arrow column into one Arrow array."""
+    array = column.to_arrow() if isinstance(column, pl.Series) else column
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+@dataclass(frozen=True)
+class CatalogReader:
+    """A catalog to read: batches of ids and the named fields, and which fields there are."""
+
+    read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
+    fields: tuple[str, ...]
+    more_fields: tuple[str, ...] = ()
+
+
+OpenCatalog = Callable[[File, Context], CatalogReader]
+"""Opens a catalog in whatever format its name says."""
+
+
+def as_source(
+    format: str,
+    files: Sequence[File],
+    events: Callable[[], Iterator[pa.RecordBatch]],
+    catalog: CatalogReader | None,
+) -> Source:
+    """Put together what a reader found."""
+    return Source(
+        format=format,
+        files=tuple(dict.fromkeys(f.path for f in files)),
+        events=events,
+        catalog=catalog.read if catalog else None,
+        fields=catalog.fields if catalog else (),
+        more_fields=catalog.more_fields if catalog else (),
+    )

@@ -1,0 +1,28 @@
+"""Points in time as people write them."""
+
+from __future__ import annotations
+
+__all__ = ["moment"]
+
+import datetime
+
+from l2rec.errors import DataError
+
+
+def moment(text: str) -> float:
+    """Seconds since 1970 of a number, or of a date such as 2023-11-28 (midnight UTC).
+
+    Raises:
+        DataError: it is neither.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        date = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise DataError(
+            f"{text!r} is no time; write a date such as 2023-11-28, or seconds"
+        ) from None
+    return date.replace(tzinfo=date.tzinfo or datetime.UTC).timestamp()

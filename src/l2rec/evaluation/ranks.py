@@ -1,0 +1,174 @@
+"""Per-user ranks on disk, and the ranks of two runs in one order of users."""
+
+from __future__ import annotations
+
+__all__ = ["LEAVE_ONE_OUT", "Ranks", "aligned", "aligned_ranks", "read_ranks", "write_ranks"]
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from l2rec.errors import CheckpointError, DataError
+from l2rec.evaluation.ranking import Evaluation
+
+LEAVE_ONE_OUT = "leave-one-out, full ranking, expected rank on ties"
+"""The default name of the protocol, stored beside ranks."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The content of ``ranks.parquet``: one row per evaluated user.
+
+    ``users``: [M] external ids. ``ranks``, ``ranks_masked``: [M] float64. ``targets``: [M] int64.
+    ``top``: [M, min(20, N)] int32 best items, history not masked, -1 = no item; None in a file
+    from before these were kept.
+    """
+
+    users: list[str]
+    ranks: npt.NDArray[np.float64]
+    ranks_masked: npt.NDArray[np.float64]
+    targets: npt.NDArray[np.int64]
+    fingerprint: str
+    protocol: str
+    top: npt.NDArray[np.int32] | None = None
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Ranks:
+        """The given rows, in the given order."""
+        return Ranks(
+            [self.users[row] for row in rows.tolist()],
+            self.ranks[rows],
+            self.ranks_masked[rows],
+            self.targets[rows],
+            self.fingerprint,
+            self.protocol,
+            None if self.top is None else self.top[rows],
+        )
+
+
+def write_ranks(
+    path: str | os.PathLike[str],
+    evaluation: Evaluation,
+    user_ids: Sequence[str],
+    *,
+    fingerprint: str = "",
+    protocol: str = LEAVE_ONE_OUT,
+) -> None:
+    """Write per-user ranks and best items as Parquet, whole or not at all (written aside, renamed).
+
+    ``user_ids[u]`` is the external id of dense user u, so row i is ``user_ids[users[i]]``.
+    ``fingerprint`` and ``protocol`` say which data set was ranked how. Raises ``DataError``
+    where a user has no id.
+    """
+    users = evaluation.users
+    if len(users) and (int(users.min()) < 0 or int(users.max()) >= len(user_ids)):
+        raise DataError(
+            f"user int {int(users.max())} for {len(user_ids)} user ids; pass the ids of all users"
+        )
+    table = pa.table(
+        {
+            "user": pa.array([str(user_ids[user]) for user in users.tolist()], pa.string()),
+            "rank": evaluation.ranks,
+            "rank_masked": evaluation.ranks_masked,
+            "target": evaluation.targets,
+            "top": pa.FixedSizeListArray.from_arrays(
+                pa.array(evaluation.top.reshape(-1)), evaluation.top.shape[1]
+            ),
+        }
+    ).replace_schema_metadata({"l2rec.fingerprint": fingerprint, "l2rec.protocol": protocol})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Same folder, so that the rename stays within one file system; the process id keeps two
+    # writers apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_ranks(
+    path: str | os.PathLike[str],
+    everyone: tuple[list[str], npt.NDArray[np.int64]] | None = None,
+) -> Ranks:
+    """Read what ``write_ranks`` wrote.
+
+    Args:
+        everyone: ids [M] and targets [M] of all evaluated users in the data set's order: for a
+            file that keeps ranks alone, in that order.
+
+    Raises:
+        CheckpointError: a missing, torn or other file, or one of ranks alone without ``everyone``.
+    """
+    try:
+        table = pq.ParquetFile(path).read()
+        stored = table.schema.metadata or {}
+        if "user" not in table.column_names and "rank" in table.column_names:
+            if everyone is None or len(everyone[0]) != len(table):
+                raise CheckpointError(
+                    f"{os.fspath(path)} keeps ranks alone, not whose; name their data set (--data)"
+                )
+            users, targets = everyone
+        else:
+            users, targets = table["user"].to_pylist(), table["target"].to_numpy()
+        return Ranks(
+            users=users,
+            ranks=table["rank"].to_numpy().astype(np.float64),
+            ranks_masked=table["rank_masked"].to_numpy().astype(np.float64),
+            targets=targets,
+            fingerprint=stored[b"l2rec.fingerprint"].decode(),
+            protocol=stored[b"l2rec.protocol"].decode(),
+            top=_lists(table["top"]) if "top" in table.column_names else None,
+        )
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{os.fspath(path)} holds no ranks ({reason}); evaluate the run again"
+        ) from error
+
+
+def _lists(column: pa.ChunkedArray) -> npt.NDArray[np.int32]:
+    """A column of lists of one length as [M, k] int32."""
+    flat = np.asarray(column.combine_chunks().flatten(), dtype=np.int32)
+    return flat.reshape(len(column), column.type.list_size)
+
+
+def aligned(a: Ranks, b: Ranks) -> Ranks:
+    """``b`` with its rows in the order of ``a``.
+
+    Raises ``DataError`` unless both ranked the same (user, target) pairs of the same data by the
+    same protocol.
+    """
+    for what in ("fingerprint", "protocol"):
+        if getattr(a, what) != getattr(b, what):
+            raise DataError(
+                f"{what} {getattr(a, what)!r} against {getattr(b, what)!r}:"
+                " only runs on the same data and protocol can be paired"
+            )
+    place = {pair: row for row, pair in enumerate(zip(b.users, b.targets.tolist(), strict=True))}
+    pairs = list(zip(a.users, a.targets.tolist(), strict=True))
+    if len(place) != len(b.users) or len(set(pairs)) != len(pairs):
+        raise DataError("a user is ranked twice for one target; ranks cannot be paired")
+    if place.keys() != set(pairs):
+        raise DataError(
+            f"{len(pairs)} and {len(place)} ranked users, {len(place.keys() & set(pairs))} in"
+            " common; only evaluations of the same users can be paired"
+        )
+    return b.take(np.array([place[pair] for pair in pairs], dtype=np.int64))
+
+
+def aligned_ranks(
+    a: Ranks, b: Ranks, *, masked: bool = False
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The ranks of two runs in one order of users: two [M] float64, ready for ``paired_test``.
+
+    Raises ``DataError`` as ``aligned``.
+    """
+    b = aligned(a, b)
+    return (a.ranks_masked, b.ranks_masked) if masked else (a.ranks, b.ranks)

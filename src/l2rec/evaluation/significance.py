@@ -1,0 +1,86 @@
+"""Paired tests on per-user values, scores by segment, and correction for many tests."""
+
+from __future__ import annotations
+
+__all__ = ["PairedTest", "by_segment", "holm", "paired_test", "paired_values_test"]
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from l2rec.errors import DataError
+from l2rec.evaluation.ranking import Evaluation
+from l2rec.metrics import KS, FloatArray, rank_values
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """``difference`` = ``mean_a`` - ``mean_b``; ``t`` has its sign; ``p`` is two-sided."""
+
+    mean_a: float
+    mean_b: float
+    difference: float
+    standard_error: float
+    t: float
+    p: float
+
+
+def paired_test(ranks_a: FloatArray, ranks_b: FloatArray, metric: str = "ndcg@10") -> PairedTest:
+    """``paired_values_test`` on the per-user values of ``metric``.
+
+    ``ranks_a``, ``ranks_b``: [M] ranks of the same users in the same order, M from 2. Raises
+    ``DataError`` for other lengths, ``ValueError`` for an unknown metric.
+    """
+    return paired_values_test(rank_values(ranks_a, metric), rank_values(ranks_b, metric))
+
+
+def paired_values_test(a: FloatArray, b: FloatArray) -> PairedTest:
+    """Paired two-sided t-test.
+
+    ``a``, ``b``: [M] values of the same users in the same order, M from 2. Identical values give
+    t = 0 and p = 1. Raises ``DataError`` for other lengths.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise DataError(f"{len(a)} and {len(b)} ranks; a paired test needs 2 or more users in both")
+    from scipy.special import stdtr  # scipy is slow to import and only tests need it
+
+    differences = a - b
+    difference = float(differences.mean())
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    if error > 0:
+        t = difference / error
+    else:  # every user differs by the same amount: none at all, or certainly some
+        t = math.copysign(math.inf, difference) if difference else 0.0
+    p = 2.0 * float(stdtr(len(differences) - 1, -abs(t)))
+    return PairedTest(float(a.mean()), float(b.mean()), difference, error, t, p)
+
+
+def by_segment(
+    evaluation: Evaluation, labels: npt.ArrayLike, ks: Sequence[int] = KS
+) -> dict[str, dict[str, float]]:
+    """``Evaluation.metrics`` of each segment, plus its number of users as ``count``.
+
+    ``labels``: [M] strings, one per evaluated user. Segments come in sorted order. Raises
+    ``DataError`` for another number of labels.
+    """
+    names = np.asarray(labels).astype(str)
+    if names.shape != evaluation.ranks.shape:
+        raise DataError(f"labels {list(names.shape)} for {len(evaluation)} users; pass one each")
+    segments: dict[str, dict[str, float]] = {}
+    for name in np.unique(names).tolist():
+        part = evaluation.take(names == name)
+        segments[name] = {"count": float(len(part)), **part.metrics(ks)}
+    return segments
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (Holm, 1979), in the order given."""
+    order = np.argsort(ps, kind="stable")
+    steps = [(len(ps) - rank) * float(ps[at]) for rank, at in enumerate(order)]
+    rising = np.minimum(1.0, np.maximum.accumulate(steps))
+    adjusted = np.empty(len(ps))
+    adjusted[order] = rising
+    return [float(p) for p in adjusted]

@@ -1,0 +1,110 @@
+"""Fields of the catalog by row: what answers can be filtered by."""
+
+from __future__ import annotations
+
+__all__ = ["Attributes"]
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from l2rec.data.catalog import Catalog
+from l2rec.errors import DataError, nearest
+
+Rows = npt.NDArray[np.int64]
+
+
+Mask = npt.NDArray[np.bool_]
+
+
+Floats = npt.NDArray[np.float32]
+
+
+class Attributes:
+    """Fields of the catalog by row: what answers can be filtered by.
+
+    Several values of one item stand in its string with ``|`` between them.
+
+    Args:
+        rows: N. columns: [N] strings by name.
+    """
+
+    MOST = 64
+
+    def __init__(self, rows: int, columns: Mapping[str, pa.Array]) -> None:
+        self._rows, self._columns = rows, dict(columns)
+        self._parts: dict[str, tuple[pa.Array, Rows]] = {}
+
+    @classmethod
+    def of_catalog(cls, catalog: Catalog) -> Attributes:
+        """The raw fields of a catalog, empty where they are missing."""
+        columns = {name: pa.array(catalog.field(name), pa.string()) for name in catalog.fields}
+        return cls(len(catalog), columns)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._columns)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def of(self, row: int) -> dict[str, str]:
+        """What is known of one item; empty values are left out."""
+        values = {name: column[row].as_py() for name, column in self._columns.items()}
+        return {name: value for name, value in values.items() if value}
+
+    def check(self, names: Iterable[str]) -> None:
+        """DataError for an attribute that does not exist; those that do are named."""
+        for name in names:
+            if name not in self._columns:
+                known = ", ".join(self.names) or "none"
+                raise DataError(
+                    f"no attribute {name!r}{nearest(name, self.names)} (the catalog has: {known})"
+                )
+
+    def mask(self, filters: Mapping[str, Sequence[str]]) -> Mask:
+        """[N] bool: items that have, for every attribute named, one of its values.
+
+        Raises:
+            DataError: there is no such attribute.
+        """
+        self.check(filters)
+        found = np.ones(len(self), dtype=np.bool_)
+        for name, values in filters.items():
+            parts, row = self._split(name)
+            hit = pc.is_in(parts, value_set=pa.array(list(values), pa.string()))
+            one = np.zeros(len(self), dtype=np.bool_)
+            one[row[hit.to_numpy(zero_copy_only=False)]] = True
+            found &= one
+        return found
+
+    def _split(self, name: str) -> tuple[pa.Array, Rows]:
+        """Values of a column, and the row that each is of; split once."""
+        if name not in self._parts:
+            lists = pc.split_pattern(self._columns[name], "|")
+            rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
+            self._parts[name] = (pc.list_flatten(lists), rows.astype(np.int64))
+        return self._parts[name]
+
+    def extended(self, rows: Sequence[Mapping[str, str]]) -> Attributes:
+        """With these rows at the end.
+
+        Raises:
+            DataError: more than `MOST` attributes.
+        """
+        names = list(dict.fromkeys((*self.names, *(name for row in rows for name in row))))
+        if len(names) > max(self.MOST, len(self.names)):
+            raise DataError(
+                f"{len(names)} different attributes; items have at most {self.MOST} in all"
+            )
+        columns = {}
+        for name in names:
+            known = self._columns.get(name)
+            if known is None:
+                known = pa.array([""] * len(self), pa.string())
+            fresh = pa.array([row.get(name, "") for row in rows], pa.string())
+            columns[name] = pa.concat_arrays([known, fresh])
+        return Attributes(len(self) + len(rows), columns)

@@ -1,0 +1,135 @@
+"""A run folder as a version that can be served, and its check before it is."""
+
+from __future__ import annotations
+
+__all__ = ["check_version", "load_version"]
+
+import itertools
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from l2rec.disk import read_json
+from l2rec.errors import CheckpointError
+from l2rec.index import Index, build
+from l2rec.index import load as load_index
+from l2rec.runs.checkpoint import load_tensors
+from l2rec.runs.folder import read_catalog
+from l2rec.runs.predictor import Predictor, load
+from l2rec.service.attributes import Attributes
+from l2rec.service.ranking import Query, encode, rank, rank_exactly
+from l2rec.service.version import ItemState, Version
+
+_serials = itertools.count(1)
+
+
+def load_version(
+    run: Path,
+    *,
+    index: str = "auto",
+    expected: str | None = None,
+    items: ItemState | None = None,
+) -> Version:
+    """A run folder, ready to serve, its index built.
+
+    Args:
+        expected: hash that the trained tensors must have.
+        items: of the event log, which the run was not trained with.
+
+    Raises:
+        L2RecError: whatever is wrong with the folder.
+    """
+    predictor = load(run)
+    if expected is not None and predictor.version != expected:
+        raise CheckpointError(
+            f"{run}: its weights are {predictor.version}, {expected} was deployed; deploy it again"
+        )
+    stored = run / "items.safetensors"
+    if stored.is_file() and (made := load_tensors(stored)[1].get("model")) != predictor.version:
+        raise CheckpointError(
+            f"{run}: item vectors of model {made}, weights {predictor.version}: torn or "
+            "exchanged; delete items.safetensors if the weights are right"
+        )
+    predictor.verify()
+    report = read_json(run / "report.json") if (run / "report.json").is_file() else {}
+    base = len(predictor.ids)
+    version = Version(
+        predictor=predictor,
+        index=None,
+        indexed=base,
+        attributes=Attributes.of_catalog(read_catalog(run)),
+        deleted=frozenset(n for n, item in enumerate(predictor.ids) if not item),
+        name=run.resolve().name,
+        report=report,
+        loaded_at=time.time(),
+        serial=next(_serials),
+        run=run,
+    )
+    if items is not None:
+        version = version.brought_to(items)
+    over, indexed = _index(run, version.predictor, index, base)
+    return replace(version, index=over, indexed=indexed, loaded=len(version))
+
+
+def _index(run: Path, predictor: Predictor, kind: str, base: int) -> tuple[Index | None, int]:
+    """An index and how many rows it is over: what `l2rec index` wrote into the run folder, over the
+    run's own ``base`` items, or one that is built now, over all.
+    """
+    if predictor.vectors is None:
+        return None, len(predictor.ids)
+    if kind == "auto" and (run / INDEX).is_dir():
+        index, ids, version = load_index(run / INDEX)
+        if version != predictor.version or ids != predictor.ids[:base]:
+            raise CheckpointError(
+                f"{run / INDEX}: of vectors of model {version}, the run is {predictor.version}; "
+                f"build it anew: l2rec embed {run} --out V && l2rec index V/items.parquet --out "
+                f"{run / INDEX}"
+            )
+        return index, base
+    return build(predictor.vectors.float().cpu().numpy(), kind), len(predictor.ids)
+
+
+INDEX = "index"
+"""Folder of a run that an index may lie in."""
+
+
+CHECKED, RECALL = 8, 0.8
+
+
+def check_version(version: Version) -> None:
+    """A real inference: finite scores, vectors of the length they should have, an index that
+    finds what exact search finds. In the thread of this version's model.
+
+    Raises:
+        CheckpointError: what is wrong.
+    """
+    served = np.flatnonzero(~version.hidden)
+    if not len(served):
+        raise CheckpointError(f"{version.name}: no item can be recommended")
+    some = served[np.unique(np.linspace(0, len(served) - 1, CHECKED).astype(np.int64))]
+    histories = [[version.ids[row]] for row in some] + [[version.ids[row] for row in some]]
+    rows = version.predictor.rows(histories)
+    users = encode(version, rows)
+    vectors = torch.stack([user.vector for user in users])
+    if not bool(torch.isfinite(vectors).all()):
+        raise CheckpointError(f"{version.name}: scores that are not finite numbers")
+    if version.matrix is None:
+        return
+    lengths = version.matrix.norm(dim=-1)
+    unit = bool((lengths - 1).abs().max() < 0.01)
+    worst = float((vectors.norm(dim=-1) - 1).abs().max())
+    if unit and worst > 0.01:
+        raise CheckpointError(f"{version.name}: user vectors off unit length by {worst:.2g}")
+    k = min(10, len(served))
+    found = rank([Query(version, user, k) for user in users])
+    exact = [rank_exactly(Query(version, user, k)) for user in users]
+    hits = sum(len(np.intersect1d(a.rows, b.rows)) for a, b in zip(found, exact, strict=True))
+    recall = hits / (k * len(found))
+    if recall < RECALL:
+        raise CheckpointError(
+            f"{version.name}: the index finds {recall:.0%} of what exact search finds; build it "
+            "with --index exact"
+        )

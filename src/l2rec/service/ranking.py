@@ -1,0 +1,164 @@
+"""From a history to ranked rows of one version."""
+
+from __future__ import annotations
+
+__all__ = ["Query", "Ranked", "User", "encode", "rank", "score"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from l2rec.data.ragged import Ragged
+from l2rec.service.attributes import Floats, Mask, Rows
+from l2rec.service.version import Version, logger
+
+
+@dataclass(frozen=True, eq=False)
+class User:
+    """A history, encoded.
+
+    vector: [D], or [N] scores of a method that only ranks. gate: of Eq. 7, if there is one.
+    rows, added: [n] int64 and [n] float32, what the method adds to the inner products with some
+    items, such as counts of what was met together.
+    """
+
+    vector: Tensor
+    gate: float | None = None
+    rows: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    added: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+
+
+def encode(version: Version, rows: Ragged) -> list[User]:
+    """Histories of item ints, encoded. In the thread of the version's model."""
+    vectors, gates = version.predictor.users(rows)
+    vectors = vectors.float().cpu()
+    prior = None if version.matrix is None else version.predictor.prior(rows)
+    if prior is None:
+        return [User(vector.clone(), gate) for vector, gate in zip(vectors, gates, strict=True)]
+    dense = prior.float().cpu().numpy()[:, : len(version)]
+    some = [np.flatnonzero(row) for row in dense]
+    return [
+        User(vector.clone(), gate, found, row[found])
+        for vector, gate, found, row in zip(vectors, gates, some, dense, strict=True)
+    ]
+
+
+def score(version: Version, user: User, rows: Rows) -> Floats:
+    """[n] float32 scores of some rows."""
+    if version.matrix is None:
+        found: Floats = user.vector.numpy()[rows]
+        return found
+    if len(rows) * 2 < len(version):
+        scores = (version.matrix[torch.from_numpy(rows)] @ user.vector).numpy()
+    else:
+        scores = (version.matrix @ user.vector).numpy()[rows]
+    if len(user.rows):
+        everywhere = np.zeros(len(version), dtype=np.float32)
+        everywhere[user.rows] = user.added
+        scores = scores + everywhere[rows]
+    return scores
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """without: rows that are not listed. only: [N] bool, nothing else is listed."""
+
+    version: Version
+    user: User
+    k: int
+    without: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    only: Mask | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Best first; fewer than k where fewer are left. rows: int64. scores: float32."""
+
+    rows: Rows
+    scores: Floats
+
+
+HEADROOM = 4
+"""Rows beyond k that are fetched for deleted ones among them, in units of k."""
+
+
+def rank(queries: Sequence[Query]) -> list[Ranked]:
+    """The k best rows of each query that may be listed.
+
+    Those without a filter are searched together, with as many rows to spare as may be taken out;
+    where that was not enough, and where there is a filter, all rows are scored.
+    """
+    found: list[Ranked | None] = [None] * len(queries)
+    together: dict[int, list[int]] = {}
+    for number, query in enumerate(queries):
+        if query.only is None and query.version.index is not None:
+            together.setdefault(id(query.version), []).append(number)
+    for numbers in together.values():
+        try:
+            searched = _searched([queries[n] for n in numbers])
+        except Exception:  # such as of a server that is away: exact search needs nobody
+            logger.exception("the index failed; all rows are scored")
+            continue
+        for number, ranked in zip(numbers, searched, strict=True):
+            found[number] = ranked
+    return [
+        rank_exactly(query) if ranked is None else ranked
+        for query, ranked in zip(queries, found, strict=True)
+    ]
+
+
+def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
+    """By the index, and newer rows beside it; None where too few were left.
+
+    Rows that a method adds something to are scored one by one, and do not count as found.
+    """
+    version = queries[0].version
+    matrix, index = version.matrix, version.index
+    assert matrix is not None and index is not None
+    spare = min(len(version.deleted), HEADROOM * max(query.k for query in queries))
+    wanted = max(query.k + len(query.without) + len(query.user.rows) for query in queries)
+    wanted = min(wanted + spare, len(version))
+    users = torch.stack([query.user.vector for query in queries])
+    positions, scores = index.search(users.numpy(), min(wanted, version.indexed))
+    if len(matrix) > version.indexed:
+        newer = (users @ matrix[version.indexed :].T).numpy()
+        rows = np.arange(version.indexed, len(matrix), dtype=np.int64)
+        positions = np.concatenate((positions, np.tile(rows, (len(users), 1))), axis=1)
+        scores = np.concatenate((scores, newer), axis=1)
+    found: list[Ranked | None] = []
+    for query, some, their in zip(queries, positions, scores, strict=True):
+        user = query.user
+        keep = (some >= 0) & ~version.hidden[some]
+        keep &= ~np.isin(some, np.concatenate((query.without, user.rows)))
+        some, their = some[keep], their[keep]
+        complete = len(some) >= query.k or wanted >= len(version)
+        if len(user.rows):
+            more = user.rows[~version.hidden[user.rows] & ~np.isin(user.rows, query.without)]
+            some = np.concatenate((some, more))
+            their = np.concatenate((their, score(version, user, more)))
+        found.append(_best(some, their, query.k) if complete else None)
+    return found
+
+
+def rank_exactly(query: Query) -> Ranked:
+    """All rows that may be listed are scored."""
+    allowed = ~query.version.hidden
+    allowed[query.without] = False
+    if query.only is not None:
+        allowed &= query.only
+    rows = np.flatnonzero(allowed)
+    return _best(rows, score(query.version, query.user, rows), query.k)
+
+
+def _best(rows: Rows, scores: npt.NDArray[np.float32], k: int) -> Ranked:
+    """Best first; equal scores in order of rows."""
+    if len(rows) > 4 * k:
+        some = np.argpartition(-scores, k)[: k + 1]
+        some = np.flatnonzero(scores >= scores[some].min())  # with all that tie with the last
+        rows, scores = rows[some], scores[some]
+    order = np.lexsort((rows, -scores))[:k]
+    return Ranked(rows[order].astype(np.int64), scores[order].astype(np.float32))

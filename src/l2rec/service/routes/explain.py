@@ -1,0 +1,157 @@
+"""Why an item is ranked where it is."""
+
+from __future__ import annotations
+
+__all__ = ["router"]
+
+from collections.abc import Sequence
+
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict
+
+from l2rec.service import explain as x
+from l2rec.service import schemas as s
+from l2rec.service.ranking import Query, User, score
+from l2rec.service.routes.answers import NOT_FOUND
+from l2rec.service.routes.state import (
+    Item,
+    Kept,
+    current_version,
+    example,
+    item_at,
+    kept_of,
+    service_of,
+)
+from l2rec.service.security import Refused
+from l2rec.service.serving import Service
+from l2rec.service.version import Version
+
+router = APIRouter(tags=["page"])
+
+TOGETHER = 16
+"""Histories of an explanation that wait for the model at the same time: others come in between."""
+KEPT = 64
+"""Explanations' experts that are kept: they are the same for every item of one ranking."""
+
+
+class Explain(BaseModel):
+    """A history, oldest first, and the item to explain; by default the best one."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"examples": [{"history": ["50", "172"], "item": "181"}]},
+    )
+
+    history: s.History
+    item: s.Id | None = None
+
+
+class Without(Item):
+    """An item of the history. score: of the explained item if this one had never been; None where
+    that was not computed: for the only item, and for items older than the newest 50.
+    """
+
+    score: float | None
+
+
+class Experts(BaseModel):
+    """What the history's tokens chose. matrices: names of the adapted matrices. labels: short ones,
+    layer and part. shares: view -> [matrix][expert], of all choices; those of a matrix add up to 1.
+    """
+
+    matrices: list[str]
+    labels: list[str]
+    shares: dict[str, list[list[float]]]
+
+
+class Reasons(BaseModel):
+    """Why an item is ranked where it is. added: what of the score comes from counts of what was met
+    together, and not from vectors. gate: 1 all behavioural, 0 all semantic. Both, and experts, are
+    null for methods that have none.
+    """
+
+    model_config = example(
+        item={"id": "181", "text": "Return of the Jedi (1983)"},
+        score=0.71,
+        added=None,
+        gate=0.55,
+        experts={
+            "matrices": ["encoder.layer.0.attention.self.query"],
+            "labels": ["1 q"],
+            "shares": {"semantic": [[0.75, 0.25]], "behavioral": [[0.5, 0.5]]},
+        },
+        history=[
+            {"id": "50", "text": "Star Wars (1977)", "score": 0.42},
+            {"id": "172", "text": "The Empire Strikes Back (1980)", "score": 0.56},
+        ],
+        version="0f3a6d1c2b4e5f60",
+    )
+
+    item: Item
+    score: float
+    added: float | None
+    gate: float | None
+    experts: Experts | None
+    history: list[Without]
+    version: str
+
+
+@router.post("/v1/explain", responses=NOT_FOUND)
+async def explain(request: Request, body: Explain) -> Reasons:
+    """Why an item is ranked where it is: the gate, the experts, and the item's score without each
+    item of the history.
+    """
+    service, version = service_of(request), current_version(request)
+    predictor, kept = version.predictor, kept_of(request)
+    history = body.history
+    rows = predictor.rows([history, [] if body.item is None else [body.item]])
+    async with kept.explaining:  # one at a time, or a few would fill the model's queue
+        everyone: list[User] = []
+        of = x.variants(history)
+        for start in range(0, len(of), TOGETHER):
+            everyone += await service.users(version, of[start : start + TOGETHER])
+        experts = await _experts(kept, service, version, history)
+    if body.item is None:
+        query = Query(version, everyone[0], 1, np.unique(rows[0]).astype(np.int64))
+        best = await service.ranking.submit(query)
+        if not len(best.rows):
+            raise Refused(404, "every item is in the history: name the one to explain")
+        row = int(best.rows[0])
+    else:
+        row = int(rows[1][0])
+    one = np.array([row], dtype=np.int64)
+    scores = [float(score(version, user, one)[0]) for user in everyone]
+    without = x.effects(len(history), scores)
+    whole = everyone[0]
+    return Reasons(
+        item=item_at(version, row),
+        score=scores[0],
+        added=float(whole.added[whole.rows == row].sum()) if len(whole.rows) else None,
+        gate=whole.gate,
+        experts=None
+        if experts is None
+        else Experts(
+            matrices=experts.matrices,
+            labels=[x.label(name) for name in experts.matrices],
+            shares=experts.shares,
+        ),
+        history=[
+            Without(id=i, text=version.texts[int(n)], score=left)
+            for i, n, left in zip(history, rows[0], without, strict=True)
+        ],
+        version=version.version,
+    )
+
+
+async def _experts(
+    kept: Kept, service: Service, version: Version, history: Sequence[str]
+) -> x.Experts | None:
+    key = (version.serial, tuple(history))
+    if key not in kept.experts:
+        kept.experts[key] = await service.worker.run(x.experts, version.predictor, history)
+        while len(kept.experts) > KEPT:
+            kept.experts.popitem(last=False)
+    kept.experts.move_to_end(key)
+    return kept.experts[key]

@@ -1,0 +1,149 @@
+"""What is live, its scores, and what is held beside it."""
+
+from __future__ import annotations
+
+__all__ = ["router"]
+
+import math
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+
+from l2rec.service.live import Live
+from l2rec.service.routes.state import SCORES, example, service_of
+from l2rec.service.version import Version
+
+router = APIRouter(tags=["page"])
+
+
+class Held(BaseModel):
+    """A version that is held beside the live one."""
+
+    name: str
+    version: str
+
+
+class Data(BaseModel):
+    """The data set that a run was made on."""
+
+    name: str
+    fingerprint: str
+    users: int
+    items: int
+    events: int
+
+
+class Running(BaseModel):
+    """The experiment that runs, and the share of users that is served the live version."""
+
+    name: str
+    treatment: float
+
+
+class Declined(BaseModel):
+    """The last candidate that was not taken."""
+
+    run: str
+    reason: str
+    at: float
+
+
+class Can(BaseModel):
+    """What this version can tell."""
+
+    gate: bool
+    experts: bool
+    neighbours: bool
+
+
+class State(BaseModel):
+    """What is live. scores: on the test split, of the model (first) and of the floors beside it.
+    items: that can be recommended; added: rows that came since it was loaded.
+    """
+
+    model_config = example(
+        name="ml",
+        version="0f3a6d1c2b4e5f60",
+        loaded_at=1767225600.0,
+        method="L2Rec",
+        recipe="movielens-100k/l2rec-table",
+        data={
+            "name": "ml-100k",
+            "fingerprint": "ffc605ffa7f72d8a",
+            "users": 943,
+            "items": 1682,
+            "events": 100000,
+        },
+        scores={"L2Rec": SCORES},
+        items=1682,
+        added=0,
+        index="exact",
+        can={"gate": True, "experts": True, "neighbours": True},
+        experiment=None,
+        control=None,
+        shadow=None,
+        refused=None,
+    )
+
+    name: str
+    version: str
+    loaded_at: float
+    method: str | None
+    recipe: str | None
+    data: Data | None
+    scores: dict[str, dict[str, float]]
+    items: int
+    added: int
+    index: str | None
+    can: Can
+    experiment: Running | None
+    control: Held | None
+    shadow: Held | None
+    refused: Declined | None
+
+
+@router.get("/v1/live")
+async def live(request: Request) -> State:
+    """The live version, its scores on the test split of its data, and what is held beside it."""
+    held: Live = service_of(request).live
+    version, running = held.current(), service_of(request).settings.experiment
+    report, model = version.report, version.predictor.model
+    config = getattr(model, "config", None)
+    refused = held.status()["refused"]
+    method, data = report.get("method"), report.get("dataset")
+    scores = {
+        name: {key: float(value) for key, value in values.items() if _is_number(value)}
+        for name, values in report.get("scores", {}).items()
+    }
+    return State(
+        name=version.name,
+        version=version.version,
+        loaded_at=version.loaded_at,
+        method=method,
+        recipe=report.get("recipe") or None,
+        data=None if data is None else Data.model_validate(data),
+        scores=dict(sorted(scores.items(), key=lambda pair: pair[0] != method)),
+        items=int((~version.hidden).sum()),
+        added=len(version) - version.loaded if version.loaded else 0,
+        index=None if version.index is None else version.index.kind,
+        can=Can(
+            gate=len(getattr(config, "views", ())) > 1 and hasattr(model, "user_states"),
+            experts=bool(getattr(config, "adapt", False) and model.linears),
+            neighbours=version.matrix is not None,
+        ),
+        experiment=None
+        if running is None
+        else Running(name=running.name, treatment=running.treatment),
+        control=_held(held.control),
+        shadow=_held(held.shadow),
+        refused=None if not refused else Declined.model_validate(refused),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _held(version: Version | None) -> Held | None:
+    return None if version is None else Held(name=version.name, version=version.version)

@@ -1,0 +1,119 @@
+"""Recommendations and embeddings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+
+from l2rec.service import schemas as s
+from l2rec.service.follow import Shadow
+from l2rec.service.ranking import Query, User
+from l2rec.service.routes.answers import ANY, CANNOT, NOT_FOUND, as_json
+from l2rec.service.security import Refused
+from l2rec.service.serving import Service
+from l2rec.service.settings import Settings
+from l2rec.service.version import Version
+from l2rec.studies import abtest
+
+
+def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
+    """Add the routes that rank and embed."""
+    settings, live, log, metrics = service.settings, service.live, service.log, service.metrics
+
+    @app.post(
+        "/v1/recommend",
+        response_model=s.Recommended,
+        responses=ANY | NOT_FOUND,
+        tags=["recommend"],
+    )
+    async def recommend(body: s.Recommend, request: Request) -> Response:
+        """The k best next items for a user or a history, best first."""
+        started = time.perf_counter()
+        arm = _arm(settings, body)
+        version = live.of_arm(arm)
+        history = body.history or await _history_of(str(body.user), version)
+        version.attributes.check(body.filters)
+        user = await service.user(version, history)
+        query = _query(version, user, history, body)
+        ranked = await service.ranking.submit(query)
+        items = [
+            {"id": version.ids[row], "score": score, "text": version.texts[row]}
+            for row, score in zip(ranked.rows.tolist(), ranked.scores.tolist(), strict=True)
+        ]
+        if version is live.version and query.only is None:
+            seen = history if body.exclude_seen else ()
+            shadow.offer(history, (*seen, *body.deny), [item["id"] for item in items])
+        name = arm or "none"
+        metrics.recommendations.labels(name, version.version).inc()
+        metrics.recommend_seconds.labels(name).observe(time.perf_counter() - started)
+        return as_json(
+            {
+                "items": items,
+                "gate": user.gate,
+                "version": version.version,
+                "experiment": None
+                if arm is None or settings.experiment is None
+                else {"name": settings.experiment.name, "arm": arm},
+                "request": request.scope["l2rec.request"],
+            }
+        )
+
+    async def _history_of(user: str, version: Version) -> list[str]:
+        found = await service.stored("history", log.history, user, s.MAX_HISTORY)
+        known = [item for item in found if version.predictor.row_of(item) is not None]
+        if not known:
+            raise Refused(
+                404, f"user {user!r} has no events yet: send some to /v1/events, or give a history"
+            )
+        return known
+
+    @app.post("/v1/embed/users", response_model=s.Embedded, responses=ANY | CANNOT, tags=["embed"])
+    async def embed_users(body: s.EmbedUsers) -> Response:
+        """Unit vectors of histories."""
+        version = live.current()
+        if version.matrix is None:
+            raise Refused(409, f"{version.name} has no vectors: its method only ranks")
+        users = await service.users(version, body.histories)
+        return as_json(
+            {"vectors": [user.vector.tolist() for user in users], "version": version.version}
+        )
+
+    @app.post("/v1/embed/items", response_model=s.Embedded, responses=ANY | CANNOT, tags=["embed"])
+    async def embed_items(body: s.EmbedItems) -> Response:
+        """Unit vectors of raw texts."""
+        version = live.current()
+        if version.matrix is None or not version.takes_new_items:
+            raise Refused(409, f"{version.name} has no vectors of texts")
+        vectors = await service.worker.run(version.embed_texts, body.texts)
+        return as_json({"vectors": vectors.tolist(), "version": version.version})
+
+
+def _arm(settings: Settings, body: s.Recommend) -> str | None:
+    """The arm of a user in the experiment that runs; None where there is none, or no user."""
+    running = settings.experiment
+    if body.experiment is not None:
+        if running is None or body.experiment != running.name:
+            known = "none runs" if running is None else f"{running.name!r} runs"
+            raise Refused(404, f"no experiment {body.experiment!r} ({known})")
+        if body.user is None:
+            raise Refused(422, "experiment: arms are assigned to users, give a user")
+    if running is None or body.user is None:
+        return None
+    return abtest.arm(body.user, running.name, salt=running.salt, treatment=running.treatment)
+
+
+def _query(version: Version, user: User, history: Sequence[str], body: s.Recommend) -> Query:
+    """What is listed and what is not, as rows of the version."""
+    row_of = version.predictor.row_of
+    left_out = (*body.deny, *history) if body.exclude_seen else body.deny
+    without = {row for item in left_out if (row := row_of(item)) is not None}
+    only = version.attributes.mask(body.filters) if body.filters else None
+    if body.allow is not None:
+        allowed = np.zeros(len(version), dtype=np.bool_)
+        allowed[[row for item in body.allow if (row := row_of(item)) is not None]] = True
+        only = allowed if only is None else only & allowed
+    rows = np.fromiter(without, dtype=np.int64, count=len(without))
+    return Query(version, user, body.k, rows, only)

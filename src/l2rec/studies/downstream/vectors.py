@@ -1,0 +1,153 @@
+"""Vectors as features: of a run, users anew each day, or of files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from l2rec.data.dataset import Dataset
+from l2rec.data.ragged import Ragged
+from l2rec.data.vectors import read_vectors
+from l2rec.errors import ConfigError, DataError
+from l2rec.protocols import Embedder, Progress, TakesNewItems
+from l2rec.runs.folder import open_run_dataset
+from l2rec.runs.predictor import Predictor, load
+from l2rec.studies.downstream.daily import CLICK, Known
+from l2rec.studies.downstream.options import Floats, Ints
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Vectors of the treatment. items: [N, D], zero where there is none. until: seconds, the
+    newest event they know of. users: ([n] users, [n] days) -> [n, D], zero where there is none.
+    """
+
+    items: Floats
+    until: float
+    users: Callable[[Ints, Ints], Floats]
+    about: Mapping[str, Any]
+
+
+def vectors_of_run(
+    run: Path, dataset: Dataset, max_history: int, progress: Progress, run_data: Path | None = None
+) -> Callable[[Known], Frozen]:
+    """Vectors made by a run: users as each day begins, items of any time (new ones by text).
+
+    Raises:
+        ConfigError: a run that has no vectors. DataError: a run of other items altogether.
+    """
+    past = open_run_dataset(run, run_data)
+    if past.event_types is not None and set(past.event_type_names) - {CLICK, "reply"}:
+        progress.line(
+            f"note: {run} was trained on events of type {', '.join(past.event_type_names)}, and "
+            f"users are encoded from their clicks; see `l2rec prepare --only {CLICK}`"
+        )
+    predictor = load(run)
+    if not isinstance(predictor.model, Embedder):
+        raise ConfigError(f"{run}: {type(predictor.model).__name__} has no vectors: it only ranks")
+    ids: list[str] = dataset.item_ids.to_pylist()
+    known = sum(predictor.row_of(item) is not None for item in ids)
+    if not known:
+        raise DataError(f"{run} knows none of the {len(ids):,} items of {dataset.path}")
+    if known < len(ids) and isinstance(predictor.model, TakesNewItems):
+        new = {
+            item: text
+            for item, text in zip(ids, dataset.texts(), strict=True)
+            if predictor.row_of(item) is None and text.strip()
+        }
+        predictor = predictor.with_items(new)
+        progress.line(f"{len(new):,} items newer than {run}: encoded from their texts alone")
+    rows = np.array([-1 if (at := predictor.row_of(item)) is None else at for item in ids])
+    assert predictor.vectors is not None
+    items = predictor.vectors.float().cpu().numpy()[rows] * (rows >= 0)[:, None]
+    until = float(np.asarray(past.timestamps).max())
+
+    def frozen(features: Known) -> Frozen:
+        def users(user: Ints, day: Ints) -> Floats:
+            return _encoded(predictor, features, rows, user, day, max_history, progress)
+
+        about = {
+            "source": str(run),
+            "version": predictor.version,
+            "users": "encoded anew as each day begins",
+            "items_known": known,
+            "items_by_text": int((rows >= 0).sum()) - known,
+            "items_without": int((rows < 0).sum()),
+        }
+        return Frozen(items.astype(np.float32), until, users, about)
+
+    return frozen
+
+
+def _encoded(
+    predictor: Predictor,
+    known: Known,
+    rows: Ints,
+    user: Ints,
+    day: Ints,
+    max_history: int,
+    progress: Progress,
+) -> Floats:
+    """[n, D] users as days begin. Of days between which a user clicked nothing, one is encoded."""
+    state = user * (int(known.clicks.size) + 1) + known.n_clicks(user, day)
+    _, first, back = np.unique(state, return_index=True, return_inverse=True)
+    histories = known.histories(user[first], day[first], max_history)
+    mapped = rows[histories.values]  # items without a row of the model are left out
+    row_of = np.repeat(np.arange(len(histories)), histories.lengths)[mapped >= 0]
+    lengths = np.bincount(row_of, minlength=len(histories))
+    clean = Ragged(mapped[mapped >= 0].astype(np.int32), np.concatenate(([0], np.cumsum(lengths))))
+    some = np.flatnonzero(lengths > 0)
+    assert predictor.vectors is not None
+    found = np.zeros((len(clean), predictor.vectors.shape[1]), dtype=np.float32)
+    progress.line(f"encoding {len(some):,} histories of {len(np.unique(user)):,} users")
+    with torch.inference_mode():
+        for start in range(0, len(some), 512):
+            part = some[start : start + 512]
+            found[part] = predictor.model.encode_users(clean.take(part)).float().cpu().numpy()
+            progress.validating(min(start + 512, len(some)), len(some))
+    return found[back]
+
+
+def vectors_of_files(folder: Path, dataset: Dataset, until: float) -> Callable[[Known], Frozen]:
+    """Vectors that `l2rec embed` wrote: one for each user, whatever the day.
+
+    Raises:
+        CheckpointError: files that are missing or torn. DataError: of two models, or of other ids.
+    """
+    items, users = read_vectors(folder / "items.parquet"), read_vectors(folder / "users.parquet")
+    if items.version != users.version:
+        raise DataError(
+            f"{folder}: items of model {items.version}, users of {users.version}; embed them again"
+        )
+    of_items, items_found = _aligned(items.ids, items.vectors, dataset.item_ids)
+    of_users, users_found = _aligned(users.ids, users.vectors, dataset.user_ids)
+    if not items_found or not users_found:
+        raise DataError(
+            f"{folder} has vectors of {items_found} items and {users_found} users of "
+            f"{dataset.path}; embed a run on the same items and users"
+        )
+    about = {
+        "source": str(folder),
+        "version": items.version,
+        "users": "one vector for all days",
+        "items_known": items_found,
+        "items_by_text": 0,
+        "items_without": dataset.n_items - items_found,
+        "users_without": dataset.n_users - users_found,
+    }
+    return lambda _: Frozen(of_items, until, lambda user, day: of_users[user], about)
+
+
+def _aligned(ids: list[str], vectors: Floats, wanted: Any) -> tuple[Floats, int]:
+    """Rows for ``wanted`` ids, zero where there is none, and how many there are."""
+    at = pc.index_in(pc.cast(wanted, pa.string()), value_set=pa.array(ids, pa.string()))
+    rows = pc.fill_null(at, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    found: Floats = vectors[rows] * (rows >= 0)[:, None]
+    return found.astype(np.float32), int((rows >= 0).sum())
