@@ -1,17 +1,45 @@
-"""What training, evaluation and the service know of a method: three small protocols."""
+"""The contract: everything that training, evaluation, runs and the service touch of a method.
+
+A method is a torch module that satisfies `Method` and `Trainable`; `Embedder` too, where its scores
+are inner products. The other protocols are optional abilities, asked for with ``isinstance``:
+
+    Method          what a recipe names: Config, uses_backbone, item_tensors, how it is built
+    Recommender     n_items, scorer                          evaluation
+    Trainable       stages                                   training
+    Embedder        encode_users, encode_items               embeddings, indexes, the service
+    Calibrated      calibrate       values that are chosen on validation, not by gradient
+    TakesNewItems   add_items       an item is its text
+    AddsPrior       prior           scores are inner products plus something
+    Inspectable     users_and_gates, expert_load, has_gate, has_experts
+    Costed          costs           histories differ in what they cost to encode
+    Freezable       freeze          something can be computed once for a model that no longer learns
+    Cached          cached          cache entries that travel with a run
+    SizedByData     sized_by_data   tensors whose length is that of the data
+
+No other attribute of a method is read outside of its own file and the modules it is built from.
+Shapes: B histories (users), N catalog items, D embedding size.
+"""
 
 from __future__ import annotations
 
 __all__ = [
+    "AddsPrior",
+    "Cached",
     "Calibrated",
+    "Costed",
     "Embedder",
     "EpochBatches",
+    "ExpertLoad",
+    "Freezable",
+    "Inspectable",
     "Losses",
     "MakeBatches",
+    "Method",
     "ParameterGroup",
     "Progress",
     "Recommender",
     "Scorer",
+    "SizedByData",
     "Stage",
     "TakesNewItems",
     "TopK",
@@ -23,10 +51,12 @@ __all__ = [
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from l2rec.data.batches import Batch
@@ -34,6 +64,9 @@ from l2rec.data.ragged import Ragged
 
 Scorer = Callable[[Ragged], Tensor]
 """Histories of B users -> scores [B, N] float32 over the whole catalog, higher is better."""
+
+
+# -- what training passes around -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,6 +140,43 @@ class TopK:
     scores: npt.NDArray[np.float32]
 
 
+class Progress(Protocol):
+    """Whoever watches a training, an evaluation or a search."""
+
+    def training(self, epoch: float, step: int, total: int, text: str) -> None:
+        """Show that ``step`` of ``total`` steps are done, ``epoch`` epochs, and a line of text."""
+        ...
+
+    def validating(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` users are ranked."""
+        ...
+
+    def line(self, text: str) -> None:
+        """Show one line that stays."""
+        ...
+
+
+# -- what a method is ----------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Method(Protocol):
+    """The class that a recipe names: ``method: package.module:Name``.
+
+    It is called as ``Name(config, catalog, backbone, cache=folder)``: its parsed options, the
+    items' texts (`l2rec.data.catalog.Catalog`), the frozen language model
+    (`l2rec.modules.backbone.Backbone`, None unless ``uses_backbone``) and a folder for what may be
+    computed once for a catalog (None: keep nothing). Weights are initialised from torch's seed.
+    Parameters of a submodule named ``backbone`` are frozen and never saved.
+    """
+
+    Config: ClassVar[type[BaseModel]]
+    """Options, every default in one place: a frozen pydantic model that forbids unknown keys."""
+    uses_backbone: ClassVar[bool]
+    item_tensors: ClassVar[frozenset[str]]
+    """Names of trained tensors with one row for each item, which another data set cannot use."""
+
+
 @runtime_checkable
 class Recommender(Protocol):
     """Anything that can be ranked by the one evaluator."""
@@ -117,29 +187,29 @@ class Recommender(Protocol):
         ...
 
     def scorer(self) -> Scorer:
-        """A function of histories with everything that does not depend on them (the encoded
-        catalog, counts, ...) computed once. Valid until the model's weights or catalog change.
+        """Return a function of histories, with everything that does not depend on them (the
+        encoded catalog, counts, ...) computed once. Valid until the weights or the catalog change.
         """
         ...
 
 
 @runtime_checkable
 class Trainable(Recommender, Protocol):
-    """What the training loop asks of a method; methods are torch modules besides."""
+    """A recommender that the training loop can train; methods are torch modules besides."""
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
-        """In order; empty for a method that is not trained."""
+        """Return the stages in order; none for a method that is not trained."""
         ...
 
 
 @runtime_checkable
 class Calibrated(Protocol):
-    """A method with a few things in it that no gradient chooses."""
+    """A method with values that are chosen on validation, not by gradient."""
 
     def calibrate(
         self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
     ) -> None:
-        """Choose them by the training's sequences and validation's histories and targets [B].
+        """Choose them by the training sequences, and validation's histories and targets [B].
 
         Called before each validation, the first of which comes before the first step. What is
         chosen must be part of the model's state, and what validation chooses must not change what
@@ -153,11 +223,19 @@ class Embedder(Recommender, Protocol):
     """A recommender whose scores are inner products of vectors: what can be indexed."""
 
     def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, D] float32."""
+        """Return user vectors [B, D] float32.
+
+        Raises:
+            DataError: an empty history.
+        """
         ...
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """Catalog ints or raw texts -> [n, D] float32."""
+        """Return vectors [n, D] float32 of catalog ints or, without adding them, of raw texts.
+
+        Raises:
+            DataError: an empty text, or texts for a method that has a row for each item instead.
+        """
         ...
 
 
@@ -166,7 +244,7 @@ class TakesNewItems(Protocol):
     """A method for which an item is its text: one that was never trained on can be ranked."""
 
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """New items by text alone, recommendable at once. Returns their item ints.
+        """Add items by text alone, recommendable at once; return their item ints.
 
         Raises:
             DataError: an empty text.
@@ -174,13 +252,99 @@ class TakesNewItems(Protocol):
         ...
 
 
-def updates(made: Losses | Iterator[Losses]) -> Iterable[Losses]:
-    """The updates that a stage's loss asks for, one after the other."""
-    return (made,) if isinstance(made, Losses) else made
+@runtime_checkable
+class AddsPrior(Protocol):
+    """An embedder whose scores are inner products plus something that vectors cannot hold."""
+
+    def prior(self, histories: Ragged) -> Tensor | None:
+        """Return what is added to the inner products of user and item vectors, [B, N] float32;
+        None where nothing is.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Share of tokens that each expert received, for J adapted matrices and E experts a view.
+
+    ``matrices``: [J] names. ``experts``: by view, [J][E] shares; those of a matrix add up to 1.
+    """
+
+    matrices: list[str]
+    experts: dict[str, list[list[float]]]
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A method of two views, or of experts, that shows what it did with a history."""
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether two views are read, and weighed for each user."""
+        ...
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens are routed to experts."""
+        ...
+
+    def users_and_gates(self, histories: Ragged) -> tuple[Tensor, Tensor | None]:
+        """Return user vectors [B, D] float32 as `Embedder.encode_users` does, and each user's mean
+        gate [B] float32 (1: all behavioural, 0: all semantic), None without a gate.
+        """
+        ...
+
+    def expert_load(self, histories: Ragged) -> ExpertLoad | None:
+        """Return where the tokens of these histories went; None without experts."""
+        ...
+
+
+@runtime_checkable
+class Costed(Protocol):
+    """A method whose histories differ in what they cost to encode."""
+
+    def costs(self, histories: Ragged) -> npt.NDArray[np.int64]:
+        """Return about how many tokens each history takes in the backbone, [B] int64."""
+        ...
+
+
+@runtime_checkable
+class Freezable(Protocol):
+    """A method that saves work once it no longer learns."""
+
+    def freeze(self) -> None:
+        """Switch to evaluation mode and compute once what no history changes."""
+        ...
+
+
+@runtime_checkable
+class Cached(Protocol):
+    """A method built from cache entries."""
+
+    @property
+    def cached(self) -> Sequence[Path]:
+        """Paths of the entries this model was built from; a run takes a copy of each."""
+        ...
+
+
+@runtime_checkable
+class SizedByData(Protocol):
+    """A method with buffers whose length is that of the data, not of the options."""
+
+    sized_by_data: ClassVar[frozenset[str]]
+    """Names of the buffers; loading gives them the length they were saved with."""
+
+
+# -- helpers -------------------------------------------------------------------------------------
+
+
+def updates(losses: Losses | Iterator[Losses]) -> Iterable[Losses]:
+    """Return the updates that a stage's loss asks for, one after the other."""
+    return (losses,) if isinstance(losses, Losses) else losses
 
 
 def inner_product_scorer(model: Embedder) -> Scorer:
-    """Scores as inner products of user vectors with those of the whole catalog, encoded once."""
+    """Score by inner products of user vectors with those of the whole catalog, encoded once."""
     items = model.encode_items(np.arange(model.n_items, dtype=np.int32))
     return lambda histories: model.encode_users(histories) @ items.T
 
@@ -188,18 +352,10 @@ def inner_product_scorer(model: Embedder) -> Scorer:
 def decayed(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float
 ) -> list[ParameterGroup]:
-    """Weight decay for matrices alone: biases, norms and scalars have none."""
-    kept = [p for p in parameters if p.requires_grad]
+    """Group parameters so that only matrices have weight decay: no biases, norms and scalars."""
+    trained = [p for p in parameters if p.requires_grad]
     groups = [
-        ParameterGroup("matrices", [p for p in kept if p.ndim >= 2], lr, weight_decay),
-        ParameterGroup("vectors", [p for p in kept if p.ndim < 2], lr, 0.0),
+        ParameterGroup("matrices", [p for p in trained if p.ndim >= 2], lr, weight_decay),
+        ParameterGroup("vectors", [p for p in trained if p.ndim < 2], lr, 0.0),
     ]
     return [group for group in groups if group.parameters]
-
-
-class Progress(Protocol):
-    """What the loop tells whoever watches."""
-
-    def training(self, epoch: float, step: int, total: int, text: str) -> None: ...
-    def validating(self, done: int, total: int) -> None: ...
-    def line(self, text: str) -> None: ...

@@ -1,4 +1,4 @@
-"""Which items are bought near each other: counts of pairs in training sequences.
+"""Co-occurrence: which items are near each other in the training sequences, as a term of scores.
 
     C[i, j]   = sum over pairs (i at p, j at p + d), 0 < |d| <= window, of decay^(|d| - 1),
                 divided by n_i^(1/2) n_j^rarity, with n how often each occurs: what is rare says
@@ -7,21 +7,31 @@
 
 Before and after count alike: in logs of purchases the order within a day says little.
 
-Where texts are given, C + TEXT_SHARE K takes the place of C: K[i, j] is a softmax over the items
-that read most like i (`text_neighbors`). Its rows sum to 1 and those of C grow with what was seen
-of i, so that texts speak for what is rare or new, and counts for the rest.
+With texts, C + TEXT_SHARE K takes the place of C: K[i, j] is a softmax over the items that read
+most like i (`text_neighbors`). Its rows sum to 1 and those of C grow with the events of i, so that
+texts speak for what is rare or new, and counts for the rest.
 
 In small data these counts say what no embedding of the same data has learned to say. Used alone
-they are a floor (`l2rec.methods.floors`); beside a method's scores they are a term that knows what
-the method does not. A method is trained without them, or it would leave to the counts what it could
-learn; what they are worth beside it is chosen on validation.
+they are a floor (`l2rec.methods.floors`). Beside a method's scores they are a term that knows what
+the method does not (`Blend` for any method, `Prior` for options of one): a method is trained
+without them, or it would leave to the counts what it could learn; their weight is chosen on
+validation.
 
 Rows of sparse matrices throughout; nothing of size N x N or P x N is made dense here.
 """
 
 from __future__ import annotations
 
-__all__ = ["NEAR", "CoOccurrence", "Weights", "choose", "text_neighbors"]
+__all__ = [
+    "NEAR",
+    "Blend",
+    "CoOccurrence",
+    "Prior",
+    "Weights",
+    "choose",
+    "seen_items",
+    "text_neighbors",
+]
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,26 +43,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from l2rec.data.ragged import IntArray, Ragged
+from l2rec.data.ragged import IntArray, Ragged, flat_index
 from l2rec.metrics import expected_ranks, rank_values
+from l2rec.modules.objectives import Added
+from l2rec.protocols import Recommender, Scorer
 
 Sparse = Any
 """scipy.sparse.csr_array; scipy is slow to import and only needed here."""
 Floats = npt.NDArray[np.float64]
 NEAR = (0.0, *(2.0 ** (k / 2) for k in range(-2, 17)))
-"""w to choose from, up to 256: m is smaller where items occur more often."""
+"""Values of w to choose from, up to 256: m is smaller where items occur more often."""
 CHOSEN_ON = 10_000
-"""Users that `choose` looks at, at most: weights far apart differ by a percent, which two thousand
+"""Most users that `choose` looks at: weights far apart differ by a percent, which two thousand
 users do not tell from chance."""
 BLOCK_SCORES = 1 << (24 if torch.cuda.is_available() else 20)
-"""Scores that `choose` makes at once."""
+"""Scores that `choose` computes at once."""
+REPEATS = (-8.0, 0.0, 2.0)
+"""Values of rho for `Blend`, whose scores have deviation 1: -8 never recommends a repeat."""
 TEXT_SHARE = 0.2
 TEXT_NEIGHBORS = 20
 TEXT_TEMPERATURE = 0.05
 
 
 class CoOccurrence(nn.Module):
-    """Counts C of pairs, kept as the three arrays of a sparse matrix so that a run saves them.
+    """Counts C of pairs: the three arrays of a sparse matrix as buffers, so that a run saves them.
 
     n_items: N. Empty until `count`. The buffers' lengths follow the data: see `sized_by_data`.
     """
@@ -78,16 +92,16 @@ class CoOccurrence(nn.Module):
         self.offsets: Tensor
         self.items: Tensor
         self.weights: Tensor
-        self._counts: Sparse | None = None  # the same, ready for use
+        self._counts: Sparse | None = None  # the same as a sparse matrix
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._counts = None
         super()._load_from_state_dict(*args)
 
     def count(self, sequences: Ragged, texts: Sparse | None = None) -> None:
-        """Take the counts of ``sequences``: one row for each user, oldest first, items below N.
+        """Count ``sequences``: one row for each user, oldest first, items below N.
 
-        texts: K [N, N] of `text_neighbors`, to add TEXT_SHARE K.
+        texts: K [N, N] of `text_neighbors`; TEXT_SHARE K is added.
         """
         counts = self._pairs(sequences)
         if texts is not None:
@@ -99,7 +113,7 @@ class CoOccurrence(nn.Module):
         self.weights = torch.from_numpy(counts.data.astype(np.float32)).to(device)
 
     def _pairs(self, rows: Ragged) -> Sparse:
-        """C of every pair within the window, both directions."""
+        """Return C of every pair within the window, both directions."""
         values, lengths = np.asarray(rows.values, dtype=np.int64), rows.lengths
         often = np.maximum(np.bincount(values, minlength=self.n_items), 1).astype(np.float64)
         near, far = often**-0.5, often**-self.rarity
@@ -114,7 +128,7 @@ class CoOccurrence(nn.Module):
         return _csr(weights, first, second, (self.n_items, self.n_items))
 
     def counts(self) -> Sparse:
-        """C [N, N] float64."""
+        """Return C [N, N] float64."""
         from scipy import sparse
 
         if self._counts is None:
@@ -125,7 +139,7 @@ class CoOccurrence(nn.Module):
         return self._counts
 
     def recall(self, histories: Ragged) -> Sparse:
-        """m [B, N] float64. Items that came after training have no counts."""
+        """Return m [B, N] float64. Items added after training have no counts."""
         values = np.asarray(histories.values, dtype=np.int64)
         parts = []
         for k in range(self.newest):
@@ -137,32 +151,36 @@ class CoOccurrence(nn.Module):
         return _csr(weights, rows, items, (len(histories), self.n_items)) @ self.counts()
 
     def dense(self, histories: Ragged, n_items: int) -> tuple[Tensor, Tensor]:
-        """m float32 and what is in the history, bool: [B, n_items] each; n_items N or more."""
-        device = self.offsets.device
-        met = torch.zeros(len(histories), n_items, device=device)
+        """Return m float32 and the items of the history, bool: [B, n_items] each, n_items >= N."""
+        met = torch.zeros(len(histories), n_items, device=self.offsets.device)
         met[:, : self.n_items] = torch.from_numpy(self.recall(histories).toarray()).to(met)
-        seen = torch.zeros(met.shape, dtype=torch.bool, device=device)
-        rows = np.repeat(np.arange(len(histories)), histories.lengths)
-        items = histories.values.astype(np.int64)
-        seen[torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)] = True
-        return met, seen
+        return met, seen_items(histories, n_items, met.device)
+
+
+def seen_items(histories: Ragged, n_items: int, device: torch.device | str) -> Tensor:
+    """Mark the items of each history: [B, n_items] bool."""
+    seen = torch.zeros(len(histories), n_items, dtype=torch.bool, device=device)
+    rows = np.repeat(np.arange(len(histories)), histories.lengths)
+    items = histories.values.astype(np.int64)
+    seen[torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)] = True
+    return seen
 
 
 @dataclass(frozen=True)
 class Weights:
-    """near: w of what was met near the history. repeat: rho of what is in it."""
+    """Weights of the term. near: w of co-occurrence. repeat: rho of items of the history."""
 
     near: float
     repeat: float = 0.0
 
     def added(self, met: Tensor, seen: Tensor) -> Tensor:
-        """w m outside of the history and rho within it, for m and bool [B, N]."""
+        """Return w m outside of the history and rho within it, [B, N], for m and bool [B, N]."""
         return (self.near * met).masked_fill_(seen, self.repeat)
 
 
 @torch.no_grad()
 def text_neighbors(vectors: Tensor) -> Sparse:
-    """K [N, N] float64: for each item the TEXT_NEIGHBORS others whose texts read most like its own,
+    """Return K [N, N] float64: for each item the TEXT_NEIGHBORS others whose texts are most alike,
     weighed by a softmax of cosine / TEXT_TEMPERATURE.
 
     vectors: [N, D] of the texts, centred and of unit length. Takes N^2 D operations.
@@ -190,10 +208,11 @@ def choose(
     tried: Sequence[Weights],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Weights:
-    """The weights with the best mean NDCG@10; of equals the first.
+    """Choose the weights with the best mean NDCG@10; of equals the first.
 
-    parts: histories -> scores without the counts, m, what is in the history, [B, N] each.
-    progress: is told (done, of). Of more than CHOSEN_ON histories so many, drawn evenly.
+    parts: histories -> scores without the term, m, what is in the history, [B, N] each.
+    progress: called with (users done, users in all). Of more than CHOSEN_ON histories so many are
+    looked at, evenly spread.
     """
     some = np.unique(np.linspace(0, len(histories) - 1, CHOSEN_ON).astype(np.int64))
     totals = np.zeros(len(tried))
@@ -207,6 +226,149 @@ def choose(
             totals[number] += rank_values(ranks, "ndcg@10").sum()
         progress(start + len(rows), len(some))
     return tried[int(totals.argmax())]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The terms w m and rho as parts of a method that is trained, over tensors that it holds.
+
+    together: the counts, near: w, a scalar buffer chosen on validation; None without co-occurrence.
+    repeat: rho, a scalar parameter that is trained with the method; None without it.
+    """
+
+    together: CoOccurrence | None
+    near: Tensor | None
+    repeat: nn.Parameter | None
+
+    def _weights(self, near: float) -> Weights:
+        return Weights(near, 0.0 if self.repeat is None else float(self.repeat.detach()))
+
+    @torch.inference_mode()
+    def added(self, histories: Ragged, n_items: int, device: torch.device | str) -> Tensor | None:
+        """Return what is added to scores, [B, n_items] float32; None where nothing is."""
+        if self.together is not None and self.near is not None:
+            weights = self._weights(float(self.near))
+            return weights.added(*self.together.dense(histories, n_items))
+        if self.repeat is None:
+            return None
+        seen = seen_items(histories, n_items, device)
+        return self._weights(0.0).added(torch.zeros(seen.shape, device=device), seen)
+
+    def in_loss(self, histories: Ragged, ends: IntArray, n_items: int) -> Added | None:
+        """Return rho in the cells of the items that each prefix up to ``ends`` [P], positions in
+        the histories' flat items, holds. Counts have no part in a loss.
+        """
+        if self.repeat is None:
+            return None
+        starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
+        counts = ends - starts + 1
+        rows = np.repeat(np.arange(len(ends)), counts)
+        cells = np.unique(rows * n_items + histories.values[flat_index(starts, counts)])
+        row_and_item = (
+            torch.from_numpy(part.astype(np.int64)).to(self.repeat.device)
+            for part in divmod(cells, n_items)
+        )
+        return Added(self.repeat, *row_and_item)
+
+    @torch.no_grad()  # not inference mode: near is loaded into later
+    def choose(self, scorer: Scorer, histories: Ragged, targets: IntArray) -> None:
+        """Set w to the value with the best NDCG@10 beside a scorer without these terms."""
+        together, near = self.together, self.near
+        assert together is not None and near is not None
+
+        def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+            scores = scorer(rows)
+            return scores, *together.dense(rows, scores.shape[1])
+
+        tried = [self._weights(value) for value in NEAR]
+        near.fill_(choose(parts, together.n_items, histories, targets, tried).near)
+
+
+class Blend(nn.Module):
+    """Co-occurrence and repeats beside the scores of any method, weighed on validation.
+
+        s = z + w m [i not in history] + rho [i in history]
+
+    z: the method's scores, centred and scaled to deviation 1 for each user. Nothing is trained, so
+    every method can wear it: its worth shows in what it adds to the counts. A run has it in a file
+    of its own, beside a model that knows nothing of it.
+
+    n_items: N, items of the catalog that was counted.
+    """
+
+    sized_by_data = frozenset(f"together.{name}" for name in CoOccurrence.sized_by_data)
+
+    def __init__(self, n_items: int) -> None:
+        super().__init__()
+        self.together = CoOccurrence(n_items)
+        self.register_buffer("near", torch.tensor(0.0))
+        self.register_buffer("repeat", torch.tensor(0.0))
+        self.near: Tensor
+        self.repeat: Tensor
+
+    @property
+    def weights(self) -> Weights:
+        """w and rho."""
+        return Weights(float(self.near), float(self.repeat))
+
+    def _term(self, histories: Ragged, scores: Tensor) -> Tensor:
+        """Return w m and rho [B, N], on the device of the scores [B, N]."""
+        met, seen = self.together.dense(histories, scores.shape[1])
+        return self.weights.added(met.to(scores), seen.to(scores.device))
+
+    def _spread(self, scores: Tensor) -> Tensor:
+        """Return each user's deviation [B, 1] of scores over the counted catalog, so that items
+        added later change nothing.
+        """
+        return scores[:, : self.together.n_items].std(1, keepdim=True).clamp(min=1e-12)
+
+    def _standard(self, scores: Tensor) -> Tensor:
+        """Return z [B, N]."""
+        mean = scores[:, : self.together.n_items].mean(1, keepdim=True)
+        return (scores - mean) / self._spread(scores)
+
+    def scorer(self, method: Recommender) -> Scorer:
+        """Return the scorer of s."""
+        score = method.scorer()
+
+        def blended(histories: Ragged) -> Tensor:
+            z = self._standard(score(histories).float())
+            return z + self._term(histories, z)
+
+        return blended
+
+    def prior(self, scores: Tensor, histories: Ragged) -> Tensor:
+        """Return what to add to scores [B, N] so that they rank as s does: sigma (s - z), with
+        sigma each user's deviation.
+        """
+        return self._spread(scores) * self._term(histories, scores)
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        scorer: Scorer,
+        sequences: Ragged,
+        histories: Ragged,
+        targets: IntArray,
+        *,
+        texts: Sparse | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Count the training ``sequences``; choose w and rho on histories and targets [B].
+
+        scorer: of the method. texts: K [N, N] of `text_neighbors`, None without texts.
+        """
+        self.together.count(sequences, texts)
+
+        def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+            z = self._standard(scorer(rows).float())
+            met, seen = self.together.dense(rows, z.shape[1])
+            return z, met.to(z), seen.to(z.device)
+
+        tried = [Weights(near, repeat) for repeat in REPEATS for near in NEAR]
+        best = choose(parts, self.together.n_items, histories, targets, tried, progress)
+        self.near.fill_(best.near)
+        self.repeat.fill_(best.repeat)
 
 
 def _csr(values: Floats, rows: IntArray, columns: IntArray, shape: tuple[int, int]) -> Sparse:

@@ -45,3 +45,19 @@ class AdaptiveFusion(nn.Module):
         """h~^B, h~^S [B, D] -> h^F [B, D] and delta [B, D] or [B, 1] (1: all behavioural)."""
         delta = torch.sigmoid(self.gate(torch.cat((behavioral, semantic), dim=-1)))
         return delta * behavioral + (1 - delta) * semantic, delta
+
+    def forward(
+        self, behavioral: Tensor | None, semantic: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Return h~^B, h~^S, h^F and delta of Eq. 7. Of one view alone (the other is None), h^F is
+        its residual projection, and there is no delta.
+        """
+        if behavioral is not None and semantic is not None:
+            behavioral, semantic = self.residual(behavioral, semantic)
+            return behavioral, semantic, *self.fuse(behavioral, semantic)
+        if behavioral is not None:
+            behavioral = behavioral + self.project_behavioral(behavioral)
+            return behavioral, None, behavioral, None
+        assert semantic is not None, "no view"
+        semantic = semantic + self.project_semantic(semantic)
+        return None, semantic, semantic, None

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["catalog_rows", "encode_rows", "last_of", "next_item_batches", "pad", "sequence_batches"]
+__all__ = [
+    "catalog_rows",
+    "encode_rows",
+    "evaluating",
+    "in_batches",
+    "last_of",
+    "next_item_batches",
+    "pad",
+    "sequence_batches",
+]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +27,8 @@ from l2rec.data.batches import TrainingBatches, plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 from l2rec.protocols import MakeBatches
+
+T = TypeVar("T")
 
 
 def pad(histories: Ragged, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -54,21 +66,55 @@ def encode_rows(
     Raises:
         DataError: an empty history.
     """
+    recent = histories.tail(max_items)
+    with evaluating(model), torch.inference_mode():
+        parts, order = in_batches(
+            recent,
+            recent.lengths,
+            lambda rows: encode(rows).float(),
+            max_rows=max_rows,
+            max_cost=max_cost,
+        )
+        if not parts:
+            return encode(Ragged.from_rows([[0]])).float()[:0]
+        return torch.cat(parts)[order.to(parts[0].device)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode within; touch nothing where it is on already."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+def in_batches(
+    histories: Ragged,
+    costs: npt.NDArray[np.integer],
+    encode: Callable[[Ragged], T],
+    *,
+    max_rows: int,
+    max_cost: int,
+) -> tuple[list[T], Tensor]:
+    """Run ``encode`` over any number of histories, alike costs together.
+
+    Returns:
+        The result of each batch, and where each history went, [B] int64: of results with a row for
+        each history, ``torch.cat(results)[order]`` is in the order given.
+
+    Raises:
+        DataError: an empty history.
+    """
     if len(histories) and int(histories.lengths.min()) == 0:
         raise DataError("an empty history: give at least one item")
-    recent = histories.tail(max_items)
-    plan = plan_batches(recent.lengths, None, max_rows=max_rows, max_cost=max_cost)
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            parts = [encode(recent.take(rows)).float() for rows in plan]
-            if not parts:
-                return encode(Ragged.from_rows([[0]])).float()[:0]
-            order = torch.from_numpy(np.argsort(np.concatenate(plan)))
-            return torch.cat(parts)[order.to(parts[0].device)]
-    finally:
-        model.train(training)
+    plan = plan_batches(costs, None, max_rows=max_rows, max_cost=max_cost)
+    order = np.argsort(np.concatenate(plan)) if plan else np.zeros(0, dtype=np.int64)
+    return [encode(histories.take(rows)) for rows in plan], torch.from_numpy(order)
 
 
 def catalog_rows(

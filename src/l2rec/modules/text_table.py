@@ -38,14 +38,14 @@ class TextTable(nn.Module):
         self._kept: Tensor | None = None
 
     def keep(self) -> None:
-        """Compute T once, for weights that no longer change. Training or loading ends it."""
+        """Compute T once, for weights that no longer change; training or loading ends it."""
         self._kept = None
         if not self.training:
             with torch.inference_mode():
                 self._kept = self()
 
     def train(self, mode: bool = True) -> TextTable:
-        """As of every module; what was kept is forgotten."""
+        """Switch the mode as every module does; training forgets the T that was computed."""
         if mode:
             self._kept = None
         return super().train(mode)
@@ -56,8 +56,8 @@ class TextTable(nn.Module):
 
     @torch.no_grad()
     def restrict(self, items: IntArray) -> None:
-        """Rows of R are for the items that training holds: ``items``, in any order, repeated or
-        not. To be told before the first step, since it changes T.
+        """Give rows of R to the items that training holds: ``items``, in any order, repeated or
+        not. Call it before the first step, since it changes T.
         """
         self._kept = None
         often = np.bincount(items, minlength=len(self.residual))
@@ -71,18 +71,18 @@ class TextTable(nn.Module):
             self._kept = torch.cat((self._kept, self.of_text(text)))
 
     def of_text(self, text: Tensor) -> Tensor:
-        """Rows [n, D] of items that were not trained on, by their backbone text vectors [n, D]."""
+        """Return rows [n, D] of items that were not trained on, by their text vectors [n, D]."""
         added = F.normalize(text - self.mean, dim=-1)
         return F.normalize(added + added @ self.linear, dim=-1)
 
-    def take_back(self, text: Tensor) -> None:
-        """Undo `extend`: ``text`` is what E was before."""
-        self.text = text
+    def shrink(self, count: int) -> None:
+        """Undo `extend`: keep the first ``count`` items."""
+        self.text = self.text[:count]
         if self._kept is not None:
-            self._kept = self._kept[: len(text)]
+            self._kept = self._kept[:count]
 
     def forward(self) -> Tensor:
-        """T [N, D] float32."""
+        """Return T [N, D] float32."""
         if self._kept is not None:
             return self._kept
         text = F.dropout(self.text, self.text_dropout, self.training)

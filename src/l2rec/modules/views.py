@@ -13,12 +13,17 @@ __all__ = [
     "BehavioralProjector",
     "Segments",
     "SemanticTokens",
+    "View",
+    "ViewInput",
     "mean_of",
+    "pack_views",
     "prefix_mean",
     "semantic_tokens",
 ]
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.ragged import Ragged, flat_index
+from l2rec.modules.backbone import Attend, Group, Packing, pack
+
+View = Literal["semantic", "behavioral"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,39 @@ def semantic_tokens(
         row=torch.from_numpy(row).to(device),
     )
     return SemanticTokens(torch.from_numpy(ids).to(device), segments, kept)
+
+
+@dataclass(frozen=True)
+class ViewInput:
+    """One view of a batch: x [n, D] inputs, u [U, D] user vectors, user [n] their row of u."""
+
+    view: View
+    x: Tensor
+    segments: Segments
+    u: Tensor
+    user: Tensor
+
+
+def pack_views(
+    inputs: Sequence[ViewInput], attend: Attend, dtype: torch.dtype
+) -> tuple[Tensor, Packing, list[int]]:
+    """Lay all views behind one another, for one pass of the backbone.
+
+    Returns:
+        x [n, D] in ``dtype``, how its rows are packed, and where each view starts.
+    """
+    groups: list[Group] = []
+    positions: list[Tensor] = []
+    starts: list[int] = []
+    end = 0
+    for part in inputs:
+        starts.append(end)
+        group, position = pack(part.segments.lengths, attend, blocks=part.segments.block, start=end)
+        groups.append(group)
+        positions.append(position)
+        end = group.stop
+    packed = torch.cat([part.x.to(dtype) for part in inputs])
+    return packed, Packing(tuple(groups), torch.cat(positions)), starts
 
 
 class BehavioralProjector(nn.Module):

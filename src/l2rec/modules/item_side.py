@@ -1,0 +1,347 @@
+"""The item side of L2Rec: what the behavioural view reads, and what users are compared with.
+
+    EncodedItems   the paper: an item is a history of one item through the same pipeline; the loss
+                   compares users with the items of the batch (Eq. 8)
+    TableItems     ours: a trained table of item vectors that starts at their texts
+                   (`l2rec.modules.text_table`); the loss compares users with the whole catalog
+
+Legend: B rows, P predictions, N items, n distinct items of a batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Comparison", "EncodedItems", "ItemSide", "TableItems"]
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2rec.data.batches import Batch
+from l2rec.data.ragged import Ragged
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.experts import Routing
+from l2rec.modules.item_text import catalog_vectors, text_vectors
+from l2rec.modules.objectives import Added, contrastive_loss, cosine, fused_catalog_loss
+from l2rec.modules.text_table import TextTable
+from l2rec.modules.views import View, mean_of
+
+TABLE_DROPOUT = 0.2
+"""Dropout of the table's free residual."""
+POOLED_TOGETHER = 4096
+"""Items whose token embeddings are pooled at once."""
+
+
+class Encoded(Protocol):
+    """Items that passed the pipeline as histories of one: h~^v and h^F [n, D]."""
+
+    @property
+    def behavioral(self) -> Tensor | None: ...
+    @property
+    def semantic(self) -> Tensor | None: ...
+    @property
+    def fused(self) -> Tensor: ...
+    @property
+    def routing(self) -> Routing | None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def computed_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One batch's users against items, Eq. 8.
+
+    rec: L_Rec of user vectors [P, D] as they are compared by ``fused`` or by one view.
+    routings, tokens, computed_tokens: of items that were encoded for it.
+    """
+
+    rec: Callable[[Tensor, Literal["fused"] | View], Tensor]
+    routings: list[Routing] = field(default_factory=list)
+    tokens: int = 0
+    computed_tokens: int = 0
+
+
+class ItemSide(Protocol):
+    """Item vectors of L2Rec. Item ints count the catalog first, then what `add` was given."""
+
+    @property
+    def cached(self) -> list[Path]:
+        """Cache entries it was built from."""
+        ...
+
+    @property
+    def rows(self) -> Tensor:
+        """What the behavioural view reads of every item, [N, D] float32.
+
+        Computed at each call, in training with noise: take it once for a step or an evaluation and
+        hand it to what follows.
+        """
+        ...
+
+    def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
+        """Put a view's output h [P, D] beside the item vectors: h^v [P, D].
+
+        newest: [P] int64, the newest item that each prediction has seen.
+        """
+        ...
+
+    def compare(
+        self,
+        batch: Batch,
+        targets: npt.NDArray[np.integer],
+        row: Tensor,
+        rows: Tensor,
+        temperature: Tensor,
+        encode: Callable[[Ragged], Encoded],
+        added: Added | None,
+    ) -> Comparison:
+        """Compare the users of a batch with items.
+
+        targets: [P] items to predict. row: [P] int64, row of the batch of each prediction.
+        encode: histories of one item -> their encoding. added: what is added to scores over the
+        whole catalog.
+        """
+        ...
+
+    def vectors(
+        self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
+    ) -> Tensor:
+        """Return unit item vectors [n, D] float32 that users are compared with.
+
+        encode: histories -> unit user vectors.
+        """
+        ...
+
+    def add(self, tokens: Ragged) -> None:
+        """Add items by the token ids of their texts."""
+        ...
+
+    def shrink(self, count: int) -> None:
+        """Forget all items after the first ``count``."""
+        ...
+
+    def restrict(self, items: npt.NDArray[np.integer]) -> None:
+        """Take note of the items that training holds, in any order, repeated or not."""
+        ...
+
+    def freeze(self) -> None:
+        """Compute once what no history changes, until training or loading ends it."""
+        ...
+
+
+class EncodedItems:
+    """The paper's item side: pooled texts in, the pipeline's own output to compare with.
+
+    Args:
+        backbone: the frozen language model. tokens: token ids of the N texts.
+        pool: ``embeddings``, pool(Embed(c_i)) of Eq. 2; or ``encoder``, the frozen backbone's text
+            vectors. None: nobody reads items as vectors.
+        item_tokens, text_tokens: most tokens of a text for either pool.
+        share_negatives: contrast users with the sampled items of the whole batch.
+        normalize_views: scale h^v to unit length.
+        cache: folder for text vectors; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokens: Ragged,
+        *,
+        pool: Literal["embeddings", "encoder"] | None,
+        item_tokens: int,
+        text_tokens: int,
+        share_negatives: bool,
+        normalize_views: bool,
+        cache: Path | None,
+    ) -> None:
+        self._backbone = backbone
+        self._pool, self._item_tokens, self._text_tokens = pool, item_tokens, text_tokens
+        self._share_negatives, self._normalize_views = share_negatives, normalize_views
+        self.cached: list[Path] = []
+        if pool == "encoder":
+            self.rows, self.cached = catalog_vectors(backbone, tokens, text_tokens, cache)
+        else:
+            self.rows = self._pooled(tokens)
+
+    def _pooled(self, tokens: Ragged) -> Tensor:
+        """Return pool(Embed(c_i)) of Eq. 2, or text vectors: [n, D] float32."""
+        backbone = self._backbone
+        if self._pool is None or backbone.device.type == "meta":
+            return torch.empty(0, backbone.dim, device=backbone.device)
+        if self._pool == "encoder":
+            return text_vectors(backbone, tokens, self._text_tokens)
+        out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
+        for start in range(0, len(tokens), POOLED_TOGETHER):
+            part = Ragged(tokens.values, tokens.offsets[start : start + POOLED_TOGETHER + 1])
+            texts = part.take(np.arange(len(part))).head(self._item_tokens)
+            ids = torch.from_numpy(texts.values.astype(np.int64)).to(out.device)
+            index = np.repeat(np.arange(len(texts)), texts.lengths)
+            out[start : start + len(texts)] = mean_of(
+                backbone.embed(ids), torch.from_numpy(index).to(out.device), len(texts)
+            )
+        return out
+
+    def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
+        """Return h itself, or at unit length."""
+        return F.normalize(h, dim=-1) if self._normalize_views else h
+
+    def compare(
+        self,
+        batch: Batch,
+        targets: npt.NDArray[np.integer],
+        row: Tensor,
+        rows: Tensor,
+        temperature: Tensor,
+        encode: Callable[[Ragged], Encoded],
+        added: Added | None,
+    ) -> Comparison:
+        """Contrast with the positives of the batch and each user's sampled items, encoded once."""
+        assert added is None
+        distinct = np.unique(np.concatenate((targets, batch.negatives.reshape(-1))))
+        encoded = encode(one_item_histories(distinct))
+        sides = {
+            "fused": encoded.fused,
+            "behavioral": encoded.behavioral,
+            "semantic": encoded.semantic,
+        }
+        positive = torch.from_numpy(np.searchsorted(distinct, targets)).to(encoded.fused.device)
+        allowed = self._negatives(batch, row, distinct, positive)
+
+        def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
+            items = sides[side]
+            assert items is not None
+            return contrastive_loss(cosine(users, items) / temperature, positive, allowed)
+
+        routings = [] if encoded.routing is None else [encoded.routing]
+        return Comparison(rec, routings, encoded.tokens, encoded.computed_tokens)
+
+    def _negatives(
+        self, batch: Batch, row: Tensor, distinct: npt.NDArray[np.integer], positive: Tensor
+    ) -> Tensor:
+        """Mark the negatives [P, n] bool: the positives of the batch, and each user's own sampled
+        items (or, with ``share_negatives``, everybody's). The positive's column is set by the loss.
+        """
+        device = positive.device
+        if self._share_negatives:
+            return torch.ones(len(positive), len(distinct), dtype=torch.bool, device=device)
+        allowed = torch.zeros(len(batch.users), len(distinct), dtype=torch.bool, device=device)
+        sampled = torch.from_numpy(np.searchsorted(distinct, batch.negatives)).to(device)
+        allowed.scatter_(1, sampled, True)
+        allowed[:, positive.unique()] = True
+        return allowed[row.to(device)]
+
+    def vectors(
+        self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
+    ) -> Tensor:
+        """Encode histories of one item."""
+        return encode(one_item_histories(items))
+
+    def add(self, tokens: Ragged) -> None:
+        """Pool the new texts."""
+        with torch.no_grad():
+            self.rows = torch.cat((self.rows, self._pooled(tokens)))
+
+    def shrink(self, count: int) -> None:
+        """Cut the rows."""
+        self.rows = self.rows[:count]
+
+    def restrict(self, items: npt.NDArray[np.integer]) -> None:
+        """Do nothing: no item has parameters of its own."""
+
+    def freeze(self) -> None:
+        """Do nothing: rows are computed already."""
+
+
+class TableItems:
+    """The item side as a trained table T: read, compared with, and nothing to encode in a step.
+
+    Args:
+        backbone: the frozen language model. tokens: token ids of the N texts.
+        text_tokens: most tokens of a text. text_dropout: dropout of the text vectors in training.
+        skip: learned weight of the newest item's row in the behavioural output.
+        cache: folder for text vectors; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokens: Ragged,
+        *,
+        text_tokens: int,
+        text_dropout: float,
+        skip: nn.Parameter,
+        cache: Path | None,
+    ) -> None:
+        self._backbone, self._text_tokens, self._skip = backbone, text_tokens, skip
+        vectors, self.cached = catalog_vectors(backbone, tokens, text_tokens, cache)
+        self.table = TextTable(vectors, TABLE_DROPOUT, text_dropout).to(backbone.device)
+
+    @property
+    def rows(self) -> Tensor:
+        """T [N, D] float32, rows of unit length."""
+        table: Tensor = self.table()
+        return table
+
+    def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
+        """Centre the semantic output as the texts are; add the newest item's row to half the
+        behavioural one.
+        """
+        if view == "semantic":
+            return F.normalize(F.normalize(h, dim=-1) - self.table.mean, dim=-1)
+        return 0.5 * F.normalize(h, dim=-1) + self._skip * rows.index_select(0, newest)
+
+    def compare(
+        self,
+        batch: Batch,
+        targets: npt.NDArray[np.integer],
+        row: Tensor,
+        rows: Tensor,
+        temperature: Tensor,
+        encode: Callable[[Ragged], Encoded],
+        added: Added | None,
+    ) -> Comparison:
+        """Compare with the whole catalog."""
+        positive = torch.from_numpy(targets.astype(np.int64)).to(rows.device)
+
+        def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
+            scaled = F.normalize(users.float(), dim=-1) / temperature  # rows have unit length
+            return fused_catalog_loss(
+                scaled, rows, positive, added=added, dtype=self._backbone.dtype
+            )
+
+        return Comparison(rec)
+
+    def vectors(
+        self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
+    ) -> Tensor:
+        """Return rows of T."""
+        return rows.index_select(0, torch.from_numpy(items.astype(np.int64)).to(rows.device))
+
+    def add(self, tokens: Ragged) -> None:
+        """Add rows that are their texts alone."""
+        self.table.extend(text_vectors(self._backbone, tokens, self._text_tokens))
+
+    def shrink(self, count: int) -> None:
+        """Cut the table."""
+        self.table.shrink(count)
+
+    def restrict(self, items: npt.NDArray[np.integer]) -> None:
+        """Give a free residual to the items that training holds, and to no others."""
+        self.table.restrict(items)
+
+    def freeze(self) -> None:
+        """Compute T once."""
+        self.table.keep()
+
+
+def one_item_histories(items: npt.NDArray[np.integer]) -> Ragged:
+    """Make each item a history of its own."""
+    return Ragged(items, np.arange(len(items) + 1))
