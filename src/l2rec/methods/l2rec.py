@@ -821,7 +821,7 @@ class L2Rec(nn.Module):
         return lambda histories: self._unit_users(histories, views=views, rows=rows) @ vectors.T
 
     def scorer(self, views: Views | None = None) -> Scorer:
-        """Encode the catalog; return histories -> r_{u,i} [B, N], (cosine + prior) / tau, float32."""
+        """Encode the catalog; return histories -> r_{u,i} [B, N] = (cosine + prior) / tau."""
         cosine_of = self._cosines(views)
         temperature = float(self.temperature.detach())
 

@@ -39,7 +39,7 @@ __all__ = ["LEARN", "LEARNConfig", "dense_all_action_loss", "sample_recent"]
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +106,7 @@ class LEARN(nn.Module):
 
     Config = LEARNConfig
     uses_backbone = True
+    item_tensors: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,

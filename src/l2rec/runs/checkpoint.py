@@ -1,14 +1,6 @@
-"""The run folder: what a training leaves, written so that a kill at any moment loses nothing.
+"""Checkpoints of a run, written so that a kill at any moment loses nothing.
 
-    RUN/config.yaml         the resolved recipe, data set, backbone and its weight hash
-    RUN/catalog.parquet     item ids and texts: a run can be used without its data set
-    RUN/model.safetensors   trained tensors of the best step, and nothing of the backbone
-    RUN/items.safetensors   vectors of the catalog under that model
-    RUN/metrics.jsonl       one line per log point and validation
-    RUN/report.json         scores, seeds, fingerprints, hardware, time, tokens, memory
-    RUN/ranks.parquet       per-user ranks on the test split, for paired tests
     RUN/state/step-N/       to go on from: model, optimiser, random state, counters
-    RUN/tensorboard/        event files
 
 Files are written under another name, flushed to disk and renamed. Nothing is ever unpickled.
 """
@@ -39,6 +31,7 @@ from torch import Tensor, nn
 
 from l2rec.disk import read_json, replacing, umask, write_json
 from l2rec.errors import CheckpointError
+from l2rec.protocols import SizedByData
 
 KEEP_STATES = 2
 
@@ -86,7 +79,7 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             f"{where}: its tensors are not this model's: missing {missing[:3] or 'none'}, "
             f"unexpected {unexpected[:3] or 'none'}"
         )
-    free = getattr(model, "sized_by_data", frozenset[str]()) & own.keys()
+    free = model.sized_by_data & own.keys() if isinstance(model, SizedByData) else frozenset()
     for name in free:
         owner, _, buffer = name.rpartition(".")
         empty = own[name].new_empty(tensors[name].shape)

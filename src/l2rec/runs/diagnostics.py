@@ -1,101 +1,73 @@
-"""What a trained model does inside: expert load, gate, for a sample of users."""
+"""What a trained model does inside, for a sample of users: expert load, gate, examples."""
 
 from __future__ import annotations
 
-__all__ = ["expert_load", "gate_histogram"]
+__all__ = ["diagnose", "gate_histogram"]
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from l2rec.data.dataset import Dataset
-from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
 from l2rec.evaluation.ranking import top_k
-from l2rec.runs.predictor import users_and_gates, with_prior
+from l2rec.protocols import Inspectable
+from l2rec.runs.predictor import Predictor
 
 BINS = 20
+EXAMPLES = 6
+SAMPLE, ROUTED = 512, 128
+"""Users whose gates, and whose tokens' experts, are looked at."""
 
 
-def expert_load(model: Any, histories: Ragged) -> dict[str, Any]:
-    """Share of tokens each expert of each view received, for every adapted matrix.
-
-    ``{"matrices": [names], "experts": {view: [[share of expert 0, ...] per matrix]}}``; empty for
-    a model without routers.
-    """
-    routed = getattr(model.config, "adapt", False) and model.linears
-    if not len(histories) or not routed:
-        return {}
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        routing = model(histories).routing
-    model.train(was_training)
-    views = model.config.views
-    return {
-        "matrices": list(model.experts.names),
-        "experts": {
-            views[view]: [[round(float(x), 4) for x in share] for share in loads]
-            for view, loads in sorted(routing.load.items())
-        },
-    }
-
-
-def gate_histogram(delta: torch.Tensor | None) -> dict[str, Any]:
-    """Histogram over users of delta of Eq. 7, averaged over dimensions. Empty with one view.
-
-    delta: [M, D] or [M, 1]; 1 is all behavioural, 0 all semantic.
-    """
-    if delta is None:
-        return {}
-    mean = delta.float().mean(-1).cpu().numpy()
-    counts, edges = np.histogram(mean, bins=BINS, range=(0.0, 1.0))
+def gate_histogram(gates: npt.NDArray[np.floating]) -> dict[str, Any]:
+    """Count users by their gate [M], mean delta of Eq. 7 (1: all behavioural, 0: all semantic)."""
+    counts, edges = np.histogram(gates, bins=BINS, range=(0.0, 1.0))
     return {
         "bin_edges": [round(float(x), 4) for x in edges],
         "counts": [int(x) for x in counts],
-        "mean": float(mean.mean()),
+        "mean": float(gates.mean()),
     }
 
 
-EXAMPLES = 6
+def diagnose(predictor: Predictor, split: Split, dataset: Dataset) -> dict[str, Any]:
+    """Look into a model with test histories: what diagnostics.json holds.
 
-
-def diagnose(model: Any, split: Split, dataset: Dataset, vectors: Tensor | None) -> dict[str, Any]:
-    sample = np.linspace(0, len(split.users) - 1, min(512, len(split.users))).astype(np.int64)
-    found: dict[str, Any] = {}
-    if hasattr(model, "user_states"):
+    ``matrices``, ``experts``: `ExpertLoad`, of a model with experts. ``gate``: `gate_histogram`, of a
+    model with a gate. ``examples``: recommendations.
+    """
+    model = predictor.model
+    sample = np.linspace(0, len(split.users) - 1, min(SAMPLE, len(split.users))).astype(np.int64)
+    result: dict[str, Any] = {}
+    if isinstance(model, Inspectable):
         histories = split.test_histories.take(np.unique(sample))
-        found |= expert_load(model, histories.take(np.arange(min(128, len(histories)))))
-        gate = gate_histogram(model.user_states(histories).delta)
-        if gate:
-            found["gate"] = gate
-    some = sample[:: max(1, len(sample) // EXAMPLES)]
-    found["examples"] = _examples(model, split, dataset, some, vectors)
-    return found
+        load = model.expert_load(histories.take(np.arange(min(ROUTED, len(histories)))))
+        if load is not None:
+            result["matrices"] = load.matrices
+            result["experts"] = {
+                view: [[round(share, 4) for share in shares] for shares in by_matrix]
+                for view, by_matrix in load.experts.items()
+            }
+        _, gates = model.users_and_gates(histories)
+        if gates is not None:
+            result["gate"] = gate_histogram(gates.cpu().numpy())
+    some = sample[:: max(1, len(sample) // EXAMPLES)][:EXAMPLES]
+    result["examples"] = _examples(predictor, split, dataset, some)
+    return result
 
 
 def _examples(
-    model: Any,
-    split: Split,
-    dataset: Dataset,
-    rows: npt.NDArray[np.int64],
-    vectors: Tensor | None,
+    predictor: Predictor, split: Split, dataset: Dataset, rows: npt.NDArray[np.int64]
 ) -> list[dict[str, Any]]:
-    rows = rows[:EXAMPLES]
     histories = split.test_histories.take(rows)
-    if vectors is None:
-        scores, gates = model.scorer()(histories), list[float | None]([None] * len(rows))
-    else:
-        users, gates = users_and_gates(model, histories)
-        scores = with_prior(model, users @ vectors.T, histories)
+    encoded = predictor.encode(histories)
+    scores = predictor.scores(encoded)
     best = top_k(lambda _: scores, histories, min(10, dataset.n_items), exclude=histories)
-    ids, texts = dataset.item_ids, dataset.texts()
+    ids, texts = predictor.ids, predictor.texts
 
     def item(number: int) -> dict[str, Any]:
-        return {"id": ids[number].as_py(), "text": texts[number]}
+        return {"id": ids[number], "text": texts[number]}
 
     return [
         {
@@ -107,7 +79,7 @@ def _examples(
                 if i >= 0
             ],
             "held_out": item(int(split.test_targets[row])),
-            "gate": gates[n],
+            "gate": encoded.gates[n],
         }
         for n, row in enumerate(rows)
     ]

@@ -1,39 +1,71 @@
-"""The run folder as others find it: its recipe, data set, catalog and identity."""
+"""The run folder: how it is claimed, what it says of itself, and how it is read, each file once.
+
+RUN/config.yaml         the resolved recipe, data set, backbone and its weight hash
+RUN/catalog.parquet     item ids and texts: a run can be used without its data set
+RUN/model.safetensors   trained tensors of the best step, and nothing of the backbone
+RUN/blend.safetensors   co-occurrence and repeats beside it, in a run that `l2rec blend` wrote
+RUN/items.safetensors   vectors of the catalog under that model
+RUN/cache/              what was computed once for the catalog: token tables, text vectors
+RUN/report.json, report.html, diagnostics.json, ranks.parquet, metrics.jsonl
+RUN/state/, RUN/tensorboard/    to go on from, and to watch (`l2rec.runs.checkpoint`)
+"""
 
 from __future__ import annotations
 
-__all__ = ["load_run_config", "open_run_dataset", "read_catalog"]
+__all__ = [
+    "RunFolder",
+    "UserIds",
+    "check_backbone",
+    "claim",
+    "clear_partial",
+    "finished_report",
+    "load_run_config",
+    "open_run_dataset",
+    "read_run",
+    "training_split",
+    "user_history",
+    "version_of",
+    "write_identity",
+    "write_item_vectors",
+]
 
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.torch
 import yaml
+from safetensors import SafetensorError
+from torch import Tensor
 
 from l2rec.config import RunConfig, resolve
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.splits import Split, leave_one_out, with_fewer_users
 from l2rec.disk import read_json, replacing, write_text
 from l2rec.errors import CheckpointError
 from l2rec.modules.backbone import Backbone
+from l2rec.runs.checkpoint import load_tensors, save_tensors
 
 RUN_VERSION = 1
+MODEL, BLEND, ITEMS = "model.safetensors", "blend.safetensors", "items.safetensors"
 
 
 def finished_report(out: Path) -> dict[str, Any] | None:
-    """The report of a run that came to its end, or None."""
+    """Return the report of a run that came to its end, or None."""
     if (out / "report.json").is_file() and (out / "report.html").is_file():
         return read_json(out / "report.json")
     return None
 
 
 def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[str, Any] | None:
-    """Refuse a folder that holds something else; refuse to mix two runs. Returns the identity of
-    the run to go on with, or None for a new one.
+    """Refuse a folder that holds something else, and to mix two runs. Return the identity of the
+    run to go on with, or None for a new one.
     """
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; choose a folder for --out")
@@ -61,7 +93,7 @@ def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``key was x, is y`` for every key that differs, those of ``training`` excepted."""
+    """List ``key was x, is y`` for every key that differs, those of ``training`` excepted."""
     found: list[str] = []
     for key in dict.fromkeys((*saved, *now)):
         a, b = saved.get(key), now.get(key)
@@ -89,7 +121,7 @@ def check_backbone(
 
 
 def clear_partial(out: Path) -> None:
-    """What a kill left half written, and the results that this training will replace."""
+    """Delete partial files of a killed run and the results about to be replaced."""
     for partial in (*out.glob(".*.part"), *out.glob("state/.*.part")):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     for name in ("report.json", "report.html", "diagnostics.json", "ranks.parquet"):
@@ -99,6 +131,7 @@ def clear_partial(out: Path) -> None:
 def write_identity(
     out: Path, config: RunConfig, dataset: Dataset, backbone: Backbone | None, init: Path | None
 ) -> None:
+    """Write config.yaml and catalog.parquet: what a run says of itself from its first moment."""
     identity = {
         "run_version": RUN_VERSION,
         "init": None if init is None else str(init),
@@ -135,12 +168,89 @@ class UserIds(Sequence[str]):
         return self._ids[index].as_py()
 
 
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def version_of(run: Path) -> str:
+    """Return the short hash of a run's trained tensors, those of a blend included."""
+    digest = hashlib.sha256((run / MODEL).read_bytes())
+    if (run / BLEND).is_file():
+        digest.update((run / BLEND).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_item_vectors(run: Path, vectors: Tensor) -> None:
+    """Write the vectors [N, D] of a run's catalog, bound to the tensors they were made with."""
+    save_tensors(run / ITEMS, {"vectors": vectors}, model=version_of(run))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run, each of its files read once.
+
+    config, identity: of config.yaml. tensors: of the model. blend: tensors of a `Blend`, None
+    without. vectors: [N, D] of the catalog, None if there are none. vectors_version: of the
+    tensors that these were made with. version: `version_of` the run.
+    """
+
+    path: Path
+    config: RunConfig
+    identity: Mapping[str, Any]
+    catalog: Catalog
+    tensors: Mapping[str, Tensor]
+    blend: Mapping[str, Tensor] | None
+    vectors: Tensor | None
+    vectors_version: str | None
+    version: str
+
+    @property
+    def current_vectors(self) -> Tensor | None:
+        """The vectors, if they were made with these very tensors."""
+        vectors = self.vectors
+        if vectors is None or self.vectors_version != self.version:
+            return None
+        return vectors if len(vectors) == len(self.catalog) else None
+
+
+def read_run(run: Path) -> RunFolder:
+    """Read a run folder.
+
+    Raises:
+        CheckpointError: not a run folder, or a file that is missing or torn.
+    """
+    config, identity = load_run_config(run)
+    content, tensors = _read_tensors(run / MODEL)
+    digest, blend = hashlib.sha256(content), None
+    if (run / BLEND).is_file():
+        content, blend = _read_tensors(run / BLEND)
+        digest.update(content)
+    vectors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    if (run / ITEMS).is_file():
+        vectors, metadata = load_tensors(run / ITEMS)
+    return RunFolder(
+        path=run,
+        config=config,
+        identity=identity,
+        catalog=_read_catalog(run),
+        tensors=tensors,
+        blend=blend,
+        vectors=vectors.get("vectors"),
+        vectors_version=metadata.get("model"),
+        version=digest.hexdigest()[:16],
+    )
+
+
+def _read_tensors(path: Path) -> tuple[bytes, dict[str, Tensor]]:
+    """Return a safetensors file as bytes, to be hashed, and its tensors."""
+    try:
+        content = path.read_bytes()
+        return content, safetensors.torch.load(content)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; was this run ever checkpointed?") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: torn or not a safetensors file: {error}") from error
 
 
 def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The recipe of a run folder and its identity (data set, backbone).
+    """Read the recipe of a run folder and its identity (data set, backbone).
 
     Raises:
         CheckpointError: not a run folder, or torn.
@@ -161,12 +271,7 @@ def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
         raise CheckpointError(f"{path}: torn or edited: {reason}") from error
 
 
-def read_catalog(run: Path) -> Catalog:
-    """The items of a run folder, with their raw fields.
-
-    Raises:
-        CheckpointError: missing or torn.
-    """
+def _read_catalog(run: Path) -> Catalog:
     try:
         return Catalog(pq.ParquetFile(run / "catalog.parquet").read())
     except (OSError, pa.ArrowException) as error:
@@ -174,7 +279,11 @@ def read_catalog(run: Path) -> Catalog:
 
 
 def open_run_dataset(run: Path, data: Path | None) -> Dataset:
-    """The data set a run was made on, at ``data`` or where it was then."""
+    """Open the data set a run was made on, at ``data`` or where it was then.
+
+    Raises:
+        CheckpointError: it is not there, or another one.
+    """
     _, identity = load_run_config(run)
     path, fingerprint = Path(identity["dataset"]["path"]), identity["dataset"]["fingerprint"]
     if data is None and not path.is_dir():
@@ -191,7 +300,13 @@ def open_run_dataset(run: Path, data: Path | None) -> Dataset:
 
 
 def user_history(run: Path, user: str, data: Path | None = None) -> list[str]:
-    """Item ids of a user of the run's data set, oldest first."""
+    """Return the item ids of a user of the run's data set, oldest first."""
     dataset = open_run_dataset(run, data)
     rows = dataset.sequences[dataset.user_index(user)]
     return [dataset.item_ids[int(i)].as_py() for i in rows]
+
+
+def training_split(config: RunConfig, dataset: Dataset) -> Split:
+    """Split leave-one-out, trained on as many users as the run says."""
+    split, share = leave_one_out(dataset.sequences), config.training.user_share
+    return split if share == 1 else with_fewer_users(split, share, config.seed)

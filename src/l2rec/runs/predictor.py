@@ -1,8 +1,21 @@
-"""A run folder as a model that recommends: histories of external ids in, ranked items out."""
+"""A run as a model that recommends: histories of external ids in, ranked items out.
+
+The scoring rule stands here, once: inner products of user and item vectors plus a prior where there
+is one; or, for a method that only ranks, its scores. `Predictor.encode` and `Predictor.scores`.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Predictor", "Recommendation", "backbone_of", "load"]
+__all__ = [
+    "Encoded",
+    "Predictor",
+    "Recommendation",
+    "backbone_of",
+    "build_model",
+    "catalog_vectors",
+    "load",
+    "load_folder",
+]
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,9 +34,18 @@ from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
 from l2rec.evaluation.ranking import top_k
 from l2rec.modules.backbone import Backbone, load_backbone
-from l2rec.protocols import Embedder, Scorer, TakesNewItems
-from l2rec.runs.checkpoint import load_tensors, load_trained
-from l2rec.runs.folder import check_backbone, file_hash, load_run_config, read_catalog
+from l2rec.modules.cooccurrence import Blend
+from l2rec.protocols import (
+    AddsPrior,
+    Costed,
+    Embedder,
+    Freezable,
+    Inspectable,
+    Scorer,
+    TakesNewItems,
+)
+from l2rec.runs.checkpoint import load_trained
+from l2rec.runs.folder import RunFolder, check_backbone, read_run
 from l2rec.runs.machine import device
 
 VERIFIED, VERIFIED_WITHIN = 16, 0.02
@@ -33,46 +55,38 @@ VERIFIED, VERIFIED_WITHIN = 16, 0.02
 def build_model(
     config: RunConfig, catalog: Catalog, backbone: Backbone | None, cache: Path | None
 ) -> Any:
-    """The method of a config over a catalog, freshly initialised from the config's seed."""
+    """Build the method of a config over a catalog, initialised from the config's seed."""
     torch.manual_seed(config.seed)
     model = method_class(config.method)(config.model, catalog, backbone, cache=cache)
     return model.to(device())
 
 
 def backbone_of(config: RunConfig) -> Backbone | None:
-    """The backbone of a config, or None for a method that has no use for one."""
+    """Load the backbone of a config, or None for a method that has no use for one."""
     if not method_class(config.method).uses_backbone:
         return None
     return load_backbone(config.backbone, device())
 
 
 def catalog_vectors(model: Any) -> Tensor | None:
-    """Vectors of the whole catalog [N, D], None for a method that only ranks."""
+    """Encode the whole catalog, [N, D] float32; None for a method that only ranks."""
     if not isinstance(model, Embedder):
         return None
     return model.encode_items(np.arange(model.n_items, dtype=np.int32))
 
 
-def users_and_gates(model: Any, histories: Ragged) -> tuple[Tensor, list[float | None]]:
-    """User vectors [B, D], and the mean delta of Eq. 7 of each where the method has one."""
-    if not hasattr(model, "user_states"):
-        return model.encode_users(histories), [None] * len(histories)
-    state = model.user_states(histories)
-    users = torch.nn.functional.normalize(state.fused.float(), dim=-1)
-    if state.delta is None:
-        return users, [None] * len(histories)
-    return users, [float(x) for x in state.delta.float().mean(-1)]
+@dataclass(frozen=True)
+class Encoded:
+    """B histories, ready to be scored.
 
+    vectors: [B, D] float32 user vectors; or, of a method that only ranks, scores [B, N].
+    gates: of Eq. 7, None where the method has none. prior: [B, N] float32, what is added to the
+    inner products with item vectors: co-occurrence, repeats; None where nothing is.
+    """
 
-def _prior(model: Any, histories: Ragged) -> Tensor | None:
-    """What a method adds to its inner products [B, N], if it adds anything."""
-    prior: Tensor | None = model.prior(histories) if hasattr(model, "prior") else None
-    return prior
-
-
-def with_prior(model: Any, scores: Tensor, histories: Ragged) -> Tensor:
-    prior = _prior(model, histories)
-    return scores if prior is None else scores + prior
+    vectors: Tensor
+    gates: list[float | None]
+    prior: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,19 +103,81 @@ class Predictor:
     Attributes:
         model: the method. ids: external item ids by item int. texts: their texts.
         vectors: [N, D] item vectors, None for a method that only ranks. version: short hash of
-        the trained tensors.
+        the trained tensors. blend: co-occurrence and repeats beside the method, None without.
     """
 
     def __init__(
-        self, model: Any, ids: list[str], texts: list[str], vectors: Tensor | None, version: str
+        self,
+        model: Any,
+        ids: list[str],
+        texts: list[str],
+        vectors: Tensor | None,
+        version: str,
+        blend: Blend | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.blend = model, blend
         self.ids, self.texts, self.vectors, self.version = ids, texts, vectors, version
         self._index = {item: n for n, item in enumerate(ids)}
         self._scorer: Scorer | None = None
 
+    # -- scores ----------------------------------------------------------------------------------
+
+    @property
+    def n_items(self) -> int:
+        """N, items of the model's catalog, those added later included."""
+        return int(self.model.n_items)
+
+    def scorer(self) -> Scorer:
+        """Return the scorer of the method, blended where it is: what is evaluated. It ranks as
+        `scores` does, on a scale of its own.
+        """
+        if self.blend is not None:
+            return self.blend.scorer(self.model)
+        scorer: Scorer = self.model.scorer()
+        return scorer
+
+    @torch.inference_mode()
+    def encode(self, rows: Ragged) -> Encoded:
+        """Encode histories of item ints.
+
+        Raises:
+            DataError: an empty history.
+        """
+        if self.vectors is None:
+            if self._scorer is None:
+                self._scorer = self.scorer()
+            return Encoded(self._scorer(rows).float(), [None] * len(rows))
+        gates: list[float | None] = [None] * len(rows)
+        if isinstance(self.model, Inspectable):
+            users, gate = self.model.users_and_gates(rows)
+            if gate is not None:
+                gates = [float(x) for x in gate]
+        else:
+            users = self.model.encode_users(rows)
+        prior = self.model.prior(rows) if isinstance(self.model, AddsPrior) else None
+        if prior is not None:  # of a model whose catalog has grown since
+            prior = prior[:, : len(self.vectors)]
+        if self.blend is not None:
+            added = self.blend.prior(self.scores(Encoded(users, gates, prior)), rows)
+            prior = added if prior is None else prior + added
+        return Encoded(users, gates, prior)
+
+    @torch.inference_mode()
+    def scores(self, encoded: Encoded) -> Tensor:
+        """Score all items, [B, N] float32, higher is better."""
+        if self.vectors is None:
+            return encoded.vectors
+        products = encoded.vectors @ self.vectors.T
+        return products if encoded.prior is None else products + encoded.prior
+
+    def costs(self, rows: Ragged) -> npt.NDArray[np.int64]:
+        """Return what it takes to encode each history, [B]: tokens for a method that reads texts,
+        else items.
+        """
+        return self.model.costs(rows) if isinstance(self.model, Costed) else rows.lengths
+
     def text_of(self, item: str) -> str:
-        """The text of an item id."""
+        """Return the text of an item id."""
         return self.texts[int(self._ints([item])[0])]
 
     def _ints(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
@@ -115,7 +191,7 @@ class Predictor:
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude_seen: bool = True
     ) -> Recommendation:
-        """The k best next items for a user who is this history, oldest first.
+        """Return the k best next items for a user who is this history, oldest first.
 
         Raises:
             DataError: an empty history, unknown ids (all are named), k outside 1..N.
@@ -123,26 +199,22 @@ class Predictor:
         if not history:
             raise DataError("an empty history: give at least one item id")
         rows = Ragged.from_rows([self._ints(history)])
-        scores, gate = self._scores(rows)
+        encoded = self.encode(rows)
         best = top_k(
-            lambda _: scores, rows, self._check_k(k), exclude=rows if exclude_seen else None
+            lambda _: self.scores(encoded),
+            rows,
+            self._check_k(k),
+            exclude=rows if exclude_seen else None,
         )
         items = [
             {"id": self.ids[i], "score": float(s), "text": self.texts[i]}
             for i, s in zip(best.items[0], best.scores[0], strict=True)
             if i >= 0
         ]
-        return Recommendation(items, gate)
-
-    def _scores(self, row: Ragged) -> tuple[Tensor, float | None]:
-        """Scores [1, N] of one history, and its gate if the method has one."""
-        if self.vectors is None:
-            return self.model.scorer()(row), None
-        users, gates = users_and_gates(self.model, row)
-        return with_prior(self.model, users @ self.vectors.T, row), gates[0]
+        return Recommendation(items, encoded.gates[0])
 
     def rows(self, histories: Sequence[Sequence[str]]) -> Ragged:
-        """Histories of external ids as item ints.
+        """Turn histories of external ids into item ints.
 
         Raises:
             DataError: unknown ids, all of them named.
@@ -150,39 +222,11 @@ class Predictor:
         return Ragged.from_rows([self._ints(history) for history in histories])
 
     def row_of(self, item: str) -> int | None:
-        """The item int of an id, or None."""
+        """Return the item int of an id, or None."""
         return self._index.get(item)
 
-    def costs(self, rows: Ragged) -> npt.NDArray[np.int64]:
-        """[B] what it takes to encode each history: tokens for a method that reads texts, else
-        items.
-        """
-        if hasattr(self.model, "costs"):
-            found: npt.NDArray[np.int64] = self.model.costs(rows)
-            return found
-        return rows.lengths
-
-    def users(self, rows: Ragged) -> tuple[Tensor, list[float | None]]:
-        """What histories of item ints are scored by, and their gates (None where there is none).
-
-        [B, D] float32 user vectors, scored by their inner products with ``vectors``; or, for a
-        method that only ranks, the scores [B, N] themselves.
-        """
-        with torch.inference_mode():
-            if self.vectors is not None:
-                return users_and_gates(self.model, rows)
-            if self._scorer is None:
-                self._scorer = self.model.scorer()
-            return self._scorer(rows).float(), [None] * len(rows)
-
-    def prior(self, rows: Ragged) -> Tensor | None:
-        """What the method adds to the inner products of `users` and ``vectors`` [B, N], if it adds
-        anything: co-occurrence counts, a bias for items of the history.
-        """
-        return _prior(self.model, rows)
-
     def with_items(self, items: Mapping[str, str]) -> Predictor:
-        """Another predictor that also knows these items; this one stays as it is.
+        """Return another predictor that also knows these items; this one stays as it is.
 
         Both share the model, whose catalog only ever grows: item ints stay what they were. An id
         that is known already gets a new row with the new text, and its old row remains in ``ids``.
@@ -203,12 +247,16 @@ class Predictor:
                 vectors = torch.cat((vectors, self.model.encode_items(fresh)))
         ids = [*self.ids, *[""] * gap, *items]
         texts = [*self.texts, *[""] * gap, *items.values()]
-        found = Predictor(self.model, ids, texts, vectors, self.version)
-        found._index.pop("", None)
-        return found
+        grown = Predictor(self.model, ids, texts, vectors, self.version, self.blend)
+        grown._index.pop("", None)
+        return grown
+
+    def blended(self, blend: Blend, version: str) -> Predictor:
+        """Return this predictor with co-occurrence and repeats beside its scores."""
+        return Predictor(self.model, self.ids, self.texts, self.vectors, version, blend)
 
     def verify(self) -> None:
-        """Item vectors are finite, and (a sample) what the model makes of its items.
+        """Check that item vectors are finite, and (a sample) what the model makes of its items.
 
         Raises:
             CheckpointError: they are not; the files of the run are torn or were exchanged.
@@ -241,19 +289,27 @@ class Predictor:
         return k
 
     def encode_users(self, histories: Sequence[Sequence[str]]) -> Tensor:
-        """[B, D] float32 unit vectors of histories of external ids."""
+        """Return user vectors [B, D] float32 of histories of external ids.
+
+        Raises:
+            ConfigError: the method only ranks. DataError: an empty history, unknown ids.
+        """
         self._require(Embedder, "has no user vectors: it only ranks")
         rows: Tensor = self.model.encode_users(Ragged.from_rows([self._ints(h) for h in histories]))
         return rows
 
     def encode_items(self, texts: Sequence[str]) -> Tensor:
-        """[n, D] float32 unit vectors of raw texts; the catalog stays as it is."""
+        """Return item vectors [n, D] float32 of raw texts; the catalog stays as it is.
+
+        Raises:
+            ConfigError: the method only ranks. DataError: an empty text.
+        """
         self._require(Embedder, "has no item vectors: it only ranks")
         rows: Tensor = self.model.encode_items(list(texts))
         return rows
 
     def add_items(self, items: Mapping[str, str]) -> None:
-        """New items by id and text alone: from now on ranked and allowed in histories.
+        """Add items by id and text alone: from now on ranked and allowed in histories.
 
         Raises:
             DataError: an id that is in the catalog already, or an empty text.
@@ -273,43 +329,36 @@ class Predictor:
 
 
 def load(run: str | Path) -> Predictor:
-    """The model of a run folder, ready to recommend; needs neither the data set nor a GPU.
+    """Load a run, ready to recommend; needs neither its data set nor a GPU.
 
     Raises:
         CheckpointError: missing or torn files, another backbone than the run was made on, or
             tensors that do not fit.
     """
-    run = Path(run)
-    config, identity = load_run_config(run)
-    tensors, _ = load_tensors(run / "model.safetensors")
-    catalog = read_catalog(run)
-    backbone = backbone_of(config)
-    check_backbone(run, identity, backbone)
-    # A run that lies on a read-only disk can be used; its texts are then read anew.
-    model = build_model(
-        config, catalog, backbone, run / "cache" if os.access(run, os.W_OK) else None
-    )
-    load_trained(model, tensors, str(run / "model.safetensors"))
+    return load_folder(read_run(Path(run)))
+
+
+def load_folder(folder: RunFolder) -> Predictor:
+    """Build the model of a run that was read; raises as `load`."""
+    run, catalog = folder.path, folder.catalog
+    backbone = backbone_of(folder.config)
+    check_backbone(run, folder.identity, backbone)
+    # A run on a read-only disk can be used; its texts are then read anew.
+    cache = run / "cache" if os.access(run, os.W_OK) else None
+    model = build_model(folder.config, catalog, backbone, cache)
+    load_trained(model, folder.tensors, str(run / "model.safetensors"))
     model.eval()
-    if hasattr(model, "freeze"):
+    if isinstance(model, Freezable):
         model.freeze()
-    version = file_hash(run / "model.safetensors")
-    vectors = _stored_vectors(run, version, len(catalog))
+    blend = None
+    if folder.blend is not None:
+        blend = Blend(len(catalog))
+        load_trained(blend, folder.blend, str(run / "blend.safetensors"))
+        blend = blend.to(device())
+    vectors = folder.current_vectors
     if vectors is None:
         vectors = catalog_vectors(model)
     if vectors is not None:
         vectors = vectors.to(device())
     ids = catalog.table["item_id"].to_pylist()
-    return Predictor(model, ids, list(catalog.texts), vectors, version)
-
-
-def _stored_vectors(run: Path, version: str, items: int) -> Tensor | None:
-    """Vectors written with this very model, or None."""
-    path = run / "items.safetensors"
-    if not path.is_file():
-        return None
-    tensors, metadata = load_tensors(path)
-    vectors = tensors.get("vectors")
-    if vectors is None or metadata.get("model") != version or len(vectors) != items:
-        return None
-    return vectors
+    return Predictor(model, ids, list(catalog.texts), vectors, folder.version, blend)

@@ -1,8 +1,8 @@
-"""A run from recipe to report, and back from its folder to a model that recommends.
+"""A run from recipe to report.
 
-train_run(recipe, data, out)   train, score on test beside the floors, write the run folder
-evaluate_run(out, split)       score a finished run again
-load(out)                      a Predictor: histories of external ids in, ranked items out
+train_run(config, data, out)      train, score on test beside the floors, write the run folder
+validate_run(config, data, out)   train and validate alone, for a search
+evaluate_run(out, split)          score a finished run again
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
-from l2rec.data.splits import Split, leave_one_out, with_fewer_users
+from l2rec.data.splits import Split, leave_one_out
 from l2rec.disk import write_json
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranking import Evaluation, evaluate
@@ -30,7 +30,7 @@ from l2rec.evaluation.ranks import write_ranks
 from l2rec.evaluation.significance import paired_test
 from l2rec.methods.floors import LastItemNeighbour, NearbyItems, Popularity
 from l2rec.modules.backbone import Backbone
-from l2rec.protocols import Progress
+from l2rec.protocols import Cached, Progress, Recommender
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
@@ -38,15 +38,18 @@ from l2rec.runs.folder import (
     check_backbone,
     claim,
     clear_partial,
-    file_hash,
     finished_report,
     load_run_config,
     open_run_dataset,
+    training_split,
+    version_of,
     write_identity,
+    write_item_vectors,
 )
 from l2rec.runs.loop import TrainingResult, train
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
 from l2rec.runs.predictor import (
+    Predictor,
     backbone_of,
     build_model,
     catalog_vectors,
@@ -103,15 +106,13 @@ def train_run(
     )
     vectors = catalog_vectors(model)
     if vectors is not None:
-        save_tensors(
-            out / "items.safetensors",
-            {"vectors": vectors},
-            model=file_hash(out / "model.safetensors"),
-        )
-    for entry in getattr(model, "cached", ()):
+        write_item_vectors(out, vectors)
+    for entry in model.cached if isinstance(model, Cached) else ():
         (out / "cache").mkdir(exist_ok=True)
         shutil.copy2(entry, out / "cache" / entry.name)
-    diagnostics = diagnose(model, split, dataset, vectors)
+    ids = dataset.item_ids.to_pylist()
+    predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
+    diagnostics = diagnose(predictor, split, dataset)
     start = (
         PRETRAINED if init is not None else UNTRAINED if backbone is None else UNTRAINED_BACKBONE
     )
@@ -145,7 +146,7 @@ def validate_run(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A trained model, at its best step, and what it was trained on."""
+    """A trained model at its best step, and what it was trained on."""
 
     split: Split
     backbone: Backbone | None
@@ -207,18 +208,14 @@ def _fit(
     return _Fitted(split, backbone, model, trained, result)
 
 
-def training_split(config: RunConfig, dataset: Dataset) -> Split:
-    """Leave-one-out, trained on as many users as the run says."""
-    split, share = leave_one_out(dataset.sequences), config.training.user_share
-    return split if share == 1 else with_fewer_users(split, share, config.seed)
-
-
 def _start_from(model: Any, init: Path) -> str:
-    """Load the trained tensors of another run that are not rows of its items."""
+    """Load the trained tensors of another run that are not rows of its items; return a line that
+    says so.
+    """
     load_run_config(init)
     tensors, _ = load_tensors(init / "model.safetensors")
     own = trained_tensors(model)
-    of_items = getattr(model, "item_tensors", frozenset[str]())
+    of_items = type(model).item_tensors
     shared = {n: t for n, t in tensors.items() if n not in of_items}
     wrong = [n for n, t in shared.items() if n not in own or own[n].shape != t.shape]
     missing = sorted(own.keys() - shared.keys() - of_items)
@@ -234,9 +231,9 @@ def _start_from(model: Any, init: Path) -> str:
 def _floor_scores(
     split: Split, dataset: Dataset, model: Any, out: Path, start: str, progress: Progress
 ) -> dict[str, Evaluation]:
-    """Test ranks of the floors, and of the model as it was before any training (``start``)."""
+    """Rank the test split by the floors, and by the model before any training (``start``)."""
     progress.line(f"scoring the floors: popularity, last item neighbour, nearby items, {start}")
-    floors = {
+    floors: dict[str, Recommender] = {
         "popularity": Popularity.from_sequences(split.train, dataset.n_items),
         "last item neighbour": LastItemNeighbour.from_sequences(split.train, dataset.n_items),
         "nearby items": NearbyItems.from_sequences(split.train, dataset.n_items),
@@ -250,9 +247,9 @@ def _floor_scores(
 
 
 def _score(
-    recommender: Any, split: Split, progress: Progress, split_name: str = "test"
+    recommender: Recommender, split: Split, progress: Progress, split_name: str = "test"
 ) -> Evaluation:
-    """Full ranking of every user of ``test`` or ``valid``."""
+    """Rank every user's target of ``test`` or ``valid`` among all items."""
     test = split_name == "test"
     return evaluate(
         recommender,
@@ -311,7 +308,7 @@ def _report(
 def evaluate_run(
     run: Path, split_name: str, progress: Progress, data: Path | None = None
 ) -> dict[str, Any]:
-    """Scores of a finished run on ``valid`` or ``test``, with the fingerprint they belong to.
+    """Score a finished run on ``valid`` or ``test``; return metrics with their fingerprint.
 
     Raises:
         CheckpointError: the data set is not the one the run was made on.
@@ -321,7 +318,7 @@ def evaluate_run(
     dataset = open_run_dataset(run, data)
     predictor = load(run)
     split = leave_one_out(dataset.sequences)
-    evaluation = _score(predictor.model, split, progress, split_name)
+    evaluation = _score(predictor, split, progress, split_name)
     if split_name == "test":
         write_ranks(
             run / "ranks.parquet", evaluation, UserIds(dataset), fingerprint=dataset.fingerprint

@@ -19,12 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-import torch
-
 from l2rec.errors import DataError
 from l2rec.modules.adapters import MATRIX_NAMES
-from l2rec.runs.diagnostics import expert_load
+from l2rec.protocols import Inspectable
 from l2rec.runs.predictor import Predictor
 
 T = TypeVar("T")
@@ -81,10 +78,14 @@ def experts(predictor: Predictor, history: Sequence[str]) -> Experts | None:
         DataError: unknown ids, all of them named.
     """
     model = predictor.model
-    if not hasattr(model, "experts") or not hasattr(model, "user_states"):
+    load = model.expert_load(predictor.rows([history])) if isinstance(model, Inspectable) else None
+    if load is None:
         return None
-    found = expert_load(model, predictor.rows([history]))
-    return Experts(found["matrices"], found["experts"]) if found else None
+    shares = {
+        view: [[round(share, 4) for share in shares] for shares in by_matrix]
+        for view, by_matrix in load.experts.items()
+    }
+    return Experts(load.matrices, shares)
 
 
 def label(matrix: str) -> str:
@@ -114,19 +115,14 @@ def explain(predictor: Predictor, history: Sequence[str], item: str | None = Non
         item = best[0]["id"]
     row = int(predictor.rows([[item]])[0][0])
     rows = predictor.rows(variants(history))
-    users, gates = predictor.users(rows)
-    with torch.inference_mode():
-        if predictor.vectors is None:
-            scores, prior = users[:, row], None
-        else:
-            scores, prior = users @ predictor.vectors[row], predictor.prior(rows)
-            scores = scores if prior is None else scores + prior[:, row]
-    found = np.asarray(scores.float().cpu())
+    encoded = predictor.encode(rows)
+    scores = predictor.scores(encoded)[:, row].float().cpu().tolist()
+    prior = encoded.prior
     return Explanation(
         item=item,
-        score=float(found[0]),
+        score=scores[0],
         added=None if prior is None else float(prior[0, row]),
-        gate=gates[0],
+        gate=encoded.gates[0],
         experts=experts(predictor, history),
-        without=effects(len(history), found.tolist()),
+        without=effects(len(history), scores),
     )

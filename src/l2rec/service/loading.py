@@ -16,9 +16,8 @@ from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 from l2rec.index import Index, build
 from l2rec.index import load as load_index
-from l2rec.runs.checkpoint import load_tensors
-from l2rec.runs.folder import read_catalog
-from l2rec.runs.predictor import Predictor, load
+from l2rec.runs.folder import read_run
+from l2rec.runs.predictor import Predictor, load_folder
 from l2rec.service.attributes import Attributes
 from l2rec.service.ranking import Query, encode, rank, rank_exactly
 from l2rec.service.version import ItemState, Version
@@ -42,17 +41,17 @@ def load_version(
     Raises:
         L2RecError: whatever is wrong with the folder.
     """
-    predictor = load(run)
-    if expected is not None and predictor.version != expected:
+    folder = read_run(run)
+    if expected is not None and folder.version != expected:
         raise CheckpointError(
-            f"{run}: its weights are {predictor.version}, {expected} was deployed; deploy it again"
+            f"{run}: its weights are {folder.version}, {expected} was deployed; deploy it again"
         )
-    stored = run / "items.safetensors"
-    if stored.is_file() and (made := load_tensors(stored)[1].get("model")) != predictor.version:
+    if folder.vectors is not None and folder.vectors_version != folder.version:
         raise CheckpointError(
-            f"{run}: item vectors of model {made}, weights {predictor.version}: torn or "
-            "exchanged; delete items.safetensors if the weights are right"
+            f"{run}: item vectors of model {folder.vectors_version}, weights {folder.version}: "
+            "torn or exchanged; delete items.safetensors if the weights are right"
         )
+    predictor = load_folder(folder)
     predictor.verify()
     report = read_json(run / "report.json") if (run / "report.json").is_file() else {}
     base = len(predictor.ids)
@@ -60,7 +59,7 @@ def load_version(
         predictor=predictor,
         index=None,
         indexed=base,
-        attributes=Attributes.of_catalog(read_catalog(run)),
+        attributes=Attributes.of_catalog(folder.catalog),
         deleted=frozenset(n for n, item in enumerate(predictor.ids) if not item),
         name=run.resolve().name,
         report=report,

@@ -34,16 +34,16 @@ class User:
 
 def encode(version: Version, rows: Ragged) -> list[User]:
     """Histories of item ints, encoded. In the thread of the version's model."""
-    vectors, gates = version.predictor.users(rows)
-    vectors = vectors.float().cpu()
-    prior = None if version.matrix is None else version.predictor.prior(rows)
-    if prior is None:
-        return [User(vector.clone(), gate) for vector, gate in zip(vectors, gates, strict=True)]
-    dense = prior.float().cpu().numpy()[:, : len(version)]
+    encoded = version.predictor.encode(rows)
+    vectors = encoded.vectors.float().cpu()
+    if encoded.prior is None:
+        pairs = zip(vectors, encoded.gates, strict=True)
+        return [User(vector.clone(), gate) for vector, gate in pairs]
+    dense = encoded.prior.float().cpu().numpy()
     some = [np.flatnonzero(row) for row in dense]
     return [
         User(vector.clone(), gate, found, row[found])
-        for vector, gate, found, row in zip(vectors, gates, some, dense, strict=True)
+        for vector, gate, found, row in zip(vectors, encoded.gates, some, dense, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
+from l2rec.protocols import Inspectable
 from l2rec.service.live import Live
 from l2rec.service.routes.state import SCORES, example, service_of
 from l2rec.service.version import Version
@@ -109,7 +110,7 @@ async def live(request: Request) -> State:
     held: Live = service_of(request).live
     version, running = held.current(), service_of(request).settings.experiment
     report, model = version.report, version.predictor.model
-    config = getattr(model, "config", None)
+    inspectable = model if isinstance(model, Inspectable) else None
     refused = held.status()["refused"]
     method, data = report.get("method"), report.get("dataset")
     scores = {
@@ -128,8 +129,8 @@ async def live(request: Request) -> State:
         added=len(version) - version.loaded if version.loaded else 0,
         index=None if version.index is None else version.index.kind,
         can=Can(
-            gate=len(getattr(config, "views", ())) > 1 and hasattr(model, "user_states"),
-            experts=bool(getattr(config, "adapt", False) and model.linears),
+            gate=inspectable is not None and inspectable.has_gate,
+            experts=inspectable is not None and inspectable.has_experts,
             neighbours=version.matrix is not None,
         ),
         experiment=None
