@@ -34,8 +34,8 @@ def gate_histogram(gates: npt.NDArray[np.floating]) -> dict[str, Any]:
 def diagnose(predictor: Predictor, split: Split, dataset: Dataset) -> dict[str, Any]:
     """Look into a model with test histories: what diagnostics.json holds.
 
-    ``matrices``, ``experts``: `ExpertLoad`, of a model with experts. ``gate``: `gate_histogram`, of a
-    model with a gate. ``examples``: recommendations.
+    ``matrices``, ``experts``: `ExpertLoad`, of a model with experts. ``gate``: `gate_histogram`, of
+    a model with a gate. ``examples``: recommendations.
     """
     model = predictor.model
     sample = np.linspace(0, len(split.users) - 1, min(SAMPLE, len(split.users))).astype(np.int64)
