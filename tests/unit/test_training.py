@@ -481,7 +481,7 @@ def test_rare_states_resume_exactly_too(tmp_path: Path) -> None:
 def test_crash_while_saving_a_validation(
     whole: Path, tmp_run: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "_save" if moment == "before the state" else "_keep_best"
+    name = "_save_state" if moment == "before the state" else "_save_best"
     real = getattr(training, name)
 
     best = int(load_tensors(whole / "model.safetensors")[1]["step"])
