@@ -55,10 +55,10 @@ def one_line(error: pytest.ExceptionInfo[CheckpointError]) -> str:
 def test_tensors_round_trip(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4).T, "b": torch.arange(5), "c": torch.zeros(0, 7)}
     save_tensors(tmp_path / "new" / "x.safetensors", tensors, step="12", note="é")
-    found, metadata = load_tensors(tmp_path / "new" / "x.safetensors")
+    loaded, metadata = load_tensors(tmp_path / "new" / "x.safetensors")
     assert metadata == {"step": "12", "note": "é"}
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[n], t) and loaded[n].dtype == t.dtype for n, t in tensors.items())
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.safetensors"]
 
 
@@ -111,7 +111,7 @@ def test_a_full_disk_for_the_last_file_of_a_state(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
+    """Mount a file system of 256 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     options = ["-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
@@ -171,7 +171,7 @@ def test_json(tmp_path: Path) -> None:
 
 
 class Explosive:
-    """Executed by whoever unpickles it."""
+    """An object that leaves a trace if it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -275,8 +275,8 @@ def test_a_torn_state_is_passed_over(tmp_path: Path, name: str, damage: str) -> 
         (newest / name).write_bytes((newest / name).read_bytes()[:7])
     with pytest.raises(CheckpointError):
         read_state(newest)
-    found = latest_state(tmp_path)
-    assert found is not None and found.counters["step"] == 1
+    older = latest_state(tmp_path)
+    assert older is not None and older.counters["step"] == 1
     (tmp_path / "state" / "step-00000001" / "counters.json").unlink()
     with pytest.raises(CheckpointError, match=f"step-00000002/{name}"):
         latest_state(tmp_path)
@@ -287,8 +287,8 @@ def test_left_overs_are_no_states(tmp_path: Path) -> None:
     left = tmp_path / "state" / ".step-00000002.part"
     left.mkdir()
     (left / ".model.safetensors.77.part").write_bytes(b"half")
-    found = latest_state(tmp_path)
-    assert found is not None and found.counters["step"] == 1
+    newest = latest_state(tmp_path)
+    assert newest is not None and newest.counters["step"] == 1
     write_state(tmp_path, 2, state(2))  # and in nobody's way
     assert {p.name for p in (tmp_path / "state" / "step-00000002").iterdir()} == {
         "model.safetensors",
@@ -298,7 +298,7 @@ def test_left_overs_are_no_states(tmp_path: Path) -> None:
 
 
 def test_optimizer_round_trip(tmp_path: Path) -> None:
-    def made() -> tuple[nn.Linear, torch.optim.AdamW]:
+    def build() -> tuple[nn.Linear, torch.optim.AdamW]:
         torch.manual_seed(3)
         layer = nn.Linear(4, 4)
         return layer, torch.optim.AdamW([{"params": [layer.weight]}, {"params": [layer.bias]}])
@@ -308,17 +308,17 @@ def test_optimizer_round_trip(tmp_path: Path) -> None:
         nn.functional.dropout(layer(torch.randn(8, 4)), 0.5).square().sum().backward()
         optimizer.step()
 
-    layer, optimizer = made()
+    layer, optimizer = build()
     for _ in range(3):
         step(layer, optimizer)
-    kept = {n: t.clone() for n, t in layer.state_dict().items()}
-    write_state(tmp_path, 3, State(kept, optimizer_tensors(optimizer), {"step": 3}))
+    weights = {n: t.clone() for n, t in layer.state_dict().items()}
+    write_state(tmp_path, 3, State(weights, optimizer_tensors(optimizer), {"step": 3}))
     step(layer, optimizer)
-    other, second = made()
-    found = latest_state(tmp_path)
-    assert found is not None
-    other.load_state_dict(found.model)
-    restore_optimizer(second, found.optimizer)
+    other, second = build()
+    newest = latest_state(tmp_path)
+    assert newest is not None
+    other.load_state_dict(newest.model)
+    restore_optimizer(second, newest.optimizer)
     step(other, second)
     assert torch.equal(layer.weight, other.weight) and torch.equal(layer.bias, other.bias)
     with pytest.raises(CheckpointError, match="no random state"):

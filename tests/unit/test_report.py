@@ -1,4 +1,4 @@
-"""The HTML report: complete, self-contained, escaped, and content with what a run has."""
+"""The HTML report: complete, self-contained, escaped, and robust to missing parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVIL = "<script>alert('x')</script> & \"co\""
 
 
 class Outline(HTMLParser):
-    """Checks that tags nest, and collects tags, attributes and text."""
+    """A parser that checks that tags nest, and collects tags, attributes and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,13 +151,13 @@ def test_page_has_every_section(full: Path) -> None:
     assert "Held out, and not in this list: zed" in text
     assert "2 earlier events not shown" in text and "past 1 " not in text
     assert "22.7 M parameters, 1.24 M trained" in text
-    assert "of the catalog in top tens" in text and "81%" in text
+    assert "catalog coverage@10" in text and "81%" in text
     assert "1 h 2 min" in text and "18,432,000" in text and "f1n9" in text
     assert "missing" not in dict(page.attributes).values()
     assert page.tags.count("svg") == 5
 
 
-def test_page_asks_for_nothing(full: Path) -> None:
+def test_page_makes_no_request(full: Path) -> None:
     page = outline(full)
     html = (full / "report.html").read_text(encoding="utf-8")
     assert "http://" not in html and "https://" not in html and "url(" not in html
@@ -186,7 +186,7 @@ def test_best_of_each_column_is_bold_and_ties_share_it(tmp_run: Path) -> None:
     assert "<b>–</b>" not in html
 
 
-def test_a_loss_is_told_as_one(tmp_run: Path) -> None:
+def test_a_score_below_the_best_floor_is_reported_as_below(tmp_run: Path) -> None:
     data = report()
     data["scores"] = {"l2rec": scores(0.1, 0.03), "popularity": scores(0.1, 0.04)}
     data["significance"] = {"popularity": {"difference": -0.01, "p": 0.2}}

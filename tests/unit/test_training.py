@@ -32,14 +32,14 @@ N_ITEMS, N_USERS = 12, 30
 
 @pytest.fixture(autouse=True, scope="module")
 def no_fsync() -> Iterator[None]:
-    """States are written at every step here; waiting for the disk is not what is tested."""
+    """Skip waiting for the disk: states are written at every step here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
 def split(users: int = N_USERS, seed: int = 0) -> Split:
-    """Walks of 4 to 9 steps along one cycle, with some noise so that nothing is learned at once."""
+    """Build walks of 4 to 9 steps along one cycle, noisy enough to take some epochs to learn."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(users):
@@ -50,7 +50,7 @@ def split(users: int = N_USERS, seed: int = 0) -> Split:
 
 
 class Toy(nn.Module):
-    """Next item from the last one by two tables of scores, with dropout."""
+    """A method that scores the next item by the last one, from two tables and with dropout."""
 
     def __init__(self, stages: int = 1, on_loss: Callable[[int], None] | None = None) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Toy(nn.Module):
 
 
 class Scripted(Toy):
-    """Its n-th validation ranks every right item ``places[n]``-th (the last place goes on)."""
+    """A method whose n-th validation ranks each target ``places[n]``-th; the last place repeats."""
 
     def __init__(self, places: list[int], data: Split, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -136,7 +136,7 @@ def rows(ragged: Ragged) -> list[list[int]]:
 
 
 def unique_histories() -> Split:
-    """Every history once, so that a script can tell users apart by it."""
+    """Build users whose histories all differ, so that `Scripted` knows each target."""
     return leave_one_out(
         Ragged.from_rows([[i, (i + 1) % N_ITEMS, (i + 2) % N_ITEMS, i] for i in range(N_ITEMS)])
     )
@@ -362,7 +362,7 @@ def test_nothing_to_train_or_validate_on(tmp_run: Path) -> None:
 
 
 class Poisoned(Toy):
-    """Its loss, or only its gradient, turns bad at one call."""
+    """A method whose loss, or only its gradient, is NaN or infinite at one call."""
 
     def __init__(self, call: int, where: str) -> None:
         super().__init__()
@@ -426,7 +426,7 @@ def test_a_full_disk_for_the_log_is_one_error(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody killed: 4 epochs of about 5 steps, epochs not all of the same length."""
+    """Train without a kill: 4 epochs of about 5 steps, not all of the same length."""
     run = tmp_path_factory.mktemp("whole") / "run"
     fit(run, batch_tokens=18)
     counts = {len(Toy().batches(split().train, **budget(epoch))) for epoch in range(4)}
@@ -464,7 +464,7 @@ def test_crash_again_and_again(whole: Path, tmp_run: Path) -> None:
 
 
 def test_rare_states_resume_exactly_too(tmp_path: Path) -> None:
-    """States only at validations: the steps since the last one are done again."""
+    """Save states at validations only: a resumed run repeats the steps since the last one."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     fit(tmp_path / "a", checkpoint_minutes=60)
@@ -481,7 +481,7 @@ def test_rare_states_resume_exactly_too(tmp_path: Path) -> None:
 def test_crash_while_saving_a_validation(
     whole: Path, tmp_run: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "_save" if moment == "before the state" else "_keep_best"
+    name = "_save_state" if moment == "before the state" else "_save_best"
     real = getattr(training, name)
 
     best = int(load_tensors(whole / "model.safetensors")[1]["step"])
@@ -626,7 +626,7 @@ def test_a_stage_starts_from_the_best_of_the_one_before(tmp_run: Path) -> None:
 
 @pytest.mark.parametrize("call", [4, 9, 10, 14])
 def test_resume_in_either_stage(tmp_path: Path, call: int) -> None:
-    """8 steps a stage; call 9 is the first of stage 2, before it has a state of its own."""
+    """Kill a run of 8 steps a stage; call 9 is the first of stage 2, which has no state yet."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     fit(tmp_path / "a", Toy(stages=2), epochs=2)
@@ -637,7 +637,7 @@ def test_resume_in_either_stage(tmp_path: Path, call: int) -> None:
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_max_minutes_is_of_the_run_not_of_a_stage(
+def test_max_minutes_limits_the_run_not_the_stage(
     tmp_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(10**6))
@@ -646,11 +646,11 @@ def test_max_minutes_is_of_the_run_not_of_a_stage(
     assert result.stopped == "max_minutes" and model.second.abs().max() == 0
 
 
-# ------------------------------------------------------------------------------- what a stage says
+# -- options of a stage --------------------------------------------------------------------------
 
 
 class Pretrained(Toy):
-    """A first stage that is not selected on, with an epoch count and a hook of its own."""
+    """A method whose first stage does not select, and sets ``epochs`` and ``begin_epoch``."""
 
     def __init__(self) -> None:
         super().__init__(stages=2)
@@ -673,10 +673,10 @@ class Pretrained(Toy):
         return self.loss(batch)
 
 
-def test_under_max_minutes_each_stage_has_a_schedule_of_its_own(
+def test_each_stage_has_its_own_schedule_under_max_minutes(
     tmp_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rate of the second begins at its peak too, and ends at zero with the minutes."""
+    """Check that the second stage starts at its peak rate and ends near zero with the minutes."""
     clock, rates = iter(range(10**6)), list[float]()
     monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
     rate = training._rate
@@ -733,7 +733,7 @@ def test_resume_inside_an_epoch_does_not_begin_it_again(tmp_path: Path) -> None:
 
 
 class Alternating(Toy):
-    """Two updates of each batch: the first table, then the second, by what the first became."""
+    """A method with two updates a batch: the first table, then the second given the new first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -761,12 +761,12 @@ def test_a_batch_may_ask_for_several_updates(tmp_path: Path) -> None:
     )
     assert len(model.seen) == 2 * result.steps
     for number, ((a, b), (c, d)) in enumerate(itertools.pairwise(model.seen)):
-        moved, kept = ((a, c), (b, d)) if number % 2 == 0 else ((b, d), (a, c))
-        assert not torch.equal(*moved) and torch.equal(*kept), number
+        moved, same = ((a, c), (b, d)) if number % 2 == 0 else ((b, d), (a, c))
+        assert not torch.equal(*moved) and torch.equal(*same), number
 
 
 def test_a_stage_may_validate_another_recommender(tmp_path: Path) -> None:
-    """Its scores are of another kind, so the stage after it starts its own competition."""
+    """Check that the next stage does not compare its scores with another recommender's."""
     data = unique_histories()
     other = Scripted([1], data)
 
@@ -782,10 +782,10 @@ def test_a_stage_may_validate_another_recommender(tmp_path: Path) -> None:
     assert result.valid["ndcg@10"] == scores[2] and result.best_step == result.steps
 
 
-def test_what_is_validated_is_calibrated_on_the_same_users(tmp_path: Path) -> None:
-    """The model, and what a stage validates in its place: each right before it is ranked."""
+def test_a_method_is_calibrated_before_each_validation(tmp_path: Path) -> None:
+    """Check that the ranked recommender, the model or its replacement, is calibrated first."""
     data = unique_histories()
-    told: list[tuple[str, int]] = []
+    calibrations: list[tuple[str, int]] = []
 
     class Tuned(Scripted):
         name = "model"
@@ -793,7 +793,7 @@ def test_what_is_validated_is_calibrated_on_the_same_users(tmp_path: Path) -> No
         def calibrate(self, sequences: Ragged, histories: Ragged, targets: Any) -> None:
             assert sequences is data.train and histories is data.valid_histories
             assert targets is data.valid_targets
-            told.append((self.name, self.calls))
+            calibrations.append((self.name, self.calls))
 
         def stages(self, lr: float, weight_decay: float) -> list[Stage]:
             one, two = super().stages(lr, weight_decay)
@@ -804,4 +804,5 @@ def test_what_is_validated_is_calibrated_on_the_same_users(tmp_path: Path) -> No
     model = Tuned([5, 4], data, stages=2)
     result = training.train(model, data, options(epochs=1), seed=0, run=tmp_path, progress=Quiet())
     half = result.steps // 2
-    assert told == [("model", 0), ("other", 0), ("model", 2 * half)] and model.calls == 2 * half
+    assert calibrations == [("model", 0), ("other", 0), ("model", 2 * half)]
+    assert model.calls == 2 * half

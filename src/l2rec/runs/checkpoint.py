@@ -1,8 +1,10 @@
-"""Checkpoints of a run, written so that a kill at any moment loses nothing.
+"""Checkpoints of a run.
 
-    RUN/state/step-N/       to go on from: model, optimiser, random state, counters
+    RUN/model.safetensors   trained tensors of the best step, without the frozen backbone
+    RUN/state/step-N/       a state to resume from: model, optimiser, random state, counters
 
-Files are written under another name, flushed to disk and renamed. Nothing is ever unpickled.
+Each file is written under another name, flushed to disk and renamed, so that a kill at any moment
+leaves the last good one. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -34,18 +36,27 @@ from l2rec.errors import CheckpointError
 from l2rec.protocols import SizedByData
 
 KEEP_STATES = 2
+"""Newest states that are not deleted; the older one serves if the newest is torn."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        CheckpointError: the disk is full, or the file cannot be written.
+    """
     with replacing(path) as partial:
         contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
         save_file(contiguous, partial, metadata=dict(metadata))
-        partial.chmod(0o666 & ~umask())  # safetensors makes files that only their owner reads
+        partial.chmod(0o666 & ~umask())  # safetensors writes files that only their owner can read
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; CheckpointError if missing or torn."""
+    """Read tensors and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing or torn.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -60,17 +71,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the model's state that is not the frozen backbone's."""
+    """Return the tensors of the model's state without those of the frozen backbone."""
     return {n: t for n, t in model.state_dict().items() if not n.startswith("backbone.")}
 
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Strict: names and shapes must be exactly the model's trained ones.
+    """Load trained tensors, whose names and shapes must be exactly the model's.
 
-    Buffers that a method names in ``sized_by_data`` take the length they were saved with.
+    Buffers that a method names in ``sized_by_data`` take the shape they were saved with.
+    ``where`` names the source in errors.
 
     Raises:
-        CheckpointError: what is missing, unexpected, or of another shape.
+        CheckpointError: tensors are missing, unexpected, or of another shape.
     """
     own = trained_tensors(model)
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -98,15 +110,18 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 @dataclass(frozen=True)
 class State:
-    """One resumable moment: model and optimiser tensors, and plain counters."""
+    """A point to resume from."""
 
     model: dict[str, Tensor]
+    """Trained tensors of the model."""
     optimizer: dict[str, Tensor]
+    """Tensors of the optimiser and random state, see `optimizer_tensors`."""
     counters: dict[str, Any]
+    """Everything else, as JSON values."""
 
 
 def write_state(run: Path, step: int, state: State) -> Path:
-    """Write RUN/state/step-N as a whole folder, then drop all but the newest two."""
+    """Write RUN/state/step-N as a whole folder, delete all but the newest two, return its path."""
     root = run / "state"
     partial, final = root / f".step-{step:08d}.part", root / f"step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -124,10 +139,10 @@ def write_state(run: Path, step: int, state: State) -> Path:
 
 
 def latest_state(run: Path) -> State | None:
-    """The newest state of a run that can be read, or None if it has none.
+    """Read the newest state of a run that is not torn; return None if there is no state.
 
     Raises:
-        CheckpointError: there are states, and all are torn.
+        CheckpointError: all states are torn.
     """
     problem = None
     for path in sorted((run / "state").glob("step-*"), reverse=True):
@@ -141,7 +156,11 @@ def latest_state(run: Path) -> State | None:
 
 
 def read_state(path: Path) -> State:
-    """A state folder; CheckpointError if it is torn."""
+    """Read a state folder.
+
+    Raises:
+        CheckpointError: a file is missing or torn.
+    """
     return State(
         load_tensors(path / "model.safetensors")[0],
         load_tensors(path / "optimizer.safetensors")[0],
@@ -150,7 +169,7 @@ def read_state(path: Path) -> State:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's per-parameter tensors under flat names, plus the CPU random state."""
+    """Return the optimiser's tensors as ``INDEX.KEY``, and the random state of CPU and GPU."""
     state = optimizer.state_dict()["state"]
     tensors = {f"{index}.{key}": value for index, s in state.items() for key, value in s.items()}
     tensors["rng"] = torch.get_rng_state()
@@ -160,10 +179,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; restores the random state too."""
+    """Restore the optimiser and the random state from `optimizer_tensors`.
+
+    Raises:
+        CheckpointError: the tensors hold no random state.
+    """
     tensors = dict(tensors)
     if "rng" not in tensors:
-        raise CheckpointError("this optimiser state has no random state: it is not of l2rec")
+        raise CheckpointError("this optimiser state has no random state: l2rec did not write it")
     rng, cuda = tensors.pop("rng"), tensors.pop("rng_cuda", None)
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

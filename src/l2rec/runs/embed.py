@@ -24,10 +24,14 @@ def embed_run(
 ) -> list[tuple[Path, int, int]]:
     """Write OUT/items.parquet and OUT/users.parquet: id, vector [D] float32, version.
 
-    Users are encoded from their whole history, the newest event included.
+    Users are encoded from their whole history, the newest event included; users without events
+    are left out.
 
     Returns:
         (path, rows, D) of each file.
+
+    Raises:
+        ConfigError: the method has no vectors.
     """
     dataset = open_run_dataset(run, data) if with_users else None
     predictor = load(run)
@@ -37,13 +41,13 @@ def embed_run(
     written = [_write_vectors(out / "items.parquet", predictor.ids, predictor.vectors, predictor)]
     if dataset is not None:
         sequences = dataset.sequences
-        some = np.flatnonzero(sequences.lengths > 0)
+        users = np.flatnonzero(sequences.lengths > 0)
         blocks = []
-        for start in range(0, len(some), 1024):
-            rows = some[start : start + 1024]
+        for start in range(0, len(users), 1024):
+            rows = users[start : start + 1024]
             blocks.append(predictor.model.encode_users(sequences.take(rows)).cpu())
-            progress.validating(min(start + 1024, len(some)), len(some))
-        ids = dataset.user_ids.take(pa.array(some)).to_pylist()
+            progress.validating(min(start + 1024, len(users)), len(users))
+        ids = dataset.user_ids.take(pa.array(users)).to_pylist()
         written.append(_write_vectors(out / "users.parquet", ids, torch.cat(blocks), predictor))
     return written
 
@@ -51,6 +55,7 @@ def embed_run(
 def _write_vectors(
     path: Path, ids: Sequence[str], vectors: Tensor, predictor: Predictor
 ) -> tuple[Path, int, int]:
+    """Write vectors [n, D] with their ids; return (path, n, D)."""
     flat = vectors.float().cpu().numpy()
     table = vectors_table(ids, flat, predictor.version)
     with replacing(path) as partial:

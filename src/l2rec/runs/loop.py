@@ -1,8 +1,11 @@
 """The one training loop: stages, validation on all users, early stopping, exact resume.
 
-It knows methods through `l2rec.protocols` alone. Everything random is a function of
-(seed, epoch, batch) or of the random state kept in each checkpoint, so a run that was killed and
-resumed ends with the weights of a run that was not.
+    train          all stages in turn, each from the best weights so far
+    _train_stage   the loop itself: step, log, validate, save
+
+Methods are known through `l2rec.protocols` alone. All randomness is a function of
+(seed, epoch, batch) or of the random state saved in each checkpoint, so a run that is killed and
+resumed ends with the same weights as one that is not.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from torch import nn
 
 from l2rec.config import TrainingConfig
+from l2rec.data.batches import Batch
 from l2rec.data.splits import Split
 from l2rec.disk import write_text
 from l2rec.errors import CheckpointError, TrainingError
@@ -50,11 +54,15 @@ from l2rec.runs.checkpoint import (
 from l2rec.runs.machine import peak_memory_mb
 
 SELECT = "ndcg@10"
+"""Validation metric that chooses the best step."""
+
+Points = Callable[[str, int, dict[str, float]], None]
+"""Writer of TensorBoard points: kind, step, values by name."""
 
 
 @dataclass
 class _Counters:
-    """Everything of the loop's state that is not a tensor. Saved as JSON."""
+    """The loop's state besides tensors; saved as JSON, so that names are part of the format."""
 
     stage: int = 0
     stage_start: int = 0
@@ -64,39 +72,48 @@ class _Counters:
     step: int = 0
     """Steps of all stages."""
     epoch: int = 0
-    """Of this stage, as are ``batch``, ``next_eval`` and ``bad``."""
+    """Epoch of this stage, from 0."""
     batch: int = 0
-    """Batches of this epoch that are done."""
+    """Batches done in this epoch."""
     next_eval: float = 0.0
-    """Epochs at which the next validation is due."""
+    """Epochs of this stage at which the next validation is due."""
     best: float = -math.inf
+    """Highest ``SELECT`` score so far."""
     best_step: int = 0
     bad: int = 0
-    """Validations since the best."""
+    """Validations of this stage since the best one."""
     seconds: float = 0.0
-    """Training time of all parts of this run, validations excluded."""
+    """Training time of the run, earlier processes included, validations excluded."""
     eval_seconds: float = 0.0
     tokens: int = 0
+    """Tokens passed through the backbone, without padding."""
     computed: int = 0
+    """Tokens computed, with padding."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What the loop hands to the report. ``valid``: metrics of the best step on validation."""
+    """Outcome of a training, for the report."""
 
     steps: int
     best_step: int
     valid: dict[str, float]
+    """Validation metrics of the best step."""
     untrained: dict[str, float]
+    """Validation metrics before the first step."""
     seconds: float
+    """Training time, validations excluded."""
     eval_seconds: float
+    """Validation time."""
     tokens: int
+    """Tokens passed through the backbone, without padding."""
     stopped: str
+    """Reason of the end: epochs, patience, max_steps, max_minutes, pruned or untrained."""
 
 
 @dataclass
 class _Window:
-    """Sums since the last log line."""
+    """Sums over the steps since the last log line; saved with the counters."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -106,7 +123,7 @@ class _Window:
     parts: dict[str, float] = field(default_factory=dict)
 
     def add(self, done: list[Losses], seconds: float) -> None:
-        """All updates of one batch: together one step."""
+        """Add one step: all updates of one batch."""
         self.steps += 1
         self.seconds += seconds
         for losses in done:
@@ -119,7 +136,7 @@ class _Window:
 
 @dataclass
 class _Run:
-    """One training in flight."""
+    """A training run: its inputs, and its state so far."""
 
     model: Any
     split: Split
@@ -127,13 +144,15 @@ class _Run:
     seed: int
     folder: Path
     progress: Progress
-    watch: Callable[[str, int, dict[str, float]], None]
+    points: Points
     hopeless: Callable[[float], bool]
     pruned: bool = False
     counters: _Counters = field(default_factory=_Counters)
     window: _Window = field(default_factory=_Window)
     untrained: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    saved_at: float = 0.0
+    """Clock time of the last saved state."""
 
 
 def train(
@@ -147,58 +166,66 @@ def train(
     resume: bool = False,
     hopeless: Callable[[float], bool] = lambda score: False,
 ) -> TrainingResult:
-    """Train to early stopping; RUN/model.safetensors holds the best step at the end.
+    """Train to early stopping; the model and RUN/model.safetensors then hold the best step.
 
-    ``hopeless`` is told the validation NDCG@10 of each validation that selects, and may end the
-    run by saying True ("pruned").
+    ``hopeless`` receives the NDCG@10 of each validation of a stage that selects; if it returns
+    True, the run ends ("pruned").
 
     Raises:
         TrainingError: the loss became NaN or infinite (step and cause are named; the last good
-            state stays), or there is nothing to train on.
+            state stays), or there is nothing to train or validate on.
         CheckpointError: the disk is full, or ``resume`` finds another model's state.
     """
     run.mkdir(parents=True, exist_ok=True)
     state = latest_state(run) if resume else None
-    with _tensorboard(run, 0 if state is None else int(state.counters["step"]) + 1) as watch:
-        return _train(_Run(model, split, config, seed, run, progress, watch, hopeless), state)
+    first = 0 if state is None else int(state.counters["step"]) + 1
+    with _tensorboard(run, first) as points:
+        return _train_stages(
+            _Run(model, split, config, seed, run, progress, points, hopeless), state
+        )
 
 
 @contextmanager
-def _tensorboard(run: Path, first: int) -> Iterator[Callable[[str, int, dict[str, float]], None]]:
-    """Writes points to RUN/tensorboard, steps from ``first`` on anew. A full disk is reported by
-    the files that matter, so it is no error here.
+def _tensorboard(run: Path, first: int) -> Iterator[Points]:
+    """Write points to RUN/tensorboard, replacing those from step ``first`` on.
+
+    A full disk is no error here: the files that matter report it.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(str(run / "tensorboard"), purge_step=first)
 
-    def watch(kind: str, step: int, values: dict[str, float]) -> None:
+    def points(kind: str, step: int, values: dict[str, float]) -> None:
         with suppress(OSError):
             for name, value in values.items():
                 board.add_scalar(f"{kind}/{name}", value, step)
 
     try:
-        yield watch
+        yield points
     finally:
         with suppress(OSError):
             board.close()
 
 
-def _train(run: _Run, state: State | None) -> TrainingResult:
+# -- stages --------------------------------------------------------------------------------------
+
+
+def _train_stages(run: _Run, state: State | None) -> TrainingResult:
+    """Start or resume the run, train the stages that are left, restore the best weights."""
     torch.manual_seed(run.seed)
     stages = run.model.stages(run.config.lr, run.config.weight_decay)
     if state is None:
-        _begin(run)
+        _start(run)
     else:
-        _go_on(run, state)
+        _resume(run, state)
     stopped = "untrained"
-    for number in range(run.counters.stage, len(stages)):
+    first = run.counters.stage
+    for number in range(first, len(stages)):
         stage = stages[number]
-        if number > run.counters.stage:
-            _next_stage(run, number, stage, stages[number - 1])
-        with _only(run.model, [p for g in stage.groups for p in g.parameters]) as parameters:
-            stopped = _run_stage(run, stage, parameters, state)
-        state = None
+        if number > first:
+            _begin_stage(run, number, stage, stages[number - 1])
+        with _gradients_only_for(run.model, stage):
+            stopped = _train_stage(run, stage, state if number == first else None)
         if stopped in ("max_minutes", "pruned"):
             break
     if stages:
@@ -209,29 +236,17 @@ def _train(run: _Run, state: State | None) -> TrainingResult:
     )
 
 
-@contextmanager
-def _only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Meanwhile no other parameter of the model takes a gradient."""
-    trained = set(parameters)
-    before = {p: p.requires_grad for p in model.parameters()}
-    for parameter in before:
-        parameter.requires_grad_(parameter in trained)
-    try:
-        yield parameters
-    finally:
-        for parameter, needed in before.items():
-            parameter.requires_grad_(needed)
-
-
-def _begin(run: _Run) -> None:
+def _start(run: _Run) -> None:
+    """Validate the untrained model: the score to beat."""
     (run.folder / "metrics.jsonl").unlink(missing_ok=True)
     run.untrained = run.best = _validate(run, 0.0)
     run.counters.best = run.untrained[SELECT]
     run.counters.next_eval = run.config.eval_every
-    _keep_best(run)
+    _save_best(run)
 
 
-def _go_on(run: _Run, state: State) -> None:
+def _resume(run: _Run, state: State) -> None:
+    """Take over the counters of a state, and bring log and best model back to its step."""
     saved = dict(state.counters)
     try:
         run.untrained, run.best = saved.pop("untrained"), saved.pop("best_metrics")
@@ -248,96 +263,94 @@ def _go_on(run: _Run, state: State) -> None:
     if c.best_step == c.step:  # the kill may have come before this state became the best model
         save_tensors(best, state.model, step=str(c.step))
     else:
-        load_tensors(best)  # a torn one is better known now than after hours of training
+        load_tensors(best)  # a torn file is reported now, not after hours of training
 
 
-def _next_stage(run: _Run, number: int, stage: Stage, before: Stage) -> None:
-    """From the best weights so far, with counters of its own."""
+def _begin_stage(run: _Run, number: int, stage: Stage, before: Stage) -> None:
+    """Restore the best weights so far and reset the counters of a stage."""
     _load_best(run)
     c = run.counters
     if stage.validates is not before.validates:
-        c.best = -math.inf  # other scores than these
+        c.best = -math.inf  # scores of another recommender do not compare with this one's
     c.stage, c.stage_start, c.stage_seconds = number, c.step, c.seconds
     c.epoch = c.batch = c.bad = 0
     c.next_eval = run.config.eval_every
-    run.progress.line(f"stage {number + 1}: {stage.name}, from step {c.best_step}")
+    run.progress.line(
+        f"stage {number + 1}: {stage.name}, from the best weights so far (step {c.best_step})"
+    )
 
 
-def _load_best(run: _Run) -> None:
-    tensors, _ = load_tensors(run.folder / "model.safetensors")
-    load_trained(run.model, tensors, str(run.folder))
+@contextmanager
+def _gradients_only_for(model: nn.Module, stage: Stage) -> Iterator[None]:
+    """Freeze all parameters that the stage does not train; restore their flags at the end."""
+    trained = {p for group in stage.groups for p in group.parameters}
+    before = {p: p.requires_grad for p in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(parameter in trained)
+    try:
+        yield
+    finally:
+        for parameter, needed in before.items():
+            parameter.requires_grad_(needed)
 
 
-def _run_stage(run: _Run, stage: Stage, parameters: list[nn.Parameter], state: State | None) -> str:
-    """One stage to its end; returns why it ended."""
-    config, c, model = run.config, run.counters, run.model
-    epochs = stage.epochs or config.epochs
-    optimizer = torch.optim.AdamW(
+# -- one stage -----------------------------------------------------------------------------------
+
+
+def _train_stage(run: _Run, stage: Stage, state: State | None) -> str:
+    """Train one stage to its end and return why it ended."""
+    optimizer = _optimizer(stage)
+    if state is not None:
+        load_trained(run.model, state.model, f"{run.folder}/state")
+        restore_optimizer(optimizer, state.optimizer)
+        if reached := _limit_reached(run):
+            return reached
+    planned = _planned_steps(run, stage)
+    run.saved_at = time.monotonic()
+    run.model.train()
+    for batch, position, last in _batches_left(run, stage):
+        _step(run, stage, batch, optimizer, planned)
+        ended = _limit_reached(run) or ("epochs" if last else "")
+        validating = bool(ended) or _validation_due(run, stage, position)
+        if validating or run.counters.step % run.config.log_every == 0:
+            _log_steps(run, position, planned)
+        if validating:
+            better = _validate_stage(run, stage, position)
+            ended = ended or _limit_reached(run)
+            _save_state(run, optimizer)  # first: the best model can be restored from it
+            if better:
+                _save_best(run)
+        elif _state_due(run):
+            _save_state(run, optimizer)
+        if ended:
+            return ended
+    return "epochs"
+
+
+def _optimizer(stage: Stage) -> torch.optim.AdamW:
+    """Build AdamW over the stage's groups; ``peak`` is the learning rate before the schedule."""
+    return torch.optim.AdamW(
         [
             {"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay, "peak": g.lr}
             for g in stage.groups
         ]
     )
-    if state is not None:
-        load_trained(model, state.model, f"{run.folder}/state")
-        restore_optimizer(optimizer, state.optimizer)
-        if over := _over(run):
-            return over
-    # Of epoch 0, in a resumed run too: epochs differ by some batches, the schedule must not.
-    planned = epochs * len(_batches(run, stage, 0))
+
+
+def _planned_steps(run: _Run, stage: Stage) -> int:
+    """Return the length of the schedule in steps.
+
+    Epochs may differ by a few batches; epoch 0 counts for all, so that a resumed run has the
+    same schedule.
+    """
+    planned = _epochs(run, stage) * len(_batches(run, stage, 0))
     if planned == 0:
         raise TrainingError("no user has two training events: there is nothing to train on")
-    if config.max_steps is not None:
-        planned = min(planned, config.max_steps)
-    saved_at = time.monotonic()
-    model.train()
-    for epoch in range(c.epoch, epochs):
-        c.epoch = epoch
-        if stage.begin_epoch is not None and c.batch == 0:
-            stage.begin_epoch(epoch)
-        batches = _batches(run, stage, epoch)
-        for batch in batches.iterate(c.batch):
-            started = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _rate(run, planned)
-            done: list[Losses] = []
-            for losses in updates(stage.loss(batch)):
-                optimizer.zero_grad(set_to_none=True)
-                losses.total.backward()
-                norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-                _check_finite(run, losses, norm)
-                optimizer.step()
-                done.append(losses)
-            c.step, c.batch = c.step + 1, c.batch + 1
-            c.tokens += sum(losses.tokens for losses in done)
-            c.computed += sum(losses.computed_tokens for losses in done)
-            c.seconds += time.monotonic() - started
-            run.window.add(done, time.monotonic() - started)
-            position = epoch + c.batch / len(batches)
-            if c.step % config.log_every == 0:
-                _log_window(run, position, planned)
-            over = _over(run)
-            if epoch + 1 == epochs and c.batch == len(batches):
-                over = over or "epochs"
-            if over or (stage.select and position >= c.next_eval - 1e-9):
-                _log_window(run, position, planned)
-                better = _validate_and_count(run, position, stage)
-                c.next_eval = position + config.eval_every
-                over = over or _over(run)
-                # The state first: from it the best model can be had again, not the other way.
-                _save(run, optimizer)
-                if better:
-                    _keep_best(run)
-                saved_at = time.monotonic()
-                model.train()
-            elif time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
-                _save(run, optimizer)
-                saved_at = time.monotonic()
-            if over:
-                return over
-        c.batch = 0
-        c.epoch = epoch + 1
-    return "epochs"
+    return planned if run.config.max_steps is None else min(planned, run.config.max_steps)
+
+
+def _epochs(run: _Run, stage: Stage) -> int:
+    return stage.epochs or run.config.epochs
 
 
 def _batches(run: _Run, stage: Stage, epoch: int) -> EpochBatches:
@@ -350,35 +363,24 @@ def _batches(run: _Run, stage: Stage, epoch: int) -> EpochBatches:
     )
 
 
-def _rate(run: _Run, planned: int) -> float:
-    """`_schedule` at this step; under ``max_minutes`` the clock may run ahead of the steps, and
-    the rate follows whichever is nearer to its end. A stage has the time that is left to it.
+def _batches_left(run: _Run, stage: Stage) -> Iterator[tuple[Batch, float, bool]]:
+    """Yield the batches from where the counters stand (`_step` moves them) to the stage's end.
+
+    Each comes with the epochs done after it, a fraction, and whether it is the last.
     """
-    config, c = run.config, run.counters
-    step = max(c.step - c.stage_start, int(planned * _time_over(run)))
-    return _schedule(step, planned, config)
+    c, epochs = run.counters, _epochs(run, stage)
+    for epoch in range(c.epoch, epochs):
+        if stage.begin_epoch is not None and c.batch == 0:
+            stage.begin_epoch(epoch)
+        batches = _batches(run, stage, epoch)
+        for done, batch in enumerate(batches.iterate(c.batch), start=c.batch + 1):
+            last = epoch + 1 == epochs and done == len(batches)
+            yield batch, epoch + done / len(batches), last
+        c.epoch, c.batch = epoch + 1, 0
 
 
-def _time_over(run: _Run) -> float:
-    """Share of the time that ``max_minutes`` left to this stage that is over; 0 without a limit."""
-    c, minutes = run.counters, run.config.max_minutes
-    if minutes is None:
-        return 0.0
-    return (c.seconds - c.stage_seconds) / max(60 * minutes - c.stage_seconds, 1e-9)
-
-
-def _schedule(step: int, total: int, config: TrainingConfig) -> float:
-    """Share of the peak learning rate: linear warm-up, then cosine to zero or constant."""
-    warm = max(1, round(config.warmup * total))
-    if step < warm:
-        return (step + 1) / warm
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
-
-
-def _over(run: _Run) -> str:
-    """Why this stage ends before its epochs do, or an empty string."""
+def _limit_reached(run: _Run) -> str:
+    """Return the limit that ends this stage before its epochs do, or an empty string."""
     config, c = run.config, run.counters
     if run.pruned:
         return "pruned"
@@ -389,7 +391,41 @@ def _over(run: _Run) -> str:
     return "patience" if c.bad >= config.patience else ""
 
 
+# -- step ----------------------------------------------------------------------------------------
+
+
+def _step(
+    run: _Run, stage: Stage, batch: Batch, optimizer: torch.optim.Optimizer, planned: int
+) -> None:
+    """Make the updates that the loss of one batch asks for, and count them as one step."""
+    started = time.monotonic()
+    share = _rate(run, planned)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+    done = []
+    for losses in updates(stage.loss(batch)):
+        _update(run, losses, optimizer)
+        done.append(losses)
+    seconds = time.monotonic() - started
+    c = run.counters
+    c.step, c.batch, c.seconds = c.step + 1, c.batch + 1, c.seconds + seconds
+    c.tokens += sum(losses.tokens for losses in done)
+    c.computed += sum(losses.computed_tokens for losses in done)
+    run.window.add(done, seconds)
+
+
+def _update(run: _Run, losses: Losses, optimizer: torch.optim.Optimizer) -> None:
+    """Make one update of the weights, gradients clipped to ``training.clip``."""
+    optimizer.zero_grad(set_to_none=True)
+    losses.total.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, run.config.clip)
+    _check_finite(run, losses, norm)
+    optimizer.step()
+
+
 def _check_finite(run: _Run, losses: Losses, norm: torch.Tensor) -> None:
+    """Raise TrainingError before a loss or gradient that is not finite reaches the weights."""
     if torch.isfinite(losses.total) and torch.isfinite(norm):
         return
     bad = [name for name, part in losses.parts.items() if not torch.isfinite(part)]
@@ -401,10 +437,59 @@ def _check_finite(run: _Run, losses: Losses, norm: torch.Tensor) -> None:
     )
 
 
-# -- validation and checkpoints ------------------------------------------------------------------
+def _rate(run: _Run, planned: int) -> float:
+    """Return the share of the peak learning rate at this step of the stage.
+
+    Under ``max_minutes``, the schedule follows whichever is nearer to its end: the planned steps,
+    or the time that was left to this stage when it began.
+    """
+    config, c = run.config, run.counters
+    step = max(c.step - c.stage_start, int(planned * _time_used(run)))
+    return _schedule(step, planned, config)
+
+
+def _time_used(run: _Run) -> float:
+    """Return the used share of the time that ``max_minutes`` left to this stage, else 0."""
+    c, minutes = run.counters, run.config.max_minutes
+    if minutes is None:
+        return 0.0
+    return (c.seconds - c.stage_seconds) / max(60 * minutes - c.stage_seconds, 1e-9)
+
+
+def _schedule(step: int, total: int, config: TrainingConfig) -> float:
+    """Return a share of the peak rate: linear warm-up, then cosine to zero or constant."""
+    warm = max(1, round(config.warmup * total))
+    if step < warm:
+        return (step + 1) / warm
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
+
+
+# -- validate ------------------------------------------------------------------------------------
+
+
+def _validation_due(run: _Run, stage: Stage, position: float) -> bool:
+    return stage.select and position >= run.counters.next_eval - 1e-9
+
+
+def _validate_stage(run: _Run, stage: Stage, position: float) -> bool:
+    """Validate; return whether to keep these weights: the best so far, or of no selection."""
+    _print_cost(run, position)
+    metrics = _validate(run, position, stage.validates)
+    run.model.train()
+    c, score = run.counters, metrics[SELECT]
+    c.next_eval = position + run.config.eval_every
+    run.pruned = stage.select and run.hopeless(score)
+    if score > c.best or not stage.select:
+        c.best, c.best_step, c.bad, run.best = score, c.step, 0, metrics
+        return True
+    c.bad += 1
+    return False
 
 
 def _validate(run: _Run, position: float, validated: Recommender | None = None) -> dict[str, float]:
+    """Rank the validation item of every user, by the model unless ``validated`` replaces it."""
     split, c = run.split, run.counters
     started = time.monotonic()
     if not len(split.users):
@@ -421,36 +506,32 @@ def _validate(run: _Run, position: float, validated: Recommender | None = None) 
     )
     c.eval_seconds += time.monotonic() - started
     metrics = result.metrics()
-    _log(run, {"event": "valid", "step": c.step, "epoch": round(position, 4), **metrics})
-    run.watch("valid", c.step, metrics)
-    run.progress.line(
-        f"validation at step {c.step} (epoch {position:.2f}): "
-        f"recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics[SELECT]:.4f}  "
-        f"masked {metrics[SELECT + '_masked']:.4f}" + ("  (untrained)" if c.step == 0 else "")
-    )
+    _log_validation(run, position, metrics)
     return metrics
 
 
-def _validate_and_count(run: _Run, position: float, stage: Stage) -> bool:
-    """Validate; True if the model is the best so far, or if its stage keeps the last."""
-    _tell_cost(run, position)
-    metrics = _validate(run, position, stage.validates)
-    c = run.counters
-    run.pruned = stage.select and run.hopeless(metrics[SELECT])
-    if metrics[SELECT] > c.best or not stage.select:
-        c.best, c.best_step, c.bad, run.best = metrics[SELECT], c.step, 0, metrics
-        return True
-    c.bad += 1
-    return False
+# -- save ----------------------------------------------------------------------------------------
 
 
-def _keep_best(run: _Run) -> None:
+def _save_best(run: _Run) -> None:
+    """Write the present weights to RUN/model.safetensors."""
     save_tensors(
         run.folder / "model.safetensors", trained_tensors(run.model), step=str(run.counters.step)
     )
 
 
-def _save(run: _Run, optimizer: torch.optim.Optimizer) -> None:
+def _load_best(run: _Run) -> None:
+    """Load RUN/model.safetensors into the model."""
+    tensors, _ = load_tensors(run.folder / "model.safetensors")
+    load_trained(run.model, tensors, str(run.folder))
+
+
+def _state_due(run: _Run) -> bool:
+    return time.monotonic() - run.saved_at > 60 * run.config.checkpoint_minutes
+
+
+def _save_state(run: _Run, optimizer: torch.optim.Optimizer) -> None:
+    """Write a state to resume from."""
     counters = {
         **asdict(run.counters),
         "window": asdict(run.window),
@@ -462,31 +543,22 @@ def _save(run: _Run, optimizer: torch.optim.Optimizer) -> None:
         run.counters.step,
         State(trained_tensors(run.model), optimizer_tensors(optimizer), counters),
     )
+    run.saved_at = time.monotonic()
 
 
-# -- logs ----------------------------------------------------------------------------------------
+# -- log -----------------------------------------------------------------------------------------
 
 
-def _tell_cost(run: _Run, position: float) -> None:
-    """One line on what training has cost so far: step time, rate, padding, memory."""
-    c = run.counters
-    run.progress.line(
-        f"epoch {position:.2f}: {c.step} steps in {c.seconds / 60:.1f} min, "
-        f"{c.seconds / max(c.step, 1):.2f} s/step, "
-        f"{c.tokens / max(c.seconds, 1e-9):,.0f} tokens/s, "
-        f"{c.tokens / max(c.computed, 1):.1%} real tokens, peak memory {peak_memory_mb():,.0f} MB"
-    )
-
-
-def _log_window(run: _Run, position: float, planned: int) -> None:
+def _log_steps(run: _Run, position: float, planned: int) -> None:
+    """Report the means over the steps since the last log line, and begin a new window."""
     c, window, run.window = run.counters, run.window, _Window()
     if not window.steps:
         return
     loss, rate = window.loss / window.steps, window.tokens / max(window.seconds, 1e-9)
     parts = {name: value / window.steps for name, value in window.parts.items()}
     step_seconds = window.seconds / window.steps
-    real, memory = window.tokens / max(window.computed, 1), peak_memory_mb()
-    _log(
+    memory = peak_memory_mb()
+    _append(
         run,
         {
             "event": "train",
@@ -496,31 +568,59 @@ def _log_window(run: _Run, position: float, planned: int) -> None:
             "parts": parts,
             "tokens_per_second": rate,
             "step_seconds": step_seconds,
-            "real_tokens": real,
+            "real_tokens": window.tokens / max(window.computed, 1),
             "peak_memory_mb": memory,
             "seconds": c.seconds,
         },
     )
-    run.watch("train", c.step, {**parts, "loss": loss, "tokens_per_second": rate})
+    run.points("train", c.step, {**parts, "loss": loss, "tokens_per_second": rate})
     run.progress.training(
         position,
         c.step,
         _last_step(run, planned),
-        f"loss {loss:.3f}  {rate:,.0f} tokens/s  {step_seconds:.2f} s/step  real {real:.0%}  "
-        f"{memory:,.0f} MB",
+        f"loss {loss:.3f}  {step_seconds:.2f} s/step  {rate:,.0f} tokens/s  "
+        f"{_padding(window.tokens, window.computed):.0%} padding  {memory:,.0f} MB",
     )
 
 
 def _last_step(run: _Run, planned: int) -> int:
-    """The step this stage will end at, as far as is known now: for the time that is left."""
-    c, over = run.counters, _time_over(run)
+    """Return the step at which this stage will end, at its speed so far under ``max_minutes``."""
+    c, used = run.counters, _time_used(run)
     last = c.stage_start + planned
-    if over > 0:
-        last = min(last, c.stage_start + round((c.step - c.stage_start) / over))
+    if used > 0:
+        last = min(last, c.stage_start + round((c.step - c.stage_start) / used))
     return max(last, c.step)
 
 
-def _log(run: _Run, record: dict[str, Any]) -> None:
+def _log_validation(run: _Run, position: float, metrics: dict[str, float]) -> None:
+    step = run.counters.step
+    _append(run, {"event": "valid", "step": step, "epoch": round(position, 4), **metrics})
+    run.points("valid", step, metrics)
+    run.progress.line(
+        f"validation at step {step} (epoch {position:.2f}): "
+        f"recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics[SELECT]:.4f}  "
+        f"ndcg@10 masked {metrics[SELECT + '_masked']:.4f}" + ("  (untrained)" if step == 0 else "")
+    )
+
+
+def _print_cost(run: _Run, position: float) -> None:
+    """Print the cost of training so far: step time, tokens, padding, memory."""
+    c = run.counters
+    run.progress.line(
+        f"epoch {position:.2f}: {c.step} steps in {c.seconds / 60:.1f} min, "
+        f"{c.seconds / max(c.step, 1):.2f} s/step, "
+        f"{c.tokens / max(c.seconds, 1e-9):,.0f} tokens/s, "
+        f"{_padding(c.tokens, c.computed):.1%} padding, peak memory {peak_memory_mb():,.0f} MB"
+    )
+
+
+def _padding(tokens: int, computed: int) -> float:
+    """Return the share of computed tokens that are padding."""
+    return 1 - tokens / computed if computed else 0.0
+
+
+def _append(run: _Run, record: dict[str, Any]) -> None:
+    """Append one line to RUN/metrics.jsonl."""
     try:
         with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -529,10 +629,10 @@ def _log(run: _Run, record: dict[str, Any]) -> None:
 
 
 def _trim_log(path: Path, step: int) -> None:
-    """Forget lines later than the state that a run goes on from: they will come again."""
-    kept = []
+    """Remove log lines later than ``step``: a resumed run writes them again."""
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with suppress(ValueError):  # the line that a kill or a full disk tore
+        with suppress(ValueError):  # a line torn by a kill or a full disk
             if json.loads(line)["step"] <= step:
-                kept.append(f"{line}\n")
-    write_text(path, "".join(kept))
+                lines.append(f"{line}\n")
+    write_text(path, "".join(lines))

@@ -1,4 +1,4 @@
-"""The machine a run is made on: device, hardware, versions, memory."""
+"""Facts about the machine of a run: device, hardware, versions, memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from l2rec._version import __version__
 
 
 def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far (or of the GPU, where one is used)."""
+    """Return the peak memory in MB of the GPU, else of the process; 0 if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     if sys.platform == "win32":
-        return 0.0  # not known without another dependency
+        return 0.0  # needs another dependency
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -26,12 +26,12 @@ def peak_memory_mb() -> float:
 
 
 def device() -> str:
-    """The accelerator if there is one, else the processor."""
+    """Return "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def hardware() -> str:
-    """Processor or accelerator, and how many cores were used."""
+    """Return the name of the GPU, or of the processor and the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -45,16 +45,16 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers depend on."""
-    found = {"l2rec": __version__, "python": platform.python_version()}
+    """Return the versions that results depend on, and the commit if there is one."""
+    numbers = {"l2rec": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "numpy", "polars"):
-        found[package] = importlib.metadata.version(package)
+        numbers[package] = importlib.metadata.version(package)
     commit = _commit()
-    return {**found, "commit": commit} if commit else found
+    return {**numbers, "commit": commit} if commit else numbers
 
 
 def _commit() -> str:
-    """The commit of this source tree, "-dirty" where it was changed; empty if it is no checkout."""
+    """Return the commit of this checkout, "-dirty" if files changed; empty outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(

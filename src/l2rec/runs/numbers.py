@@ -15,19 +15,23 @@ METRICS = {
     "ndcg@20": "N@20",
     "mrr": "MRR",
 }
+"""Metric keys and their short names, in the order of the tables."""
 
 
 MAIN = "ndcg@10"
+"""Metric that methods are compared by."""
 
 
 NONE = "–"
+"""Text in place of a missing number."""
 
 
 SIGNIFICANT = 0.05
+"""Largest p value, exclusive, of a difference that counts as significant."""
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Say whether a value is a finite number."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

@@ -1,10 +1,10 @@
-"""A run folder as one HTML page that needs nothing else: no scripts, fonts or requests.
+"""The HTML report of a run: one self-contained page, without scripts, fonts or requests.
 
     metrics.jsonl ──┐                 ┌─ scores, curves
     report.json ────┼─ Page ─ Jinja2 ─┼─ experts, gate, examples
-    diagnostics.json┘                 └─ how it was made
+    diagnostics.json┘                 └─ how to reproduce it
 
-Whatever a run does not have is left out with a note. This file turns numbers into texts and
+A note replaces each part whose data are missing. This file turns numbers into texts and
 coordinates; ``report.html.j2`` holds all markup and colours.
 """
 
@@ -45,11 +45,17 @@ Json = Mapping[str, Any]
 Point = tuple[float, float]
 
 CURVE_POINTS = 300
+"""Most points of a drawn curve."""
 SHOWN_HISTORY = 10
+"""Newest events of an example that are shown."""
 
 
 def write_report(run: Path) -> Path:
-    """Render ``run/report.html`` from the files in the run folder and return its path."""
+    """Render RUN/report.html from the files of the run and return its path.
+
+    Raises:
+        CheckpointError: not a run folder, or a file that holds no JSON object.
+    """
     if not run.is_dir():
         raise CheckpointError(f"{run} is not a run folder; give the --out of a training")
     target = run / "report.html"
@@ -71,20 +77,20 @@ def _render(page: Page) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, empty where there is no such file."""
+    """Read the JSON object of a file; return an empty one if the file is missing."""
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); evaluate the run again") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object; evaluate the run again")
-    return found
+    return value
 
 
 def _read_events(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file. Lines torn by an interruption are skipped."""
+    """Read the JSON objects of a file, one a line; skip lines torn by an interruption."""
     if not path.exists():
         return []
     events = []
@@ -111,7 +117,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A model's scores; ``against`` compares the trained model with this one on N@10."""
+    """A model's scores; ``against``: gain of the trained model over it on N@10, and p."""
 
     model: str
     trained: bool
@@ -121,7 +127,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of all models with the history masked, or not."""
+    """Scores of all models, either with the history masked or not."""
 
     caption: str
     rows: list[Row]
@@ -129,7 +135,7 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Headline:
-    """The main score and what it is worth against the best floor."""
+    """The main score, and its comparison with the best floor."""
 
     value: str
     lift: str
@@ -157,7 +163,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point worth a label: the untrained model, the best step."""
+    """A dot of the validation curve; the untrained model and the best step have a label."""
 
     x: float
     y: float
@@ -169,7 +175,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Frame:
-    """The rectangle that data are drawn into, and the data range it spans."""
+    """The rectangle that data are drawn into, and the ranges of its axes."""
 
     x_range: Point
     y_range: Point
@@ -251,7 +257,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How the fusion gate is spread over users."""
+    """The distribution of the fusion gate over users."""
 
     frame: Frame
     bars: list[Bar]
@@ -265,7 +271,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Recommended:
-    """One place of a recommendation list."""
+    """One item of a recommendation list; ``hit``: it is the held-out item."""
 
     rank: int
     text: str
@@ -276,7 +282,7 @@ class Recommended:
 
 @dataclass(frozen=True)
 class Example:
-    """A user's history and what was recommended to them."""
+    """A user's history and the items recommended for it."""
 
     user: str
     earlier: int
@@ -290,7 +296,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything the template shows."""
+    """The contents of the page."""
 
     title: str
     subtitle: str
@@ -329,7 +335,7 @@ def _page(run: Path) -> Page:
         validation=_validation_chart(events, report.get("best_step")),
         heats=_heats(diagnostics),
         gate=_histogram(diagnostics.get("gate") or {}),
-        examples=[_example(found) for found in diagnostics.get("examples") or []],
+        examples=[_example(example) for example in diagnostics.get("examples") or []],
         command=str(report.get("command") or ""),
         facts=_facts(report),
         versions=[(str(k), str(v)) for k, v in (report.get("versions") or {}).items()],
@@ -363,8 +369,8 @@ def _headline(report: Json) -> Headline | None:
 def _verdict(test: Json | None) -> str:
     if not test or not is_number(test.get("p")):
         return ""
-    sure = "significant" if test["p"] < SIGNIFICANT else "not significant"
-    return f"{sure} over users, {as_probability(test['p'])}"
+    verdict = "significant" if test["p"] < SIGNIFICANT else "not significant"
+    return f"{verdict} over users, {as_probability(test['p'])}"
 
 
 def _tiles(report: Json) -> list[tuple[str, str]]:
@@ -375,7 +381,7 @@ def _tiles(report: Json) -> list[tuple[str, str]]:
         ("Recall@10", as_score(trained.get("recall@10"))),
         ("MRR", as_score(trained.get("mrr"))),
         ("NDCG@10, history masked", as_score(trained.get(f"{MAIN}_masked"))),
-        ("of the catalog in top tens", as_percent(trained.get("coverage@10"))),
+        ("catalog coverage@10", as_percent(trained.get("coverage@10"))),
         ("trained parameters", as_large(backbone.get("trained_parameters"))),
         ("wall time", as_duration(report.get("wall_seconds"))),
         ("peak memory", as_memory(report.get("peak_memory_mb"))),
@@ -395,7 +401,7 @@ def _score_tables(report: Json) -> list[ScoreTable]:
 
 
 def _score_rows(scores: Json, keys: Sequence[str], tests: Json) -> list[Row]:
-    # Ties at the printed precision are all best: bold must not claim what is not shown.
+    # Scores that print alike are all bold: a difference that is not shown decides nothing.
     best = {
         key: max((as_score(row.get(key)) for row in scores.values()), key=_as_sortable)
         for key in keys
@@ -432,7 +438,7 @@ def _scale(value: float, source: Point, target: Point) -> float:
 
 
 def _ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) from ``low`` to ``high``, about ``count``."""
+    """Return about ``count`` round numbers (1, 2 or 5 times 10^n) between ``low`` and ``high``."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -457,14 +463,14 @@ def _curve(events: Sequence[Json], kind: str, key: str) -> list[Point]:
 
 
 def _thinned(points: Sequence[Point], limit: int = CURVE_POINTS) -> list[Point]:
-    """At most ``limit`` points, each the mean of as many neighbours."""
+    """Reduce a curve to at most ``limit`` points, each the mean of equally many neighbours."""
     size = max(1, math.ceil(len(points) / limit))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(_mean([x for x, _ in g]), _mean([y for _, y in g])) for g in groups]
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:
-    """Mean of a centred window of about a twelfth of the curve; shorter towards the ends."""
+    """Return the mean of a centred window of about a twelfth of the curve, shorter at the ends."""
     reach = len(points) // 24
     out = []
     for i, (x, _) in enumerate(points):
@@ -504,7 +510,7 @@ def _loss_chart(events: Sequence[Json]) -> Chart | None:
         x_ticks=x_ticks,
         y_ticks=y_ticks,
         lines=[
-            Line(frame.path(points), "raw", "per step"),
+            Line(frame.path(points), "raw", "logged"),
             Line(frame.path(smooth), "main", "moving average"),
         ],
         marks=[],
@@ -512,7 +518,7 @@ def _loss_chart(events: Sequence[Json]) -> Chart | None:
 
 
 def _parts_note(events: Sequence[Json]) -> str:
-    """The named parts of the loss, averaged over the last tenth of the training."""
+    """List the named parts of the loss, averaged over the last tenth of the training."""
     parts = [
         event["parts"] for event in events if event.get("event") == "train" and event.get("parts")
     ]
@@ -524,7 +530,9 @@ def _parts_note(events: Sequence[Json]) -> str:
         if (values := [part[name] for part in last if is_number(part.get(name))])
     }
     listed = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
-    return f"Parts over the last tenth: {listed}." if listed else ""
+    return (
+        f"Means of the loss parts over the last tenth of the training: {listed}." if listed else ""
+    )
 
 
 def _validation_chart(events: Sequence[Json], best_step: Any) -> Chart | None:
@@ -544,7 +552,7 @@ def _validation_chart(events: Sequence[Json], best_step: Any) -> Chart | None:
     return Chart(
         title="Validation NDCG@10",
         summary=f"Validation NDCG@10 over steps,{start} to {best[1]:.4f} at step {best[0]:,.0f}.",
-        note="Step 0 is the untrained model. The best step by the unmasked score is kept.",
+        note="Step 0 is the untrained model. The best step is chosen by the unmasked score.",
         frame=frame,
         x_ticks=x_ticks,
         y_ticks=y_ticks,
@@ -567,7 +575,7 @@ def _validation_marks(frame: Frame, points: Sequence[Point], best: Point) -> lis
 
 
 def _mark(frame: Frame, point: Point, text: str, style: str) -> Mark:
-    """A mark whose label stays inside the frame."""
+    """Place a mark so that its label stays inside the frame."""
     x, y = frame.x(point[0]), frame.y(point[1])
     share = (x - frame.left) / (frame.right - frame.left)
     anchor = "start" if share < 0.2 else "end" if share > 0.8 else "middle"
@@ -585,7 +593,7 @@ def _heats(diagnostics: Json) -> list[Heat]:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Dotted module names without the pieces that all of them share."""
+    """Return dotted module names without the pieces that all of them share."""
     pieces = [name.split(".") for name in names]
     if len(set(map(len, pieces))) != 1 or len(pieces) < 2:
         return list(names)
@@ -682,9 +690,9 @@ def _bar(frame: Frame, low: float, high: float, share: float) -> Bar:
 # ---------------------------------------------------------------------------- examples and facts
 
 
-def _example(found: Json) -> Example:
-    history = list(found.get("history") or [])
-    held_out: Json = found.get("held_out") or {}
+def _example(example: Json) -> Example:
+    history = list(example.get("history") or [])
+    held_out: Json = example.get("held_out") or {}
     items = [
         Recommended(
             rank=rank,
@@ -693,11 +701,11 @@ def _example(found: Json) -> Example:
             score=formatted(item.get("score"), lambda v: f"{v:.3f}"),
             hit="id" in held_out and item.get("id") == held_out["id"],
         )
-        for rank, item in enumerate(found.get("items") or [], start=1)
+        for rank, item in enumerate(example.get("items") or [], start=1)
     ]
-    gate = found.get("gate")
+    gate = example.get("gate")
     return Example(
-        user=str(found.get("user", "")),
+        user=str(example.get("user", "")),
         earlier=max(0, len(history) - SHOWN_HISTORY),
         history=history[-SHOWN_HISTORY:],
         items=items,
