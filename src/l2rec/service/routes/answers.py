@@ -35,6 +35,10 @@ CANNOT = described(_409="The live model cannot do this")
 
 
 def as_json(value: Mapping[str, Any]) -> Response:
-    """Return a JSON object as a response; no NaN, and no half of a surrogate pair."""
+    """Return a response with a JSON object; half a surrogate pair becomes a question mark.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(text.encode("utf-8", "replace"), media_type="application/json")
