@@ -35,7 +35,7 @@ Run = Annotated[
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    del debug  # `main` reads it
+    del debug  # read in `main`
 
 
 def _print_json(value: Any) -> None:
@@ -190,7 +190,7 @@ def train(
     data: Annotated[Path, typer.Option(help="Data set folder.")] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="Run folder to write.")] = ...,  # type: ignore[assignment]
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint.")
     ] = False,
     init: Annotated[
         Path | None, typer.Option(help="Start from this run (fine-tune after pre-training).")
@@ -231,18 +231,18 @@ def tune(
     ] = None,
     data: Annotated[Path, typer.Option(help="Data set folder.")] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="Folder of the search.")] = ...,  # type: ignore[assignment]
-    trials: Annotated[int, typer.Option(help="Trainings, those of an earlier call included.")] = 20,
+    trials: Annotated[int, typer.Option(help="Trials in all, earlier calls included.")] = 20,
     search: Annotated[
         list[str] | None,
         typer.Option(help="key=[low, high], [low, high, log] or {choose: [a, b]}; repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the options that are drawn.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Search for the options of a recipe on validation; the test split is not looked at.
+    """Search for the best options of a recipe on validation; the test split stays unread.
 
-    Without `--search`: the learning rate, and the dropout where there is one. Call it again to go
-    on after a kill, or with more trials. Needs `pip install 'l2rec[tune]'`.
+    Without `--search`: the learning rate, and the dropout where there is one. Call it again to
+    continue a search that was killed, or to add trials. Needs `pip install 'l2rec[tune]'`.
 
     Example: `l2rec tune sasrec --data data/ml-100k --out runs/tuned --trials 10
     --search "training.lr=[1e-4, 1e-2, log]" --search "model.dim={choose: [64, 128]}"`
@@ -253,7 +253,7 @@ def tune(
     from l2rec.studies.tune import tune as run_tune
 
     with Console(quiet=as_json) as console:
-        found = run_tune(
+        result = run_tune(
             recipe,
             data,
             out,
@@ -264,10 +264,10 @@ def tune(
             seed=seed,
         )
     if as_json:
-        _print_json({"trials": [asdict(t) for t in found.trials], "recipe": str(found.recipe)})
+        _print_json({"trials": [asdict(t) for t in result.trials], "recipe": str(result.recipe)})
     else:
-        print_trials(found.trials)
-        typer.echo(f"next: l2rec train {found.recipe} --data {data} --out RUN")
+        print_trials(result.trials)
+        typer.echo(f"next: l2rec train {result.recipe} --data {data} --out RUN")
 
 
 @app.command()
@@ -306,13 +306,15 @@ def compare(
         Path | None, typer.Option(help="Test every run against this one, not against the best.")
     ] = None,
     group: Annotated[bool, typer.Option(help="Seeds of one recipe are one row, mean ± sd.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Also write them: FILE.md or FILE.csv")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the tables: FILE.md or FILE.csv")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Finished runs side by side: test scores, paired tests, segments of users, costs.
+    """Compare finished runs: test scores, paired tests, segments of users, costs.
 
-    Segments: length of the history (1-5, 6-10, 11 and more events), and whether the target is
-    among the fifth of the catalog trained on most (head), the rest (tail) or was never (cold).
+    Segments: length of the history (1-5, 6-10, 11 and more events), and how often the target was
+    trained on: in the top fifth of the catalog (head), less often (tail), or never (cold).
 
     Example: `l2rec compare runs/sasrec-0 runs/sasrec-1 runs/l2rec --out table.md`
     """
@@ -322,23 +324,23 @@ def compare(
     from l2rec.studies.compare import compare_runs
     from l2rec.studies.tables import write_comparison
 
-    found = compare_runs(runs, data=data, against=against, group=group)
+    comparison = compare_runs(runs, data=data, against=against, group=group)
     if out is not None:
-        write_comparison(found, out)
+        write_comparison(comparison, out)
     if as_json:
-        _print_json(asdict(found))
+        _print_json(asdict(comparison))
     else:
-        print_comparison(found)
+        print_comparison(comparison)
 
 
 @app.command()
 def fusion(
     run: Run,
-    alpha: Annotated[str, typer.Option(help="Weights of the second side.")] = (
+    alpha: Annotated[str, typer.Option(help="Weights of the second side, between commas.")] = (
         "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
     ),
     dominant: Annotated[
-        str | None, typer.Option(help="text, id or both, instead of the run's own.")
+        str | None, typer.Option(help="text, id or both, instead of the run's option.")
     ] = None,
     split: Annotated[str, typer.Option(help="valid or test.")] = "valid",
     data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
@@ -346,7 +348,7 @@ def fusion(
 ) -> None:
     """Score a trained HDRec at other fusion weights, reading every history once (its Fig. 6).
 
-    Choose on `valid`; `--dominant` also gives the variants of its Fig. 5.
+    Choose the weight on `valid`. `--dominant` also scores the variants of its Fig. 5.
 
     Example: `l2rec fusion runs/hdrec --alpha 0,0.5,1`
     """
@@ -359,13 +361,13 @@ def fusion(
     except ValueError:
         raise ConfigError(f"--alpha {alpha}: numbers between commas, such as 0,0.5,1") from None
     with Console(quiet=as_json) as console:
-        found = fusion_sweep(
+        scores_of = fusion_sweep(
             run, alphas, dominant=dominant, split_name=split, progress=console, data=data
         )
     if as_json:
-        _print_json({str(weight): scores for weight, scores in found.items()})
+        _print_json({str(weight): scores for weight, scores in scores_of.items()})
     else:
-        print_rows(f"{run} on {split}", "alpha", found)
+        print_rows(f"{run} on {split}", "alpha", scores_of)
 
 
 @app.command()
@@ -374,10 +376,11 @@ def blend(
     out: Annotated[Path, typer.Option(help="Folder to write, for `l2rec compare`.")],
     data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
 ) -> None:
-    """Score a run together with what was met near the user's newest items.
+    """Score a run with co-occurrence counts and a repeat term added to its scores.
 
-    Two weights are chosen on validation: of these counts (and, for a method that reads texts, of
-    what reads like those items), and of items of the history. No training; any method can have it.
+    The counts say how often an item stood near the newest items of the history (for a method that
+    reads texts, also near items with similar texts); the repeat term is for items of the history.
+    The weights of both are chosen on validation. Nothing is trained, and any method will do.
 
     Example: `l2rec blend runs/sasrec --out runs/sasrec-blend`
     """
@@ -394,22 +397,22 @@ def blend(
 def recommend(
     run: Run,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: A,B,C")] = None,
-    user: Annotated[str | None, typer.Option(help="A user of the data set, by id.")] = None,
+    user: Annotated[str | None, typer.Option(help="Id of a user of the data set.")] = None,
     k: Annotated[int, typer.Option("-k", "--k", help="How many items.")] = 10,
     include_seen: Annotated[
         bool, typer.Option(help="Also recommend items of the history.")
     ] = False,
     new_item: Annotated[
         list[str] | None,
-        typer.Option(help='An item added by text alone: "ID=its text". Repeatable.'),
+        typer.Option(help='Item to add by its text: "ID=its text". Repeatable.'),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Data set folder, for --user.")] = None,
     as_json: Json = False,
 ) -> None:
     """Rank the next items for a history, or for a user of the data set.
 
-    A user need not have been seen in training, nor an item: `--new-item "N1=Cordless drill, 18 V"`
-    enters the ranking by its text, and may be part of the history.
+    Users and items need not be known from training: `--new-item "N1=Cordless drill, 18 V"` enters
+    the ranking by its text, and may be part of the history.
     """
     from l2rec.console import print_recommendations
     from l2rec.errors import DataError
@@ -433,25 +436,25 @@ def recommend(
     predictor = load(run)
     if added:
         predictor.add_items(added)
-    found = predictor.recommend(ids, k, exclude_seen=not include_seen)
+    result = predictor.recommend(ids, k, exclude_seen=not include_seen)
     if as_json:
-        _print_json({"items": found.items, "gate": found.gate, "version": predictor.version})
+        _print_json({"items": result.items, "gate": result.gate, "version": predictor.version})
     else:
         texts = [(i, predictor.text_of(i)) for i in ids]
-        print_recommendations(texts, found)
+        print_recommendations(texts, result)
 
 
 @app.command()
 def embed(
     run: Run,
     out: Annotated[Path, typer.Option(help="Folder for items.parquet and users.parquet.")],
-    users: Annotated[bool, typer.Option(help="Also the users of the data set.")] = True,
+    users: Annotated[bool, typer.Option(help="Also write vectors of the data set's users.")] = True,
     data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
 ) -> None:
-    """Write item and user vectors as Parquet: id, vector, version. Scores are inner products.
+    """Write item vectors and user vectors as Parquet: id, vector, version.
 
-    Of a run with repeat_bias or cooccurrence, they are a part of its scores: l2rec serve adds the
-    rest.
+    Scores are their inner products. A run with `repeat_bias` or `cooccurrence` adds more to them,
+    which `l2rec recommend` and `l2rec serve` do.
     """
     from l2rec.console import Console
     from l2rec.runs.embed import embed_run
@@ -470,17 +473,19 @@ def index(
         str, typer.Option(help="auto (by size), exact, flat, hnsw, ivf, milvus.")
     ] = "auto",
     queries: Annotated[
-        Path | None, typer.Option(help="users.parquet to search for; by default the items.")
+        Path | None, typer.Option(help="users.parquet of the queries; by default the items.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", "--k", help="Of the recall that is printed.")] = 10,
+    k: Annotated[
+        int, typer.Option("-k", "--k", help="Items of an answer, for the recall that is printed.")
+    ] = 10,
     uri: Annotated[
-        str | None, typer.Option(help="Of Milvus: a server, or a file ending in .db.")
+        str | None, typer.Option(help="Address of Milvus: a server, or a file ending in .db.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build an index of item vectors, and say what it finds of what exact search finds.
+    """Build an index of item vectors, and print its recall against exact search.
 
-    The vectors are checked first: they must be all of what `l2rec embed` wrote.
+    The vectors are checked first: they must be exactly those that `l2rec embed` wrote.
 
     Example: `l2rec index vectors/items.parquet --out vectors/index --queries vectors/users.parquet`
     """
@@ -500,25 +505,27 @@ def abtest(
         str | None,
         typer.Argument(help="Event log (file or URL), or a Parquet table.", show_default=False),
     ] = None,
-    experiment: Annotated[str | None, typer.Option(help="Which, if the log has several.")] = None,
-    treatment: Annotated[float, typer.Option(help="Share of users planned for it.")] = 0.06,
+    experiment: Annotated[
+        str | None, typer.Option(help="Experiment to analyse, if the log has several.")
+    ] = None,
+    treatment: Annotated[float, typer.Option(help="Planned share of the treatment.")] = 0.06,
     alpha: Annotated[float, typer.Option(help="Level of tests and intervals.")] = 0.05,
-    power: Annotated[float, typer.Option(help="That the detectable lift is for.")] = 0.8,
+    power: Annotated[float, typer.Option(help="Power of the detectable lift.")] = 0.8,
     pre_days: Annotated[float, typer.Option(help="Days before the experiment, for CUPED.")] = 14.0,
     since: Annotated[
-        str | None, typer.Option(help="Leave out what was earlier: 2023-11-28, or seconds.")
+        str | None, typer.Option(help="Leave out earlier events: 2023-11-28, or seconds.")
     ] = None,
     simulate: Annotated[
-        int | None, typer.Option(help="Instead of a log: simulate so many users.")
+        int | None, typer.Option(help="Simulate this many users instead of reading a log.")
     ] = None,
-    lift: Annotated[float, typer.Option(help="Lift of clicks that is simulated.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the simulation.")] = 0,
+    lift: Annotated[float, typer.Option(help="Simulated lift of clicks.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Click and reply rate per user in both arms of an experiment, and what may be concluded.
+    """Compare the click and reply rates of both arms of an experiment.
 
     Welch's t-test on users, the lift with its interval, CUPED, the ratio of sums, a check of the
-    arms' sizes, and the lift that would have been detected. docs/abtest.md has every formula.
+    arms' sizes, and the smallest lift that could be detected. docs/abtest.md has every formula.
 
     Example: `l2rec abtest runs/ml/events.db`, or `l2rec abtest --simulate 100000 --lift 0.05`
     """
@@ -531,8 +538,8 @@ def abtest(
         raise ConfigError("give a log, or --simulate USERS")
     if simulate is not None:
         users = ab.simulate(simulate, lift=lift, seed=seed, treatment=treatment)
-        found = ab.conclude(users, treatment=treatment, alpha=alpha, power=power)
-        found = {"experiment": f"simulated, lift {lift:+.1%}, seed {seed}", **found}
+        result = ab.conclude(users, treatment=treatment, alpha=alpha, power=power)
+        result = {"experiment": f"simulated, lift {lift:+.1%}, seed {seed}", **result}
     else:
         from l2rec.service.export import log_frame
 
@@ -542,7 +549,7 @@ def abtest(
             if len(names) != 1:
                 raise DataError(f"{log} has {len(names)} experiments; name one: {names[:5]}")
             (experiment,) = names
-        found = ab.analyze(
+        result = ab.analyze(
             events,
             experiment,
             treatment=treatment,
@@ -552,9 +559,9 @@ def abtest(
             since=None if since is None else moment(since),
         )
     if as_json:
-        _print_json(found)
+        _print_json(result)
     else:
-        print_experiment(found)
+        print_experiment(result)
 
 
 @app.command()
@@ -565,7 +572,7 @@ def downstream(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = ...,  # type: ignore[assignment]
     run: Annotated[
-        Path | None, typer.Option(help="Run that makes the vectors, users anew each day.")
+        Path | None, typer.Option(help="Run that computes the vectors, users anew each day.")
     ] = None,
     run_data: Annotated[
         Path | None, typer.Option(help="Data set of that run, if it was moved.")
@@ -574,16 +581,16 @@ def downstream(
         Path | None, typer.Option(help="Instead of a run: folder written by `l2rec embed`.")
     ] = None,
     until: Annotated[
-        str | None, typer.Option(help="With --vectors: first day they know nothing of.")
+        str | None, typer.Option(help="With --vectors: first day after their newest event.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Trainings of each arm and stage.")] = 3,
     as_json: Json = False,
 ) -> None:
     """Train a matching and a ranking stage (DLRM) with and without L2Rec vectors as features.
 
-    Both arms are retrained alike on the days after the newest event that the vectors know, and
+    Both arms are trained alike on the days after the newest event that the vectors know, and
     tested on the last days: AUC, GAUC and log loss of clicks and replies, Recall of held-out
-    clicks. docs/downstream.md has the road from a log to this table.
+    clicks. docs/downstream.md has every step from a log to this table.
 
     Example: `l2rec downstream data/feed --run runs/feed-clicks --out runs/feed-downstream`
     """
@@ -619,17 +626,38 @@ def demo(
     data: Annotated[Path, typer.Option(help="Folder for the data set.")] = Path("data/ml-100k"),
     minutes: Annotated[float, typer.Option(help="Training time at most.")] = 4.0,
 ) -> None:
-    """The whole road on MovieLens-100K in minutes: prepare, train, score, recommend, report."""
+    """Show every step on MovieLens-100K in minutes: prepare, train, score, recommend, report."""
     from l2rec.demo import run_demo
 
     run_demo(out, data, minutes)
 
 
+class _Default:
+    """Default of an option of `serve`: that of `Settings`, which is imported when it is needed."""
+
+    def __init__(self, option: str) -> None:
+        self._option = option
+
+    def __call__(self) -> Any:
+        from l2rec.service.settings import default_of
+
+        return default_of(self._option)
+
+    def __str__(self) -> str:  # in the help
+        return str(self())
+
+
+def _setting(option: str, help: str) -> Any:
+    """Declare an option of `serve` that has its default in `Settings`."""
+    return typer.Option(default_factory=_Default(option), help=help)
+
+
 @app.command()
 def serve(
     target: Annotated[Path, typer.Argument(help="Run folder, or the folder of `l2rec deploy`.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8000,
+    *,
+    host: Annotated[str, _setting("host", "Address to listen on.")],
+    port: Annotated[int, _setting("port", "Port to listen on; 0 for any that is free.")],
     log: Annotated[
         str | None,
         typer.Option(
@@ -641,76 +669,65 @@ def serve(
     ] = None,
     index: Annotated[
         str,
-        typer.Option(help="auto (the one in RUN/index, or by size), exact, flat, ivf or hnsw."),
-    ] = "auto",
+        _setting("index", "auto (the one in RUN/index, or by size), exact, flat, ivf or hnsw."),
+    ],
     experiment: Annotated[
         str | None, typer.Option(help="Run an A/B experiment of this name.")
     ] = None,
     treatment_share: Annotated[
-        float, typer.Option(help="Share of users who get the live version.")
-    ] = 0.06,
-    salt: Annotated[str, typer.Option(help="Of the assignment of users to arms.")] = "",
+        float, _setting("treatment_share", "Share of users who get the live version.")
+    ],
+    salt: Annotated[str, _setting("salt", "Salt of the hash that assigns users to arms.")],
     control: Annotated[
         Path | None,
         typer.Option(
             help="Run that serves the control arm; without it both arms are served alike."
         ),
     ] = None,
-    rate: Annotated[float, typer.Option(help="Requests a second of one key; 0: no limit.")] = 200,
-    burst: Annotated[float, typer.Option(help="Requests of one key at once.")] = 400,
-    queue: Annotated[int, typer.Option(help="Histories that may wait for the model.")] = 256,
-    inflight: Annotated[int, typer.Option(help="Requests that may be in flight.")] = 256,
-    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 10,
-    cache: Annotated[int, typer.Option(help="User vectors that are kept; 0: none.")] = 10_000,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens that close a batch.")] = 4096,
-    batch_ms: Annotated[float, typer.Option(help="Milliseconds that close a batch.")] = 2.0,
+    rate: Annotated[float, _setting("rate", "Requests a second of one key; 0: no limit.")],
+    burst: Annotated[float, _setting("burst", "Requests of one key at once.")],
+    queue: Annotated[int, _setting("queue", "Histories that may wait for the model.")],
+    inflight: Annotated[int, _setting("inflight", "Requests that may be in progress.")],
+    timeout: Annotated[float, _setting("timeout", "Seconds until a request is given up.")],
+    cache: Annotated[int, _setting("cache", "User vectors in the cache; 0: no cache.")],
+    batch_tokens: Annotated[int, _setting("batch_tokens", "Tokens that close a batch.")],
+    batch_ms: Annotated[float, _setting("batch_ms", "Milliseconds that close a batch.")],
     shutdown: Annotated[
-        int, typer.Option(help="Seconds that requests in flight have at the end.")
-    ] = 20,
+        int, _setting("shutdown", "Seconds that requests in progress have at the end.")
+    ],
     threads: Annotated[int, typer.Option(help="Threads of the model; 0: one for each core.")] = 0,
-    access_log: Annotated[bool, typer.Option(help="One line for each request.")] = True,
+    access_log: Annotated[bool, _setting("access_log", "One log line for each request.")],
 ) -> None:
     """Serve recommendations over HTTP until SIGTERM.
 
-    Binds to this machine alone. For others, set keys in the environment, between commas:
+    Listens on this machine alone. To serve others, set keys in the environment, between commas:
     `L2REC_READ_KEYS` may recommend, `L2REC_WRITE_KEYS` may also change items and send events.
-    A folder written by `l2rec deploy` is followed: what is deployed there is taken over at once.
-    Needs `pip install 'l2rec[serve]'`; docs/serving.md has the rest.
+    A folder written by `l2rec deploy` is followed: a run deployed there is served at once.
+    Needs `pip install 'l2rec[serve]'`; docs/serving.md describes the service.
 
     Example: `l2rec serve runs/ml --port 8000`
     """
-    from pydantic import ValidationError
-
     from l2rec.errors import ConfigError
-    from l2rec.service.settings import Experiment, Settings, keys_from_environment
+    from l2rec.service.settings import settings_from_options
 
-    read_keys, write_keys = keys_from_environment()
-    try:
-        settings = Settings(
-            host=host,
-            port=port,
-            read_keys=read_keys,
-            write_keys=write_keys,
-            index=index,
-            rate=rate,
-            burst=burst,
-            queue=queue,
-            inflight=inflight,
-            timeout=timeout,
-            cache=cache,
-            batch_tokens=batch_tokens,
-            batch_ms=batch_ms,
-            shutdown=shutdown,
-            access_log=access_log,
-            experiment=None
-            if experiment is None
-            else Experiment(name=experiment, treatment=treatment_share, salt=salt),
-        )
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        name = str(first["loc"][-1]).replace("_", "-")
-        raise ConfigError(f"--{name}: {first['msg']}") from None
-    settings.check()  # before anything heavy is imported
+    settings = settings_from_options(  # before anything heavy is imported
+        host=host,
+        port=port,
+        index=index,
+        experiment=experiment,
+        treatment_share=treatment_share,
+        salt=salt,
+        rate=rate,
+        burst=burst,
+        queue=queue,
+        inflight=inflight,
+        timeout=timeout,
+        cache=cache,
+        batch_tokens=batch_tokens,
+        batch_ms=batch_ms,
+        shutdown=shutdown,
+        access_log=access_log,
+    )
     try:
         from l2rec.service.server import serve as run_server
     except ModuleNotFoundError as error:
@@ -727,24 +744,24 @@ def deploy(
     run: Run,
     to: Annotated[Path, typer.Option(help="Folder that `l2rec serve` follows.")],
     shadow: Annotated[
-        bool, typer.Option("--shadow", help="Compare it on live traffic; it serves nobody.")
+        bool, typer.Option("--shadow", help="Compare RUN on live traffic; it serves nobody.")
     ] = False,
     stop_shadow: Annotated[
-        bool, typer.Option("--stop-shadow", help="No longer compare RUN, if it is the shadow.")
+        bool, typer.Option("--stop-shadow", help="Stop comparing RUN, which must be the shadow.")
     ] = False,
 ) -> None:
-    """Check a run as a server would, then make it the one that DIR serves.
+    """Check a run as a server would, then make it the one that the folder serves.
 
-    A server of DIR loads it beside what it serves, checks it again, and takes it over between two
-    requests. What was served before can be had back: `l2rec rollback DIR`.
+    A server of the folder loads the run beside the live one, checks it again, and switches to it
+    between two requests. `l2rec rollback` brings back the run that was served before.
 
     Example: `l2rec deploy runs/new --to serving`
     """
     from l2rec.service.live import deploy as run_deploy
     from l2rec.service.live import end_shadow
 
-    done = end_shadow(run, to) if stop_shadow else run_deploy(run, to, shadow=shadow)
-    typer.echo(f"{to}: current {done.current}, shadow {done.shadow or 'none'}")
+    deployment = end_shadow(run, to) if stop_shadow else run_deploy(run, to, shadow=shadow)
+    typer.echo(f"{to}: current {deployment.current}, shadow {deployment.shadow or 'none'}")
 
 
 @app.command()
@@ -753,26 +770,27 @@ def rollback(
         Path, typer.Argument(metavar="DIR", help="Folder that `l2rec serve` follows.")
     ],
 ) -> None:
-    """Serve again what was served before the last `l2rec deploy`.
+    """Serve again the run that was served before the last `l2rec deploy`.
 
     Example: `l2rec rollback serving`
     """
     from l2rec.service.live import rollback as run_rollback
 
-    done = run_rollback(folder)
-    typer.echo(f"{folder}: current {done.current}, before it {len(done.previous)} more")
+    deployment = run_rollback(folder)
+    more = len(deployment.previous)
+    typer.echo(f"{folder}: current {deployment.current}, before it {more} more")
 
 
 def main() -> None:
-    """Entry point: errors raised on purpose are one line on standard error and exit code 2."""
-    # Before torch is imported: threads that spin while they wait lose most of their speed as soon
-    # as another process wants a core.
+    """Run the command line. A deliberate error is one line on standard error and exit code 2."""
+    # Set before torch is imported: threads that spin while they wait lose most of their speed as
+    # soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    given = sys.argv[1:]
-    # Where people write it: after the verb as well as before.
-    debug = ["--debug"] if "--debug" in given else []
+    arguments = sys.argv[1:]
+    # People write it after the verb as well as before.
+    debug = ["--debug"] if "--debug" in arguments else []
     try:
-        app(debug + [argument for argument in given if argument != "--debug"])
+        app(debug + [argument for argument in arguments if argument != "--debug"])
     except (L2RecError, OSError) as error:
         if debug:
             raise

@@ -1,4 +1,4 @@
-"""What the command line shows: progress bars on a terminal, plain lines elsewhere, tables."""
+"""Output of the command line: tables, and progress as bars on a terminal or as plain lines."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from l2rec.runs.predictor import Recommendation
     from l2rec.studies.compare import Comparison
     from l2rec.studies.tune import Trial
 
@@ -39,10 +40,12 @@ PLAIN_EVERY = 15.0
 """Seconds between progress lines where there is no terminal."""
 WIDE = 240
 """Columns of tables that are written to a file."""
+SHOWN = ("recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked", "coverage@10")
+"""Metrics of `print_rows`."""
 
 
 class Console:
-    """The `Progress` that training and evaluation talk to; everything goes to standard error."""
+    """Progress of training and evaluation (a `protocols.Progress`), on standard error."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = RichConsole(stderr=True, quiet=quiet, highlight=False, emoji=False)
@@ -60,7 +63,7 @@ class Console:
         self._tasks: dict[str, TaskID] = {}
         self._last = 0.0
         self._seen: deque[tuple[int, float]] = deque(maxlen=10)
-        """Steps and times of the newest plain lines: stages differ in what a step takes."""
+        """Steps and times of the newest plain lines: the duration of a step differs by stage."""
 
     def __enter__(self) -> Console:
         self._bars.start()
@@ -70,11 +73,11 @@ class Console:
         self._bars.stop()
 
     def line(self, text: str) -> None:
-        """One permanent line."""
+        """Print a line that stays."""
         self._console.print(text, soft_wrap=True, markup=False)
 
     def training(self, epoch: float, step: int, total: int, text: str) -> None:
-        """Step ``step`` of ``total`` is done."""
+        """Show that step ``step`` of ``total`` is done."""
         if self._live:
             self._bar("training", step, total, f"epoch {epoch:.2f}  {text}")
         elif time.monotonic() - self._last > PLAIN_EVERY:
@@ -88,7 +91,7 @@ class Console:
             self.line(f"step {step}/{total}  epoch {epoch:.2f}  {text}{about}")
 
     def validating(self, done: int, total: int) -> None:
-        """``done`` of ``total`` users are ranked."""
+        """Show that ``done`` of ``total`` users are ranked."""
         if self._live:
             self._bar("ranking users", done, total, "")
             if done >= total:
@@ -100,7 +103,7 @@ class Console:
         self._bars.update(self._tasks[name], completed=done, total=total, text=text)
 
     def scores(self, report: Mapping[str, Any]) -> None:
-        """The score table of a report, on standard output."""
+        """Print the score table of a report on standard output."""
         table = Table(title=f"test scores, {report['dataset']['name']}")
         keys = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
         table.add_column("model", no_wrap=True)
@@ -116,7 +119,7 @@ def _out() -> RichConsole:
 
 
 def print_table(title: str, facts: Mapping[str, Any]) -> None:
-    """Names and values, nested ones flattened, on standard output."""
+    """Print names and values on standard output, nested values on one line."""
     table = Table(title=escape(title), show_header=False)
     table.add_column("name")
     table.add_column("value", justify="right", overflow="fold")
@@ -126,7 +129,7 @@ def print_table(title: str, facts: Mapping[str, Any]) -> None:
 
 
 def print_trials(trials: Sequence[Trial]) -> None:
-    """A search, best first, on standard output."""
+    """Print the trials of a search on standard output, best first."""
     table = Table(title="validation, best first")
     for name in ("trial", "ndcg@10", "ended by"):
         table.add_column(name, justify="left" if name == "ended by" else "right")
@@ -140,11 +143,8 @@ def print_trials(trials: Sequence[Trial]) -> None:
     _out().print(table)
 
 
-SHOWN = ("recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked", "coverage@10")
-
-
 def print_rows(title: str, name: str, rows: Mapping[Any, Mapping[str, float]]) -> None:
-    """Scores by row on standard output; the best of each column is bold."""
+    """Print scores by row on standard output; the best of each column is bold."""
     table = Table(title=escape(title))
     table.add_column(name)
     for metric in SHOWN:
@@ -160,24 +160,24 @@ def print_rows(title: str, name: str, rows: Mapping[Any, Mapping[str, float]]) -
     _out().print(table)
 
 
-def print_experiment(found: Mapping[str, Any]) -> None:
-    """What an A/B test found, on standard output."""
+def print_experiment(result: Mapping[str, Any]) -> None:
+    """Print the result of an A/B test on standard output."""
 
     def percent(value: float | None, sign: str = "") -> str:
         return "–" if value is None else f"{value:{sign}.2%}"
 
-    arms, ratio = found["arms"], found["sample_ratio"]
-    sizes = Table(title=escape(f"experiment {found['experiment']}"))
+    arms, ratio = result["arms"], result["sample_ratio"]
+    sizes = Table(title=escape(f"experiment {result['experiment']}"))
     for name in ("arm", *next(iter(arms.values()))):
         sizes.add_column(name, justify="left" if name == "arm" else "right")
     for name, counts in arms.items():
         sizes.add_row(name, *(f"{number:,}" for number in counts.values()))
     _out().print(sizes)
     rows = Table()
-    for name in ("metric", "treatment", "control", "lift", f"{1 - found['alpha']:.0%} interval"):
+    for name in ("metric", "treatment", "control", "lift", f"{1 - result['alpha']:.0%} interval"):
         rows.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     rows.add_column("p", justify="right")
-    for metric, values in found["metrics"].items():
+    for metric, values in result["metrics"].items():
         readings = {metric: values, "  all / all": values["ratio"], "  CUPED": values["cuped"]}
         for name, reading in readings.items():
             if reading is None:
@@ -197,30 +197,29 @@ def print_experiment(found: Mapping[str, Any]) -> None:
         + (": NOT as planned, look for what went wrong before you read on" * ratio["mismatch"])
     )
     checks = Table()
-    detectable = f"{found['power']:.0%} power at"
+    detectable = f"{result['power']:.0%} power at"
     for name in ("metric", "p (Holm)", detectable, "power at +1%", "at +5%", "at +10%"):
         checks.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
-    for metric, values in found["metrics"].items():
+    for metric, values in result["metrics"].items():
         powers = (values[f"power_at_{lift}%"] for lift in (1, 5, 10))
         detected = percent(values["mde"], "+")
         checks.add_row(metric, f"{values['p_holm']:.2g}", detected, *map(percent, powers))
     _out().print(checks)
     smallest = min(counts["users"] for counts in arms.values())
-    for metric, values in found["metrics"].items():
+    for metric, values in result["metrics"].items():
         if (needed := values["users_needed"]) is not None and needed > smallest:
             _out().print(
                 f"{metric} is skewed: its p is rough until each arm has about {needed:,} users; "
                 f"the smaller one has {smallest:,}"
             )
-    gone = {k: v for k, v in found.get("left_out", {}).items() if v}
-    if gone:
-        _out().print(
-            "left out: " + ", ".join(f"{n:,} users {k.replace('_', ' ')}" for k, n in gone.items())
-        )
+    left_out = {reason: n for reason, n in result.get("left_out", {}).items() if n}
+    if left_out:
+        counts = (f"{n:,} users {reason.replace('_', ' ')}" for reason, n in left_out.items())
+        _out().print("left out: " + ", ".join(counts))
 
 
 def print_downstream(report: Mapping[str, Any]) -> None:
-    """Both arms of the stages downstream, side by side, on standard output."""
+    """Print both arms of the stages downstream side by side on standard output."""
 
     def number(value: float | None, digits: str = ".4f") -> str:
         return "–" if value is None else f"{value:{digits}}"
@@ -243,12 +242,15 @@ def print_downstream(report: Mapping[str, Any]) -> None:
     floors = list(report["floors"])
     for name in ("metric", *floors, "control", "treatment", "difference", level, "p", "p (Holm)"):
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
-    for metric, found in report["metrics"].items():
+    for metric, result in report["metrics"].items():
         cells = [number(report["floors"][floor].get(metric)) for floor in floors]
-        cells += [spread(found["control"]), spread(found["treatment"])]
-        if found["difference"] is not None:
-            cells += [f"{found['difference']:+.4f}", f"{found['low']:+.4f} .. {found['high']:+.4f}"]
-            cells += [f"{found['p']:.2g}", f"{found['p_holm']:.2g}"]
+        cells += [spread(result["control"]), spread(result["treatment"])]
+        if result["difference"] is not None:
+            cells += [
+                f"{result['difference']:+.4f}",
+                f"{result['low']:+.4f} .. {result['high']:+.4f}",
+            ]
+            cells += [f"{result['p']:.2g}", f"{result['p_holm']:.2g}"]
         table.add_row(metric, *cells)
     out.print(table)
 
@@ -268,42 +270,42 @@ def _shown(value: Any) -> str:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Tables and notes of compared runs, on standard output; whole lines where it is a file."""
+    """Print tables and notes of compared runs on standard output, not wrapped in a file."""
     from l2rec.studies.tables import tables
 
     out = _out()
     if not out.is_terminal:
         out.width = max(out.width, WIDE)
-    for found in tables(comparison):
+    for plain in tables(comparison):
         table = Table(
-            title=escape(found.title),
-            caption=escape(found.caption),
+            title=escape(plain.title),
+            caption=escape(plain.caption),
             title_justify="left",
             caption_justify="left",
         )
-        for number, name in enumerate(found.header):
+        for number, name in enumerate(plain.header):
             table.add_column(escape(name), justify="right" if number else "left")
-        for row, best in zip(found.rows, found.best, strict=True):
+        for row, best in zip(plain.rows, plain.best, strict=True):
             table.add_row(*(Text(c, "bold" if b else "") for c, b in zip(row, best, strict=True)))
         out.print(table)
     for note in comparison.notes:
         out.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
-def print_recommendations(history: Sequence[tuple[str, str]], found: Any) -> None:
-    """History and ranked items with scores and the gate, on standard output."""
+def print_recommendations(history: Sequence[tuple[str, str]], result: Recommendation) -> None:
+    """Print a history and its ranked items, with scores and the gate, on standard output."""
     out = _out()
     out.print("[bold]history[/bold] (oldest first)")
     for item, text in history:
         out.print(f"  {escape(item)}  {escape(_short(text))}", soft_wrap=True)
     gate = ""
-    if found.gate is not None:
-        gate = f"  (gate δ = {found.gate:.2f}: 1 is all behavioural, 0 all semantic)"
+    if result.gate is not None:
+        gate = f"  (gate δ = {result.gate:.2f}: 1 is all behavioural, 0 all semantic)"
     out.print(f"[bold]recommended[/bold]{gate}")
-    for rank, item in enumerate(found.items, 1):
-        text = escape(_short(item["text"]))
+    for rank, listed in enumerate(result.items, 1):
+        text = escape(_short(listed["text"]))
         out.print(
-            f"  {rank:2d}. {item['score']:7.3f}  {escape(item['id'])}  {text}", soft_wrap=True
+            f"  {rank:2d}. {listed['score']:7.3f}  {escape(listed['id'])}  {text}", soft_wrap=True
         )
 
 

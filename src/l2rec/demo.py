@@ -1,4 +1,4 @@
-"""``l2rec demo``: the whole road on MovieLens-100K, in minutes, on two cores."""
+"""``l2rec demo``: every step on MovieLens-100K, in minutes, on two cores."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ SHOWN = 5
 
 
 def run_demo(out: Path, data: Path, minutes: float) -> None:
-    """Prepare MovieLens-100K, train L2Rec on it for at most ``minutes``, show what it learned.
+    """Prepare MovieLens-100K, train L2Rec on it for at most ``minutes``, and show recommendations.
 
-    A second call reuses the data set and the finished run; one that was killed is resumed.
+    A second call reuses the data set and the finished run, or resumes a run that was killed.
+
+    Raises:
+        DataError: ``out`` has a run of another data set.
     """
     with Console() as console:
         dataset = _dataset(data, console)
@@ -81,8 +84,8 @@ def _history(dataset: Dataset, user: int) -> list[str]:
 
 
 def _show(dataset: Dataset, predictor: Predictor, user: int) -> None:
-    """A user's last films and the ten recommended ones."""
+    """Print the last films of a user and the ten recommended ones."""
     history = _history(dataset, user)
     print(f"\nuser {dataset.user_ids[user].as_py()}, {len(history)} films, the last {SHOWN}:")
-    found = predictor.recommend(history, 10)
-    print_recommendations([(i, predictor.text_of(i)) for i in history[-SHOWN:]], found)
+    result = predictor.recommend(history, 10)
+    print_recommendations([(i, predictor.text_of(i)) for i in history[-SHOWN:]], result)

@@ -124,13 +124,13 @@ def test_an_index(folder: Path) -> None:
 def test_a_service_goes_on_with_its_events_and_items(folder: Path) -> None:
     from l2rec.service.app import create_app
     from l2rec.service.events import EventLog
-    from l2rec.service.server import _load
+    from l2rec.service.server import load_live
     from l2rec.service.settings import Settings
 
     state = folder / "serving" / "live.json"
     state.write_text(state.read_text().replace("/earlier/", f"{folder}/"))
     log = EventLog(f"sqlite:///{folder}/serving/events.db")
-    live, _ = _load(folder / "serving", log, Settings(), None)
+    live, _ = load_live(folder / "serving", log, Settings(), None)
     with TestClient(create_app(Settings(rate=0), live, log), base_url="http://localhost") as client:
         wanted = json.loads((folder / "answers.json").read_text())
         asked: dict[str, dict[str, Any]] = {  # as traffic.py did

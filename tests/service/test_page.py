@@ -22,7 +22,7 @@ from tests.unit.conftest import Finished
 from l2rec.data.dataset import Dataset
 from l2rec.errors import StorageError
 from l2rec.runs.predictor import load
-from l2rec.service import explain as x
+from l2rec.service import explain
 from l2rec.service.app import create_app
 from l2rec.service.events import Event, EventLog
 from l2rec.service.live import Live
@@ -287,7 +287,7 @@ def test_reasons_are_those_of_the_library(
     client, predictor = serve(run), load(run)
     history = [f"i{n % 29}" for n in range(20)]  # more than wait for the model at a time
     for item in ("i29", "i7", None):
-        expected = x.explain(predictor, history, item)
+        expected = explain.explain(predictor, history, item)
         body = {"history": history} | ({} if item is None else {"item": item})
         answer = client.post("/v1/explain", json=body)
         assert answer.status_code == 200, answer.text
@@ -309,7 +309,7 @@ def test_of_a_long_history_the_newest_items_are_left_out(serve: Serve) -> None:
     history = [f"i{n % 30}" for n in range(70)]
     found = serve().post("/v1/explain", json={"history": history, "item": "i5"}).json()
     known = [one["score"] is not None for one in found["history"]]
-    assert known == [False] * (70 - x.MOST) + [True] * x.MOST
+    assert known == [False] * (70 - explain.MOST) + [True] * explain.MOST
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ def test_by_keyboard_from_nothing_to_reasons(visit: Open, server: Server) -> Non
         "id => document.querySelector('#subject .id').textContent === id", arg=expected[1]
     )
     page.wait_for_selector("#why[aria-busy=false] .gate")
-    reasons = x.explain(server.reference, ["i3", found[1]], expected[1])
+    reasons = explain.explain(server.reference, ["i3", found[1]], expected[1])
     page.wait_for_function(
         "text => document.querySelector('#why').innerText.includes(text)",
         arg=f"Score {reasons.score:.3f}".replace("-", "−"),

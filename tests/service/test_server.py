@@ -117,6 +117,9 @@ def test_what_cannot_be_served(
     assert "is not a run folder: it has no config.yaml" in command(str(tmp_path))
     assert command(run, "--burst", "0") == "--burst: Input should be greater than or equal to 1"
     assert command(run, "--index", "x").startswith("--index: Input should be 'auto', ")
+    share = command(run, "--experiment", "e", "--treatment-share", "1")
+    assert share == "--treatment-share: Input should be less than 1"
+    assert command(run, "--experiment", "a b").startswith("--experiment: String should match")
     assert "--control needs --experiment NAME" in command(run, "--control", run)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -111,6 +112,31 @@ def test_help_is_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "LOADED []", done.stdout + done.stderr
+
+
+def test_serve_takes_its_defaults_from_the_settings(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from l2rec.service.settings import Experiment, Settings, default_of
+
+    names = inspect.signature(cli.serve).parameters
+    started: list[Settings] = []
+
+    def server(target: Path, settings: Settings, **_: Any) -> None:
+        started.append(settings)
+
+    monkeypatch.setattr("l2rec.service.server.serve", server)
+    for name in ("L2REC_READ_KEYS", "L2REC_WRITE_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    assert call("serve", "run").code == 0
+    assert call("serve", "run", "--experiment", "e").code == 0
+    assert started == [Settings(), Settings(experiment=Experiment(name="e"))]
+
+    elsewhere = {"target", "log", "experiment", "control"}  # no default, or not of the settings
+    expected = {name: default_of(name) for name in names if name not in {*elsewhere, "threads"}}
+    assert expected.pop("salt") == "" and expected.pop("access_log") is True  # shown as a flag
+    shown = re.findall(r"\[default: (.+?)\]", call("serve", "--help").out)
+    assert shown == [*map(str, expected.values()), "0", "access-log"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,6 @@
-"""The service: routes over one `Live`, one event log and one thread for the models.
+"""The app of a server: its routes, its errors as lines of JSON, and its OpenAPI schema.
 
-- POST /v1/recommend: ranked items for a user or a history
-- POST /v1/embed/users, /v1/embed/items: vectors
-- PUT, DELETE /v1/items: add, change, take out; it shows in the next request
-- POST /v1/events: exposures, clicks, replies
-- GET /v1/experiments/{name}: click and reply rates of both arms
-- GET /livez, /readyz, /metrics: alive; a real inference; Prometheus
+The routes are in routes/, one file for each kind; `Guard` stands before all of them.
 """
 
 from __future__ import annotations
@@ -41,6 +36,7 @@ from l2rec.service.serving import Service
 from l2rec.service.settings import Settings
 
 RETRY_STORAGE = 5
+"""Seconds until a request may come again whose storage was away."""
 
 
 def create_app(
@@ -50,13 +46,14 @@ def create_app(
     *,
     follow: tuple[Path, Path, Path | None] | None = None,
 ) -> FastAPI:
-    """The app over what is live and an event log; it closes the log when it ends.
+    """Create the app over the live versions and an event log; it closes the log when it ends.
 
-    ``app.state`` has ``settings``, ``live``, ``log``, ``service``, ``metrics``, and ``worker``, the
-    thread that everything of the models runs in.
+    ``app.state`` has ``settings``, ``live``, ``log``, ``service``, ``metrics``, ``shadow``,
+    ``follower`` (None without ``follow``), and ``worker``, the thread that runs the models.
 
     Args:
-        follow: the folder whose live.json is followed, and the current and shadow runs held now.
+        follow: folder whose live.json is followed, and the current and the shadow run of it that
+            are loaded already.
     """
     service = Service(settings, live, log)
     shadow = Shadow(service)
@@ -106,7 +103,7 @@ def create_app(
 
 
 async def _known_query(request: Request) -> None:
-    """As bodies, queries have nothing that no route knows: a name with a typo is told."""
+    """Refuse a query parameter that the route does not have, as bodies refuse unknown fields."""
     if not request.query_params:
         return
     known = [field.alias for field in request.scope["route"].dependant.query_params]
@@ -119,7 +116,7 @@ async def _known_query(request: Request) -> None:
 
 
 def _errors(app: FastAPI, service: Service) -> None:
-    """Every error is one line of JSON; what was not foreseen is the guard's."""
+    """Answer every error with one line of JSON; the guard answers those that are not named here."""
     metrics = service.metrics
 
     def answer(status: int, error: str, retry_after: float | None = None) -> Response:
@@ -137,9 +134,9 @@ def _errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> Response:
-        found = answer(error.status_code, str(error.detail))
-        found.headers.update(error.headers or {})
-        return found
+        response = answer(error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Refused)
     async def _refused(_: Request, error: Refused) -> Response:
@@ -158,7 +155,7 @@ def _errors(app: FastAPI, service: Service) -> None:
 
 
 def _schema(app: FastAPI, settings: Settings) -> None:
-    """OpenAPI, with the key that each route needs where keys are."""
+    """Describe the app in OpenAPI, with the key of each route where the server has keys."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -1,4 +1,4 @@
-"""Fields of the catalog by row: what answers can be filtered by."""
+"""Attributes of items, by which answers can be filtered."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from l2rec.data.catalog import Catalog
 from l2rec.errors import DataError, nearest
 
 Rows = npt.NDArray[np.int64]
-
-
 Mask = npt.NDArray[np.bool_]
-
-
 Floats = npt.NDArray[np.float32]
 
 
 class Attributes:
-    """Fields of the catalog by row: what answers can be filtered by.
+    """Attributes of the items of a catalog, by row.
 
     Several values of one item stand in its string with ``|`` between them.
 
     Args:
-        rows: N. columns: [N] strings by name.
+        rows: number of items, N.
+        columns: [N] strings by name of the attribute.
     """
 
     MOST = 64
+    """Attributes in all, unless the catalog has more."""
 
     def __init__(self, rows: int, columns: Mapping[str, pa.Array]) -> None:
         self._rows, self._columns = rows, dict(columns)
@@ -40,24 +38,29 @@ class Attributes:
 
     @classmethod
     def of_catalog(cls, catalog: Catalog) -> Attributes:
-        """The raw fields of a catalog, empty where they are missing."""
+        """Take the raw fields of a catalog, empty where they are missing."""
         columns = {name: pa.array(catalog.field(name), pa.string()) for name in catalog.fields}
         return cls(len(catalog), columns)
 
     @property
     def names(self) -> list[str]:
+        """Names of the attributes."""
         return list(self._columns)
 
     def __len__(self) -> int:
         return self._rows
 
     def of(self, row: int) -> dict[str, str]:
-        """What is known of one item; empty values are left out."""
+        """Return the attributes of one item without the empty ones."""
         values = {name: column[row].as_py() for name, column in self._columns.items()}
         return {name: value for name, value in values.items() if value}
 
     def check(self, names: Iterable[str]) -> None:
-        """DataError for an attribute that does not exist; those that do are named."""
+        """Check that all attributes exist.
+
+        Raises:
+            DataError: one does not; the message names those that do.
+        """
         for name in names:
             if name not in self._columns:
                 known = ", ".join(self.names) or "none"
@@ -66,23 +69,23 @@ class Attributes:
                 )
 
     def mask(self, filters: Mapping[str, Sequence[str]]) -> Mask:
-        """[N] bool: items that have, for every attribute named, one of its values.
+        """Return the [N] bool mask of items with one of the values of each filter.
 
         Raises:
             DataError: there is no such attribute.
         """
         self.check(filters)
-        found = np.ones(len(self), dtype=np.bool_)
+        mask = np.ones(len(self), dtype=np.bool_)
         for name, values in filters.items():
             parts, row = self._split(name)
             hit = pc.is_in(parts, value_set=pa.array(list(values), pa.string()))
             one = np.zeros(len(self), dtype=np.bool_)
             one[row[hit.to_numpy(zero_copy_only=False)]] = True
-            found &= one
-        return found
+            mask &= one
+        return mask
 
     def _split(self, name: str) -> tuple[pa.Array, Rows]:
-        """Values of a column, and the row that each is of; split once."""
+        """Return the values of a column and the row of each; a column is split once."""
         if name not in self._parts:
             lists = pc.split_pattern(self._columns[name], "|")
             rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
@@ -90,7 +93,7 @@ class Attributes:
         return self._parts[name]
 
     def extended(self, rows: Sequence[Mapping[str, str]]) -> Attributes:
-        """With these rows at the end.
+        """Return a copy with these rows at the end.
 
         Raises:
             DataError: more than `MOST` attributes.

@@ -1,9 +1,9 @@
-"""One thread for the models, and what waits for it: bounded, batched by cost, never blocking.
+"""A thread for the models, and the queue before it: bounded, batched by cost, never blocking.
 
     Worker    one thread; calls run one after the other
     Batcher   jobs that come at about the same time run as one call
 
-Both belong to one event loop: they are created and used there, and only what they run leaves it.
+Both belong to one event loop: they are created and used there, and only the calls leave it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ J = TypeVar("J")
 
 
 class Busy(Exception):
-    """A queue is full. ``retry_after``: seconds."""
+    """A full queue. ``retry_after``: seconds."""
 
     def __init__(self, what: str, retry_after: int = 1) -> None:
         super().__init__(f"{what}; try again in {retry_after} s")
@@ -39,7 +39,7 @@ class Worker:
 
     Args:
         limit: calls that may wait or run; one more raises `Busy`.
-        nice: 0..19, how far the thread stands behind others for a core (on Linux).
+        nice: 0..19, the thread's niceness: higher values let others run first (on Linux).
     """
 
     def __init__(self, name: str, *, limit: int = 64, nice: int = 0) -> None:
@@ -49,12 +49,13 @@ class Worker:
         self._ready = False
 
     async def run(self, function: Callable[..., R], *args: Any, urgent: bool = False) -> R:
-        """``function(*args)`` in the thread, after all that came before.
+        """Run ``function(*args)`` in the thread, after all earlier calls, and return its result.
 
-        ``urgent``: also where the limit is reached; for callers that are few.
+        Args:
+            urgent: run it also where the limit is reached; for callers that are few.
 
         Raises:
-            Busy: as many calls as may wait do.
+            Busy: the limit is reached.
         """
         if self.calls >= self.limit and not urgent:
             raise Busy(f"{self.calls} calls wait for the {self.name} thread")
@@ -77,10 +78,10 @@ class Worker:
     def _done(self, running: asyncio.Future[Any]) -> None:
         self.calls -= 1
         if not running.cancelled():
-            running.exception()  # looked at, where nobody waits any more
+            running.exception()  # asyncio would warn of an exception that nobody retrieves
 
     def close(self) -> None:
-        """Ends the thread when what it runs has ended; what still waits is dropped."""
+        """End the thread after its current call; waiting calls are dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -93,12 +94,14 @@ class _Waiting(Generic[J, R]):
 
 
 class Batcher(Generic[J, R]):
-    """Jobs run together: a batch closes by cost, or when its first job has waited long enough.
+    """Queue whose jobs run together: a batch closes by its cost, or by the wait of its first job.
 
-    While nobody else comes (the last batch was of one job, and one waits) nothing is waited for.
+    A job that is alone (the last batch had one job, and no other waits) runs at once.
 
     Args:
         run: jobs -> results, in the worker's thread.
+        max_cost: cost at which a batch closes; a single job may cost more.
+        max_wait: seconds after which a batch closes.
         limit: jobs that may wait; one more raises `Busy`.
         observe: called with (jobs, cost, seconds that the first has waited) of each batch.
     """
@@ -122,14 +125,14 @@ class Batcher(Generic[J, R]):
         self._task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        """Jobs that wait."""
+        """Count the jobs that wait."""
         return len(self._waiting)
 
     async def submit(self, job: J, cost: int = 1) -> R:
-        """The result of one job.
+        """Run one job in some batch and return its result.
 
         Raises:
-            Busy: as many jobs as may wait do. Whatever ``run`` raises for this job.
+            Busy: the limit is reached. Also whatever ``run`` raises for this job.
         """
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._loop())
@@ -142,7 +145,7 @@ class Batcher(Generic[J, R]):
         return await waiting.future
 
     async def close(self) -> None:
-        """Stops; what waits is cancelled."""
+        """Stop, and cancel the jobs that wait."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -166,7 +169,7 @@ class Batcher(Generic[J, R]):
             await self._answer(batch)
 
     async def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Returns when the batch is to be closed."""
+        """Wait until the batch is to be closed."""
         until = self._waiting[0].since + self._max_wait
         alone = self._last == 1
         while self._cost < self._max_cost and not (alone and len(self._waiting) == 1):
@@ -178,7 +181,7 @@ class Batcher(Generic[J, R]):
                 await asyncio.wait_for(self._came.wait(), left)
 
     def _take(self) -> list[_Waiting[J, R]]:
-        """The longest that wait, of at most ``max_cost`` (or one); none that was given up."""
+        """Take the oldest jobs up to ``max_cost``, at least one, and none that was given up."""
         batch: list[_Waiting[J, R]] = []
         cost = 0
         while self._waiting:
@@ -200,7 +203,7 @@ class Batcher(Generic[J, R]):
                 if not batch[0].future.done():
                     batch[0].future.set_exception(error)
                 return
-            # One of them is to blame: the others are answered.
+            # One of them is to blame: run them one by one, so that the others are answered.
             for one in batch:
                 await self._answer([one])
             return

@@ -1,9 +1,9 @@
-"""The durable log: exposures, clicks, replies, and the items that were put or deleted.
+"""The event log: exposures, clicks, replies, and the items that were put or deleted, on disk.
 
 SQLite in WAL mode by default, PostgreSQL by URL; the same three tables. A write is one transaction,
 and it is on disk when the call returns: WAL with synchronous=FULL, PostgreSQL without
-synchronous_commit=off. What is written twice under one id is stored once. Threads that append at
-the same time share one transaction, since what costs time is the disk's answer.
+synchronous_commit=off. Two events of one id are stored once. Threads that append at the same time
+share one transaction, since a transaction costs a wait for the disk.
 
     l2rec_events  seq, id (unique), user, item, type, timestamp, request, experiment, arm
     l2rec_items   item, text, attributes (JSON), deleted
@@ -29,21 +29,24 @@ from l2rec.errors import ConfigError, DataError, StorageError
 
 TYPES = ("exposure", "click", "reply")
 POSITIVE = ("click", "reply")
-"""What makes a history."""
+"""Types of the events that make up a history."""
 LAYOUT = 1
+"""Version of the tables."""
 MAX_ID = 256
 """Characters of an id or a name."""
 MAX_TIMESTAMP = 1e11
-"""Seconds. The year 5138; today's time in milliseconds is beyond it."""
+"""Seconds since 1970: the year 5138. Today's time in milliseconds is beyond it."""
 LOCK = 0x12EC
+"""Key of PostgreSQL's advisory lock while the tables are created."""
 READ_ROWS = 10_000
 PRUNE_ROWS = 10_000
 GROUP_BATCHES = 256
 """Batches that share one transaction at most."""
 BUSY_SECONDS = 10
+"""Longest wait for another writer, for a connection, or for a server that does not answer."""
 ATTEMPTS = 3
 AGAIN = {"40P01", "40001"}
-"""PostgreSQL's states of a transaction that another one was in the way of."""
+"""PostgreSQL's error codes of a transaction to try again: a deadlock, a serialization failure."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -62,7 +65,7 @@ T = TypeVar("T")
 
 
 def _check(what: str, value: str, longest: int | None = MAX_ID) -> None:
-    """Raise DataError for what one of the databases could not store."""
+    """Refuse a string that one of the databases could not store."""
     if longest is not None and not 0 < len(value) <= longest:
         raise DataError(f"{what} {value[:40]!r}: 1 to {longest} characters, no NUL")
     if "\0" in value:
@@ -75,7 +78,9 @@ def _check(what: str, value: str, longest: int | None = MAX_ID) -> None:
 
 @dataclass(frozen=True)
 class Event:
-    """timestamp: seconds since 1970. request, experiment, arm: of the recommendation it follows.
+    """An exposure, a click or a reply.
+
+    timestamp: seconds since 1970. request, experiment, arm: those of the recommendation before it.
 
     Raises:
         DataError: an empty or overlong id or name, an unknown type, an impossible time.
@@ -113,11 +118,11 @@ NETWORK = {
     "keepalives_interval": 3,
     "keepalives_count": 3,
 }
-"""libpq's: a server that went away without a word is noticed in seconds, not in a quarter hour."""
+"""Options of libpq that notice a lost server in seconds instead of a quarter of an hour."""
 
 
 def is_event_log(source: str) -> bool:
-    """Whether this names a database, as a URL or as a file, and not a table of events."""
+    """Tell whether a source names a database, as a URL or as a file, and not a table of events."""
     if "://" in source:
         return True
     path = Path(source)
@@ -128,21 +133,24 @@ def is_event_log(source: str) -> bool:
 
 
 class EventLog:
-    """One database. Safe to use from many threads, and by many processes at once.
+    """Event log in one database. Safe to use from many threads, and by many processes at once.
 
-    url: ``sqlite:///PATH`` or ``postgresql+psycopg://...``. create: make the tables where there are
-    none. A database that is away when the log is opened, or goes away later, is a StorageError of
-    the call that needed it; the next call tries again.
+    A database that is away when the log is opened, or goes away later, is a StorageError of the
+    call that needed it; the next call tries again.
+
+    Args:
+        url: ``sqlite:///PATH`` or ``postgresql+psycopg://...``.
+        create: create the tables where there are none.
 
     Raises:
-        ConfigError: another kind of URL, a library that is missing. StorageError: a file that is
-            no event log, or one of another layout.
+        ConfigError: another kind of URL, or a missing library.
+        StorageError: a file that is no event log, or a log of another layout.
     """
 
     def __init__(self, url: str, *, create: bool = True) -> None:
         self.engine, self._events, self._items, self._meta = _open(url, create)
         self._create = create
-        self._made = False
+        self._prepared = False
         self._waiting: deque[tuple[list[dict[str, Any]], Future[int]]] = deque()
         # One thread writes for all: they would only wait for each other's commits.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="l2rec-log")
@@ -153,7 +161,10 @@ class EventLog:
     # -- events ----------------------------------------------------------------------------------
 
     def append(self, events: Sequence[Event]) -> int:
-        """Store events, all or none; on disk when this returns. How many were new.
+        """Store events, all or none; on disk when this returns.
+
+        Returns:
+            The number of new ones; an id that is stored already is ignored.
 
         Raises:
             StorageError: nothing was stored; try again, the ids make that safe.
@@ -162,11 +173,11 @@ class EventLog:
             return 0
         stored: Future[int] = Future()
         self._waiting.append(([asdict(event) for event in events], stored))
-        self._write(self._append_waiting)  # or the call of another who waits too
+        self._write(self._append_waiting)  # or an earlier call of it takes this batch along
         return stored.result()
 
     def _append_waiting(self) -> None:
-        """One transaction for the batches that wait; each of them gets its outcome."""
+        """Write the batches that wait in one transaction, and give each its result."""
         group = [self._waiting.popleft() for _ in range(min(len(self._waiting), GROUP_BATCHES))]
         rows = [row for batch, _ in group for row in batch]
         if not rows:
@@ -184,16 +195,16 @@ class EventLog:
             return
         for batch, stored in group:
             ids = {row["id"] for row in batch} & new
-            new -= ids  # an id that two of them bring is new to the first
+            new -= ids  # an id in two batches is new in the first
             stored.set_result(len(ids))
 
     def history(self, user: str, limit: int) -> list[str]:
-        """The newest ``limit`` items that a user clicked or replied to, oldest first.
+        """Return the newest ``limit`` items that a user clicked or replied to, oldest first.
 
         Several events in a row about one item are one step of the history.
 
         Raises:
-            DataError: no possible user id.
+            DataError: a user id that cannot exist.
         """
         from sqlalchemy import and_, or_, select
 
@@ -214,13 +225,13 @@ class EventLog:
                         steps.append(str(item))
                 if len(steps) >= limit or len(page) < 2 * limit:
                     break
-                _, at, seq = page[-1]  # many steps were one and the same: look further back
+                _, at, seq = page[-1]  # many events fell into one step: look further back
                 older = or_(e.timestamp < at, and_(e.timestamp == at, e.seq < seq))
                 page = connection.execute(query.where(e.timestamp <= at, older)).all()
         return steps[:limit][::-1]
 
     def users(self, prefix: str = "", limit: int = 20) -> list[str]:
-        """Users with a history whose id begins with ``prefix``, in order of id."""
+        """Return users with a history whose id begins with ``prefix``, in order of id."""
         from sqlalchemy import select
 
         if prefix:
@@ -238,7 +249,7 @@ class EventLog:
         since: float | None = None,
         experiment: str | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """Events in the order in which they were stored, in batches, as `SCHEMA` says."""
+        """Yield the events in the order in which they were stored, in batches of `SCHEMA`."""
         from sqlalchemy import select
 
         e = self._events.c
@@ -250,7 +261,7 @@ class EventLog:
         if experiment is not None:
             query = query.where(e.experiment == experiment)
         last = -1
-        while True:  # a transaction for each batch: a long reader holds up nobody
+        while True:  # a transaction for each batch: a long read delays no writer
             with self._reading() as connection:
                 rows = connection.execute(query.where(e.seq > last)).all()
             if not rows:
@@ -262,24 +273,24 @@ class EventLog:
             )
 
     def prune(self, before: float) -> int:
-        """Delete events older than ``before``, in seconds since 1970. How many they were.
+        """Delete events older than ``before``, in seconds since 1970, and return their number.
 
-        In small transactions, between which others write; cut off, it has deleted some. What is
-        deleted is in no history any more, and its ids would be stored again. SQLite keeps the
-        room for new events; ``VACUUM`` gives it back to the disk.
+        It uses small transactions, between which others can write; if it is interrupted, a part is
+        deleted. Deleted events are in no history, and their ids can be stored again. SQLite keeps
+        the space for new events; ``VACUUM`` gives it back to the disk.
         """
         from sqlalchemy import delete, select
 
         e = self._events.c
-        some = select(e.seq).where(e.timestamp < before).order_by(e.timestamp).limit(PRUNE_ROWS)
-        gone = delete(self._events).where(e.seq.in_(some))
+        oldest = select(e.seq).where(e.timestamp < before).order_by(e.timestamp).limit(PRUNE_ROWS)
+        statement = delete(self._events).where(e.seq.in_(oldest))
 
-        def delete_some(connection: Any) -> int:
-            return int(connection.execute(gone).rowcount)
+        def delete_part(connection: Any) -> int:
+            return int(connection.execute(statement).rowcount)
 
         total = 0
         while True:
-            number: int = self._write(self._transaction, delete_some).result()
+            number: int = self._write(self._transaction, delete_part).result()
             total += number
             if number < PRUNE_ROWS:
                 return total
@@ -312,7 +323,8 @@ class EventLog:
         """Mark items as deleted, of the run's catalog or put later; on disk when this returns.
 
         Raises:
-            DataError: an id that is empty or too long. StorageError: nothing was changed.
+            DataError: an id that is empty or too long.
+            StorageError: nothing was changed.
         """
         ids = list(ids)
         for item in ids:
@@ -321,7 +333,7 @@ class EventLog:
         self._upsert(rows, ("deleted",))
 
     def items(self) -> tuple[dict[str, tuple[str, dict[str, str]]], frozenset[str]]:
-        """What a restart needs: items that were put (id -> text, attributes), deleted ids."""
+        """Return the items that were put (id -> text, attributes), and the deleted ids."""
         from sqlalchemy import select
 
         t = self._items.c
@@ -338,7 +350,7 @@ class EventLog:
         insert = insert.on_conflict_do_update(
             index_elements=["item"], set_={name: insert.excluded[name] for name in changed}
         )
-        rows = sorted(rows, key=lambda row: row["item"])  # one order: no two writers block another
+        rows = sorted(rows, key=lambda row: row["item"])  # one order: no deadlock
 
         def write(connection: Any) -> None:
             for part in _parts(rows):
@@ -349,33 +361,37 @@ class EventLog:
     # -- the database ----------------------------------------------------------------------------
 
     def ping(self) -> None:
-        """Raises StorageError while the database cannot be read."""
+        """Read from the database.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
         from sqlalchemy import text
 
         with self._reading() as connection:
             connection.execute(text("SELECT 1"))
 
     def close(self) -> None:
-        """After what is being written; later calls that write are StorageErrors."""
+        """Close the log once all writes have ended; later writes are StorageErrors."""
         self._writer.shutdown()
         self.engine.dispose()
 
     def _write(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """A call in the thread that writes, in its turn."""
+        """Queue a call for the thread that writes."""
         try:
             return self._writer.submit(function, *args)
         except RuntimeError:
             raise StorageError(f"event log {self._name}: closed; open it again") from None
 
     def _insert(self, table: Any, once: str | None) -> Any:
-        """INSERT of this dialect; a row whose column ``once`` is there already is left out."""
+        """Return an INSERT that skips rows whose value of the column ``once`` exists already."""
         from sqlalchemy.dialects import postgresql, sqlite
 
-        made = (sqlite if self.engine.dialect.name == "sqlite" else postgresql).insert(table)
-        return made if once is None else made.on_conflict_do_nothing(index_elements=[once])
+        insert = (sqlite if self.engine.dialect.name == "sqlite" else postgresql).insert(table)
+        return insert if once is None else insert.on_conflict_do_nothing(index_elements=[once])
 
     def _transaction(self, work: Callable[[Any], T]) -> T:
-        """What ``work`` gives, of a connection whose changes are on disk when this returns.
+        """Return the result of ``work`` on a connection; its changes are on disk then.
 
         Raises:
             StorageError: nothing was changed.
@@ -385,8 +401,8 @@ class EventLog:
                 with self._errors():
                     self._prepare()
                     with self.engine.execution_options(writes=True).begin() as connection:
-                        found = work(connection)
-                return found
+                        result = work(connection)
+                return result
             except StorageError as error:
                 state = getattr(getattr(error.__cause__, "orig", None), "sqlstate", None)
                 if state not in AGAIN or attempt + 1 == ATTEMPTS:
@@ -417,20 +433,20 @@ class EventLog:
         return str(self.engine.url.render_as_string(hide_password=True))
 
     def _prepare(self) -> None:
-        """Tables, once; a database that was away when the log was opened gets them later."""
-        if self._made:
+        """Create the tables, once; later where the database was away when the log was opened."""
+        if self._prepared:
             return
         from sqlalchemy import inspect, select, text
 
         with self.engine.execution_options(writes=True).begin() as connection:
-            if self.engine.dialect.name == "postgresql":  # two servers that start at once
+            if self.engine.dialect.name == "postgresql":  # two servers may start at once
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
             names = set(inspect(connection).get_table_names())
             if "l2rec_meta" in names:
-                (found,) = connection.execute(select(self._meta.c.layout)).one()
-                if found != LAYOUT:
+                (layout,) = connection.execute(select(self._meta.c.layout)).one()
+                if layout != LAYOUT:
                     raise StorageError(
-                        f"event log {self._name} has layout {found}, this l2rec reads {LAYOUT}; "
+                        f"event log {self._name} has layout {layout}, this l2rec reads {LAYOUT}; "
                         "use the l2rec that wrote it"
                     )
             else:
@@ -442,7 +458,7 @@ class EventLog:
                     raise StorageError(f"{self._name} has no event log; name the server's own")
                 self._meta.metadata.create_all(connection)
                 connection.execute(self._meta.insert(), {"layout": LAYOUT})
-        self._made = True
+        self._prepared = True
 
 
 def _parts(rows: list[dict[str, Any]], size: int = 1000) -> Iterator[list[dict[str, Any]]]:
@@ -450,14 +466,14 @@ def _parts(rows: list[dict[str, Any]], size: int = 1000) -> Iterator[list[dict[s
 
 
 def _positive(columns: Any) -> Any:
-    """Events that make a history, said as the index of histories says it."""
+    """Return the condition for events of a history, word for word as in the index of histories."""
     from sqlalchemy import literal_column
 
     return columns.type != literal_column("'exposure'")
 
 
 def _open(url: str, create: bool) -> tuple[Any, Any, Any, Any]:
-    """The engine and its tables. Nothing is connected to yet."""
+    """Create the engine and describe its tables, without a connection yet."""
     try:
         import sqlalchemy as sa
     except ImportError:
@@ -475,9 +491,9 @@ def _open(url: str, create: bool) -> tuple[Any, Any, Any, Any]:
         )
     if sqlite:
         if not parsed.database or parsed.database == ":memory:":
-            raise ConfigError("event log: an event log lies in a file: sqlite:///PATH")
+            raise ConfigError("event log: SQLite's lies in a file: sqlite:///PATH")
         path = Path(parsed.database)
-        if not create and not path.exists():  # SQLite would make it
+        if not create and not path.exists():  # SQLite would create it
             raise StorageError(f"event log {path}: no such file")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -500,15 +516,16 @@ def _open(url: str, create: bool) -> tuple[Any, Any, Any, Any]:
 
 
 def _durable(connection: Any, _: Any) -> None:
-    """Every commit is on disk, readers do not wait for writers, and transactions are whole."""
-    connection.isolation_level = None  # or the driver begins and commits where it likes
+    """Set up SQLite: commits go to disk, readers wait for no writer, transactions are whole."""
+    connection.isolation_level = None  # otherwise the driver begins and commits by itself
     for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={BUSY_SECONDS * 1000}"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _patient(connection: Any, _: Any) -> None:
-    """Nobody waits for ever for a writer that is gone, and a commit is on disk whatever the
-    server's default is.
+    """Set up PostgreSQL: waits for a lost writer end, and commits go to disk.
+
+    The latter also holds where the server's default is synchronous_commit=off.
     """
     connection.execute(f"SET lock_timeout = '{BUSY_SECONDS}s'")
     connection.execute(f"SET idle_in_transaction_session_timeout = '{BUSY_SECONDS}s'")
@@ -520,14 +537,17 @@ def _patient(connection: Any, _: Any) -> None:
 
 
 def _begin(connection: Any) -> None:
-    """Who will write says so at once, and waits for other writers; later it could only fail."""
+    """Begin a transaction in SQLite; one that will write waits for other writers now.
+
+    Later it could not wait: SQLite refuses a reader that turns writer after another has written.
+    """
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _tables(sa: Any) -> tuple[Any, Any, Any]:
     metadata = sa.MetaData()
-    # One order of ids everywhere, that of code points, as SQLite has it.
+    # Ids are ordered by code points everywhere, as in SQLite.
     short = sa.String(MAX_ID).with_variant(sa.String(MAX_ID, collation="C"), "postgresql")
     number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     events = sa.Table(
@@ -545,8 +565,8 @@ def _tables(sa: Any) -> tuple[Any, Any, Any]:
         sa.Index("l2rec_events_experiment", "experiment", "seq"),
         sa.Index("l2rec_events_time", "timestamp"),
     )
-    # Histories without the exposures, of which there are many more, and without the table: item
-    # is what is asked for, and SQLite looks at the type again.
+    # The index leaves out exposures, which are far more, and answers without the table: item is
+    # the result, and SQLite checks the type again.
     e, only = events.c, _positive(events.c)
     columns = (e.user, e.timestamp, e.seq, e.item, e.type)
     sa.Index("l2rec_events_history", *columns, sqlite_where=only, postgresql_where=only)

@@ -1,4 +1,4 @@
-"""An event log as files that `l2rec prepare` reads: what was served becomes training data."""
+"""Export of an event log to files that `l2rec prepare` reads, so that traffic can be trained on."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ from l2rec.errors import ConfigError, DataError
 from l2rec.service.events import POSITIVE, SCHEMA, TYPES, EventLog, is_event_log
 
 NAMES = {"user": "user_id", "item": "item_id", "type": "event_type", "timestamp": "timestamp"}
+"""Columns of the log -> columns of events.parquet."""
+EXPORTED = pa.schema([(new, SCHEMA.field(old).type) for old, new in NAMES.items()])
 
 
 def export_log(
     url: str, folder: Path, *, types: Sequence[str] = POSITIVE, catalog: Path | None = None
 ) -> tuple[Path, Path]:
-    """Write events.parquet and items.parquet into ``folder``; returns their paths.
+    """Write events.parquet and items.parquet into ``folder``, and return their paths.
 
-    The catalog is that of ``catalog`` (Parquet or CSV with item_id and text, such as a run's
-    catalog.parquet) with the items that were put since, or changed; deleted items stay, since
-    events may name them.
+    The items are those of ``catalog`` (Parquet or CSV with item_id and text, such as a run's
+    catalog.parquet) with those added or changed since; deleted items stay, since events may name
+    them.
 
     Raises:
-        ConfigError: an unknown type. DataError: no such events, or a catalog without its columns.
+        ConfigError: an unknown type.
+        DataError: no such events, or a catalog without its columns.
         StorageError: the log cannot be read.
     """
-    odd = [name for name in types if name not in TYPES]
-    if odd or not types:
-        raise ConfigError(f"event types {odd or '()'}: choose from {', '.join(TYPES)}")
+    unknown = [name for name in types if name not in TYPES]
+    if unknown or not types:
+        raise ConfigError(f"event types {unknown or '()'}: choose from {', '.join(TYPES)}")
     log = EventLog(url, create=False)
     try:
         events, rows = folder / "events.parquet", 0
-        schema = pa.schema([(new, SCHEMA_TYPES[old]) for old, new in NAMES.items()])
-        with pq.ParquetWriter(events, schema) as writer:
+        with pq.ParquetWriter(events, EXPORTED) as writer:
             for batch in log.read(types=types):
                 columns = [batch[name] for name in NAMES]
-                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=EXPORTED))
                 rows += len(batch)
         put, _ = log.items()
     finally:
@@ -53,15 +55,8 @@ def export_log(
     return events, items
 
 
-SCHEMA_TYPES = {
-    "user": pa.string(),
-    "item": pa.string(),
-    "type": pa.string(),
-    "timestamp": pa.float64(),
-}
-
-
 def _catalog(path: Path | None, put: dict[str, tuple[str, dict[str, str]]]) -> pl.DataFrame:
+    """Join the catalog of a file with the items that were put, which replace those of the file."""
     fresh = pl.DataFrame(
         [{"item_id": item, "text": text, **fields} for item, (text, fields) in put.items()],
         schema_overrides={"item_id": pl.String, "text": pl.String},
@@ -97,7 +92,8 @@ def log_frame(source: str) -> Any:
     """Read an event log as a data frame; open a table on disk as a lazy one.
 
     Raises:
-        DataError: neither the one nor the other. StorageError: the log cannot be read.
+        DataError: neither an event log nor a table.
+        StorageError: the log cannot be read.
     """
     if is_event_log(source):
         url = source if "://" in source else f"sqlite:///{source}"

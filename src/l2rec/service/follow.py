@@ -1,8 +1,8 @@
-"""What goes on beside the requests: live.json is followed, a candidate shadows, items are synced.
+"""Tasks beside the requests: following live.json, comparing the shadow, taking over items.
 
-- `Follower`: what live.json names is loaded and checked, then swapped in, or refused.
-- `Shadow`: ranks what was answered with the candidate, when nobody waits, and compares.
-- `keep_in_sync`: items that other servers of the same database have put or deleted.
+- `Follower` loads and checks what live.json names, then swaps it in, or refuses it.
+- `Shadow` ranks answered requests with the candidate while the models are idle, and compares.
+- `keep_in_sync` takes over items that other servers of the same database have put or deleted.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ from l2rec.service.version import Version
 
 logger = logging.getLogger("l2rec.service")
 
+IDLE_SECONDS = 0.01
+"""Seconds until the shadow looks again whether the models are idle."""
+
 
 def load_with_items(
     run: Path, log: EventLog, *, index: str = "auto", expected: str | None = None
 ) -> Version:
-    """A run with the items of the event log, checked. May take long; runs anywhere.
+    """Load a run with the items of the event log, and check it. May take long; needs no event loop.
 
     Raises:
-        L2RecError: it cannot be served.
+        L2RecError: the run cannot be served.
     """
     version = load_version(run, index=index, expected=expected, items=log.items())
     with torch.inference_mode():
@@ -51,13 +54,13 @@ def load_with_items(
 def load_first(
     deployment: Deployment, log: EventLog, *, index: str = "auto"
 ) -> tuple[Version, Path, str | None]:
-    """The current run of a deployment; where it cannot be served, the newest previous one that can.
+    """Load the current run of a deployment, or else the newest previous one that can be served.
 
     Returns:
-        The version, its run, and why the current one is not it.
+        The version, its run, and why it is not the current run (None if it is).
 
     Raises:
-        L2RecError: none can; what is wrong with the current one.
+        L2RecError: no run can be served; the message is about the current one.
     """
     problem: L2RecError | None = None
     for run in (deployment.current, *deployment.previous):
@@ -72,21 +75,21 @@ def load_first(
 
 
 async def keep_in_sync(service: Service) -> None:
-    """Looks for items that other servers of the same database have changed, until cancelled."""
+    """Take over items that other servers of the same database have changed, until cancelled."""
     while True:
         await asyncio.sleep(service.settings.sync)
         try:
             if await service.sync():
-                logger.info("items of another server were taken over")
+                logger.info("took over items of another server")
         except Exception as error:
-            logger.warning("items were not synced, it is tried again: %s", error)
+            logger.warning("items were not synced, trying again: %s", error)
 
 
 class Follower:
-    """Keeps the live and shadow versions at what live.json of a folder says.
+    """Task that keeps the live and the shadow version at what live.json of a folder says.
 
     Args:
-        current, shadow: the runs that are held now.
+        current, shadow: runs that are loaded already.
     """
 
     def __init__(
@@ -99,28 +102,28 @@ class Follower:
         self._loader = Worker("loader", nice=5)
 
     def poke(self) -> None:
-        """Look now, also at a file that did not change: a candidate is tried again."""
+        """Look now, and try again a candidate that was refused."""
         self._seen = None
         self._poke.set()
 
     async def run(self) -> None:
-        """Looks again and again, until it is cancelled."""
+        """Look again and again, until cancelled."""
         while True:
             try:
                 await self.look()
             except Exception:
-                logger.exception("following %s failed; it goes on", self.folder / FILE)
+                logger.exception("following %s failed; trying again", self.folder / FILE)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.service.settings.poll):
                     await self._poke.wait()
             self._poke.clear()
 
     async def look(self) -> None:
-        """Once: if the file is another than last time, what it names takes its place."""
+        """Look once: if the file has changed, load what it names and swap it in."""
         try:
             stat = (self.folder / FILE).stat()
         except OSError:
-            return  # nothing to follow: what is live stays
+            return  # nothing to follow: the live version stays
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         if seen == self._seen:
             return
@@ -131,12 +134,12 @@ class Follower:
             self._refuse(self.folder, error)
             return
         try:
-            await self._bring(wanted)
+            await self._apply(wanted)
         except StorageError as error:
-            logger.warning("nothing was exchanged, it is tried again: %s", error)
+            logger.warning("no version was exchanged, trying again: %s", error)
             self._seen = None
 
-    async def _bring(self, wanted: Deployment) -> None:
+    async def _apply(self, wanted: Deployment) -> None:
         if wanted.current != self.current:
             version = await self._load(wanted.current, wanted)
             if version is not None:
@@ -154,6 +157,7 @@ class Follower:
             logger.info("shadow: %s", "none" if candidate is None else candidate.name)
 
     async def _load(self, run: Path, wanted: Deployment) -> Version | None:
+        """Load a run in the thread beside; None where it is refused."""
         service = self.service
         try:
             version = await self._loader.run(
@@ -165,7 +169,7 @@ class Follower:
                 )
             )
         except StorageError:
-            raise  # not the candidate's fault
+            raise  # no fault of the candidate
         except Exception as error:
             if not isinstance(error, L2RecError):
                 logger.exception("loading %s failed", run.name)
@@ -181,6 +185,7 @@ class Follower:
         self.service.metrics.swaps.labels("refused").inc()
 
     def close(self) -> None:
+        """End the thread that loads."""
         self._loader.close()
 
 
@@ -189,7 +194,7 @@ class Follower:
 
 @dataclass(frozen=True)
 class Answered:
-    """What was recommended: ids best first, to whom, and what was left out."""
+    """An answer: its ids, best first, the history that it is for, and the ids left out of it."""
 
     history: tuple[str, ...]
     without: tuple[str, ...]
@@ -198,8 +203,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Compared:
-    """overlap: share of the answer that the candidate lists too. correlation: Spearman's, of the
-    order of the answer's items; None where there is no order.
+    """Comparison of a candidate with an answer.
+
+    overlap: share of the answer that the candidate lists too. correlation: Spearman's, between the
+    orders of the answer's items; None where there is no order. seconds: time that it took.
     """
 
     overlap: float
@@ -208,7 +215,7 @@ class Compared:
 
 
 def compare(candidate: Version, answered: Answered) -> Compared | None:
-    """The same request for a candidate; None where it knows nothing of the history."""
+    """Rank the same request with a candidate; None where it knows no item of the history."""
     started = time.perf_counter()
     row_of = candidate.predictor.row_of
     history = [item for item in answered.history if row_of(item) is not None]
@@ -235,8 +242,9 @@ def compare(candidate: Version, answered: Answered) -> Compared | None:
 
 @dataclass
 class Shadow:
-    """Answers wait here until nobody waits for the models; beyond ``shadow_queue`` the oldest is
-    dropped.
+    """Queue of answers that are compared while the models are idle.
+
+    Beyond ``shadow_queue`` answers the oldest is dropped.
     """
 
     service: Service
@@ -244,7 +252,7 @@ class Shadow:
     _came: asyncio.Event = field(default_factory=asyncio.Event)
 
     def offer(self, history: Sequence[str], without: Sequence[str], ids: Sequence[str]) -> None:
-        """To be compared some time, if there is a candidate."""
+        """Queue an answer for comparison, if there is a candidate."""
         if self.service.live.shadow is None:
             return
         if len(self._waiting) >= self.service.settings.shadow_queue:
@@ -254,7 +262,7 @@ class Shadow:
         self._came.set()
 
     async def run(self) -> None:
-        """Compares, until it is cancelled."""
+        """Compare answers, until cancelled."""
         service, metrics = self.service, self.service.metrics
         while True:
             while not self._waiting:
@@ -268,19 +276,16 @@ class Shadow:
                 self._waiting.clear()
                 continue
             try:
-                found = await service.shadow_worker.run(compare, candidate, answered)
+                compared = await service.shadow_worker.run(compare, candidate, answered)
             except Exception:
                 logger.exception("the shadow %s failed", candidate.name)
                 metrics.shadow.labels("failed").inc()
                 continue
-            if found is None:
+            if compared is None:
                 metrics.shadow.labels("unknown").inc()
                 continue
-            metrics.shadow_overlap.observe(found.overlap)
-            metrics.shadow_seconds.observe(found.seconds)
-            if found.correlation is not None:
-                metrics.shadow_correlation.observe(found.correlation)
+            metrics.shadow_overlap.observe(compared.overlap)
+            metrics.shadow_seconds.observe(compared.seconds)
+            if compared.correlation is not None:
+                metrics.shadow_correlation.observe(compared.correlation)
             metrics.shadow.labels("ranked").inc()
-
-
-IDLE_SECONDS = 0.01

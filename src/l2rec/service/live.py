@@ -1,11 +1,11 @@
-"""What is live: the versions that are served, how one takes the place of another, and live.json.
+"""The versions that are live, their exchange, and live.json, which names them.
 
     DIR/live.json   {"current": RUN, "previous": [RUN, ...], "shadow": RUN or null,
                      "weights": {RUN: hash}}
 
 `l2rec deploy` and `l2rec rollback` write it whole or not at all; a server of DIR follows it. A
-candidate is loaded and checked beside what is live and only then takes its place; one that fails is
-refused, and what was live stays. No path comes from a request.
+candidate is loaded and checked beside the live version and only then takes its place; one that
+fails is refused, and the live version stays. No path comes from a request.
 """
 
 from __future__ import annotations
@@ -33,46 +33,47 @@ from l2rec.service.version import Version
 
 FILE = "live.json"
 PREVIOUS = 10
+"""Runs that can be rolled back to."""
 
 
 @dataclass
 class Live:
-    """The versions that a server holds now.
+    """The versions that a server has loaded.
 
-    A request takes `current` (or `control`) once and keeps it to its end. All are exchanged in the
-    event loop, in one assignment, so that no request sees half of a change.
+    A request takes `current` (or `of_arm`) once and uses that version to its end. Versions are
+    exchanged in the event loop, in one assignment, so that no request sees half of a change.
     """
 
     version: Version
-    """Serves everybody, or the treatment arm."""
+    """Version that serves everybody, or the treatment arm."""
     control: Version | None = None
-    """Serves the control arm of the experiment, if another version than the live one does."""
+    """Version that serves the control arm of the experiment, if not the live one."""
     shadow: Version | None = None
-    """Ranks what the live version does, for comparison, and serves nobody."""
+    """Version that ranks the same requests for comparison, and serves nobody."""
     folder: Path | None = None
-    """Where live.json lies."""
+    """Folder of live.json."""
     refused: dict[str, Any] | None = None
     """The last candidate that was refused: run, reason, at (unix seconds)."""
 
     def current(self) -> Version:
-        """The live version. Take it once."""
+        """Return the live version; a request calls this once."""
         return self.version
 
     def of_arm(self, arm: str | None) -> Version:
-        """Who serves an arm of the experiment; without one, the live version."""
+        """Return the version that serves an arm; the live one without an arm."""
         return self.control if arm == "control" and self.control is not None else self.version
 
     def all(self) -> dict[str, Version]:
-        """Whatever is held, by its role."""
-        held: dict[str, Version | None] = {
+        """Return the loaded versions by role: live, control, shadow."""
+        roles: dict[str, Version | None] = {
             "live": self.version,
             "control": self.control,
             "shadow": self.shadow,
         }
-        return {role: version for role, version in held.items() if version is not None}
+        return {role: version for role, version in roles.items() if version is not None}
 
     def swap(self, role: str, version: Version | None) -> None:
-        """One version takes the place of another. ``role``: live, control or shadow."""
+        """Put a version into a role: live, control or shadow."""
         if role == "live":
             assert version is not None
             self.version = version
@@ -83,11 +84,11 @@ class Live:
             self.shadow = version
 
     def refuse(self, run: str, reason: str) -> None:
-        """Remember a candidate that was not taken."""
+        """Remember a candidate that was refused."""
         self.refused = {"run": run, "reason": reason, "at": time.time()}
 
     def status(self) -> dict[str, Any]:
-        """What is held, for people: names, versions, times, the last refusal."""
+        """Describe the versions for people: names, hashes, times, and the last refusal."""
 
         def shown(version: Version | None) -> dict[str, Any] | None:
             if version is None:
@@ -115,7 +116,7 @@ class Live:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What live.json says. ``previous``: newest first. ``weights``: hash of each run's tensors
+    """Content of live.json. ``previous``: newest first. ``weights``: hash of each run's tensors
     when it was deployed.
     """
 
@@ -125,12 +126,12 @@ class Deployment:
     weights: Mapping[str, str] = field(default_factory=dict)
 
     def expected(self, run: Path) -> str | None:
-        """The hash that a run was deployed with."""
+        """Return the hash that a run was deployed with, if it is known."""
         return self.weights.get(str(run))
 
 
 def read_deployment(folder: Path) -> Deployment:
-    """live.json of a folder.
+    """Read live.json of a folder.
 
     Raises:
         CheckpointError: missing, torn, or not of this form.
@@ -165,6 +166,7 @@ def read_deployment(folder: Path) -> Deployment:
 
 
 def _write(folder: Path, deployment: Deployment) -> Deployment:
+    """Write live.json, and return the deployment without the hashes of runs it no longer names."""
     runs = [deployment.current, *deployment.previous]
     runs += [] if deployment.shadow is None else [deployment.shadow]
     known = deployment.weights
@@ -212,21 +214,22 @@ def rollback(folder: Path) -> Deployment:
     """Make the newest previous run of a folder the current one again.
 
     Raises:
-        ConfigError: there is none. CheckpointError: it cannot be served any more.
+        ConfigError: there is no previous run.
+        CheckpointError: it can no longer be served.
     """
     known = read_deployment(folder)
     if not known.previous:
         raise ConfigError(f"{folder}: nothing was deployed before {known.current}")
-    back, *older = known.previous
-    check_version(load_version(back, expected=known.expected(back)))
-    return _write(folder, Deployment(back, tuple(older), known.shadow, known.weights))
+    run, *older = known.previous
+    check_version(load_version(run, expected=known.expected(run)))
+    return _write(folder, Deployment(run, tuple(older), known.shadow, known.weights))
 
 
 def end_shadow(run: Path, folder: Path) -> Deployment:
-    """The run is no longer compared.
+    """Stop comparing the run that is the shadow of a folder.
 
     Raises:
-        ConfigError: it is not the shadow.
+        ConfigError: the run is not the shadow.
     """
     known = read_deployment(folder)
     if known.shadow != run.resolve():

@@ -1,4 +1,4 @@
-"""What /metrics tells. Labels have few values: routes, status classes, arms, versions held."""
+"""Metrics of a server. Labels have few values: routes, status classes, arms, loaded versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """Metrics of one server, in a registry that no other server shares."""
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
@@ -36,7 +36,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "l2rec_request_seconds",
-            "From the first byte of a request to the last of its answer.",
+            "Seconds from the first byte of a request to the last of its answer.",
             ["route"],
             buckets=SECONDS,
             registry=r,
@@ -62,7 +62,7 @@ class Metrics:
         )
         self.batch_wait = Histogram(
             "l2rec_batch_wait_seconds",
-            "What the first history of a batch has waited.",
+            "Seconds that the first history of a batch has waited.",
             buckets=SECONDS,
             registry=r,
         )
@@ -87,7 +87,7 @@ class Metrics:
         )
         self.version = Gauge(
             "l2rec_version_info",
-            "1 for each version that is held.",
+            "1 for each loaded version.",
             ["role", "name", "version"],
             registry=r,
         )
@@ -105,15 +105,18 @@ class Metrics:
         )
         self.shadow_correlation = Summary(  # a histogram has no sum of negative numbers
             "l2rec_shadow_rank_correlation",
-            "Spearman's, of the order of the live answer's items by both.",
+            "Spearman's, between both orders of the live answer's items.",
             registry=r,
         )
         self.shadow_seconds = Histogram(
-            "l2rec_shadow_seconds", "What the shadow needs.", buckets=SECONDS, registry=r
+            "l2rec_shadow_seconds",
+            "Seconds that the shadow needs for a request.",
+            buckets=SECONDS,
+            registry=r,
         )
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A number that is read when it is asked for."""
+        """Add a gauge whose value is read when it is asked for."""
         Gauge(name, text, registry=self.registry).set_function(value)
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -123,8 +126,8 @@ class Metrics:
         self.requests.labels(route, method, kind).inc()
         self.seconds.labels(route).observe(seconds)
 
-    def held(self, versions: Mapping[str, Version]) -> None:
-        """The versions that are held now; others are forgotten, or labels would only grow."""
+    def loaded(self, versions: Mapping[str, Version]) -> None:
+        """Report the versions that are loaded now; forget others, or labels would only grow."""
         self.version.clear()
         hashes = set()
         for role, version in versions.items():
@@ -137,5 +140,5 @@ class Metrics:
                     self.recommendations.remove(sample.labels["arm"], known)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)

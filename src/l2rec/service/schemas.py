@@ -1,4 +1,4 @@
-"""What requests and answers look like; every list, text and number has its limit here."""
+"""Schemas of requests and answers; every list, text and number has its limit here."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Name = Annotated[
 Value = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
 _VISIBLE = r"^[^\x00]*[^\x00\s][^\x00]*$"
 Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT, pattern=_VISIBLE)]
-# Of a mapping with names by a pattern, the schema would otherwise allow any other.
+# Without it, the schema of a mapping with a pattern for names would also allow any other name.
 _NO_OTHER_NAMES: dict[str, Any] = {"additionalProperties": False}
 History = Annotated[list[Id], Field(min_length=1, max_length=MAX_HISTORY)]
 
@@ -58,7 +58,7 @@ class _Closed(BaseModel):
 
 
 class Error(BaseModel):
-    """Every error: one line that says what was given, what is allowed, what to do."""
+    """An error: one line that says what was given, what is allowed and what to do."""
 
     error: str
 
@@ -87,21 +87,21 @@ class Recommend(_Closed):
     )
 
     user: Id | None = None
-    """Whose history is read, unless one is given, and who is assigned to an arm."""
+    """User whose history is read, unless one is given, and who is assigned to an arm."""
     history: History | None = None
     """Item ids, oldest first."""
     k: int = Field(10, ge=1, le=MAX_K)
     exclude_seen: bool = True
     """Leave out the items of the history."""
     allow: Annotated[list[Id], Field(max_length=MAX_LIST)] | None = None
-    """Only these are recommended; ids that nobody knows are passed over."""
+    """Ids outside which nothing is recommended; unknown ids are ignored."""
     deny: Annotated[list[Id], Field(max_length=MAX_LIST)] = []
-    """These are not."""
+    """Ids that are not recommended."""
     filters: Annotated[
         dict[Name, Annotated[list[Value], Field(min_length=1, max_length=MAX_VALUES)]],
         Field(max_length=MAX_ATTRIBUTES, json_schema_extra=_NO_OTHER_NAMES),
     ] = {}
-    """Attribute -> values: an item has one of them, for every attribute named."""
+    """Attribute -> values: an item must have one of the values of every attribute."""
     experiment: Name | None = None
     """The experiment to take part in; the one that runs, if left out."""
 
@@ -113,7 +113,7 @@ class Recommend(_Closed):
 
 
 class Recommendation(BaseModel):
-    """One item."""
+    """One recommended item."""
 
     id: str
     score: float
@@ -128,7 +128,7 @@ class Arm(BaseModel):
 
 
 class Recommended(BaseModel):
-    """Best first. ``gate``: 1 all behavioural, 0 all semantic."""
+    """Recommended items, best first. ``gate``: 1 all behavioural, 0 all semantic."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -163,7 +163,7 @@ class EmbedUsers(_Closed):
 
 
 class EmbedItems(_Closed):
-    """Raw texts; they need not be of the catalog, and do not enter it."""
+    """Raw texts; they need not be in the catalog, and are not added to it."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -174,14 +174,14 @@ class EmbedItems(_Closed):
 
 
 class Embedded(BaseModel):
-    """Vectors in the order of what was given; scores are inner products."""
+    """Vectors, in the order of the request; scores are inner products."""
 
     vectors: list[list[float]]
     version: str
 
 
 class ItemIn(_Closed):
-    """An item is its text."""
+    """An item to add or change."""
 
     id: Id
     text: Text
@@ -191,7 +191,7 @@ class ItemIn(_Closed):
 
 
 class Items(_Closed):
-    """Items to add, or to put in the place of those of the same id."""
+    """Items to add, or to replace those of the same id."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -222,7 +222,7 @@ class Items(_Closed):
 
 
 class EventIn(_Closed):
-    """``id`` makes it idempotent: an event whose id was seen before is ignored."""
+    """An event. An ``id`` that is stored already is ignored, so that events can be sent again."""
 
     id: Id
     user: Id
@@ -231,13 +231,13 @@ class EventIn(_Closed):
     timestamp: Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)] | None = None
     """Unix seconds; now, if left out."""
     request: Id | None = None
-    """``request`` of the answer that this is about."""
+    """``request`` of the answer that the event is about."""
     experiment: Name | None = None
     arm: Literal["treatment", "control"] | None = None
 
 
 class Events(_Closed):
-    """What happened."""
+    """Events to store."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -262,28 +262,28 @@ class Events(_Closed):
 
 
 class Stored(BaseModel):
-    """What is on disk when this is answered. ``ignored``: known already."""
+    """Number of events stored, on disk when this is answered. ``ignored``: stored before."""
 
     stored: int
     ignored: int
 
 
 class Changed(BaseModel):
-    """How many items were changed, and the version that serves them."""
+    """Number of items changed, and the version that serves them."""
 
     items: int
     version: str
 
 
 class Status(BaseModel):
-    """Of a probe."""
+    """Answer of a probe."""
 
     status: str
     version: str
 
 
 class Summary(BaseModel):
-    """Of an experiment. ``result``: as of `l2rec abtest`."""
+    """State of an experiment. ``result``: that of `l2rec abtest`."""
 
     name: str
     running: bool

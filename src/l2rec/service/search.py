@@ -1,7 +1,7 @@
-"""Finding items by words and users by their ids, for people who type.
+"""Search for items by words and for users by their ids, for people who type.
 
 - `Items`: the texts of one loading of a run, prepared once and extended as items come
-- `People`: users of the data set that a run was made on, where it is still there
+- `People`: the users of a run's data set, if it is still where it was
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from l2rec.service.version import Version
 Rows = npt.NDArray[np.int64]
 
 WORDS = 16
-"""Of a query; more are passed over."""
+"""Words of a query that are searched for; the others are ignored."""
 
 
 def plain(text: str) -> str:
-    """Lower case, no accents, one space for whatever is neither letter nor digit."""
+    """Fold a text: lower case, no accents, one space for whatever is neither letter nor digit."""
     folded = unicodedata.normalize("NFKD", text.casefold())
     bare = "".join(c for c in folded if not unicodedata.combining(c)) if folded else ""
     return re.sub(r"[\W_]+", " ", bare).strip()
 
 
 class Items:
-    """Ids and texts of the rows of one loading (a `Version.serial`), as `plain` text.
+    """Search index over the ids and texts of one loading of a run (a `Version.serial`).
 
     A row never changes its item, so that versions with more items only add rows.
     """
@@ -51,20 +51,20 @@ class Items:
         return len(self._ids)
 
     def extend(self, version: Version) -> None:
-        """Rows that are new since the last time. Not in two threads at once."""
+        """Add the rows that are new since the last call. Not safe in two threads at once."""
         assert version.serial == self.serial
         new = slice(len(self), len(version))
-        # A space on both sides: where " word" is, a word begins.
+        # With a space on both sides, " word" is the beginning of a word, and " word " a whole one.
         ids = pa.array([f" {plain(i)} " for i in version.ids[new]], pa.large_string())
         texts = pa.array([f" {plain(t)} " for t in version.texts[new]], pa.large_string())
         self._texts = pa.concat_arrays([self._texts, texts])
         self._ids = pa.concat_arrays([self._ids, ids])
 
     def find(self, version: Version, words: str) -> Rows:
-        """Rows of items that have every word in their text or id, best first.
+        """Return the rows of items that have every word in their text or id, best first.
 
-        An id that is the query comes first; then what has more of the words as whole words, or as
-        beginnings of words; of these texts that begin with the query, then what is shorter.
+        An id equal to the query comes first; then items with more of the words as whole words or
+        as beginnings of words; among equals, texts that begin with the query, then shorter texts.
         """
         n = len(version)
         served = ~version.hidden
@@ -91,14 +91,16 @@ class Items:
 
 
 def _has(column: pa.Array, part: str) -> npt.NDArray[np.bool_]:
-    found: npt.NDArray[np.bool_] = pc.match_substring(column, part).to_numpy(zero_copy_only=False)
-    return found
+    hits: npt.NDArray[np.bool_] = pc.match_substring(column, part).to_numpy(zero_copy_only=False)
+    return hits
 
 
 @dataclass(frozen=True)
 class Person:
-    """A user of a data set. history: item ids, oldest first. next: the newest event, which the
-    model was not trained on; None for a user with too few events to be tested on.
+    """A user of a data set.
+
+    history: item ids, oldest first. next: item of the newest event, which the model was not trained
+    on; None for a user with too few events for a test.
     """
 
     id: str
@@ -107,7 +109,7 @@ class Person:
 
 
 class People:
-    """Users of the data set of a run; none if it is no longer where it was, or another one."""
+    """Users of a run's data set; none if it was moved or changed."""
 
     def __init__(self, run: Path | None) -> None:
         self._run = run
@@ -127,8 +129,9 @@ class People:
         return self._data.user_ids
 
     def find(self, words: str, limit: int) -> list[tuple[str, int]]:
-        """(id, number of events) of users whose id has ``words`` in it; those that begin with it
-        come first.
+        """Return (id, number of events) of the users whose id contains ``words``.
+
+        Those whose id begins with it come first.
         """
         if self._data is None:
             return []
@@ -145,7 +148,7 @@ class People:
         return [(self._ids[int(r)].as_py(), int(lengths[r])) for r in rows[:limit]]
 
     def get(self, user: str, most: int) -> Person | None:
-        """A user with the newest ``most`` items of its history, or None."""
+        """Return a user with the newest ``most`` items of the history, or None."""
         if self._data is None:
             return None
         row = pc.index(self._ids, pa.scalar(user, self._ids.type)).as_py()

@@ -1,11 +1,11 @@
-"""What stands before every route: keys, rates, and the size and shape of a body.
+"""Guard before every route: keys, rates, and the size and shape of a body.
 
-One ASGI layer, so that no route can be left out: a route that is added is closed until it is named
+It is one ASGI layer, so that no route can be left out: a new route needs a key until it is named
 here. It refuses before it reads, reads no more than is allowed, and answers in JSON.
 
     public      /livez /readyz /openapi.json / and the page's files: no key
     read key    everything that is GET, and recommend, embed, explain
-    write key   all else
+    write key   everything else
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ PUBLIC_FOLDER = "/static/"
 READING_POSTS = frozenset({"/v1/recommend", "/v1/embed/users", "/v1/embed/items", "/v1/explain"})
 PROBES = frozenset({"/livez", "/readyz"})
 DEPTH = 16
-"""Lists and objects of a body within each other."""
+"""Levels of lists and objects in a body."""
 BODY_SECONDS = 10.0
+"""Time for the whole body to arrive."""
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 HEADERS = [
@@ -59,7 +60,7 @@ HEADERS = [
 
 
 class Refused(Exception):
-    """A request that is answered with an error. retry_after: seconds, where it may come again."""
+    """A request that is answered with an error. retry_after: seconds until it may come again."""
 
     def __init__(self, status: int, error: str, *, retry_after: float | None = None) -> None:
         super().__init__(error)
@@ -67,7 +68,7 @@ class Refused(Exception):
 
 
 def problem(error: str) -> bytes:
-    """The body of every error: one line of JSON."""
+    """Return the body of an error: one line of JSON."""
     line = " ".join(str(error).split())[:1000]
     return json.dumps({"error": line}).encode()
 
@@ -88,7 +89,7 @@ class RateLimit:
         self._buckets: dict[int, _Bucket] = {}
 
     def take(self, key: int) -> float:
-        """0 where a request may pass, else the seconds until one may. ``key``: few ints."""
+        """Count a request of a key; return 0 if it may pass, else the seconds until one may."""
         if not self._rate:
             return 0.0
         now = self._clock()
@@ -102,13 +103,13 @@ class RateLimit:
 
 
 def may_write(method: str, path: str) -> bool:
-    """Whether a request needs a write key."""
+    """Tell whether a request needs a write key."""
     reads = method in ("GET", "HEAD", "OPTIONS")
     return not reads and not (method == "POST" and path in READING_POSTS)
 
 
 def is_public(method: str, path: str) -> bool:
-    """Whether a request needs no key: probes, the page and its files, the schema."""
+    """Tell whether a request needs no key: probes, the page and its files, the schema."""
     public = path in PUBLIC or path.startswith(PUBLIC_FOLDER)
     return method in ("GET", "HEAD") and public
 
@@ -118,10 +119,10 @@ _BRACKETS = re.compile(rb"[\[\]{}]")
 
 
 def depth_of(body: bytes, limit: int) -> int:
-    """How far lists and objects of a JSON text lie within each other; counts to limit + 1."""
+    """Count the levels of lists and objects of a JSON text, up to ``limit`` + 1."""
     depth = deepest = 0
-    for found in _BRACKETS.finditer(_STRINGS.sub(b"", body)):
-        depth += 1 if found[0] in b"[{" else -1
+    for bracket in _BRACKETS.finditer(_STRINGS.sub(b"", body)):
+        depth += 1 if bracket[0] in b"[{" else -1
         deepest = max(deepest, depth)
         if deepest > limit:
             break
@@ -129,10 +130,10 @@ def depth_of(body: bytes, limit: int) -> int:
 
 
 class Guard:
-    """The layer around an app.
+    """ASGI layer around an app.
 
-    The scope gets ``l2rec.request``, an id that is also in ``X-Request-Id`` and in the log. The log
-    has no header, no query and no body.
+    It sets ``l2rec.request`` in the scope, an id that is also in ``X-Request-Id`` and in the log.
+    The log has no header, no query and no body.
     """
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics) -> None:
@@ -157,11 +158,11 @@ class Guard:
             nonlocal sent
             if message["type"] == "http.response.start":
                 sent = int(message["status"])
-                own = [*HEADERS, (b"x-request-id", request.encode())]
-                given = {name.lower() for name, _ in message.get("headers", [])}
-                if b"cache-control" not in given:
-                    own.append((b"cache-control", b"no-store"))
-                message["headers"] = [*message.get("headers", []), *own]
+                headers = [*message.get("headers", [])]
+                if b"cache-control" not in {name.lower() for name, _ in headers}:
+                    headers.append((b"cache-control", b"no-store"))
+                request_id = (b"x-request-id", request.encode())
+                message["headers"] = [*headers, *HEADERS, request_id]
             await send(message)
 
         self.inflight += counted
@@ -171,7 +172,7 @@ class Guard:
             if not sent:
                 await _refuse(answer, refused)
         except Exception:
-            # Whatever was not foreseen: told to the log, not to the client.
+            # An error that was not foreseen goes to the log, not to the client.
             logger.exception("request %s failed", request)
             if not sent:
                 await _refuse(answer, Refused(500, f"internal error; see the log at {request}"))
@@ -203,13 +204,13 @@ class Guard:
                     429, f"more than {settings.rate:g} requests a second", retry_after=wait
                 )
         body = await self._body(headers, receive) if method not in ("GET", "HEAD") else b""
-        given = False
+        delivered = False
 
         async def whole() -> Message:
-            nonlocal given
-            if given:
-                return await receive()  # disconnects
-            given = True
+            nonlocal delivered
+            if delivered:
+                return await receive()  # the disconnect
+            delivered = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         try:
@@ -222,8 +223,10 @@ class Guard:
             ) from None
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
-        """Without keys only names of this machine are answered, or a web page that a browser here
-        has open could let its own name point here.
+        """Refuse names other than this machine's where there are no keys.
+
+        Otherwise a web page open in a browser here could let its name point to this machine, and
+        so reach the server.
         """
         if self.settings.secured:
             return
@@ -235,9 +238,9 @@ class Guard:
             )
 
     def _key(self, headers: dict[bytes, bytes], write: bool) -> int:
-        """Number of the key that was given, read keys first.
+        """Return the number of the key that was sent, counting read keys first.
 
-        Every key is compared, in constant time: how long it takes says nothing of them.
+        Every key is compared, in constant time, so that the duration reveals nothing about them.
         """
         if not self.settings.secured:
             return 0
@@ -245,18 +248,23 @@ class Guard:
         token = token.strip()
         if not token or scheme.lower() != b"bearer":
             raise Refused(401, "give a key: Authorization: Bearer KEY")
-        found = -1
+        match = -1
         for number, key in enumerate([*self._read, *self._write]):
             if hmac.compare_digest(key, token):
-                found = number
-        if found < 0:
+                match = number
+        if match < 0:
             raise Refused(401, "unknown key")
-        if write and found < len(self._read):
+        if write and match < len(self._read):
             raise Refused(403, "a read key: items and events need a write key")
-        return found
+        return match
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body, or `Refused` as soon as it is known to be too much."""
+        """Read the whole body.
+
+        Raises:
+            Refused: too large (as soon as that is known), too slow, too deep, or not JSON by its
+                type.
+        """
         most = self.settings.body_bytes
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit():
@@ -301,6 +309,6 @@ async def _refuse(send: Send, refused: Refused) -> None:
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if refused.status in (408, 413):
-        headers.append((b"connection", b"close"))  # what is left of the body is not read
+        headers.append((b"connection", b"close"))  # the rest of the body is not read
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,8 +1,8 @@
-"""A server from its options: what to serve is loaded, then uvicorn runs the app to a clean end."""
+"""A server as a process: load what is served, then run the app under uvicorn to a clean end."""
 
 from __future__ import annotations
 
-__all__ = ["serve"]
+__all__ = ["load_live", "serve"]
 
 import asyncio
 import logging
@@ -27,10 +27,11 @@ from l2rec.service.settings import Settings
 logger = logging.getLogger("l2rec.service")
 
 SWITCH_SECONDS = 0.001
-"""How long a thread may keep the interpreter while others want it: the event loop must not wait
-for a model's Python between two matrix products.
+"""Longest time that a thread may keep the interpreter while others want it: the event loop must not
+wait for a model's Python between two matrix products.
 """
 GRACE = 10
+"""Seconds beyond `Settings.shutdown` after which a process that hangs is ended."""
 
 
 def serve(
@@ -41,19 +42,19 @@ def serve(
     control: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Serve a run folder, or what live.json of a folder names, until SIGTERM or SIGINT.
+    """Serve a run folder, or the runs that live.json of a folder names, until SIGTERM or SIGINT.
 
     Args:
-        log_url: of the event log; SQLite in ``target`` by default.
-        control: the run that serves the control arm of the experiment; the live one by default.
-        say: told where the server listens.
+        log_url: URL of the event log; SQLite in ``target`` by default.
+        control: run that serves the control arm of the experiment; the live one by default.
+        say: receives the line that says where the server listens.
 
     Returns:
-        0: everything in flight was answered.
+        0, after every request in progress was answered.
 
     Raises:
-        ConfigError: options that do not fit together, an address that is taken.
-        L2RecError: nothing that could be served.
+        ConfigError: options that do not fit together, or an address that is taken.
+        L2RecError: no run can be served.
     """
     settings.check()
     if control is not None and settings.experiment is None:
@@ -64,7 +65,7 @@ def serve(
     listening = _listen(settings)
     log = EventLog(log_url or f"sqlite:///{target.resolve() / 'events.db'}")
     try:
-        live, follow = _load(target, log, settings, control)
+        live, follow = load_live(target, log, settings, control)
         app = create_app(settings, live, log, follow=follow)
         config = uvicorn.Config(
             app,
@@ -77,8 +78,8 @@ def serve(
             timeout_graceful_shutdown=settings.shutdown,
         )
         host, port = listening.getsockname()[:2]
-        held = live.current()
-        line = f"serving {held.name} (version {held.version}) on http://{_shown(host)}:{port}"
+        version = live.current()
+        line = f"serving {version.name} (version {version.version}) on http://{_shown(host)}:{port}"
         _run(_Server(config, lambda: say(line)), app, listening)
     finally:
         listening.close()
@@ -86,16 +87,27 @@ def serve(
     return 0
 
 
-def _load(
+def load_live(
     target: Path, log: EventLog, settings: Settings, control: Path | None
 ) -> tuple[Live, tuple[Path, Path, Path | None] | None]:
-    """What is live at the start, and what of it is followed."""
+    """Load the versions that a server starts with.
+
+    Args:
+        target: run folder, or a folder with a live.json.
+        control: run that serves the control arm; None for none.
+
+    Returns:
+        The versions, and `create_app`'s ``follow``: None where ``target`` is a run folder.
+
+    Raises:
+        L2RecError: no run can be served.
+    """
     follow: tuple[Path, Path, Path | None] | None = None
     refused: str | None = None
     if (target / FILE).is_file():
         wanted = read_deployment(target)
         version, run, refused = load_first(wanted, log, index=settings.index)
-        # The follower takes what is not held for new, and so also loads the shadow.
+        # The follower loads whatever is not named here, and so also the shadow.
         follow = (target, run if refused is None else wanted.current, None)
         live = Live(version, folder=target)
         if refused is not None:
@@ -109,8 +121,8 @@ def _load(
 
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # With the protocol named, asyncio turns Nagle's algorithm off for what is accepted; without,
-    # every answer would wait 40 ms for an acknowledgement.
+    # Only with the protocol named does asyncio turn Nagle's algorithm off for the connections;
+    # otherwise every answer would wait 40 ms for an acknowledgement.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -129,7 +141,7 @@ def _shown(host: str) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Ends the process if it does not end by itself: a thread that hangs cannot be stopped."""
+    """A server that ends the process if a thread hangs: no thread can be stopped from outside."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -149,12 +161,12 @@ class _Server(uvicorn.Server):
 
 
 def _give_up() -> None:
-    logger.error("a thread hangs; the process is ended")
+    logger.error("a thread hangs; ending the process")
     os._exit(1)
 
 
 def _run(server: _Server, app: Any, listening: socket.socket) -> None:
-    # uvicorn raises the signal that ended it once more: by then everything is done.
+    # uvicorn raises the signal again after it has stopped, when everything is done.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -1,6 +1,6 @@
-"""What the routes share: the threads, the batches, the cache, and how versions change.
+"""The service behind the routes: threads, batches, the cache, and the change of versions.
 
-Everything here runs in one event loop; models run in one thread, storage in a few others.
+Its methods run in one event loop; models run in one thread, storage in a few others.
 """
 
 from __future__ import annotations
@@ -35,35 +35,40 @@ T = TypeVar("T")
 logger = logging.getLogger("l2rec.service")
 
 RANKED_TOGETHER = 256
+"""Requests that are ranked in one batch at most."""
 CACHED_NUMBERS = 1 << 26
+"""Numbers of all cached vectors at most."""
 STORAGE_THREADS = 4
-READY_SECONDS, READY_KEPT = 5.0, 1.0
+READY_SECONDS = 5.0
+"""Time that a check of readiness may take."""
+READY_REUSED = 1.0
+"""Seconds for which the result of a check is reused."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Encode:
-    """One history, to be encoded by one version."""
+    """Job of the encoder: one history, as item rows of one version."""
 
     version: Version
     row: npt.NDArray[np.integer]
 
 
 def encode_jobs(jobs: Sequence[_Encode]) -> list[User]:
-    """Histories -> users, those of one version together. In the thread of the models."""
-    found: dict[int, User] = {}
+    """Encode histories, those of one version together. Runs in the models' thread."""
+    users: dict[int, User] = {}
     groups: dict[int, list[int]] = {}
     for number, job in enumerate(jobs):
         groups.setdefault(id(job.version), []).append(number)
     for numbers in groups.values():
         rows = Ragged.from_rows([jobs[n].row for n in numbers])
-        found |= dict(zip(numbers, encode(jobs[numbers[0]].version, rows), strict=True))
-    return [found[number] for number in range(len(jobs))]
+        users |= dict(zip(numbers, encode(jobs[numbers[0]].version, rows), strict=True))
+    return [users[number] for number in range(len(jobs))]
 
 
 class Service:
     """Threads, batches, cache and versions of one server.
 
-    ``worker``: the thread of all models that serve. Whatever else runs a model, such as an
+    ``worker``: the thread of all models that serve. Anything else that runs a model, such as an
     explanation, runs there too: ``await service.worker.run(function, ...)``.
     """
 
@@ -82,20 +87,20 @@ class Service:
             limit=settings.queue,
             observe=self._batched,
         )
-        # No waiting here: what comes while one batch is ranked is the next batch.
+        # No waiting here: requests that come while one batch is ranked are the next batch.
         self.ranking: Batcher[Query, Ranked] = Batcher(
             rank, self._ranker, max_cost=RANKED_TOGETHER, max_wait=0.0, limit=settings.inflight
         )
         self._cache: OrderedDict[tuple[int, bytes], User] = OrderedDict()
         self.changing = asyncio.Lock()
-        """Held by whoever makes a version out of one that is held and puts it in its place."""
+        """Lock for deriving a version from a loaded one and putting it in its place."""
         self._items: ItemState | None = None
         self._ready: tuple[float, asyncio.Future[list[str]]] | None = None
         self.metrics.gauge(
             "l2rec_queue_histories", "Histories that wait.", lambda: len(self.encoding)
         )
         self.metrics.gauge(
-            "l2rec_user_cache_entries", "User vectors that are kept.", lambda: len(self._cache)
+            "l2rec_user_cache_entries", "User vectors in the cache.", lambda: len(self._cache)
         )
         self.changed()
 
@@ -112,36 +117,38 @@ class Service:
     # -- users -----------------------------------------------------------------------------------
 
     async def user(self, version: Version, history: Sequence[str]) -> User:
-        """A history of known ids, encoded now or before.
+        """Return the user of a history, from the cache or encoded now.
 
         Raises:
-            DataError: unknown ids, all named. Busy: the queue is full.
+            DataError: unknown ids; all are named.
+            Busy: the queue is full.
         """
         rows = version.predictor.rows([history])
         key = (version.serial, rows.values.tobytes())
-        known = self._cache.get(key)
-        if known is not None:
+        cached = self._cache.get(key)
+        if cached is not None:
             self._cache.move_to_end(key)
             self.metrics.cache.labels("hit").inc()
-            return known
+            return cached
         self.metrics.cache.labels("miss").inc()
         cost = int(version.predictor.costs(rows)[0])
         user = await self.encoding.submit(_Encode(version, rows[0]), cost)
         if self.settings.cache and any(
-            held.serial == version.serial for held in self.live.all().values()
+            loaded.serial == version.serial for loaded in self.live.all().values()
         ):
             self._cache[key] = user
-            # Of a method that only ranks, a user is as long as the catalog.
+            # The vector of a method that only ranks is as long as the catalog.
             most = min(self.settings.cache, max(1, CACHED_NUMBERS // user.vector.numel()))
             while len(self._cache) > most:
                 self._cache.popitem(last=False)
         return user
 
     async def users(self, version: Version, histories: Sequence[Sequence[str]]) -> list[User]:
-        """Several at once: all, or the first error and none.
+        """Return the users of several histories: all, or the first error and none.
 
         Raises:
-            DataError: unknown ids. Busy: the queue is full.
+            DataError: unknown ids; all are named.
+            Busy: the queue is full.
         """
         version.predictor.rows(histories)
         tasks = [asyncio.ensure_future(self.user(version, history)) for history in histories]
@@ -154,7 +161,7 @@ class Service:
     # -- storage ---------------------------------------------------------------------------------
 
     async def stored(self, call: str, function: Callable[..., T], *args: Any) -> T:
-        """A call of the event log, in a thread of its own; failures are counted."""
+        """Run a call of the event log in a storage thread; count it as ``call`` if it fails."""
         try:
             return await asyncio.get_running_loop().run_in_executor(
                 self._storage, lambda: function(*args)
@@ -166,25 +173,26 @@ class Service:
     # -- versions --------------------------------------------------------------------------------
 
     def changed(self) -> None:
-        """After versions were exchanged: metrics, and the cache of those that are gone."""
-        held = self.live.all()
-        self.metrics.held(held)
-        serials = {version.serial for version in held.values()}
+        """Update the metrics, and drop cached users of versions that are gone."""
+        versions = self.live.all()
+        self.metrics.loaded(versions)
+        serials = {version.serial for version in versions.values()}
         for key in [key for key in self._cache if key[0] not in serials]:
             del self._cache[key]
 
     def thread_of(self, role: str) -> Worker:
-        """Where the model of a role runs."""
+        """Return the thread that runs the model of a role."""
         return self.shadow_worker if role == "shadow" else self.worker
 
     async def put(self, items: ItemTexts) -> None:
         """Add or replace items: on disk when this returns, and in every answer from then on.
 
         Raises:
-            Refused: 409, the live model cannot, or there is no room. DataError: a text that
-            cannot be read. StorageError: nothing was changed.
+            Refused: 409, the live model takes no new items, or there is no room.
+            DataError: a text that the model reads nothing in.
+            StorageError: nothing was changed.
         """
-        # To its end, whether the client waits or not: what is on disk is also served.
+        # Shielded, so that items on disk are also served if the client goes away.
         await asyncio.shield(asyncio.ensure_future(self._put(items)))
 
     async def _put(self, items: ItemTexts) -> None:
@@ -202,7 +210,7 @@ class Service:
                     f"{live.added} rows were added since {live.name} was loaded, at most "
                     f"{self.settings.new_items} may be; restart or deploy to make room",
                 )
-            # First what may fail for the items' sake, then the disk, then the swap.
+            # First the steps that the items can fail, then the disk, then the swap.
             fresh = {"live": await self._with(live, "live", items)}
             await self.stored("put_items", self.log.put_items, dict(items))
             for role, version in self.live.all().items():
@@ -215,10 +223,11 @@ class Service:
         return await self.thread_of(role).run(version.with_items, items, urgent=True)
 
     async def delete(self, ids: Sequence[str]) -> None:
-        """Items that no answer has any more, from the next on.
+        """Take items out of every answer, from the next one on.
 
         Raises:
-            Refused: 404, ids that are not in the catalog; all are named. StorageError.
+            Refused: 404, ids that are not in the catalog; all are named.
+            StorageError: nothing was changed.
         """
         await asyncio.shield(asyncio.ensure_future(self._delete(ids)))
 
@@ -229,12 +238,14 @@ class Service:
             if unknown:
                 raise Refused(404, f"unknown item ids: {', '.join(map(repr, unknown))}")
             await self.stored("delete_items", self.log.delete_items, list(ids))
-            self._swap({r: held.without_items(ids) for r, held in self.live.all().items()})
+            self._swap({role: v.without_items(ids) for role, v in self.live.all().items()})
         self.metrics.items.labels("delete").inc(len(ids))
 
     async def sync(self) -> bool:
-        """Brings what is held up to the items of the event log, which other servers may have
-        changed. Whether anything was new.
+        """Bring all versions up to the items of the event log, where other servers write too.
+
+        Returns:
+            Whether anything was new.
 
         Raises:
             StorageError: the database is away.
@@ -245,16 +256,15 @@ class Service:
                 return False
             fresh = {}
             for role, version in self.live.all().items():
-                brought = await self.thread_of(role).run(version.brought_to, state, urgent=True)
-                if brought is not version:
-                    fresh[role] = brought
+                updated = await self.thread_of(role).run(version.brought_to, state, urgent=True)
+                if updated is not version:
+                    fresh[role] = updated
             self._items = state
             self._swap(fresh)
             return bool(fresh)
 
     async def replace(self, role: str, version: Version | None) -> None:
-        """Another version takes the place of the one that has this role, with the items that came
-        while it was loaded.
+        """Put a version into a role, with the items that came while it was loaded.
 
         Raises:
             StorageError: the database is away.
@@ -274,36 +284,36 @@ class Service:
     # -- readiness -------------------------------------------------------------------------------
 
     async def problems(self) -> list[str]:
-        """Why requests could not be answered: of a real inference, and of the log.
+        """List the reasons why requests would fail, by a real inference and a look into the log.
 
-        Asked for by many at once, or within a second, it is found out once.
+        Concurrent calls share one check, as do calls within `READY_REUSED` seconds.
         """
         now = time.monotonic()
-        if self._ready is None or (self._ready[1].done() and now - self._ready[0] > READY_KEPT):
+        if self._ready is None or (self._ready[1].done() and now - self._ready[0] > READY_REUSED):
             self._ready = (now, asyncio.ensure_future(self._problems()))
         return await asyncio.shield(self._ready[1])
 
     async def _problems(self) -> list[str]:
-        found = []
+        problems = []
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await self.worker.run(_infer, self.live.current(), urgent=True)
         except TimeoutError:
-            found.append(f"the model gave no answer within {READY_SECONDS:g} s")
+            problems.append(f"the model gave no answer within {READY_SECONDS:g} s")
         except Exception as error:
             logger.exception("the model cannot infer")
-            found.append(f"the model cannot infer: {type(error).__name__}")
+            problems.append(f"the model cannot infer: {type(error).__name__}")
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await self.stored("ping", self.log.ping)
         except TimeoutError:
-            found.append(f"the event log gave no answer within {READY_SECONDS:g} s")
+            problems.append(f"the event log gave no answer within {READY_SECONDS:g} s")
         except L2RecError as error:
-            found.append(str(error))
-        return found
+            problems.append(str(error))
+        return problems
 
     async def close(self) -> None:
-        """Ends the threads; what still waits is cancelled."""
+        """End the threads; jobs that wait are cancelled."""
         await self.encoding.close()
         await self.ranking.close()
         for worker in (self.worker, self.shadow_worker, self._ranker):
@@ -312,7 +322,11 @@ class Service:
 
 
 def _infer(version: Version) -> None:
-    """One history through the model and the index. AssertionError if scores are not numbers."""
+    """Put one history through the model and the index.
+
+    Raises:
+        ArithmeticError: scores that are not finite numbers.
+    """
     row = int(np.flatnonzero(~version.hidden)[0])
     user = encode(version, Ragged.from_rows([[row]]))[0]
     ranked = rank([Query(version, user, 1)])[0]

@@ -1,15 +1,21 @@
-"""What a server is started with. Keys come from the environment alone, and are never shown."""
+"""Settings of a server. Keys come from the environment alone, and are never shown."""
 
 from __future__ import annotations
 
-__all__ = ["Experiment", "Settings", "keys_from_environment"]
+__all__ = [
+    "Experiment",
+    "Settings",
+    "default_of",
+    "keys_from_environment",
+    "settings_from_options",
+]
 
 import ipaddress
 import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from l2rec.errors import ConfigError
 
@@ -18,12 +24,13 @@ SHORTEST_KEY = 16
 
 
 class Experiment(BaseModel):
-    """Users are split by a salted hash of their id; ``treatment`` is served the live version."""
+    """An A/B experiment. A salted hash of the user's id assigns the arm."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
     treatment: float = Field(0.06, gt=0, lt=1)
+    """Share of users that the live version serves."""
     salt: str = ""
 
 
@@ -37,39 +44,41 @@ class Settings(BaseModel):
     read_keys: tuple[SecretStr, ...] = ()
     write_keys: tuple[SecretStr, ...] = ()
     index: Literal["auto", "exact", "flat", "ivf", "hnsw"] = "auto"
-    """auto: the one in the run folder, or one that fits the size of the catalog."""
+    """Kind of the index; auto: the one in the run folder, else one for the catalog's size."""
 
     batch_tokens: int = Field(4096, ge=1)
-    """A batch is closed when its histories have this many tokens ..."""
+    """Tokens of histories at which a batch is closed ..."""
     batch_ms: float = Field(2.0, ge=0, le=1000)
-    """... or when its first one has waited this long."""
+    """... or the milliseconds that its first history has waited."""
     queue: int = Field(256, ge=1)
-    """Histories that wait for the model; one more is refused at once."""
+    """Histories that may wait for the model; one more is refused at once."""
     inflight: int = Field(256, ge=1)
-    """Requests that are being answered; one more is refused before its body is read, which is
-    cheaper than by the queue."""
+    """Requests that may be in progress; one more is refused before its body is read, which is
+    cheaper than a refusal by the queue."""
     timeout: float = Field(10.0, gt=0)
     """Seconds until a request is given up."""
     cache: int = Field(10_000, ge=0)
-    """User vectors that are kept."""
+    """User vectors in the cache; 0 for no cache."""
     body_bytes: int = Field(1 << 20, ge=1024)
+    """Largest body of a request."""
     rate: float = Field(200.0, ge=0)
     """Requests a second of one key; 0 for no limit."""
     burst: float = Field(400.0, ge=1)
     """Requests of one key at once."""
     new_items: int = Field(20_000, ge=0)
-    """Rows that items added or changed while serving may take; a restart starts anew."""
+    """Rows for items added or changed while serving; a restart frees them."""
 
     poll: float = Field(1.0, gt=0)
-    """Seconds between looks at live.json."""
+    """Seconds between two looks at live.json."""
     sync: float = Field(5.0, ge=0)
-    """Seconds between looks at the database for items of other servers; 0 for never."""
+    """Seconds between two looks at the event log for items of other servers; 0 for never."""
     shadow_queue: int = Field(64, ge=1)
+    """Answers that may wait for the shadow; the oldest gives way to a newer one."""
     shutdown: int = Field(20, ge=1)
-    """Seconds that requests in flight have when the server is told to stop."""
+    """Seconds that requests in progress have when the server is told to stop."""
 
     access_log: bool = True
-    """One line for each request."""
+    """One log line for each request."""
 
     experiment: Experiment | None = None
 
@@ -89,7 +98,11 @@ class Settings(BaseModel):
             return False
 
     def check(self) -> None:
-        """ConfigError for an address that others can reach, where no request needs a key."""
+        """Refuse an address that other machines can reach, where no request needs a key.
+
+        Raises:
+            ConfigError: there is no key, and ``host`` is not a loopback address.
+        """
         if not self.loopback and not self.secured:
             raise ConfigError(
                 f"--host {self.host} can be reached from other machines and there is no key; set "
@@ -100,13 +113,15 @@ class Settings(BaseModel):
 def keys_from_environment(
     environment: Mapping[str, str] | None = None,
 ) -> tuple[tuple[SecretStr, ...], tuple[SecretStr, ...]]:
-    """Read keys and write keys of L2REC_READ_KEYS and L2REC_WRITE_KEYS, between commas.
+    """Read the read keys and the write keys, in this order, from the environment.
+
+    L2REC_READ_KEYS and L2REC_WRITE_KEYS each hold one or several, between commas.
 
     Raises:
-        ConfigError: a key that can be guessed, is not ASCII, or is of both kinds. It is not shown.
+        ConfigError: a key is too short, not printable ASCII, or of both kinds. It is not shown.
     """
     environment = os.environ if environment is None else environment
-    found: list[tuple[SecretStr, ...]] = []
+    kinds: list[tuple[SecretStr, ...]] = []
     for name in (READ_KEYS, WRITE_KEYS):
         keys = [key.strip() for key in environment.get(name, "").split(",") if key.strip()]
         for number, key in enumerate(keys, 1):
@@ -115,8 +130,52 @@ def keys_from_environment(
                     f"{name}: key {number} has {len(key)} characters; use at least "
                     f"{SHORTEST_KEY}, printable ASCII, such as of `openssl rand -hex 32`"
                 )
-        found.append(tuple(SecretStr(key) for key in keys))
-    shown = [{key.get_secret_value() for key in keys} for keys in found]
-    if shown[0] & shown[1]:
+        kinds.append(tuple(SecretStr(key) for key in keys))
+    read, write = ({key.get_secret_value() for key in keys} for keys in kinds)
+    if read & write:
         raise ConfigError(f"a key is in both {READ_KEYS} and {WRITE_KEYS}; keep it in one")
-    return found[0], found[1]
+    return kinds[0], kinds[1]
+
+
+EXPERIMENT_OPTIONS = {"experiment": "name", "treatment_share": "treatment", "salt": "salt"}
+"""Options of `l2rec serve` that give the fields of an `Experiment`."""
+
+
+def default_of(option: str) -> Any:
+    """Return the default of an option of `l2rec serve`, by its name in Python."""
+    if option in Settings.model_fields:
+        return Settings.model_fields[option].default
+    return Experiment.model_fields[EXPERIMENT_OPTIONS[option]].default
+
+
+def settings_from_options(
+    *, experiment: str | None, treatment_share: float, salt: str, **options: Any
+) -> Settings:
+    """Build the settings from the options of `l2rec serve` and the keys of the environment.
+
+    Args:
+        experiment: name of the experiment; None for no experiment.
+        options: fields of `Settings` by name.
+
+    Raises:
+        ConfigError: a value that is not allowed (the line names its option), an unusable key, or
+            a public address without a key.
+    """
+    read_keys, write_keys = keys_from_environment()
+    try:
+        settings = Settings(
+            read_keys=read_keys,
+            write_keys=write_keys,
+            experiment=None
+            if experiment is None
+            else Experiment(name=experiment, treatment=treatment_share, salt=salt),
+            **options,
+        )
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        field = str(first["loc"][-1])
+        if error.title == Experiment.__name__:
+            field = next(option for option, name in EXPERIMENT_OPTIONS.items() if name == field)
+        raise ConfigError(f"--{field.replace('_', '-')}: {first['msg']}") from None
+    settings.check()
+    return settings

@@ -1,4 +1,4 @@
-"""What routes may answer, for OpenAPI, and how they answer."""
+"""Answers of the routes: their errors, for OpenAPI, and JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 from fastapi import Response
 
-from l2rec.service import schemas as s
+from l2rec.service import schemas
 
 
 def described(**texts: str) -> dict[int | str, dict[str, Any]]:
     """Describe answers by status, ``_404=...``, for OpenAPI."""
-    return {int(code[1:]): {"model": s.Error, "description": text} for code, text in texts.items()}
+    return {
+        int(code[1:]): {"model": schemas.Error, "description": text} for code, text in texts.items()
+    }
 
 
 ANY = described(
@@ -26,21 +28,17 @@ ANY = described(
     _429="Too many requests: see Retry-After",
     _503="Overloaded, or storage is away: see Retry-After",
 )
-
-
 READING: dict[int | str, dict[str, Any]] = {code: ANY[code] for code in (400, 401, 422, 429, 503)}
-
-
 NOT_FOUND = described(_404="Unknown")
-
-
 WRITING = ANY | described(_403="A read key: a write key is needed")
-
-
 CANNOT = described(_409="The live model cannot do this")
 
 
 def as_json(value: Mapping[str, Any]) -> Response:
-    """Answer with a JSON object."""
+    """Return a response with a JSON object; half a surrogate pair becomes a question mark.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(text.encode("utf-8", "replace"), media_type="application/json")

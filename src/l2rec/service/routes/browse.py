@@ -1,4 +1,11 @@
-"""Items, neighbours and users, for the page."""
+"""Items, neighbours and users, for the page.
+
+- GET /v1/items: items by words or ids
+- GET /v1/items/{id}: one item
+- GET /v1/items/{id}/neighbours: the items with the nearest vectors
+- GET /v1/users: users by id
+- GET /v1/users/{id}: the history of one user
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ from fastapi import Path as InPath
 from pydantic import BaseModel
 
 from l2rec.errors import StorageError
-from l2rec.service import schemas as s
+from l2rec.service import schemas
 from l2rec.service.routes.answers import CANNOT, NOT_FOUND, described
 from l2rec.service.routes.state import (
     ITEM,
@@ -33,23 +40,28 @@ from l2rec.service.version import Version
 
 router = APIRouter(tags=["page"])
 
-MAX_FOUND, MAX_OFFSET, MAX_QUERY = 100, 10_000_000, 200
-
-
+MAX_LIMIT = 100
+"""Items or users of one answer at most."""
+MAX_OFFSET = 10_000_000
+MAX_QUERY = 200
+"""Characters of a query."""
 SHOWN = 100
-"""Newest items of a user's history that are handed out."""
+"""Newest items of a user's history that are returned."""
+
+Source = Literal["events", "data"]
+"""The event log, or the data set of the run."""
 
 
-class Whole(Item):
-    """One item, and all that is known of it."""
+class ItemDetails(Item):
+    """One item with its attributes."""
 
     model_config = example(**ITEM, attributes={"genres": "Sci-Fi|Drama"})
 
     attributes: dict[str, str]
 
 
-class Found(BaseModel):
-    """Some of the items that were asked for, and how many there are in all."""
+class ItemList(BaseModel):
+    """A part of the items that were asked for. total: how many there are in all."""
 
     model_config = example(items=[ITEM], total=1)
 
@@ -57,8 +69,8 @@ class Found(BaseModel):
     total: int
 
 
-class Near(Item):
-    """An item, and the cosine of its vector with that of another."""
+class Neighbour(Item):
+    """An item near another one. score: cosine of their vectors."""
 
     model_config = example(**ITEM, score=0.83)
 
@@ -66,20 +78,17 @@ class Near(Item):
 
 
 class Neighbours(BaseModel):
-    """Nearest first."""
+    """The neighbours of an item, nearest first."""
 
     model_config = example(items=[{**ITEM, "score": 0.83}], version="0f3a6d1c2b4e5f60")
 
-    items: list[Near]
+    items: list[Neighbour]
     version: str
 
 
-Source = Literal["events", "data"]
-
-
 class User(BaseModel):
-    """Somebody with a history. source: the event log, or the data set of the run. events: how many
-    there are of a user of the data set.
+    """A user with a history. source: the event log, or the data set of the run. events: their
+    number, for a user of the data set.
     """
 
     model_config = example(id="42", source="data", events=57)
@@ -90,7 +99,7 @@ class User(BaseModel):
 
 
 class Users(BaseModel):
-    """Those of the event log first. ``incomplete``: why users may be missing."""
+    """Users, those of the event log first. ``incomplete``: why users may be missing."""
 
     model_config = example(users=[{"id": "42", "source": "data", "events": 57}], incomplete=None)
 
@@ -99,8 +108,9 @@ class Users(BaseModel):
 
 
 class History(BaseModel):
-    """Oldest first. ``next``: the newest event of a user of the data set. It is not among
-    ``items``, and the model was not trained on it: it shows how good a ranking is.
+    """The history of a user, oldest first. ``next``: the newest event of a user of the data set;
+    it is not among ``items``, and as the model was not trained on it, it shows how good a ranking
+    is.
     """
 
     model_config = example(user="42", source="data", items=[ITEM], next=ITEM)
@@ -116,27 +126,29 @@ async def items(
     request: Request,
     q: Annotated[str, Query(max_length=MAX_QUERY, description="Words")] = "",
     id: Annotated[
-        list[s.Id], Query(max_length=s.MAX_HISTORY, description="These instead: `?id=a&id=b`")
+        list[schemas.Id],
+        Query(max_length=schemas.MAX_HISTORY, description="These instead: `?id=a&id=b`"),
     ] = [],  # noqa: B006  FastAPI copies it
-    limit: Annotated[int, Query(ge=1, le=MAX_FOUND)] = 10,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 10,
     offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
-) -> Found:
-    """Items that have all the words of ``q`` in their text or id, best matches first; without words
-    all items; with ``id`` those of these ids that are known, in that order, whatever the limit.
+) -> ItemList:
+    """List the items that have all the words of ``q`` in their text or id, best matches first;
+    without words all items; with ``id`` the known ones of these ids, in that order, whatever the
+    limit.
     """
     version = current_version(request)
     if id:
         known = [row for i in id if (row := version.predictor.row_of(i)) is not None]
-        some = [item_at(version, row) for row in known if not version.hidden[row]]
-        return Found(items=some, total=len(some))
+        named = [item_at(version, row) for row in known if not version.hidden[row]]
+        return ItemList(items=named, total=len(named))
     index = await _items_of(kept_of(request), version)
     rows = await asyncio.to_thread(index.find, version, q)
-    some = [item_at(version, int(row)) for row in rows[offset : offset + limit]]
-    return Found(items=some, total=len(rows))
+    part = [item_at(version, int(row)) for row in rows[offset : offset + limit]]
+    return ItemList(items=part, total=len(rows))
 
 
 async def _items_of(kept: Kept, version: Version) -> Items:
-    """Prepared once for each loading of a run, and extended as items come."""
+    """Return the search index: built once for each loading of a run, extended as items come."""
     async with kept.preparing:
         index = kept.items
         if index is None or index.serial != version.serial:
@@ -150,22 +162,27 @@ async def _items_of(kept: Kept, version: Version) -> Items:
 @router.get("/v1/items/{id:path}/neighbours", responses=NOT_FOUND | CANNOT)
 async def neighbours(
     request: Request,
-    id: Annotated[s.Id, InPath(examples=["50"])],
-    k: Annotated[int, Query(ge=1, le=MAX_FOUND)] = 10,
+    id: Annotated[schemas.Id, InPath(examples=["50"])],
+    k: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 10,
 ) -> Neighbours:
-    """The items whose vectors are nearest to an item's, by cosine."""
+    """List the items whose vectors are nearest to an item's, by cosine."""
     version = current_version(request)
-    row = row_of(version, id)
+    of = row_of(version, id)
     if version.matrix is None:
         raise Refused(409, f"{version.name} has no item vectors: its method only ranks")
-    near = await asyncio.to_thread(_nearest, version, row, k)
-    some = [Near(id=version.ids[n], text=version.texts[n], score=cosine) for n, cosine in near]
-    return Neighbours(items=some, version=version.version)
+    near = await asyncio.to_thread(_nearest, version, of, k)
+    listed = [
+        Neighbour(id=version.ids[row], text=version.texts[row], score=cosine)
+        for row, cosine in near
+    ]
+    return Neighbours(items=listed, version=version.version)
 
 
 def _nearest(version: Version, row: int, k: int) -> list[tuple[int, float]]:
-    """(row, cosine) of the k nearest, nearest first. Every row is looked at: an index ranks by
-    inner products, which are no cosines where vectors are not of unit length.
+    """Return (row, cosine) of the k nearest items, nearest first.
+
+    Every row is scored: an index ranks by inner products, which are no cosines where vectors are
+    not of unit length.
     """
     assert version.matrix is not None
     matrix = version.matrix.numpy()
@@ -180,30 +197,31 @@ def _nearest(version: Version, row: int, k: int) -> list[tuple[int, float]]:
 
 
 @router.get("/v1/items/{id:path}", responses=NOT_FOUND)
-async def item(request: Request, id: Annotated[s.Id, InPath(examples=["50"])]) -> Whole:
-    """One item, and all that is known of it."""
+async def item(request: Request, id: Annotated[schemas.Id, InPath(examples=["50"])]) -> ItemDetails:
+    """Return one item with its attributes."""
     version = current_version(request)
     row = row_of(version, id)
-    return Whole(
+    return ItemDetails(
         id=version.ids[row], text=version.texts[row], attributes=version.attributes_of(row)
     )
 
 
 def _people(request: Request, version: Version) -> People:
+    """Return the users of the run's data set; those of another run are forgotten."""
     kept = kept_of(request)
     if version.run not in kept.people:
-        kept.people = {version.run: People(version.run)}  # of one run at a time
+        kept.people = {version.run: People(version.run)}
     return kept.people[version.run]
 
 
 @router.get("/v1/users", responses=described(_503="Storage is away: see Retry-After"))
 async def users(
     request: Request,
-    q: Annotated[str, Query(max_length=MAX_QUERY, description="Of the id")] = "",
-    limit: Annotated[int, Query(ge=1, le=MAX_FOUND)] = 10,
+    q: Annotated[str, Query(max_length=MAX_QUERY, description="Part of the id")] = "",
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 10,
 ) -> Users:
-    """Users with a history: those of the event log whose id begins with ``q``, then those of the
-    data set that the run was made on whose id has it.
+    """List users with a history: those of the event log whose id begins with ``q``, then those of
+    the run's data set whose id contains it.
     """
     service, version = service_of(request), current_version(request)
     logged: list[str] = []
@@ -212,16 +230,16 @@ async def users(
         logged = await service.stored("users", service.log.users, q, limit)
     except StorageError:
         incomplete = "the event log is away: its users are missing"
-    found = [User(id=user, source="events", events=None) for user in logged]
+    listed = [User(id=user, source="events", events=None) for user in logged]
     for user, events in await asyncio.to_thread(_people(request, version).find, q, limit):
         if user not in logged:
-            found.append(User(id=user, source="data", events=events))
-    return Users(users=found[:limit], incomplete=incomplete)
+            listed.append(User(id=user, source="data", events=events))
+    return Users(users=listed[:limit], incomplete=incomplete)
 
 
 @router.get("/v1/users/{id:path}", responses=NOT_FOUND)
-async def user(request: Request, id: Annotated[s.Id, InPath(examples=["42"])]) -> History:
-    """The newest items of a user's history: of the event log, or else of the data set."""
+async def user(request: Request, id: Annotated[schemas.Id, InPath(examples=["42"])]) -> History:
+    """Return the newest items of a user's history, from the event log or else the data set."""
     service, version = service_of(request), current_version(request)
     people = _people(request, version)
     away: StorageError | None = None
@@ -245,6 +263,6 @@ async def user(request: Request, id: Annotated[s.Id, InPath(examples=["42"])]) -
 
 
 def _served(version: Version, ids: Sequence[str]) -> list[Item]:
-    """Those of some items that the version has."""
+    """Return those of the items that the version can recommend."""
     rows = [row for i in ids if (row := version.predictor.row_of(i)) is not None]
     return [item_at(version, row) for row in rows if not version.hidden[row]]

@@ -1,4 +1,10 @@
-"""Items, events and experiments: what changes the log, and what is concluded from it."""
+"""Items, events and experiments.
+
+- PUT /v1/items: add or change items
+- DELETE /v1/items: take items out of all answers
+- POST /v1/events: store exposures, clicks and replies
+- GET /v1/experiments/{name}: click and reply rates of both arms
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ from fastapi import FastAPI, Query, Response
 from fastapi import Path as InPath
 
 from l2rec.errors import DataError
-from l2rec.service import schemas as s
+from l2rec.service import schemas
 from l2rec.service.batching import Busy
 from l2rec.service.events import Event, EventLog
 from l2rec.service.routes.answers import CANNOT, NOT_FOUND, READING, WRITING, as_json
@@ -22,17 +28,21 @@ from l2rec.service.security import Refused
 from l2rec.service.serving import Service
 from l2rec.service.settings import Experiment
 from l2rec.studies import abtest
-from l2rec.studies.abtest import SHARE
 
-SUMMARY_SECONDS, SUMMARIES = 60.0, 8
+SUMMARY_SECONDS = 60.0
+"""Age at which the summary of an experiment is computed anew."""
+SUMMARIES = 8
+"""Experiments that may be summarised at the same time."""
 
 
 def write_routes(app: FastAPI, service: Service) -> None:
-    """Add the routes that change items and events, and sum experiments up."""
+    """Add the routes that change items, store events and summarise experiments."""
     settings, log, metrics = service.settings, service.log, service.metrics
 
-    @app.put("/v1/items", response_model=s.Changed, responses=WRITING | CANNOT, tags=["items"])
-    async def put_items(body: s.Items) -> Response:
+    @app.put(
+        "/v1/items", response_model=schemas.Changed, responses=WRITING | CANNOT, tags=["items"]
+    )
+    async def put_items(body: schemas.Items) -> Response:
         """Add items, or change those of the same id. They are on disk when this is answered, are
         recommended from the next request on, and survive restarts and deployments.
         """
@@ -44,20 +54,20 @@ def write_routes(app: FastAPI, service: Service) -> None:
         return as_json({"items": len(items), "version": service.live.current().version})
 
     @app.delete(
-        "/v1/items", response_model=s.Changed, responses=WRITING | NOT_FOUND, tags=["items"]
+        "/v1/items", response_model=schemas.Changed, responses=WRITING | NOT_FOUND, tags=["items"]
     )
     async def delete_items(
         id: Annotated[
-            list[s.Id],
-            Query(min_length=1, max_length=s.MAX_ITEMS, description="`?id=a&id=b`"),
+            list[schemas.Id],
+            Query(min_length=1, max_length=schemas.MAX_ITEMS, description="`?id=a&id=b`"),
         ],
     ) -> Response:
         """Take items out of all answers, from the next request on."""
         await service.delete(list(dict.fromkeys(id)))
         return as_json({"items": len(id), "version": service.live.current().version})
 
-    @app.post("/v1/events", response_model=s.Stored, responses=WRITING, tags=["events"])
-    async def post_events(body: s.Events) -> Response:
+    @app.post("/v1/events", response_model=schemas.Stored, responses=WRITING, tags=["events"])
+    async def post_events(body: schemas.Events) -> Response:
         """Store events. They are on disk when this is answered; ids seen before are ignored, so
         that it can be sent again.
         """
@@ -80,14 +90,7 @@ def write_routes(app: FastAPI, service: Service) -> None:
         metrics.events.labels("ignored").inc(len(events) - stored)
         return as_json({"stored": stored, "ignored": len(events) - stored})
 
-    def share(name: str) -> float:
-        """Planned for the treatment: of the experiment that runs here, else the default."""
-        running = settings.experiment
-        if running is not None and running.name == name:
-            return running.treatment
-        return SHARE
-
-    # Of each name at most one is computed at a time, and all take turns: they read many events.
+    # One summary of each name at a time, and one name after the other: each reads many events.
     summaries: dict[str, tuple[float, asyncio.Task[dict[str, Any] | None]]] = {}
     turn = asyncio.Lock()
 
@@ -97,15 +100,15 @@ def write_routes(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/v1/experiments/{name}",
-        response_model=s.Summary,
+        response_model=schemas.Summary,
         responses=READING | NOT_FOUND,
         tags=["experiments"],
     )
     async def experiment(
-        name: Annotated[s.Name, InPath(examples=["exp"])],
+        name: Annotated[schemas.Name, InPath(examples=["exp"])],
     ) -> Response:
-        """What both arms of an experiment did, and what may be concluded: `l2rec abtest` on the
-        events stored, at most a minute old. ``reason``: why there is no result yet.
+        """Compare both arms of an experiment: `l2rec abtest` on the stored events, at most a
+        minute old. ``reason``: why there is no result yet.
         """
         at, task = summaries.get(name, (0.0, None))
         if task is None or (task.done() and time.monotonic() - at > SUMMARY_SECONDS):
@@ -114,42 +117,43 @@ def write_routes(app: FastAPI, service: Service) -> None:
             if len(summaries) >= SUMMARIES:
                 raise Busy(f"{len(summaries)} experiments are being summed up")
             task = asyncio.ensure_future(summarise(name))
-            task.add_done_callback(_looked_at)
+            task.add_done_callback(_retrieve)
             summaries[name] = (time.monotonic(), task)
-        found = await asyncio.shield(task)  # goes on without us, for who asks again
-        if found is None:
+        summary = await asyncio.shield(task)  # it continues for the next who asks
+        if summary is None:
             raise Refused(404, f"no experiment {name!r}: none of that name runs or has events")
-        return as_json(found)
+        return as_json(summary)
 
 
-def _looked_at(task: asyncio.Task[Any]) -> None:
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Take note of an exception, so that asyncio does not warn where nobody awaits it."""
     if not task.cancelled():
         task.exception()
 
 
 def _summary(log: EventLog, running: Experiment | None, name: str) -> dict[str, Any] | None:
-    """The state of an experiment; None where none of that name runs or has events."""
+    """Summarise an experiment; None where none of that name runs or has events."""
     runs = running is not None and running.name == name
     share = running.treatment if running is not None and runs else abtest.SHARE
-    own = list(log.read(experiment=name))
-    if not own and not runs:
+    batches = list(log.read(experiment=name))
+    if not batches and not runs:
         return None
-    found: dict[str, Any] = {"name": name, "running": runs, "treatment": share}
-    found |= {"events": sum(len(batch) for batch in own), "result": None, "reason": None}
-    if not own:
-        return found | {"reason": "no events of it yet"}
-    started = min(float(pc.min(batch["timestamp"]).as_py()) for batch in own)
-    batches = log.read(since=started - abtest.PRE_DAYS * abtest.DAY)
-    table = pl.from_arrow(pa.Table.from_batches(list(batches)))
+    summary: dict[str, Any] = {"name": name, "running": runs, "treatment": share}
+    summary |= {"events": sum(len(batch) for batch in batches), "result": None, "reason": None}
+    if not batches:
+        return summary | {"reason": "no events of it yet"}
+    started = min(float(pc.min(batch["timestamp"]).as_py()) for batch in batches)
+    recent = log.read(since=started - abtest.PRE_DAYS * abtest.DAY)
+    table = pl.from_arrow(pa.Table.from_batches(list(recent)))
     assert isinstance(table, pl.DataFrame)
     try:
-        return found | {"result": _finite(abtest.analyze(table, name, treatment=share))}
+        return summary | {"result": _finite(abtest.analyze(table, name, treatment=share))}
     except DataError as error:
-        return found | {"reason": str(error)}
+        return summary | {"reason": str(error)}
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not a number is null."""
+    """Replace numbers that are not finite by None, since JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,9 @@
-"""Recommendations and embeddings."""
+"""Recommendations and embeddings.
+
+- POST /v1/recommend: ranked items for a user or a history
+- POST /v1/embed/users: vectors of histories
+- POST /v1/embed/items: vectors of texts
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from fastapi import FastAPI, Request, Response
 
-from l2rec.service import schemas as s
+from l2rec.service import schemas
 from l2rec.service.follow import Shadow
 from l2rec.service.ranking import Query, User
 from l2rec.service.routes.answers import ANY, CANNOT, NOT_FOUND, as_json
@@ -25,12 +30,12 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
 
     @app.post(
         "/v1/recommend",
-        response_model=s.Recommended,
+        response_model=schemas.Recommended,
         responses=ANY | NOT_FOUND,
         tags=["recommend"],
     )
-    async def recommend(body: s.Recommend, request: Request) -> Response:
-        """The k best next items for a user or a history, best first."""
+    async def recommend(body: schemas.Recommend, request: Request) -> Response:
+        """Recommend the k best next items for a user or a history, best first."""
         started = time.perf_counter()
         arm = _arm(settings, body)
         version = live.of_arm(arm)
@@ -62,17 +67,19 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         )
 
     async def _history_of(user: str, version: Version) -> list[str]:
-        found = await service.stored("history", log.history, user, s.MAX_HISTORY)
-        known = [item for item in found if version.predictor.row_of(item) is not None]
+        stored = await service.stored("history", log.history, user, schemas.MAX_HISTORY)
+        known = [item for item in stored if version.predictor.row_of(item) is not None]
         if not known:
             raise Refused(
                 404, f"user {user!r} has no events yet: send some to /v1/events, or give a history"
             )
         return known
 
-    @app.post("/v1/embed/users", response_model=s.Embedded, responses=ANY | CANNOT, tags=["embed"])
-    async def embed_users(body: s.EmbedUsers) -> Response:
-        """Unit vectors of histories."""
+    @app.post(
+        "/v1/embed/users", response_model=schemas.Embedded, responses=ANY | CANNOT, tags=["embed"]
+    )
+    async def embed_users(body: schemas.EmbedUsers) -> Response:
+        """Embed histories as unit vectors."""
         version = live.current()
         if version.matrix is None:
             raise Refused(409, f"{version.name} has no vectors: its method only ranks")
@@ -81,9 +88,11 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
             {"vectors": [user.vector.tolist() for user in users], "version": version.version}
         )
 
-    @app.post("/v1/embed/items", response_model=s.Embedded, responses=ANY | CANNOT, tags=["embed"])
-    async def embed_items(body: s.EmbedItems) -> Response:
-        """Unit vectors of raw texts."""
+    @app.post(
+        "/v1/embed/items", response_model=schemas.Embedded, responses=ANY | CANNOT, tags=["embed"]
+    )
+    async def embed_items(body: schemas.EmbedItems) -> Response:
+        """Embed raw texts as unit vectors."""
         version = live.current()
         if version.matrix is None or not version.takes_new_items:
             raise Refused(409, f"{version.name} has no vectors of texts")
@@ -91,8 +100,8 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         return as_json({"vectors": vectors.tolist(), "version": version.version})
 
 
-def _arm(settings: Settings, body: s.Recommend) -> str | None:
-    """The arm of a user in the experiment that runs; None where there is none, or no user."""
+def _arm(settings: Settings, body: schemas.Recommend) -> str | None:
+    """Return the arm of a user in the running experiment; None without an experiment or a user."""
     running = settings.experiment
     if body.experiment is not None:
         if running is None or body.experiment != running.name:
@@ -105,8 +114,8 @@ def _arm(settings: Settings, body: s.Recommend) -> str | None:
     return abtest.arm(body.user, running.name, salt=running.salt, treatment=running.treatment)
 
 
-def _query(version: Version, user: User, history: Sequence[str], body: s.Recommend) -> Query:
-    """What is listed and what is not, as rows of the version."""
+def _query(version: Version, user: User, history: Sequence[str], body: schemas.Recommend) -> Query:
+    """Translate what may be listed into rows of the version."""
     row_of = version.predictor.row_of
     left_out = (*body.deny, *history) if body.exclude_seen else body.deny
     without = {row for item in left_out if (row := row_of(item)) is not None}

@@ -1,4 +1,4 @@
-"""What the routes of the page share, and what they keep between requests."""
+"""Parts that the routes of the page share: the service, the live version, and their memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict
 
-from l2rec.service import explain as x
+from l2rec.service.explain import Experts
 from l2rec.service.search import Items, People
 from l2rec.service.security import Refused
 from l2rec.service.serving import Service
@@ -19,7 +19,7 @@ from l2rec.service.version import Version
 
 
 def example(**value: Any) -> ConfigDict:
-    """Give a schema its example."""
+    """Return the configuration of a schema with this example."""
     return ConfigDict(json_schema_extra={"examples": [value]})
 
 
@@ -38,11 +38,15 @@ class Item(BaseModel):
 
 @dataclass
 class Kept:
-    """What the routes of one app keep between requests."""
+    """Memory of the routes of one app between requests.
+
+    items: search index of the live version. people: users of its run's data set. experts: those of
+    the histories explained last, by serial and history. preparing, explaining: locks.
+    """
 
     items: Items | None = None
     people: dict[Path | None, People] = field(default_factory=dict)
-    experts: OrderedDict[tuple[int, tuple[str, ...]], x.Experts | None] = field(
+    experts: OrderedDict[tuple[int, tuple[str, ...]], Experts | None] = field(
         default_factory=OrderedDict
     )
     preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -51,17 +55,17 @@ class Kept:
 
 def service_of(request: Request) -> Service:
     """Return the service behind a request."""
-    found: Service = request.app.state.service
-    return found
+    service: Service = request.app.state.service
+    return service
 
 
 def kept_of(request: Request) -> Kept:
-    """Return what the routes of this app keep."""
+    """Return the memory of the routes of this app."""
     state = request.app.state
     if not hasattr(state, "page"):
         state.page = Kept()
-    found: Kept = state.page
-    return found
+    kept: Kept = state.page
+    return kept
 
 
 def current_version(request: Request) -> Version:
@@ -75,7 +79,11 @@ def item_at(version: Version, row: int) -> Item:
 
 
 def row_of(version: Version, item: str) -> int:
-    """Return the row of an item that can be recommended; Refused, 404, for any other."""
+    """Return the row of an item that can be recommended.
+
+    Raises:
+        Refused: 404, for any other.
+    """
     row = version.predictor.row_of(item)
     if row is None or version.hidden[row]:
         raise Refused(404, f"no item {item!r} in {version.name}")
