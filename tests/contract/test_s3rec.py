@@ -198,7 +198,7 @@ def written_out(model: S3Rec, batch: Batch) -> dict[str, float]:
         total = 0.0
         for a, vector in enumerate(model.attributes.weight):
             p = 1 / (1 + math.exp(-float(vector @ h)))
-            total -= math.log(p if bool(model.held[item, a]) else 1 - p)
+            total -= math.log(p if bool(model.has_attribute[item, a]) else 1 - p)
         return total
 
     def nearer(x: Tensor, y: Tensor, z: Tensor) -> float:
