@@ -294,7 +294,7 @@ class Mixture:
     """u'_k [B, K, h], the same under another dropout mask; None if not asked for."""
     scores: Tensor
     """p [B, K]."""
-    kept: Tensor
+    chosen: Tensor
     """Experts that are mixed [B, K] bool."""
     user: Tensor
     """u [B, h]."""
@@ -342,13 +342,13 @@ class FamouSRec(ItemTable):
         energy = heard.square().sum((2, 3, 4))
         mean = x.sum(1) / real.sum(1, keepdim=True)
         scores = self.router(torch.cat((torch.log(energy + QUIET), mean), 1)).softmax(-1)
-        kept = top_n(scores, self.config.top_n)
+        chosen = top_n(scores, self.config.top_n)
         inputs = x[:, None] + spectra.inverse(heard)
         states = self._read(inputs, real, spectra)
         again = self._read(inputs, real, spectra) if twice else None
-        weights = scores * kept
+        weights = scores * chosen
         weights = weights / weights.sum(-1, keepdim=True)
-        return Mixture(states, again, scores, kept, (weights[:, None] @ states)[:, 0])
+        return Mixture(states, again, scores, chosen, (weights[:, None] @ states)[:, 0])
 
     def _read(self, inputs: Tensor, real: Tensor, spectra: RowSpectra) -> Tensor:
         """Read each expert's state at the newest item: inputs [B, K, T, h] -> [B, K, h]."""
@@ -386,7 +386,7 @@ class FamouSRec(ItemTable):
         targets = as_index(batch.targets, device)
         parts = {
             "rec": catalog_loss(mixture.user @ self.items.weight.T, targets),
-            "balance": load_balance(mixture.scores, mixture.kept)[0],
+            "balance": load_balance(mixture.scores, mixture.chosen)[0],
         }
         total = parts["rec"] + config.balance * parts["balance"]
         if mixture.again is not None:

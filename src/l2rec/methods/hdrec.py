@@ -24,7 +24,7 @@ adapters. Every comparison of the paper is an option: ``design`` (Table 4), ``ad
 Choices where the paper leaves one, and deviations:
 
 - z in Eq. 13-18 are logits, although Eq. 8 defines them as distributions: a sigmoid of centred
-  probabilities would be about one half everywhere. ``calibrate=probabilities`` takes Eq. 8 as it is.
+  probabilities would be about one half everywhere. ``calibrate=probabilities`` follows Eq. 8.
 - All losses are means over the positions of a batch. In the paper cross-entropies are sums over
   users and positions (Eq. 2, 4, 5) and KL is a mean over the positions of a user (Eq. 9, 11).
 - L_align (Task 1) is not part of Eq. 10; it is added to it with weight ``align``, over

@@ -119,7 +119,7 @@ class RecFormerConfig(BaseModel):
     mask_share: float = Field(0.15, gt=0, lt=1)
     """Share of words that MLM hides."""
     mlm_apart: bool = True
-    """A pass of its own for MLM; without it the contrast too reads rows with hidden words, and
+    """Separate pass for MLM; without it the contrast too reads rows with hidden words, and
     pre-training takes half the time.
     """
 
