@@ -1,4 +1,4 @@
-"""BERT4Rec: what is hidden, what is asked, and its equations."""
+"""BERT4Rec: its equations, the items it hides, and the position it ranks by."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(seed: int = 0, **changes: Any) -> BERT4Rec:
 
 
 def scores_at(model: BERT4Rec, row: list[int | None]) -> list[Tensor]:
-    """r_t of one row, None where an item is hidden: [N] float64 for each position."""
+    """Compute r_t of one row, in which None is a hidden item: [N] float64 for each position."""
     table, mask = double(model.items.weight), double(model.mask)
     x = [mask if item is None else table[item] for item in row]
     states = sequential.encoded(model.encoder, x, causal=False)
@@ -35,7 +35,7 @@ def scores_at(model: BERT4Rec, row: list[int | None]) -> list[Tensor]:
 
 
 def test_a_user_is_asked_for_what_follows_the_whole_history() -> None:
-    """No item of a history that fits is lost to the mask; of a longer one, the oldest are."""
+    """Check that the mask displaces no item of a history that fits, else the oldest."""
     model = sequential.shaken(build())
     found = model.scorer()(HISTORIES)
     for row in range(len(HISTORIES)):
@@ -65,7 +65,7 @@ def test_the_loss_is_the_mean_over_hidden_items(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.6])
 def test_what_is_hidden(ratio: float) -> None:
-    """Real items alone; of every row the right number, at least one, anywhere in the row."""
+    """Check that the right number of real items is hidden, at least one, anywhere in the row."""
     lengths = np.array([1, 2, 3, 7, 8, 8])
     real = torch.from_numpy(np.arange(8) < lengths[:, None])
     wanted = [max(1, round(ratio * n)) for n in lengths]
@@ -103,7 +103,7 @@ def test_a_hidden_item_is_not_in_the_input() -> None:
 
 
 def test_rows_hold_one_item_more_than_histories() -> None:
-    """Every position that is asked for when recommending was trained."""
+    """Check that every position that recommending reads was trained."""
     batch = sequential.one_batch(build(), Ragged.from_rows([list(range(12))]))
     lengths = {tuple(batch.histories[i].tolist()) for i in range(len(batch.histories))}
     assert lengths == {(0, 1, 2), tuple(range(3, 12))}

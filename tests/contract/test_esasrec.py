@@ -24,7 +24,7 @@ def build(seed: int = 0, **changes: Any) -> ESASRec:
 
 
 def written_out(model: ESASRec, row: list[int]) -> list[Tensor]:
-    """States of one row, [h] float64 for each position."""
+    """Compute the states of one row, [h] float64 for each position."""
     x = [
         double(model.items.weight[item]) + double(model.positions.weight[t])
         for t, item in enumerate(row)
@@ -55,7 +55,7 @@ def test_the_layers(layers: int) -> None:
 
 
 def logits(model: ESASRec, monkeypatch: pytest.MonkeyPatch, drawn: Tensor) -> tuple[float, float]:
-    """The loss with given negatives, and the same written out from the scores."""
+    """Compute the loss with given negatives, by the model and written out from its scores."""
     monkeypatch.setattr(model, "_negatives", lambda targets: drawn)
     batch = sequential.one_batch(model, HISTORIES.head(8))
     with torch.no_grad():
@@ -74,7 +74,7 @@ def logits(model: ESASRec, monkeypatch: pytest.MonkeyPatch, drawn: Tensor) -> tu
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("logq", [True, False])
 def test_the_sampled_softmax(monkeypatch: pytest.MonkeyPatch, share: bool, logq: bool) -> None:
-    """Among the target and its negatives; a negative drawn twice counts twice, a target never."""
+    """Check that a negative drawn twice counts twice, and a position's target never."""
     model = sequential.shaken(build(share_negatives=share, in_batch=0.5 * logq, logq=logq))
     positions = len(sequential.one_batch(model, HISTORIES.head(8)).targets)
     shape = (6,) if share else (positions, 6)

@@ -1,5 +1,5 @@
-"""What the reconstruction of FamouSRec promises: exact spectra of rows of any length, a mixture and
-losses that are their equations, and nothing seen but a prefix.
+"""FamouSRec-style: exact spectra of rows of any length, mixture and losses written out, and user
+vectors that depend on one history alone.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_bands_share_the_frequencies_at_the_start() -> None:
 
 
 def filtered(x: Array, gains: Array) -> Array:
-    """irFFT(gains * rFFT(x)) of one row [n, h], gains [G, d] on the grid, complex or real."""
+    """Compute irFFT(gains * rFFT(x)) of a row [n, h]; gains [G, d] on the grid, complex or real."""
     n, most = len(x), SMALL["max_items"]
     at, own = np.arange(most // 2 + 1) / most, np.arange(n // 2 + 1) / n
     read = np.stack([np.interp(own, at, g) for g in gains.T], 1)
@@ -133,7 +133,7 @@ def linear(layer: Any, x: Array) -> Array:
 
 
 def by_filter(expert: Any, x: Array) -> Array:
-    """FMLP-Rec of one row."""
+    """Apply FMLP-Rec to one row."""
     x = layer_norm(expert.norm, x)
     for layer, gains in enumerate(expert.gains.numpy()):
         re, im = np.split(gains, 2, axis=1)
@@ -145,7 +145,7 @@ def by_filter(expert: Any, x: Array) -> Array:
 
 
 def by_convolution(expert: Any, x: Array) -> Array:
-    """NextItNet of one row: output t reads t, t - 2^l, t - 2 * 2^l."""
+    """Apply NextItNet to one row: output t reads t, t - 2^l, t - 2 * 2^l."""
     x = layer_norm(expert.norm, x)
     for layer, convolve in enumerate(expert.convolutions):
         weight, out = convolve.weight.numpy(), np.zeros_like(x)
@@ -160,7 +160,7 @@ def by_convolution(expert: Any, x: Array) -> Array:
 
 @torch.no_grad()
 def written_out(model: FamouSRec, row: list[int]) -> tuple[Array, Array, Array]:
-    """u_k [K, h], p [K] and u [h] of one history, in float64."""
+    """Compute u_k [K, h], p [K] and u [h] of one history, in float64."""
     x = model.items.weight.numpy()[row]
     bands = 1 / (1 + np.exp(-model.bands.numpy()))
     heard = [filtered(x, band[:, None].repeat(x.shape[1], 1)) for band in bands.T]
@@ -194,7 +194,7 @@ def written_out(model: FamouSRec, row: list[int]) -> tuple[Array, Array, Array]:
     "changes", [{}, {"top_n": 4}, {"experts": ("gru", "filter", "filter"), "top_n": 1}]
 )
 def test_the_mixture_is_its_equations(changes: dict[str, Any]) -> None:
-    """Rows of all lengths in one grid: each is what it is alone."""
+    """Compare rows of all lengths in one grid with each row written out alone."""
     model = shaken(build(**changes)).double()
     with torch.no_grad():
         model.router[2].weight *= 10  # so that users are told apart
@@ -206,8 +206,8 @@ def test_the_mixture_is_its_equations(changes: dict[str, Any]) -> None:
         np.testing.assert_allclose(mixture.scores[row].numpy(), scores, atol=1e-4)
         np.testing.assert_allclose(mixture.user[row].numpy(), user, atol=1e-4)
     assert mixture.again is None
-    assert mixture.kept.sum(1).eq(model.config.top_n).all()
-    assert len({tuple(kept) for kept in mixture.scores.argsort(1).tolist()}) > 1
+    assert mixture.chosen.sum(1).eq(model.config.top_n).all()
+    assert len({tuple(order) for order in mixture.scores.argsort(1).tolist()}) > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -284,7 +284,7 @@ def test_the_loss_is_the_sum_of_its_parts() -> None:
     torch.testing.assert_close(mixture.again, mixture.states)  # no dropout in evaluation mode
     scores = model.scorer()(batch.histories)
     rec = torch.nn.functional.cross_entropy(scores, torch.from_numpy(batch.targets).long())
-    share = mixture.kept.float().mean(0) / model.config.top_n
+    share = mixture.chosen.float().mean(0) / model.config.top_n
     expected = {
         "rec": rec,
         "balance": 4 * (share * mixture.scores.mean(0)).sum(),

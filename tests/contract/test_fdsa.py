@@ -44,7 +44,7 @@ def build(seed: int = 0, cache: Path | None = None, **changes: Any) -> FDSA:
 
 
 def fields_of(item: int) -> list[list[tuple[str, str]]]:
-    """Values of each field, under the names the table knows them by."""
+    """Return the values of each field, with the field's name."""
     return [
         [(field, value) for value in text.split(", ") if value]
         for field, text in (("brand", BRANDS[item]), ("category", CATEGORIES[item]))
@@ -52,7 +52,7 @@ def fields_of(item: int) -> list[list[tuple[str, str]]]:
 
 
 def feature(model: FDSA, item: int) -> Tensor:
-    """f of one item, [h] float64."""
+    """Compute f of one item, [h] float64."""
     features: Any = model.features
     if model.config.features == "text":
         return linear(features.linear, double(features.text.vectors[item])).clamp(min=0)

@@ -1,4 +1,4 @@
-"""GRU4Rec: its equations written out, and its named losses."""
+"""GRU4Rec: its equations and each of its losses written out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build(seed: int = 0, **changes: Any) -> GRU4Rec:
 
 
 def written_out(model: GRU4Rec, row: list[int]) -> Tensor:
-    """u_t for every position of one row: [T, dim] float64."""
+    """Compute u_t for every position of one row: [T, dim] float64."""
     x = [double(model.items.weight[i]) for i in row]
     for layer in range(model.config.layers):
         w_in, w_state = (double(getattr(model.gru, f"weight_{k}_l{layer}")) for k in ("ih", "hh"))
@@ -105,7 +105,7 @@ def test_it_learns_by_heart(loss: str) -> None:
 
 
 def test_a_negative_of_the_batch_is_never_one_s_own_target() -> None:
-    """With one target in the batch there is nothing to learn from."""
+    """Check that a batch with one target gives no gradient."""
     for loss in ("bpr", "top1", "bpr-max"):
         model = build(loss=loss)
         batch = sequential.one_batch(model, HISTORIES.take(np.array([3])))

@@ -1,4 +1,4 @@
-"""HDRec: fusion and alternation against what the paper writes, nothing leaks, switches switch."""
+"""HDRec: fusion and Algorithm 1 as the paper writes them, no leaks, the effects of options."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def one_batch(model: HDRec) -> Batch:
 
 
 def parts_of(names: set[str]) -> set[str]:
-    """Which parts of the model some parameters belong to."""
+    """Return the parts of the model to which the named parameters belong."""
     return {name.rsplit(".", 2)[0] if name[0] in "li" else name.split(".")[0] for name in names}
 
 
@@ -53,7 +53,7 @@ def parts_of(names: set[str]) -> set[str]:
 
 
 def literal_fusion(text: list[float], identity: list[float], alpha: float) -> list[float]:
-    """Eq. 13-18, a number at a time."""
+    """Compute Eq. 13-18 one number at a time."""
     center = sum(identity) / len(identity)
     lowest = min(identity)
     return [
@@ -95,7 +95,7 @@ def test_scores_are_the_fused_logits() -> None:
 
 
 def literal_alternation(model: HDRec, batch: Batch, steps: int, lr: float) -> int:
-    """Algorithm 1 for one batch, line by line, with plain gradient descent. Returns updates."""
+    """Run Algorithm 1 on one batch, line by line, by gradient descent; count its updates."""
     rows, targets = batch.histories, torch.from_numpy(batch.targets).long()
     kl_weight = model.config.kl
     text_side = [p for n, p in model.named_parameters() if n.startswith(("lora.0", "ipl", "seq"))]
@@ -186,13 +186,13 @@ def test_each_phase_moves_its_own_side_alone(family: str) -> None:
 )
 def test_switches_that_train_in_one_pass(changes: dict[str, Any], parts: set[str]) -> None:
     model = build(**changes)
-    made = model.loss(one_batch(model))
-    assert isinstance(made, Losses) and set(made.parts) == parts
-    made.total.backward()
+    losses = model.loss(one_batch(model))
+    assert isinstance(losses, Losses) and set(losses.parts) == parts
+    losses.total.backward()
     stage = model.stages(1e-3, 0.0)[-1]
     declared = {p for g in stage.groups for p in g.parameters}
     given = {p for p in model.parameters() if p.grad is not None}
-    assert declared == given & declared and bool(made.total.isfinite())
+    assert declared == given & declared and bool(losses.total.isfinite())
     if changes.get("design") != "late":
         assert not any(
             p in declared for p in getattr(model, "sasrec", torch.nn.Module()).parameters()
@@ -274,7 +274,7 @@ def test_a_new_item_borrows_the_rows_of_those_it_reads_like(design: str) -> None
         model.add_items([" "])
 
 
-def test_what_cannot_be_is_said() -> None:
+def test_what_is_refused() -> None:
     for design in ("id", "late"):
         with pytest.raises(ConfigError, match=f"design={design} ranks what it was trained on"):
             build(design=design).add_items(["a red lamp"])

@@ -1,4 +1,4 @@
-"""LEARN: dense all action written out for each item tower, its samples, and what it promises."""
+"""LEARN: dense all action written out for each item tower, its samples, and new items."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
 from l2rec.evaluation.ranking import evaluate
+from l2rec.methods import learn
 from l2rec.methods.learn import LEARN, LEARNConfig, dense_all_action_loss, sample_recent
 
 TEXTS = [simple_text(1007 * i) for i in range(N)]
@@ -40,14 +41,14 @@ def build(seed: int = 0, texts: list[str] = TEXTS, **changes: Any) -> LEARN:
 
 
 def pal(model: LEARN, items: list[int]) -> list[Tensor]:
-    """PAL of one row, position by position, float64."""
+    """Compute PAL of one row, position by position, in float64."""
     read = [linear(model.enter, double(model.text.vectors[i])) for i in items]
     states = sequential.encoded(model.encoder, read, causal=True)
     return [linear(model.leave, state) for state in states]
 
 
 def tower(model: LEARN, items: list[int]) -> list[Tensor]:
-    """The item tower's output for every target of one row."""
+    """Compute the item tower's output for every target of one row."""
     if model.config.item_tower == "a":
         return pal(model, items)
     if model.config.item_tower == "b":
@@ -125,12 +126,22 @@ def test_recent_states_are_sampled_more_often() -> None:
     assert shares == pytest.approx(expected, abs=0.03)
 
 
-def test_only_the_sampled_states_count() -> None:
-    """With one state of each side, a batch of B rows has B pairs."""
+def test_only_the_sampled_states_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that with one state of each side a batch of B rows has B pairs, drawn anew."""
     model = sequential.shaken(build(history_states=1, target_states=1))
+    pairs_of: list[Tensor] = []
+
+    def counted(scores: Tensor, pairs: Tensor, **others: Tensor) -> Tensor:
+        pairs_of.append(pairs)
+        return dense_all_action_loss(scores, pairs, **others)
+
+    monkeypatch.setattr(learn, "dense_all_action_loss", counted)
+    batch = sequential.one_batch(model)
     torch.manual_seed(0)
-    losses = {float(model.loss(sequential.one_batch(model)).total.detach()) for _ in range(8)}
+    losses = {float(model.loss(batch).total.detach()) for _ in range(8)}
     assert len(losses) > 4, "cuts and samples are drawn anew"
+    rows = len(batch.histories)
+    assert rows > 1 and all(torch.equal(pairs, torch.eye(rows).bool()) for pairs in pairs_of)
 
 
 def test_no_window_has_a_single_event() -> None:
@@ -152,7 +163,7 @@ def test_no_window_has_a_single_event() -> None:
 
 @pytest.mark.parametrize("item_tower", TOWERS)
 def test_it_learns_by_heart(item_tower: str) -> None:
-    """Rows of two events: one state, one target, one right answer."""
+    """Learn rows of two events: one state and one target each."""
     model = build(
         dim=32, out=32, item_tower=item_tower, dropout=0.0, attention_dropout=0.0, layers=1
     )

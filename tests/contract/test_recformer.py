@@ -85,7 +85,7 @@ def one_batch(model: RecFormer, stage: int, sequences: Ragged = HISTORIES) -> Ba
 
 
 def written_out(model: RecFormer, row: list[int]) -> list[tuple[int, int, int]]:
-    """(id, type, item position) of every token of one history, by loops."""
+    """List (id, type, item position) of every token of one history, by loops."""
     config, backbone = model.config, model.backbone
     texts = {"text": TITLES, "wood": TITLES, "metal": BRANDS}
     number = tiny.VOCABULARY.index
@@ -157,7 +157,7 @@ def test_an_item_without_text_takes_no_tokens() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_is_its_equation(family: str) -> None:
-    """One row at a time through the Hugging Face model itself, the updates in its weights."""
+    """Compare with the Hugging Face model, one row at a time, the updates added to its weights."""
     model = shaken(build(family))
     merged = tiny.random_model(family)
     for name, a, b in zip(model.lora.names, model.lora.a, model.lora.b, strict=True):
@@ -199,7 +199,7 @@ def test_what_does_not_fit_does_not_matter(family: str) -> None:
 
 
 def contrast(users: Tensor, items: Tensor, targets: list[int], tau: float) -> float:
-    """In-batch softmax in float64, other rows with the same target left out."""
+    """Compute the in-batch softmax in float64, other rows with the same target left out."""
     total = 0.0
     for i, target in enumerate(targets):
         scores = {
@@ -275,7 +275,7 @@ def test_without_language_losses() -> None:
 
 
 def test_one_pass_for_both_losses() -> None:
-    """``mlm_apart=false``: the language losses stay, the contrast reads the gaps."""
+    """Check ``mlm_apart=false``: equal language losses, a contrast over rows with hidden words."""
     apart, once = (shaken(build(mlm_apart=apart)) for apart in (True, False))
     batch = one_batch(apart, 0)
     losses = []

@@ -1,4 +1,4 @@
-"""What S³-Rec promises beyond what every method does: its tasks, its attributes, its two stages."""
+"""S³-Rec: its four tasks written out, its attributes, and its two stages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def epoch_of(model: S3Rec, stage: int, sequences: Ragged = ROWS, epoch: int = 0)
 
 
 def fit(model: S3Rec, stage: int, sequences: Ragged, epochs: int) -> list[dict[str, Tensor]]:
-    """Train one stage; the parts of every step."""
+    """Train one stage; return the parts of the loss at every step."""
     chosen = model.stages(1e-2, 0.0)[stage]
     optimizer = torch.optim.AdamW([p for g in chosen.groups for p in g.parameters], lr=1e-2)
     parts = []
@@ -175,7 +175,7 @@ def test_pairwise_loss_has_sigmoids_inside() -> None:
 
 @torch.no_grad()
 def written_out(model: S3Rec, batch: Batch) -> dict[str, float]:
-    """The four tasks in float64, one row and one position at a time, with the draws of seed 5."""
+    """Compute the four tasks in float64, a row and position at a time, with the draws of seed 5."""
     torch.manual_seed(5)
     rows = [batch.histories[r].tolist() for r in range(len(batch.histories))]
     longest = max(map(len, rows))
@@ -198,7 +198,7 @@ def written_out(model: S3Rec, batch: Batch) -> dict[str, float]:
         total = 0.0
         for a, vector in enumerate(model.attributes.weight):
             p = 1 / (1 + math.exp(-float(vector @ h)))
-            total -= math.log(p if bool(model.held[item, a]) else 1 - p)
+            total -= math.log(p if bool(model.has_attribute[item, a]) else 1 - p)
         return total
 
     def nearer(x: Tensor, y: Tensor, z: Tensor) -> float:

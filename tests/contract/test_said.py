@@ -1,4 +1,4 @@
-"""SAID: both stages written out, what each of them sees and trains, and what it refuses."""
+"""SAID: both stages written out, what each of them reads and trains, and what is refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def items_batch(model: SAID, **options: int) -> Batch:
 def train_stage(
     model: SAID, number: int, epochs: int, sequences: Ragged = HISTORIES
 ) -> list[float]:
-    """The losses of one stage, as the loop trains it."""
+    """Train one stage as the loop does; return its losses."""
     stage = model.stages(1e-2, 0.0)[number]
     own = [p for group in stage.groups for p in group.parameters]
     before = {p: p.requires_grad for p in model.parameters()}
@@ -94,7 +94,7 @@ def words_of(item: int) -> list[int]:
 
 
 def text_losses(model: SAID, hugging_face: Any, item: int, prompt: Tensor) -> list[float]:
-    """- log P of each word of one item's text, by the Hugging Face model on this row alone."""
+    """Compute - log P of each word of an item's text by the Hugging Face model on this row."""
     matrix = hugging_face.get_input_embeddings().weight
     number = tiny.VOCABULARY.index
     style = tiny.STYLES[model.backbone.name.removeprefix("tiny-")]
@@ -158,7 +158,7 @@ def test_soft_prompts_are_as_long_as_words() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_word_is_told_before_it_is_seen(family: str) -> None:
-    """Infilling shows no word at all; the next word is told from those before it."""
+    """Check that infilling shows no word, and that a next word is predicted from earlier ones."""
     texts = ["red lamp chair", "red cup chair"]
     a, b = (build(family, texts=[text, *TEXTS]).eval() for text in texts)
     row = Ragged.from_rows([[0]])

@@ -1,4 +1,4 @@
-"""SASRec: its equations written out, and its named losses."""
+"""SASRec: its equations and each of its losses written out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_equations() -> None:
 
 @pytest.mark.parametrize("loss", ["bce", "sampled"])
 def test_sampled_losses(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each position has its own negatives, and its own target is none of them."""
+    """Check that a position has separate negatives, none of which is its target."""
     model = sequential.shaken(build(loss=loss, negatives=3))
     batch = sequential.one_batch(model, HISTORIES.head(8))
     drawn = torch.randint(N, (len(batch.targets), 3), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""SASRecTable: its equations written out, and items that come by their texts."""
+"""SASRecTable: its equations written out, and items that are added by their texts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build(**changes: Any) -> SASRecTable:
 
 
 def row(model: SASRecTable, text: Tensor, residual: Tensor | None) -> Tensor:
-    """T of one item, [D] float64, from its text's vector."""
+    """Compute T of one item, [D] float64, from its text's vector."""
     e = double(text) - double(model.text.vectors[:N]).mean(0)
     e = e / e.norm()
     e = e + e @ double(model.table.linear) + (0 if residual is None else double(residual))
@@ -36,7 +36,7 @@ def row(model: SASRecTable, text: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def users(model: SASRecTable, history: list[Tensor]) -> list[Tensor]:
-    """u_t of every position."""
+    """Compute u_t of every position."""
     wide = len(history[0]) ** 0.5
     states = sequential.encoded(model.encoder, [wide * one for one in history], causal=True)
     beside = [

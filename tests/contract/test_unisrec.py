@@ -1,4 +1,4 @@
-"""UniSRec: the mixture, both losses and both settings written out, and what it promises."""
+"""UniSRec: the mixture, both losses and both settings written out, its stages and new items."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(seed: int = 0, texts: list[str] = TEXTS, **changes: Any) -> UniSRec:
 
 
 def adapted(adaptor: MixtureAdaptor, x: Tensor, noise: Tensor | None = None) -> Tensor:
-    """v of one text [d] float64, expert by expert; noise: [G] standard normal, in training."""
+    """Compute v of one text [d] float64, by experts; noise: [G] standard normal, in training."""
     logits = [float(x @ column) for column in double(adaptor.gate).T]
     if noise is not None:
         scales = [math.log1p(math.exp(float(x @ column))) for column in double(adaptor.noise).T]
@@ -67,7 +67,7 @@ def weight_width(adaptor: MixtureAdaptor) -> int:
 
 
 def item(model: UniSRec, number: int) -> Tensor:
-    """v + e of one item, [h] float64."""
+    """Compute v + e of one item, [h] float64."""
     v = adapted(model.adaptor, double(model.text.vectors[number]))
     return v if model.items is None else v + double(model.items.weight[number])
 
@@ -117,7 +117,7 @@ def test_fine_tuning_loss(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("view", ["items", "words"])
 def test_pre_training_loss(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both contrasts, with the other view's losses of items or words known."""
+    """Check both contrasts, with known drops of items or words in the augmented rows."""
     model = sequential.shaken(
         build(sequence_weight=0.3, item_drop=0.5, item_drop_batches=float(view == "items"))
     )
@@ -243,7 +243,7 @@ def test_it_learns_by_heart(changes: dict[str, Any]) -> None:
 
 
 def test_pre_training_alone_ranks_chains() -> None:
-    """By texts alone, of items that no table knows."""
+    """Check that texts alone are enough to rank, without trained vectors of items."""
     model = build(dim=32, pretrain_epochs=1, finetune=False, **STILL)
     rows = Ragged.from_rows([(np.arange(6) + start) % N for start in range(N)])
     sequential.train(model, rows, epochs=150, lr=5e-3)
@@ -285,7 +285,7 @@ def test_new_items_enter_by_their_text(changes: dict[str, Any]) -> None:
 
 
 def test_pre_trained_elsewhere(tmp_path: Path) -> None:
-    """A run that only pre-trains, and one on other items that starts from it."""
+    """Train a run that pre-trains alone, and one on other items that starts from it."""
     backbone = tiny_run.save_backbone(tmp_path / "bert")
     source = chain_dataset(tmp_path / "source", 20, 15, 6, seed=0)
     target = chain_dataset(tmp_path / "target", 20, 17, 6, seed=1)

@@ -2,21 +2,24 @@
 
 Sun, Liu, Wu, Pei, Lin, Ou, Jiang. CIKM '19, https://arxiv.org/abs/1904.06690
 
-    x_t     = LN(E[i_t] + P[t]),  E[mask] for a hidden item
+    x_t     = LN(E[i_t] + P[t])                         E[mask] for a hidden item
     h       = bidirectional Transformer(x)              l2rec.modules.encoder
-    r_{t,i} = LN(gelu(W h_t)) . E[i] + b_i              score of item i at the hidden position t
+    r_{t,i} = LN(gelu(W h_t + b)) . E[i] + b_i          score of item i at the hidden position t
 
 Training hides items of a sequence and asks for them; a user is asked for the item hidden right
 after the history. Cross-entropy over the whole catalog, mean over hidden positions.
 
+Choices and deviations:
+
 - Of a row of n items, max(1, round(``mask_ratio`` n)) are hidden; every hidden one is a target.
-- In a share ``last_only`` of rows only the newest is, as when recommending. The paper mixes such
-  rows in; one in two is RecBole's share.
-- A hidden item is always replaced by the mask, never kept or swapped.
-- ``max_items`` is the longest history. A row holds one item more, the hidden one: no history
-  loses an item to the mask.
-- It needs many epochs: each asks for few of the items (Petrov, Macdonald. RecSys '22,
-  https://arxiv.org/abs/2207.07483).
+- In a share ``last_only`` of rows the newest item alone is hidden, as when recommending. The paper
+  mixes such rows in; one in two is RecBole's share.
+- A hidden item is always replaced by the mask, as in the paper; BERT keeps or swaps some.
+- ``max_items`` is the longest history. A row holds one item more, the hidden one, so that no
+  history loses an item to the mask.
+
+It needs many epochs, as each asks for few of the items (Petrov, Macdonald. RecSys '22,
+https://arxiv.org/abs/2207.07483).
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.objectives import catalog_loss
 from l2rec.modules.sequences import catalog_rows, encode_rows, pad, sequence_batches
 from l2rec.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
@@ -49,13 +52,19 @@ class BERT4RecConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dim: int = Field(64, ge=1)
+    """Width of item vectors and states."""
     layers: int = Field(2, ge=1)
+    """Transformer layers."""
     heads: int = Field(2, ge=1)
+    """Attention heads; they divide ``dim``."""
     inner: int = Field(256, ge=1)
     """Width of the feed-forward part."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout rate of the embedded inputs and of what each layer adds."""
     attention_dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout rate of attention weights."""
     mask_ratio: float = Field(0.2, gt=0, lt=1)
     """Share of a row's items that are hidden."""
     last_only: float = Field(0.5, ge=0, le=1)
@@ -63,14 +72,13 @@ class BERT4RecConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> BERT4RecConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        check_heads(self.dim, self.heads)
         return self
 
 
 class BERT4Rec(nn.Module):
     """The recommender. A user is the head's output at a mask after the newest item, with a one
-    beside it; an item is its embedding, with its bias beside it.
+    appended; an item is its embedding, with its bias appended.
     """
 
     Config = BERT4RecConfig
@@ -90,15 +98,8 @@ class BERT4Rec(nn.Module):
         self.items = nn.Embedding(len(catalog), config.dim)
         self.bias = nn.Parameter(torch.zeros(len(catalog)))
         self.mask = nn.Parameter(0.02 * torch.randn(config.dim))
-        self.encoder = SequenceEncoder(
-            config.dim,
-            layers=config.layers,
-            heads=config.heads,
-            inner=config.inner,
-            max_items=config.max_items + 1,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            causal=False,
+        self.encoder = SequenceEncoder.from_config(
+            config, dim=config.dim, max_items=config.max_items + 1, causal=False
         )
         self.head = nn.Sequential(
             nn.Linear(config.dim, config.dim), nn.GELU(), nn.LayerNorm(config.dim, eps=1e-12)
@@ -111,10 +112,11 @@ class BERT4Rec(nn.Module):
         return self.items.num_embeddings
 
     def forward(self, items: Tensor, real: Tensor, hidden: Tensor) -> Tensor:
-        """Head outputs [M, h] at the M hidden positions, row by row.
+        """Compute the head's outputs [M, h] at the M hidden positions, row by row.
 
-        items: [B, T] int64. real, hidden: [B, T] bool; what stands at a hidden position, or at
-        one that is not real, is not read.
+        Args:
+            items: [B, T] int64; not read where a position is hidden or not real.
+            real, hidden: [B, T] bool.
         """
         x = torch.where(hidden[..., None], self.mask, self.items(items))
         out: Tensor = self.head(self.encoder(x, real)[hidden])
@@ -125,7 +127,7 @@ class BERT4Rec(nn.Module):
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> TrainingBatches:
-        """Whole training sequences; what is hidden is drawn in `loss`."""
+        """Return whole training sequences; `loss` draws the items to hide."""
         return sequence_batches(
             sequences,
             supervision="sequence",
@@ -143,7 +145,7 @@ class BERT4Rec(nn.Module):
         ]
 
     def loss(self, batch: Batch) -> Losses:
-        """Cross-entropy of the hidden items, mean over the batch."""
+        """Compute the cross-entropy of the hidden items, mean over the batch."""
         items, real = pad(batch.histories, self.items.weight.device)
         hidden = self.hide(real)
         scores = self(items, real, hidden) @ self.items.weight.T + self.bias
@@ -151,7 +153,7 @@ class BERT4Rec(nn.Module):
         return Losses(total, {"rec": total.detach()}, int(real.sum()), computed_positions(real))
 
     def hide(self, real: Tensor) -> Tensor:
-        """Which positions of rows [B, T] are hidden: real ones, at least one of each row."""
+        """Draw the positions to hide [B, T] bool: real ones, at least one of each row."""
         device, lengths = real.device, real.sum(1)
         wanted = (self.config.mask_ratio * lengths).round().clamp(min=1)
         noise = torch.rand(real.shape, device=device).masked_fill(~real, 2.0)
@@ -163,18 +165,26 @@ class BERT4Rec(nn.Module):
     # -- inference -------------------------------------------------------------------------------
 
     def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, h + 1] float32."""
+        """Return user vectors [B, h + 1] float32.
+
+        Raises:
+            DataError: an empty history.
+        """
         return encode_rows(self, histories, self._next, max_items=self.config.max_items)
 
     def _next(self, rows: Ragged) -> Tensor:
-        """What is asked for right after each row: [B, h + 1]."""
+        """Compute the user vectors [B, h + 1] of rows, at a mask right after each row."""
         items, real = pad(rows, self.items.weight.device)
         longer = F.pad(real, (1, 0), value=True)
         users = self(F.pad(items, (0, 1)), longer, longer & ~F.pad(real, (0, 1)))
         return F.pad(users, (0, 1), value=1.0)
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """[n, h + 1] float32, of catalog ints."""
+        """Return item vectors [n, h + 1] float32 of catalog ints.
+
+        Raises:
+            DataError: raw texts, which BERT4Rec cannot read.
+        """
         rows = catalog_rows(items, "BERT4Rec", self.items.weight.device)
         return torch.cat((self.items.weight, self.bias[:, None]), 1).detach()[rows]
 

@@ -9,21 +9,21 @@ https://arxiv.org/abs/2502.03417
     x       <- x + sigmoid(G' x) * swiglu(LN(x))        swiglu(y) = W3 (silu(W1 y) * W2 y)
     r_{t,i} = x_t . E[i]                                score of item i after position t
 
-SASRec's objective, every position predicts its next item, under a softmax over that item and
-``negatives`` sampled ones. Defaults are the paper's for its smaller Amazon data. Where the paper
-and its code leave a choice, or cost much time:
+As in SASRec every position predicts its next item, under a softmax over that item and
+``negatives`` sampled ones. Defaults are the paper's for its smaller Amazon data. Choices and
+deviations:
 
-- All positions of a batch share their negatives, which makes scores one product of matrices;
+- All positions of a batch share their negatives, so that scores are one product of matrices;
   ``share_negatives=false`` draws for each position, as the authors do.
-- A negative that is the position's own target does not count.
+- A negative that is the position's next item does not count.
 - All embeddings start at N(0, 0.02); under the authors' Xavier start the few positions are many
   times larger than the many items and drown them.
 - Positions count from the oldest item of a row; the authors count from the newest, which in
   training tells a position how many items are still to come.
 
-Named options: ``in_batch``, the share of negatives drawn from the next items of the batch; with
-``logq`` scores are corrected by log Q, the odds of being drawn (Bengio, Senécal. 2008);
-``loss=ce``, the full softmax.
+Options beyond the defaults: ``in_batch`` draws a share of the negatives from the next items of the
+batch; ``logq`` corrects scores by log Q, the probability of being drawn (Bengio, Senécal. 2008);
+``loss=ce`` is the full softmax.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.encoder import attention, computed_positions, in_length_groups
+from l2rec.modules.encoder import causal_mask, check_heads, in_length_groups, self_attention
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.losses import sampled_softmax_loss
-from l2rec.modules.objectives import catalog_loss
 from l2rec.modules.sequences import pad, sequence_batches
 from l2rec.protocols import Losses, Stage, decayed
 
@@ -57,32 +56,38 @@ class ESASRecConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dim: int = Field(64, ge=1)
+    """Width of item vectors and states."""
     layers: int = Field(1, ge=1)
+    """Transformer layers."""
     heads: int = Field(1, ge=1)
+    """Attention heads; they divide ``dim``."""
     inner: int = Field(256, ge=1)
     """Width of the feed-forward part."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     dropout: float = Field(0.2, ge=0, lt=1)
-    """Of inputs, attention weights and what the layers add."""
+    """Dropout rate of embedded inputs, attention weights and what the layers add."""
     loss: Literal["sampled", "ce"] = "sampled"
+    """Softmax over sampled items, or over the whole catalog."""
     negatives: int = Field(256, ge=1)
+    """Sampled items, of a batch or of a position."""
     share_negatives: bool = True
-    """One draw for a batch, not one for each position."""
+    """One draw of negatives for a batch, instead of one for each position."""
     in_batch: float = Field(0.0, ge=0, le=1)
     """Share of negatives that are next items of the batch; the others are uniform."""
     logq: bool = False
+    """Correction of scores for how often an item is drawn; it needs ``in_batch``."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ESASRecConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        check_heads(self.dim, self.heads)
         if self.logq and not self.in_batch:
             raise ValueError("logq=true changes nothing for uniform negatives; set in_batch too")
         return self
 
 
 class LiGRLayer(nn.Module):
-    """Pre-norm attention and SwiGLU whose outputs pass gates that read the residual stream."""
+    """LiGR layer: pre-norm attention and SwiGLU, each through a gate that reads its input."""
 
     def __init__(self, dim: int, heads: int, inner: int, dropout: float) -> None:
         super().__init__()
@@ -96,17 +101,14 @@ class LiGRLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """x: [B, T, h]; hidden: [1, 1, T, T] bool, True where a row must not look."""
+        """Apply the layer to x [B, T, h]; hidden: [1, 1, T, T] bool, True where not to look."""
         x = x + self.gates[0](x).sigmoid() * self.dropout(self._attend(self.norms[0](x), hidden))
         out: Tensor = x + self.gates[1](x).sigmoid() * self.dropout(self._feed(self.norms[1](x)))
         return out
 
     def _attend(self, x: Tensor, hidden: Tensor) -> Tensor:
-        batch, length, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout.p if self.training else 0.0
-        seen = attention(q, k, v, hidden, dropout).transpose(1, 2).reshape(batch, length, dim)
-        out: Tensor = self.out(seen)
+        out: Tensor = self.out(self_attention(self.qkv(x), self.heads, hidden, dropout))
         return out
 
     def _feed(self, x: Tensor) -> Tensor:
@@ -148,7 +150,7 @@ class ESASRec(ItemTable):
         self.register_buffer("log_q", torch.zeros(len(catalog)), persistent=False)
 
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
-        """States [B, T, h] of rows of at most ``max_items`` items, and which are real [B, T].
+        """Encode rows of at most ``max_items`` items: states [B, T, h], which are real [B, T].
 
         Padding is on the right, where no real position looks.
         """
@@ -157,10 +159,9 @@ class ESASRec(ItemTable):
         return in_length_groups(self._read, x, real), real
 
     def _read(self, x: Tensor, real: Tensor) -> Tensor:
-        length = real.shape[1]
-        hidden = torch.ones(length, length, dtype=torch.bool, device=real.device).triu(1)
+        hidden = causal_mask(real.shape[1], real.device)
         for layer in self.layers:
-            x = layer(x, hidden[None, None])
+            x = layer(x, hidden)
         return x
 
     # -- training --------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class ESASRec(ItemTable):
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> TrainingBatches:
-        """Every next item of every training sequence is a target once an epoch."""
+        """Return batches in which every next item of every sequence is a target once an epoch."""
         if self.config.logq:
             self.log_q.copy_(self._odds(sequences).log())
         return sequence_batches(
@@ -188,18 +189,11 @@ class ESASRec(ItemTable):
         ]
 
     def loss(self, batch: Batch) -> Losses:
-        """Next-item loss, mean over all positions of the batch."""
-        states, real = self(batch.histories)
-        users = states[real]  # [P, h], in the order of the flat histories and targets
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
-        if self.config.loss == "ce":
-            total = catalog_loss(users @ self.items.weight.T, targets)
-        else:
-            total = self._sampled(users, targets)
-        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
+        """Compute the next-item loss, mean over all positions of the batch."""
+        return self.next_item_loss(batch, None if self.config.loss == "ce" else self._sampled)
 
     def _sampled(self, users: Tensor, targets: Tensor) -> Tensor:
-        """users: [P, h], targets: [P]."""
+        """Compute the sampled softmax of states [P, h] and their next items [P]."""
         drawn = self._negatives(targets)
         positive = (users * self.items(targets)).sum(-1)
         if self.config.share_negatives:
@@ -213,7 +207,7 @@ class ESASRec(ItemTable):
         )
 
     def _negatives(self, targets: Tensor) -> Tensor:
-        """Sampled items: [k] for all of the targets [P], or [P, k]."""
+        """Draw negatives: [k] for all of the targets [P] together, or [P, k]."""
         k, device = self.config.negatives, targets.device
         shape = (k,) if self.config.share_negatives else (len(targets), k)
         uniform = torch.randint(self.n_items, shape, device=device)
@@ -223,7 +217,7 @@ class ESASRec(ItemTable):
         )
 
     def _odds(self, sequences: Ragged) -> Tensor:
-        """Q: [N] how often an item is drawn as a negative, in training on ``sequences``."""
+        """Compute Q [N], the probability that a draw is an item, in training on ``sequences``."""
         counts = np.bincount(sequences.values, minlength=self.n_items)
         share = self.config.in_batch
         odds = share * counts / counts.sum() + (1 - share) / self.n_items

@@ -6,8 +6,8 @@ Framework for Sequential Recommendation", WWW '25.
 This is a reconstruction. The paper's idea is that each kind of sequence encoder favours some
 frequencies of a history (self-attention the low ones), so that experts of different kinds should
 be mixed by a router that sees frequencies, with two contrastive tasks that keep them different and
-in one space. No code of the authors could be found; everything below that idea is our own design,
-and its scores are those of a "FamouSRec-style" model.
+in one space. We know of no code of the authors; everything below that idea is our own design, and
+its scores are those of a "FamouSRec-style" model.
 
 For a history X [n, h] of item embeddings, with the real Fourier transform over its own n items,
 
@@ -19,20 +19,20 @@ For a history X [n, h] of item embeddings, with the real Fourier transform over 
 
     L = CE(r, next) + specialization * SPE + alignment * ALI + balance * BAL
 
-    SPE  of u_k, the same expert's u'_k under another dropout is the positive, the other experts'
-         u'_j of the same user are the negatives
-    ALI  of u_k, another expert's u_j of the same user is the positive, those of other users in the
-         batch are the negatives
+    SPE  for u_k the positive is the same expert's u'_k under another dropout mask, the negatives
+         are the other experts' u'_j of the same user
+    ALI  for u_k the positive is another expert's u_j of the same user, the negatives are that
+         expert's vectors of other users in the batch
     BAL  the Switch load balance of p                   l2rec.modules.experts
 
 SPE and ALI are InfoNCE of cosine / temperature. The experts are a causal Transformer (SASRec), a
 GRU (GRU4Rec), a learned filter over the whole spectrum (FMLP-Rec) and dilated causal convolutions
 (NextItNet); in the order of ``experts`` their bands start from the lowest to the highest.
 
-A filter mixes all items of a row, those after a position too. So a row is one prefix that predicts
+A filter mixes all items of a row, also those after a position. So a row is one prefix that predicts
 its next item alone, and its transform is that of its own length: neither padding nor the rest of a
-batch changes anything. m_k and the filters of FMLP-Rec are stored on the frequencies of a row of
-``max_items`` and read in between (linearly) for shorter rows, whose frequencies are fewer.
+batch changes it. m_k and the filters of FMLP-Rec are stored at the frequencies of a row of
+``max_items`` and interpolated linearly for shorter rows, which have fewer frequencies.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.encoder import SequenceEncoder, initialize
+from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.experts import load_balance, top_n
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.objectives import catalog_loss
-from l2rec.modules.sequences import encode_rows, last_of, pad, sequence_batches
+from l2rec.modules.sequences import as_index, encode_rows, last_of, pad, sequence_batches
 from l2rec.protocols import Losses, Stage, decayed
 
 Kind = Literal["transformer", "gru", "filter", "convolution"]
 
 BAND = 3.0
-"""Logit of m_k at the start: inside its band, and its negative outside."""
+"""Logit of m_k inside its band before training; outside it is the negative of this."""
 QUIET = 1e-8
-"""Energy of silence: the least that is told from none."""
+"""Energy added before the logarithm, so that a band without any is finite."""
 
 
 class FamouSRecConfig(BaseModel):
@@ -75,35 +75,44 @@ class FamouSRecConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dim: int = Field(64, ge=1)
+    """Width of item vectors and states."""
     experts: tuple[Kind, ...] = ("transformer", "gru", "filter", "convolution")
-    """One kind several times makes the mixture homogeneous."""
+    """Kind of each expert; a kind may occur several times."""
     top_n: int = Field(2, ge=1)
-    """Experts that a user's vector is made of."""
+    """Experts mixed into a user vector, those that the router scores highest."""
     router_width: int = Field(64, ge=1)
+    """Width of the router's hidden layer."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     layers: int = Field(2, ge=1)
-    """Of every expert but the GRU, which has one."""
+    """Layers of every expert but the GRU, which has one."""
     heads: int = Field(2, ge=1)
+    """Attention heads of the Transformer; they divide ``dim``."""
     inner: int = Field(256, ge=1)
-    """Width of the feed-forward parts."""
+    """Width of the feed-forward parts of Transformer and filter."""
     gru_width: int = Field(128, ge=1)
+    """Width of the GRU's state."""
     kernel: int = Field(3, ge=1)
-    """Items that one convolution sees, ``2 ** layer`` apart."""
+    """Items that one convolution reads, ``2 ** layer`` apart."""
     dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of the embedded inputs and of what each layer adds."""
     attention_dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of attention weights."""
 
     targets_per_user: int = Field(4, ge=1)
-    """Prefixes of a user in one epoch, drawn anew each time."""
+    """Most prefixes of a user in an epoch, drawn anew in each."""
     temperature: float = Field(0.2, gt=0)
-    """Of the contrastive tasks."""
+    """Temperature of both contrastive tasks."""
     specialization: float = Field(0.1, ge=0)
+    """Weight of SPE; 0 leaves it out."""
     alignment: float = Field(0.1, ge=0)
+    """Weight of ALI; 0 leaves it out."""
     balance: float = Field(0.01, ge=0)
+    """Weight of BAL."""
 
     @model_validator(mode="after")
     def _consistent(self) -> FamouSRecConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        check_heads(self.dim, self.heads)
         if len(self.experts) < 2:
             raise ValueError(f"experts={list(self.experts)} leaves no choice; name two or more")
         if self.top_n > len(self.experts):
@@ -122,30 +131,30 @@ class RowSpectra:
     and imaginary parts, scaled so that its energy is that of the row.
 
     basis: [B, 2, F, T], zero where a row has no such item or frequency.
-    between: [B, F, G], a row's frequencies between those of the grid of ``Spectra``.
+    between: [B, F, G] weights that interpolate the grid of `Spectra` at a row's frequencies.
     """
 
     basis: Tensor
     between: Tensor
 
     def transform(self, x: Tensor) -> Tensor:
-        """Rows [B, T, h], padding ignored -> spectra [B, 2, F, h]."""
+        """Transform rows [B, T, h], whose padding is ignored, to spectra [B, 2, F, h]."""
         return (self.basis.flatten(1, 2) @ x).view(*self.basis.shape[:3], -1)
 
     def inverse(self, spectra: Tensor) -> Tensor:
-        """Spectra [B, K, 2, F, h] -> rows [B, K, T, h], zero on padding."""
+        """Transform spectra [B, K, 2, F, h] to rows [B, K, T, h], zero at padding."""
         back = self.basis.flatten(1, 2).transpose(1, 2)[:, None]
         return back @ spectra.flatten(2, 3)
 
     def read(self, grid: Tensor) -> Tensor:
-        """Functions of frequency [G, d] on the grid -> at each row's frequencies [B, F, d]."""
+        """Interpolate functions of frequency on the grid [G, d] at each row's: [B, F, d]."""
         return self.between @ grid
 
 
 class Spectra(nn.Module):
     """Fourier bases of rows of 0 to ``max_items`` items, and a grid of G frequencies.
 
-    The grid has the frequencies of the longest row, 0 to 1/2 cycles an item.
+    The grid has the frequencies of a row of ``max_items``, from 0 to 1/2 cycles an item.
     """
 
     def __init__(self, max_items: int) -> None:
@@ -156,7 +165,7 @@ class Spectra(nn.Module):
         item = np.arange(max_items)[None, None, :]
         size = np.maximum(length, 1)
         angle = 2 * np.pi * (frequency * item % size) / size
-        # Each frequency stands for its mirror image too, but for zero and one half.
+        # Each frequency but zero and one half stands for its mirror image too.
         mirrored = (frequency > 0) & (2 * frequency < length)
         scale = np.sqrt((1 + mirrored) / size) * (item < length) * (2 * frequency <= length)
         basis = np.stack((scale * np.cos(angle), -scale * np.sin(angle)), axis=1)
@@ -168,7 +177,7 @@ class Spectra(nn.Module):
         self.between: Tensor
 
     def forward(self, real: Tensor) -> RowSpectra:
-        """real: [B, T] bool, padding on the right."""
+        """Select the bases of the rows of a grid; real: [B, T] bool, padding on the right."""
         longest, lengths = real.shape[1], real.sum(1)
         frequencies = longest // 2 + 1
         return RowSpectra(
@@ -185,18 +194,10 @@ class _Transformer(nn.Module):
 
     def __init__(self, config: FamouSRecConfig) -> None:
         super().__init__()
-        self.encoder = SequenceEncoder(
-            config.dim,
-            layers=config.layers,
-            heads=config.heads,
-            inner=config.inner,
-            max_items=config.max_items,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-        )
+        self.encoder = SequenceEncoder.from_config(config, dim=config.dim)
 
     def forward(self, x: Tensor, real: Tensor, spectra: RowSpectra) -> Tensor:
-        """x: [B, T, h] -> states [B, T, h], as of every expert."""
+        """Encode rows [B, T, h] to states [B, T, h], as every expert does."""
         states: Tensor = self.encoder(x, real)
         return states
 
@@ -219,10 +220,10 @@ class _GRU(nn.Module):
 
 
 class _Filter(nn.Module):
-    """FMLP-Rec: layers of a complex gain for each frequency and dimension, and a feed-forward.
+    """FMLP-Rec: layers of a complex gain for each frequency and dimension, and a feed-forward part.
 
-    A row of one length is filtered in a circle, so order is known by what is read last; there are
-    no position embeddings.
+    There are no position embeddings: a row is filtered as a circle, and the state at its newest
+    item is read.
     """
 
     def __init__(self, config: FamouSRecConfig) -> None:
@@ -251,7 +252,7 @@ class _Filter(nn.Module):
 
 
 class _Convolution(nn.Module):
-    """NextItNet: residual causal convolutions, each twice as far apart as the one before."""
+    """NextItNet: residual causal convolutions, each dilated twice as far as the one before."""
 
     def __init__(self, config: FamouSRecConfig) -> None:
         super().__init__()
@@ -285,17 +286,18 @@ EXPERTS: dict[Kind, type[nn.Module]] = {
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the experts make of B users.
-
-    states: u_k [B, K, h]. again: the same under another dropout, None if not asked for.
-    scores: p [B, K]. kept: [B, K] bool, the experts that u is made of. user: u [B, h].
-    """
+    """Outputs of the experts for B users, and the user vectors mixed from them."""
 
     states: Tensor
+    """u_k [B, K, h]."""
     again: Tensor | None
+    """u'_k [B, K, h], the same under another dropout mask; None if not asked for."""
     scores: Tensor
-    kept: Tensor
+    """p [B, K]."""
+    chosen: Tensor
+    """Experts that are mixed [B, K] bool."""
     user: Tensor
+    """u [B, h]."""
 
 
 class FamouSRec(ItemTable):
@@ -331,7 +333,7 @@ class FamouSRec(ItemTable):
         self.router.apply(initialize)
 
     def forward(self, histories: Ragged, *, twice: bool = False) -> Mixture:
-        """Users of rows of 1 to ``max_items`` items; ``twice``: the experts under two dropouts."""
+        """Encode rows of 1 to ``max_items`` items; ``twice`` also under another dropout mask."""
         items, real = pad(histories, self.items.weight.device)
         x = self.items(items) * real[..., None]
         spectra = self.spectra(real)
@@ -340,16 +342,16 @@ class FamouSRec(ItemTable):
         energy = heard.square().sum((2, 3, 4))
         mean = x.sum(1) / real.sum(1, keepdim=True)
         scores = self.router(torch.cat((torch.log(energy + QUIET), mean), 1)).softmax(-1)
-        kept = top_n(scores, self.config.top_n)
+        chosen = top_n(scores, self.config.top_n)
         inputs = x[:, None] + spectra.inverse(heard)
         states = self._read(inputs, real, spectra)
         again = self._read(inputs, real, spectra) if twice else None
-        weights = scores * kept
+        weights = scores * chosen
         weights = weights / weights.sum(-1, keepdim=True)
-        return Mixture(states, again, scores, kept, (weights[:, None] @ states)[:, 0])
+        return Mixture(states, again, scores, chosen, (weights[:, None] @ states)[:, 0])
 
     def _read(self, inputs: Tensor, real: Tensor, spectra: RowSpectra) -> Tensor:
-        """Every expert's state at the newest item. inputs: [B, K, T, h] -> [B, K, h]."""
+        """Read each expert's state at the newest item: inputs [B, K, T, h] -> [B, K, h]."""
         parts = zip(self.experts, inputs.unbind(1), strict=True)
         return torch.stack([last_of(expert(x, real, spectra), real) for expert, x in parts], 1)
 
@@ -358,7 +360,7 @@ class FamouSRec(ItemTable):
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> TrainingBatches:
-        """Prefixes of the training sequences, each with its next item."""
+        """Return prefixes of the training sequences, each with its next item."""
         return sequence_batches(
             sequences,
             supervision="last",
@@ -377,14 +379,14 @@ class FamouSRec(ItemTable):
         ]
 
     def loss(self, batch: Batch) -> Losses:
-        """Next-item loss, the two contrastive tasks and the load balance, mean over rows."""
+        """Compute the next-item loss, contrastive tasks and load balance, mean over rows."""
         config = self.config
         mixture = self(batch.histories, twice=config.specialization > 0)
         device = mixture.user.device
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(device)
+        targets = as_index(batch.targets, device)
         parts = {
             "rec": catalog_loss(mixture.user @ self.items.weight.T, targets),
-            "balance": load_balance(mixture.scores, mixture.kept)[0],
+            "balance": load_balance(mixture.scores, mixture.chosen)[0],
         }
         total = parts["rec"] + config.balance * parts["balance"]
         if mixture.again is not None:
@@ -407,28 +409,41 @@ class FamouSRec(ItemTable):
     # -- inference -------------------------------------------------------------------------------
 
     def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, h] float32."""
+        """Return user vectors [B, h] float32, the mixtures u.
+
+        Raises:
+            DataError: an empty history.
+        """
         return encode_rows(
             self, histories, lambda rows: self(rows).user, max_items=self.config.max_items
         )
 
 
 def specialization_loss(states: Tensor, again: Tensor, temperature: float) -> Tensor:
-    """SPE: which expert made u_k, told from the u'_j of the same user; mean. [B, K, h] both."""
+    """Compute SPE, mean over users and experts.
+
+    Args:
+        states: u_k [B, K, h].
+        again: u'_k [B, K, h], under another dropout mask.
+        temperature: divides the cosines.
+    """
     scores = F.normalize(states, dim=-1) @ F.normalize(again, dim=-1).mT / temperature  # [B, K, K]
-    own = torch.arange(scores.shape[1], device=scores.device).repeat(len(scores))
-    return F.cross_entropy(scores.flatten(0, 1), own)
+    same = torch.arange(scores.shape[1], device=scores.device).repeat(len(scores))
+    return F.cross_entropy(scores.flatten(0, 1), same)
 
 
 def alignment_loss(states: Tensor, users: Tensor, temperature: float) -> Tensor:
-    """ALI: whose history u_k is of, told from the u_j of the batch; mean over pairs k != j.
+    """Compute ALI, mean over users and pairs of experts k != j.
 
-    states: [B, K, h]. users: [B]; other rows of the same user are no negatives.
+    Args:
+        states: u_k [B, K, h].
+        users: [B] int64; other rows of the same user are no negatives.
+        temperature: divides the cosines.
     """
     unit = F.normalize(states, dim=-1).transpose(0, 1)  # [K, B, h]
     count, rows = unit.shape[:2]
     k, j = (~torch.eye(count, dtype=torch.bool, device=unit.device)).nonzero(as_tuple=True)
     scores = unit[k] @ unit[j].mT / temperature  # [K (K - 1), B, B]
     same = (users[:, None] == users).fill_diagonal_(False)
-    own = torch.arange(rows, device=unit.device).repeat(len(k))
-    return F.cross_entropy(scores.masked_fill(same, -math.inf).flatten(0, 1), own)
+    positive = torch.arange(rows, device=unit.device).repeat(len(k))
+    return F.cross_entropy(scores.masked_fill(same, -math.inf).flatten(0, 1), positive)

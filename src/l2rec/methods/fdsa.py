@@ -7,16 +7,19 @@ Zhang, Zhao, Liu, Sheng, Xu, Wang, Liu, Zhou. IJCAI '19, https://doi.org/10.2496
     u_t     = LN(W [h^I_t; h^F_t])
     r_{t,i} = u_t . E[i]                            score of item i after position t
 
-Every position predicts its next item with the full softmax. What the features are differs between
-papers, so it is an option:
+Every position predicts its next item. What the features are differs between papers: an option.
 
-- ``features=text`` (UniSRec's variant, KDD '22): f = relu(W e), of the frozen backbone's text
-  vector e.
-- ``features=[brand, category]``: a field's vector is the mean of its values' embeddings, and f is
-  the fields' additive attention: softmax_k(v . relu(A f_k)), as in RecBole. ``separator`` says
-  what stands between the values of a field.
+- ``features=text`` (UniSRec's variant, KDD '22): f = relu(W e + b), e the frozen backbone's vector
+  of the item's text.
+- ``features=[brand, category]``: f_k is the mean of the embeddings of field k's values, and
+  f = sum_k softmax_k(v . relu(A f_k + b)) f_k, as in RecBole. ``separator`` is what stands between
+  the values of a field.
 
-Each encoder has positions and norms of its own; RecBole has one LN for both inputs and the output.
+Deviations:
+
+- The loss is the full softmax, as in RecBole; the paper has the binary cross-entropy with one
+  sampled negative a position.
+- Each encoder has positions and norms of its own; RecBole has one LN for inputs and output.
 """
 
 from __future__ import annotations
@@ -39,13 +42,10 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import ConfigError, DataError
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.encoder import SequenceEncoder, initialize
+from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.frozen_text import FrozenText
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.sequences import (
-    next_item_batches,
-    pad,
-)
+from l2rec.modules.sequences import as_index, next_item_batches, pad
 from l2rec.protocols import Stage, decayed
 
 
@@ -55,32 +55,36 @@ class FDSAConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dim: int = Field(64, ge=1)
+    """Width of item vectors and states."""
     layers: int = Field(2, ge=1)
-    """Of each encoder, as are ``heads`` and ``inner``."""
+    """Transformer layers of each of the two encoders."""
     heads: int = Field(2, ge=1)
+    """Attention heads; they divide ``dim``."""
     inner: int = Field(256, ge=1)
     """Width of the feed-forward part."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of the embedded inputs and of what each layer adds."""
     attention_dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of attention weights."""
     features: Literal["text"] | tuple[str, ...] = "text"
-    """``text``, or names of catalog fields."""
+    """``text`` for the items' texts, or names of catalog fields."""
     separator: str = Field(" ", min_length=1)
-    """Between the values of a field."""
+    """Text between the values of a field."""
     text_tokens: int = Field(128, ge=1)
     """Most tokens of an item's text."""
 
     @model_validator(mode="after")
     def _consistent(self) -> FDSAConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        check_heads(self.dim, self.heads)
         if not self.features:
             raise ValueError("features=[] leaves nothing to read; name fields, or set text")
         return self
 
 
 class TextFeatures(nn.Module):
-    """relu(W e + b) of frozen text vectors e."""
+    """Features relu(W e + b) of frozen text vectors e."""
 
     def __init__(self, text: FrozenText, dim: int) -> None:
         super().__init__()
@@ -89,16 +93,23 @@ class TextFeatures(nn.Module):
         self.linear.apply(initialize)
 
     def forward(self, items: npt.NDArray[np.integer]) -> Tensor:
-        """f of catalog ints: [n, h]."""
-        rows = torch.from_numpy(items.astype(np.int64)).to(self.text.vectors.device)
+        """Compute f of catalog ints [n]: [n, h]."""
+        rows = as_index(items, self.text.vectors.device)
         return F.relu(self.linear(self.text(rows)))
 
 
 class FieldFeatures(nn.Module):
-    """Additive attention over the fields of an item; a field without a value is a zero vector."""
+    """Features by additive attention over the fields of an item.
+
+    A field without a value is a zero vector.
+
+    Args:
+        fields: for each field, its text in each of the N items.
+        separator: text between the values of a field.
+        dim: h, width of values and features.
+    """
 
     def __init__(self, fields: Sequence[Sequence[str]], separator: str, dim: int) -> None:
-        """fields: of each field, the text of every item."""
         super().__init__()
         self.fields = len(fields)
         rows = [
@@ -106,21 +117,21 @@ class FieldFeatures(nn.Module):
             for texts in zip(*fields, strict=True)
             for field, text in enumerate(texts)
         ]
-        known = {value: number for number, value in enumerate(dict.fromkeys(chain(*rows)))}
-        self.values = Ragged.from_rows([[known[value] for value in row] for row in rows])
-        """Row ``item * fields + field``: ints of the values."""
-        self.table = nn.Embedding(len(known), dim)
+        numbers = {value: number for number, value in enumerate(dict.fromkeys(chain(*rows)))}
+        self.values = Ragged.from_rows([[numbers[value] for value in row] for row in rows])
+        """Rows of value ints; row ``item * fields + field`` has the values of one field."""
+        self.table = nn.Embedding(len(numbers), dim)
         self.hidden = nn.Linear(dim, dim)
         self.weigh = nn.Linear(dim, 1, bias=False)
         self.apply(initialize)
 
     def forward(self, items: npt.NDArray[np.integer]) -> Tensor:
-        """f of catalog ints: [n, h]."""
+        """Compute f of catalog ints [n]: [n, h]."""
         device = self.table.weight.device
         rows = items.astype(np.int64)[:, None] * self.fields + np.arange(self.fields)
         values = self.values.take(rows.reshape(-1))
         pooled = F.embedding_bag(
-            torch.from_numpy(values.values.astype(np.int64)).to(device),
+            as_index(values.values, device),
             self.table.weight,
             torch.from_numpy(values.offsets[:-1]).to(device),
             mode="mean",
@@ -154,16 +165,7 @@ class FDSA(ItemTable):
         self.items.apply(initialize)
         self.features = self._features(catalog, backbone, cache)
         self.item_encoder, self.feature_encoder = (
-            SequenceEncoder(
-                config.dim,
-                layers=config.layers,
-                heads=config.heads,
-                inner=config.inner,
-                max_items=config.max_items,
-                dropout=config.dropout,
-                attention_dropout=config.attention_dropout,
-            )
-            for _ in range(2)
+            SequenceEncoder.from_config(config, dim=config.dim) for _ in range(2)
         )
         self.join = nn.Linear(2 * config.dim, config.dim)
         self.join.apply(initialize)
@@ -190,7 +192,7 @@ class FDSA(ItemTable):
         return TextFeatures(text, config.dim)
 
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
-        """u [B, T, h] of rows of at most ``max_items`` items, and which are real [B, T]."""
+        """Encode rows of at most ``max_items`` items: u [B, T, h], which are real [B, T]."""
         items, real = pad(histories, self.items.weight.device)
         embedded = self.items(items)
         features = torch.zeros_like(embedded)

@@ -7,11 +7,15 @@ Losses with more samples: Hidasi, Karatzoglou. CIKM '18, https://arxiv.org/abs/1
     u_t     = W h_t
     r_{t,i} = u_t . E[i]                            score of item i after position t
 
-Every position predicts its next item; the paper walks through sessions in parallel instead, with
-the same targets. Defaults are those of RecBole, which most papers compare with: the full softmax,
-embeddings of 64, one layer of 128 without biases. The papers' own losses are options. Their
-negatives are the next items of other examples of the batch, so that an item is drawn as often as
-it is bought; ``negatives`` of them are shared by the batch, and none counts against itself.
+Deviations, in the defaults those of RecBole, which most papers compare with:
+
+- Every position of a row predicts its next item; the paper walks through sessions in parallel, with
+  the same targets.
+- Items have embeddings, which also score (the paper: one-hot inputs and an output layer); one
+  layer of 128 without biases.
+- The loss is the full softmax. The papers' losses are options. Their negatives are the next items
+  of other examples of the batch, so that an item is drawn as often as it is bought; here
+  ``negatives`` of them are shared by the batch, and a position's next item does not count.
 
     bpr       -mean_j log sigmoid(r+ - r_j)
     top1      mean_j sigmoid(r_j - r+) + sigmoid(r_j^2)
@@ -25,7 +29,6 @@ __all__ = ["GRU4Rec", "GRU4RecConfig", "ranking_loss"]
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -35,13 +38,9 @@ from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.encoder import computed_positions, in_length_groups
+from l2rec.modules.encoder import in_length_groups
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.objectives import catalog_loss
-from l2rec.modules.sequences import (
-    next_item_batches,
-    pad,
-)
+from l2rec.modules.sequences import next_item_batches, pad
 from l2rec.protocols import Losses, Stage, decayed
 
 Loss = Literal["ce", "bpr", "top1", "bpr-max"]
@@ -53,17 +52,21 @@ class GRU4RecConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dim: int = Field(64, ge=1)
-    """Of item embeddings."""
+    """Width of item embeddings."""
     hidden: int = Field(128, ge=1)
-    """Of the recurrent state."""
+    """Width of the recurrent state."""
     layers: int = Field(1, ge=1)
+    """Recurrent layers."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     dropout: float = Field(0.3, ge=0, lt=1)
+    """Dropout rate of the embedded inputs."""
     loss: Loss = "ce"
+    """Full softmax, or one of the papers' losses."""
     negatives: int = Field(128, ge=1)
     """Next items drawn from the batch for a loss other than ``ce``."""
     penalty: float = Field(1.0, ge=0)
-    """Of large scores of negatives, for ``bpr-max``."""
+    """Weight of the penalty on large scores of negatives, for ``loss=bpr-max``."""
 
 
 class GRU4Rec(ItemTable):
@@ -93,9 +96,9 @@ class GRU4Rec(ItemTable):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
-        """u [B, T, dim] of rows of at most ``max_items`` items, and which are real [B, T].
+        """Encode rows of at most ``max_items`` items: u [B, T, dim], which are real [B, T].
 
-        Padding is on the right, where it comes after all that a real position has seen.
+        Padding is on the right, after all that a real position has read.
         """
         items, real = pad(histories, self.items.weight.device)
         x = self.dropout(self.items(items))
@@ -109,22 +112,20 @@ class GRU4Rec(ItemTable):
         ]
 
     def loss(self, batch: Batch) -> Losses:
-        """Next-item loss, mean over all positions of the batch."""
-        states, real = self(batch.histories)
-        users = states[real]  # [P, dim], in the order of the flat histories and targets
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
-        if self.config.loss == "ce":
-            total = catalog_loss(users @ self.items.weight.T, targets)
-        else:
-            drawn = targets[torch.randint(len(targets), (self.config.negatives,))]
-            total = ranking_loss(
-                self.config.loss,
-                (users * self.items(targets)).sum(-1),
-                users @ self.items(drawn).T,
-                drawn != targets[:, None],
-                self.config.penalty,
-            )
-        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
+        """Compute the next-item loss, mean over all positions of the batch."""
+        return self.next_item_loss(batch, None if self.config.loss == "ce" else self._sampled)
+
+    def _sampled(self, users: Tensor, targets: Tensor) -> Tensor:
+        """Compute one of the papers' losses for states [P, dim] and their next items [P]."""
+        assert self.config.loss != "ce"
+        drawn = targets[torch.randint(len(targets), (self.config.negatives,))]
+        return ranking_loss(
+            self.config.loss,
+            (users * self.items(targets)).sum(-1),
+            users @ self.items(drawn).T,
+            drawn != targets[:, None],
+            self.config.penalty,
+        )
 
 
 def ranking_loss(
@@ -134,10 +135,14 @@ def ranking_loss(
     counts: Tensor,
     penalty: float,
 ) -> Tensor:
-    """The losses of the papers, mean over rows; a row without a negative has none to learn from.
+    """Compute a loss of the papers, mean over rows; a row without negatives adds zero.
 
-    positive: [P] scores. negative: [P, k] scores. counts: [P, k] bool, False where a column is
-    the row's own positive.
+    Args:
+        kind: which of them.
+        positive: [P] scores of the next items.
+        negative: [P, k] scores of the negatives.
+        counts: [P, k] bool, False where a negative is the row's next item.
+        penalty: weight of the negatives' squared scores, for ``bpr-max``.
     """
     ahead = positive[:, None] - negative
     if kind == "bpr-max":

@@ -2,12 +2,12 @@
 
 Liu, Li, Li, Zhang, Li, Li. WSDM '26, https://doi.org/10.1145/3773966.3777943
 
-One frozen language model reads a history twice, each time with a low-rank adapter of its own, and
-one item projection layer (IPL) turns the state at every [SEQ] into logits over the catalog:
+One frozen language model reads a history twice, with a low-rank adapter for each of two sides, and
+an item projection layer (IPL) turns the state at every [SEQ] into logits over the catalog:
 
-    text   prompt, text_1 [SEQ], text_2 [SEQ], ...     adapter phi   z_text     Eq. 3-4, 8
+    text   prompt, text_1 [SEQ], text_2 [SEQ], ...     adapter phi   z_text     Eq. 3-4, 6, 8
     id     prompt, id_1   [SEQ], id_2   [SEQ], ...     adapter psi   z_id       Eq. 5, 8
-           id_k = Proj(frozen SASRec row)                                       Eq. 7
+           id_k = Proj(row of a frozen SASRec)                                  Eq. 7
     align  prompt, text [ALIGN] -> the item itself     adapter phi              Eq. 1-2
 
     L_Text = CE(z_text) + lambda KL(z_id || z_text) + L_align                   Eq. 9-10
@@ -16,23 +16,31 @@ one item projection layer (IPL) turns the state at every [SEQ] into logits over 
 
     z = z_text + alpha (z_id - min z_id + eps) sigmoid(z_id - mean z_id)        Eq. 13-18
 
-The SASRec that the ids come from is trained first, on the same training prefixes, in a stage of its
-own. Every comparison of the paper is a switch: ``design`` (Table 4), ``adapters`` and ``heads``
-(its hybrid rows), ``alternate`` and ``kl`` (Fig. 4), ``training_loss`` and ``dominant`` (Fig. 5),
-``kl`` and ``alpha`` (Fig. 6).
+The SASRec of the ids is trained first, on the same training prefixes, in a stage before the
+adapters. Every comparison of the paper is an option: ``design`` (Table 4), ``adapters`` and
+``heads`` (its hybrid rows), ``alternate`` and ``kl`` (Fig. 4), ``training_loss`` and ``dominant``
+(Fig. 5), ``kl`` and ``alpha`` (Fig. 6).
 
-Choices where the paper leaves one:
+Choices where the paper leaves one, and deviations:
 
-- z in Eq. 13-18 are logits, although Eq. 8 calls them distributions: a sigmoid of centred
-  probabilities would be one half everywhere. ``calibrate=probabilities`` is the other reading.
-- IPL and [SEQ] belong to both sides and move with both losses; Proj moves with L_ID.
-- A bidirectional backbone reads histories causally over items (each item sees itself whole and
-  those before it), so that every [SEQ] may predict.
-- Task 1 is not part of Eq. 10; it is added to it, over ``align_items`` items drawn for each update.
-- The last ID representation of Algorithm 1 (t = T) is neither used nor computed.
+- z in Eq. 13-18 are logits, although Eq. 8 defines them as distributions: a sigmoid of centred
+  probabilities would be about one half everywhere. ``calibrate=probabilities`` follows Eq. 8.
+- All losses are means over the positions of a batch. In the paper cross-entropies are sums over
+  users and positions (Eq. 2, 4, 5) and KL is a mean over the positions of a user (Eq. 9, 11).
+- L_align (Task 1) is not part of Eq. 10; it is added to it with weight ``align``, over
+  ``align_items`` items drawn for each update.
+- IPL and [SEQ] are shared and are updated by both losses; Proj is updated by L_ID alone, [ALIGN] by
+  L_Text alone. IPL and Proj have one hidden layer with GELU, as wide as the backbone's states.
+- The adapters update the matrices q and v of every block by default.
+- The last ID representation of Algorithm 1 (t = T) is not used and so not computed.
+- In variant 3 of Fig. 5 (``dominant=both``) alpha multiplies the id side alone; before both sides
+  it would change no ranking.
+- ``design=late`` adds the logits of the two models.
+- A bidirectional backbone is masked by items: a token sees its whole item and the items before it,
+  so that every [SEQ] can predict the next item.
 
-The softmax over the catalog is fixed. A new item is served through the text path: its row of IPL
-(and its id vector) is the mean of those of the items that its own [ALIGN] state takes it for.
+The softmax is over the items of training. A new item enters by its text: its row of IPL, and its
+SASRec row, are weighted means of the rows of those items that its [ALIGN] state predicts.
 """
 
 from __future__ import annotations
@@ -56,73 +64,97 @@ from l2rec.data.batches import Batch, TrainingBatches, plan_batches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import tokenize
-from l2rec.errors import ConfigError, DataError
+from l2rec.errors import ConfigError
 from l2rec.methods.sasrec import SASRec, SASRecConfig
 from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import ENCODED_TOKENS, Attend, Backbone, Packing, pack
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.objectives import catalog_loss
-from l2rec.modules.sequences import encode_rows
+from l2rec.modules.sequences import (
+    as_index,
+    check_new_texts,
+    encode_rows,
+    last_of,
+    one_each,
+    stacked,
+)
 from l2rec.modules.views import Segments, semantic_tokens
 from l2rec.protocols import EpochBatches, Losses, Scorer, Stage, decayed
 
 Side = Literal["text", "id"]
 DOMINANT = ("text", "id", "both")
-"""Which side is not calibrated: Eq. 18, its mirror image, none."""
+"""Values of ``dominant``, the side that is not calibrated."""
 
 
 class HDRecConfig(BaseModel):
-    """Options of HDRec; the defaults are the paper's."""
+    """Options of HDRec; the defaults are the paper's where it gives a value."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # what is read
     design: Literal["hybrid", "text", "id", "early", "late"] = "hybrid"
-    """Table 4: both sides, one of them, both in one input, or text beside a SASRec of its own."""
+    """Row of Table 4: both sides, one of them, both in one input (early fusion), or the text side
+    with a SASRec's logits added (late fusion).
+    """
     max_items: int = Field(20, ge=1)
+    """Most items of a history that are read, the newest."""
     item_tokens: int = Field(24, ge=1)
-    """Most tokens of one item's text."""
+    """Most tokens of an item's text."""
     max_tokens: int = Field(1024, ge=8)
+    """Most tokens of a row, prompt included."""
     sequence_prompt: str = "Provide the next item's hidden state for each [SEQ]. User's history:"
+    """Prompt_seq of Eq. 3 and 5."""
     align_prompt: str = "Provide the item's hidden state for [ALIGN]. Item Description:"
+    """Prompt_align of Eq. 1."""
 
     # what is trained
     matrices: tuple[str, ...] = ("q", "v")
+    """Matrices of the backbone that the adapters update."""
     rank: int = Field(8, ge=1)
+    """Rank of the adapters."""
     lora_alpha: float = Field(32.0, gt=0)
+    """Scale of the adapters: their updates are multiplied by ``lora_alpha / rank``."""
     adapters: Literal[1, 2] = 2
     """Low-rank adapters: one for each side, or one for both ("Single LoRA")."""
     heads: Literal[1, 2] = 1
-    """Item projection layers: shared, or one for each side ("Dual IPL")."""
+    """Item projection layers: one for both sides, or one for each ("Dual IPL")."""
     id_dim: int = Field(128, ge=1)
-    """Size of SASRec's rows."""
+    """Width of SASRec's rows ("CF Emb Size")."""
     pretrained_id: bool = True
-    """False: ids (of ``late``: the whole SASRec) start from scratch and are trained along."""
+    """SASRec trained before the adapters; without it its rows start at random and are trained with
+    the adapters. With ``design=late`` the whole SASRec is trained with them either way.
+    """
     sasrec_epochs: int = Field(60, ge=1)
+    """Most epochs of SASRec's stage."""
     sasrec_lr: float = Field(1e-3, gt=0)
+    """Learning rate of SASRec's stage."""
 
     # losses
     alternate: bool = True
-    """False: both sides in one backward pass ("w/o DLA")."""
+    """Algorithm 1; without it both sides are updated by one backward pass ("w/o DLA")."""
     steps: int = Field(2, ge=2)
-    """T of Algorithm 1: T - 1 updates of either side for each batch."""
+    """T of Algorithm 1: T - 1 updates of each side for each batch."""
     kl: float = Field(0.7, ge=0)
-    """lambda; 0 is "w/o KL"."""
+    """lambda of Eq. 10 and 12, by default that of Scientific (Table 2); 0 is "w/o KL"."""
     align: float = Field(1.0, ge=0)
-    """Weight of Task 1."""
+    """Weight of L_align; 0 leaves Task 1 out."""
     align_items: int = Field(32, ge=1)
-    """Items that are drawn for it in each update of the text side."""
+    """Items drawn for L_align in each update of the text side."""
     training_loss: Literal["separate", "fused"] = "separate"
-    """``fused``: cross-entropy of the fused logits instead (variant 1 of Fig. 5)."""
+    """L_Text and L_ID, or the cross-entropy of the fused logits (variant 1 of Fig. 5)."""
 
     # fusion
     alpha: float = Field(0.5, ge=0)
+    """alpha of Eq. 17, by default that of Scientific (Table 2)."""
     dominant: Literal["text", "id", "both"] = "text"
-    """``id`` swaps the roles (variant 2 of Fig. 5), ``both`` calibrates both (variant 3)."""
+    """Side that is not calibrated: Eq. 18, with the roles swapped (variant 2 of Fig. 5), or with
+    both sides calibrated (variant 3).
+    """
     calibrate: Literal["logits", "probabilities"] = "logits"
+    """Meaning of z in Eq. 13-18."""
     neighbours: int = Field(10, ge=1)
-    """Items that a new one borrows its rows from."""
+    """Items whose rows are averaged for a new item."""
 
     @model_validator(mode="after")
     def _consistent(self) -> HDRecConfig:
@@ -135,15 +167,18 @@ class HDRecConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Reading:
-    """Logits [K, N] float32 at every [SEQ], and the tokens that were read and computed for them."""
+    """Logits of one side, and the cost of reading them."""
 
     logits: Tensor
+    """Logits [K, N] float32 at K positions [SEQ]."""
     tokens: int
+    """Tokens read."""
     computed: int
+    """Tokens computed, padding included."""
 
 
 def calibrated(z: Tensor, eps: float = 1e-8) -> Tensor:
-    """Eq. 13-16: (z - min z + eps) sigmoid(z - mean z) over the catalog, [B, N]."""
+    """Compute (z - min z + eps) sigmoid(z - mean z) over the catalog, Eq. 13-16: [B, N]."""
     center = z.mean(-1, keepdim=True)
     lowest = z.amin(-1, keepdim=True)
     return (z - lowest + eps) * torch.sigmoid(z - center)
@@ -157,7 +192,13 @@ def fuse(
     dominant: str = "text",
     calibrate: str = "logits",
 ) -> Tensor:
-    """Eq. 17-18 and the variants of Fig. 5: logits of both sides [B, N] -> scores [B, N]."""
+    """Fuse the logits of both sides [B, N] into scores [B, N]: Eq. 13-18 and variants of Fig. 5.
+
+    Args:
+        text, identity: z_text and z_id.
+        alpha: weight of the calibrated side.
+        dominant, calibrate: as of `HDRecConfig`.
+    """
     if calibrate == "probabilities":
         text, identity = text.softmax(-1), identity.softmax(-1)
     if dominant == "id":
@@ -165,16 +206,21 @@ def fuse(
     return (calibrated(text) if dominant == "both" else text) + alpha * calibrated(identity)
 
 
-def alignment(own: Tensor, other: Tensor) -> Tensor:
-    """KL(other || own) of Eq. 9 and 11, mean over positions; logits [K, N], ``other`` detached."""
+def alignment(logits: Tensor, other: Tensor) -> Tensor:
+    """Compute KL(other || side) of Eq. 9 and 11, mean over positions.
+
+    Args:
+        logits: [K, N] of the side that is updated.
+        other: [K, N] of the other side; no gradient reaches it.
+    """
     target = other.detach().log_softmax(-1)
-    return F.kl_div(own.log_softmax(-1), target, log_target=True, reduction="batchmean")
+    return F.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="batchmean")
 
 
 class ItemProjection(nn.Module):
-    """IPL of Eq. 2: states [K, D] -> logits [K, N] float32, by a feed-forward network.
+    """IPL of Eq. 2: a feed-forward network from states [K, D] to logits [K, N] float32.
 
-    Rows of items that came after training stand behind the trained ones.
+    Rows of items that are added after training follow the trained ones.
     """
 
     def __init__(self, dim: int, n_items: int) -> None:
@@ -187,11 +233,12 @@ class ItemProjection(nn.Module):
         self.added_bias: Tensor
 
     def add(self, weights: Tensor) -> None:
-        """Items as mixtures of the trained ones: weights [n, N]."""
+        """Add n items whose rows are mixtures of the N trained ones: weights [n, N]."""
         self.added = torch.cat((self.added, weights @ self.items.weight))
         self.added_bias = torch.cat((self.added_bias, weights @ self.items.bias))
 
     def forward(self, states: Tensor) -> Tensor:
+        """Compute logits [K, N] of states [K, D]."""
         hidden = F.gelu(self.hidden(states.to(self.hidden.weight.dtype)))
         logits: Tensor = self.items(hidden)
         if len(self.added):
@@ -201,7 +248,7 @@ class ItemProjection(nn.Module):
 
 
 class HDRec(nn.Module):
-    """The recommender: it ranks, and has no vectors whose inner products are its scores."""
+    """The recommender. Its scores are fused logits, not inner products of vectors."""
 
     Config = HDRecConfig
     uses_backbone = True
@@ -250,7 +297,7 @@ class HDRec(nn.Module):
             self.project = nn.Sequential(
                 nn.Linear(config.id_dim, dim), nn.GELU(), nn.Linear(dim, dim)
             )
-        # Id vectors of items that were added later.
+        # SASRec rows of items that are added after training.
         self.register_buffer("added_ids", torch.zeros(0, config.id_dim), persistent=False)
         self.added_ids: Tensor
 
@@ -271,7 +318,11 @@ class HDRec(nn.Module):
         return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _check_lengths(self) -> None:
-        """No row may be cut: the length of a later text would decide what earlier ones read."""
+        """Check that no row is ever cut: a later text would decide which earlier ones are read.
+
+        Raises:
+            ConfigError: the longest possible row exceeds ``max_tokens`` or the backbone.
+        """
         config = self.config
         item = 2 if config.design == "id" else config.item_tokens + self._marks
         needed = max(
@@ -287,18 +338,18 @@ class HDRec(nn.Module):
 
     @property
     def _marks(self) -> int:
-        """Tokens after an item's text: [SEQ], and its id before that with early fusion."""
+        """Tokens after an item's text: [SEQ], with early fusion the item's id before it."""
         return 2 if self.config.design == "early" else 1
 
     @property
     def n_items(self) -> int:
-        """N, items of the catalog, those added later included."""
+        """N, number of items, with those added later."""
         return len(self.tokens)
 
     # -- reading ---------------------------------------------------------------------------------
 
     def _id_vectors(self, items: npt.NDArray[np.integer]) -> Tensor:
-        """Proj(SRS row), Eq. 7: [K, D]."""
+        """Compute Proj(SRS row) of Eq. 7: items [K] -> [K, D]."""
         rows = self.sasrec.items.weight
         if self.config.pretrained_id:
             rows = rows.detach()
@@ -306,11 +357,11 @@ class HDRec(nn.Module):
         vectors: Tensor = self.project(rows[self._ints(items)])
         return vectors.to(self.backbone.dtype)
 
-    def _ints(self, items: npt.NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(items.astype(np.int64)).to(self.seq.device)
+    def _ints(self, values: npt.NDArray[np.integer]) -> Tensor:
+        return as_index(values, self.seq.device)
 
     def _run(self, x: Tensor, segments: Segments, side: Side) -> tuple[Tensor, Packing]:
-        """The frozen model with the adapter of a side: states [n, D] of a packed batch."""
+        """Run the frozen model with the adapter of a side: inputs [n, D] -> states [n, D]."""
         attend = Attend.CAUSAL if self.backbone.causal else Attend.BLOCK_CAUSAL
         group, positions = pack(segments.lengths, attend, blocks=segments.block)
         packing = Packing((group,), positions)
@@ -319,16 +370,22 @@ class HDRec(nn.Module):
             return self.backbone(x, packing), packing
 
     def _of(self, side: Side, count: int) -> int:
-        """Which of ``count`` adapters or heads a side uses."""
+        """Return the number of the adapter or head that a side uses, of ``count``."""
         return min(self.sides.index(side), count - 1)
 
     def _head(self, states: Tensor, side: Side) -> Tensor:
-        """IPL: states [K, D] -> logits [K, N] float32."""
+        """Apply the IPL of a side: states [K, D] -> logits [K, N] float32."""
         logits: Tensor = self.ipl[self._of(side, len(self.ipl))](states)
         return logits
 
     def read(self, histories: Ragged, side: Side, *, every: bool) -> Reading:
-        """Logits of one side at every item of rows of at most ``max_items``, or at the newest."""
+        """Compute the logits of one side.
+
+        Args:
+            histories: rows of at most ``max_items`` items.
+            side: which side.
+            every: whether to read every [SEQ], or that of the newest item alone.
+        """
         if side == "id":
             x, segments = self._id_input(histories)
         else:
@@ -341,7 +398,7 @@ class HDRec(nn.Module):
         return Reading(logits, len(packing.positions), packing.computed)
 
     def _text_input(self, histories: Ragged, prompt: list[int]) -> tuple[Tensor, Segments]:
-        """Eq. 3: x [n, D] of ``prompt, text [SEQ], text [SEQ], ...``."""
+        """Embed ``prompt, text [SEQ], text [SEQ], ...`` of Eq. 3: x [n, D]."""
         config = self.config
         read = semantic_tokens(
             histories,
@@ -350,7 +407,7 @@ class HDRec(nn.Module):
             max_tokens=config.max_tokens,
             max_items=config.max_items,
             before=prompt,
-            after=[0] * self._marks,  # replaced by what is learned
+            after=[0] * self._marks,  # placeholders of the id and [SEQ] vectors
             device=self.seq.device,
         )
         x, ends = self.backbone.embed(read.ids), read.segments.last_token
@@ -359,10 +416,11 @@ class HDRec(nn.Module):
         return x.index_copy(0, ends, self._mark(self.seq, ends)), read.segments
 
     def _mark(self, vector: Tensor, places: Tensor) -> Tensor:
+        """Repeat a trained vector [D], [SEQ] or [ALIGN], for K places [K, D]."""
         return vector.to(self.backbone.dtype).expand(len(places), -1)
 
     def _id_input(self, histories: Ragged) -> tuple[Tensor, Segments]:
-        """Eq. 5: x [n, D] of ``prompt, id [SEQ], id [SEQ], ...``."""
+        """Embed ``prompt, id [SEQ], id [SEQ], ...`` of Eq. 5: x [n, D]."""
         counts, prompt = histories.lengths, len(self.prompt)
         size = np.full(len(histories.values), 2)
         size[histories.offsets[:-1]] += prompt
@@ -382,17 +440,16 @@ class HDRec(nn.Module):
         return x, segments
 
     def _sasrec_logits(self, histories: Ragged, every: bool) -> Tensor:
-        """design=late: the other model's scores [K, N] at the same positions."""
+        """Compute SASRec's logits [K, N] at the same positions, for ``design=late``."""
         states, real = self.sasrec(histories)
-        users = states[real] if every else states[torch.arange(len(real)), real.sum(1) - 1]
+        users = states[real] if every else last_of(states, real)
         logits: Tensor = users @ self.sasrec.items.weight.T
         return logits
 
     def _align_states(self, items: npt.NDArray[np.integer]) -> tuple[Tensor, Packing]:
-        """Eq. 1: states [K, D] at [ALIGN] of ``prompt, text [ALIGN]``, one row for each item."""
-        rows = Ragged(items.astype(np.int32), np.arange(len(items) + 1))
+        """Compute h_ALIGN of Eq. 2, the states at [ALIGN] of ``prompt, text [ALIGN]``: [K, D]."""
         read = semantic_tokens(
-            rows,
+            one_each(items.astype(np.int32)),
             self.tokens,
             item_tokens=self.config.item_tokens,
             max_tokens=self.config.max_tokens,
@@ -409,7 +466,7 @@ class HDRec(nn.Module):
     # -- training --------------------------------------------------------------------------------
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
-        """SASRec first, where its rows are needed and pretrained; then the adapters."""
+        """Return SASRec's stage, if its rows are used and pretrained, and that of the adapters."""
         stages = []
         frozen: set[nn.Parameter] = set()
         if self._has_ids and self.config.pretrained_id:
@@ -436,7 +493,7 @@ class HDRec(nn.Module):
     def _sasrec_batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> EpochBatches:
-        """Batches of SASRec's own usual size: those of the language model are too small for it."""
+        """Return batches of a size for SASRec; those of the language model are too small for it."""
         del batch_users, batch_tokens
         return self.sasrec.batches(
             sequences, seed=seed, epoch=epoch, batch_users=1024, batch_tokens=16384
@@ -445,7 +502,7 @@ class HDRec(nn.Module):
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> TrainingBatches:
-        """Every next item of every training sequence is a target once an epoch."""
+        """Return batches in which every next item of every sequence is a target once an epoch."""
         return TrainingBatches(
             sequences,
             supervision="all",
@@ -460,12 +517,12 @@ class HDRec(nn.Module):
         )
 
     def _item_costs(self) -> npt.NDArray[np.int64]:
-        """[N] tokens an item adds to the rows of all sides."""
+        """Count the tokens that an item adds to the rows of all sides: [N] int64."""
         text = self.tokens.lengths + self._marks
         return text * ("text" in self.sides) + 2 * ("id" in self.sides)
 
     def loss(self, batch: Batch) -> Losses | Iterator[Losses]:
-        """The updates of one batch: alternating, or one."""
+        """Compute the loss of one batch, or of its alternating updates one after the other."""
         targets = self._ints(batch.targets)
         separate = len(self.sides) == 2 and self.config.training_loss == "separate"
         if separate and self.config.alternate:
@@ -473,25 +530,34 @@ class HDRec(nn.Module):
         return self._jointly(batch.histories, targets)
 
     def _alternate(self, histories: Ragged, targets: Tensor) -> Iterator[Losses]:
-        """Algorithm 1 for one batch, with ids and texts detached for each other."""
+        """Yield the losses of Algorithm 1 for one batch, each side detached for the other."""
         with torch.no_grad():
-            text = self.read(histories, "text", every=True).logits  # t = 1: no update
+            z_text = self.read(histories, "text", every=True).logits  # t = 1: no update of phi
         for _ in range(1, self.config.steps):
             identity = self.read(histories, "id", every=True)
-            yield self._side_loss("id", identity, text, targets)
-            # As represented before the update, line 21.
-            held, own = identity.logits.detach(), self.read(histories, "text", every=True)
-            yield self._side_loss("text", own, held, targets)
-            text = own.logits.detach()
+            yield self._side_loss("id", identity, z_text, targets)  # line 18
+            z_id = identity.logits.detach()  # line 21: as it was before the update
+            text = self.read(histories, "text", every=True)
+            yield self._side_loss("text", text, z_id, targets)  # line 10, of the next t
+            z_text = text.logits.detach()  # line 13
 
-    def _side_loss(self, side: Side, own: Reading, other: Tensor | None, targets: Tensor) -> Losses:
-        """L_Text of Eq. 10 (with Task 1) or L_ID of Eq. 12."""
+    def _side_loss(
+        self, side: Side, reading: Reading, other: Tensor | None, targets: Tensor
+    ) -> Losses:
+        """Compute L_Text of Eq. 10, with L_align, or L_ID of Eq. 12.
+
+        Args:
+            side: which side is updated.
+            reading: its logits at K positions.
+            other: [K, N] logits of the other side, detached; None where there is none.
+            targets: [K] int64, the next items.
+        """
         config = self.config
-        total = catalog_loss(own.logits, targets)
+        total = catalog_loss(reading.logits, targets)
         parts: dict[str, Tensor] = {side: total}
-        tokens, computed = own.tokens, own.computed
+        tokens, computed = reading.tokens, reading.computed
         if other is not None and config.kl > 0:
-            parts[f"kl_{side}"] = alignment(own.logits, other)
+            parts[f"kl_{side}"] = alignment(reading.logits, other)
             total = total + config.kl * parts[f"kl_{side}"]
         if side == "text" and config.align > 0:
             items = torch.randint(self.n_items, (config.align_items,)).numpy()
@@ -502,12 +568,12 @@ class HDRec(nn.Module):
         return Losses(total, {n: p.detach() for n, p in parts.items()}, tokens, computed)
 
     def _jointly(self, histories: Ragged, targets: Tensor) -> Losses:
-        """One backward pass: a single side, both at once, or the fused logits."""
-        read = {side: self.read(histories, side, every=True) for side in self.sides}
-        if len(read) == 1:
-            ((side, own),) = read.items()
-            return self._side_loss(side, own, None, targets)
-        text, identity = read["text"], read["id"]
+        """Compute the loss of one backward pass: of one side, of both, or of the fused logits."""
+        readings = {side: self.read(histories, side, every=True) for side in self.sides}
+        if len(readings) == 1:
+            ((side, reading),) = readings.items()
+            return self._side_loss(side, reading, None, targets)
+        text, identity = readings["text"], readings["id"]
         if self.config.training_loss == "fused":
             total = catalog_loss(self._fused(text.logits, identity.logits), targets)
             tokens, computed = text.tokens + identity.tokens, text.computed + identity.computed
@@ -532,6 +598,7 @@ class HDRec(nn.Module):
         alpha: float | None = None,
         dominant: str | None = None,
     ) -> Tensor:
+        """Fuse logits [B, N] as the options say, unless an argument says otherwise."""
         config = self.config
         return fuse(
             text,
@@ -542,7 +609,7 @@ class HDRec(nn.Module):
         )
 
     def side_logits(self, histories: Ragged) -> list[Tensor]:
-        """Logits of the next item [B, N] float32 of each side, text first.
+        """Compute each side's logits of the next item, [B, N] float32, text first.
 
         Raises:
             DataError: an empty history.
@@ -567,9 +634,13 @@ class HDRec(nn.Module):
     def fused_scorers(
         self, alphas: Sequence[float], dominant: str | None = None
     ) -> list[Callable[[], Scorer]]:
-        """Scorers of this model at other weights, and in another order, of its two sides.
+        """Return scorers of this model with other fusions, one for each alpha.
 
-        They share the logits of both sides for the histories that they are asked for in turn.
+        Scorers that are asked for the same histories in turn share the logits of both sides.
+
+        Args:
+            alphas: alpha of Eq. 17 for each scorer.
+            dominant: replaces the option of this name, unless it is None.
 
         Raises:
             ConfigError: a design that fuses nothing.
@@ -591,7 +662,7 @@ class HDRec(nn.Module):
         return [partial(at, alpha) for alpha in alphas]
 
     def scorer(self) -> Scorer:
-        """Histories of B users -> [B, N] float32: fused logits, Eq. 18."""
+        """Return a scorer: histories of B users -> fused logits of Eq. 18, [B, N] float32."""
 
         def score(histories: Ragged) -> Tensor:
             logits = self.side_logits(histories)
@@ -601,10 +672,10 @@ class HDRec(nn.Module):
 
     @torch.no_grad()
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """New items by text alone, recommendable at once. Returns their item ints.
+        """Add items by text alone, recommendable at once, and return their item ints.
 
-        The catalog's softmax has no row for them: each takes the weighted mean of the rows of the
-        ``neighbours`` items that its [ALIGN] state is most likely to be.
+        IPL has no rows for them: each gets the mean of the rows of those ``neighbours`` items that
+        Task 1 finds likeliest for its text, weighted by their probabilities.
 
         Raises:
             DataError: an empty text. ConfigError: a model that reads no texts.
@@ -614,31 +685,27 @@ class HDRec(nn.Module):
                 f"HDRec with design={self.config.design} ranks what it was trained on: its id side "
                 "knows no other item"
             )
-        if any(not text.strip() for text in texts):
-            raise DataError("a new item needs a text: it is all that is known of it")
+        check_new_texts(texts)
         first = self.n_items
-        known: int = self.ipl[0].items.out_features  # type: ignore[union-attr,assignment]
+        trained: int = self.ipl[0].items.out_features  # type: ignore[union-attr,assignment]
         added = tokenize(texts, self.backbone.tokenizer, self.config.item_tokens)
-        self.tokens = Ragged(
-            np.concatenate((self.tokens.values, added.values)),
-            np.concatenate((self.tokens.offsets, self.tokens.offsets[-1] + added.offsets[1:])),
-        )
+        self.tokens = stacked(self.tokens, added)
         items = np.arange(first, self.n_items, dtype=np.int32)
-        weights = self._likely(items, known)
+        weights = self._likely(items, trained)
         for head in self.ipl:
             head.add(weights)  # type: ignore[operator]
         if self._has_ids:
             self.added_ids = torch.cat((self.added_ids, weights @ self.sasrec.items.weight))
         return items
 
-    def _likely(self, items: npt.NDArray[np.integer], known: int) -> Tensor:
-        """[n, known] weights of the likeliest known items of each item by Task 1, summing to 1."""
+    def _likely(self, items: npt.NDArray[np.integer], trained: int) -> Tensor:
+        """Weigh the likeliest trained items of each item by Task 1: [n, trained], rows sum to 1."""
         parts = []
         for rows in plan_batches(self.tokens.lengths[items], None, max_rows=256, max_cost=4096):
             states, _ = self._align_states(items[rows])
-            likely = self._head(states, "text")[:, :known].softmax(-1)
-            best = likely.topk(min(self.config.neighbours, known), dim=-1)
-            kept = torch.zeros_like(likely).scatter_(-1, best.indices, best.values)
-            parts.append((rows, kept / kept.sum(-1, keepdim=True)))
+            likely = self._head(states, "text")[:, :trained].softmax(-1)
+            best = likely.topk(min(self.config.neighbours, trained), dim=-1)
+            weights = torch.zeros_like(likely).scatter_(-1, best.indices, best.values)
+            parts.append((rows, weights / weights.sum(-1, keepdim=True)))
         order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-        return torch.cat([kept for _, kept in parts])[torch.from_numpy(order)]
+        return torch.cat([weights for _, weights in parts])[torch.from_numpy(order)]

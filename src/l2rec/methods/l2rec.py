@@ -64,7 +64,7 @@ from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import tokenize
-from l2rec.errors import ConfigError, DataError
+from l2rec.errors import ConfigError
 from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import (
     ENCODED_ROWS,
@@ -80,7 +80,14 @@ from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_side import EncodedItems, ItemSide, TableItems
 from l2rec.modules.item_text import separators
 from l2rec.modules.objectives import bpc_loss
-from l2rec.modules.sequences import evaluating, in_batches
+from l2rec.modules.sequences import (
+    as_index,
+    check_new_texts,
+    evaluating,
+    in_batches,
+    raw_texts,
+    stacked,
+)
 from l2rec.modules.views import (
     BehavioralProjector,
     Segments,
@@ -462,14 +469,10 @@ class L2Rec(nn.Module):
         Raises:
             DataError: an empty text.
         """
-        if any(not text.strip() for text in texts):
-            raise DataError("a new item needs a text: it is all that is known of it")
+        check_new_texts(texts)
         tokens, first = self._tokenize(texts), self.n_items
         self.items.add(tokens)
-        self.tokens = Ragged(
-            np.concatenate((self.tokens.values, tokens.values)),
-            np.concatenate((self.tokens.offsets, self.tokens.offsets[-1] + tokens.offsets[1:])),
-        )
+        self.tokens = stacked(self.tokens, tokens)
         return np.arange(first, self.n_items, dtype=np.int32)
 
     # -- the pipeline ----------------------------------------------------------------------------
@@ -513,7 +516,7 @@ class L2Rec(nn.Module):
         held = np.minimum.reduce([part.segments.blocks.cpu().numpy() for part in inputs])
         counts = np.minimum(held, self._window(views)) if every else np.ones_like(held)
         position = recent.gather(recent.offsets[1:] - counts, counts).values
-        last = self._on_device(histories.values[position])
+        last = as_index(histories.values[position], self.backbone.device)
         outputs: dict[str, Tensor] = {}
         for part, h in zip(inputs, states, strict=True):
             ends = np.cumsum(part.segments.blocks.cpu().numpy())
@@ -535,10 +538,6 @@ class L2Rec(nn.Module):
             computed_tokens=packing.computed,
         )
 
-    def _on_device(self, items: npt.NDArray[np.integer]) -> Tensor:
-        """Return item ints as an int64 tensor beside the backbone."""
-        return torch.from_numpy(items.astype(np.int64)).to(self.backbone.device)
-
     def _input(self, view: View, items: Ragged, rows: Tensor) -> ViewInput:
         """Build a view by Eq. 1 or 2, and u of Eq. 6."""
         config = self.config
@@ -555,7 +554,7 @@ class L2Rec(nn.Module):
             )
             x, segments = self.backbone.embed(read.ids), read.segments
         else:
-            x = self.projector(rows.index_select(0, self._on_device(items.values)))
+            x = self.projector(rows.index_select(0, as_index(items.values, rows.device)))
             segments = Segments.of_items(torch.from_numpy(items.lengths).to(x.device))
         if self._every:
             return ViewInput(view, x, segments, prefix_mean(x, segments), segments.block)
@@ -764,7 +763,6 @@ class L2Rec(nn.Module):
         """
         return UserState.joined(*self._in_batches(histories, without_routing), histories)
 
-    @torch.inference_mode()
     def _in_batches(
         self,
         histories: Ragged,
@@ -790,11 +788,10 @@ class L2Rec(nn.Module):
         Raises:
             DataError: an empty text.
         """
-        if len(items) and isinstance(items[0], str):
-            return self._encode_texts([str(text) for text in items])
+        if (texts := raw_texts(items)) is not None:
+            return self._encode_texts(texts)
         return self._item_vectors(np.asarray(items, dtype=np.int32), self._rows())
 
-    @torch.inference_mode()
     def _rows(self) -> Tensor:
         """Return `ItemSide.rows` without training's noise."""
         with evaluating(self):
@@ -878,7 +875,6 @@ class L2Rec(nn.Module):
         """Whether tokens are routed to experts."""
         return self.config.adapt and bool(self.linears)
 
-    @torch.inference_mode()
     def expert_load(self, histories: Ragged) -> ExpertLoad | None:
         """Return where the tokens of these histories went; None without experts."""
         if not self.has_experts or not len(histories):

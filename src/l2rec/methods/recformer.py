@@ -1,4 +1,4 @@
-"""RecFormer: Text Is All You Need. Learning Language Representations for Sequential Recommendation.
+"""RecFormer: Text Is All You Need: Learning Language Representations for Sequential Recommendation.
 
 Li, Wang, Li, Fu, Shen, Shang, McAuley. KDD '23, https://arxiv.org/abs/2305.13731
 
@@ -6,34 +6,35 @@ Li, Wang, Li, Fu, Shen, Shang, McAuley. KDD '23, https://arxiv.org/abs/2305.1373
     z   = Transformer(newest item, ..., oldest item)[CLS]                  an item: a row of one
     r_{u,i} = cos(z_u, z_i) / tau
 
-Trained in three stages:
+It is trained in three stages:
 
-- pre-training (``pretrain_epochs``): a row is split at a random position of its second half; the
-  item there is to be recognised among those of the batch, + ``mlm`` (MLM(row) + MLM(item)).
-- fine-tuning: at the start of each epoch all items are encoded into a frozen table; one random
-  target for each user and epoch, softmax over the whole table. Users are scored against the
-  table they were trained with.
-- fine-tuning beside a fixed table: on from the best weights and theirs, which is never encoded
-  again.
+- Pre-training (``pretrain_epochs``): a row is cut before a random item of its second half, the
+  target. Loss: softmax over the targets of the batch + ``mlm`` (MLM(row) + MLM(target)).
+- Fine-tuning: at the start of each epoch all items are encoded into a table, which is then frozen.
+  One random target for each user and epoch; softmax over the whole table. Users are scored
+  against the table of the best epoch, with its weights.
+- Fine-tuning beside a fixed table: training goes on from these weights and this table, which is not
+  encoded again.
 
 With ``finetune=false`` a run is pre-training alone, for the ``--init`` of runs on other data.
 
-Any backbone serves. A bidirectional one reads the newest item first and is read at its first
-token. A causal one reads the oldest item first and is read at a learned [SEQ] vector after the
-newest; in place of MLM it has the loss of the next token, in the same pass.
+Any backbone will do. A bidirectional one gets the newest item first, and its state at the first
+token is z. A causal one gets the oldest item first, and its state at a learned [SEQ] vector after
+the newest is z; in place of MLM it has the loss of the next token, in the same pass.
 
 Choices and deviations:
 
 - ``tuning=lora`` trains low-rank updates of the frozen backbone, ``full`` (the paper's) a float32
-  copy of all its weights but the word embeddings. The paper's Longformer cannot run packed.
+  copy of all its weights but the word embeddings. The paper's Longformer, whose attention cannot
+  read packed rows, is not used.
 - A and B start at zero and are added to the backbone's own position and type embeddings.
-- ``keys`` names the catalog's fields that are read as key-value pairs; the prepared text is one
-  of them, ``text``, and a new item's only one.
+- ``keys`` names the catalog's fields that are read as key-value pairs; ``text`` is the prepared
+  text. A new item has a value for the first key alone.
 - What exceeds ``max_tokens`` is dropped as whole items, oldest first.
-- An item of the batch is no negative of a user whose next item it is, too.
-- The output layer of both language losses is `l2rec.modules.words`. A tokenizer without a
-  mask token hides words behind its unknown-word token.
-- A new item is encoded by the weights as they are, also beside a fixed table.
+- A target in the batch is no negative for a user who has the same target.
+- The output layer of both language losses is `l2rec.modules.words`. A tokenizer without a mask
+  token hides words behind its unknown-word token.
+- A new item is encoded by the current weights, also beside a fixed table.
 """
 
 from __future__ import annotations
@@ -57,14 +58,21 @@ from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import TEXT, Catalog
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import tokenize
-from l2rec.errors import BackboneError, ConfigError, DataError
+from l2rec.errors import BackboneError, ConfigError
 from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import Attend, Backbone, Packing, pack
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.losses import in_batch_loss
 from l2rec.modules.objectives import catalog_loss, cosine
-from l2rec.modules.sequences import encode_rows
+from l2rec.modules.sequences import (
+    as_index,
+    check_new_texts,
+    encode_rows,
+    one_each,
+    raw_texts,
+    stacked,
+)
 from l2rec.modules.words import WordHead, mask_token
 from l2rec.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
 
@@ -79,33 +87,41 @@ class RecFormerConfig(BaseModel):
 
     # input
     keys: tuple[str, ...] = ("text",)
-    """Fields of the catalog in the order in which they are read, ``text`` the prepared text."""
+    """Fields of the catalog in the order in which they are read; ``text`` is the prepared text."""
     item_tokens: int = Field(96, ge=2)
     """Most tokens of an item, an equal share for each key with its value."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     max_tokens: int = Field(512, ge=8)
     """Most tokens of a row; the paper has 1024."""
 
     # what is trained
     tuning: Literal["lora", "full"] = "lora"
+    """Low-rank updates of the backbone, or a copy of all its weights."""
     matrices: tuple[str, ...] = ("q", "v")
+    """Matrices of the backbone that are updated, for ``tuning=lora``."""
     rank: int = Field(8, ge=1)
+    """Rank of the updates."""
     alpha: float = Field(16.0, gt=0)
+    """Scale of the updates: they are multiplied by ``alpha / rank``."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Of the inputs of the low-rank updates."""
+    """Dropout rate of the inputs of the low-rank updates."""
 
     # stages and losses
     pretrain_epochs: int = Field(32, ge=0)
-    """0: none."""
+    """Epochs of pre-training; 0 leaves it out."""
     finetune: bool = True
-    """False: pre-training alone."""
+    """Fine-tuning after pre-training; without it the run is for others to start from."""
     temperature: float = Field(0.05, gt=0)
+    """tau."""
     mlm: float = Field(0.1, ge=0)
-    """Weight of the language losses."""
+    """Weight of the language losses; 0 leaves them out."""
     mask_share: float = Field(0.15, gt=0, lt=1)
     """Share of words that MLM hides."""
     mlm_apart: bool = True
-    """False: the contrast reads the rows with their gaps, too, which halves pre-training."""
+    """Separate pass for MLM; without it the contrast too reads rows with hidden words, and
+    pre-training takes half the time.
+    """
 
     @model_validator(mode="after")
     def _consistent(self) -> RecFormerConfig:
@@ -121,43 +137,45 @@ class RecFormerConfig(BaseModel):
 
 @dataclass(frozen=True)
 class ItemTokens:
-    """Token ids of every item and the type of each token: two tables of the same shape."""
+    """Token ids of every item, and the type of each token in the same places."""
 
     ids: Ragged
     types: Ragged
 
     def followed_by(self, other: ItemTokens) -> ItemTokens:
-        """The items of both."""
-        return ItemTokens(_stacked(self.ids, other.ids), _stacked(self.types, other.types))
+        """Return these items, then the other ones."""
+        return ItemTokens(stacked(self.ids, other.ids), stacked(self.types, other.types))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A packed batch of B rows, n tokens together.
-
-    ids, types, items: [n] int64; ``items`` is where a token's item stands in its row, the newest
-    at 1, and 0 for marks. lengths: [B] int64 tokens of each row. read: [B] int64 the token whose
-    state stands for the row.
-    """
+    """Packed batch of B rows, n tokens together."""
 
     ids: Tensor
+    """Token ids [n] int64."""
     types: Tensor
+    """Types of the tokens [n] int64."""
     items: Tensor
+    """Position of each token's item in its row [n] int64, the newest at 1; 0 for marks."""
     lengths: Tensor
+    """Tokens of each row [B] int64."""
     read: Tensor
+    """Token whose state stands for the row [B] int64."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """rows as they were read, their last hidden states [n, D], and tokens computed for them."""
+    """Rows and the states that the language model has given them."""
 
     rows: Rows
     states: Tensor
+    """Last hidden states [n, D]."""
     computed: int
+    """Tokens computed, padding included."""
 
     @property
     def z(self) -> Tensor:
-        """[B, D] float32 of unit length: inner products are cosines."""
+        """Unit vectors of the rows [B, D] float32; their inner products are cosines."""
         return F.normalize(self.states.index_select(0, self.rows.read).float(), dim=-1)
 
 
@@ -206,7 +224,7 @@ class RecFormer(nn.Module):
         self.kept: Tensor
         self.continues: Tensor
         self.register_buffer("table", torch.zeros(len(catalog), backbone.dim))
-        # Whether the table holds the items; until then they are encoded when they are asked for.
+        # True once the table has the items; before that they are encoded on demand.
         self.register_buffer("kept", torch.tensor(False))
         self.register_buffer("continues", _continues_word(backbone), persistent=False)
 
@@ -214,18 +232,18 @@ class RecFormer(nn.Module):
 
     @property
     def n_items(self) -> int:
-        """N, items of the catalog, those added later included."""
+        """N, number of items, with those added later."""
         return len(self.tokens.ids)
 
     def _tokenize(self, fields: Sequence[Sequence[str]], cache: Path | None = None) -> ItemTokens:
-        """The items with the given values, one list for each of the first keys."""
+        """Tokenise items by their values, given as one list for each of the first keys."""
         tokenizer, config = self.backbone.tokenizer, self.config
         budget = config.item_tokens // len(config.keys)
         ids: list[Ragged] = []
         for key, texts in zip(config.keys, fields, strict=False):
             name = tokenizer(key, add_special_tokens=False)["input_ids"][: budget - 1]
             values = tokenize(texts, tokenizer, budget, cache).head(budget - len(name))
-            named = (values.lengths > 0) * len(name)  # what has no value has no key either
+            named = (values.lengths > 0) * len(name)  # a key without a value is left out
             offsets = np.concatenate(([0], np.cumsum(named)))
             names = np.tile(np.asarray(name, dtype=np.int32), int((named > 0).sum()))
             ids += [Ragged(names, offsets), values]
@@ -236,22 +254,22 @@ class RecFormer(nn.Module):
         return ItemTokens(_joined(ids), _joined(types))
 
     def _rows(self, histories: Ragged) -> Rows:
-        """Histories, oldest item first, as packed tokens: marks, and the newest items that fit."""
+        """Pack histories as tokens: marks, and the newest items that fit."""
         config, causal, tokens = self.config, self.backbone.causal, self.tokens
         marks = [*self.before, 0] if causal else self.before  # 0 stands where [SEQ] will be
-        kept = _newest_that_fit(
+        recent = _newest_that_fit(
             histories.tail(config.max_items), tokens.ids.lengths, config.max_tokens - len(marks)
         )
-        counts = kept.lengths
+        counts = recent.lengths
         place = flat_index(np.zeros_like(counts), counts)
         if causal:
-            items, age = kept.values, np.repeat(counts, counts) - place
+            items, age = recent.values, np.repeat(counts, counts) - place
         else:
-            items, age = kept.values[np.repeat(kept.offsets[1:], counts) - 1 - place], place + 1
+            items, age = recent.values[np.repeat(recent.offsets[1:], counts) - 1 - place], place + 1
         sizes = tokens.ids.lengths[items]
         text = flat_index(tokens.ids.offsets[:-1][items], sizes)
-        until = np.concatenate(([0], np.cumsum(sizes)))[kept.offsets]
-        ends = until[1:] + len(marks) * np.arange(1, len(kept) + 1)
+        until = np.concatenate(([0], np.cumsum(sizes)))[recent.offsets]
+        ends = until[1:] + len(marks) * np.arange(1, len(recent) + 1)
         lengths = np.diff(ends, prepend=0)
         starts = ends - lengths
         is_text = np.ones(int(ends[-1]), dtype=bool)
@@ -261,7 +279,7 @@ class RecFormer(nn.Module):
 
         def spread(marked: list[int], values: npt.NDArray[np.integer]) -> Tensor:
             out = np.empty(len(is_text), dtype=np.int64)
-            out[~is_text] = np.tile(marked, len(kept))
+            out[~is_text] = np.tile(marked, len(recent))
             out[is_text] = values
             return torch.from_numpy(out).to(self.types.device)
 
@@ -277,7 +295,7 @@ class RecFormer(nn.Module):
     # -- the model -------------------------------------------------------------------------------
 
     def forward(self, histories: Ragged) -> Reading:
-        """Rows of items, oldest first, read by the adapted language model."""
+        """Read histories with the adapted language model."""
         return self._read(self._rows(histories))
 
     def _read(self, rows: Rows) -> Reading:
@@ -291,17 +309,18 @@ class RecFormer(nn.Module):
         return Reading(rows, self._run(x, packing), packing.computed)
 
     def _run(self, x: Tensor, packing: Packing) -> Tensor:
-        """The adapted language model: inputs [n, D] -> last hidden states [n, D]."""
+        """Run the adapted language model: inputs [n, D] -> last hidden states [n, D]."""
         if self.config.tuning == "lora":
             with self.lora.enabled():
                 return self.backbone(x, packing)  # type: ignore[no-any-return]
         tuned = (w.to(self.backbone.dtype) for w in self.tuned)
-        own = dict(zip(self._names, tuned, strict=True))
-        return functional_call(self.backbone, own, (x, packing))  # type: ignore[no-any-return]
+        weights = dict(zip(self._names, tuned, strict=True))
+        return functional_call(self.backbone, weights, (x, packing))  # type: ignore[no-any-return]
 
     # -- training --------------------------------------------------------------------------------
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        """Return pre-training and both fine-tuning stages, without what the options leave out."""
         config = self.config
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         reading = [p for name, p in named if not name.startswith("head.")]
@@ -329,12 +348,12 @@ class RecFormer(nn.Module):
     def pretraining_batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> TrainingBatches:
-        """The newest items of every training sequence, to be split by the loss."""
+        """Return the newest items of every training sequence, which the loss then splits."""
         return TrainingBatches(
             sequences,
             supervision="sequence",
             max_items=self.config.max_items + 1,
-            window=int(sequences.lengths.max(initial=1)),  # one row for each user
+            window=int(sequences.lengths.max(initial=1)),  # so that a user has one row
             negatives=0,
             item_costs=self.tokens.ids.lengths,
             batch_users=batch_users,
@@ -346,7 +365,7 @@ class RecFormer(nn.Module):
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> TrainingBatches:
-        """One random target for each user, and the items before it."""
+        """Return one random target for each user, with the items before it."""
         return TrainingBatches(
             sequences,
             supervision="last",
@@ -360,20 +379,24 @@ class RecFormer(nn.Module):
         )
 
     def pretraining_loss(self, batch: Batch) -> Losses:
-        """In-batch contrast of rows with their next items, + ``mlm`` times both language losses."""
+        """Compute the contrast of rows with their targets, + ``mlm`` times both language losses."""
         config = self.config
         histories, targets = split_rows(batch.histories)
-        users, told_users, read = self._with_words(self._rows(histories))
-        single = Ragged(targets, np.arange(len(targets) + 1))
-        items, told_items, read_too = self._with_words(self._rows(single))
+        users, words_of_users, user_readings = self._with_words(self._rows(histories))
+        items, words_of_items, item_readings = self._with_words(self._rows(one_each(targets)))
         scores = cosine(users.z, items.z) / config.temperature
-        target = torch.from_numpy(targets.astype(np.int64)).to(scores.device)
-        contrast, words = in_batch_loss(scores, target[:, None] == target), told_users + told_items
+        target = as_index(targets, scores.device)
+        contrast = in_batch_loss(scores, target[:, None] == target)
+        words = words_of_users + words_of_items
         parts = {"contrast": contrast.detach(), "words": words.detach()}
-        return _losses(contrast + config.mlm * words, parts, read + read_too)
+        return _losses(contrast + config.mlm * words, parts, user_readings + item_readings)
 
     def _with_words(self, rows: Rows) -> tuple[Reading, Tensor, list[Reading]]:
-        """One side of the contrast, its language loss, and all that was read for the two."""
+        """Read one side of the contrast.
+
+        Returns:
+            The reading for the contrast, the language loss, and all readings made for the two.
+        """
         if self.config.mlm == 0:
             reading = self._read(rows)
             return reading, reading.states.new_zeros(()), [reading]
@@ -389,30 +412,32 @@ class RecFormer(nn.Module):
         return reading, words, [reading, gaps]
 
     def loss(self, batch: Batch) -> Losses:
-        """Softmax of cos / tau over the whole frozen table."""
+        """Compute the softmax of cos / tau over the whole frozen table, mean over users."""
         reading = self(batch.histories)
         scores = reading.z @ self.table.T / self.config.temperature
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(scores.device)
-        total = catalog_loss(scores, targets)
+        total = catalog_loss(scores, as_index(batch.targets, scores.device))
         return _losses(total, {"rec": total.detach()}, [reading])
 
     def _next_words(self, reading: Reading) -> Tensor:
-        """Cross-entropy of every word of the items given what is before it in its row."""
+        """Compute the cross-entropy of every word of the items, given those before it."""
         rows = reading.rows
         predicted = rows.types != MARK
         predicted[rows.lengths.cumsum(0) - rows.lengths] = False  # nothing before it
         return self._word_loss(reading.states.roll(1, 0), rows.ids, predicted)
 
     def _word_loss(self, states: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
-        """Mean over the chosen tokens [n] bool."""
+        """Compute the cross-entropy of the chosen tokens, mean; ``chosen``: [n] bool."""
         logits = self.head(states[chosen], self.backbone.word_embeddings.weight)
         loss = F.cross_entropy(logits, ids[chosen], reduction="sum")
         return loss / max(1, len(logits))
 
     def _hide(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """BERT's corruption, in whole words: ids with gaps [n], and which are to be told [n] bool.
+        """Corrupt rows as BERT does, by whole words.
 
-        Of the hidden tokens 80% are masked, 10% are random words and 10% stay what they are.
+        Of the chosen tokens 80% are masked, 10% are random words and 10% stay as they are.
+
+        Returns:
+            Corrupted ids [n] int64, and which tokens are to be predicted [n] bool.
         """
         tokenizer, ids = self.backbone.tokenizer, rows.ids
         begins = ~self.continues[ids]
@@ -422,25 +447,29 @@ class RecFormer(nn.Module):
         hidden = chosen[word] & (rows.types != MARK)
         fate = torch.rand(len(ids), device=ids.device)
         drawn = torch.randint(len(tokenizer), ids.shape, device=ids.device)
-        told = torch.where(hidden & (fate < 0.8), self.mask, ids)
-        return torch.where(hidden & (fate >= 0.9), drawn, told), hidden
+        masked = torch.where(hidden & (fate < 0.8), self.mask, ids)
+        return torch.where(hidden & (fate >= 0.9), drawn, masked), hidden
 
     # -- the frozen table ------------------------------------------------------------------------
 
     def _renew_table(self, epoch: int) -> None:
-        """All items by the weights of now; part of the state, and so of the best model."""
+        """Encode all items with the current weights into the table, which is saved with these."""
         self.table.copy_(self._encode(np.arange(self.n_items)))
         self.kept.fill_(True)
 
     def _have_table(self, epoch: int) -> None:
-        """There is a table already, unless no epoch before this stage gave a better model."""
+        """Encode the table if no epoch before this stage has left one."""
         if not self.kept:
             self._renew_table(epoch)
 
     # -- inference -------------------------------------------------------------------------------
 
     def encode_users(self, histories: Ragged) -> Tensor:
-        """Unit-length user vectors [B, D] float32."""
+        """Return unit user vectors [B, D] float32.
+
+        Raises:
+            DataError: an empty history.
+        """
         config = self.config
         return encode_rows(
             self,
@@ -452,18 +481,21 @@ class RecFormer(nn.Module):
         )
 
     def _encode(self, items: npt.NDArray[np.integer]) -> Tensor:
-        return self.encode_users(Ragged(items, np.arange(len(items) + 1)))
+        """Encode items [n] with the current weights: unit vectors [n, D] float32."""
+        return self.encode_users(one_each(items))
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """Unit-length item vectors [n, D] float32, of catalog ints or of raw texts."""
-        if len(items) and isinstance(items[0], str):
-            return self._encode_texts([str(text) for text in items])
+        """Return unit item vectors [n, D] float32 of catalog ints or of raw texts."""
+        texts = raw_texts(items)
+        if texts is not None:
+            return self._encode_texts(texts)
         chosen = np.asarray(items, dtype=np.int64)
         if not self.kept:
             return self._encode(chosen)
         return self.table.index_select(0, torch.from_numpy(chosen).to(self.table.device))
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
+        """Encode texts as items that are added and forgotten: unit vectors [n, D] float32."""
         known = self.tokens, self.table
         try:
             return self.encode_items(self.add_items(texts))
@@ -471,13 +503,12 @@ class RecFormer(nn.Module):
             self.tokens, self.table = known
 
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """New items by text alone, recommendable at once. Returns their item ints.
+        """Add items by text alone, recommendable at once, and return their item ints.
 
         Raises:
             DataError: an empty text.
         """
-        if any(not text.strip() for text in texts):
-            raise DataError("a new item needs a text: it is all that is known of it")
+        check_new_texts(texts)
         first = self.n_items
         self.tokens = self.tokens.followed_by(self._tokenize([texts]))
         new = np.arange(first, self.n_items, dtype=np.int32)
@@ -489,7 +520,7 @@ class RecFormer(nn.Module):
 
 
 def split_rows(rows: Ragged) -> tuple[Ragged, npt.NDArray[np.integer]]:
-    """Each row cut before a random item of its second half, and these items [B].
+    """Cut each row before a random item of its second half; return the rows and these items [B].
 
     Rows have two items or more.
     """
@@ -501,7 +532,7 @@ def split_rows(rows: Ragged) -> tuple[Ragged, npt.NDArray[np.integer]]:
 
 
 def _newest_that_fit(rows: Ragged, costs: npt.NDArray[np.int64], budget: int) -> Ragged:
-    """The newest items of each row that together cost no more than the budget."""
+    """Select the newest items of each row that together cost no more than the budget."""
     total = np.concatenate(([0], np.cumsum(costs[rows.values])))
     to_end = np.repeat(total[rows.offsets[1:]], rows.lengths) - total[:-1]
     row = np.repeat(np.arange(len(rows)), rows.lengths)
@@ -510,7 +541,7 @@ def _newest_that_fit(rows: Ragged, costs: npt.NDArray[np.int64], budget: int) ->
 
 
 def _joined(parts: Sequence[Ragged]) -> Ragged:
-    """Row i of all parts, one after the other, as row i."""
+    """Join row i of every part, one after the other, into row i."""
     lengths = np.stack([part.lengths for part in parts])
     offsets = np.concatenate(([0], np.cumsum(lengths.sum(0))))
     starts = offsets[:-1] + np.cumsum(lengths, axis=0) - lengths
@@ -520,16 +551,8 @@ def _joined(parts: Sequence[Ragged]) -> Ragged:
     return Ragged(values, offsets)
 
 
-def _stacked(a: Ragged, b: Ragged) -> Ragged:
-    """The rows of both."""
-    return Ragged(
-        np.concatenate((a.values, b.values)),
-        np.concatenate((a.offsets, a.offsets[-1] + b.offsets[1:])),
-    )
-
-
 def _weights(backbone: Backbone) -> dict[str, nn.Parameter]:
-    """What ``tuning=full`` trains: all but the word embeddings, and what nothing reads."""
+    """Select the weights of ``tuning=full``: all but word embeddings and the unused pooler."""
     words = backbone.word_embeddings.weight
     return {
         name: p
@@ -539,22 +562,27 @@ def _weights(backbone: Backbone) -> dict[str, nn.Parameter]:
 
 
 def _continues_word(backbone: Backbone) -> Tensor:
-    """[V] bool: tokens that continue the word before them, as vocabularies write it."""
+    """Find the tokens that continue the word before them, by how vocabularies mark it: [V] bool."""
     tokenizer = backbone.tokenizer
     tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
-    found = torch.zeros(len(backbone.word_embeddings.weight), dtype=torch.bool)
+    result = torch.zeros(len(backbone.word_embeddings.weight), dtype=torch.bool)
     pieces = any(token.startswith("##") for token in tokens)
     marked = any(token.startswith(("\u0120", "\u2581")) for token in tokens)
     if pieces:
         continues = [token.startswith("##") for token in tokens]
     else:  # byte-level and SentencePiece vocabularies mark the space before a word
         continues = [marked and not token.startswith(("\u0120", "\u2581")) for token in tokens]
-    found[: len(tokens)] = torch.tensor(continues)
-    return found
+    result[: len(tokens)] = torch.tensor(continues)
+    return result
 
 
 def _check(config: RecFormerConfig, backbone: Backbone, before: list[int]) -> None:
-    """The backbone can hold the rows and be read."""
+    """Check that the backbone can read rows of the configured length.
+
+    Raises:
+        ConfigError: rows or items are too long.
+        BackboneError: a bidirectional backbone has no token before a text.
+    """
     limit, marks = backbone.max_positions, len(before) + backbone.causal
     if limit is not None and config.max_tokens > limit:
         raise ConfigError(
@@ -575,10 +603,11 @@ def _check(config: RecFormerConfig, backbone: Backbone, before: list[int]) -> No
         )
 
 
-def _losses(total: Tensor, parts: dict[str, Tensor], read: Sequence[Reading]) -> Losses:
+def _losses(total: Tensor, parts: dict[str, Tensor], readings: Sequence[Reading]) -> Losses:
+    """Combine a loss with the token counts of all readings that were made for it."""
     return Losses(
         total,
         parts,
-        tokens=sum(len(reading.rows.ids) for reading in read),
-        computed_tokens=sum(reading.computed for reading in read),
+        tokens=sum(len(reading.rows.ids) for reading in readings),
+        computed_tokens=sum(reading.computed for reading in readings),
     )

@@ -3,8 +3,8 @@ Maximization.
 
 Zhou, Wang, Zhao, Zhu, Wang, Zhang, Wang, Wen. CIKM '20, https://arxiv.org/abs/2008.07873
 
-One Transformer over item and position embeddings is trained twice. h_t are its states, E items, F
-attributes, a_i the set of attributes of item i, and
+One Transformer over item and position embeddings is trained twice. h_t are its states, E the
+embeddings of items, F those of attributes, a_i the set of attributes of item i, and
 
     r(x, y, z) = -log sigmoid(sigmoid(x . y) - sigmoid(x . z))         y is nearer to x than z is
 
@@ -15,21 +15,23 @@ Stage 1, ``pretrain``, sees whole rows in both directions and sums four tasks:
     MAP   BCE(F W3 h_t, a_{i_t})                  attributes of the hidden items
     SP    r(W4 c, s, s')                          a hidden segment s against a segment s' of others
 
-c, s, s' are the last states of the row with a segment hidden, of the segment alone, and of an
-equally long run of other rows of the batch in its place; what is hidden is a trained vector.
+c, s and s' are the last states of the row with a segment hidden, of the segment alone, and of an
+equally long run of other rows of the batch in its place. A trained vector stands for whatever is
+hidden.
 
-Stage 2, ``finetune``, is SASRec from the same weights: a causal mask, the full softmax.
+Stage 2, ``finetune``, is SASRec from the same weights: a causal mask and the full softmax.
 
 Task weights, hidden share and losses are those of RecBole and the authors' code, where the paper
-leaves them open. Choices made here:
+leaves them open. Choices and deviations:
 
 - Sums run over positions and attributes; their mean over rows is minimised, so that the learning
   rate does not depend on the size of a batch.
 - Rows are padded on the right in both stages: position 0 is a row's oldest item in both.
-- A row hides at least one item. An item drawn as negative that is in the row does not count.
+- A row hides at least one item. A drawn negative that is in the row does not count.
 - Attributes are the words of the item texts, or the values of raw fields (``attributes``).
-- Pre-training has a fixed length (``pretrain_epochs``). The authors choose among checkpoints by
-  fine-tuning each: that is one run for each length. 0 leaves stage 2 alone, which is SASRec.
+- Pre-training has a fixed length (``pretrain_epochs``). The authors fine-tune several of its
+  checkpoints and choose the best: here that is one run for each length. 0 leaves stage 2 alone,
+  which is SASRec.
 """
 
 from __future__ import annotations
@@ -52,17 +54,13 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.sequences import (
-    last_of,
-    next_item_batches,
-    pad,
-    sequence_batches,
-)
+from l2rec.modules.sequences import last_of, next_item_batches, pad, sequence_batches
 from l2rec.protocols import Losses, Stage, decayed
 
 WORD = r"[^\W\d_]{3,}"
+"""Pattern of a word that may be an attribute: three letters or more."""
 
 
 class S3RecConfig(BaseModel):
@@ -71,42 +69,51 @@ class S3RecConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dim: int = Field(64, ge=1)
+    """Width of item vectors and states."""
     layers: int = Field(2, ge=1)
+    """Transformer layers."""
     heads: int = Field(2, ge=1)
+    """Attention heads; they divide ``dim``."""
     inner: int = Field(256, ge=1)
     """Width of the feed-forward part."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of the embedded inputs and of what each layer adds."""
     attention_dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of attention weights."""
 
     # attributes
     attributes: Literal["words", "fields"] = "words"
-    """``words``: of the item texts, lower case, three letters or more."""
+    """Words of the item texts, in lower case, or values of catalog fields."""
     attribute_fields: tuple[str, ...] = ()
-    """``fields``: the raw catalog fields whose values are attributes."""
+    """Raw catalog fields whose values are attributes, for ``attributes=fields``."""
     separators: str = Field(",|", min_length=1)
     """Characters between the values of a field."""
     max_attributes: int = Field(512, ge=1)
-    """A, the most frequent of those that are not too rare."""
+    """Largest number of attributes A; the most frequent stay."""
     min_items: int = Field(2, ge=1)
-    """Items that an attribute needs."""
+    """Fewest items of an attribute."""
     max_share: float = Field(0.25, gt=0, le=1)
     """Largest share of the items that may have a word: a word of all items tells nothing."""
 
     # stage 1
     pretrain_epochs: int = Field(100, ge=0)
+    """Epochs of stage 1; 0 leaves it out."""
     hidden_share: float = Field(0.2, gt=0, le=1)
-    """Of the items of a row, for AAP, MIP and MAP."""
+    """Share of a row's items that are hidden, for AAP, MIP and MAP."""
     aap: float = Field(0.2, ge=0)
-    """Weight of the task, as are the next three. UniSRec runs S³-Rec with 1.0, 0.2, 1.0, 0.5."""
+    """Weight of AAP. UniSRec runs S³-Rec with task weights 1.0, 0.2, 1.0, 0.5 (in this order)."""
     mip: float = Field(1.0, ge=0)
+    """Weight of MIP."""
     map: float = Field(1.0, ge=0)
+    """Weight of MAP."""
     sp: float = Field(0.5, ge=0)
+    """Weight of SP; 0 leaves its three passes out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> S3RecConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        check_heads(self.dim, self.heads)
         if (self.attributes == "fields") != bool(self.attribute_fields):
             raise ValueError(
                 f"attributes={self.attributes} with {len(self.attribute_fields)} attribute_fields; "
@@ -116,7 +123,10 @@ class S3RecConfig(BaseModel):
 
 
 def item_attributes(config: S3RecConfig, catalog: Catalog) -> tuple[list[str], Tensor]:
-    """Names of the A attributes, most frequent first, and who has them: [N, A] bool.
+    """Choose the A attributes: their names, most frequent first, and which items have them.
+
+    Returns:
+        Names, and a matrix [N, A] bool.
 
     Raises:
         DataError: no item has a text, a field does not exist, or no attribute is left.
@@ -126,7 +136,7 @@ def item_attributes(config: S3RecConfig, catalog: Catalog) -> tuple[list[str], T
         columns, value = {"": [text.lower() for text in texts]}, WORD
         most = int(config.max_share * len(catalog))
     else:
-        # A value is an attribute of its field: 1995 as a year is not 1995 as a price.
+        # A value belongs to its field: 1995 as a year is not 1995 as a price.
         columns = {f"{field}: ": catalog.field(field) for field in config.attribute_fields}
         value, most = f"[^{re.escape(config.separators)}]+", len(catalog)
     pairs = pl.concat(
@@ -151,9 +161,9 @@ def item_attributes(config: S3RecConfig, catalog: Catalog) -> tuple[list[str], T
             f"the {len(catalog)} items; lower model.min_items, raise model.max_share, or choose "
             "other attributes"
         )
-    kept = pairs.join(chosen, on="name")
+    pairs = pairs.join(chosen, on="name")
     matrix = np.zeros((len(catalog), len(chosen)), dtype=np.bool_)
-    matrix[kept["item"].to_numpy(), kept["attribute"].to_numpy()] = True
+    matrix[pairs["item"].to_numpy(), pairs["attribute"].to_numpy()] = True
     return chosen["name"].to_list(), torch.from_numpy(matrix)
 
 
@@ -175,33 +185,27 @@ class S3Rec(ItemTable):
         super().__init__()
         self.config = config
         self.batches = next_item_batches(len(catalog), config.max_items)
-        self.attribute_names, held = item_attributes(config, catalog)
-        self.register_buffer("held", held, persistent=False)
-        self.held: Tensor  # a: [N, A] bool
+        self.attribute_names, has = item_attributes(config, catalog)
+        self.register_buffer("has_attribute", has, persistent=False)
+        self.has_attribute: Tensor
+        """a [N, A] bool."""
         self.items = nn.Embedding(len(catalog), config.dim)
-        self.attributes = nn.Embedding(held.shape[1], config.dim)
+        self.attributes = nn.Embedding(has.shape[1], config.dim)
         self.hidden = nn.Embedding(1, config.dim)
         self.tasks = nn.ModuleDict(
             {task: nn.Linear(config.dim, config.dim) for task in ("aap", "mip", "map", "sp")}
         )
         for part in (self.items, self.attributes, self.hidden, self.tasks):
             part.apply(initialize)
-        self.encoder = SequenceEncoder(
-            config.dim,
-            layers=config.layers,
-            heads=config.heads,
-            inner=config.inner,
-            max_items=config.max_items,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-        )
+        self.encoder = SequenceEncoder.from_config(config, dim=config.dim)
 
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
-        """Causal states [B, T, h] of rows of at most ``max_items`` items, which are real [B, T]."""
+        """Encode rows of at most ``max_items`` items: states [B, T, h], which are real [B, T]."""
         items, real = pad(histories, self.items.weight.device)
         return self.encoder(self.items(items), real), real
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+        """Return pre-training, unless it has no epochs, and fine-tuning."""
         recommender = [*self.items.parameters(), *self.encoder.parameters()]
         pretrain = Stage(
             "pretrain",
@@ -221,7 +225,7 @@ class S3Rec(ItemTable):
     def whole_rows(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> TrainingBatches:
-        """Every training sequence once an epoch."""
+        """Return every training sequence once an epoch."""
         return sequence_batches(
             sequences,
             supervision="sequence",
@@ -234,7 +238,7 @@ class S3Rec(ItemTable):
         )
 
     def pretrain_loss(self, batch: Batch) -> Losses:
-        """The weighted sum of the tasks, mean over rows; all rows pass the encoder together."""
+        """Compute the weighted sum of the tasks, mean over rows."""
         items, real = pad(batch.histories, self.items.weight.device)
         shown = self.items(items)
         hidden = hide(real, self.config.hidden_share)
@@ -268,44 +272,52 @@ class S3Rec(ItemTable):
         )
 
     def _attribute_loss(self, task: str, states: Tensor, items: Tensor) -> Tensor:
-        """AAP or MAP over P positions, summed. states: [P, h]; items: [P]."""
+        """Compute AAP or MAP summed over P positions; states: [P, h], items: [P]."""
         scores = self.tasks[task](states) @ self.attributes.weight.T  # [P, A]
         return F.binary_cross_entropy_with_logits(
-            scores, self.held[items].to(scores.dtype), reduction="sum"
+            scores, self.has_attribute[items].to(scores.dtype), reduction="sum"
         )
 
     def _item_loss(self, states: Tensor, items: Tensor, real: Tensor, hidden: Tensor) -> Tensor:
-        """MIP over the hidden positions, summed. states: [B, T, h]; the others [B, T]."""
+        """Compute MIP summed over the hidden positions; states: [B, T, h], the others [B, T]."""
         row, _ = hidden.nonzero(as_tuple=True)
         drawn = torch.randint(self.n_items, (len(row),), device=items.device)
-        fair = ~((items[row] == drawn[:, None]) & real[row]).any(1)
+        counts = ~((items[row] == drawn[:, None]) & real[row]).any(1)
         loss = nearer_loss(
             self.tasks["mip"](states[hidden]), self.items(items[hidden]), self.items(drawn)
         )
-        return (loss * fair).sum()
+        return (loss * counts).sum()
 
 
 def nearer_loss(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """r(x, y, z) for rows of [P, h]: [P]. Never below log(1 + 1/e), as both scores are bounded."""
+    """Compute r(x, y, z) for rows of [P, h]: [P].
+
+    It is never below log(1 + 1/e), as both scores are bounded.
+    """
     return F.softplus(torch.sigmoid((x * z).sum(-1)) - torch.sigmoid((x * y).sum(-1)))
 
 
 def hide(real: Tensor, share: float) -> Tensor:
-    """Real positions to hide, each with probability ``share``, at least one in a row: [B, T]."""
+    """Draw real positions to hide, each with probability ``share``: [B, T] bool.
+
+    Every row hides at least one.
+    """
     order = torch.rand(real.shape, device=real.device).masked_fill(~real, 2.0)
     lowest = F.one_hot(order.argmin(1), real.shape[1]).bool()
     return (order < share) | lowest
 
 
 def segments(items: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A random run of at most half of each row, and items of other rows in its place.
+    """Draw a run of at most half of each row, and as many items of other rows in its place.
 
-    items, real: [B, T], padding on the right.
+    Args:
+        items: [B, T] int64, padding on the right.
+        real: [B, T] bool.
 
     Returns:
-        The run [B, T] bool; items [B, T], of value only within the run, which follow each other
+        The run [B, T] bool; items [B, T], meaningful within the run alone, which follow each other
         somewhere in the other rows laid end to end in a circle; and the rows [B] bool that have
-        a run, where the other rows are long enough for it.
+        both, which takes two items and other rows that are long enough.
     """
     lengths = real.sum(1)
     ends = lengths.cumsum(0)
@@ -322,6 +334,6 @@ def segments(items: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def uniform(limits: Tensor) -> Tensor:
-    """A random int below each limit [B], 0 where there is none: [B] int64."""
+    """Draw an int below each limit [B], 0 where a limit is not positive: [B] int64."""
     drawn = torch.rand(limits.shape, dtype=torch.float64, device=limits.device)
     return (drawn * limits.clamp(min=0)).long()

@@ -1,27 +1,29 @@
-"""SAID: item embeddings that a language model can read the item's text from, for SASRec.
+"""SAID: item embeddings from which a language model can tell the items' texts, for SASRec.
 
 Hu, Xia, Zhang, Fu, Ye, Tang, Zhou. Enhancing Sequential Recommendation via LLM-based Semantic
 Embedding Learning. WWW '24 companion, https://doi.org/10.1145/3589335.3648307
 
     e_i  = |w| norm(W_2 gelu(W_1 t_i + b_1) + b_2)      t_i: a row of a trained table
-    1:   - sum_t log P(w_t | e_i, w_<t)                 a frozen language model, e_i its soft prompt
-    2:   x_i = A white(e_i);  h = causal Transformer(x);  r_{t,i} = h_t . x_i
+    L_1  = - sum_t log P(w_t | e_i, w_<t)               a frozen language model, e_i its soft prompt
+    x_i  = A white(e_i);  h = causal Transformer(x);  r_{t,i} = h_t . x_i
+    L_2  = full softmax of r over the catalog
 
-Stage 1 (``embed``) goes over the items, not the users: from one vector the frozen model must tell
-the item's text, word for word. Stage 2 (``recommend``) is SASRec with the full softmax on these
-vectors, through one map A for its inputs and its outputs.
+Stage 1 (``embeddings``) goes over the items, not the users: from one vector the frozen model must
+predict the item's text, word for word. Stage 2 (``recommender``) is SASRec on these vectors,
+through one map A for its inputs and its outputs.
 
-No code of the paper is public; what its summaries leave open is chosen here:
+No code of the authors is public. Choices where the paper leaves one, and deviations:
 
-- |w| is the mean length of the model's word vectors: an e_i of another scale is no word to it.
-- ``whiten``: the vectors enter stage 2 without means and correlations, all directions alike; their
-  few largest would else be all that A hears for a long time. ``false``: centred and scaled.
-- ``freeze=true`` keeps the vectors as stage 1 left them; ``false`` trains them on in stage 2.
+- |w| is the mean length of the model's word vectors, so that e_i has the scale of a word.
+- ``whiten``: the vectors enter stage 2 with mean zero and uncorrelated, so that all directions have
+  the same variance; else their few largest dominate A for a long time. ``whiten=false`` centres and
+  scales them.
+- ``freeze=true`` leaves the vectors as they are after stage 1; ``false`` trains them in stage 2.
 - ``lora_rank`` above zero also adapts the language model in stage 1; it is frozen by default.
-- ``vocabulary=catalog`` takes the softmax over the words that item texts use: a smaller product.
-- A bidirectional backbone is no language model of the next word. Its variant is infilling: all of
-  the text is masked, and each word told from e_i and its place. `l2rec.modules.words` says
-  what the output layer is.
+- ``vocabulary=catalog`` takes the softmax over the words of item texts alone: a smaller product.
+- A bidirectional backbone does not model the next word. Its variant is infilling: the whole text is
+  masked, and each word is predicted from e_i and its place. `l2rec.modules.words` is the output
+  layer.
 """
 
 from __future__ import annotations
@@ -47,15 +49,17 @@ from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import Attend, Backbone, Packing, pack
-from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.objectives import catalog_loss
 from l2rec.modules.sequences import (
+    as_index,
     catalog_rows,
     encode_rows,
     last_of,
     next_item_batches,
+    one_each,
     pad,
 )
 from l2rec.modules.views import semantic_tokens
@@ -77,46 +81,62 @@ class SAIDConfig(BaseModel):
 
     # stage 1: embeddings
     item_dim: int = Field(128, ge=1)
-    """Width of the table's rows."""
+    """Width of the table's rows t_i."""
     table_lr: float = Field(1e-2, gt=0)
-    """Of the table in stage 1: a row sees one step an epoch."""
+    """Learning rate of the table in stage 1; high, as a row gets one step an epoch."""
     item_tokens: int = Field(128, ge=1)
     """Most tokens of an item's text."""
     prompt: str = "describe:"
-    """What the model reads between e_i and the text."""
+    """Words between e_i and the text."""
     vocabulary: Literal["full", "catalog"] = "full"
+    """Words of the softmax: all, or those of the item texts."""
     embed_epochs: int = Field(20, ge=1)
-    """Passes over the items."""
+    """Passes over the items in stage 1."""
     embed_batch: int = Field(64, ge=1)
-    """Most items of a batch."""
+    """Most items of a batch in stage 1."""
     lora_rank: int = Field(0, ge=0)
+    """Rank of the language model's updates in stage 1; 0 leaves it frozen."""
     lora_alpha: float = Field(16.0, gt=0)
+    """Scale of these updates: they are multiplied by ``lora_alpha / lora_rank``."""
     matrices: tuple[str, ...] = ("q", "v")
-    """Adapted where ``lora_rank`` is not zero."""
+    """Matrices that are updated, unless ``lora_rank`` is zero."""
 
     # stage 2: SASRec
     whiten: bool = True
+    """Decorrelation of the vectors before stage 2."""
     freeze: bool = True
+    """Vectors stay as they are in stage 2."""
     dim: int = Field(64, ge=1)
+    """Width of item vectors and states."""
     layers: int = Field(2, ge=1)
+    """Transformer layers."""
     heads: int = Field(2, ge=1)
+    """Attention heads; they divide ``dim``."""
     inner: int = Field(256, ge=1)
     """Width of the feed-forward part."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of the embedded inputs and of what each layer adds."""
     attention_dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of attention weights."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SAIDConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        check_heads(self.dim, self.heads)
         return self
 
 
 class ItemBatches:
-    """Every item that has a text, once an epoch; ``users`` and ``histories`` are the items.
+    """Batches of one epoch of stage 1: every item that has a text, once.
 
-    lengths: [N] tokens of each item.
+    A batch has the items as its ``users`` and as its ``histories`` of one item each.
+
+    Args:
+        lengths: [N] int64 tokens of each item.
+        batch_items: most items of a batch.
+        batch_tokens: most tokens of a batch.
+        seed, epoch: of the order.
     """
 
     def __init__(
@@ -138,15 +158,15 @@ class ItemBatches:
         return len(self._plan)
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Batches ``start``, ``start + 1``, ... of the epoch."""
+        """Yield batches ``start``, ``start + 1``, ... of the epoch."""
         for rows in self._plan[start:]:
             items = self._items[rows]
-            one_each = Ragged(items, np.arange(len(items) + 1))
-            yield Batch(items, one_each, items[:0], np.zeros((len(items), 0), dtype=np.int32))
+            no_negatives = np.zeros((len(items), 0), dtype=np.int32)
+            yield Batch(items, one_each(items), items[:0], no_negatives)
 
 
 class SAID(nn.Module):
-    """The recommender: SASRec on vectors that a language model can tell the items by."""
+    """The recommender: SASRec on vectors from which a language model can tell the items' texts."""
 
     Config = SAIDConfig
     uses_backbone = True
@@ -168,7 +188,7 @@ class SAID(nn.Module):
         before, after = separators(backbone)
         prompt = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]
         self.slot = len(before)
-        """Where e_i stands in a row; the token there is a stand-in."""
+        """Position of e_i in a row; the token there is a placeholder."""
         self.before = [*before, 0, *prompt]
         self.after = [] if backbone.causal else after
         self._check_lengths()
@@ -201,15 +221,7 @@ class SAID(nn.Module):
         )
         self.adaptor = nn.Linear(backbone.dim, config.dim)
         self.adaptor.apply(initialize)
-        self.encoder = SequenceEncoder(
-            config.dim,
-            layers=config.layers,
-            heads=config.heads,
-            inner=config.inner,
-            max_items=config.max_items,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-        )
+        self.encoder = SequenceEncoder.from_config(config, dim=config.dim)
         self._take_vectors(0)
 
     def _check_lengths(self) -> None:
@@ -227,10 +239,10 @@ class SAID(nn.Module):
         return self.table.num_embeddings
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
-        """Embeddings from the items' texts, then the recommender on them."""
+        """Return stage 1, the embeddings from texts, and stage 2, the recommender on them."""
         embed = [self.projector, self.head, *([self.lora] if self.lora else [])]
         recommend = [self.adaptor, self.encoder]
-        own = [] if self.config.freeze else [self.vectors]
+        vectors = [] if self.config.freeze else [self.vectors]
         table = ParameterGroup("table", list(self.table.parameters()), self.config.table_lr, 0.0)
         return [
             Stage(
@@ -243,7 +255,7 @@ class SAID(nn.Module):
             ),
             Stage(
                 "recommender",
-                decayed([p for m in recommend for p in m.parameters()] + own, lr, weight_decay),
+                decayed([p for m in recommend for p in m.parameters()] + vectors, lr, weight_decay),
                 self.batches,
                 self.loss,
                 begin_epoch=self._take_vectors,
@@ -255,7 +267,7 @@ class SAID(nn.Module):
     def item_batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
     ) -> ItemBatches:
-        """Items, in batches of like length; no event is looked at."""
+        """Return the items in batches of like length; no event is read."""
         return ItemBatches(
             self.tokens.lengths,
             batch_items=self.config.embed_batch,
@@ -265,26 +277,28 @@ class SAID(nn.Module):
         )
 
     def soft_prompts(self, items: Tensor | None = None) -> Tensor:
-        """e_i of the given items (all of them where it is None), [n, D] float32."""
+        """Compute e_i of the given items, or of all: [n, D] float32."""
         rows = self.table.weight if items is None else self.table(items)
         return self.norm * F.normalize(self.projector(rows), dim=-1)
 
     def text_loss(self, batch: Batch) -> Losses:
-        """- log P(w_t | e_i, w_<t), mean over the words of the batch."""
-        states, ids, told, computed = self._read(batch.histories)
+        """Compute L_1 = - log P(w_t | e_i, w_<t), mean over the words of the batch."""
+        states, ids, predicted, computed = self._read(batch.histories)
         if self.backbone.causal:
-            states = states.roll(1, 0)  # a word is told from the state before it
-        logits = self.head(states[told], self.backbone.word_embeddings.weight, self.words)
-        targets = ids[told] if self.words is None else torch.searchsorted(self.words, ids[told])
+            states = states.roll(1, 0)  # a word is predicted from the state before it
+        logits = self.head(states[predicted], self.backbone.word_embeddings.weight, self.words)
+        targets = ids[predicted]
+        if self.words is not None:
+            targets = torch.searchsorted(self.words, targets)
         total = F.cross_entropy(logits, targets)
         return Losses(total, {"text": total.detach()}, len(ids), computed)
 
     def _read(self, items: Ragged) -> tuple[Tensor, Tensor, Tensor, int]:
-        """One-item rows through the frozen model behind their soft prompts.
+        """Read rows of one item through the frozen model, their soft prompts before the texts.
 
         Returns:
-            Last hidden states [n, D], token ids [n], which are to be told [n] bool, and the number
-            of tokens computed.
+            Last hidden states [n, D], token ids [n], which of these are to be predicted [n] bool,
+            and the number of tokens computed.
         """
         backbone = self.backbone
         part = semantic_tokens(
@@ -301,48 +315,53 @@ class SAID(nn.Module):
         attend = Attend.CAUSAL if backbone.causal else Attend.FULL
         group, positions = pack(lengths, attend)
         ends = torch.repeat_interleave(lengths, lengths, output_size=len(part.ids))
-        told = (positions >= len(self.before)) & (positions < ends - len(self.after))
-        seen = part.ids if self.mask is None else part.ids.masked_fill(told, self.mask)
-        prompts = self.soft_prompts(torch.from_numpy(items.values).to(backbone.device))
+        predicted = (positions >= len(self.before)) & (positions < ends - len(self.after))
+        shown = part.ids if self.mask is None else part.ids.masked_fill(predicted, self.mask)
+        prompts = self.soft_prompts(as_index(items.values, backbone.device))
         at = lengths.cumsum(0) - lengths + self.slot
-        x = backbone.embed(seen).float().index_copy(0, at, prompts)
+        x = backbone.embed(shown).float().index_copy(0, at, prompts)
         packing = Packing((group,), positions)
         with nullcontext() if self.lora is None else self.lora.enabled():
-            return backbone(x, packing), part.ids, told, packing.computed
+            return backbone(x, packing), part.ids, predicted, packing.computed
 
     # -- stage 2: the recommender ----------------------------------------------------------------
 
     @torch.no_grad()
     def _take_vectors(self, epoch: int) -> None:
-        """Before its first epoch stage 2 takes the vectors that stage 1 has made."""
+        """Take the vectors of stage 1, before the first epoch of stage 2."""
         if epoch == 0:
             self.vectors.copy_(standardised(self.soft_prompts(), whiten=self.config.whiten))
 
     def item_rows(self) -> Tensor:
-        """x_i of all items [N, h]: what stands for them in histories and in scores."""
+        """Compute x_i of all items [N, h], which serve as inputs and in scores."""
         rows: Tensor = self.adaptor(self.vectors)
         return rows
 
     def forward(self, histories: Ragged, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """States [B, T, h] of at most ``max_items`` items with the given ``item_rows``, and which
-        are real [B, T].
+        """Encode rows of at most ``max_items`` items: states [B, T, h], which are real [B, T].
+
+        ``rows``: `item_rows`, which are computed once for many calls.
         """
         items, real = pad(histories, rows.device)
         return self.encoder(F.embedding(items, rows), real), real
 
     def loss(self, batch: Batch) -> Losses:
-        """Next-item softmax over the catalog, mean over all positions of the batch."""
+        """Compute L_2, the full softmax, mean over all positions of the batch."""
         rows = self.item_rows()
         states, real = self(batch.histories, rows)
         users = states[real]
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
+        targets = as_index(batch.targets, users.device)
         total = catalog_loss(users @ rows.T, targets)
         return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
 
     # -- inference -------------------------------------------------------------------------------
 
     def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, h] float32."""
+        """Return user vectors [B, h] float32.
+
+        Raises:
+            DataError: an empty history.
+        """
         with torch.no_grad():
             rows = self.item_rows()
         return encode_rows(
@@ -353,7 +372,11 @@ class SAID(nn.Module):
         )
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """[n, h] float32, of catalog ints."""
+        """Return item vectors [n, h] float32 of catalog ints.
+
+        Raises:
+            DataError: raw texts, which SAID cannot read.
+        """
         chosen = catalog_rows(items, "SAID", self.vectors.device)
         with torch.no_grad():
             rows: Tensor = self.adaptor(self.vectors[chosen])
@@ -364,8 +387,9 @@ class SAID(nn.Module):
 
 
 def standardised(vectors: Tensor, *, whiten: bool) -> Tensor:
-    """Vectors [N, d] with mean zero and mean square one; with ``whiten`` also uncorrelated, in the
-    directions in which they differ at all.
+    """Shift and scale vectors [N, d] to mean zero and mean square one.
+
+    With ``whiten`` they are also decorrelated, in the directions in which they differ at all.
     """
     x = (vectors - vectors.mean(0)).double()
     if whiten:

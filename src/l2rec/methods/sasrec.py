@@ -6,12 +6,13 @@ Kang, McAuley. ICDM '18, https://arxiv.org/abs/1808.09781
     h   = causal Transformer(x)                     l2rec.modules.encoder
     r_{t,i} = h_t . E[i]                            score of item i after position t
 
-Every position predicts its next item. Defaults are those of RecBole, which most papers compare
-with: post-norm blocks, the full softmax. Named options:
+Every position predicts its next item. Deviations from the paper, all of them RecBole's, which most
+papers compare with:
 
-- ``loss=bce``: the original's binary cross-entropy with one sampled negative a position.
-- ``loss=sampled``: softmax over the positive and ``negatives`` sampled items. (With equal losses
-  SASRec beats BERT4Rec: Klenitskiy, Vasilev, RecSys '23.)
+- Blocks are post-norm and feed forward through GELU; the paper's are pre-norm with ReLU.
+- The loss is the full softmax. ``loss=bce`` is the paper's binary cross-entropy with one sampled
+  negative a position, ``loss=sampled`` a softmax over the next item and ``negatives`` sampled ones.
+  (With equal losses SASRec beats BERT4Rec: Klenitskiy, Vasilev, RecSys '23.)
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ __all__ = ["SASRec", "SASRecConfig"]
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -30,14 +30,10 @@ from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.losses import binary_loss, sampled_softmax_loss
-from l2rec.modules.objectives import catalog_loss
-from l2rec.modules.sequences import (
-    next_item_batches,
-    pad,
-)
+from l2rec.modules.sequences import next_item_batches, pad
 from l2rec.protocols import Losses, Stage, decayed
 
 
@@ -47,21 +43,27 @@ class SASRecConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dim: int = Field(64, ge=1)
+    """Width of item vectors and states."""
     layers: int = Field(2, ge=1)
+    """Transformer layers."""
     heads: int = Field(2, ge=1)
+    """Attention heads; they divide ``dim``."""
     inner: int = Field(256, ge=1)
     """Width of the feed-forward part."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of the embedded inputs and of what each layer adds."""
     attention_dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of attention weights."""
     loss: Literal["ce", "bce", "sampled"] = "ce"
+    """Full softmax, binary cross-entropy, or softmax over sampled items."""
     negatives: int = Field(1, ge=1)
-    """Sampled negatives of a position, for ``bce`` and ``sampled``."""
+    """Sampled negatives of a position, for ``loss=bce`` and ``loss=sampled``."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SASRecConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        check_heads(self.dim, self.heads)
         return self
 
 
@@ -85,18 +87,10 @@ class SASRec(ItemTable):
         self.batches = next_item_batches(len(catalog), config.max_items)
         self.items = nn.Embedding(len(catalog), config.dim)
         self.items.apply(initialize)
-        self.encoder = SequenceEncoder(
-            config.dim,
-            layers=config.layers,
-            heads=config.heads,
-            inner=config.inner,
-            max_items=config.max_items,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-        )
+        self.encoder = SequenceEncoder.from_config(config, dim=config.dim)
 
     def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
-        """States [B, T, h] of rows of at most ``max_items`` items, and which are real [B, T]."""
+        """Encode rows of at most ``max_items`` items: states [B, T, h], which are real [B, T]."""
         items, real = pad(histories, self.items.weight.device)
         return self.encoder(self.items(items), real), real
 
@@ -108,18 +102,14 @@ class SASRec(ItemTable):
         ]
 
     def loss(self, batch: Batch) -> Losses:
-        """Next-item loss, mean over all positions of the batch."""
-        states, real = self(batch.histories)
-        users = states[real]  # [P, h], in the order of the flat histories and targets
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
-        if self.config.loss == "ce":
-            total = catalog_loss(users @ self.items.weight.T, targets)
-        else:
-            total = self._sampled(users, targets)
-        return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
+        """Compute the next-item loss, mean over all positions of the batch."""
+        return self.next_item_loss(batch, None if self.config.loss == "ce" else self._sampled)
 
     def _sampled(self, users: Tensor, targets: Tensor) -> Tensor:
-        """``bce`` or ``sampled``: negatives uniform over the catalog, the target never its own."""
+        """Compute ``bce`` or ``sampled`` for states [P, h] and their next items [P].
+
+        Negatives are uniform over the catalog; a position's next item is none of its negatives.
+        """
         drawn = torch.randint(
             self.n_items, (len(users), self.config.negatives), device=users.device
         )

@@ -10,29 +10,29 @@ Hou, Mu, Zhao, Li, Ding, Wen. KDD '22, https://arxiv.org/abs/2206.05941
 
 Stage "pretrain", on texts alone (the paper: on five other domains):
 
-    l_S-I   r of the next item against the next items of the rest of the batch
-    l_S-S   the same sequence with some items dropped, or read with some of their words dropped,
-            against the other sequences of the batch
+    l_S-I   cross-entropy of the next item; negatives are the other next items of the batch
+    l_S-S   cross-entropy of the same sequence without some of its items, or with some words of them
+            dropped; negatives are the other sequences of the batch
     L       = l_S-I + lambda l_S-S
 
-Stage "finetune", the full softmax over r_i of the catalog:
+Stage "finetune", the full softmax over r_i of the catalog, where an item is
 
-    inductive (``transductive=false``)     v_i as above: an item is its text
-    transductive                           v_i + e_i, a trained vector for each item
+    inductive (``transductive=false``)     v_i, which is its text alone
+    transductive                           v_i + e_i, with a trained vector e_i
 
-with the Transformer and its positions frozen; the mixture of experts, the norm of the input (and
-e_i) are trained. A new item enters by its text in both, with e_i = 0.
+The Transformer and its positions are frozen; the mixture of experts, the norm of the input and e_i
+are trained. A new item enters by its text in both, with e_i = 0.
 
 Choices and deviations:
 
-- Every position predicts its next item in one causal pass, where the paper makes one example of
+- Every position predicts its next item in one causal pass, where the paper has one example for
   every prefix. l_S-S compares whole rows.
-- An item that occurs several times in a batch is adapted once, and its x has one dropout mask for
-  all experts.
+- An item that occurs several times in a batch passes the mixture once, and its x has one dropout
+  mask for all experts.
 - Other occurrences of the next item, and other rows of the same user, are no negatives.
-- Text vectors are pooled by the mean over tokens, which every backbone has.
+- Text vectors are means over tokens, which every backbone can give; the paper reads [CLS].
 - Pre-training is on the data set at hand, unless ``--init`` names a run on another one. Where both
-  stages see the same small data, a frozen Transformer may only cost: ``freeze_encoder=false``.
+  stages have the same small data, a frozen Transformer may do harm: ``freeze_encoder=false``.
 """
 
 from __future__ import annotations
@@ -54,17 +54,24 @@ from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.encoder import SequenceEncoder, computed_positions, initialize
+from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.frozen_text import FrozenText
 from l2rec.modules.losses import in_batch_loss
 from l2rec.modules.objectives import cosine, fused_catalog_loss
-from l2rec.modules.sequences import encode_rows, last_of, next_item_batches, pad
+from l2rec.modules.sequences import (
+    FEW_ROWS,
+    as_index,
+    encode_rows,
+    evaluating,
+    last_of,
+    next_item_batches,
+    pad,
+    raw_texts,
+)
 from l2rec.protocols import Losses, Scorer, Stage, decayed
 
-ROWS = 128
-"""Histories encoded together: few, so that rows of alike length waste little on padding."""
 WORD_SEED = 0
-"""Which words are dropped is part of the text cache, not of a run."""
+"""Seed of the dropped words: one for all runs, so that these share the cached text vectors."""
 
 
 class UniSRecConfig(BaseModel):
@@ -75,45 +82,62 @@ class UniSRecConfig(BaseModel):
     text_tokens: int = Field(128, ge=1)
     """Most tokens of an item's text."""
     experts: int = Field(8, ge=1)
+    """G."""
     adaptor_dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout rate of text vectors before the experts."""
     dim: int = Field(300, ge=1)
+    """Width of item vectors and states."""
     layers: int = Field(2, ge=1)
+    """Transformer layers."""
     heads: int = Field(2, ge=1)
+    """Attention heads; they divide ``dim``."""
     inner: int = Field(256, ge=1)
     """Width of the feed-forward part."""
     max_items: int = Field(50, ge=1)
+    """Most items of a history that are read, the newest."""
     dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of the embedded inputs and of what each layer adds."""
     attention_dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout rate of attention weights."""
     temperature: float = Field(0.07, gt=0)
+    """tau."""
 
     pretrain_epochs: int = Field(300, ge=0)
-    """0 leaves the stage out, as after ``--init``."""
+    """Epochs of pre-training; 0 leaves it out, as after ``--init``."""
     sequence_weight: float = Field(1e-3, ge=0)
-    """lambda of l_S-S."""
+    """lambda, weight of l_S-S."""
     item_drop: float = Field(0.2, ge=0, lt=1)
-    """Share of a row's items that its other view lacks, or reads with words dropped."""
+    """Share of a row's items that its augmented row lacks, or has with words dropped."""
     item_drop_batches: float = Field(0.9, ge=0, le=1)
-    """Share of the batches whose other views lack items; the rest drop words."""
+    """Share of the batches whose augmented rows lack items; in the others words are dropped."""
     word_drop: float = Field(0.15, ge=0, lt=1)
+    """Share of a text's words that are dropped."""
 
     finetune: bool = True
-    """False: pre-train alone, for a run that others start from."""
+    """Fine-tuning after pre-training; without it the run is for others to start from."""
     transductive: bool = True
+    """A trained vector for each item beside its text."""
     freeze_encoder: bool = True
+    """Frozen Transformer in fine-tuning."""
 
     @model_validator(mode="after")
     def _consistent(self) -> UniSRecConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        check_heads(self.dim, self.heads)
         if not self.finetune and not self.pretrain_epochs:
             raise ValueError("finetune=false with pretrain_epochs=0 trains nothing; set either")
         return self
 
 
 class MixtureAdaptor(nn.Module):
-    """sum_k g_k(x) (dropout(x) - b_k) W_k; the noise of g and the dropout are for training.
+    """Mixture of parametric whitenings, sum_k g_k(x) (dropout(x) - b_k) W_k.
 
-    text_dim: d of texts. dim: h of items. experts: G.
+    The noise of g and the dropout are for training alone.
+
+    Args:
+        text_dim: d, width of text vectors.
+        dim: h, width of item vectors.
+        experts: G.
+        dropout: rate for x before the experts.
     """
 
     def __init__(self, text_dim: int, dim: int, experts: int, dropout: float) -> None:
@@ -125,16 +149,16 @@ class MixtureAdaptor(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, d] -> [n, h]."""
+        """Adapt text vectors [n, d] to item vectors [n, h]."""
         logits = x @ self.gate
         if self.training:
-            # The least noise keeps every expert in play: [M] of the published code.
+            # As in the authors' code, 0.01 is the least noise: every expert is chosen at times.
             logits = logits + torch.randn_like(logits) * (F.softplus(x @ self.noise) + 0.01)
         experts, _, dim = self.weight.shape
-        # All experts in one product: [d, G h], and what their shifts take away, [G, h].
+        # All experts in one product, [d, G h], less their shifts through W, [G, h].
         joined = self.weight.transpose(0, 1).flatten(1)
-        away = torch.einsum("gd,gdh->gh", self.shift, self.weight)
-        each = (F.dropout(x, self.dropout, self.training) @ joined).view(-1, experts, dim) - away
+        shifts = torch.einsum("gd,gdh->gh", self.shift, self.weight)
+        each = (F.dropout(x, self.dropout, self.training) @ joined).view(-1, experts, dim) - shifts
         return torch.einsum("ng,ngh->nh", logits.softmax(-1), each)
 
 
@@ -142,8 +166,10 @@ class UniSRec(nn.Module):
     """The recommender. Users and items are unit vectors [h]; scores are their cosines.
 
     Args:
-        config: options. catalog: the items' texts. backbone: reads texts, and is not trained.
-        cache: folder for text vectors, keyed by content; None keeps nothing.
+        config: options.
+        catalog: items and their texts.
+        backbone: language model that reads the texts; it is not trained.
+        cache: folder for text vectors, keyed by content; None stores nothing.
     """
 
     Config = UniSRecConfig
@@ -168,15 +194,7 @@ class UniSRec(nn.Module):
         self.adaptor = MixtureAdaptor(
             backbone.dim, config.dim, config.experts, config.adaptor_dropout
         )
-        self.encoder = SequenceEncoder(
-            config.dim,
-            layers=config.layers,
-            heads=config.heads,
-            inner=config.inner,
-            max_items=config.max_items,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-        )
+        self.encoder = SequenceEncoder.from_config(config, dim=config.dim)
         self.items: nn.Embedding | None = None
         if config.transductive:
             self.items = nn.Embedding(len(catalog), config.dim)
@@ -184,27 +202,30 @@ class UniSRec(nn.Module):
 
     @property
     def n_items(self) -> int:
-        """N, items of the catalog, those added later included."""
+        """N, number of items, with those added later."""
         return len(self.text)
 
     def item_states(self, items: Tensor) -> Tensor:
-        """v_i, in the transductive setting + e_i: item ints [n] -> [n, h]."""
+        """Compute v_i, or v_i + e_i in the transductive setting: item ints [n] -> [n, h]."""
         states: Tensor = self.adaptor(self.text(items))
         if self.items is None:
             return states
         trained = self.items.num_embeddings
-        own = F.embedding(items.clamp(max=trained - 1), self.items.weight)
-        return states + own * (items < trained)[:, None]
+        vectors = F.embedding(items.clamp(max=trained - 1), self.items.weight)
+        return states + vectors * (items < trained)[:, None]
 
     def forward(self, rows: Ragged, table: Tensor) -> tuple[Tensor, Tensor]:
-        """States [B, T, h] of at most ``max_items`` rows of ``table`` [n, h]; real ones [B, T]."""
+        """Encode rows of at most ``max_items`` items: states [B, T, h], which are real [B, T].
+
+        ``rows`` holds row ints of ``table`` [n, h].
+        """
         columns, real = pad(rows, table.device)
         return self.encoder(table[columns], real), real
 
     # -- training --------------------------------------------------------------------------------
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
-        """Pre-training and fine-tuning, each unless it is left out."""
+        """Return pre-training and fine-tuning, without what the options leave out."""
         config, encoder = self.config, self.encoder
         universal = [*self.adaptor.parameters(), *encoder.parameters()]
         tuned = [*self.adaptor.parameters(), *encoder.norm.parameters()]
@@ -231,12 +252,12 @@ class UniSRec(nn.Module):
         return stages
 
     def pretrain_loss(self, batch: Batch) -> Losses:
-        """L = l_S-I + lambda l_S-S, of texts alone."""
+        """Compute L = l_S-I + lambda l_S-S, from texts alone."""
         device, tau = self.text.vectors.device, self.config.temperature
         flat = np.concatenate((batch.histories.values, batch.targets))
         items, columns = np.unique(flat, return_inverse=True)
         rows = Ragged(columns[: len(batch.histories.values)], batch.histories.offsets)
-        distinct = torch.from_numpy(items.astype(np.int64)).to(device)
+        distinct = as_index(items, device)
         table = self.adaptor(self.text(distinct))
         states, real = self(rows, table)
 
@@ -254,9 +275,12 @@ class UniSRec(nn.Module):
         return Losses(total, parts, len(targets), computed_positions(real))
 
     def _other_view(self, rows: Ragged, distinct: Tensor, table: Tensor) -> Tensor:
-        """[B, h] of ``rows`` that lack some items, or hold them with some words dropped.
+        """Encode augmented rows, without some items or with some words of these dropped: [B, h].
 
-        distinct: [n] items of ``table`` [n, h], which ``rows`` are columns of.
+        Args:
+            rows: histories as row ints of ``table``.
+            distinct: [n] the items of the table's rows.
+            table: [n, h] their vectors.
         """
         config = self.config
         chosen = (torch.rand(len(rows.values)) < config.item_drop).numpy()
@@ -269,14 +293,14 @@ class UniSRec(nn.Module):
 
     @cached_property
     def _with_words_dropped(self) -> Tensor:
-        """[N, d] text vectors of the catalog, each text without some of its words."""
+        """Text vectors of the catalog [N, d], each text without some of its words."""
         return self.text.read_catalog(drop_words(self._texts, self.config.word_drop, WORD_SEED))[0]
 
     def loss(self, batch: Batch) -> Losses:
-        """Full softmax over the catalog, mean over all positions of the batch."""
+        """Compute the full softmax over the catalog, mean over all positions of the batch."""
         table = self.item_states(torch.arange(self.n_items, device=self.text.vectors.device))
         states, real = self(batch.histories, table)
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(table.device)
+        targets = as_index(batch.targets, table.device)
         users = F.normalize(states[real], dim=-1) / self.config.temperature
         total = fused_catalog_loss(
             users, F.normalize(table, dim=-1), targets, dtype=self.text.dtype
@@ -285,49 +309,50 @@ class UniSRec(nn.Module):
 
     # -- inference -------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def _evaluated(self, items: npt.NDArray[np.integer]) -> Tensor:
-        """`item_states` in evaluation mode, some thousand at a time: G copies of x are large."""
-        training = self.training
-        self.eval()
-        chosen = torch.from_numpy(items.astype(np.int64)).to(self.text.vectors.device)
-        states = torch.cat([self.item_states(part) for part in chosen.split(8192)])
-        self.train(training)
-        return states
+        """Compute `item_states` in evaluation mode, a part at a time: G copies of x are large."""
+        chosen = as_index(items, self.text.vectors.device)
+        with evaluating(self):
+            return torch.cat([self.item_states(part) for part in chosen.split(8192)])
 
     def _users(self, rows: Ragged, table: Tensor) -> Tensor:
-        """Unit vectors [B, h] of rows of ``table``."""
+        """Encode rows of row ints of ``table`` to unit vectors [B, h]."""
         return encode_rows(
             self,
             rows,
             lambda part: F.normalize(last_of(*self(part, table)), dim=-1),
             max_items=self.config.max_items,
-            max_rows=ROWS,
+            max_rows=FEW_ROWS,
         )
 
     def encode_users(self, histories: Ragged) -> Tensor:
-        """Unit vectors [B, h] float32."""
+        """Return unit user vectors [B, h] float32.
+
+        Raises:
+            DataError: an empty history.
+        """
         recent = histories.tail(self.config.max_items)
         items, columns = np.unique(recent.values, return_inverse=True)
-        if not len(items):  # nobody, or an error that `encode_rows` explains
+        if not len(items):  # no users, or an error that `encode_rows` raises
             items = np.zeros(1, dtype=np.int64)
         return self._users(Ragged(columns, recent.offsets), self._evaluated(items))
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """Unit vectors [n, h] float32, of catalog ints or of raw texts."""
-        if len(items) and isinstance(items[0], str):
-            with self.text.borrowed([str(text) for text in items]) as borrowed:
+        """Return unit item vectors [n, h] float32 of catalog ints or of raw texts."""
+        texts = raw_texts(items)
+        if texts is not None:
+            with self.text.borrowed(texts) as borrowed:
                 return self.encode_items(borrowed)
         return F.normalize(self._evaluated(np.asarray(items, dtype=np.int64)), dim=-1)
 
     def scorer(self) -> Scorer:
-        """Histories -> cosines [B, N] float32. Adapts the catalog once."""
+        """Return a scorer: histories -> cosines [B, N] float32. The catalog is adapted once."""
         table = self._evaluated(np.arange(self.n_items))
         vectors = F.normalize(table, dim=-1)
         return lambda histories: self._users(histories, table) @ vectors.T
 
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """New items by text alone, recommendable at once. Returns their item ints.
+        """Add items by text alone, recommendable at once, and return their item ints.
 
         Raises:
             DataError: an empty text.
@@ -336,21 +361,24 @@ class UniSRec(nn.Module):
 
 
 def without(rows: Ragged, dropped: npt.NDArray[np.bool_]) -> Ragged:
-    """``rows`` without the values marked in ``dropped``; a row never loses its last one too."""
-    kept = ~dropped
+    """Drop the marked values; a row that would lose all of them keeps its last."""
+    stays = ~dropped
     last = rows.offsets[1:] - 1
-    counts = np.add.reduceat(kept, rows.offsets[:-1], dtype=np.int64)
-    kept[last[counts == 0]] = True
+    counts = np.add.reduceat(stays, rows.offsets[:-1], dtype=np.int64)
+    stays[last[counts == 0]] = True
     offsets = np.concatenate(([0], np.cumsum(np.maximum(counts, 1))))
-    return Ragged(rows.values[kept], offsets)
+    return Ragged(rows.values[stays], offsets)
 
 
 def drop_words(texts: Sequence[str], share: float, seed: int) -> list[str]:
-    """Each text without about ``share`` of its words, the same ones for the same seed."""
+    """Drop about ``share`` of the words of each text, the same ones for the same seed.
+
+    A text that would lose all of them stays whole.
+    """
     rng = np.random.default_rng(seed)
     words = [text.split() for text in texts]
-    kept = [rng.random(len(row)) >= share for row in words]
+    stays = [rng.random(len(row)) >= share for row in words]
     return [
-        " ".join(np.asarray(row, dtype=object)[keep]) or text
-        for text, row, keep in zip(texts, words, kept, strict=True)
+        " ".join(np.asarray(row, dtype=object)[stay]) or text
+        for text, row, stay in zip(texts, words, stays, strict=True)
     ]

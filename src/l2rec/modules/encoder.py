@@ -1,17 +1,25 @@
-"""The sequence encoder of SASRec and its relatives: learned positions, post-norm Transformer."""
+"""Sequence encoder of SASRec and its relatives: learned positions and a post-norm Transformer.
+
+Kang, McAuley. ICDM '18, https://arxiv.org/abs/1808.09781
+"""
 
 from __future__ import annotations
 
 __all__ = [
+    "EncoderOptions",
     "SequenceEncoder",
     "attention",
+    "causal_mask",
+    "check_heads",
     "computed_positions",
     "in_length_groups",
     "initialize",
     "length_groups",
+    "self_attention",
 ]
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +27,10 @@ from torch.nn import functional as F
 
 
 def initialize(module: nn.Module, std: float = 0.02) -> None:
-    """BERT's start, for ``module.apply``: weights N(0, std), biases zero, norms one."""
+    """Initialise one module as BERT does: weights N(0, std), biases zero, norms one.
+
+    For use with ``module.apply``.
+    """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -29,9 +40,14 @@ def initialize(module: nn.Module, std: float = 0.02) -> None:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for [B, H, T, d]; ``hidden`` bool, True where q must not look.
+    """Compute softmax(q k^T / sqrt(d)) v for q, k, v [B, H, T, d]: [B, H, T, d].
 
     Written out: for the short rows of histories the fused kernel of a CPU is slower.
+
+    Args:
+        hidden: bool, broadcast to [B, H, T, T], True where a query must not look; None hides
+            nothing.
+        dropout: rate for the attention weights; 0 outside of training.
     """
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if hidden is not None:
@@ -42,10 +58,30 @@ def attention(
     return weights @ v
 
 
-def length_groups(real: Tensor, shrink: float = 0.7) -> list[tuple[Tensor, int]]:
-    """Rows of a padded grid [B, T] by length: (row ints [b], width) of each group, longest first.
+def self_attention(qkv: Tensor, heads: int, hidden: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attend within each row: [B, T, h].
 
-    A group holds lengths down to ``shrink`` times its own longest.
+    Args:
+        qkv: [B, T, 3 h] queries, keys and values of all heads, in this order.
+        heads: number of heads; it divides h.
+        hidden, dropout: as in `attention`.
+    """
+    batch, length, width = qkv.shape
+    q, k, v = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return attention(q, k, v, hidden, dropout).transpose(1, 2).reshape(batch, length, width // 3)
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """Return ``hidden`` of `attention` for positions that see none after them: [1, 1, T, T]."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
+
+
+def length_groups(real: Tensor, shrink: float = 0.7) -> list[tuple[Tensor, int]]:
+    """Group the rows of a padded grid [B, T] by length, longest first.
+
+    Returns:
+        (row ints [b] int64, width) of each group. A group holds lengths from its longest down to
+        ``shrink`` times that.
     """
     lengths, order = real.sum(1).sort(descending=True, stable=True)
     falling = lengths.tolist()
@@ -59,15 +95,18 @@ def length_groups(real: Tensor, shrink: float = 0.7) -> list[tuple[Tensor, int]]
 
 
 def computed_positions(real: Tensor) -> int:
-    """Positions that `in_length_groups` computes for a grid [B, T], padding included."""
+    """Count the positions that `in_length_groups` computes for a grid [B, T], with padding."""
     return sum(len(rows) * width for rows, width in length_groups(real))
 
 
 def in_length_groups(read: Callable[[Tensor, Tensor], Tensor], x: Tensor, real: Tensor) -> Tensor:
-    """``read`` over rows of like length together, so that padding of a mixed batch costs little.
+    """Call ``read`` on rows of like length together, so that padding costs little: [B, T, d].
 
-    x: [B, T, h] and real: [B, T] bool with padding on the right -> [B, T, d], zeros (or whatever
-    ``read`` makes of it) at padding. ``read`` gets some rows, cut at their longest.
+    Args:
+        read: maps some rows [b, t, h], cut at the longest of them, and their part of ``real`` to
+            [b, t, d].
+        x: [B, T, h].
+        real: [B, T] bool, padding on the right. What is returned at padding has no meaning.
     """
     groups = length_groups(real)
     if len(groups) <= 1:
@@ -78,6 +117,33 @@ def in_length_groups(read: Callable[[Tensor, Tensor], Tensor], x: Tensor, real: 
         for rows, wide in groups
     ]
     return torch.cat(parts)[torch.cat([rows for rows, _ in groups]).argsort()]
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Refuse heads that do not divide the width; for validators of configurations.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``dim``.
+    """
+    if dim % heads:
+        raise ValueError(f"heads={heads} does not divide dim={dim}")
+
+
+class EncoderOptions(Protocol):
+    """Options of a method that has a `SequenceEncoder`."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def inner(self) -> int: ...
+    @property
+    def max_items(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def attention_dropout(self) -> float: ...
 
 
 class _Layer(nn.Module):
@@ -96,23 +162,26 @@ class _Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, hidden: Tensor | None) -> Tensor:
-        batch, length, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.attention_dropout if self.training else 0.0
-        seen = attention(q, k, v, hidden, dropout).transpose(1, 2).reshape(batch, length, dim)
+        seen = self_attention(self.qkv(x), self.heads, hidden, dropout)
         x = self.norms[0](x + self.dropout(self.out(seen)))
         out: Tensor = self.norms[1](x + self.dropout(self.outer(F.gelu(self.inner(x)))))
         return out
 
 
 class SequenceEncoder(nn.Module):
-    """Item vectors in, states out, position by position.
+    """Transformer that turns the item vectors of a row into a state at every position.
 
     Args:
-        dim: h of inputs and states. layers, heads, inner: of the Transformer.
+        dim: h, width of inputs and states.
+        layers: number of layers.
+        heads: attention heads; they divide ``dim``.
+        inner: width of the feed-forward part.
         max_items: longest row; positions count from the oldest item of a row.
-        dropout, attention_dropout: of sums and of attention weights.
-        causal: a position sees itself and what came before it; else the whole row.
+        dropout: rate for the embedded inputs and for what each layer adds.
+        attention_dropout: rate for attention weights.
+        causal: whether a position sees itself and what came before it alone, or the whole row.
+        eps: of the layer norms.
     """
 
     def __init__(
@@ -138,10 +207,41 @@ class SequenceEncoder(nn.Module):
         )
         self.apply(initialize)
 
-    def forward(self, x: Tensor, real: Tensor, causal: bool | None = None) -> Tensor:
-        """x: [B, T, h], real: [B, T] bool with padding on the right -> states [B, T, h].
+    @classmethod
+    def from_config(
+        cls,
+        config: EncoderOptions,
+        *,
+        dim: int,
+        max_items: int | None = None,
+        causal: bool = True,
+    ) -> SequenceEncoder:
+        """Build the encoder that a method's options ask for.
 
-        causal: for this call alone; None is the encoder's own.
+        Args:
+            config: the method's options.
+            dim: h, width of item vectors and states.
+            max_items: longest row, where it is not ``config.max_items``.
+            causal: as of the class.
+        """
+        return cls(
+            dim,
+            layers=config.layers,
+            heads=config.heads,
+            inner=config.inner,
+            max_items=config.max_items if max_items is None else max_items,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            causal=causal,
+        )
+
+    def forward(self, x: Tensor, real: Tensor, causal: bool | None = None) -> Tensor:
+        """Encode rows: item vectors [B, T, h] -> states [B, T, h].
+
+        Args:
+            x: item vectors.
+            real: [B, T] bool, padding on the right.
+            causal: replaces the encoder's ``causal`` in this call, unless it is None.
         """
         look = self.causal if causal is None else causal
         return in_length_groups(lambda x, real: self._read(x, real, look), x, real)
@@ -154,9 +254,11 @@ class SequenceEncoder(nn.Module):
         return x
 
     def _hidden(self, real: Tensor, causal: bool) -> Tensor | None:
-        """[B or 1, 1, T, T] bool. Right padding is never seen by a causal row's real positions."""
+        """Return ``hidden`` of `attention` [B or 1, 1, T, T] bool, None if all positions are seen.
+
+        A causal row needs nothing for its padding, which comes after every real position.
+        """
         length = real.shape[1]
         if causal:
-            ahead = torch.ones(length, length, dtype=torch.bool, device=real.device).triu(1)
-            return ahead[None, None]
+            return causal_mask(length, real.device)
         return None if bool(real.all()) else ~real[:, None, None, :].expand(-1, 1, length, -1)

@@ -1,4 +1,4 @@
-"""Item texts as inputs of small models: the frozen backbone's vectors, of old items and new."""
+"""Item texts as inputs of small models: vectors of the frozen backbone, also of new items."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.text import tokenize
-from l2rec.errors import ConfigError, DataError
+from l2rec.errors import ConfigError
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.item_text import catalog_vectors, separators, text_vectors
+from l2rec.modules.sequences import check_new_texts
 
 
 class FrozenText(nn.Module):
-    """x [N, d] float32, one vector for each item's text; nothing is trained, nothing saved.
+    """Text vectors of the items, ``vectors`` [N, d] float32: neither trained nor saved.
 
     Vectors have length sqrt(d), as hidden states do: weights that start at N(0, 0.02) would shrink
     unit vectors to less than the positions that are added to them.
 
     Args:
-        backbone: the language model. texts: of the catalog. max_tokens: most tokens of a text.
-        cache: folder for the vectors, keyed by content; None keeps nothing.
+        backbone: the language model.
+        texts: texts of the catalog's N items.
+        max_tokens: most tokens of a text.
+        cache: folder for the vectors, keyed by content; None stores nothing.
 
     Raises:
         ConfigError: ``max_tokens`` is more than the backbone has positions.
@@ -55,28 +58,27 @@ class FrozenText(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the backbone, for products that it would make in it."""
+        """Dtype of the backbone, in which its matrix products are computed."""
         return self._backbone[0].dtype
 
     def forward(self, items: Tensor) -> Tensor:
-        """Item ints [...] -> [..., d]."""
+        """Look up items: ints [...] -> vectors [..., d]."""
         return self.vectors[items]
 
     def read_catalog(self, texts: Sequence[str]) -> tuple[Tensor, list[Path]]:
-        """Vectors of many texts [n, d], from the cache if they are there; and the files used."""
+        """Return vectors of many texts [n, d], from the cache if it has them, and its files."""
         (backbone,) = self._backbone
         tokens = tokenize(texts, backbone.tokenizer, self._max_tokens, self._cache)
         vectors, files = catalog_vectors(backbone, tokens, self._max_tokens, self._cache)
         return vectors * backbone.dim**0.5, files
 
     def add(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """Items by text alone, from now on known by the ints that are returned.
+        """Add items by text alone and return their item ints.
 
         Raises:
             DataError: an empty text.
         """
-        if any(not text.strip() for text in texts):
-            raise DataError("a new item needs a text: it is all that is known of it")
+        check_new_texts(texts)
         (backbone,) = self._backbone
         tokens = tokenize(texts, backbone.tokenizer, self._max_tokens)
         vectors = text_vectors(backbone, tokens, self._max_tokens) * backbone.dim**0.5
@@ -86,7 +88,7 @@ class FrozenText(nn.Module):
 
     @contextmanager
     def borrowed(self, texts: Sequence[str]) -> Iterator[npt.NDArray[np.int32]]:
-        """`add`, and forgotten afterwards."""
+        """Add items for the length of a ``with`` block, and forget them after it."""
         known = self.vectors
         try:
             yield self.add(texts)

@@ -29,6 +29,7 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.experts import Routing
 from l2rec.modules.item_text import catalog_vectors, text_vectors
 from l2rec.modules.objectives import Added, contrastive_loss, cosine, fused_catalog_loss
+from l2rec.modules.sequences import as_index, one_each
 from l2rec.modules.text_table import TextTable
 from l2rec.modules.views import View, mean_of
 
@@ -182,7 +183,7 @@ class EncodedItems:
         for start in range(0, len(tokens), POOLED_TOGETHER):
             part = Ragged(tokens.values, tokens.offsets[start : start + POOLED_TOGETHER + 1])
             texts = part.take(np.arange(len(part))).head(self._item_tokens)
-            ids = torch.from_numpy(texts.values.astype(np.int64)).to(out.device)
+            ids = as_index(texts.values, out.device)
             index = np.repeat(np.arange(len(texts)), texts.lengths)
             out[start : start + len(texts)] = mean_of(
                 backbone.embed(ids), torch.from_numpy(index).to(out.device), len(texts)
@@ -206,7 +207,7 @@ class EncodedItems:
         """Contrast with the positives of the batch and each user's sampled items, encoded once."""
         assert added is None
         distinct = np.unique(np.concatenate((targets, batch.negatives.reshape(-1))))
-        encoded = encode(one_item_histories(distinct))
+        encoded = encode(one_each(distinct))
         sides = {
             "fused": encoded.fused,
             "behavioral": encoded.behavioral,
@@ -242,7 +243,7 @@ class EncodedItems:
         self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
     ) -> Tensor:
         """Encode histories of one item."""
-        return encode(one_item_histories(items))
+        return encode(one_each(items))
 
     def add(self, tokens: Ragged) -> None:
         """Pool the new texts."""
@@ -309,7 +310,7 @@ class TableItems:
         added: Added | None,
     ) -> Comparison:
         """Compare with the whole catalog."""
-        positive = torch.from_numpy(targets.astype(np.int64)).to(rows.device)
+        positive = as_index(targets, rows.device)
 
         def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
             scaled = F.normalize(users.float(), dim=-1) / temperature  # rows have unit length
@@ -323,7 +324,7 @@ class TableItems:
         self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
     ) -> Tensor:
         """Return rows of T."""
-        return rows.index_select(0, torch.from_numpy(items.astype(np.int64)).to(rows.device))
+        return rows.index_select(0, as_index(items, rows.device))
 
     def add(self, tokens: Ragged) -> None:
         """Add rows that are their texts alone."""
@@ -340,8 +341,3 @@ class TableItems:
     def freeze(self) -> None:
         """Compute T once."""
         self.table.keep()
-
-
-def one_item_histories(items: npt.NDArray[np.integer]) -> Ragged:
-    """Make each item a history of its own."""
-    return Ragged(items, np.arange(len(items) + 1))

@@ -1,29 +1,29 @@
-"""What methods share whose items are rows of a table and whose users are states after a history."""
+"""Base of methods whose items are rows of a table and whose users are states after a history."""
 
 from __future__ import annotations
 
 __all__ = ["ItemTable"]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from l2rec.data.batches import Batch
 from l2rec.data.ragged import Ragged
 from l2rec.modules.encoder import computed_positions
 from l2rec.modules.objectives import catalog_loss
-from l2rec.modules.sequences import catalog_rows, encode_rows, last_of
+from l2rec.modules.sequences import as_index, catalog_rows, encode_rows, last_of
 from l2rec.protocols import Losses, Scorer, inner_product_scorer
 
 
 class ItemTable(nn.Module):
-    """r_{t,i} = h_t . E[i], with E the weight of ``items`` and h the states that forward gives.
+    """Recommender with scores r_{t,i} = h_t . E[i].
 
-    forward: rows of at most ``config.max_items`` items -> states [B, T, h], and which are real.
+    E is the weight of ``items``. h_t are states of `forward`, which a method defines: rows of at
+    most ``config.max_items`` items -> states [B, T, h], and which positions are real [B, T] bool.
     """
 
     config: Any
@@ -31,25 +31,40 @@ class ItemTable(nn.Module):
 
     @property
     def n_items(self) -> int:
-        """N, items of the catalog."""
+        """N, number of catalog items."""
         return self.items.num_embeddings
 
-    def next_item_loss(self, batch: Batch) -> Losses:
-        """Cross-entropy of the next item over the catalog, mean over all positions of the batch."""
+    def next_item_loss(
+        self, batch: Batch, sampled: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Losses:
+        """Compute the loss of every position's next item, mean over the batch.
+
+        Args:
+            batch: rows with a target at every position.
+            sampled: loss of states [P, h] with their next items [P]; by default the cross-entropy
+                over the whole catalog.
+        """
         states, real = self(batch.histories)
         users = states[real]  # [P, h], in the order of the flat histories and targets
-        targets = torch.from_numpy(batch.targets.astype(np.int64)).to(users.device)
-        total = catalog_loss(users @ self.items.weight.T, targets)
+        targets = as_index(batch.targets, users.device)
+        if sampled is None:
+            total = catalog_loss(users @ self.items.weight.T, targets)
+        else:
+            total = sampled(users, targets)
         return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
 
     def encode_users(self, histories: Ragged) -> Tensor:
-        """[B, h] float32, the state after the newest item."""
+        """Return user vectors [B, h] float32, the states after the newest items.
+
+        Raises:
+            DataError: an empty history.
+        """
         return encode_rows(
             self, histories, lambda rows: last_of(*self(rows)), max_items=self.config.max_items
         )
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
-        """[n, h] float32, of catalog ints.
+        """Return item vectors [n, h] float32 of catalog ints.
 
         Raises:
             DataError: raw texts, which such a method cannot read.
@@ -58,5 +73,5 @@ class ItemTable(nn.Module):
         return self.items.weight.detach()[rows]
 
     def scorer(self) -> Scorer:
-        """Histories of B users -> [B, N] float32."""
+        """Return a scorer: histories of B users -> scores [B, N] float32."""
         return inner_product_scorer(self)

@@ -1,16 +1,22 @@
-"""Histories as padded grids of item ints, and encoding of any number of them in batches."""
+"""Histories and items on their way into a model: padded grids, index tensors, batches of rows."""
 
 from __future__ import annotations
 
 __all__ = [
+    "FEW_ROWS",
+    "as_index",
     "catalog_rows",
+    "check_new_texts",
     "encode_rows",
     "evaluating",
     "in_batches",
     "last_of",
     "next_item_batches",
+    "one_each",
     "pad",
+    "raw_texts",
     "sequence_batches",
+    "stacked",
 ]
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +36,35 @@ from l2rec.protocols import MakeBatches
 
 T = TypeVar("T")
 
+FEW_ROWS = 128
+"""``max_rows`` of `encode_rows` for wide item vectors: rows of so few histories are alike in length
+and waste little on padding.
+"""
+
+
+def as_index(values: npt.NDArray[np.integer], device: torch.device | str) -> Tensor:
+    """Copy ints of any width to an int64 tensor on a device."""
+    return torch.from_numpy(values.astype(np.int64)).to(device)
+
+
+def one_each(items: npt.NDArray[np.integer]) -> Ragged:
+    """Return rows of one item each, in the given order."""
+    return Ragged(items, np.arange(len(items) + 1))
+
+
+def stacked(a: Ragged, b: Ragged) -> Ragged:
+    """Return the rows of ``a``, then those of ``b``."""
+    return Ragged(
+        np.concatenate((a.values, b.values)),
+        np.concatenate((a.offsets, a.offsets[-1] + b.offsets[1:])),
+    )
+
 
 def pad(histories: Ragged, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Item ints [B, T] int64, oldest first, zeros on the right; and which are real, [B, T] bool.
+    """Arrange histories as a grid: item ints [B, T] int64, and which are real [B, T] bool.
 
-    A zero is also an item: whoever reads a grid has to look at the second tensor.
+    Items stand oldest first, padding on the right. Padding is the int 0, which is also an item:
+    only the second tensor tells them apart.
     """
     lengths = histories.lengths
     real = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
@@ -44,9 +74,26 @@ def pad(histories: Ragged, device: torch.device | str = "cpu") -> tuple[Tensor, 
 
 
 def last_of(states: Tensor, real: Tensor) -> Tensor:
-    """States [B, T, D] at the newest real position of each row: [B, D]."""
+    """Select the states [B, T, D] at the newest real position of each row: [B, D]."""
     last = real.sum(1) - 1
     return states[torch.arange(len(states), device=states.device), last]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, without gradients; afterwards it is in the mode it was in.
+
+    A model that is in evaluation mode is not touched: to switch all modules costs a server time.
+    """
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if training:
+            model.train()
 
 
 def encode_rows(
@@ -58,16 +105,21 @@ def encode_rows(
     max_rows: int = 1024,
     max_cost: int = 32768,
 ) -> Tensor:
-    """``encode`` over any number of histories, alike lengths together: [B, D] float32 in order.
+    """Encode any number of histories, those of like length together: [B, D] float32, in order.
 
-    ``encode`` gets rows of at most ``max_items`` newest items, in evaluation mode and without
-    gradients, and returns one vector for each.
+    Args:
+        model: put in evaluation mode meanwhile.
+        histories: B of them.
+        encode: maps some rows, without gradients, to one vector each [b, D].
+        max_items: most items of a history that are read, the newest.
+        max_rows: most rows of one call of ``encode``.
+        max_cost: most items of one call, padding included.
 
     Raises:
         DataError: an empty history.
     """
     recent = histories.tail(max_items)
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model):
         parts, order = in_batches(
             recent,
             recent.lengths,
@@ -78,19 +130,6 @@ def encode_rows(
         if not parts:
             return encode(Ragged.from_rows([[0]])).float()[:0]
         return torch.cat(parts)[order.to(parts[0].device)]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode within; touch nothing where it is on already."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
 
 
 def in_batches(
@@ -117,11 +156,22 @@ def in_batches(
     return [encode(histories.take(rows)) for rows in plan], torch.from_numpy(order)
 
 
+def raw_texts(items: npt.NDArray[np.integer] | Sequence[str]) -> list[str] | None:
+    """Return the items as texts if that is what they are; None for catalog ints."""
+    if len(items) and isinstance(items[0], str):
+        return [str(text) for text in items]
+    return None
+
+
 def catalog_rows(
     items: npt.NDArray[np.integer] | Sequence[str], method: str, device: torch.device | str
 ) -> Tensor:
-    """Catalog ints as an int64 tensor; DataError for raw texts, which ``method`` cannot read."""
-    if len(items) and isinstance(items[0], str):
+    """Return catalog ints as an int64 tensor.
+
+    Raises:
+        DataError: raw texts, which ``method`` (the name of the class) cannot read.
+    """
+    if raw_texts(items) is not None:
         raise DataError(
             f"{method} has a vector for each item it was trained on and none for a text; use a "
             "method that reads item texts"
@@ -129,8 +179,18 @@ def catalog_rows(
     return torch.from_numpy(np.asarray(items, dtype=np.int64)).to(device)
 
 
+def check_new_texts(texts: Sequence[str]) -> None:
+    """Refuse new items that have no text.
+
+    Raises:
+        DataError: an empty text.
+    """
+    if any(not text.strip() for text in texts):
+        raise DataError("a new item needs a text: it is all that is known of it")
+
+
 def next_item_batches(n_items: int, max_items: int) -> MakeBatches:
-    """Every next item of every training sequence is a target once an epoch."""
+    """Return batches in which every next item of every sequence is a target once an epoch."""
     return partial(sequence_batches, supervision="all", n_items=n_items, max_items=max_items)
 
 
@@ -147,7 +207,10 @@ def sequence_batches(
     negatives: int = 0,
     targets_per_user: int = 1,
 ) -> TrainingBatches:
-    """Batches in which every item counts as one token."""
+    """Return the batches of one epoch, where every item counts as one token.
+
+    The arguments are those of `TrainingBatches`, with a window of ``max_items``.
+    """
     return TrainingBatches(
         sequences,
         supervision=supervision,

@@ -1,4 +1,4 @@
-"""From last hidden states to words: the output layer over a frozen backbone's own word matrix."""
+"""Output layer from last hidden states to words, over the frozen backbone's word embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from l2rec.modules.backbone import Backbone
 
 
 def mask_token(backbone: Backbone) -> int:
-    """What a hidden word is read as: the mask token, or else the unknown-word token.
+    """Return the token id that stands for a hidden word: the mask token, or the unknown-word one.
 
     Raises:
         BackboneError: the tokenizer has neither.
@@ -30,15 +30,17 @@ def mask_token(backbone: Backbone) -> int:
 
 
 class WordHead(nn.Module):
-    """Logits of words, h E^T over the word embeddings E.
+    """Output layer with logits h E^T over the word embeddings E.
 
-    That is the language model itself where it is causal and ties its output layer to E, as small
-    Qwen and Llama do: then nothing is trained here. A backbone is loaded without an output layer,
-    so for any other a trained map stands in for it, (W h + b) E^T + c: what BERT's head is, less
-    its nonlinearity. W starts at the identity, b at zero and c at the log share of each word, which
-    a bias would take thousands of steps to reach.
+    A causal language model whose output layer is tied to E, as in small Qwen and Llama models,
+    needs no more: then nothing is trained here. A backbone is loaded without an output layer, so
+    for any other a trained map stands in for it, (W h + b) E^T + c: BERT's head without its
+    nonlinearity. W starts at the identity, b at zero and c at the log share of each word, which a
+    bias would take thousands of steps to reach.
 
-    texts: token ids of the texts that will be told.
+    Args:
+        backbone: the language model, which is not trained here.
+        texts: token ids of the texts to be predicted, for the shares of words.
     """
 
     def __init__(self, backbone: Backbone, texts: npt.NDArray[np.integer]) -> None:
@@ -54,10 +56,12 @@ class WordHead(nn.Module):
             nn.init.zeros_(self.transform.bias)
 
     def forward(self, states: Tensor, matrix: Tensor, words: Tensor | None = None) -> Tensor:
-        """Logits [n, V] float32.
+        """Compute logits [n, V] float32.
 
-        states: [n, D] last hidden states. matrix: [V', D] the word embeddings E. words: [V] int64
-        ids of the words to choose among, all of them where it is None.
+        Args:
+            states: [n, D] last hidden states.
+            matrix: [V', D] the word embeddings E.
+            words: [V] int64 ids of the words to choose among; None for all V' of them.
         """
         rows = matrix if words is None else matrix.index_select(0, words)
         if not self.trained:

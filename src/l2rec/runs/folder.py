@@ -1,13 +1,20 @@
 """The run folder: how it is claimed, what it says of itself, and how it is read, each file once.
 
-RUN/config.yaml         the resolved recipe, data set, backbone and its weight hash
-RUN/catalog.parquet     item ids and texts: a run can be used without its data set
-RUN/model.safetensors   trained tensors of the best step, and nothing of the backbone
-RUN/blend.safetensors   co-occurrence and repeats beside it, in a run that `l2rec blend` wrote
-RUN/items.safetensors   vectors of the catalog under that model
-RUN/cache/              what was computed once for the catalog: token tables, text vectors
-RUN/report.json, report.html, diagnostics.json, ranks.parquet, metrics.jsonl
-RUN/state/, RUN/tensorboard/    to go on from, and to watch (`l2rec.runs.checkpoint`)
+    RUN/config.yaml         the resolved recipe, data set, backbone and its weight hash
+    RUN/catalog.parquet     item ids and texts, so that a run can be used without its data set
+    RUN/model.safetensors   trained tensors of the best step, without the frozen backbone
+    RUN/blend.safetensors   co-occurrence and repeats beside it, in a run that `l2rec blend` wrote
+    RUN/items.safetensors   item vectors of that model
+    RUN/cache/              what was computed once for the catalog: token tables, text vectors
+    RUN/metrics.jsonl       one line per log point and validation
+    RUN/report.json         scores, seeds, fingerprints, hardware, time, tokens, memory
+    RUN/report.html         the same as a page, with curves, expert load and examples
+    RUN/diagnostics.json    expert load, gate and examples
+    RUN/ranks.parquet       per-user ranks on the test split, for paired tests
+    RUN/state/step-N/       a state to resume from
+    RUN/tensorboard/        event files
+
+A version, the name of a run's weights, is a hash of model.safetensors and blend.safetensors.
 """
 
 from __future__ import annotations
