@@ -15,15 +15,13 @@ METRICS = {
     "ndcg@20": "N@20",
     "mrr": "MRR",
 }
-
-
+"""Column heading of each metric."""
 MAIN = "ndcg@10"
-
-
+"""Metric that decides which model is best."""
 NONE = "–"
-
-
+"""Text of a cell without a value."""
 SIGNIFICANT = 0.05
+"""Largest p value of a difference that is called significant."""
 
 
 def is_number(value: object) -> TypeGuard[float]:
