@@ -1,4 +1,4 @@
-"""Where one training step goes: batch, forward, backward and optimiser of the real model.
+"""Time of one training step by part: batch, forward, backward and optimiser of the real model.
 
     python benchmarks/breakdown.py                          chains of a synthetic catalog
     python benchmarks/breakdown.py --data data/scientific   a prepared data set
@@ -125,7 +125,7 @@ class PartClock(TorchDispatchMode):
 
     @contextmanager
     def watching(self, model: L2Rec) -> Iterator[None]:
-        """The model's modules and methods open scopes of their own."""
+        """Let the model's modules and methods open scopes of their own."""
         calls = [
             (model, "_input", INPUTS),
             (model, "_transform", RESIDUALS),
@@ -153,11 +153,11 @@ class PartClock(TorchDispatchMode):
 
 
 def void(_: object) -> None:
-    """A hook must return nothing."""
+    """Drop a value, because a hook must return nothing."""
 
 
 def part_of_module(module: nn.Module) -> str | None:
-    """Of the frozen backbone; None for what belongs to the part around it."""
+    """Name the part of a backbone module; None for one that counts to the part around it."""
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
         return FROZEN
@@ -195,7 +195,7 @@ class Step:
         self.tokens = 0
 
     def plain(self) -> dict[Key, float]:
-        """Processor seconds of each stretch; of the forward, those of the inputs apart."""
+        """Measure processor seconds of each stretch, the inputs apart from the forward."""
         seconds: dict[Key, float] = defaultdict(float)
 
         @contextmanager
@@ -226,7 +226,7 @@ class Step:
         return seconds
 
     def watched(self) -> dict[Key, float]:
-        """Processor seconds of the operations of each part, forward and backward."""
+        """Measure processor seconds of each part's operations, forward and backward."""
         batch = self.batches[self.number]
         self.optimizer.zero_grad(set_to_none=True)
         clock = PartClock(self.model.backbone)
@@ -239,7 +239,7 @@ class Step:
 
 
 def measured(step: Step, rounds: int) -> dict[Key, float]:
-    """Median seconds of each part; the operations' are taken from what lies between them."""
+    """Measure median seconds of each part; what lies between its operations counts as Python."""
     step.plain()
     plain, watched = [], []
     for _ in range(rounds):
@@ -258,7 +258,7 @@ def medians(rounds: Sequence[dict[Key, float]]) -> dict[Key, float]:
 
 
 def rows(seconds: dict[Key, float]) -> list[dict[str, Any]]:
-    """Parts, the largest first; shares add up to 100%."""
+    """List parts, the largest first; shares add up to 100%."""
     total = sum(seconds.values())
     table = []
     for part in {part for part, _ in seconds}:

@@ -1,4 +1,4 @@
-"""How fast items and users are encoded, against sentence-transformers on the same backbone.
+"""Speed of encoding items and users, against sentence-transformers on the same backbone.
 
     python benchmarks/encoding.py --data data/scientific
     python benchmarks/encoding.py --quick          a few generated texts
@@ -63,7 +63,7 @@ class Sample:
 
 
 def generated(texts: int, users: int) -> Sample:
-    """Texts of 4 to 32 words, histories of 2 to 20 items."""
+    """Generate texts of 4 to 32 words and histories of 2 to 20 items."""
     rng = np.random.default_rng(0)
     made = [
         ", ".join(simple_text(int(code)) for code in rng.integers(N_TEXTS, size=parts))
@@ -74,7 +74,7 @@ def generated(texts: int, users: int) -> Sample:
 
 
 def sampled(path: Path, texts: int, users: int) -> Sample:
-    """Users of a data set, the items of their histories and as many others as are missing."""
+    """Sample users of a data set, the items of their histories, and other items to fill up."""
     dataset, rng = open_dataset(path), np.random.default_rng(0)
     some = np.flatnonzero(dataset.sequences.lengths)
     chosen = np.sort(rng.choice(some, size=min(users, len(some)), replace=False))
@@ -117,7 +117,7 @@ def peer(dtype: str, max_tokens: int) -> Any:
 
 
 def user_texts(model: L2Rec, histories: Ragged) -> list[str]:
-    """The text of each row of the semantic view; its tokens are the row's, separators and all."""
+    """Write the text of each row of the semantic view, whose tokens are the row's tokens."""
     config = model.config
     read = semantic_tokens(
         histories.tail(config.max_items),
@@ -134,7 +134,7 @@ def user_texts(model: L2Rec, histories: Ragged) -> list[str]:
 
 
 def contenders(what: What, sample: Sample, dtype: str) -> dict[str, Callable[[], object]]:
-    """What encodes the whole sample, by name."""
+    """Build the contenders by name: functions that encode the whole sample."""
     models = {name: model_of(sample.texts, views, dtype) for name, views in VIEWS.items()}
     both = models["l2rec, both views"]
     items = np.arange(len(sample.texts))
@@ -189,7 +189,7 @@ def speed(what: What, sample: Sample, dtype: str, rounds: int, warmup: int) -> l
 
 
 def encoding_mb(what: What, sample: Sample, times: int, dtype: str) -> float:
-    """MB that the peak of encoding the sample ``times`` over stands above the loaded process."""
+    """Measure the peak MB, above the loaded process, of encoding the sample ``times`` over."""
     model = model_of(sample.texts, VIEWS["l2rec, both views"], dtype)
     rows: Ragged
     if what == "items":

@@ -1,4 +1,4 @@
-"""How time and memory of DPMoE grow with what a user may turn up: are they linear, or better?
+"""Growth of DPMoE's time and memory with experts, rank, batch, history and catalog: is it linear?
 
     python benchmarks/growth.py                 all curves, some minutes
     python benchmarks/growth.py --quick         fewer points, fewer rounds
@@ -54,7 +54,7 @@ class Curve:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Exponent of growth over the last points: y ~ x ** slope."""
+    """Fit the exponent of growth to the last points: y ~ x ** slope."""
     return float(np.polyfit(np.log(x[-LAST:]), np.log(y[-LAST:]), 1)[0])
 
 
@@ -77,7 +77,7 @@ def one_step(work: Workload, device: str) -> Contender:
 
 
 def history_step(model: L2Rec, users: int, items: int, device: str) -> Callable[[], object]:
-    """Forward and backward of the model's own loss for histories of one length."""
+    """Build forward and backward of the model's own loss, for histories of one length."""
     rng = np.random.default_rng(0)
 
     def some(*shape: int) -> np.ndarray:
@@ -96,7 +96,7 @@ def history_step(model: L2Rec, users: int, items: int, device: str) -> Callable[
 
 @dataclass(frozen=True)
 class RandomVectors:
-    """A recommender of no knowledge: random users, random items."""
+    """A recommender with random user and item vectors."""
 
     users: torch.Tensor
     items: torch.Tensor
@@ -171,7 +171,7 @@ def curves(args: argparse.Namespace) -> list[Curve]:
 
 
 def peak_of(rows: int, args: argparse.Namespace) -> float | None:
-    """MB that a step of so many rows needs; None where the system cannot tell."""
+    """Measure the MB that a step of ``rows`` rows needs; None where the system cannot tell."""
     options = (f"--memory-of={rows}", f"--device={args.device}", f"--threads={args.threads}")
     return from_child(__file__, *options)
 

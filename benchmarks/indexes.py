@@ -1,13 +1,13 @@
-"""Where an index begins to pay: every kind over ever more rows, one query and 32 at a time.
+"""Catalog size from which an index pays: every kind, ever more rows, one query and 32 at a time.
 
     python benchmarks/indexes.py                                  random unit vectors, 384 wide
     python benchmarks/indexes.py --items vectors/items.parquet --queries vectors/users.parquet
     python benchmarks/indexes.py --rows 16859 611000 --kinds exact flat hnsw
 
 With ``--items`` the rows are those of `l2rec embed`; where more are wanted than it has, more are
-made around them (cosine about 0.9), as a catalog has variants of its articles. Random vectors have
-no neighbours at all, and are the worst an approximate index can meet. ``EXACT_ROWS`` of
-`l2rec.index` comes from here.
+generated around them (cosine about 0.9), as a catalog has variants of its articles. Random vectors
+have no near neighbours, the worst case of an approximate index. ``EXACT_ROWS`` of `l2rec.index`
+comes from here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def unit(rows: Floats) -> Floats:
 
 
 def catalog(rows: int, known: Floats | None) -> Floats:
-    """[rows, D]: random, or those known and others around them."""
+    """Make vectors [rows, D]: random, or the known ones and others around them."""
     chance = np.random.default_rng(0)
     if known is None:
         return unit(chance.standard_normal((rows, DIM), dtype=np.float32))
@@ -48,7 +48,7 @@ def catalog(rows: int, known: Floats | None) -> Floats:
 
 
 def milliseconds(index: Index, queries: Floats, k: int, at_once: int, seconds: float) -> float:
-    """Of one query, the median over searches of some at a time."""
+    """Measure milliseconds of one query: the median over searches of ``at_once`` queries."""
     spent: list[float] = []
     started, at = time.perf_counter(), 0
     while len(spent) < 3 or (time.perf_counter() - started < seconds and len(spent) < 200):

@@ -3,8 +3,8 @@
     python benchmarks/loss.py
     python benchmarks/loss.py --quick          a tenth of the users and items
 
-`l2rec.modules.objectives.fused_catalog_loss` makes the scores of some users at a time and their
-gradients while they are at hand. The peer multiplies, converts to float32 and calls
+`l2rec.modules.objectives.fused_catalog_loss` computes scores for some users at a time, and their
+gradients while the scores are in memory. The peer multiplies, converts to float32 and calls
 `torch.nn.functional.cross_entropy`. Both get the same random users, items and positives, [P, 384]
 and [N, 384] float32, and multiply in the dtype of the row.
 
@@ -28,13 +28,13 @@ from l2rec.modules.objectives import fused_catalog_loss
 
 DIM, TEMPERATURE = 384, 0.07
 SIZES = ((430, 4_385), (860, 16_859), (860, 100_000))
-"""Supervised positions of a batch, items: of Scientific, Games, and a larger catalog."""
+"""Supervised positions of a batch and items: those of Scientific, Games, and a larger catalog."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GOAL = 1.0
 
 
 def whole(users: Tensor, items: Tensor, positive: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """The peer."""
+    """Compute the loss as the peer does."""
     scores = users.to(dtype) @ items.to(dtype).T
     return F.cross_entropy(scores.float(), positive)
 
@@ -46,7 +46,7 @@ CONTENDERS: dict[str, Callable[..., Tensor]] = {
 
 
 def step(loss: Callable[..., Tensor], users: int, items: int, dtype: str) -> Callable[[], object]:
-    """Forward and backward on random input."""
+    """Build forward and backward on random input."""
     made = torch.Generator().manual_seed(0)
     u = F.normalize(torch.randn(users, DIM, generator=made), dim=-1) / TEMPERATURE
     t = F.normalize(torch.randn(items, DIM, generator=made), dim=-1)

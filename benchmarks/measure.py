@@ -1,8 +1,8 @@
-"""What every benchmark shares: how time and memory are measured, and how a result is told.
+"""Functions that every benchmark shares: measuring time and memory, and reporting results.
 
 A benchmark is a script beside this file. It prints a table, and with ``--json FILE`` writes
 
-    part, machine, command, goal   what was measured, where, how, and what was hoped for
+    part, machine, command, goal   what was measured, where, how, and the goal
     columns, rows                  the table: [key, header] and one mapping per row
     notes                          how to read it
     summary                        path, goal, measured, reached: one line each of the first table
@@ -57,10 +57,10 @@ median = statistics.median
 def interleave(
     rivals: Sequence[Callable[[], object]], rounds: int, warmup: int
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Wall and CPU seconds of each rival, both [rivals][rounds]: A B C A B C ...
+    """Measure wall and CPU seconds of each rival, both [rivals][rounds].
 
-    In turn, so that a machine that gets slower or busier hits all of them. CPU is the processor
-    time of all threads, which neighbours disturb less.
+    Rivals run in turn (A B C A B C ...), so that a machine that gets slower or busier affects all
+    of them. CPU is the processor time of all threads, which other processes disturb less.
     """
     wall: list[list[float]] = [[] for _ in rivals]
     cpu: list[list[float]] = [[] for _ in rivals]
@@ -75,14 +75,14 @@ def interleave(
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Median over rounds of a / b: of what was measured in the same round."""
+    """Return the median over rounds of a / b, each within one round."""
     return median(x / y for x, y in zip(a, b, strict=True))
 
 
 def matmul_peak(
     dtype: torch.dtype, size: int = 2048, repeats: int = 10, device: str = "cpu"
 ) -> float:
-    """GFLOP/s of the fastest of some large square matrix products."""
+    """Measure the GFLOP/s of the fastest of some large square matrix products."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out, best = a @ b, float("inf")
     for _ in range(repeats):
@@ -104,7 +104,11 @@ def synchronize(device: str) -> None:
 
 
 def resident_mb(field: str) -> float:
-    """VmRSS (now) or VmHWM (largest since the last reset) of this process, on Linux."""
+    """Read VmRSS (now) or VmHWM (largest since the last reset) of this process, in MB, on Linux.
+
+    Raises:
+        OSError: the system does not report it.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
@@ -112,7 +116,7 @@ def resident_mb(field: str) -> float:
 
 
 def reset_peak() -> None:
-    """From here on VmHWM starts anew.
+    """Reset VmHWM, the largest resident set.
 
     Raises:
         OSError: the system cannot (Linux can).
@@ -121,9 +125,9 @@ def reset_peak() -> None:
 
 
 def peak_mb(run: Callable[[], object], device: str = "cpu") -> float:
-    """MB that the peak of ``run()`` stands above what was there before.
+    """Measure the peak MB of ``run()`` above what was allocated before.
 
-    On a CPU to be called in a fresh process: a used heap has room that no peak shows.
+    On a CPU, call it in a fresh process: the free room of a used heap would hide part of the peak.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -137,7 +141,7 @@ def peak_mb(run: Callable[[], object], device: str = "cpu") -> float:
 
 
 def from_child(script: str, *options: str) -> float | None:
-    """The number that a script prints in a fresh process; None where it fails."""
+    """Run a script in a fresh process and return the number it prints; None if it fails."""
     done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
     return float(done.stdout) if done.returncode == 0 else None
 
@@ -146,7 +150,7 @@ def from_child(script: str, *options: str) -> float | None:
 
 
 def machine() -> dict[str, Any]:
-    """Where and when: printed above the table, kept in the JSON."""
+    """Describe machine, versions and time, for the head of the table and the JSON."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -175,7 +179,7 @@ def machine() -> dict[str, Any]:
 
 
 def arguments(script: str, doc: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """Build a parser with the options that all benchmarks have."""
     p = argparse.ArgumentParser(
         prog=f"benchmarks/{Path(script).name}",
         description=doc,
@@ -188,7 +192,7 @@ def arguments(script: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def shown(value: object) -> str:
-    """A cell: three significant digits of a number, a dash for what was not measured."""
+    """Write a cell: a number with three significant digits, a dash for what was not measured."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -249,13 +253,13 @@ def report(
 
 
 def _without_json(options: Sequence[str]) -> list[str]:
-    """Where the result was written changes nothing about it."""
+    """Remove --json from the command, because it changes nothing about the result."""
     at = options.index("--json") if "--json" in options else len(options)
     return [*options[:at], *options[at + 2 :]]
 
 
 def write_json(path: Path, payload: Mapping[str, Any]) -> None:
-    """Write whole or not at all."""
+    """Write a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(payload, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
-"""How many of the tokens that are computed are real: padding, in training and in encoding.
+"""Share of real tokens among those computed: padding, in training and in encoding.
 
     python benchmarks/padding.py --data data/scientific data/games
     python benchmarks/padding.py --quick          a data set of its own, of chains
 
 Everything up to the transformer is the product's own code: the batches of one epoch as training
-plans them, items and users as encoding batches them. In the transformer's place stands a counter,
-for what it would return changes no shape. Linear layers, norms and adapters see real tokens alone;
-attention pads each row to the longest of its batch and view, and what it computes is what counts.
+plans them, items and users as encoding batches them. A counter replaces the transformer, whose
+output changes no shape. Linear layers, norms and adapters see only real tokens; attention pads each
+row to the longest of its batch and view, and the tokens it computes are counted.
 
     text vectors  of the whole catalog, by the bare backbone, as a model is built
     training      every batch of one epoch: histories, and encoded targets and negatives
@@ -50,7 +50,7 @@ class Count:
 
 
 class Counter:
-    """Stands where the transformer does: counts what it is asked for and returns its input."""
+    """A module in the transformer's place that counts tokens and returns its input."""
 
     def __init__(self) -> None:
         self.count = Count()
@@ -62,13 +62,13 @@ class Counter:
         return inputs_embeds
 
     def taken(self) -> Count:
-        """What was counted since the last time."""
+        """Return the counts since the last call and reset them."""
         count, self.count = self.count, Count()
         return count
 
 
 def train_epoch(model: L2Rec, config: RunConfig, dataset: Dataset) -> None:
-    """One epoch without gradients. The loss over a whole table costs no tokens and is left out."""
+    """Run one epoch without gradients, and without the loss over the table, which has no tokens."""
     every = model.config.supervision == "all"
     batches = model.batches(
         leave_one_out(dataset.sequences).train,

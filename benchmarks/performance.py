@@ -1,13 +1,13 @@
-"""Measure everything, and write docs/performance.md from what was measured.
+"""Measure everything, and write docs/performance.md from the measurements.
 
     python benchmarks/performance.py --data DIR [DIR ...]     all parts, one after the other
     python benchmarks/performance.py --only step,growth       these anew, the page from all
     python benchmarks/performance.py --only none              the page alone
 
-A part is a script beside this one; what it measured is kept in results/performance/<part>.json, and
-every figure of the page comes from there. DIR are data sets made by `l2rec prepare`, RUN finished
-runs; parts that need them are left out without. All parts get one thread unless --threads says
-otherwise: ratios of a step are steadier, and a neighbour costs less.
+A part is a script beside this one; its measurements are stored in results/performance/<part>.json,
+and every figure of the page comes from there. DIR are data sets written by `l2rec prepare`, RUN
+finished runs; without them the parts that need them are left out. All parts use one thread unless
+--threads says otherwise: ratios of a step are steadier, and other processes disturb them less.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """needs: the prepared data sets, the first of them, a finished run, or some. gpu: only with
-    one.
+    """A script to run.
+
+    ``needs``: nothing, the prepared data sets, the first of them, a finished run, or several.
+    ``gpu``: left out where there is no GPU.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Part:
     def command(
         self, options: Sequence[str], data: Sequence[str], runs: Sequence[str]
     ) -> list[str]:
-        """What runs it, after ``python``."""
+        """Build the command line that runs it, after ``python``."""
         script, _, device = self.name.partition("-")
         given = {
             "nothing": [],
@@ -89,7 +91,7 @@ PARTS = (
 
 
 def run(part: Part, options: Sequence[str], data: Sequence[str], runs: Sequence[str]) -> bool:
-    """Measure one part; its script shows what it finds. False if it fails."""
+    """Measure one part; its script prints the result. Return False if it fails."""
     script, *rest = part.command(options, data, runs)
     file = RESULTS / f"{part.name}.json"
     print(f"\n== {part.name}: python {script} {' '.join(rest)}", flush=True)
@@ -100,7 +102,7 @@ def run(part: Part, options: Sequence[str], data: Sequence[str], runs: Sequence[
 
 
 def documents() -> dict[str, Document]:
-    """What was measured, by part."""
+    """Read the measurements of all parts."""
     files = sorted(RESULTS.glob("*.json"))
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
@@ -109,15 +111,15 @@ def documents() -> dict[str, Document]:
 
 
 def page(found: Mapping[str, Document], plots: Mapping[str, str]) -> str:
-    """docs/performance.md. ``plots``: of parts with curves, the picture beside the page."""
+    """Write the text of docs/performance.md. ``plots``: picture of each part with curves."""
     order = [part.name for part in PARTS]
     names = sorted(found, key=lambda n: (order.index(n) if n in order else len(order), n))
     missing = [part for part in PARTS if part.name not in found and not part.gpu]
     blocks = [
         "# Performance",
         "Written by `python benchmarks/performance.py`: every figure comes from the command under "
-        "its table, run on the machine that is named there. Read ratios and slopes; seconds "
-        "are one machine's. A goal that was not reached stays in the table.",
+        "its table, run on the machine that is named there. Compare ratios and slopes; seconds "
+        "depend on the machine. A goal that was not reached stays in the table.",
         "## Goals",
         table(
             [("path", "path"), ("goal", "goal"), ("measured", "measured"), ("reached", "reached")],
@@ -145,7 +147,7 @@ def section(name: str, document: Document, plot: str | None) -> list[str]:
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown; columns of numbers stand to the right."""
+    """Write a table in Markdown; columns of numbers are aligned to the right."""
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
@@ -162,7 +164,7 @@ INK, LINE = "#808890", "#3b82c4"  # both can be read on white and on black
 
 
 def plot(curves: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Every curve in a field of its own, both axes logarithmic, beside a line of slope 1."""
+    """Draw every curve in a field of its own, both axes logarithmic, beside a line of slope 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -217,7 +219,7 @@ def write_page(found: Mapping[str, Document], target: Path) -> None:
 
 
 def chosen_parts(only: str, given: set[str], gpu: bool) -> list[Part]:
-    """The parts to measure: those named, or all that have what they need.
+    """Choose the parts to measure: those named, or all whose needs are met.
 
     Raises:
         ValueError: ``only`` names a part that does not exist.

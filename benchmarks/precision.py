@@ -1,4 +1,4 @@
-"""Whether bfloat16 costs quality: the same trained run scored in both precisions, user by user.
+"""Quality in bfloat16 and float32: the same trained run scored in both, user by user.
 
     python benchmarks/precision.py --run runs/sci-table    its tensors, in float32 and bfloat16
     python benchmarks/precision.py --runs runs/a runs/b    two finished runs, such as one trained
@@ -42,7 +42,7 @@ P, RELATIVE = 0.05, 0.005
 
 
 def scored(run: Path, dataset: Dataset, dtype: str, users: int) -> tuple[Evaluation, float]:
-    """Test ranks of some users with the backbone in ``dtype``, and the seconds they took."""
+    """Rank some users' test targets with the backbone in ``dtype``; also return the seconds."""
     config, _ = load_run_config(run)
     backbone_config = config.backbone.model_copy(update={"dtype": dtype})
     tensors, _ = load_tensors(run / "model.safetensors")
@@ -65,9 +65,9 @@ def scored(run: Path, dataset: Dataset, dtype: str, users: int) -> tuple[Evaluat
 def compared(
     names: Sequence[str], ranks: Sequence[dict[str, FloatArray]], seconds: Sequence[float | None]
 ) -> list[dict[str, Any]]:
-    """One row for each of two ways to rank the same users; the second is tested against the first.
+    """Compare two rankings of the same users, one row each; the second is tested against the first.
 
-    ``ranks``: of each, "" with the history in the ranking and " masked" without it.
+    ``ranks``: for each ranking, "" with the history and " masked" without it.
     """
     rows: list[dict[str, Any]] = []
     for name, found, spent in zip(names, ranks, seconds, strict=True):
@@ -89,7 +89,7 @@ def of_evaluation(evaluation: Evaluation) -> dict[str, FloatArray]:
 
 
 def dataset_of(run: Path, paths: Sequence[Path]) -> Dataset:
-    """The data set a run was made on, among ``paths`` or where it was then."""
+    """Open the data set a run was trained on, from ``paths`` or from the path in the run."""
     _, identity = load_run_config(run)
     for path in (*paths, Path(identity["dataset"]["path"])):
         dataset = open_dataset(path)
@@ -99,14 +99,14 @@ def dataset_of(run: Path, paths: Sequence[Path]) -> Dataset:
 
 
 def by_dtype(run: Path, paths: Sequence[Path], users: int) -> list[dict[str, Any]]:
-    """The trained tensors of one run, with the backbone in each precision."""
+    """Score the trained tensors of one run with the backbone in each precision."""
     dataset = dataset_of(run, paths)
     found = [scored(run, dataset, dtype, users) for dtype in DTYPES]
     return compared(DTYPES, [of_evaluation(e) for e, _ in found], [s for _, s in found])
 
 
 def by_run(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """Two finished runs, by the ranks that they wrote."""
+    """Compare two finished runs by the ranks that they wrote."""
     a, b = (read_ranks(run / "ranks.parquet") for run in runs)
     pairs = {
         name: aligned_ranks(a, b, masked=masked)

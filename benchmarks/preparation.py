@@ -1,4 +1,4 @@
-"""How a log of industrial size is prepared: time, memory, and how soon it can be read.
+"""Preparing a log of industrial size: time, memory, and how soon the data set can be read.
 
     python benchmarks/preparation.py               42 million events; some minutes, 3 GB of disk
     python benchmarks/preparation.py --quick       a hundredth of it

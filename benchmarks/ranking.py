@@ -49,7 +49,7 @@ class Task:
 
 
 class Vectors:
-    """A recommender that has its vectors already: what is left is scoring and ranking."""
+    """A recommender with given vectors, so that only scoring and ranking are measured."""
 
     def __init__(self, n_users: int, n_items: int) -> None:
         made = torch.Generator().manual_seed(0)
@@ -81,14 +81,14 @@ def random_task(n_users: int, n_items: int) -> Task:
 
 
 def largest_task(paths: Sequence[Path]) -> Task:
-    """The test split of the data set with most users."""
+    """Open the test split of the data set with the most users."""
     dataset = max(map(open_dataset, paths), key=lambda dataset: dataset.n_users)
     split = leave_one_out(dataset.sequences)
     return Task(dataset.name, split.test_histories, split.test_targets, dataset.n_items)
 
 
 def bare(vectors: Vectors, block: int) -> Tensor:
-    """The peer: [users, 20] best items."""
+    """Find the [users, 20] best items as the peer does."""
     with torch.inference_mode():
         best = [(users @ vectors.items.T).topk(TOP).indices for users in vectors.users.split(block)]
         return torch.cat(best)

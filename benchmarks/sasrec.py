@@ -11,8 +11,8 @@ and the same number of epochs, each in a process of its own, one after the other
 threads; both rank every user over the whole catalog after every epoch. Test scores are those at
 the best validation NDCG@10. RecBole makes an example of every prefix and pads each to 50 items;
 here every position of a sequence predicts, and the encoder reads rows of like length together.
-Seconds are processor time, which a neighbour does not stretch as he does the clock's; peak memory
-is that of the whole process.
+Seconds are processor time, which other processes disturb less than wall time; peak memory is that
+of the whole process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ METRICS = ("recall@10", "ndcg@10")
 
 
 def write_atomic(dataset: Dataset, folder: Path) -> None:
-    """RecBole's .inter file, with the place in the user's sequence as the time."""
+    """Write RecBole's .inter file, with the place in the user's sequence as the time."""
     rows = dataset.sequences
     users = np.repeat(np.arange(len(rows)), rows.lengths)
     places = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
@@ -55,7 +55,7 @@ def write_atomic(dataset: Dataset, folder: Path) -> None:
 
 
 def ours(data: Path, epochs: int, seed: int) -> dict[str, Any]:
-    """What the child measures of RecBole, of the same training here."""
+    """Train here and measure what the child process measures of RecBole."""
     config = load_recipe(RECIPE, [f"seed={seed}", f"training.epochs={epochs}", "model.dim=64"])
     dataset = open_dataset(data)
     split = leave_one_out(dataset.sequences)
@@ -110,7 +110,7 @@ def ranked(model: Any, split: Split, *, test: bool) -> dict[str, float]:
 
 
 def row(name: str, found: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
-    """A line of the table; ratios are the peer's figure by this one's."""
+    """Build a line of the table; ratios are the peer's figure divided by this one's."""
 
     def times(key: str) -> float:
         return median(peer[key]) / median(found[key])

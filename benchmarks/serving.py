@@ -76,7 +76,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(name: str, command: Sequence[str], port: int, threads: int) -> Iterator[Server]:
-    """A server that answers /livez, ended by SIGTERM."""
+    """Start a server, wait until it answers /livez, and end it by SIGTERM."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -113,7 +113,7 @@ def answers(port: int) -> bool:
 def commands(
     run: Path, item_tokens: int | None, folder: Path
 ) -> dict[str, Callable[[int], list[str]]]:
-    """How each server is started, given its port."""
+    """Build the command that starts each server, by name."""
     peer = [sys.executable, str(Path(__file__).with_name("serving_peer.py")), str(run)]
     ours = [sys.executable, "-c", COMMAND, "serve", str(run), "--rate", "0", "--no-access-log"]
     ours += ["--log", f"sqlite:///{folder / 'events.db'}"]
@@ -131,7 +131,7 @@ def commands(
 
 @dataclass
 class Measured:
-    """What clients saw. statuses: how often. seconds: of each answer, those of 200 and others."""
+    """Answers that clients got: how often each status, and seconds of each 200 and other answer."""
 
     wall: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
@@ -191,7 +191,7 @@ async def client(port: int, histories: Histories, until: float, found: Measured)
 
 
 async def ask(port: int, histories: Histories, clients: int, seconds: float) -> Measured:
-    """So many clients at once for so long."""
+    """Send requests from ``clients`` clients at once for ``seconds``."""
     found = Measured()
     began = time.monotonic()
     await asyncio.gather(*(client(port, histories, began + seconds, found) for _ in range(clients)))
@@ -270,7 +270,7 @@ async def ask_once(port: int, history: list[str]) -> None:
 
 
 def overload(server: Server, drawn: Drawn, seconds: float) -> dict[str, Any]:
-    """Far more clients than may wait; memory before, at most, and after."""
+    """Send far more requests than may wait; record memory before, at most, and after."""
 
     async def watched() -> tuple[Measured, float]:
         peak = 0.0

@@ -1,8 +1,8 @@
-"""The peer of `serving.py`: a recommender service of a few lines, as one would write it.
+"""The peer of `serving.py`: a recommender service of a few lines, as one would write it by hand.
 
     python benchmarks/serving_peer.py RUN PORT [ITEM_TOKENS]
 
-It is given what the run has: the same backbone, the same items. A history is its items' texts, one
+It gets what the run has: the same backbone, the same items. A history is its items' texts, one
 after the other, encoded by sentence-transformers; its nearest items are found by a flat FAISS
 index. ITEM_TOKENS cuts every text to as many tokens, so that it reads as much as l2rec does.
 """

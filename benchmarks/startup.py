@@ -1,4 +1,4 @@
-"""How long a command takes before it does anything: imports, the model, and then the answer.
+"""Time a command takes to start and to answer: imports, the model, and then the answer.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --quick           3 rounds
@@ -51,7 +51,7 @@ NAMED = 5  # packages with a row of their own
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""
 
     def training(self, epoch: float, step: int, total: int, text: str) -> None: ...
     def validating(self, done: int, total: int) -> None: ...
@@ -59,7 +59,7 @@ class Silent:
 
 
 def small_run(folder: Path, *overrides: str, users: int = 100, items: int = 60) -> Path:
-    """A run folder, trained for a moment on generated chains."""
+    """Train a run for a moment on generated chains and return its folder."""
     data = chain_dataset(folder / "chains", users, items, length=10, seed=0)
     config = load_recipe(RECIPE, overrides)
     train_run(config, data.path, folder / "run", progress=Silent(), recipe=RECIPE)
@@ -67,13 +67,13 @@ def small_run(folder: Path, *overrides: str, users: int = 100, items: int = 60) 
 
 
 def python(code: str, *options: str, flags: Sequence[str] = ()) -> str:
-    """Standard error of an interpreter that runs ``code``."""
+    """Run ``code`` in a new interpreter and return its standard error."""
     command = [sys.executable, *flags, "-c", code, *options]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def import_seconds(importtime: str) -> dict[str, float]:
-    """Seconds by package, of what ``-X importtime`` wrote; l2rec and the slowest by name."""
+    """Sum the seconds that ``-X importtime`` wrote by package; l2rec and the slowest by name."""
     found: Counter[str] = Counter()
     for line in importtime.splitlines():
         if match := re.match(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", line):
@@ -83,7 +83,7 @@ def import_seconds(importtime: str) -> dict[str, float]:
 
 
 def warm_seconds(run: Path, history: Sequence[str]) -> dict[str, float]:
-    """Loading a run and one answer, where everything is imported."""
+    """Measure loading a run and one answer, with everything imported."""
     for _ in range(2):
         started = time.perf_counter()
         model = l2rec.load(run)

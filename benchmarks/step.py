@@ -1,4 +1,4 @@
-"""How long one training step takes, against PEFT LoRA in the same process.
+"""Time and memory of one training step, against PEFT LoRA in the same process.
 
     python benchmarks/step.py                                 everything, some minutes
     python benchmarks/step.py --quick                         a first impression
@@ -89,7 +89,7 @@ class Workload:
     top: int = 2
 
     def ids(self, vocabulary: int) -> Tensor:
-        """[rows, tokens] int64 token ids, the frequent ones often."""
+        """Sample token ids [rows, tokens] int64 by a Zipf law."""
         rng = np.random.default_rng(0)
         weight = 1.0 / np.arange(1, vocabulary + 1)
         ids = rng.choice(vocabulary, (self.rows, self.tokens), p=weight / weight.sum())
@@ -120,7 +120,7 @@ Load = Callable[[], Backbone]
 
 
 def qwen3_shapes(layers: int, dtype: torch.dtype, device: str) -> Backbone:
-    """Qwen3-0.6B as far as speed can tell: its shapes, fewer layers and words, random weights."""
+    """Build a model with the shapes of Qwen3-0.6B, fewer layers and words, random weights."""
     from transformers import AutoModel, Qwen3Config
 
     config = Qwen3Config(
@@ -138,7 +138,7 @@ def qwen3_shapes(layers: int, dtype: torch.dtype, device: str) -> Backbone:
 
 
 def loader(name: str, dtype: str, device: str = "cpu", layers: int = 2) -> Load:
-    """Each call loads a backbone of its own."""
+    """Return a function that loads a new backbone in each call."""
     if name == "qwen3":
         return lambda: qwen3_shapes(layers, DTYPES[dtype], device)
     config = BackboneConfig.model_validate({"name": name, "dtype": dtype})
@@ -146,7 +146,7 @@ def loader(name: str, dtype: str, device: str = "cpu", layers: int = 2) -> Load:
 
 
 def score(states: Tensor) -> Tensor:
-    """The loss of every contender: all final states count, none alike."""
+    """Compute the loss of every contender: all final states count, each with another weight."""
     weight = torch.linspace(-1, 1, states.shape[-1], dtype=states.dtype, device=states.device)
     loss: Tensor = (states @ weight).float().square().mean()
     return loss
@@ -156,7 +156,7 @@ def score(states: Tensor) -> Tensor:
 
 
 def plain(load: Load, work: Workload, attention: str) -> tuple[nn.Module, Tensor]:
-    """The Hugging Face model as it is used without l2rec, and its token ids."""
+    """Return the Hugging Face model as it is used without l2rec, and its token ids."""
     backbone = load()
     model = backbone.model
     model.set_attn_implementation(attention)  # type: ignore[operator]
@@ -173,7 +173,7 @@ def contender(name: str, model: nn.Module, ids: Tensor, trained: list[nn.Paramet
 
 
 def fastest_attention(dtype: torch.dtype, device: str) -> str:
-    """Of an ordinary model at this row length; `peft` is measured with both."""
+    """Choose the faster attention of an ordinary model at this row length; `peft` runs both."""
     return "eager" if device == "cpu" and dtype is torch.bfloat16 else "sdpa"
 
 
@@ -189,7 +189,7 @@ def peft_lora(name: str, load: Load, work: Workload, attention: str, float32: bo
 
 
 def with_lora(model: nn.Module, work: Workload, float32: bool) -> Any:
-    """PEFT's model with one adapter, kept in float32 or in the dtype of the frozen weights."""
+    """Add one PEFT adapter, in float32 or in the dtype of the frozen weights."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -203,7 +203,7 @@ def with_lora(model: nn.Module, work: Workload, float32: bool) -> Any:
 
 
 class Inside(nn.Module):
-    """X-LoRA finds its adapters' weights only in a model whose transformer is called ``model``."""
+    """A wrapper for X-LoRA, which needs a model whose transformer is called ``model``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Inside(nn.Module):
 
 
 def xlora(load: Load, work: Workload, dtype: torch.dtype, device: str) -> Contender:
-    """PEFT's mixture reads its adapters from files, so one adapter is written, and read N times."""
+    """Build PEFT's mixture; it reads adapters from files, so one is written and read N times."""
     from peft import XLoraConfig, get_peft_model
 
     adapters = 1 + work.experts
@@ -236,7 +236,7 @@ def xlora(load: Load, work: Workload, dtype: torch.dtype, device: str) -> Conten
 
 
 class LoopOfLoras(nn.Module):
-    """What stacking avoids: one LoRA after the other, mixed by a softmax router."""
+    """A mixture without stacking: one LoRA after the other, mixed by a softmax router."""
 
     def __init__(self, base: nn.Linear, adapters: int, rank: int) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ def dpmoe(name: str, load: Load, work: Workload, views: int) -> Contender:
 def contenders(
     work: Workload, dtype: torch.dtype, device: str = "cpu"
 ) -> dict[str, Callable[[Load], Contender]]:
-    """By name, how to build each: it loads a backbone of its own."""
+    """Return a function for each contender, by name, that builds it on a new backbone."""
     build: dict[str, Callable[[Load], Contender]] = {BARE: partial(bare, work=work)}
     for attention in ("eager", "sdpa"):
         name = f"{PEER}, {attention}"
@@ -332,7 +332,7 @@ def contenders(
 
 @dataclass(frozen=True)
 class Case:
-    """What one table of contenders has in common."""
+    """Settings that all contenders of one table share."""
 
     backbone: str
     dtype: str
@@ -345,7 +345,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one contender: seconds [rounds] of each step, wall and CPU; GFLOP of a step; MB.
+    """Measurements of one contender: seconds [rounds], wall and CPU; GFLOP of a step; MB.
 
     failed: why it could not run; then there are no rounds.
     """
@@ -383,8 +383,10 @@ def measure(
     device: str = "cpu",
     only: str = "",
 ) -> list[Result]:
-    """All contenders of one case. ``memory`` gives the MB of one of them: of the fastest PEFT and
-    of those that are compared to it.
+    """Measure all contenders of one case.
+
+    ``memory`` measures the MB of one contender; it is called for the fastest PEFT and for those
+    that are compared to it.
     """
     rivals: list[Contender] = []
     gflops: list[float] = []
@@ -416,7 +418,7 @@ def measure(
 
 
 def peer_of(results: Sequence[Result]) -> Result:
-    """The fastest PEFT."""
+    """Find the fastest PEFT contender."""
     return min((r for r in results if r.name.startswith(PEER)), key=lambda r: r.seconds)
 
 
@@ -441,7 +443,7 @@ COLUMNS = [
 
 
 def rows(case: Case, results: Sequence[Result], peak: float) -> Iterator[dict[str, Any]]:
-    """What is reported of each contender of one case; the peer is marked."""
+    """Build the table row of each contender of one case; the peer is marked."""
     peer = peer_of(results)
     for r in results:
         if r.failed:
@@ -463,7 +465,7 @@ def rows(case: Case, results: Sequence[Result], peak: float) -> Iterator[dict[st
 
 
 def summary(case: Case, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    """The goals of one case, as far as its contenders ran."""
+    """List the goals of one case whose contenders ran."""
     ran = {r.name: r for r in results if not r.failed}
     peer, ours, two = peer_of(results), ran.get(OURS), ran.get(TWO_VIEWS)
     if ours is None:
@@ -495,7 +497,7 @@ def summary(case: Case, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
 
 
 def join_dtypes(goals: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per path, reached if every dtype reached it."""
+    """Join goals of one path into one line, reached if every dtype reached it."""
     joined: dict[str, dict[str, Any]] = {}
     for goal in goals:
         known = joined.setdefault(goal["path"], goal)
@@ -609,7 +611,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def memory_in_child(name: str, case: Case, args: argparse.Namespace) -> float | None:
-    """Peak of one contender's steps in a fresh process; None where it cannot be measured."""
+    """Measure one contender's peak MB in a fresh process; None if it cannot be measured."""
     work = case.work
     options = {
         "backbone": case.backbone,

@@ -371,7 +371,7 @@ def test_runs_that_cannot_be_compared(make: Make) -> None:
     pq.write_table(table.set_column(3, "target", [column]), targets / "ranks.parquet")
     with pytest.raises(DataError, match="39 in common"):
         compare_runs([run, targets])
-    with pytest.raises(DataError, match="1 of 40 ranked users are not so in the test split"):
+    with pytest.raises(DataError, match="1 of 40 ranked users differ from the test split"):
         compare_runs([targets])
     with pytest.raises(DataError, match="is given twice"):
         compare_runs([run, run.parent / "." / run.name])

@@ -31,7 +31,6 @@ from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
 from l2rec.runs.embed import embed_run
 from l2rec.runs.predictor import load
 from l2rec.runs.train import train_run
-from l2rec.studies.downstream import study as downstream
 from l2rec.studies.downstream.daily import DAY, Exposures, Known, daily_log, exposures
 from l2rec.studies.downstream.features import Clicks, Table, attributes, periods, user_hash
 from l2rec.studies.downstream.metrics import (
@@ -39,6 +38,7 @@ from l2rec.studies.downstream.metrics import (
     area,
     compared,
     grouped_area,
+    matching_scores,
     mean_by_user,
     midranks,
     ranking_scores,
@@ -358,7 +358,7 @@ def test_recall_equals_the_loop(road: Road) -> None:
         item, state = int(clicks.item[n]), int(clicks.state[n])
         better = [j for j in there if noise[state, j] > noise[state, item]]
         assert ranks[n] == 1 + len(better)
-    found = downstream.matching_scores(ranks, clicks, road.data.n_users, (5, 20))
+    found = matching_scores(ranks, clicks, road.data.n_users, (5, 20))
     assert found["recall@20"] is not None
     assert found["recall@20"].value == pytest.approx(float((ranks <= 20).mean()))
 

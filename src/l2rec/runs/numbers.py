@@ -15,6 +15,7 @@ METRICS = {
     "ndcg@20": "N@20",
     "mrr": "MRR",
 }
+<<<<<<< HEAD
 """Metric keys and their short names, in the order of the tables."""
 
 
@@ -28,6 +29,15 @@ NONE = "–"
 
 SIGNIFICANT = 0.05
 """Largest p value, exclusive, of a difference that counts as significant."""
+=======
+"""Column heading of each metric."""
+MAIN = "ndcg@10"
+"""Metric that decides which model is best."""
+NONE = "–"
+"""Text of a cell without a value."""
+SIGNIFICANT = 0.05
+"""Largest p value of a difference that is called significant."""
+>>>>>>> studies
 
 
 def is_number(value: object) -> TypeGuard[float]:

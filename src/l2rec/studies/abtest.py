@@ -1,11 +1,11 @@
-"""A/B tests on users: who is in which arm, what the arms did, and what may be concluded.
+"""A/B tests on users: assignment to arms, rates of each arm, and the statistical analysis.
 
 - `arm`: deterministic, salted assignment of a user.
 - `analyze`: events -> click and reply rate of each arm, lift, tests, intervals, checks.
-- `simulate`: events of an experiment with a known lift, to try all of it on.
+- `simulate`: events of an experiment with a known lift, to check the analysis with.
 
 A rate is a user-level metric: events of a user per exposure of that user, averaged over users
-(L2Rec, section 3.6). The user is what was randomised, so the user is what is tested.
+(L2Rec, section 3.6). Users were randomised, so users are the unit of the tests.
 
     difference  mean_t - mean_c, its interval by Welch's t
     lift        (mean_t - mean_c) / mean_c
@@ -17,12 +17,12 @@ A rate is a user-level metric: events of a user per exposure of that user, avera
                 (Deng, Xu, Kohavi, Walker, WSDM '13)
     SRM         chi-square test of the users in the arms against the planned share
                 (Fabijan et al., KDD '19)
-    MDE         the smallest true lift that is found with the wanted power:
+    MDE         the smallest true lift that is detected with the wanted power:
                 (z_{1 - alpha/2} + z_power) sqrt(v_t + v_c) / mean_c
     needed      355 skewness^2 users in an arm, for its mean to be normal enough
                 (Kohavi, Deng, Longbotham, Xu, KDD '14, rule 7)
-    power       that a true lift of 1, 5, 10% is found with; not that of the lift that was found,
-                which is the p-value said again (Hoenig, Heisey, The American Statistician '01)
+    power       to detect a true lift of 1, 5, 10%; not the power at the observed lift, which only
+                restates the p-value (Hoenig, Heisey, The American Statistician '01)
 """
 
 from __future__ import annotations
@@ -44,16 +44,20 @@ from l2rec.evaluation.significance import holm
 
 TREATMENT, CONTROL = "treatment", "control"
 SHARE = 0.06
-"""Of users in the treatment: the papers' 6%."""
+"""Default share of users in the treatment: the 6% of the L2Rec paper."""
 METRICS = {"ctr": "click", "reply_rate": "reply"}
+"""Event type that each metric counts per exposure."""
 PLURAL = {"ctr": "clicks", "reply_rate": "replies"}
 SRM_ALPHA = 0.001
-"""Below this, arms are not as large as they were planned: something is broken."""
+"""p value below which the sizes of the arms contradict the plan: something is broken."""
 NORMAL = 355
-"""Users of an arm, times the squared skewness: from there on a mean is normal enough."""
+"""Factor of the squared skewness: with so many users in an arm a mean is normal enough."""
 PRE_DAYS = 14.0
+"""Default number of days before the experiment whose events CUPED uses."""
 DAY = 86_400.0
+"""Seconds of a day."""
 COLUMNS = ("user", "type", "timestamp", "experiment", "arm")
+"""Columns that a log must have."""
 
 Log = pl.DataFrame | pl.LazyFrame
 Floats = npt.NDArray[np.float64]
@@ -61,7 +65,10 @@ Ints = npt.NDArray[np.int64]
 
 
 def arm(user: str, experiment: str, *, salt: str = "", treatment: float = SHARE) -> str:
-    """``treatment`` or ``control``: the same for the same user, experiment and salt, everywhere.
+    """Assign a user to ``treatment`` or ``control``.
+
+    The same user, experiment and salt give the same arm in every process. ``treatment``: share of
+    users in the treatment.
 
     Raises:
         ConfigError: a share outside 0..1.
@@ -77,10 +84,11 @@ def arm(user: str, experiment: str, *, salt: str = "", treatment: float = SHARE)
 
 @dataclass(frozen=True)
 class Users:
-    """What M users did. ``treated``: [M] bool. ``exposures``: [M] int64, at least 1.
+    """Event counts of M exposed users.
 
-    ``events``: [M] int64 of each metric. ``exposures_before``, ``events_before``: the same before
-    the experiment, 0 where nothing was shown to the user then.
+    ``treated``: [M] bool. ``exposures``: [M] int64, at least 1. ``events``: [M] int64 for each
+    metric. ``exposures_before``, ``events_before``: the same before the experiment, 0 for a user
+    to whom nothing was shown then.
     """
 
     treated: npt.NDArray[np.bool_]
@@ -90,25 +98,29 @@ class Users:
     events_before: Mapping[str, Ints]
 
     def rate(self, metric: str) -> Floats:
-        """[M] events per exposure."""
-        found: Floats = self.events[metric] / self.exposures
-        return found
+        """Return events per exposure [M] during the experiment."""
+        rates: Floats = self.events[metric] / self.exposures
+        return rates
 
     def rate_before(self, metric: str) -> Floats:
-        """[M] of what was before; NaN where nothing was."""
+        """Return events per exposure [M] before the experiment, NaN without an exposure."""
         shown = np.where(self.exposures_before > 0, self.exposures_before, np.nan)
-        found: Floats = self.events_before[metric] / shown
-        return found
+        rates: Floats = self.events_before[metric] / shown
+        return rates
 
 
 def experiments(events: Log) -> list[str]:
-    """Names of the experiments in a log, the one with most events first."""
+    """List the experiments in a log, the one with the most events first."""
     named = events.lazy().drop_nulls("experiment").group_by("experiment").len().collect()
     return [str(name) for name in named.sort("len", "experiment", descending=[True, False])[:, 0]]
 
 
 def _log(events: Log) -> pl.LazyFrame:
-    """With the columns that are needed, times in seconds."""
+    """Select the needed columns, with timestamps in seconds.
+
+    Raises:
+        DataError: a missing column, or timestamps that are neither numbers nor dates.
+    """
     log = events.lazy()
     schema = log.collect_schema()
     missing = [column for column in COLUMNS if column not in schema]
@@ -124,19 +136,26 @@ def _log(events: Log) -> pl.LazyFrame:
 
 
 def _counts(rows: pl.Expr, suffix: str = "") -> list[pl.Expr]:
-    """Exposures, and events of each metric, among these rows."""
+    """Build the expressions that count exposures and each metric's events among ``rows``."""
 
     def count(kind: str) -> pl.Expr:
         return ((pl.col("type") == kind) & rows).sum().cast(pl.Int64)
 
     kinds = {"exposures": "exposure", **METRICS}
-    return [count(kind).alias(what + suffix) for what, kind in kinds.items()]
+    return [count(kind).alias(name + suffix) for name, kind in kinds.items()]
 
 
 def _users(
     events: Log, name: str, pre_days: float, since: float | None
 ) -> tuple[Users, dict[str, Any]]:
-    """Users of an experiment, and what was noticed on the way."""
+    """Count events by user of an experiment.
+
+    Returns the users, and a mapping with the times ``from`` and ``to`` and the numbers of users
+    that were left out (``crossed_over``, ``never_exposed``).
+
+    Raises:
+        DataError: no such experiment, no event since ``since``, or an arm of another name.
+    """
     log = _log(events)
     arms, time = pl.col("arm"), pl.col("timestamp")
     within = time >= (-math.inf if since is None else since)
@@ -167,7 +186,8 @@ def _users(
     ).row(0)
     if first is None:
         raise DataError(f"no events of experiment {name!r} since {since}; give an earlier time")
-    # Who has no event since then was not lost; who was in both arms at any time is in neither.
+    # Users without an event since then are not counted as left out. Users who were in both arms at
+    # any time are.
     table = table.filter(pl.col("from").is_not_null())
     crossed = int((table["arms"] > 1).sum())
     table = table.filter(pl.col("arms") == 1)
@@ -203,50 +223,56 @@ def analyze(
     pre_days: float = PRE_DAYS,
     since: float | None = None,
 ) -> dict[str, Any]:
-    """Everything about one experiment, ready for JSON.
+    """Analyse one experiment; the result can be written as JSON.
 
     Args:
         events: columns user, type (exposure, click, reply), timestamp (seconds since 1970, or
-            dates), experiment, arm; events without an experiment may be among them, and serve
-            CUPED. What is lazy is never in memory as a whole.
-        treatment: the share of users that was planned for the treatment.
-        alpha: of tests and intervals. power: that the MDE is for.
-        pre_days: how long before the experiment's first event counts as before.
-        since: leave out the experiment's events before this time, such as its first days; decide
-            that before you see them.
+            dates), experiment, arm. It may contain events without an experiment; CUPED uses them.
+            A lazy frame is never loaded into memory as a whole.
+        name: the experiment.
+        treatment: the planned share of users in the treatment.
+        alpha: significance level of tests and intervals.
+        power: power that the minimal detectable lift (MDE) is computed for.
+        pre_days: days before the experiment's first event whose events CUPED uses.
+        since: leave out the experiment's events before this time (seconds since 1970), such as its
+            first days; decide on it before you see them.
 
     Raises:
-        DataError: no such experiment, a missing column, an arm without two exposed users.
-        ConfigError: a share, alpha or power outside 0..1.
+        DataError: no such experiment, a missing column, an arm with fewer than two exposed users.
+        ConfigError: a share, alpha or power that is not between 0 and 1.
     """
-    for what, value in (("treatment", treatment), ("alpha", alpha), ("power", power)):
+    for option, value in (("treatment", treatment), ("alpha", alpha), ("power", power)):
         if not 0 < value < 1:
-            raise ConfigError(f"{what}={value}: a number between 0 and 1")
+            raise ConfigError(f"{option}={value}: a number between 0 and 1")
     if not pre_days >= 0:
         raise ConfigError(f"pre_days={pre_days}: a number of days, 0 for none")
-    users, noticed = _users(events, name, pre_days, since)
+    users, facts = _users(events, name, pre_days, since)
     return {
         "experiment": name,
-        "from": noticed["from"],
-        "to": noticed["to"],
+        "from": facts["from"],
+        "to": facts["to"],
         **conclude(users, treatment=treatment, alpha=alpha, power=power),
-        "left_out": {k: noticed[k] for k in ("crossed_over", "never_exposed")},
+        "left_out": {k: facts[k] for k in ("crossed_over", "never_exposed")},
     }
 
 
 def conclude(
     users: Users, *, treatment: float = SHARE, alpha: float = 0.05, power: float = 0.8
 ) -> dict[str, Any]:
-    """As `analyze`, of users that are counted already."""
+    """Analyse counted users; arguments and result are those of `analyze`.
+
+    Raises:
+        DataError: fewer than two exposed users in an arm.
+    """
     t, c = users.treated, ~users.treated
     sizes = {TREATMENT: int(t.sum()), CONTROL: int(c.sum())}
     if min(sizes.values()) < 2:
         few = min(sizes, key=lambda name: sizes[name])
         raise DataError(f"{sizes[few]} exposed users in {few}: a test needs two in each arm")
     metrics = {name: _metric(users, name, alpha, power) for name in METRICS}
-    adjusted = holm([found["p"] for found in metrics.values()])
-    for found, p in zip(metrics.values(), adjusted, strict=True):
-        found["p_holm"] = p
+    adjusted = holm([metric["p"] for metric in metrics.values()])
+    for metric, p in zip(metrics.values(), adjusted, strict=True):
+        metric["p_holm"] = p
     return {
         "alpha": alpha,
         "power": power,
@@ -264,18 +290,19 @@ def conclude(
 
 
 def _metric(users: Users, name: str, alpha: float, power: float) -> dict[str, Any]:
+    """Analyse one metric in every way."""
     t, c = users.treated, ~users.treated
     rate = users.rate(name)
-    found = _compare(rate[t], rate[c], alpha)
-    found |= _detectable(rate[t], rate[c], alpha, power)
-    found |= _needed(rate)
-    found["ratio"] = _ratio(users, name, alpha)
-    found["cuped"] = _cuped(rate, users.rate_before(name), t, alpha)
-    return found
+    result = _compare(rate[t], rate[c], alpha)
+    result |= _detectable(rate[t], rate[c], alpha, power)
+    result |= _needed(rate)
+    result["ratio"] = _ratio(users, name, alpha)
+    result["cuped"] = _cuped(rate, users.rate_before(name), t, alpha)
+    return result
 
 
 def _compare(treated: Floats, control: Floats, alpha: float) -> dict[str, Any]:
-    """Means, lift with its interval, Welch's t-test."""
+    """Compute both means, the lift with its interval, and Welch's t-test."""
     from scipy import stats
 
     mean_t, mean_c = float(treated.mean()), float(control.mean())
@@ -286,7 +313,7 @@ def _compare(treated: Floats, control: Floats, alpha: float) -> dict[str, Any]:
         t: float | None = float(test.statistic)
         p = float(test.pvalue)
         low, high = map(float, test.confidence_interval(1 - alpha))
-    else:  # every user of an arm is like the others
+    else:  # all users of an arm have the same rate
         t, p = None if difference else 0.0, float(difference == 0)
         low = high = difference
     return {
@@ -304,7 +331,7 @@ def _compare(treated: Floats, control: Floats, alpha: float) -> dict[str, Any]:
 def _lift(
     mean_t: float, mean_c: float, var_t: float, var_c: float, alpha: float
 ) -> Mapping[str, float | None]:
-    """Relative difference and its interval, from means and the variances of these means."""
+    """Compute the relative difference and its interval from means and their variances."""
     from scipy import stats
 
     if mean_c == 0:
@@ -318,7 +345,7 @@ def _lift(
 def _detectable(
     treated: Floats, control: Floats, alpha: float, power: float
 ) -> Mapping[str, float | None]:
-    """The smallest lift found with ``power``, and the power for a lift of 1, 5 and 10%."""
+    """Compute the smallest lift detected with ``power``, and the power at lifts of 1, 5 and 10%."""
     from scipy import stats
 
     spread = math.sqrt(treated.var(ddof=1) / len(treated) + control.var(ddof=1) / len(control))
@@ -328,15 +355,15 @@ def _detectable(
     z = float(stats.norm.ppf(1 - alpha / 2))
     mde = (z + float(stats.norm.ppf(power))) * spread / mean
 
-    def found(lift: float) -> float:
+    def power_at(lift: float) -> float:
         shift = lift * mean / spread
         return float(stats.norm.sf(z - shift) + stats.norm.cdf(-z - shift))
 
-    return {"mde": mde} | {f"power_at_{lift}%": found(lift / 100) for lift in (1, 5, 10)}
+    return {"mde": mde} | {f"power_at_{lift}%": power_at(lift / 100) for lift in (1, 5, 10)}
 
 
 def _needed(rate: Floats) -> Mapping[str, float | int | None]:
-    """Skewness of a user's rate, and how many users an arm needs for its mean to be normal."""
+    """Compute the skewness of the rates and the users an arm needs for a normal mean."""
     from scipy import stats
 
     if rate.var() == 0:
@@ -346,7 +373,7 @@ def _needed(rate: Floats) -> Mapping[str, float | int | None]:
 
 
 def _ratio(users: Users, name: str, alpha: float) -> dict[str, Any]:
-    """All events / all exposures of each arm, z-test and interval by the delta method."""
+    """Compare all events / all exposures of the arms: z-test and interval by the delta method."""
     from scipy import stats
 
     values, variances = {}, {}
@@ -368,11 +395,14 @@ def _ratio(users: Users, name: str, alpha: float) -> dict[str, Any]:
 def _cuped(
     rate: Floats, before: Floats, treated: npt.NDArray[np.bool_], alpha: float
 ) -> dict[str, Any] | None:
-    """The comparison with what was before taken out; None where too little was before."""
+    """Compare rates adjusted for those before the experiment (CUPED).
+
+    Returns None if too few users have a rate from before, or all have the same.
+    """
     known = ~np.isnan(before)
     if known.sum() < 3 or before[known].var() == 0:
         return None
-    # Who was not there before gets the mean, which takes nothing out.
+    # Users without a rate from before get the mean, which adjusts nothing.
     x = np.where(known, before, before[known].mean())
     theta = float(np.cov(rate, x, ddof=1)[0, 1] / x.var(ddof=1))
     adjusted = rate - theta * (x - x.mean())
@@ -385,7 +415,7 @@ def _cuped(
 
 
 def sample_ratio(treated: int, control: int, share: float) -> dict[str, Any]:
-    """Whether the arms are as large as planned: chi-square, one degree of freedom."""
+    """Test whether the arms are as large as planned: chi-square, one degree of freedom."""
     from scipy import stats
 
     total = treated + control
@@ -394,7 +424,7 @@ def sample_ratio(treated: int, control: int, share: float) -> dict[str, Any]:
     return {"planned": share, "observed": treated / total, "p": p, "mismatch": p < SRM_ALPHA}
 
 
-# -- events of an experiment that never was ------------------------------------------------------
+# -- simulated experiments -----------------------------------------------------------------------
 
 
 def simulate(
@@ -405,11 +435,12 @@ def simulate(
     treatment: float = SHARE,
     before: bool = True,
 ) -> Users:
-    """Users whose rates differ and whose exposures have a long tail, with a known lift.
+    """Simulate users with a known lift, whose rates differ and whose exposures have a long tail.
 
-    Each user clicks a share of what is shown that is drawn once (mean 8%), in the treatment
+    Each user clicks a fixed share of the exposures, sampled once (mean 8%), in the treatment
     ``1 + lift`` times as much, and replies to a fifth of the clicks. Arms are assigned as in
-    production. ``before``: as many exposures without treatment came before.
+    production. ``before``: also simulate as many exposures before the experiment, without
+    treatment.
 
     Raises:
         ConfigError: fewer than ten users.
@@ -425,30 +456,30 @@ def simulate(
     )
     taste = rng.beta(0.8, 9.2, users)
 
-    def shown() -> Ints:
-        found: Ints = np.ceil(rng.lognormal(2.0, 1.0, users)).astype(np.int64)
-        return found
+    def sample_exposures() -> Ints:
+        counts: Ints = np.ceil(rng.lognormal(2.0, 1.0, users)).astype(np.int64)
+        return counts
 
-    def did(exposures: Ints, rate: Floats) -> dict[str, Ints]:
+    def sample_events(exposures: Ints, rate: Floats) -> dict[str, Ints]:
         clicks = rng.binomial(exposures, np.minimum(rate, 1.0))
         return {"ctr": clicks, "reply_rate": rng.binomial(clicks, 0.2)}
 
-    earlier = shown() if before else np.zeros(users, dtype=np.int64)
-    was = did(earlier, taste)
-    exposures = shown()
+    exposures_before = sample_exposures() if before else np.zeros(users, dtype=np.int64)
+    events_before = sample_events(exposures_before, taste)
+    exposures = sample_exposures()
     return Users(
         treated=treated,
         exposures=exposures,
-        events=did(exposures, taste * np.where(treated, 1 + lift, 1.0)),
-        exposures_before=earlier,
-        events_before=was,
+        events=sample_events(exposures, taste * np.where(treated, 1 + lift, 1.0)),
+        exposures_before=exposures_before,
+        events_before=events_before,
     )
 
 
 def events_of(users: Users, experiment: str, seed: int = 0) -> pl.DataFrame:
-    """The log that simulated users leave: one row an event, with the columns of an event log.
+    """Write simulated users as an event log: one row per event, with the columns of a real log.
 
-    Two weeks of the experiment, after nearly two weeks that no experiment is named for.
+    The experiment lasts two weeks; the nearly two weeks before it name no experiment.
     """
     rng = np.random.default_rng(seed)
     start, days, parts = 1.7e9, PRE_DAYS - 1, []

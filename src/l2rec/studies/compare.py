@@ -1,12 +1,12 @@
 """Finished runs side by side: test scores, paired tests between them, segments of users, costs.
 
     run folders ── read_run ──┐
-                              ├─ compare ─ Comparison ─ tables ─ console, Markdown
-    data set ── population ───┘                     └── csv_text
+                              ├─ compare ─ Comparison ─ tables.py: console, Markdown, CSV
+    data set ── population ───┘
 
-Runs of one recipe that differ in the seed alone, or in what changes no result, are one row, mean ±
-standard deviation over seeds; what is tested are each user's means over seeds. Every test is a
-two-sided paired t-test over users, not corrected for the number of comparisons.
+Runs of one recipe that differ only in the seed, or in options that cannot change the result, are
+one row, mean ± standard deviation over seeds; the tests compare each user's mean over seeds. Every
+test is a two-sided paired t-test over users, not corrected for the number of comparisons.
 """
 
 from __future__ import annotations
@@ -48,37 +48,28 @@ from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import paired_values_test
 from l2rec.metrics import coverage, popularity_bias, rank_values
 from l2rec.runs.folder import load_run_config
+from l2rec.runs.numbers import MAIN, METRICS
 
-METRICS = {
-    "recall@5": "R@5",
-    "recall@10": "R@10",
-    "recall@20": "R@20",
-    "ndcg@5": "N@5",
-    "ndcg@10": "N@10",
-    "ndcg@20": "N@20",
-    "mrr": "MRR",
-}
-MAIN = "ndcg@10"
-"""What is best is decided by it."""
 TESTED = (MAIN, "recall@10")
+"""Metrics whose differences are tested."""
 LISTED = 10
-"""Items of each list that coverage and popularity bias look at."""
+"""Length of the recommendation lists that coverage and popularity bias describe."""
 COVERAGE, BIAS = f"coverage@{LISTED}", f"popularity_bias@{LISTED}"
 LISTS = {COVERAGE: f"cov@{LISTED}", BIAS: f"bias@{LISTED}"}
+"""Column heading of each metric of recommendation lists."""
 SHORT, MEDIUM = 5, 10
 """Most events of a short and of a medium history."""
 HEAD = 0.2
-"""Share of the catalog, by training events, that is its head."""
+"""Share of the catalog that counts as its head: the items with the most training events."""
 EVERYONE, COLD = "all", "cold target"
+"""Names of the segment of all users and of the one whose targets have no training event."""
 FLOORS = ("popularity", "last item neighbour", "nearby items")
-"""Rows of a report that follow from the data alone."""
-SIGNIFICANT = 0.05
-NONE = "–"
+"""Baselines of a report that follow from the data alone."""
 
 Rows = npt.NDArray[np.bool_]
 
 
-# -- what is read --------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -94,10 +85,10 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Population:
-    """What the data set says of the M ranked users, in the order of their ranks.
+    """The M ranked users as their data set describes them, in the order of their ranks.
 
-    ``segments``: name -> [M] bool. ``histories``: M rows, what each user's list was made from.
-    ``counts``: [N] training events.
+    ``segments``: name -> [M] bool. ``histories``: M rows, the history that each user's list was
+    made from. ``counts``: [N] int64 training events of each item.
     """
 
     segments: dict[str, Rows]
@@ -106,39 +97,41 @@ class Population:
 
 
 def read_run(path: Path, dataset: Dataset | None = None) -> FinishedRun:
-    """A finished run. ``dataset``: for one that keeps ranks alone, as `results/` does.
+    """Read a finished run. ``dataset``: needed if it stores ranks without users, as in `results/`.
 
     Raises:
-        CheckpointError: not a run folder, not finished, or torn.
+        CheckpointError: not a run folder, not finished, or damaged.
+        DataError: ``dataset`` is not the one that the run was trained on.
     """
     config, identity = load_run_config(path)
     if not (path / "report.json").is_file():
         raise CheckpointError(
             f"{path} is not finished: it has no report.json; train it on with --resume"
         )
-    made_on = identity["dataset"]["fingerprint"]
-    if dataset is not None and dataset.fingerprint != made_on:
+    trained_on = identity["dataset"]["fingerprint"]
+    if dataset is not None and dataset.fingerprint != trained_on:
         raise DataError(
-            f"{path} was made on data {made_on}, {dataset.path} is {dataset.fingerprint}; give the "
-            "folder it was made on with --data"
+            f"{path} was made on data {trained_on}, {dataset.path} is {dataset.fingerprint}; give "
+            "the folder it was made on with --data"
         )
-    ranks = read_ranks(path / "ranks.parquet", None if dataset is None else _everyone(dataset))
+    ranks = read_ranks(path / "ranks.parquet", None if dataset is None else _test_users(dataset))
     return FinishedRun(path, config, identity, read_json(path / "report.json"), ranks)
 
 
-def _everyone(dataset: Dataset) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Ids and targets of the test split."""
+def _test_users(dataset: Dataset) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Return ids and targets [M] of the users in the test split."""
     split = leave_one_out(dataset.sequences)
     ids = dataset.user_ids.take(pa.array(split.users)).to_pylist()
     return ids, split.test_targets.astype(np.int64)
 
 
 def population(histories: Ragged, targets: IntArray, counts: npt.NDArray[np.int64]) -> Population:
-    """Segments of users by the length of their history, and by how often their target was trained.
+    """Divide users into segments by the length of their history and the popularity of their target.
 
-    ``histories``: M rows, ``targets``: [M], ``counts``: [N] training events. Head: the fifth of
-    the catalog with the most training events (among equals, the lower item int); tail: the rest;
-    cold: the part of the tail that has none.
+    ``histories``: M rows. ``targets``: [M] item ints. ``counts``: [N] training events of each item.
+    Head: the fifth of the catalog with the most training events (ties go to the lower item int);
+    tail: the rest; cold: the part of the tail without a training event. Empty segments are left
+    out.
     """
     length = histories.lengths
     head = np.zeros(len(counts), dtype=bool)
@@ -155,7 +148,11 @@ def population(histories: Ragged, targets: IntArray, counts: npt.NDArray[np.int6
 
 
 def _population_of(dataset: Dataset, ranks: Ranks) -> Population:
-    """The test split of a data set in the order of ``ranks``."""
+    """Build the `Population` of a data set's test split, in the order of ``ranks``.
+
+    Raises:
+        DataError: a ranked user or target that is not in the test split.
+    """
     split = leave_one_out(dataset.sequences)
     ids = pa.array(ranks.users, dataset.user_ids.type)
     users = pc.fill_null(pc.index_in(ids, value_set=dataset.user_ids), -1).to_numpy()
@@ -163,15 +160,15 @@ def _population_of(dataset: Dataset, ranks: Ranks) -> Population:
     fits = (split.users[rows] == users) & (split.test_targets[rows] == ranks.targets)
     if not fits.all():
         raise DataError(
-            f"{np.count_nonzero(~fits):,} of {len(fits):,} ranked users are not so in the test "
-            f"split of {dataset.path}; evaluate the runs again"
+            f"{np.count_nonzero(~fits):,} of {len(fits):,} ranked users differ from the test split "
+            f"of {dataset.path}; evaluate the runs again"
         )
     counts = np.bincount(split.train.values, minlength=dataset.n_items).astype(np.int64)
     return population(split.test_histories.take(rows), ranks.targets, counts)
 
 
 def _dataset_of(runs: Sequence[FinishedRun]) -> Dataset | None:
-    """The data set of the runs, where one of them had it, or None."""
+    """Open the data set at the path that any of the runs names; None if it is at none of them."""
     fingerprint = runs[0].ranks.fingerprint
     for run in runs:
         try:
@@ -183,12 +180,12 @@ def _dataset_of(runs: Sequence[FinishedRun]) -> Dataset | None:
     return None
 
 
-# -- what comes out ------------------------------------------------------------------------------
+# -- the comparison ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean over seeds; sample standard deviation, None for one seed."""
+    """A metric of one row: mean and sample standard deviation over seeds (None for one seed)."""
 
     mean: float
     sd: float | None
@@ -196,7 +193,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference over users and the p of its two-sided paired t-test."""
+    """A mean difference over users and the p value of its two-sided paired t-test."""
 
     difference: float
     p: float
@@ -204,7 +201,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Line:
-    """``scores``: by metric. ``tests``: this row minus the reference, by tested metric."""
+    """One row of a block.
+
+    ``scores``: by metric. ``tests``: this row minus the reference, by tested metric.
+    """
 
     scores: dict[str, Score]
     tests: dict[str, Difference]
@@ -214,9 +214,9 @@ class Line:
 class Block:
     """All rows on one segment of users, with the history in the ranking or masked.
 
-    ``best``: highest NDCG@10, ``rival``: second highest, None where there is one row. ``lead``:
-    best minus rival. ``reference``: what every line is tested against: the best, or the row asked
-    for.
+    ``best``: the row with the highest NDCG@10. ``rival``: the second highest, None if there is one
+    row. ``lead``: best minus rival. ``reference``: the row that every line is tested against: the
+    best, or the one asked for.
     """
 
     segment: str
@@ -231,7 +231,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Entry:
-    """How a row was made. Costs are means over seeds, None where a report does not have them."""
+    """The runs behind one row and their costs: means over seeds, None if a report lacks one."""
 
     label: str
     method: str
@@ -247,8 +247,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``blocks``: everyone first, each segment not masked and masked. ``floors``: scores of what
-    needs no training, by name. ``notes``: what is missing, and why.
+    """The result of `compare`.
+
+    ``blocks``: every segment with the history not masked, then masked; all users come first.
+    ``floors``: scores of the baselines that need no training, by name. ``notes``: what is missing,
+    and why.
     """
 
     data: str
@@ -260,7 +263,7 @@ class Comparison:
     notes: list[str]
 
 
-# -- from runs to a comparison -------------------------------------------------------------------
+# -- comparing -----------------------------------------------------------------------------------
 
 
 def compare_runs(
@@ -273,13 +276,14 @@ def compare_runs(
     """Read run folders and compare them.
 
     Args:
-        data: folder of their data set; by default where it was when they were made.
+        paths: run folders.
+        data: folder of their data set; by default the path that the runs were trained on.
         against: the run that every other is tested against, instead of the best.
-        group: seeds of one recipe are one row.
+        group: show runs of one recipe with different seeds as one row.
 
     Raises:
-        DataError: runs of different data, protocols, users or targets; a run named twice.
-        CheckpointError: a folder that is no finished run.
+        DataError: runs of different data, protocols, users or targets; a run given twice.
+        CheckpointError: a folder that is not a finished run.
     """
     folders: dict[Path, Path] = {}
     for path in paths:
@@ -298,7 +302,11 @@ def compare_runs(
 
 
 def _paired(first: FinishedRun, run: FinishedRun) -> FinishedRun:
-    """``run`` with its users in the order of ``first``."""
+    """Return ``run`` with its users in the order of ``first``.
+
+    Raises:
+        DataError: other users, targets, data or protocol.
+    """
     try:
         return replace(run, ranks=aligned(first.ranks, run.ranks))
     except DataError as error:
@@ -312,10 +320,10 @@ def compare(
     against: Path | None = None,
     group: bool = True,
 ) -> Comparison:
-    """Scores, tests and costs of runs whose ranks are of the same users in the same order.
+    """Compare scores and costs of runs whose ranks are of the same users in the same order.
 
     ``known``: without it there are no segments and no popularity bias. ``against``: the path of
-    one of the runs.
+    one of the runs, the reference of all tests; by default the best of each block.
 
     Raises:
         DataError: two runs of one recipe and seed, to be grouped.
@@ -344,14 +352,17 @@ def compare(
 
 
 def _floors(runs: Sequence[FinishedRun]) -> dict[str, dict[str, float]]:
-    """By name, from any run: they follow from the data, and older reports lack some."""
-    found = (run.report["scores"] for run in runs)
-    known = {name: scores for of_run in found for name, scores in of_run.items()}
-    return {name: known[name] for name in FLOORS if name in known}
+    """Collect the baselines' scores from all runs: they agree, but older reports lack some."""
+    scores = {name: s for run in runs for name, s in run.report["scores"].items()}
+    return {name: scores[name] for name in FLOORS if name in scores}
 
 
 def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[FinishedRun]]:
-    """Runs by the label of their row."""
+    """Group runs into rows, by the row's label.
+
+    Raises:
+        DataError: two runs of one recipe and seed.
+    """
     alike: dict[str, list[FinishedRun]] = {}
     for run in runs:
         blended = " blended" * ("blend" in run.report)
@@ -375,9 +386,11 @@ def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[Finishe
 
 
 def _recipe_key(config: RunConfig, identity: Mapping[str, Any], stopped: str | None = None) -> str:
-    """The same for runs that differ in nothing but the seed, their pre-training included, or in
-    what cannot have changed the result: how often they were written down, and a time limit that
-    neither ended the run nor, as it does with cosine, bent its learning rate.
+    """Return a text that is equal for two runs of one recipe.
+
+    They may differ in the seed, also that of their pre-training, and in what cannot have changed
+    the result: how often logs and checkpoints were written, and a time limit that neither ended the
+    run nor shaped its learning rate (with a cosine schedule it does).
     """
     start = identity.get("init")
     if start is not None and (Path(start) / "config.yaml").is_file():
@@ -387,11 +400,12 @@ def _recipe_key(config: RunConfig, identity: Mapping[str, Any], stopped: str | N
     del training["log_every"], training["checkpoint_minutes"]
     if training["schedule"] == "constant" and stopped not in (None, "max_minutes"):
         training["max_minutes"] = None
-    made_on = [identity["dataset"]["fingerprint"], identity["backbone"], start]
-    return json.dumps([options, made_on], sort_keys=True)
+    trained_on = [identity["dataset"]["fingerprint"], identity["backbone"], start]
+    return json.dumps([options, trained_on], sort_keys=True)
 
 
 def _entry(label: str, seeds: Sequence[FinishedRun]) -> Entry:
+    """Describe one row: its runs, seeds and mean costs."""
     reports = [run.report for run in seeds]
     backbone: Mapping[str, Any] = reports[0].get("backbone") or {}
 
@@ -422,6 +436,7 @@ def _block(
     n_items: int,
     reference: str | None,
 ) -> Block:
+    """Score and test every row on the users ``rows`` [M] bool."""
     scores: dict[str, dict[str, Score]] = {}
     tested: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
     for label, seeds in recipes.items():
@@ -435,13 +450,15 @@ def _block(
     rival = others[0] if others else None
     reference = reference or best
     lines = {
-        label: Line(found, _tests(tested, label, reference)) for label, found in scores.items()
+        label: Line(by_metric, _tests(tested, label, reference))
+        for label, by_metric in scores.items()
     }
     lead = {} if rival is None else _tests(tested, best, rival)
     return Block(segment, masked, int(rows.sum()), best, rival, lead, reference, lines)
 
 
 def _score(of_seeds: npt.ArrayLike) -> Score:
+    """Take mean and standard deviation over seeds."""
     values = np.asarray(of_seeds, dtype=np.float64)
     return Score(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
 
@@ -449,31 +466,35 @@ def _score(of_seeds: npt.ArrayLike) -> Score:
 def _list_scores(
     seeds: Sequence[FinishedRun], rows: Rows, known: Population | None, n_items: int
 ) -> dict[str, Score]:
-    """Coverage and popularity bias of the lists that these users got, as far as can be known."""
+    """Compute coverage and popularity bias of these users' lists; without lists, nothing.
+
+    Popularity bias needs histories and counts, so it is left out if ``known`` is None.
+    """
     tops = [run.ranks.top[rows, :LISTED] for run in seeds if run.ranks.top is not None]
     if len(tops) < len(seeds):
         return {}
-    found = {COVERAGE: _score([coverage(top, n_items) for top in tops])}
+    scores = {COVERAGE: _score([coverage(top, n_items) for top in tops])}
     if known is not None:
         histories = known.histories.take(np.flatnonzero(rows))
-        found[BIAS] = _score([popularity_bias(top, histories, known.counts) for top in tops])
-    return found
+        scores[BIAS] = _score([popularity_bias(top, histories, known.counts) for top in tops])
+    return scores
 
 
 def _tests(
     tested: Mapping[str, Mapping[str, npt.NDArray[np.float64]]], label: str, reference: str
 ) -> dict[str, Difference]:
-    """``label`` minus ``reference``; nothing of a row with itself, or for one user alone."""
-    found = {}
+    """Test ``label`` minus ``reference``; a row is not tested with itself, nor on a single user."""
+    tests = {}
     for metric in TESTED:
         a, b = tested[label][metric], tested[reference][metric]
         if label != reference and len(a) > 1:
             test = paired_values_test(a, b)
-            found[metric] = Difference(test.difference, test.p)
-    return found
+            tests[metric] = Difference(test.difference, test.p)
+    return tests
 
 
 def _notes(runs: Sequence[FinishedRun], known: Population | None) -> list[str]:
+    """Say what is missing and why, and how to read scores of cold targets."""
     notes = []
     if known is None:
         path = runs[0].identity["dataset"]["path"]
@@ -484,22 +505,15 @@ def _notes(runs: Sequence[FinishedRun], known: Population | None) -> list[str]:
     listless = [str(run.path) for run in runs if run.ranks.top is None]
     if listless:
         notes.append(
-            f"no coverage and no popularity bias of {', '.join(listless)}: no lists are kept "
-            "there; `l2rec evaluate` of a run writes them"
+            f"no coverage and no popularity bias of {', '.join(listless)}: the folders hold no "
+            "lists; `l2rec evaluate` of a run writes them"
         )
     if known is not None and COLD in known.segments:
         targets = runs[0].ranks.targets[known.segments[COLD]]
         notes.append(
             f"{COLD}: {len(targets):,} users share {len(np.unique(targets)):,} of the "
             f"{np.count_nonzero(known.counts == 0):,} items without a training event; vectors that "
-            "are trained as negatives alone can lie together and rise as one, so a high score here "
-            "need not mean that the method knew which of them it was"
+            "were trained only as negatives can lie close together and move up all at once, so a "
+            "high score here need not mean that the method knew which of them it was"
         )
     return notes
-
-
-# -- tables --------------------------------------------------------------------------------------
-
-
-def _probability(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

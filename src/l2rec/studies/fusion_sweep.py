@@ -1,4 +1,4 @@
-"""Figures of the papers that need no training of their own, from finished runs."""
+"""Scores of a trained HDRec at other fusion weights (HDRec, Fig. 5 and 6), without training."""
 
 from __future__ import annotations
 
@@ -26,14 +26,21 @@ def fusion_sweep(
     progress: Progress,
     data: Path | None = None,
 ) -> dict[float, dict[str, float]]:
-    """Scores of a trained HDRec at other weights of its two sides (HDRec, Fig. 6 right), by alpha.
+    """Score a trained HDRec at other weights of its two sides (HDRec, Fig. 6 right).
 
-    Both sides read every history once, whatever the number of weights. ``dominant``: another way
-    to fuse (variants of Fig. 5), by default the run's.
+    Both sides read every history once, whatever the number of weights. Returns the metrics by
+    weight.
+
+    Args:
+        run: a finished run of HDRec.
+        alphas: weights of the second side, none negative and none twice.
+        dominant: another way to fuse (variants of Fig. 5), by default the run's.
+        split_name: ``valid`` or ``test``.
+        data: folder of the data set, by default the path that the run was trained on.
 
     Raises:
-        ConfigError: no HDRec of two sides, or a weight that is negative or there twice.
-        CheckpointError: another data set than the run was made on.
+        ConfigError: not an HDRec with two sides, or a weight that is negative or given twice.
+        CheckpointError: the data set is not the one that the run was trained on.
     """
     if split_name not in ("valid", "test"):
         raise ConfigError(f"split={split_name!r}: choose valid or test")
@@ -48,7 +55,7 @@ def fusion_sweep(
     scorers = model.fused_scorers(alphas, dominant)
     split = leave_one_out(dataset.sequences)
     test = split_name == "test"
-    found = evaluate_each(
+    evaluations = evaluate_each(
         model.n_items,
         {str(alpha): scorer for alpha, scorer in zip(alphas, scorers, strict=True)},
         split.test_histories if test else split.valid_histories,
@@ -56,4 +63,4 @@ def fusion_sweep(
         users=split.users,
         progress=lambda done: progress.validating(done, len(split.users)),
     )
-    return {alpha: found[str(alpha)].metrics() for alpha in alphas}
+    return {alpha: evaluations[str(alpha)].metrics() for alpha in alphas}

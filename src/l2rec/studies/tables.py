@@ -13,14 +13,20 @@ from typing import Any
 
 from l2rec.disk import write_text
 from l2rec.errors import ConfigError
-from l2rec.studies.compare import (
-    BIAS,
-    EVERYONE,
-    LISTS,
+from l2rec.runs.numbers import (
     MAIN,
     METRICS,
     NONE,
     SIGNIFICANT,
+    as_count,
+    as_probability,
+    as_score,
+    formatted,
+)
+from l2rec.studies.compare import (
+    BIAS,
+    EVERYONE,
+    LISTS,
     TESTED,
     Block,
     Comparison,
@@ -28,13 +34,12 @@ from l2rec.studies.compare import (
     Entry,
     Line,
     Score,
-    _probability,
 )
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text, and which of them are the best of their column."""
+    """Cells of text; ``best`` marks those that are the best of their column."""
 
     title: str
     header: list[str]
@@ -44,17 +49,18 @@ class Table:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Scores of everyone, each metric that matters by segment, and costs."""
+    """Lay out a comparison: scores of all users, the main metrics by segment, and costs."""
     overall = [block for block in comparison.blocks if block.segment == EVERYONE]
-    found = [_overall_table(comparison, block) for block in overall]
+    scores = [_overall_table(comparison, block) for block in overall]
     if len(comparison.blocks) > len(overall):
         shown = [(m, masked) for masked in (False, True) for m in TESTED]
         shown += [(metric, False) for metric in LISTS]
-        found += [_segment_table(comparison, *which) for which in shown]
-    return [*(table for table in found if table.rows), _cost_table(comparison)]
+        scores += [_segment_table(comparison, *which) for which in shown]
+    return [*(table for table in scores if table.rows), _cost_table(comparison)]
 
 
 def _overall_table(comparison: Comparison, block: Block) -> Table:
+    """Lay out every metric of all users, with the floors below."""
     shown = METRICS | ({} if block.masked else LISTS)
     cells, best = _marked(
         [[line.scores.get(metric) for metric in shown] for line in block.lines.values()], shown
@@ -74,8 +80,7 @@ def _overall_table(comparison: Comparison, block: Block) -> Table:
         for label, row in zip(labels, best, strict=True)
     ]
     for name, scores in comparison.floors.items():
-        of_view = [scores.get(f"{m}_masked" if block.masked else m) for m in shown]
-        floor = [NONE if v is None else f"{v:.4f}" for v in of_view]
+        floor = [as_score(scores.get(f"{m}_masked" if block.masked else m)) for m in shown]
         rows.append([name, NONE, *floor, *[NONE] * len(TESTED)])
         marks.append([False] * len(rows[-1]))
     header = ["run", "seeds", *shown.values(), *(f"Δ {METRICS[m]} (p)" for m in TESTED)]
@@ -84,7 +89,7 @@ def _overall_table(comparison: Comparison, block: Block) -> Table:
 
 
 def _segment_table(comparison: Comparison, metric: str, masked: bool) -> Table:
-    """Rows and segments of one metric; no rows where no run has it."""
+    """Lay out one metric by segment; the table has no rows if no run has the metric."""
     blocks = [block for block in comparison.blocks if block.masked == masked]
     labels = [label for label in blocks[0].lines if metric in blocks[0].lines[label].scores]
     cells, best = _marked(
@@ -103,12 +108,12 @@ def _segment_table(comparison: Comparison, metric: str, masked: bool) -> Table:
     ]
     header = ["run", *(f"{block.segment} ({block.users:,})" for block in blocks)]
     name = (METRICS | LISTS)[metric]
-    told = (
+    reference = (
         f"the best by {METRICS[MAIN]}"
         if len({b.reference for b in blocks}) > 1
         else blocks[0].reference
     )
-    caption = f"† differs from {told} at p < {SIGNIFICANT}" if metric in TESTED else ""
+    caption = f"† differs from {reference} at p < {SIGNIFICANT}" if metric in TESTED else ""
     return Table(
         f"{comparison.data}: {name} by segment of users, {_view(masked)}",
         header,
@@ -119,16 +124,18 @@ def _segment_table(comparison: Comparison, metric: str, masked: bool) -> Table:
 
 
 def _cost_table(comparison: Comparison) -> Table:
+    """Lay out how each row was made and what it cost."""
     rows = [
         [
             e.label,
             e.method,
             " ".join(map(str, e.seeds)),
             e.backbone,
-            _number(e.trained_parameters, "{:,.0f}"),
-            _number(e.training_seconds, "{:.1f} min", 60),
-            _number(e.tokens_seen, "{:.1f} M", 1e6),
-            _number(e.peak_memory_mb, "{:.2f} GB", 1000),
+            as_count(e.trained_parameters),
+            # One unit for a whole column, where `as_duration` and `as_memory` choose it by size.
+            formatted(e.training_seconds, lambda seconds: f"{seconds / 60:.1f} min"),
+            formatted(e.tokens_seen, lambda tokens: f"{tokens / 1e6:.1f} M"),
+            formatted(e.peak_memory_mb, lambda megabytes: f"{megabytes / 1000:.2f} GB"),
             e.hardware,
         ]
         for e in comparison.entries
@@ -142,15 +149,18 @@ def _cost_table(comparison: Comparison) -> Table:
 def _marked(
     scores: Sequence[Sequence[Score | None]], metrics: Sequence[str] | Mapping[str, str]
 ) -> tuple[list[list[str]], list[list[bool]]]:
-    """Scores as text, and which are the best of their column (none of lists, none of one row)."""
+    """Write scores as text and mark the best of each column.
+
+    Metrics of recommendation lists have no best, nor has a table of one row.
+    """
     texts = [[_text(s, m) for s, m in zip(row, metrics, strict=True)] for row in scores]
     columns = list(zip(*scores, strict=True))
     top = [
-        max((f"{s.mean:.4f}" for s in column if s is not None), default="") for column in columns
+        max((as_score(s.mean) for s in column if s is not None), default="") for column in columns
     ]
     best = [
         [
-            len(scores) > 1 and m in METRICS and s is not None and f"{s.mean:.4f}" == highest
+            len(scores) > 1 and m in METRICS and s is not None and as_score(s.mean) == highest
             for s, m, highest in zip(row, metrics, top, strict=True)
         ]
         for row in scores
@@ -159,6 +169,7 @@ def _marked(
 
 
 def _text(score: Score | None, metric: str) -> str:
+    """Write mean ± deviation."""
     if score is None:
         return NONE
     form = "{:+.2f}" if metric == BIAS else "{:.4f}"
@@ -166,24 +177,23 @@ def _text(score: Score | None, metric: str) -> str:
     return form.format(score.mean) + deviation
 
 
-def _number(value: float | None, form: str, unit: float = 1.0) -> str:
-    return NONE if value is None else form.format(value / unit)
-
-
 def _view(masked: bool) -> str:
+    """Say whether the history is in the ranking."""
     return "history masked" if masked else "history not masked"
 
 
 def _against(test: Difference | None) -> str:
-    return NONE if test is None else f"{test.difference:+.4f} ({_probability(test.p)})"
+    """Write a difference and its p value."""
+    return NONE if test is None else f"{test.difference:+.4f} ({as_probability(test.p)})"
 
 
 def _dagger(test: Difference | None) -> str:
+    """Mark a significant difference."""
     return "†" if test is not None and test.p < SIGNIFICANT else ""
 
 
 def _verdict(block: Block) -> str:
-    """What the best is worth against its best rival, and what the differences are to."""
+    """Say by how much the best row leads its best rival, and what all rows are tested against."""
     if block.rival is None or not block.lead:
         return ""
     leads = ", ".join(f"{METRICS[m]} {_against(test)}" for m, test in block.lead.items())
@@ -195,7 +205,7 @@ def _verdict(block: Block) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """All tables and notes as Markdown."""
+    """Write all tables and notes as Markdown."""
     lines = [
         f"Data `{comparison.fingerprint}`; {comparison.protocol}.",
         "",
@@ -211,11 +221,12 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _cells(cells: Sequence[str]) -> str:
+    """Join cells into one line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def csv_text(comparison: Comparison) -> str:
-    """One record for each row, segment and view of the history, with everything that is known."""
+    """Write one CSV record for each row, segment and view of the history, with all numbers."""
     entries = {entry.label: entry for entry in comparison.entries}
     records = [
         _record(entries[label], line, block)
@@ -231,6 +242,7 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def _record(entry: Entry, line: Line, block: Block) -> dict[str, Any]:
+    """Collect the CSV record of one row in one block."""
     record: dict[str, Any] = {
         "run": entry.label,
         "method": entry.method,
@@ -250,7 +262,11 @@ def _record(entry: Entry, line: Line, block: Block) -> dict[str, Any]:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write ``.md`` or ``.csv``; ConfigError for another ending."""
+    """Write a comparison to a file, as Markdown or CSV by its ending.
+
+    Raises:
+        ConfigError: the name ends in neither ``.md`` nor ``.csv``.
+    """
     render = {".md": markdown, ".csv": csv_text}.get(path.suffix)
     if render is None:
         raise ConfigError(f"--out {path}: choose a name that ends in .md or .csv")

@@ -1,14 +1,14 @@
 """Search for the options of a recipe on validation: `l2rec tune`.
 
-A trial is a training with drawn options, selected by validation NDCG@10 over all users; the test
-split is never looked at. The first trial is the recipe as it is, where the spaces hold it: a search
-ends no worse than it began. Some follow that cover the spaces evenly (a Sobol sequence), then
-options are drawn by TPE, and a trial that stands below the median of the others at the same
-validation is stopped (Optuna's `TPESampler` and `MedianPruner`).
+A trial is a training with sampled options, judged by validation NDCG@10 over all users; the test
+split is never used. The first trial is the recipe itself, if the search spaces contain it, so a
+search ends no worse than it began. The next ones cover the spaces evenly (a Sobol sequence); after
+that, options are sampled by TPE, and a trial below the median of the others at the same validation
+is stopped (Optuna's `TPESampler` and `MedianPruner`).
 
 The folder holds the study (``study.db``), a folder for each trial while it runs, and ``best.yaml``,
-a recipe. A search that was killed goes on: with the finished trials as they are, and with the trial
-that was running from its last checkpoint.
+a recipe. A search that was killed can be resumed: finished trials count, and the trial that was
+running continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ if TYPE_CHECKING:
     import optuna
 
 STUDY = "l2rec"
+"""Name of the study in the database."""
 STARTUP = 5
-"""Trials before TPE, and finished before any is stopped."""
+"""Number of trials before TPE samples, and that must finish before any trial is stopped."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """``number``: its place in the search, from 1. ``options``: what was drawn. ``score``: best
-    validation NDCG@10, None if it failed.
+    """One trial of a search.
+
+    ``number``: its place in the search, from 1. ``options``: the sampled values by option.
+    ``score``: best validation NDCG@10, None if it failed. ``state``: why its training ended.
     """
 
     number: int
@@ -56,7 +59,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """``trials``: best first. ``recipe``: the file of the best."""
+    """The result of a search. ``trials``: best first. ``recipe``: file of the best trial."""
 
     trials: list[Trial]
     recipe: Path
@@ -73,17 +76,20 @@ def tune(
     search: Sequence[str] = (),
     seed: int = 0,
 ) -> Tuned:
-    """Finish ``trials`` trials, those of an earlier call included.
+    """Run trials until ``trials`` are finished, those of an earlier call included.
 
     Args:
-        recipe, overrides: what all trials have in common, as `load_recipe` takes them.
+        recipe, overrides: options that all trials share, as `load_recipe` takes them.
+        data: data set folder.
+        out: folder of the search; one that was interrupted is resumed.
         search: ``key=space``, a space being ``[low, high]``, ``[low, high, log]`` or
             ``{choose: [a, b]}``; by default the learning rate and the dropout of the recipe.
-        seed: of what is drawn; trials themselves are trained with the seed of the recipe.
+        seed: seed of the sampling; trials themselves are trained with the seed of the recipe.
 
     Raises:
         ConfigError: Optuna is not installed, or a space cannot be read.
-        CheckpointError: the folder holds the search of something else.
+        CheckpointError: the folder holds another search, or no search.
+        TrainingError: all trials failed.
     """
     try:
         import optuna
@@ -102,24 +108,24 @@ def tune(
     }
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _study(out, about)
-    first = [_own(base, spaces), *_even(spaces, STARTUP - 1, seed)]
-    taken_up_again = _take_up_again(study)
-    while (done := len(_told(study))) < trials:
-        # What is drawn depends on what is finished alone, so that a killed search draws the same.
-        if done < STARTUP and not taken_up_again:
+    first = [_recipe_values(base, spaces), *_even_points(spaces, STARTUP - 1, seed)]
+    requeued = _requeue_interrupted(study)
+    while (done := len(_ended_trials(study))) < trials:
+        # Sampling depends on the finished trials alone, so a resumed search samples the same.
+        if done < STARTUP and not requeued:
             study.enqueue_trial(first[done])
-        taken_up_again = False
+        requeued = False
         study.sampler = optuna.samplers.TPESampler(seed=seed + done, n_startup_trials=STARTUP)
         trial = study.ask()
-        drawn = {key: _draw(trial, key, space) for key, space in spaces.items()}
+        drawn = {key: _sample(trial, key, space) for key, space in spaces.items()}
         shown = ", ".join(f"{key}={value}" for key, value in drawn.items())
         progress.line(f"trial {done + 1} of {trials}: {shown}")
         config = load_recipe(recipe, [*overrides, *_assignments(drawn)])
         _run(study, trial, config, data, out / _folder(drawn), progress)
-    found = _told(study)
-    if found[0].score is None:
-        raise TrainingError(f"none of {len(found)} trials came to an end")
-    return Tuned(found, _write_best(out, recipe, overrides, found[0]))
+    ended = _ended_trials(study)
+    if ended[0].score is None:
+        raise TrainingError(f"none of {len(ended)} trials succeeded; see why above")
+    return Tuned(ended, _write_best(out, recipe, overrides, ended[0]))
 
 
 def _run(
@@ -130,7 +136,7 @@ def _run(
     folder: Path,
     progress: Progress,
 ) -> None:
-    """Train one trial and tell the study."""
+    """Train one trial, report its score to the study and delete its folder."""
     import optuna
 
     resume = (folder / "config.yaml").is_file()
@@ -161,7 +167,11 @@ def _run(
 
 
 def _spaces(search: Sequence[str]) -> dict[str, Any]:
-    """``key=space`` by key."""
+    """Parse ``key=space`` options.
+
+    Raises:
+        ConfigError: a space that cannot be read.
+    """
     spaces: dict[str, Any] = {}
     for one in search:
         key, sep, text = one.partition("=")
@@ -181,7 +191,7 @@ def _spaces(search: Sequence[str]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 (no dot) as a string; people who type it mean a number."""
+    """Convert numbers such as 1e-4 that YAML 1.1 reads as strings for want of a dot."""
     try:
         return float(value) if isinstance(value, str) and value != "log" else value
     except ValueError:
@@ -189,6 +199,7 @@ def _number(value: Any) -> Any:
 
 
 def _readable(space: Any) -> bool:
+    """Check that a parsed value is a search space."""
     if isinstance(space, Mapping):
         choices = space.get("choose")
         return len(space) == 1 and isinstance(choices, list) and len(choices) > 0
@@ -199,7 +210,7 @@ def _readable(space: Any) -> bool:
 
 
 def _default_spaces(base: RunConfig) -> dict[str, Any]:
-    """Around the recipe: what matters for every method."""
+    """Return spaces around the recipe's learning rate and, where it has one, its dropout."""
     lr = base.training.lr
     spaces: dict[str, Any] = {"training.lr": [lr / 5, lr * 5, "log"]}
     if "dropout" in type(base.model).model_fields:
@@ -207,25 +218,26 @@ def _default_spaces(base: RunConfig) -> dict[str, Any]:
     return spaces
 
 
-def _own(base: RunConfig, spaces: Mapping[str, Any]) -> dict[str, Any]:
-    """What the recipe itself has of each key, as Optuna keeps it; not what its space lacks."""
+def _recipe_values(base: RunConfig, spaces: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe's values, as Optuna stores them, of the keys whose space contains them."""
     values = base.model_dump(mode="json")
-    own: dict[str, Any] = {}
+    inside: dict[str, Any] = {}
     for key, space in spaces.items():
         value: Any = values
         for name in key.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(space, Mapping):
             if value in space["choose"]:
-                own[key] = json.dumps(value)
+                inside[key] = json.dumps(value)
         elif isinstance(value, int | float) and space[0] <= value <= space[1]:
-            own[key] = value
-    return own
+            inside[key] = value
+    return inside
 
 
-def _even(spaces: Mapping[str, Any], n: int, seed: int) -> list[dict[str, Any]]:
-    """``n`` points that cover the spaces evenly, as Optuna keeps them: random ones of so small a
-    number leave gaps.
+def _even_points(spaces: Mapping[str, Any], n: int, seed: int) -> list[dict[str, Any]]:
+    """Return ``n`` points that cover the spaces evenly, as Optuna stores them.
+
+    So few points drawn independently would leave gaps.
     """
     from scipy.stats import qmc
 
@@ -238,7 +250,7 @@ def _even(spaces: Mapping[str, Any], n: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _at(space: Any, share: float) -> Any:
-    """What lies at this share, from 0 to below 1, of a space."""
+    """Return the value at a share of a space; ``share``: from 0 to below 1."""
     if isinstance(space, Mapping):
         choices = space["choose"]
         return json.dumps(choices[int(share * len(choices))])
@@ -249,9 +261,10 @@ def _at(space: Any, share: float) -> Any:
     return round(value) if type(low) is int and type(high) is int else value
 
 
-def _draw(trial: optuna.Trial, key: str, space: Any) -> Any:
+def _sample(trial: optuna.Trial, key: str, space: Any) -> Any:
+    """Ask Optuna for a value of one option."""
     if isinstance(space, Mapping):
-        # Optuna takes scalars alone; anything else is drawn by its text.
+        # Optuna takes only scalars, so choices are passed as JSON text.
         texts = [json.dumps(choice) for choice in space["choose"]]
         return json.loads(str(trial.suggest_categorical(key, texts)))
     low, high, *log = space
@@ -261,11 +274,12 @@ def _draw(trial: optuna.Trial, key: str, space: Any) -> Any:
 
 
 def _assignments(drawn: Mapping[str, Any]) -> list[str]:
+    """Write sampled options as ``key=value`` overrides."""
     return [f"{key}={json.dumps(value)}" for key, value in drawn.items()]
 
 
 def _folder(drawn: Mapping[str, Any]) -> str:
-    """A name that says what was drawn: a trial that is taken up again finds its own."""
+    """Name a trial's folder after its options, so that a resumed trial finds its checkpoint."""
     return "trial-" + hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -273,6 +287,13 @@ def _folder(drawn: Mapping[str, Any]) -> str:
 
 
 def _study(out: Path, about: Mapping[str, Any]) -> optuna.Study:
+    """Open the study of a folder, or create it.
+
+    ``about``: everything that must be the same to resume a search.
+
+    Raises:
+        CheckpointError: the folder holds another search, or no search.
+    """
     import optuna
 
     if out.exists() and any(out.iterdir()) and not (out / "study.db").is_file():
@@ -285,20 +306,20 @@ def _study(out: Path, about: Mapping[str, Any]) -> optuna.Study:
         pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=3),
         load_if_exists=True,
     )
-    held = study.user_attrs.get("about")
-    if held is None:
+    saved = study.user_attrs.get("about")
+    if saved is None:
         study.set_user_attr("about", dict(about))
-    elif held != about:
-        key = next(key for key in about if held.get(key) != about[key])
+    elif saved != about:
+        key = next(key for key in about if saved.get(key) != about[key])
         raise CheckpointError(
-            f"{out} holds a search with {key} {held.get(key)!r}, this is {about[key]!r}; choose "
+            f"{out} holds a search with {key} {saved.get(key)!r}, this is {about[key]!r}; choose "
             "another --out"
         )
     return study
 
 
-def _take_up_again(study: optuna.Study) -> bool:
-    """A trial that was running when the search was killed is asked for again. Was there one?"""
+def _requeue_interrupted(study: optuna.Study) -> bool:
+    """Queue the trial that was running when the search was killed; say whether there was one."""
     import optuna
 
     waiting = bool(study.get_trials(states=(optuna.trial.TrialState.WAITING,)))
@@ -310,14 +331,14 @@ def _take_up_again(study: optuna.Study) -> bool:
     return waiting
 
 
-def _told(study: optuna.Study) -> list[Trial]:
-    """Trials that came to an end, be it a failure of the training; best first."""
+def _ended_trials(study: optuna.Study) -> list[Trial]:
+    """List trials that ended, failed trainings included, best first."""
     ended = (
         trial
         for trial in study.get_trials(deepcopy=False)
         if trial.state.is_finished() and "stopped" in trial.user_attrs
     )
-    found = [
+    trials = [
         Trial(
             number,
             {k: json.loads(v) if isinstance(v, str) else v for k, v in trial.params.items()},
@@ -326,17 +347,17 @@ def _told(study: optuna.Study) -> list[Trial]:
         )
         for number, trial in enumerate(ended, start=1)
     ]
-    return sorted(found, key=lambda trial: 1.0 if trial.score is None else -trial.score)
+    return sorted(trials, key=lambda trial: 1.0 if trial.score is None else -trial.score)
 
 
 def _validations(folder: Path) -> int:
-    """How often a trial that is taken up again was validated before it was killed."""
+    """Count the validations that a resumed trial had before it was killed."""
     log = folder / "metrics.jsonl"
     return log.read_text(encoding="utf-8").count('"event": "valid"') if log.is_file() else 0
 
 
 def _write_best(out: Path, recipe: str, overrides: Sequence[str], best: Trial) -> Path:
-    """A recipe that extends the one searched."""
+    """Write ``best.yaml``, a recipe that extends the one searched with the best options."""
     values = override_values([*overrides, *_assignments(best.options)])
     base = str(find_recipe(recipe).resolve()) if recipe.endswith((".yaml", ".yml")) else recipe
     path = out / "best.yaml"

@@ -1,8 +1,8 @@
-"""Exposures with what they led to, and what was known of users and items when a day began.
+"""Labelled exposures, and counters of users and items as they stood when each day began.
 
-Everything that is known of day d counts events of days before d alone, so that a feature can never
-hold what it is to predict: neither an event of the same day nor a later one, be the day one to
-train on or to test on. Days are UTC days of timestamps in seconds.
+Counters of day d count only events of days before d. So a feature never contains what the models
+are to predict: neither an event of the same day nor a later one, on training days as on test days.
+Days are UTC days of timestamps in seconds.
 """
 
 from __future__ import annotations
@@ -21,24 +21,30 @@ from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 
 DAY = 86_400.0
+"""Seconds of a day."""
 MOST_DAYS = 4000
+"""Longest log; a longer one has timestamps in another unit."""
 EXPOSURE, CLICK, REPLY = KINDS = ("exposure", "click", "reply")
+"""Event types of the study."""
 SMOOTHING = 20.0
-"""Exposures at the average rate that a rate is computed with besides its own."""
+"""Exposures at the average rate that are added to those of a user or item to compute a rate."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class DailyLog:
-    """E events, by user and then by time. ``user``, ``item``, ``day``: [E] int64, days since 1970.
-    ``time``: [E] float64 seconds. ``kind``: [E] int8 into `KINDS`.
+    """E events, sorted by user and then by time.
+
+    ``user``, ``item``: [E] int64. ``time``: [E] float64 seconds. ``day``: [E] int64 days since
+    1970. ``kind``: [E] int8, an index into `KINDS`.
     """
 
     user: Ints
     item: Ints
-    time: npt.NDArray[np.float64]
+    time: Doubles
     day: Ints
     kind: npt.NDArray[np.int8]
     n_users: int
@@ -50,15 +56,15 @@ class DailyLog:
         return int(self.day.min()), int(self.day.max())
 
     def of(self, kind: str) -> Ints:
-        """Which events are of a kind: rows, ascending."""
+        """Find the events of a kind: row numbers, ascending."""
         return np.flatnonzero(self.kind == KINDS.index(kind))
 
 
 def daily_log(dataset: Dataset) -> DailyLog:
-    """Exposures, clicks and replies of a data set; events of other types are left out.
+    """Read the exposures, clicks and replies of a data set; other event types are left out.
 
     Raises:
-        DataError: no event types, no exposures or no clicks, or timestamps that are no seconds.
+        DataError: no event types, no exposures or no clicks, or timestamps that are not seconds.
     """
     names = dataset.event_type_names
     missing = [name for name in (EXPOSURE, CLICK) if name not in names]
@@ -88,32 +94,34 @@ def daily_log(dataset: Dataset) -> DailyLog:
 
 @dataclass(frozen=True)
 class Exposures:
-    """n exposures, by user and time. ``user``, ``item``, ``day``: [n]. ``time``: [n] seconds.
-    ``labels``: [n, 2] float32, 1 where it was clicked, and where it was replied to.
+    """n exposures, sorted by user and time.
+
+    ``user``, ``item``: [n]. ``day``: [n] days since 1970. ``time``: [n] seconds. ``labels``:
+    [n, 2] float32, 1 if the exposure was clicked, and if it was replied to.
     """
 
     user: Ints
     item: Ints
     day: Ints
-    time: npt.NDArray[np.float64]
+    time: Doubles
     labels: Floats
 
     def __len__(self) -> int:
         return len(self.user)
 
     def take(self, rows: Ints) -> Exposures:
-        """Some of them."""
+        """Select rows."""
         return Exposures(
             self.user[rows], self.item[rows], self.day[rows], self.time[rows], self.labels[rows]
         )
 
 
 def exposures(log: DailyLog, *, cut: int, window: float = DAY) -> Exposures:
-    """All exposures with their labels.
+    """Label all exposures.
 
-    A click or reply belongs to the newest exposure of the same user to the same item before it, if
-    that is no longer ago than ``window`` seconds; one that belongs to none is no label. Of an
-    exposure before day ``cut``, what happened from that day on is not known yet.
+    A click or reply is a label of the newest earlier exposure of the same user to the same item, if
+    that is at most ``window`` seconds ago; otherwise it is ignored. Labels of exposures before day
+    ``cut`` ignore what happened on that day or later.
     """
     order = np.lexsort((log.kind, log.time, log.item, log.user))  # exposures first at equal times
     shown = log.kind[order] == 0
@@ -132,45 +140,51 @@ def exposures(log: DailyLog, *, cut: int, window: float = DAY) -> Exposures:
 
 
 class Counts:
-    """How often each key occurred before a day, in O(log events) a question."""
+    """Counts of keys before a day, each found in O(log events).
+
+    keys, days: [events] int64. period: the first and the last day.
+    """
 
     def __init__(self, keys: Ints, days: Ints, period: tuple[int, int]) -> None:
         self.first, self.span = period[0], period[1] - period[0] + 2
         self.sorted = np.sort(keys * self.span + (days - self.first))
 
     def _ends(self, keys: Ints, days: Ints) -> tuple[Ints, Ints]:
+        """Find the range in ``sorted`` of each key's events before its day."""
         day = np.clip(days - self.first, 0, self.span - 1)
         low = np.searchsorted(self.sorted, keys * self.span)
         return low, np.searchsorted(self.sorted, keys * self.span + day)
 
     def before(self, keys: Ints, days: Ints) -> Ints:
-        """[n] occurrences of keys [n] on days before ``days`` [n]."""
+        """Count occurrences [n] of keys [n] on days before ``days`` [n]."""
         low, high = self._ends(keys, days)
         return high - low
 
     def since_last(self, keys: Ints, days: Ints) -> Ints:
-        """[n] days since the key last occurred before the day, at least 1; 0 if it never did."""
+        """Return days [n] since the last occurrence before the day, at least 1; 0 if none."""
         low, high = self._ends(keys, days)
-        found = high > low
+        some = high > low
         last = np.zeros_like(high)
-        last[found] = self.sorted[high[found] - 1] % self.span + self.first
-        return np.where(found, days - last, 0)
+        last[some] = self.sorted[high[some] - 1] % self.span + self.first
+        return np.where(some, days - last, 0)
 
     def since_first(self, keys: Ints, days: Ints) -> Ints:
-        """[n] days since the key first occurred before the day, at least 1; 0 if it never did."""
+        """Return days [n] since the first occurrence before the day, at least 1; 0 if none."""
         low, high = self._ends(keys, days)
-        found = high > low
+        some = high > low
         first = np.zeros_like(high)
-        first[found] = self.sorted[low[found]] % self.span + self.first
-        return np.where(found, days - first, 0)
+        first[some] = self.sorted[low[some]] % self.span + self.first
+        return np.where(some, days - first, 0)
 
 
 class Known:
-    """What is known of users, items and pairs when a day begins.
+    """Counters of users, items and pairs as a day begins.
 
     Args:
-        log: all events. fields: values [N] int64 of each attribute of items, from 0 on.
-        average: before which day the average rates are taken, that rates of few exposures lean to.
+        log: all events.
+        fields: values [N] int64 of each attribute of items, from 0 on.
+        average: day before which the average rates are taken; rates of few exposures are smoothed
+            towards them.
     """
 
     def __init__(self, log: DailyLog, fields: Mapping[str, Ints], average: int) -> None:
@@ -185,6 +199,7 @@ class Known:
         self.rates = [int((early == kind).sum()) / shown for kind in (1, 2)]
 
     def _crossed(self, name: str, user: Ints | None = None, item: Ints | None = None) -> Ints:
+        """Number the pairs of a user and an attribute's value; by default those of all events."""
         values = self.fields[name]
         user = self.log.user if user is None else user
         item = self.log.item if item is None else item
@@ -192,11 +207,12 @@ class Known:
         return crossed
 
     def _count(self, keys: Ints) -> list[Counts]:
+        """Count keys [E] separately for each kind of event."""
         rows = [self.log.of(kind) for kind in KINDS]
         return [Counts(keys[at], self.log.day[at], self.log.days) for at in rows]
 
     def _volumes(self, counts: Sequence[Counts], keys: Ints, days: Ints) -> list[Floats]:
-        """log(1 + n) of exposures, clicks, replies; then rates of clicks and of replies."""
+        """Compute log(1 + n) of exposures, clicks, replies; then rates of clicks and replies."""
         n = [count.before(keys, days) for count in counts]
         rates = [
             (n[kind] + SMOOTHING * self.rates[kind - 1]) / (n[0] + SMOOTHING) for kind in (1, 2)
@@ -217,20 +233,23 @@ class Known:
         }
 
     def users(self, users: Ints, days: Ints) -> Floats:
-        """[n, K] float32 of users [n] on days [n]."""
+        """Compute features [n, K] float32 of users [n] on days [n]."""
         since = self._by_user[1].since_last(users, days)
         columns = [*self._volumes(self._by_user, users, days), np.log1p(since)]
         return np.stack(columns, axis=1).astype(np.float32)
 
     def items(self, items: Ints, days: Ints) -> Floats:
-        """[n, K] float32 of items [n] on days [n]."""
+        """Compute features [n, K] float32 of items [n] on days [n]."""
         shown = self._by_item[0]
         age, since = shown.since_first(items, days), shown.since_last(items, days)
         columns = [*self._volumes(self._by_item, items, days), np.log1p(age), np.log1p(since)]
         return np.stack([*columns, age == 0], axis=1).astype(np.float32)
 
     def pairs(self, users: Ints, items: Ints, days: Ints) -> Floats:
-        """[n, K] float32: what users [n] saw and clicked of items [n], and of what is like them."""
+        """Compute features [n, K] float32 of pairs of users [n] and items [n] on days [n].
+
+        They count what the user saw and clicked of the item, and of items with the same attribute.
+        """
         keys = [users * self.log.n_items + items]
         keys += [self._crossed(name, users, items) for name in self.fields]
         counts = [self._by_pair, *self._by_field.values()]
@@ -242,21 +261,24 @@ class Known:
         return np.stack(columns, axis=1).astype(np.float32)
 
     def shown_before(self, items: Ints, days: Ints) -> npt.NDArray[np.bool_]:
-        """[n] whether items [n] were shown to anybody before days [n]."""
+        """Tell which items [n] were shown to anybody before days [n]: [n] bool."""
         return self._by_item[0].before(items, days) > 0
 
     def item_clicks(self, items: Ints, days: Ints) -> Ints:
-        """[n] clicks of items [n] before days [n]."""
+        """Count clicks [n] of items [n] before days [n]."""
         return self._by_item[1].before(items, days)
 
     def histories(self, users: Ints, days: Ints, limit: int) -> Ragged:
-        """n rows: the ``limit`` newest items users [n] clicked before days [n], oldest first."""
+        """Gather the ``limit`` newest items that users [n] clicked before days [n].
+
+        Returns n rows, oldest item first.
+        """
         starts = np.searchsorted(self.log.user[self.clicks], users)
         lengths = self.n_clicks(users, days)
-        kept = np.minimum(lengths, limit)
+        newest = np.minimum(lengths, limit)
         clicked = Ragged(self.log.item[self.clicks], np.array([0, len(self.clicks)]))
-        return clicked.gather(starts + lengths - kept, kept)
+        return clicked.gather(starts + lengths - newest, newest)
 
     def n_clicks(self, users: Ints, days: Ints) -> Ints:
-        """[n] clicks of users [n] before days [n]."""
+        """Count clicks [n] of users [n] before days [n]."""
         return self._by_user[1].before(users, days)

@@ -1,8 +1,8 @@
 """DLRM: Deep Learning Recommendation Model for Personalization and Recommendation Systems.
 
-Naumov, Mudigere, Shi et al. 2019, https://arxiv.org/abs/1906.00091, section 2. The ranking stage
-of a production system, and the "DLRM-based matching system" that L2Rec's vectors are fed into
-(L2Rec, section 3.6).
+Naumov, Mudigere, Shi et al. 2019, https://arxiv.org/abs/1906.00091, section 2. Here it is the
+ranking stage of a production system, and the "DLRM-based matching system" that reads L2Rec's
+vectors (L2Rec, section 3.6).
 
     x_0      = MLP_bottom(dense)                     all dense features of a pair   [B, d]
     x_f      = W_f[id]                               a categorical feature, one row [B, d]
@@ -20,15 +20,16 @@ Matching form, whose scores are inner products, so that it can be indexed (publi
                + softmax CE of what was clicked among the items of the batch, s(u, i) - log Q(i)
 
 with Q(i) the share of i among training exposures, from which the batch is drawn (Yi et al.:
-Sampling-Bias-Corrected Neural Modeling, RecSys '19). a, b are vectors of user and item that were
-made elsewhere and stay frozen. In the ranking stage they are dense features, as are their cosine
-and their elementwise product; between two towers cosine and product are the weights w, which
-start at zero. Without frozen vectors the term is not there, and nothing else differs.
+Sampling-Bias-Corrected Neural Modeling, RecSys '19). a, b are vectors of user and item that another
+model encoded and that stay frozen. In the ranking stage they are dense features, as are their
+cosine and their elementwise product; between the towers, cosine and product enter through the
+weights w, which start at zero. Without frozen vectors that term is missing, and nothing else
+differs.
 
 Deviations from the public code:
 
-- All tables are one, its rows found by offsets; ids are looked up at once, whatever their number.
-- Towers see the vectors besides their dot products: of dots alone no direction could be told.
+- All embedding tables are one matrix; offsets find the rows, and all ids are looked up at once.
+- Towers read the vectors beside their dot products, because dot products alone have no direction.
 - Smaller MLPs than 512-256-64 and 512-256, Adam instead of SGD, because logs here are smaller.
 - Two tasks that share everything but the last layer's rows.
 - Items of a batch are negatives with the features of the day that they were shown on.
@@ -50,12 +51,11 @@ from torch.nn import functional as F
 from l2rec.protocols import Losses
 
 USER, ITEM = 0, 1
-"""Tables of the user's hash and of the item's id (histories are rows of it); then attributes."""
-
-
+"""First embedding tables: of user hashes and of item ids (histories are rows of it). Those of
+attributes follow."""
 PACE = 10.0
-"""w is so many times its parameter, and under Adam so much faster: it starts at zero and has to
-come near one before vectors of unit length count as much as those of the towers."""
+"""Ratio of w to its parameter: under Adam w moves so many times faster. It starts at zero and has
+to come near one before vectors of unit length count as much as those of the towers."""
 
 
 class DLRMConfig(BaseModel):
@@ -64,7 +64,7 @@ class DLRMConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dim: int = Field(16, ge=1)
-    """Numbers of an embedding, d."""
+    """Size of an embedding, d."""
     bottom: tuple[int, ...] = (128, 64)
     """Widths of the bottom MLP before its last layer, which is d wide."""
     top: tuple[int, ...] = (128, 64)
@@ -72,17 +72,18 @@ class DLRMConfig(BaseModel):
     tower: tuple[int, ...] = (256, 64)
     """Widths of a tower's MLP; the last is the size of its vectors."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Of the dense features."""
+    """Dropout of the dense features."""
     temperature: float = Field(0.1, gt=0)
+    """Temperature tau of the matching scores."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What is known of B users, items or pairs.
+    """Features of B users, items or pairs.
 
-    dense: [B, K] float32, standardised. ids: [B, F] int64, a row of each of F tables.
-    history, starts: [total] int64 rows of the item table, and where each of B bags begins [B + 1];
-    None for items.
+    ``dense``: [B, K] float32, standardised. ``ids``: [B, F] int64, a row of each of F tables.
+    ``history``, ``starts``: [total] int64 rows of the item table, and where each of B histories
+    begins [B + 1]; None for items.
     """
 
     dense: Tensor
@@ -92,14 +93,17 @@ class Features:
 
 
 def pairwise_dots(vectors: Tensor) -> Tensor:
-    """[B, F, d] -> <x_f, x_g> of all f < g, [B, F (F - 1) / 2], ordered by f, then g."""
+    """Compute <x_f, x_g> of all f < g: [B, F, d] -> [B, F (F - 1) / 2], ordered by f, then g."""
     count = vectors.shape[1]
     f, g = torch.triu_indices(count, count, offset=1, device=vectors.device)
     return torch.bmm(vectors, vectors.transpose(1, 2))[:, f, g]
 
 
 def mlp(widths: Sequence[int], *, end: bool = False) -> nn.Sequential:
-    """Linear layers with ReLU between them; ``end``: after the last too. Public DLRM's start."""
+    """Build linear layers with ReLU between them, initialised as in the public DLRM code.
+
+    ``end``: ReLU after the last layer too.
+    """
     layers: list[nn.Module] = []
     for inner, outer in pairwise(widths):
         linear = nn.Linear(inner, outer)
@@ -110,7 +114,7 @@ def mlp(widths: Sequence[int], *, end: bool = False) -> nn.Sequential:
 
 
 class Tables(nn.Module):
-    """Embedding tables of ``sizes`` rows in one, table after table."""
+    """Embedding tables of ``sizes`` rows in one matrix, one below the other."""
 
     def __init__(self, sizes: Sequence[int], dim: int) -> None:
         super().__init__()
@@ -123,24 +127,27 @@ class Tables(nn.Module):
         self.offsets: Tensor
 
     def forward(self, ids: Tensor, first: int = 0) -> Tensor:
-        """ids: [B, F] of the F tables from ``first`` on -> [B, F, d]."""
+        """Look up ids [B, F] in the F tables from ``first`` on -> [B, F, d]."""
         rows: Tensor = self.rows(ids + self.offsets[first : first + ids.shape[1]])
         return rows
 
     def mean(self, values: Tensor, starts: Tensor, table: int) -> Tensor:
-        """Mean row of each bag [B, d], zero for an empty one. values: [total]. starts: [B + 1]."""
-        found: Tensor = F.embedding_bag(
+        """Average the rows of each history: [B, d], zero for an empty one.
+
+        values: [total] rows of ``table``. starts: [B + 1].
+        """
+        means: Tensor = F.embedding_bag(
             values + self.offsets[table],
             self.rows.weight,
             starts,
             mode="mean",
             include_last_offset=True,
         )
-        return found
+        return means
 
 
 class _Side(nn.Module):
-    """Features -> the vectors x [B, F, d]: dense, then the history if there is one, then ids."""
+    """Embedding of features as vectors x: dense, then the history if there is one, then ids."""
 
     def __init__(self, config: DLRMConfig, dense: int, first: int) -> None:
         super().__init__()
@@ -149,6 +156,7 @@ class _Side(nn.Module):
         self.first = first
 
     def forward(self, features: Features, tables: Tables) -> Tensor:
+        """Compute x [B, F, d]."""
         vectors = [self.bottom(self.drop(features.dense))[:, None]]
         if features.history is not None and features.starts is not None:
             vectors.append(tables.mean(features.history, features.starts, ITEM)[:, None])
@@ -160,33 +168,35 @@ class DLRM(nn.Module):
     """The ranking stage.
 
     Args:
-        config: options. sizes: rows of each table (users, items, attributes ...). dense: K, of a
-        pair. tasks: logits.
+        config: options.
+        sizes: rows of each embedding table (users, items, attributes ...).
+        dense: number K of dense features of a pair.
+        tasks: number of logits.
     """
 
     def __init__(
         self, config: DLRMConfig, sizes: Sequence[int], dense: int, tasks: int = 2
     ) -> None:
         super().__init__()
-        # The tables first: with the same seed they start alike, whatever K is.
+        # Tables come first so that with the same seed they start alike, whatever K is.
         self.tables = Tables(sizes, config.dim)
         count = len(sizes) + 2  # the dense vector and the history's
         self.top = mlp((config.dim + count * (count - 1) // 2, *config.top, tasks))
         self.side = _Side(config, dense, USER)
 
     def start_at(self, log_odds: Tensor) -> None:
-        """Begin with the tasks' average log odds [tasks] as the last bias."""
+        """Set the last bias to the tasks' average log odds [tasks]."""
         with torch.no_grad():
             self.top[-1].bias.copy_(log_odds)  # type: ignore[operator]
 
     def forward(self, pairs: Features) -> Tensor:
-        """Logits [B, tasks]."""
+        """Compute logits [B, tasks]."""
         vectors = self.side(pairs, self.tables)
         logits: Tensor = self.top(torch.cat((vectors[:, 0], pairwise_dots(vectors)), dim=1))
         return logits
 
     def loss(self, pairs: Features, labels: Tensor) -> Losses:
-        """Sum of the tasks' mean cross-entropies. labels: [B, tasks] float32 of 0 and 1."""
+        """Sum the tasks' mean cross-entropies. labels: [B, tasks] float32 of 0 and 1."""
         return _tasks_loss(self(pairs), labels)
 
 
@@ -194,8 +204,11 @@ class TwoTower(nn.Module):
     """The matching stage.
 
     Args:
-        config: options. sizes: rows of each table. user_dense, item_dense: dense features of
-        each. frozen: size of the frozen vectors, 0 for none. tasks: logits of an exposure.
+        config: options.
+        sizes: rows of each embedding table.
+        user_dense, item_dense: numbers of dense features.
+        frozen: size of the frozen vectors, 0 for none.
+        tasks: number of logits of an exposure.
     """
 
     def __init__(
@@ -220,33 +233,36 @@ class TwoTower(nn.Module):
         self.weights = nn.Parameter(torch.zeros(frozen)) if frozen else None
 
     def start_at(self, log_odds: Tensor) -> None:
-        """Begin with the tasks' average log odds [tasks]."""
+        """Set beta to the tasks' average log odds [tasks]."""
         with torch.no_grad():
             self.beta.copy_(log_odds)
 
     def users(self, features: Features, frozen: Tensor | None = None) -> Tensor:
-        """[B, h + D]: p_u, and the frozen vectors [B, D] times w; [B, h] without them."""
+        """Encode users: p_u and the frozen vectors times w, [B, h + D]; without them [B, h]."""
         vectors = self.user_side(features, self.tables)
-        own = F.normalize(self.user_top(_tower_input(vectors)), dim=-1)
+        p = F.normalize(self.user_top(_tower_input(vectors)), dim=-1)
         if self.weights is None or frozen is None:
-            return own
-        return torch.cat((own, frozen * (PACE * self.weights)), dim=1)
+            return p
+        return torch.cat((p, frozen * (PACE * self.weights)), dim=1)
 
     def items(self, features: Features, frozen: Tensor | None = None) -> Tensor:
-        """[B, h + D]: q_i and the frozen vectors; scores are inner products with ``users``."""
+        """Encode items: q_i and the frozen vectors, [B, h + D]; without them [B, h].
+
+        Scores are inner products with the result of `users`.
+        """
         vectors = self.item_side(features, self.tables)
-        own = F.normalize(self.item_top(_tower_input(vectors)), dim=-1)
+        q = F.normalize(self.item_top(_tower_input(vectors)), dim=-1)
         if self.weights is None or frozen is None:
-            return own
-        return torch.cat((own, frozen), dim=1)
+            return q
+        return torch.cat((q, frozen), dim=1)
 
     def loss(
         self, users: Tensor, items: Tensor, labels: Tensor, ids: Tensor, log_q: Tensor
     ) -> Losses:
-        """Of exposures: row n is what user n was shown and did.
+        """Compute the loss of B exposures: user n was shown item n.
 
-        users, items: [B, h] of `users` and `items`. labels: [B, tasks] float32, clicks first.
-        ids: [B] which item. log_q: [B] log Q of it.
+        users, items: [B, h + D] results of `users` and `items`. labels: [B, tasks] float32, clicks
+        first. ids: [B] item ints. log_q: [B] log Q of each item.
         """
         logits = (users * items).sum(1)[:, None] * self.alpha + self.beta
         tasks = _tasks_loss(logits, labels)
@@ -256,30 +272,34 @@ class TwoTower(nn.Module):
 
 
 def matching_loss(scores: Tensor, clicked: Tensor, ids: Tensor, log_q: Tensor) -> Tensor:
-    """Softmax cross-entropy of clicked items among those of the batch, corrected for how often
-    they are drawn: mean over clicks, 0 without any.
+    """Compute the softmax cross-entropy of clicked items among the items of the batch.
+
+    Scores are corrected for how often an item is drawn. Mean over clicks, 0 without any. Other rows
+    of the clicked item are not negatives.
 
     scores: [C, B] of the C clicked rows. clicked: [B] bool. ids: [B] item ints. log_q: [B].
-    Other rows of the same item are no negatives.
     """
-    own = clicked.nonzero()[:, 0]  # [C] column of each row's own item
-    if not len(own):
+    positives = clicked.nonzero()[:, 0]  # [C] column of each row's clicked item
+    if not len(positives):
         return scores.sum()
     columns = torch.arange(len(ids), device=ids.device)
-    same = (ids[own][:, None] == ids[None]) & (columns[None] != own[:, None])
+    same = (ids[positives][:, None] == ids[None]) & (columns[None] != positives[:, None])
     corrected = (scores - log_q).masked_fill(same, float("-inf"))
-    return F.cross_entropy(corrected, own)
+    return F.cross_entropy(corrected, positives)
 
 
 def _tower_inputs(count: int, dim: int) -> int:
+    """Return the width of a tower's input for ``count`` vectors."""
     return count * dim + count * (count - 1) // 2
 
 
 def _tower_input(vectors: Tensor) -> Tensor:
+    """Join vectors [B, F, d] and their dot products."""
     return torch.cat((vectors.flatten(1), pairwise_dots(vectors)), dim=1)
 
 
 def _tasks_loss(logits: Tensor, labels: Tensor) -> Losses:
+    """Sum the tasks' mean cross-entropies. logits, labels: [B, tasks]."""
     each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)
     parts = {f"task{n}": value.detach() for n, value in enumerate(each)}
     return Losses(each.sum(), parts)

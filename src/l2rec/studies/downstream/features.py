@@ -1,6 +1,26 @@
-"""What both arms read: exposures by day, features, and the vectors of one of them."""
+"""Inputs of both arms: periods of days, features of users, items and exposures, held-out clicks.
+
+daily log ── Known ──┐                  ┌─ Arm(treated=False) ─ Features without vectors
+                     ├─ Table of states ┤
+vectors ─── Frozen ──┘                  └─ Arm(treated=True)  ─ Features with vectors
+"""
 
 from __future__ import annotations
+
+__all__ = [
+    "Arm",
+    "Clicks",
+    "Days",
+    "Scores",
+    "States",
+    "Table",
+    "as_date",
+    "as_tensor",
+    "attributes",
+    "periods",
+    "row_blocks",
+    "user_hash",
+]
 
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +39,30 @@ from l2rec.errors import DataError
 from l2rec.metrics import expected_ranks
 from l2rec.protocols import Progress
 from l2rec.runs.machine import device
-from l2rec.studies.downstream.daily import DAY, Known, daily_log, exposures
+from l2rec.studies.downstream.daily import (
+    DAY,
+    Doubles,
+    Exposures,
+    Ints,
+    Known,
+    daily_log,
+    exposures,
+)
 from l2rec.studies.downstream.dlrm import Features
-from l2rec.studies.downstream.options import Doubles, DownstreamConfig, Ints
+from l2rec.studies.downstream.options import DownstreamConfig
 from l2rec.studies.downstream.vectors import Frozen
+
+Moments = tuple[Tensor, Tensor]
+"""Shift and scale [K] of dense features."""
+Scores = Callable[["States"], Callable[[Ints], Tensor]]
+"""C candidates of a day -> a function of B user states, whose scores are [B, C]."""
 
 
 @dataclass(frozen=True)
 class Days:
-    """Days since 1970: first to train on, the one that chooses, first of the test, last."""
+    """Days since 1970: the first to train on, the one that chooses the epoch, the first to test
+    on, and the last.
+    """
 
     train: int
     choose: int
@@ -35,7 +70,7 @@ class Days:
     last: int
 
     def named(self) -> dict[str, str]:
-        """What each period is, in dates."""
+        """Write each period as its first and last date."""
         spans = {
             "train": (self.train, self.choose - 1),
             "choose": (self.choose, self.choose),
@@ -50,7 +85,9 @@ def as_date(day: int) -> str:
 
 
 def periods(until: float, last: int, test_days: int) -> Days:
-    """Training begins on the first day after the newest event that the vectors know.
+    """Divide the days of a log: training begins on the day after the newest event of the vectors.
+
+    ``until``: seconds, that newest event. ``last``: last day of the log, since 1970.
 
     Raises:
         DataError: no day is left to train on.
@@ -69,8 +106,11 @@ def periods(until: float, last: int, test_days: int) -> Days:
 
 @dataclass
 class States:
-    """S users or items as a day begins. owner, day: [S]. dense: [S, K] float32, not scaled.
-    ids: [S, F] int64. vectors: [S] rows of the table's frozen vectors. histories: of users.
+    """S users or items, each as a day begins.
+
+    ``owner``: [S] user or item ints. ``day``: [S] days since 1970. ``dense``: [S, K] float32, not
+    scaled. ``ids``: [S, F] int64 rows of the embedding tables. ``vectors``: [S] rows of the
+    table's frozen vectors. ``histories``: S rows of users, None for items.
     """
 
     owner: Ints
@@ -82,7 +122,7 @@ class States:
 
 
 def user_hash(users: Ints, buckets: int) -> Ints:
-    """Buckets [n] of user ints, by splitmix64: near ints are far apart."""
+    """Hash user ints into buckets [n] by splitmix64, which spreads consecutive ints evenly."""
     x = users.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -92,22 +132,46 @@ def user_hash(users: Ints, buckets: int) -> Ints:
 def attributes(
     catalog: Catalog, names: Sequence[str] | None = None, most: int = 5000
 ) -> dict[str, Ints]:
-    """Values [N] from 0 on of catalog fields, in order of their first item.
+    """Number the values of catalog fields, from 0 in alphabetical order: field -> [N] int64.
 
-    Without ``names``: the fields of at most ``most`` values that four items share on average.
+    Without ``names``: all fields with 2 to ``most`` values that four items share on average.
+
+    Raises:
+        DataError: no such field.
     """
-    found = {}
+    values_of = {}
     for name in catalog.fields if names is None else names:
         column = np.array(catalog.field(name), dtype=object)
         _, values = np.unique(column.astype(str), return_inverse=True)
         count = int(values.max(initial=-1)) + 1
         if names is not None or (1 < count <= most and 4 * count <= len(values)):
-            found[name] = values.astype(np.int64)
-    return found
+            values_of[name] = values.astype(np.int64)
+    return values_of
+
+
+def as_tensor(values: npt.NDArray[Any]) -> Tensor:
+    """Put an array on the device."""
+    return torch.from_numpy(values).to(device())
+
+
+def row_blocks(rows: Ints, size: int = 8192) -> Iterator[Ints]:
+    """Split row numbers into blocks."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 class Table:
-    """Everything the stages read, once for all arms and seeds."""
+    """Exposures, labels, features and vectors that both stages read, for all arms and seeds.
+
+    Args:
+        dataset: a log of exposures, clicks and replies.
+        config: options.
+        make: source of the vectors, from `vectors_of_run` or `vectors_of_files`.
+        until: seconds, the newest event that the vectors know.
+
+    Raises:
+        DataError: too few days, or a period without clicks or without exposures that were not
+            clicked.
+    """
 
     def __init__(
         self,
@@ -118,7 +182,8 @@ class Table:
         progress: Progress,
     ) -> None:
         log = daily_log(dataset)
-        self.config, self.n_items = config, dataset.n_items
+        self.config = config
+        self.n_users, self.n_items = dataset.n_users, dataset.n_items
         self.days = periods(until, log.days[1], config.test_days)
         days = self.days
         shown = exposures(log, cut=days.test, window=3600 * config.window_hours)
@@ -146,6 +211,7 @@ class Table:
         self._tables(progress)
 
     def _tables(self, progress: Progress) -> None:
+        """Compute the states, features and labels of all exposures."""
         shown = self.shown
         span = self.days.last + 1
         progress.line(
@@ -171,8 +237,12 @@ class Table:
         self.log_odds = as_tensor(np.log(rates / (1 - rates)))
         self.clicks = {name: Clicks.of(self, self.parts[name]) for name in ("choose", "test")}
 
+    def shown_in(self, part: str) -> Exposures:
+        """Select the exposures of a period: ``train``, ``choose`` or ``test``."""
+        return self.shown.take(self.parts[part])
+
     def user_states(self, users: Ints, days: Ints) -> States:
-        """Users as days begin."""
+        """Describe users [S] as days [S] begin."""
         return States(
             users,
             days,
@@ -183,8 +253,10 @@ class Table:
         )
 
     def item_states(self, items: Ints, days: Ints) -> States:
-        """Items as days begin. The first row of the item table stands for items that nobody had
-        been shown by then, and for those whose own row is not trained.
+        """Describe items [S] as days [S] begin.
+
+        Row 0 of the item embeddings stands for items that nobody had been shown before the day, and
+        for those whose row no training exposure would train.
         """
         seen = self.known.shown_before(items, days) & self.trained[items]
         ids = [np.where(seen, items + 1, 0), *(values[items] for values in self.fields.values())]
@@ -198,10 +270,10 @@ class Table:
 
 
 class Arm:
-    """What one arm sees of the table: dense features, scaled on the training days.
+    """The table as one arm reads it: dense features scaled on the training days.
 
-    Counters and the cosine are standardised, column by column. Vectors and their product are
-    divided by their mean length: as many standardised columns would drown the counters.
+    Counters and the cosine are standardised column by column. Vectors and their product are divided
+    by their mean length, because so many standardised columns would outweigh the counters.
     """
 
     def __init__(self, table: Table, treated: bool) -> None:
@@ -218,6 +290,7 @@ class Arm:
         )
 
     def _user_dense(self, at: Ints) -> Tensor:
+        """Gather the dense features of user states, and in the treatment their vectors."""
         users = self.table.users
         parts = [users.dense[at]]
         if self.treated:
@@ -225,13 +298,17 @@ class Arm:
         return torch.cat(parts, dim=1)
 
     def _item_dense(self, states: States, at: Ints) -> Tensor:
+        """Gather the dense features of item states, and in the treatment their vectors."""
         parts = [states.dense[at]]
         if self.treated:
             parts.append(self.table.item_vectors[states.vectors[at]])
         return torch.cat(parts, dim=1)
 
     def _pair_dense(self, rows: Ints) -> Tensor:
-        """[B, K]: users, items, pairs; and of the treatment cos(a, b), a, b and a b."""
+        """Gather dense features [B, K] of exposures: of users, items and pairs.
+
+        In the treatment cos(a, b), a, b and their elementwise product follow.
+        """
         t = self.table
         user, item = t.user_row[rows], t.item_row[rows]
         parts = [t.users.dense[user], t.items.dense[item], t.cross[rows]]
@@ -241,54 +318,44 @@ class Arm:
         return torch.cat(parts, dim=1)
 
     def pair_vectors(self, rows: Ints) -> tuple[Tensor, Tensor]:
-        """Frozen vectors [B, D] of users and of items."""
+        """Gather the frozen vectors [B, D] of users and of items of exposures."""
         t = self.table
         users, items = t.users.vectors[t.user_row[rows]], t.items.vectors[t.item_row[rows]]
         return t.user_vectors[users], t.item_vectors[items]
 
     def _bags(self, at: Ints) -> tuple[Tensor, Tensor]:
+        """Gather the histories of user states, as values and offsets."""
         assert self.table.users.histories is not None
         taken = self.table.users.histories.take(at)
-        # Row 0 of the item table is "new"; histories hold items that were shown.
+        # Row 0 of the item embeddings means "new"; a history contains only items that were shown.
         return as_tensor(taken.values.astype(np.int64) + 1), as_tensor(taken.offsets)
 
     def pairs(self, rows: Ints) -> Features:
-        """Exposures for the ranking stage."""
+        """Gather the features of exposures for the ranking stage."""
         t = self.table
         user, item = t.user_row[rows], t.item_row[rows]
         ids = torch.cat((t.users.ids[user], t.items.ids[item]), dim=1)
         return Features(_standard(self._pair_dense(rows), self.moments), ids, *self._bags(user))
 
     def of_users(self, at: Ints) -> tuple[Features, Tensor | None]:
-        """User states for their tower, and the frozen vectors."""
+        """Gather user states for the user tower, with frozen vectors [B, D] in the treatment."""
         users = self.table.users
         dense = _standard(self._user_dense(at), self.user_moments)
         frozen = self.table.user_vectors[users.vectors[at]] if self.treated else None
         return Features(dense, users.ids[at], *self._bags(at)), frozen
 
     def of_items(self, states: States, at: Ints) -> tuple[Features, Tensor | None]:
-        """Item states for their tower, and the frozen vectors."""
+        """Gather item states for the item tower, with frozen vectors [B, D] in the treatment."""
         dense = _standard(self._item_dense(states, at), self.item_moments)
         frozen = self.table.item_vectors[states.vectors[at]] if self.treated else None
         return Features(dense, states.ids[at]), frozen
 
 
-Moments = tuple[Tensor, Tensor]
-
-
-def as_tensor(values: npt.NDArray[Any]) -> Tensor:
-    """Put an array on the device."""
-    return torch.from_numpy(values).to(device())
-
-
-def row_blocks(rows: Ints, size: int = 8192) -> Iterator[Ints]:
-    """Take rows apart in blocks."""
-    return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
 def _moments(blocks: Iterator[Tensor], size: int) -> Moments:
-    """Shift and scale [K] of the columns of all blocks: mean and deviation of counters; no shift
-    and the mean length of each of the vectors of ``size`` columns that follow them.
+    """Compute shift and scale [K] of the columns of all blocks.
+
+    Counters come first: their mean and deviation. Vectors of ``size`` columns follow: no shift, and
+    the root of each vector's mean squared length.
     """
     count, total, squares = 0, Tensor(), Tensor()
     for block in blocks:
@@ -306,16 +373,16 @@ def _moments(blocks: Iterator[Tensor], size: int) -> Moments:
 
 
 def _standard(dense: Tensor, moments: Moments) -> Tensor:
+    """Shift and scale dense features [B, K]."""
     return (dense - moments[0]) / moments[1]
-
-
-Scores = Callable[[States], Callable[[Ints], Tensor]]
-"""C candidates of a day -> a function of B user states, whose scores are [B, C]."""
 
 
 @dataclass(frozen=True)
 class Clicks:
-    """Held-out clicks, and on each day the items that had appeared by its end."""
+    """n held-out clicks, and the candidates of each day: items that had appeared by its end.
+
+    ``user``, ``item``, ``day``: [n]. ``state``: [n] rows of the table's user states.
+    """
 
     user: Ints
     state: Ints
@@ -325,6 +392,7 @@ class Clicks:
 
     @classmethod
     def of(cls, table: Table, rows: Ints) -> Clicks:
+        """Select the clicked exposures among ``rows``."""
         rows = rows[table.shown.labels[rows, 0] > 0]
         shown, candidates = table.shown, {}
         for day in np.unique(shown.day[rows]):
@@ -335,12 +403,12 @@ class Clicks:
         )
 
     def ranks(self, scores: Scores) -> Doubles:
-        """Expected rank [n] of each click among all candidates of its day, from 1."""
-        found = np.zeros(len(self.item))
+        """Rank each click among all candidates of its day: expected rank [n], from 1."""
+        ranks = np.zeros(len(self.item))
         for day, states in self.candidates.items():
             of_users = scores(states)
             for part in row_blocks(np.flatnonzero(self.day == day), 512):
                 columns = np.searchsorted(states.owner, self.item[part])
                 rows = of_users(self.state[part])
-                found[part] = expected_ranks(rows, torch.from_numpy(columns)).numpy()
-        return found
+                ranks[part] = expected_ranks(rows, torch.from_numpy(columns)).numpy()
+        return ranks

@@ -1,6 +1,8 @@
-"""Training of the ranking and the matching stage."""
+"""Training of the ranking and the matching stage, and their scores of test exposures."""
 
 from __future__ import annotations
+
+__all__ = ["Watch", "click_probabilities", "tower_scores", "train_matching", "train_ranking"]
 
 import math
 from collections.abc import Callable
@@ -14,15 +16,19 @@ from torch import Tensor
 from l2rec.errors import TrainingError
 from l2rec.protocols import Losses, Progress
 from l2rec.runs.machine import device
+from l2rec.studies.downstream.daily import Doubles, Ints
 from l2rec.studies.downstream.dlrm import DLRM, TwoTower
 from l2rec.studies.downstream.features import Arm, Scores, States, as_tensor, row_blocks
 from l2rec.studies.downstream.metrics import log_loss
-from l2rec.studies.downstream.options import CONTROL, TREATMENT, Doubles, DownstreamConfig, Ints
+from l2rec.studies.downstream.options import CONTROL, TREATMENT, DownstreamConfig
 
 
 @dataclass
 class Watch:
-    """Progress over all fits, of which ``number`` are done. A fit that stops early jumps ahead."""
+    """Progress over all ``fits`` trainings; it jumps ahead when one stops early.
+
+    ``epochs``: most epochs of a training. ``number``: the current training, from 0.
+    """
 
     progress: Progress
     fits: int
@@ -31,13 +37,13 @@ class Watch:
     name: str = ""
 
     def next(self, arm: Arm, seed: int, stage: str) -> Watch:
-        """The next fit begins."""
+        """Begin the next training and return the watch."""
         self.number += 1
         self.name = f"{TREATMENT if arm.treated else CONTROL}, seed {seed}, {stage}"
         return self
 
     def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
-        """``step`` of the epoch's ``steps`` is done."""
+        """Report that ``step`` of the epoch's ``steps`` is done."""
         each = self.epochs * steps
         done = self.number * each + epoch * steps + step
         text = f"{self.name}  loss {loss:.4f}"
@@ -53,21 +59,25 @@ def _fit(
     seed: int,
     watch: Watch,
 ) -> dict[str, Any]:
-    """Train on ``rows`` in an order that the seed and the epoch alone decide; keep the epoch that
-    ``judge`` likes most (higher is better).
+    """Train on ``rows``, in an order that depends only on seed and epoch; restore the best epoch.
+
+    The best epoch has the highest ``judge``. Returns the number of epochs and the best of them.
+
+    Raises:
+        TrainingError: ``judge`` is not finite.
     """
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    best, kept, history = -math.inf, {}, []
+    best, best_state, history = -math.inf, {}, []
     steps = math.ceil(len(rows) / config.batch)
     for epoch in range(config.epochs):
         model.train()
         order = np.random.default_rng((seed, epoch)).permutation(rows)
         for step, at in enumerate(row_blocks(order, config.batch), 1):
-            found = loss(at)
+            total = loss(at).total
             optimizer.zero_grad(set_to_none=True)
-            found.total.backward()
+            total.backward()
             optimizer.step()
-            watch.step(epoch, step, steps, float(found.total.detach()))
+            watch.step(epoch, step, steps, float(total.detach()))
         model.eval()
         history.append(judge())
         if not math.isfinite(history[-1]):
@@ -76,23 +86,27 @@ def _fit(
             )
         if history[-1] > best:
             best = history[-1]
-            kept = {key: value.clone() for key, value in model.state_dict().items()}
+            best_state = {key: value.clone() for key, value in model.state_dict().items()}
         elif epoch - int(np.argmax(history)) >= config.patience:
             break
-    model.load_state_dict(kept)
+    model.load_state_dict(best_state)
     model.eval()
     return {"epochs": len(history), "best_epoch": int(np.argmax(history)) + 1}
 
 
 def click_probabilities(model: DLRM, arm: Arm, rows: Ints) -> Doubles:
-    """[n, tasks] float64."""
+    """Predict the probability of each task: [n, tasks] float64."""
     with torch.inference_mode():
         parts = [torch.sigmoid(model(arm.pairs(part)).double()) for part in row_blocks(rows)]
     return torch.cat(parts).cpu().numpy()
 
 
 def train_ranking(arm: Arm, seed: int, watch: Watch) -> tuple[DLRM, dict[str, Any]]:
-    """The ranking stage of one arm; the epoch is chosen by log loss."""
+    """Train the ranking stage of one arm; log loss on the choosing day selects the epoch.
+
+    Raises:
+        TrainingError: the log loss is not finite.
+    """
     table, config = arm.table, arm.table.config
     torch.manual_seed(seed)
     model = DLRM(config.dlrm, table.sizes, len(arm.moments[0])).to(device())
@@ -113,7 +127,11 @@ def train_ranking(arm: Arm, seed: int, watch: Watch) -> tuple[DLRM, dict[str, An
 
 
 def train_matching(arm: Arm, seed: int, watch: Watch) -> tuple[TwoTower, dict[str, Any]]:
-    """The matching stage of one arm; the epoch is chosen by the mean reciprocal rank of clicks."""
+    """Train the matching stage of one arm; the clicks' mean reciprocal rank selects the epoch.
+
+    Raises:
+        TrainingError: the mean reciprocal rank is not finite.
+    """
     table, config = arm.table, arm.table.config
     torch.manual_seed(seed)
     model = TwoTower(
@@ -142,7 +160,7 @@ def train_matching(arm: Arm, seed: int, watch: Watch) -> tuple[TwoTower, dict[st
 
 
 def tower_scores(model: TwoTower, arm: Arm) -> Scores:
-    """Return the scores of the matching stage, candidates encoded once."""
+    """Return a function that scores with the matching stage, encoding candidates once."""
 
     def of(candidates: States) -> Callable[[Ints], Tensor]:
         with torch.inference_mode():

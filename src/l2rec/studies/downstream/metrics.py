@@ -1,8 +1,18 @@
-"""Scores of both stages, and the difference of the arms."""
+"""Metrics of both stages with their variance over users, and the difference of the arms."""
 
 from __future__ import annotations
 
-__all__ = ["Scored", "area", "grouped_area", "mean_by_user", "midranks"]
+__all__ = [
+    "Scored",
+    "area",
+    "compared",
+    "grouped_area",
+    "log_loss",
+    "matching_scores",
+    "mean_by_user",
+    "midranks",
+    "ranking_scores",
+]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,16 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from l2rec.evaluation.significance import holm
-from l2rec.studies.downstream.daily import Exposures
+from l2rec.studies.downstream.daily import Doubles, Exposures, Ints
 from l2rec.studies.downstream.features import Clicks
-from l2rec.studies.downstream.options import ARMS, CONTROL, TASKS, TREATMENT, Doubles, Ints
+from l2rec.studies.downstream.options import ARMS, CONTROL, TASKS, TREATMENT
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A metric, and by how much each user moves it. value: its value. influence: [U] float64,
-    of mean 0 or nearly: had user u not been there, the metric would be lower by about
-    influence[u] / U. Its variance over users / U is that of the metric (delta method).
+    """A metric and how much each user contributes to it.
+
+    ``influence``: [U] float64 with mean 0 or nearly: without user u, the metric would be lower by
+    about influence[u] / U. The variance of the metric is that of ``influence`` divided by U (delta
+    method).
     """
 
     value: float
@@ -30,7 +42,7 @@ class Scored:
 
 
 def midranks(scores: npt.NDArray[np.floating], groups: Ints) -> Doubles:
-    """Rank of each score within its group, from 1, ties at their mean: [n] float64."""
+    """Rank each score within its group, from 1, ties at their mean: [n] float64."""
     order = np.lexsort((scores, groups))
     score, group = scores[order], groups[order]
     new_group = np.concatenate(([True], group[1:] != group[:-1]))
@@ -47,10 +59,10 @@ def midranks(scores: npt.NDArray[np.floating], groups: Ints) -> Doubles:
 def area(
     scores: npt.NDArray[np.floating], labels: npt.NDArray[np.bool_], users: Ints, n_users: int
 ) -> Scored | None:
-    """AUC over all pairs of a positive and a negative; None without both.
+    """Compute AUC over all pairs of a positive and a negative; None without both.
 
-    The influence is that of clustered placements (Obuchowski, Biometrics 1997): exposures of one
-    user are not independent.
+    scores, labels, users: [n]. The influence is that of clustered placements (Obuchowski,
+    Biometrics 1997), because exposures of one user are not independent.
     """
     positives, negatives = int(labels.sum()), int((~labels).sum())
     if not positives or not negatives:
@@ -68,9 +80,10 @@ def area(
 def grouped_area(
     scores: npt.NDArray[np.floating], labels: npt.NDArray[np.bool_], users: Ints, n_users: int
 ) -> Scored | None:
-    """GAUC: AUC of each user, weighted by exposures, over users with both classes; None without.
+    """Compute GAUC: each user's AUC, weighted by exposures, over users with both classes.
 
-    (Zhu et al.: Optimized Cost per Click in Taobao, KDD '17.)
+    scores, labels, users: [n]. None if no user has both classes. (Zhu et al.: Optimized Cost per
+    Click in Taobao, KDD '17.)
     """
     counts = np.bincount(users, minlength=n_users)
     positives = np.bincount(users, labels, minlength=n_users)
@@ -86,38 +99,42 @@ def grouped_area(
 
 
 def mean_by_user(sums: Doubles, weights: npt.NDArray[Any]) -> Scored:
-    """sum / weight over all users. sums, weights: [U]."""
+    """Divide the total of ``sums`` [U] by the total of ``weights`` [U]."""
     total = float(weights.sum())
     value = float(sums.sum()) / total
     return Scored(value, len(sums) * (sums - value * weights) / total)
 
 
 def log_loss(probabilities: Doubles, labels: npt.NDArray[Any]) -> Doubles:
+    """Compute the log loss of each prediction, in the shape of ``probabilities``."""
     p = np.clip(probabilities, 1e-12, 1 - 1e-12)
-    found: Doubles = -np.where(labels > 0, np.log(p), np.log1p(-p))
-    return found
+    losses: Doubles = -np.where(labels > 0, np.log(p), np.log1p(-p))
+    return losses
 
 
 def ranking_scores(
     probabilities: Doubles, shown: Exposures, n_users: int, *, calibrated: bool = True
 ) -> dict[str, Scored | None]:
-    """AUC, GAUC and log loss of each task. probabilities: [n, tasks]."""
-    found: dict[str, Scored | None] = {}
+    """Compute AUC, GAUC and, if ``calibrated``, log loss of each task.
+
+    probabilities: [n, tasks], or any scores if not ``calibrated``.
+    """
+    scores: dict[str, Scored | None] = {}
     counts = np.bincount(shown.user, minlength=n_users)
     for column, task in enumerate(TASKS):
         p, labels = probabilities[:, column], shown.labels[:, column] > 0
-        found[f"{task} auc"] = area(p, labels, shown.user, n_users)
-        found[f"{task} gauc"] = grouped_area(p, labels, shown.user, n_users)
+        scores[f"{task} auc"] = area(p, labels, shown.user, n_users)
+        scores[f"{task} gauc"] = grouped_area(p, labels, shown.user, n_users)
         if calibrated:
             losses = np.bincount(shown.user, log_loss(p, labels), minlength=n_users)
-            found[f"{task} log loss"] = mean_by_user(losses.astype(np.float64), counts)
-    return found
+            scores[f"{task} log loss"] = mean_by_user(losses.astype(np.float64), counts)
+    return scores
 
 
 def matching_scores(
     ranks: Doubles, clicks: Clicks, n_users: int, ks: Sequence[int]
 ) -> dict[str, Scored | None]:
-    """Recall@k of held-out clicks, each of which counts the same."""
+    """Compute Recall@k of held-out clicks, which all weigh the same. ranks: [n], from 1."""
     counts = np.bincount(clicks.user, minlength=n_users)
     return {
         f"recall@{k}": mean_by_user(
@@ -130,34 +147,35 @@ def matching_scores(
 def compared(
     arms: Mapping[str, Sequence[Mapping[str, Scored | None]]], n_users: int, alpha: float
 ) -> dict[str, dict[str, Any]]:
-    """For each metric: mean and deviation over seeds of both arms, the difference, its interval.
+    """Compare the arms by metric: mean and deviation over seeds, the difference and its interval.
 
-    Runs of one seed are paired. The variance of the difference is that over users, of the mean of
-    the seeds, by the delta method, plus that over seeds, divided by their number: users and seeds
-    at hand are both a sample. p is two-sided, normal; ``p_holm`` over all metrics.
+    Trainings with the same seed are paired. Both the users and the seeds are a sample, so the
+    variance of the difference is the sum of two: that over users of the mean of the seeds (delta
+    method), and that over seeds divided by their number. p is two-sided, normal; ``p_holm`` is
+    corrected for all metrics.
     """
     from scipy.special import ndtri
     from scipy.stats import norm
 
-    found: dict[str, dict[str, Any]] = {}
+    differences: dict[str, dict[str, Any]] = {}
     for metric in arms[CONTROL][0]:
         scored = {name: [seed[metric] for seed in runs] for name, runs in arms.items()}
         pairs = list(zip(scored[TREATMENT], scored[CONTROL], strict=True))
         values = {name: [s.value for s in each if s is not None] for name, each in scored.items()}
-        found[metric] = {name: _spread(values[name]) for name in ARMS}
+        differences[metric] = {name: _spread(values[name]) for name in ARMS}
         real = [(t, c) for t, c in pairs if t is not None and c is not None]
         if len(real) < len(pairs):
-            found[metric] |= {"difference": None}
+            differences[metric] |= {"difference": None}
             continue
-        differences = np.array([t.value - c.value for t, c in real])
+        by_seed = np.array([t.value - c.value for t, c in real])
         influence = np.mean([t.influence - c.influence for t, c in real], axis=0)
         error = math.sqrt(float(influence.var(ddof=1)) / n_users) if n_users > 1 else math.nan
-        seeds = float(differences.std(ddof=1)) if len(real) > 1 else 0.0
+        seeds = float(by_seed.std(ddof=1)) if len(real) > 1 else 0.0
         whole = math.sqrt(error**2 + seeds**2 / len(real))
-        difference = float(differences.mean())
+        difference = float(by_seed.mean())
         half = float(ndtri(1 - alpha / 2)) * whole
         z = difference / whole if whole > 0 else (math.inf if difference else 0.0)
-        found[metric] |= {
+        differences[metric] |= {
             "difference": difference,
             "low": difference - half,
             "high": difference + half,
@@ -165,13 +183,14 @@ def compared(
             "sd_seeds": seeds if len(real) > 1 else None,
             "p": 2.0 * float(norm.sf(abs(z))),
         }
-    tested = [metric for metric, values in found.items() if values["difference"] is not None]
-    for metric, p in zip(tested, holm([found[m]["p"] for m in tested]), strict=True):
-        found[metric]["p_holm"] = p
-    return found
+    tested = [m for m, result in differences.items() if result["difference"] is not None]
+    for metric, p in zip(tested, holm([differences[m]["p"] for m in tested]), strict=True):
+        differences[metric]["p_holm"] = p
+    return differences
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Summarise the values of all seeds."""
     if not values:
         return {"mean": None, "sd": None, "seeds": []}
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -1,6 +1,8 @@
-"""Vectors as features: of a run, users anew each day, or of files."""
+"""Frozen vectors of the treatment arm: encoded by a run as each day begins, or read from files."""
 
 from __future__ import annotations
+
+__all__ = ["Frozen", "vectors_of_files", "vectors_of_run"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,14 +21,19 @@ from l2rec.errors import ConfigError, DataError
 from l2rec.protocols import Embedder, Progress, TakesNewItems
 from l2rec.runs.folder import open_run_dataset
 from l2rec.runs.predictor import Predictor, load
-from l2rec.studies.downstream.daily import CLICK, Known
-from l2rec.studies.downstream.options import Floats, Ints
+from l2rec.studies.downstream.daily import CLICK, REPLY, Floats, Ints, Known
+
+HISTORIES = 512
+"""Histories encoded at once."""
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """Vectors of the treatment. items: [N, D], zero where there is none. until: seconds, the
-    newest event they know of. users: ([n] users, [n] days) -> [n, D], zero where there is none.
+    """Vectors of users and items that stay as they are.
+
+    ``items``: [N, D] float32. ``until``: seconds, the newest event that the vectors know.
+    ``users``: ([n] users, [n] days) -> [n, D] float32. Both are zero where there is no vector.
+    ``about``: facts for the report.
     """
 
     items: Floats
@@ -38,13 +45,23 @@ class Frozen:
 def vectors_of_run(
     run: Path, dataset: Dataset, max_history: int, progress: Progress, run_data: Path | None = None
 ) -> Callable[[Known], Frozen]:
-    """Vectors made by a run: users as each day begins, items of any time (new ones by text).
+    """Open a run as the source of vectors: users as each day begins, items once.
+
+    Items that the run does not know are encoded from their texts, if its method can do that.
+    Returns a function of what is known of each day, for `Table`.
+
+    Args:
+        run: a finished run.
+        dataset: the log that is studied.
+        max_history: newest clicks that a user is encoded from.
+        run_data: folder of the run's data set, by default the path that it was trained on.
 
     Raises:
-        ConfigError: a run that has no vectors. DataError: a run of other items altogether.
+        ConfigError: the run's method has no vectors.
+        DataError: the run knows none of the items.
     """
     past = open_run_dataset(run, run_data)
-    if past.event_types is not None and set(past.event_type_names) - {CLICK, "reply"}:
+    if past.event_types is not None and set(past.event_type_names) - {CLICK, REPLY}:
         progress.line(
             f"note: {run} was trained on events of type {', '.join(past.event_type_names)}, and "
             f"users are encoded from their clicks; see `l2rec prepare --only {CLICK}`"
@@ -95,7 +112,11 @@ def _encoded(
     max_history: int,
     progress: Progress,
 ) -> Floats:
-    """[n, D] users as days begin. Of days between which a user clicked nothing, one is encoded."""
+    """Encode users [n] as days [n] begin -> [n, D] float32, zero without a known item.
+
+    ``rows``: [N] the model's row of each item, -1 for none. Days between which a user clicked
+    nothing share one encoding.
+    """
     state = user * (int(known.clicks.size) + 1) + known.n_clicks(user, day)
     _, first, back = np.unique(state, return_index=True, return_inverse=True)
     histories = known.histories(user[first], day[first], max_history)
@@ -105,49 +126,53 @@ def _encoded(
     clean = Ragged(mapped[mapped >= 0].astype(np.int32), np.concatenate(([0], np.cumsum(lengths))))
     some = np.flatnonzero(lengths > 0)
     assert predictor.vectors is not None
-    found = np.zeros((len(clean), predictor.vectors.shape[1]), dtype=np.float32)
+    encoded = np.zeros((len(clean), predictor.vectors.shape[1]), dtype=np.float32)
     progress.line(f"encoding {len(some):,} histories of {len(np.unique(user)):,} users")
     with torch.inference_mode():
-        for start in range(0, len(some), 512):
-            part = some[start : start + 512]
-            found[part] = predictor.model.encode_users(clean.take(part)).float().cpu().numpy()
-            progress.validating(min(start + 512, len(some)), len(some))
-    return found[back]
+        for start in range(0, len(some), HISTORIES):
+            part = some[start : start + HISTORIES]
+            encoded[part] = predictor.model.encode_users(clean.take(part)).float().cpu().numpy()
+            progress.validating(min(start + HISTORIES, len(some)), len(some))
+    return encoded[back]
 
 
 def vectors_of_files(folder: Path, dataset: Dataset, until: float) -> Callable[[Known], Frozen]:
-    """Vectors that `l2rec embed` wrote: one for each user, whatever the day.
+    """Read the vectors that `l2rec embed` wrote: one for each user, the same on every day.
+
+    ``until``: seconds, the newest event that the vectors know. Returns a function as
+    `vectors_of_run` does.
 
     Raises:
-        CheckpointError: files that are missing or torn. DataError: of two models, or of other ids.
+        CheckpointError: missing or damaged files.
+        DataError: items and users of two models, or none of the data set's ids.
     """
     items, users = read_vectors(folder / "items.parquet"), read_vectors(folder / "users.parquet")
     if items.version != users.version:
         raise DataError(
             f"{folder}: items of model {items.version}, users of {users.version}; embed them again"
         )
-    of_items, items_found = _aligned(items.ids, items.vectors, dataset.item_ids)
-    of_users, users_found = _aligned(users.ids, users.vectors, dataset.user_ids)
-    if not items_found or not users_found:
+    of_items, items_known = _aligned(items.ids, items.vectors, dataset.item_ids)
+    of_users, users_known = _aligned(users.ids, users.vectors, dataset.user_ids)
+    if not items_known or not users_known:
         raise DataError(
-            f"{folder} has vectors of {items_found} items and {users_found} users of "
+            f"{folder} has vectors of {items_known} items and {users_known} users of "
             f"{dataset.path}; embed a run on the same items and users"
         )
     about = {
         "source": str(folder),
         "version": items.version,
         "users": "one vector for all days",
-        "items_known": items_found,
+        "items_known": items_known,
         "items_by_text": 0,
-        "items_without": dataset.n_items - items_found,
-        "users_without": dataset.n_users - users_found,
+        "items_without": dataset.n_items - items_known,
+        "users_without": dataset.n_users - users_known,
     }
     return lambda _: Frozen(of_items, until, lambda user, day: of_users[user], about)
 
 
 def _aligned(ids: list[str], vectors: Floats, wanted: Any) -> tuple[Floats, int]:
-    """Rows for ``wanted`` ids, zero where there is none, and how many there are."""
+    """Order vectors by the ``wanted`` ids, zero for unknown ids; also count the known ids."""
     at = pc.index_in(pc.cast(wanted, pa.string()), value_set=pa.array(ids, pa.string()))
     rows = pc.fill_null(at, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    found: Floats = vectors[rows] * (rows >= 0)[:, None]
-    return found.astype(np.float32), int((rows >= 0).sum())
+    ordered: Floats = vectors[rows] * (rows >= 0)[:, None]
+    return ordered.astype(np.float32), int((rows >= 0).sum())
