@@ -15,21 +15,6 @@ METRICS = {
     "ndcg@20": "N@20",
     "mrr": "MRR",
 }
-<<<<<<< HEAD
-"""Metric keys and their short names, in the order of the tables."""
-
-
-MAIN = "ndcg@10"
-"""Metric that methods are compared by."""
-
-
-NONE = "–"
-"""Text in place of a missing number."""
-
-
-SIGNIFICANT = 0.05
-"""Largest p value, exclusive, of a difference that counts as significant."""
-=======
 """Column heading of each metric."""
 MAIN = "ndcg@10"
 """Metric that decides which model is best."""
@@ -37,11 +22,10 @@ NONE = "–"
 """Text of a cell without a value."""
 SIGNIFICANT = 0.05
 """Largest p value of a difference that is called significant."""
->>>>>>> studies
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether a value is a finite number."""
+    """Say whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
