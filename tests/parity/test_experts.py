@@ -235,7 +235,7 @@ def test_new_routers_are_even_and_new_experts_silent() -> None:
     )
 
 
-# ------------------------------------------------------------------------------- the takeover
+# ------------------------------------------------------------------------------- the backbone
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "qwen3", "llama"])
@@ -275,7 +275,7 @@ def test_untrained_mixture_leaves_the_backbone_exactly_as_it_is(family: str) -> 
 
 
 def test_without_gradients_the_update_is_added_in_place_and_the_same() -> None:
-    """Two views are two slices of one Linear's output."""
+    """Compare with the output that has gradients; two views are two slices of it."""
     backbone = random_backbone().double()
     moe = DPMoE(find_linears(backbone.model, ("q", "v")), backbone.dim, rank=2, view_experts=4)
     moe.double().attach()
@@ -300,7 +300,7 @@ def test_without_gradients_the_update_is_added_in_place_and_the_same() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "qwen3", "llama"])
 def test_matrices_that_read_the_same_are_a_group(family: str) -> None:
-    """Keys and values may be narrower than queries; o and down read what others wrote."""
+    """Group also where keys and values are narrower than queries; o and down stand alone."""
     gated = family in ("qwen3", "llama")
     parts = ["q", "k", "v", "o", "up", *(["gate", "down"] * gated)]
     linears = find_linears(random_backbone(family).model, parts)
@@ -314,7 +314,7 @@ def test_matrices_that_read_the_same_are_a_group(family: str) -> None:
 @pytest.mark.parametrize("personalized", [True, False])
 @pytest.mark.parametrize("family", ["bert", "qwen3"])
 def test_a_group_is_its_matrices_one_by_one(family: str, personalized: bool) -> None:
-    """Outputs, balance, load and all gradients, through a whole backbone, two views, float64."""
+    """Compare outputs, balance, load and all gradients of a whole backbone; two views, float64."""
     torch.manual_seed(0)
     backbone = random_backbone(family).double()
     parts = ("q", "k", "v", "o", "up", *(["gate", "down"] * backbone.causal))

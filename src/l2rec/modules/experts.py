@@ -65,7 +65,7 @@ def plain_update(
         r1, b1, r2, b2 = routers[m]
         return torch.softmax(r2 @ F.relu(r1 @ z + b1) + b2, dim=-1)
 
-    g_hat = g_c = g("c", x)
+    g_c = g_hat = g("c", x)
     if "u" in routers:
         g_hat = g_c + (g("u", u) + g("f", torch.cat((u, x)))) * g_c  # Eq. 5, fusion
     gates = [*x.new_ones(len(shared)), *(g_hat * top_n(g_hat, top))]  # Eq. 5, Top-N
@@ -118,8 +118,8 @@ class Routing:
         self.ready.clear()
         for part, chosen in zip(self.slices, self.chosen, strict=True):
             if chosen:
-                scores, top = (torch.cat(of_groups) for of_groups in zip(*chosen, strict=True))
-                self.balance[part.view], self.load[part.view] = load_balance(scores, top)
+                scores, in_top = (torch.cat(of_groups) for of_groups in zip(*chosen, strict=True))
+                self.balance[part.view], self.load[part.view] = load_balance(scores, in_top)
                 chosen.clear()
 
 
@@ -153,8 +153,8 @@ def load_balance(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 def _gates(hidden: Tensor, out: Tensor, bias: Tensor) -> Tensor:
     """Compute softmax(R2 relu(hidden) + b2), Eq. 4, of K routers.
 
-    hidden: [n, K W], R1 z + b1. out: [K, E, W], R2. bias: [K, E], b2. Returns [K, E, n]: a softmax
-    over a short last dimension is several times slower.
+    hidden: [n, K W], R1 z + b1. out: [K, E, W], R2. bias: [K, E], b2. Returns [K, E, n], experts
+    not last: a softmax over a short last dimension is several times slower.
     """
     active = F.relu(hidden).view(len(hidden), len(out), -1).permute(1, 2, 0)
     return torch.baddbmm(bias[..., None], out, active).softmax(1)
