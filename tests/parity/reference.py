@@ -1,6 +1,6 @@
-"""Eq. 1-9 of L2Rec, literally: loops over users, tokens and experts; nothing from l2rec.
+"""Literal reference of Eq. 1-9 of L2Rec: loops over users, tokens and experts; nothing from l2rec.
 
-Slow on purpose. Every function works on float64 tensors and can be differentiated.
+Slow on purpose. Tensors are float64, and every function of them can be differentiated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def semantic_row(
     before: Sequence[int],
     after: Sequence[int],
 ) -> list[list[int]]:
-    """The tokens of every block (item) that is kept, oldest first; the first has ``before``."""
+    """Return the tokens of each item that fits, oldest first, ``before`` in the first: Eq. 1."""
     blocks: list[list[int]] = []
     room = max_tokens - len(before)
     for item in reversed(items):
@@ -42,7 +42,7 @@ def semantic_row(
 
 @dataclass
 class Router:
-    """One of the three networks of Eq. 4."""
+    """Weights of one of the three networks of Eq. 4."""
 
     r1: Tensor  # [W, size of z]
     b1: Tensor  # [W]
@@ -52,7 +52,11 @@ class Router:
 
 @dataclass
 class Matrix:
-    """What one view knows of one adapted matrix: (B_i [d_out, r], A_i [r, d_in]) of each expert."""
+    """Parameters of one view at one adapted matrix.
+
+    shared, experts: (B_i [d_out, r], A_i [r, d_in]) of each. user, interaction: None where the
+    router does not know the user.
+    """
 
     shared: list[tuple[Tensor, Tensor]]
     experts: list[tuple[Tensor, Tensor]]
@@ -68,7 +72,7 @@ def softmax(logits: Sequence[Tensor]) -> list[Tensor]:
 
 
 def route(router: Router, z: Tensor) -> list[Tensor]:
-    """Eq. 4."""
+    """Compute g^(m) of Eq. 4, the score of each expert."""
     hidden = [
         torch.clamp(torch.dot(row, z) + bias, min=0)
         for row, bias in zip(router.r1, router.b1, strict=True)
@@ -83,7 +87,7 @@ def route(router: Router, z: Tensor) -> list[Tensor]:
 
 
 def fused_gates(matrix: Matrix, u: Tensor, x: Tensor) -> list[Tensor]:
-    """First line of Eq. 5; without a user router, g^c alone."""
+    """Compute g_hat, first line of Eq. 5; without a user router, g^c alone."""
     g_c = route(matrix.context, x)
     if matrix.user is None or matrix.interaction is None:
         return g_c
@@ -93,31 +97,31 @@ def fused_gates(matrix: Matrix, u: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def chosen(scores: Sequence[Tensor], n: int) -> list[bool]:
-    """Second line of Eq. 5: the N largest."""
+    """Mark the N largest scores: the indicator in the second line of Eq. 5."""
     order = sorted(range(len(scores)), key=lambda i: -float(scores[i].detach()))
     return [i in order[:n] for i in range(len(scores))]
 
 
 def update(matrix: Matrix, u: Tensor, x: Tensor, top: int, scaling: float) -> Tensor:
-    """dW_j x of Eq. 3 for one token."""
+    """Compute dW_j x of Eq. 3 for one token, times ``scaling``."""
     total = torch.zeros(matrix.experts[0][0].shape[0], dtype=x.dtype)
     for b, a in matrix.shared:
         total = total + b @ (a @ x)
     scores = fused_gates(matrix, u, x)
-    kept = chosen(scores, top)
-    for (b, a), score, keep in zip(matrix.experts, scores, kept, strict=True):
-        if keep:
+    active = chosen(scores, top)
+    for (b, a), score, is_active in zip(matrix.experts, scores, active, strict=True):
+        if is_active:
             total = total + score * (b @ (a @ x))
     return scaling * total
 
 
-def load_balance(scores: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[bool]]) -> Tensor:
-    """E * sum_i f_i P_i over the tokens of one view at one matrix."""
+def load_balance(scores: Sequence[Sequence[Tensor]], active: Sequence[Sequence[bool]]) -> Tensor:
+    """Compute E * sum_i f_i P_i over the tokens of one view at one matrix."""
     experts = len(scores[0])
     total = torch.zeros((), dtype=scores[0][0].dtype)
-    choices = sum(sum(row) for row in kept)
+    choices = sum(sum(row) for row in active)
     for i in range(experts):
-        share = sum(row[i] for row in kept) / choices
+        share = sum(row[i] for row in active) / choices
         probability = sum((row[i] / sum(row) for row in scores), torch.zeros(())) / len(scores)
         total = total + share * probability
     return experts * total
@@ -134,7 +138,7 @@ def mean(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def prefix_means(blocks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Mean over all tokens up to the end of every block of one row."""
+    """Average all tokens up to the end of every block of one row."""
     return [mean([x for block in blocks[: k + 1] for x in block]) for k in range(len(blocks))]
 
 
@@ -144,7 +148,7 @@ def prefix_means(blocks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[int], attend: str, scale: float
 ) -> Tensor:
-    """One row, one head: q, k, v [T, d], query by query, key by key."""
+    """Attend in one row and one head: q, k, v [T, d], query by query, key by key."""
     out = []
     for t in range(len(q)):
         seen = [
@@ -169,7 +173,7 @@ def fuse(
     p_s: tuple[Tensor, Tensor],
     gate: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One user: h~^B, h~^S, h^F, delta. Each map is (W, b)."""
+    """Compute h~^B, h~^S, h^F and delta of one user, Eq. 7. Each map is (W, b)."""
     b = behavioral + p_b[0] @ behavioral + p_b[1]
     s = semantic + p_s[0] @ semantic + p_s[1]
     delta = 1 / (1 + torch.exp(-(gate[0] @ torch.cat((b, s)) + gate[1])))
@@ -186,7 +190,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 def recommendation_loss(
     scores: Tensor, positive: Sequence[int], negatives: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Eq. 8, mean over users; ``negatives``: the set N of each user, the positive not in it."""
+    """Compute Eq. 8, mean over users; ``negatives``: the set N of each, without the positive."""
     total = torch.zeros((), dtype=scores.dtype)
     for u, (column, others) in enumerate(zip(positive, negatives, strict=True)):
         assert column not in others
@@ -201,12 +205,12 @@ def recommendation_loss(
 def preference_contrast(
     behavioral: Tensor, semantic: Tensor, users: Sequence[int], tau: float, weight: float
 ) -> Tensor:
-    """Eq. 9, mean over rows; other rows of the same user are no negatives."""
+    """Compute Eq. 9, mean over rows; other rows of the same user are no negatives."""
     n = len(users)
     total = torch.zeros((), dtype=behavioral.dtype)
     for u in range(n):
         others = [w for w in range(n) if w == u or users[w] != users[u]]
-        own = torch.exp(similarity(behavioral[u], semantic[u]) / tau)
+        same = torch.exp(similarity(behavioral[u], semantic[u]) / tau)
         to_semantic = sum(
             (torch.exp(similarity(behavioral[u], semantic[w]) / tau) for w in others),
             torch.zeros(()),
@@ -219,6 +223,6 @@ def preference_contrast(
             ((x - y) ** 2 for x, y in zip(behavioral[u], semantic[u], strict=True)),
             torch.zeros(()),
         )
-        total = total - torch.log(own / to_semantic) - torch.log(own / to_behavioral)
+        total = total - torch.log(same / to_semantic) - torch.log(same / to_behavioral)
         total = total + weight * distance
     return total / n

@@ -1,4 +1,4 @@
-"""Packed rows against Hugging Face's own padded forward, and what must be refused."""
+"""Packed rows against Hugging Face's padded forward, and models and files that are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TEXTS = [
 
 
 def close(family: str) -> dict[str, float]:
-    """Norms, rotations and softmax of the decoders are float32 whatever the weights are."""
+    """Return tolerances; decoders compute norms, rotations and softmax in float32 at any dtype."""
     if family in ("bert", "roberta"):
         return {"rtol": 1e-9, "atol": 1e-10}
     return {"rtol": 1e-4, "atol": 2e-5}
@@ -52,13 +52,13 @@ def wrapped(model: nn.Module) -> Backbone:
 
 
 def both(family: str) -> tuple[Backbone, nn.Module]:
-    """Ours, and an untouched twin that runs Hugging Face's eager attention; float64."""
+    """Return ours and a copy that runs Hugging Face's eager attention, both float64."""
     model = tiny.random_model(family).double()
     return wrapped(copy.deepcopy(model)), model
 
 
 def padded(ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """[B, T] ids and mask, padded on the right."""
+    """Pad on the right: ids and mask [B, T]."""
     rows = torch.split(ids, lengths)
     grid = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=1)
     real = torch.arange(grid.shape[1])[None] < torch.tensor(lengths)[:, None]
@@ -66,7 +66,7 @@ def padded(ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def block_ids(lengths: list[int]) -> list[list[int]]:
-    """Blocks of two tokens in every row, numbered over the batch."""
+    """Number blocks of two tokens in every row, over the batch."""
     first, blocks = 0, []
     for n in lengths:
         blocks.append([first + t // 2 for t in range(n)])
@@ -163,12 +163,12 @@ def test_rows_attend_in_buckets_of_like_length(attend: Attend, shuffled: bool) -
     assert Packing((group,), positions).computed == total + 9
     group, _ = pack(lengths, attend, blocks=blocks)
     x = backbone.embed(ids)
-    found = backbone(x, Packing((group,), positions))
+    bucketed = backbone(x, Packing((group,), positions))
     for row, start in enumerate((lengths.cumsum(0) - lengths).tolist()):
         n = int(lengths[row])
-        alone, own = pack(torch.tensor([n]), attend, blocks=blocks[start : start + n])
-        expected = backbone(x[start : start + n], Packing((alone,), own))
-        torch.testing.assert_close(found[start : start + n], expected, **close("bert"))
+        alone, places = pack(torch.tensor([n]), attend, blocks=blocks[start : start + n])
+        expected = backbone(x[start : start + n], Packing((alone,), places))
+        torch.testing.assert_close(bucketed[start : start + n], expected, **close("bert"))
 
 
 def test_even_rows_in_order_are_not_moved() -> None:
@@ -206,7 +206,7 @@ def test_gradients_of_the_inputs_are_those_of_the_padded_forward(family: str) ->
 @pytest.mark.parametrize("attend", Attend)
 @pytest.mark.parametrize("lengths", [[3, 1, 2], [2, 2]], ids=["ragged", "even"])
 def test_packed_attention_is_attention(lengths: list[int], attend: Attend) -> None:
-    """Values against loops, derivatives against finite differences; grouped queries."""
+    """Compare values with loops, derivatives with finite differences; queries are grouped."""
     torch.manual_seed(0)
     n, heads, kv, d = sum(lengths), 2, 1, 2
     blocks = block_ids(lengths)
@@ -246,7 +246,7 @@ def test_the_path_without_gradients_is_the_path_with_them(attend: Attend) -> Non
 
 
 def test_every_query_of_a_mask_sees_something() -> None:
-    """Padding too: a softmax over nothing is NaN, and NaN times zero gradient is NaN."""
+    """Check padding too: a softmax over nothing is NaN, and NaN times zero gradient is NaN."""
     lengths = LENGTHS["ragged"]
     blocks = torch.tensor([b for row in block_ids(lengths) for b in row])
     for attend in Attend:
@@ -291,7 +291,7 @@ def minilm() -> Backbone:
     return load_backbone(BackboneConfig(dtype="float32"))
 
 
-@pytest.mark.filterwarnings("ignore")  # what its import warns of is not ours
+@pytest.mark.filterwarnings("ignore")  # warnings of its import
 def test_minilm_text_vectors_are_those_of_sentence_transformers(minilm: Backbone) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     model = sentence_transformers.SentenceTransformer(minilm_source(), device="cpu")
@@ -318,7 +318,7 @@ def test_minilm_text_vectors_are_mean_pooled_outputs(minilm: Backbone) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A complete tiny BERT as Hugging Face saves it."""
+    """Write a complete tiny BERT as Hugging Face saves it."""
     path = tmp_path / "bert"
     tiny.random_model("bert").save_pretrained(path)
     tiny.tokenizer("bert").save_pretrained(path)
@@ -376,7 +376,9 @@ def test_weights_that_lack_a_layer_are_refused(folder: Path) -> None:
     ],
     ids=["torn", "no weights", "bad config", "no config", "shape", "unknown type", "no tokenizer"],
 )
-def test_what_cannot_be_loaded_is_one_line_with_the_name(folder: Path, damage: Any) -> None:
+def test_a_backbone_that_cannot_be_loaded_is_one_line_with_its_name(
+    folder: Path, damage: Any
+) -> None:
     damage(folder)
     with pytest.raises(BackboneError) as caught:
         load(folder)

@@ -1,4 +1,4 @@
-"""The stacked mixture against Eq. 3-6 written out, and the hooks against the bare backbone."""
+"""The fast mixture against Eq. 3-6 written out, and adapted backbones against the bare one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from torch import Tensor, nn
 from l2rec.errors import BackboneError, ConfigError
 from l2rec.modules.adapters import find_linears, side_by_side
 from l2rec.modules.backbone import Attend, Packing, pack
-from l2rec.modules.experts import DPMoE, Routing, ViewSlice, load_balance, top_n
+from l2rec.modules.experts import (
+    DPMoE,
+    Routers,
+    Routing,
+    ViewSlice,
+    load_balance,
+    plain_update,
+    top_n,
+)
+from l2rec.modules.lora import LoRA
 
 DIM, WIDTH, RANK = 5, 3, 2
 SHAPES = [(DIM, DIM), (4, 6)]  # of the adapted matrices: d_in, d_out
 
 
 def mixture_of(seed: int, shared: int, experts: int, top: int, personalized: bool) -> DPMoE:
-    """In float64, with every parameter drawn: nothing is at its neutral start."""
+    """Build a float64 mixture and draw every parameter: none is at its neutral start."""
     torch.manual_seed(seed)
     linears = {f"m{j}": nn.Linear(i, o) for j, (i, o) in enumerate(SHAPES)}
     moe = DPMoE(
@@ -38,7 +47,7 @@ def mixture_of(seed: int, shared: int, experts: int, top: int, personalized: boo
 
 
 def matrix_of(moe: DPMoE, j: int, v: int) -> reference.Matrix:
-    """The stacked parameters taken apart, expert by expert (views: gradients reach the leaves)."""
+    """Take the stacked parameters apart, expert by expert; gradients reach the parameters."""
     m = moe.mixtures[j]
 
     def pairs(b: Tensor, a: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -62,15 +71,21 @@ def matrix_of(moe: DPMoE, j: int, v: int) -> reference.Matrix:
     )
 
 
+def routers_of(matrix: reference.Matrix) -> Routers:
+    """Name the routers of one matrix as `plain_update` does."""
+    named = {"c": matrix.context, "u": matrix.user, "f": matrix.interaction}
+    return {m: (r.r1, r.b1, r.r2, r.b2) for m, r in named.items() if r is not None}
+
+
 def update(moe: DPMoE, j: int, x: Tensor, routing: Routing) -> Tensor:
-    """dW_j x alone."""
+    """Return alpha/r dW_j x alone."""
     linear = moe._linears[j].to(x.dtype)
     [adapted] = moe.adapted(j, x, routing)  # every matrix is a group of its own
     return adapted - linear(x)
 
 
 def packed(running: bool) -> tuple[list[ViewSlice], list[Tensor], int]:
-    """Two views of three ragged users: u per row, or per token (a running prefix)."""
+    """Pack two views of three ragged users: u per row, or per token (a running prefix)."""
     slices, us, start = [], [], 0
     for view, lengths in enumerate(([3, 1, 2], [1, 2, 1])):
         total = sum(lengths)
@@ -108,19 +123,22 @@ def test_update_is_eq_3_to_5(
         with moe.routed(slices) as routing:
             ours = update(moe, j, x, routing)
 
-        theirs, balances = [], []
+        plain, theirs, balances = [], [], []
         for part in slices:
             matrix = matrix_of(moe, j, part.view)
-            scores, kept = [], []
+            scores, marked = [], []
             for t in range(part.start, part.stop):
                 u = part.u[part.user[t - part.start]]
                 theirs.append(reference.update(matrix, u, x[t], top, 3.0 / RANK))
+                experts, routers = (matrix.shared, matrix.experts), routers_of(matrix)
+                plain.append(plain_update(x[t], u, *experts, routers, top, 3.0 / RANK))
                 scores.append(reference.fused_gates(matrix, u, x[t]))
-                kept.append(reference.chosen(scores[-1], top))
-            balances.append(reference.load_balance(scores, kept))
-            load = torch.tensor(kept, dtype=torch.float64).mean(0) / top
+                marked.append(reference.chosen(scores[-1], top))
+            balances.append(reference.load_balance(scores, marked))
+            load = torch.tensor(marked, dtype=torch.float64).mean(0) / top
             torch.testing.assert_close(routing.load[part.view][0], load)
         torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours, torch.stack(plain), rtol=1e-10, atol=1e-12)
         for part, balance in zip(slices, balances, strict=True):
             torch.testing.assert_close(routing.balance[part.view][0], balance, rtol=1e-10, atol=0)
 
@@ -181,13 +199,13 @@ def test_without_the_personal_router_the_user_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_top_n_keeps_exactly_n_of_ties(n: int) -> None:
+def test_top_n_marks_exactly_n_of_ties(n: int) -> None:
     scores = torch.tensor([[0.25] * 4, [0.0] * 4, [0.4, 0.3, 0.3, 0.0], [0.3, 0.3, 0.3, 0.1]])
-    kept = top_n(scores, n)
-    assert kept.dtype == torch.bool
-    assert kept.sum(-1).tolist() == [n] * 4
-    assert kept[2, 0]
-    assert bool((scores[kept].view(4, n).amin(-1) >= scores.topk(n).values.amin(-1)).all())
+    largest = top_n(scores, n)
+    assert largest.dtype == torch.bool
+    assert largest.sum(-1).tolist() == [n] * 4
+    assert largest[2, 0]
+    assert bool((scores[largest].view(4, n).amin(-1) >= scores.topk(n).values.amin(-1)).all())
 
 
 def test_load_balance_is_one_when_even_and_e_when_collapsed() -> None:
@@ -207,17 +225,17 @@ def test_new_routers_are_even_and_new_experts_silent() -> None:
     slices, _, n = packed(False)
     slices = [ViewSlice(s.view, s.start, s.stop, s.u.float(), s.user) for s in slices]
     with moe.routed(slices) as routing:
-        found = update(moe, 0, torch.randn(n, DIM), routing)
+        silent = update(moe, 0, torch.randn(n, DIM), routing)
         hidden = torch.zeros(slices[0].stop, 1, 2 * moe.width)
         scores = moe._fused_scores(0, moe.mixtures[0].views()[:1], hidden, 0, routing)
-    assert not found.any()
+    assert not silent.any()
     # g^c = g^u = g^f = 1/E
     torch.testing.assert_close(
         scores, torch.full_like(scores, 0.25 + 2 * 0.0625), rtol=0.05, atol=0
     )
 
 
-# ------------------------------------------------------------------------------- the hooks
+# ------------------------------------------------------------------------------- the backbone
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "qwen3", "llama"])
@@ -257,7 +275,7 @@ def test_untrained_mixture_leaves_the_backbone_exactly_as_it_is(family: str) -> 
 
 
 def test_without_gradients_the_update_is_added_in_place_and_the_same() -> None:
-    """Two views, two slices of one Linear's output; inference adds where training concatenates."""
+    """Compare with the output that has gradients; two views are two slices of it."""
     backbone = random_backbone().double()
     moe = DPMoE(find_linears(backbone.model, ("q", "v")), backbone.dim, rank=2, view_experts=4)
     moe.double().attach()
@@ -282,7 +300,7 @@ def test_without_gradients_the_update_is_added_in_place_and_the_same() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "qwen3", "llama"])
 def test_matrices_that_read_the_same_are_a_group(family: str) -> None:
-    """Also where keys and values are narrower than queries; out and down read what others wrote."""
+    """Group also where keys and values are narrower than queries; o and down stand alone."""
     gated = family in ("qwen3", "llama")
     parts = ["q", "k", "v", "o", "up", *(["gate", "down"] * gated)]
     linears = find_linears(random_backbone(family).model, parts)
@@ -296,20 +314,27 @@ def test_matrices_that_read_the_same_are_a_group(family: str) -> None:
 @pytest.mark.parametrize("personalized", [True, False])
 @pytest.mark.parametrize("family", ["bert", "qwen3"])
 def test_a_group_is_its_matrices_one_by_one(family: str, personalized: bool) -> None:
-    """Outputs, balance, load and all gradients through a whole backbone, two views, in float64."""
+    """Compare outputs, balance, load and all gradients of a whole backbone; two views, float64."""
     torch.manual_seed(0)
     backbone = random_backbone(family).double()
     parts = ("q", "k", "v", "o", "up", *(["gate", "down"] * backbone.causal))
-    moe = DPMoE(
-        find_linears(backbone.model, parts),
-        backbone.dim,
-        view_experts=4,
-        rank=2,
-        width=3,
-        personalized=personalized,
-    ).double()
-    for parameter in moe.parameters():
+    linears = find_linears(backbone.model, parts)
+    unnamed = {f"m{j}": linear for j, linear in enumerate(linears.values())}  # no neighbours
+    grouped, alone = (
+        DPMoE(
+            named,
+            backbone.dim,
+            view_experts=4,
+            rank=2,
+            width=3,
+            personalized=personalized,
+        ).double()
+        for named in (linears, unnamed)
+    )
+    assert max(map(len, grouped.groups)) == 3 and max(map(len, alone.groups)) == 1
+    for parameter in grouped.parameters():
         nn.init.normal_(parameter, std=0.3)
+    alone.load_state_dict(grouped.state_dict())
     attend = Attend.CAUSAL if backbone.causal else Attend.FULL
     a, first = pack(torch.tensor([5, 2]), attend)
     b, second = pack(torch.tensor([4]), attend, start=7)
@@ -318,10 +343,10 @@ def test_a_group_is_its_matrices_one_by_one(family: str, personalized: bool) -> 
     rows = (torch.tensor([0] * 5 + [1] * 2), torch.zeros(4, dtype=torch.long))
     u = torch.randn(2, backbone.dim, dtype=torch.float64, requires_grad=personalized)
     slices = [ViewSlice(0, 0, 7, u, rows[0]), ViewSlice(1, 7, 11, u, rows[1])]
-    leaves = [*moe.parameters(), x, *([u] if personalized else [])]
     weight = torch.randn(11, backbone.dim, dtype=torch.float64)
 
-    def passed() -> list[Tensor]:
+    def passed(moe: DPMoE) -> list[Tensor]:
+        leaves = [*moe.parameters(), x, *([u] if personalized else [])]
         moe.attach()
         with moe.routed(slices) as routing:
             y = backbone(x, packing)
@@ -331,10 +356,7 @@ def test_a_group_is_its_matrices_one_by_one(family: str, personalized: bool) -> 
         grads = torch.autograd.grad((y * weight).sum() + balance.sum(), leaves)
         return [y, balance, *routing.load.values(), *grads]
 
-    together = passed()
-    assert max(map(len, moe.groups)) == 3
-    moe.groups = [[j] for j in range(len(moe.names))]
-    for got, expected in zip(together, passed(), strict=True):
+    for got, expected in zip(passed(grouped), passed(alone), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
@@ -379,7 +401,38 @@ def test_an_error_inside_leaves_no_routing_behind() -> None:
     part = [ViewSlice(0, 0, 1, torch.zeros(1, backbone.dim), torch.zeros(1, dtype=torch.long))]
     with pytest.raises(ZeroDivisionError), moe.routed(part):
         raise ZeroDivisionError
-    assert moe._routing is None
+    assert moe._state is None
+
+
+def test_adapters_of_both_kinds_stack_and_detach_in_the_opposite_order() -> None:
+    torch.manual_seed(0)
+    block = nn.ModuleDict({"q": nn.Linear(DIM, DIM), "k": nn.Linear(DIM, DIM)})
+    x = torch.randn(1, 3, DIM)
+    bare, lora = block["q"](x), LoRA(find_linears(block, ("q", "k")), rank=2)
+    moe = DPMoE(find_linears(block, ("q",)), DIM, view_experts=4)
+    for b in (*lora.b, moe.mixtures[0].b):
+        nn.init.normal_(b)
+    moe.attach()
+    lora.attach()
+    part = [ViewSlice(0, 0, 3, torch.randn(1, DIM), torch.zeros(3, dtype=torch.long))]
+    assert torch.equal(block["q"](x), bare)
+    with lora.enabled():
+        low = block["q"](x)
+    with moe.routed(part):
+        mixed = block["q"](x)
+        with lora.enabled(), moe.routed(part):
+            both = block["q"](x)
+        assert torch.equal(block["q"](x), mixed), "an inner context switches nothing off"
+    assert not torch.allclose(low, bare) and not torch.allclose(mixed, bare)
+    torch.testing.assert_close(both - bare, (low - bare) + (mixed - bare))
+    with pytest.raises(AssertionError, match="detach in the opposite order of attach"):
+        moe.detach()
+    lora.detach()
+    moe.detach()
+    with lora.enabled(), moe.routed(part):
+        assert torch.equal(block["q"](x), bare)
+    assert all(linear.forward.__func__ is nn.Linear.forward for linear in block.values())
+    assert {name.split(".")[0] for name in lora.state_dict()} == {"a", "b"}
 
 
 def test_find_linears() -> None:

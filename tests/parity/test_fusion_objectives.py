@@ -89,18 +89,18 @@ def test_contrastive_loss_is_eq_8(seed: int) -> None:
     scores = draw(B, n)
     positive = torch.tensor([0, 3, 3, 6, 1])  # two users share a positive
     allowed = torch.rand(B, n) < 0.5
-    # Accidental hits: the positive is among the negatives of its own user, and for one it is not.
+    # The caller may mark the positive as a negative, or not.
     allowed[torch.arange(B), positive] = torch.tensor([True, True, False, False, True])
     negatives = [[i for i in range(n) if allowed[u, i] and i != positive[u]] for u in range(B)]
-    kept = allowed.clone()
+    before = allowed.clone()
     ours = contrastive_loss(scores, positive, allowed)
-    assert torch.equal(allowed, kept), "the caller's mask is not changed"
+    assert torch.equal(allowed, before), "the caller's mask is not changed"
     same_gradients(
         ours, reference.recommendation_loss(scores, positive.tolist(), negatives), [scores]
     )
 
 
-def test_nobody_to_contrast_with_is_no_loss() -> None:
+def test_the_loss_without_negatives_is_zero() -> None:
     scores = draw(2, 3)
     loss = contrastive_loss(scores, torch.tensor([0, 1]), torch.zeros(2, 3, dtype=torch.bool))
     assert float(loss.detach()) == 0
@@ -122,7 +122,7 @@ def test_catalog_loss_is_eq_8_with_every_other_item() -> None:
 def test_the_fused_catalog_loss_is_that_of_the_product(
     block: int, cells: list[tuple[int, int]] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Value and every gradient, in float64, whatever the blocks; the positive may be added to."""
+    """Compare value and gradients in float64, at any block size; positives may be added to."""
     monkeypatch.setattr(objectives, "FUSED_SCORES", block)
     monkeypatch.setattr(objectives, "FUSED_ROWS", 1)
     users, items, value, positive = draw(B, D), draw(6, D), draw(1)[0], [5, 0, 0, 2, 0]
@@ -144,7 +144,7 @@ def test_the_fused_catalog_loss_is_that_of_the_product(
 
 
 def test_the_fused_catalog_loss_in_bfloat16_is_close() -> None:
-    """Products of eight bits; softmax and sums of all."""
+    """Round matrix products to bfloat16; softmax and sums stay float32."""
     torch.manual_seed(0)
     users, items = torch.randn(64, 32, requires_grad=True), torch.randn(500, 32)
     items = torch.nn.functional.normalize(items, dim=-1).requires_grad_()

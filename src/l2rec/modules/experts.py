@@ -1,53 +1,85 @@
 """Dual-view personalised mixture of LoRA experts: DPMoE, Eq. 3-6 of L2Rec (SIGIR '26).
 
-For every adapted matrix W_j of the frozen backbone, every view v in {semantic, behavioural}:
+The experts add alpha/r dW_j x to the output of every adapted matrix W_j of the frozen backbone
+(alpha/r is LoRA's; the paper gives no scale):
 
-    dW_j x = alpha/r * ( sum_{i in shared} B_i A_i x + sum_{i in E_v} g_i B_i A_i x )     Eq. 3
-    g^(m)  = softmax(R2^(m) relu(R1^(m) z^(m) + b1^(m)) + b2^(m)),  m in {c, u, f}        Eq. 4
-             z^c = x,  z^u = u,  z^f = [u; x]
-    g_hat  = g^c + (g^u + g^f) * g^c;  g_i = g_hat_i where i is in Top-N, else 0          Eq. 5
+                                              plain form       fast form
+    Eq. 3   dW_j x, sum of gated experts      `plain_update`   `DPMoE.adapted`
+    Eq. 4   routers g^c, g^u, g^f             `plain_update`   `_gates`; g^u: `DPMoE._from_user`
+    Eq. 5   fusion g_hat, then Top-N          `plain_update`   `DPMoE._fused_scores`; `top_n`
+    Eq. 6   one such update for each view                      `ViewSlice`
 
-No loop over experts: the A of all experts and the x-halves of R1^c and R1^f are one stacked
-matrix, so one skinny matmul of x gives every low-rank activation and the routers' hidden layers;
-the activations are scaled by the gates and one matmul with the stacked B brings them back. What
-depends on the user alone (g^u and the u-half of R1^f [u; x]) is one matmul for all matrices.
+`plain_update` is the paper's form, for one token. The literal reference is
+tests/parity/reference.py: float64, loops over users, tokens and experts, nothing from l2rec.
+tests/parity/test_experts.py compares outputs of the fast form with both, and load, balance and
+every gradient with the reference.
+
+The fast form has no loop over experts: the A of all experts and the x-halves of R1^c and R1^f are
+one stacked matrix, so one skinny matmul of x gives every low-rank activation and the routers'
+hidden layers; the activations are scaled by the gates and one matmul with the stacked B brings them
+back. What depends on the user alone (g^u and the u-half of R1^f [u; x]) is one matmul for all
+matrices.
 
 On a GPU a step of a small backbone is as long as its list of calls, so matrices that read the same
 x (q, k and v of a block; gate and up) are one *group*: one stack, one batch of routers. The first
 of them to be called computes for all. The load balance of all matrices is computed at the end.
 
-The backbone stays Hugging Face's code: `DPMoE.attach` takes over the forward of its Linear modules,
-by name, and `DPMoE.detach` gives it back.
-
-Legend: n tokens, U users (rows or running prefixes), J adapted matrices, G those of a group, E
-experts of a view, V views, R rank, W router width, D hidden size.
+Legend: n tokens of a slice, N of the packed batch, U users (rows or running prefixes), J adapted
+matrices, G those of a group, S shared experts, E experts of a view, V views, R rank, W router
+width, D hidden size. Parameters are float32; products run in the dtype of x, routers' softmax and
+gates in float32.
 """
 
 from __future__ import annotations
 
-__all__ = ["DPMoE", "Routing", "ViewSlice", "load_balance", "top_n"]
+__all__ = ["DPMoE", "Routing", "ViewSlice", "load_balance", "plain_update", "top_n"]
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rec.errors import ConfigError
-from l2rec.modules.adapters import side_by_side
+from l2rec.modules.adapters import Adapter, Forward, side_by_side
 from l2rec.modules.backbone import split
+
+Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+"""Experts: B_i [d_out, R] and A_i [R, d_in] of each."""
+Routers: TypeAlias = Mapping[str, tuple[Tensor, Tensor, Tensor, Tensor]]
+"""R1 [W, size of z], b1 [W], R2 [E, W], b2 [E] of the signals "c", "u" and "f"; "c" alone without
+a personalised router.
+"""
+
+
+def plain_update(
+    x: Tensor, u: Tensor, shared: Pairs, experts: Pairs, routers: Routers, top: int, scaling: float
+) -> Tensor:
+    """Return alpha/r dW_j x [d_out] of one token x [d_in] of a user u [D], one view: Eq. 3-5."""
+
+    def g(m: str, z: Tensor) -> Tensor:  # Eq. 4
+        r1, b1, r2, b2 = routers[m]
+        return torch.softmax(r2 @ F.relu(r1 @ z + b1) + b2, dim=-1)
+
+    g_c = g_hat = g("c", x)
+    if "u" in routers:
+        g_hat = g_c + (g("u", u) + g("f", torch.cat((u, x)))) * g_c  # Eq. 5, fusion
+    gates = [*x.new_ones(len(shared)), *(g_hat * top_n(g_hat, top))]  # Eq. 5, Top-N
+    terms = [gate * (b @ (a @ x)) for gate, (b, a) in zip(gates, (*shared, *experts), strict=True)]
+    return scaling * torch.stack(terms).sum(0)  # Eq. 3
 
 
 @dataclass(frozen=True)
 class ViewSlice:
-    """Tokens [start, stop) of a packed batch that belong to one view.
+    """Tokens [start, stop) of a packed batch that belong to one view: u^v, x^v and E_v of Eq. 6.
 
-    u: [U, D] float32 user vectors of this view. user: [stop - start] int64, the row of u that
-    each token is routed by (one per history, or one per prefix of it).
+    view: place of the view, and of its experts, 0..V-1. u: [U, D] float32 user vectors of this
+    view. user: [n] int64, the row of u that each token is routed by (one per history, or one per
+    prefix of it).
     """
 
     view: int
@@ -59,16 +91,19 @@ class ViewSlice:
 
 @dataclass
 class Routing:
-    """What one forward pass of the backbone needs to know, and what is known after it.
+    """State of one forward pass of the backbone, and its load balance afterwards.
 
-    from_user: per slice and group, what a token's user adds, float32: to the hidden layers of the
-        routers, [U, G, 2 W] (the context's bias; the interaction's bias and u-half of R1^f [u; x]),
-        and g^u, [U, G, E]. Empty where the router does not know the user.
-    chosen: per slice, of each group that was passed: g_hat [G, n, E] and the chosen experts, bool.
-    ready: by matrix, the input of its group and what the matrix makes of it, until it is called.
-    balance: per view, the load-balancing term of each matrix that was passed, [J].
-    load: per view, for each of them the share of tokens that each expert received, [J, E],
-        detached.
+    slices: the views' tokens; together the whole packed batch, in order.
+    from_user: per slice and group, the terms that depend on the user alone, float32: what is added
+        to the hidden layers of the routers, [U, G, 2 W] (context: b1^c; interaction: b1^f and the
+        u-half of R1^f [u; x]), and g^u, [U, G, E]. Empty where the router does not know the user.
+    chosen: per slice, of each group that was passed: g_hat [G, n, E] float32 and the chosen
+        experts [G, n, E] bool. Emptied by `finish`.
+    ready: by matrix, the input of its group and the output that was computed with it, until the
+        matrix is called.
+    balance: per view, the load-balancing term of each matrix that was passed, [J] float32.
+    load: per view, for each of them the share of choices that each expert received, [J, E]
+        float32, detached.
     """
 
     slices: Sequence[ViewSlice]
@@ -79,50 +114,58 @@ class Routing:
     load: dict[int, Tensor] = field(default_factory=dict)
 
     def finish(self) -> None:
-        """Balance and load, once the backbone was passed."""
+        """Compute balance and load of the whole pass, and free what it no longer needs."""
         self.ready.clear()
         for part, chosen in zip(self.slices, self.chosen, strict=True):
             if chosen:
-                scores, kept = (torch.cat(of_groups) for of_groups in zip(*chosen, strict=True))
-                self.balance[part.view], self.load[part.view] = load_balance(scores, kept)
+                scores, in_top = (torch.cat(of_groups) for of_groups in zip(*chosen, strict=True))
+                self.balance[part.view], self.load[part.view] = load_balance(scores, in_top)
                 chosen.clear()
 
 
 def top_n(scores: Tensor, n: int) -> Tensor:
-    """Indicator of the ``n`` largest of the last dimension, [..., E] bool; exactly n are True."""
-    kept = scores.detach().topk(n, dim=-1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
+    """Mark the ``n`` largest scores, the indicator of Eq. 5: [..., E] -> [..., E] bool.
+
+    Exactly n are True, ties or not.
+    """
+    largest = scores.detach().topk(n, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, largest, True)
 
 
-def load_balance(scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Switch-style balance of routers: E * sum_i f_i P_i, 1 when the load is even.
+def load_balance(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the load-balancing term of routers: E * sum_i f_i P_i, 1 when the load is even.
+
+    Fedus et al. Switch Transformers. JMLR '22, https://arxiv.org/abs/2101.03961, Eq. 4-6.
 
     Args:
-        scores: [..., n, E] fused scores g_hat of Eq. 5. kept: alike, bool, the chosen experts.
+        scores: [..., n, E] fused scores g_hat of Eq. 5. chosen: alike, bool, those in Top-N.
 
     Returns:
-        The term of each router [...], and f [..., E], each expert's share of the choices
+        The term of each router, [...], and f [..., E], each expert's share of the choices
         (detached).
     """
-    share = kept.to(scores.dtype).mean(-2)
+    share = chosen.to(scores.dtype).mean(-2)
     share = share / share.sum(-1, keepdim=True)
     probability = (scores / scores.sum(-1, keepdim=True)).mean(-2)
     return scores.shape[-1] * (share * probability).sum(-1), share.detach()
 
 
 def _gates(hidden: Tensor, out: Tensor, bias: Tensor) -> Tensor:
-    """softmax(R2 relu(hidden) + b2) of K routers: hidden [n, K W], out [K, E, W], bias [K, E]
-    -> [K, E, n].
+    """Compute softmax(R2 relu(hidden) + b2), Eq. 4, of K routers.
 
-    A softmax over a short last dimension is several times slower.
+    hidden: [n, K W], R1 z + b1. out: [K, E, W], R2. bias: [K, E], b2. Returns [K, E, n], experts
+    not last: a softmax over a short last dimension is several times slower.
     """
     active = F.relu(hidden).view(len(hidden), len(out), -1).permute(1, 2, 0)
     return torch.baddbmm(bias[..., None], out, active).softmax(1)
 
 
 class _Products(torch.autograd.Function):
-    """W x + b of the frozen matrices of a group, and of each view's rows of x the products with its
-    own stack.
+    """Products of x with the frozen matrices of a group, W x + b, and with each view's stack.
+
+    x: [N, d_in], the rows of each view one after the other. sizes: rows of each view. stacks: one
+    of each view, [rows of the stack, d_in]. Returns [N, d_out] of each matrix, then
+    [n, rows of the stack] of each view.
 
     One function, so that all gradients of x meet inside the products: autograd would add them up
     afterwards, once for every adapted matrix, which costs more than the products of the experts.
@@ -136,19 +179,19 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(x, *weights, *stacks)
         ctx.sizes = sizes
         views = zip(split(x, sizes), stacks, strict=True)
-        own = [F.linear(x, linear.weight, linear.bias) for linear in frozen]
-        return *own, *(F.linear(part, stack) for part, stack in views)
+        plain = [F.linear(x, linear.weight, linear.bias) for linear in frozen]
+        return *plain, *(F.linear(part, stack) for part, stack in views)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         views = len(ctx.sizes)
         x, *matrices = ctx.saved_tensors
         weights, stacks = matrices[:-views], matrices[-views:]
-        g_own, g_low = grads[:-views], grads[-views:]
+        g_plain, g_low = grads[:-views], grads[-views:]
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = g_own[0] @ weights[0]
-            for g, weight in zip(g_own[1:], weights[1:], strict=True):
+            g_x = g_plain[0] @ weights[0]
+            for g, weight in zip(g_plain[1:], weights[1:], strict=True):
                 g_x.addmm_(g, weight)
             for part, g, stack in zip(split(g_x, ctx.sizes), g_low, stacks, strict=True):
                 part.addmm_(g, stack)
@@ -157,15 +200,19 @@ class _Products(torch.autograd.Function):
 
 
 class _AddLowRank(torch.autograd.Function):
-    """y += low B of each view's rows, where y already lies. factors: low, B of every view."""
+    """In-place sum y += low B of each view's rows: the experts' part of Eq. 3.
+
+    y: [N, d_out]. sizes: rows of each view. factors: low [n, (S + E) R] and B [(S + E) R, d_out]
+    of every view in turn.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, sizes: list[int], *factors: Tensor) -> Tensor:
         ctx.save_for_backward(*factors)
         ctx.sizes = sizes
         ctx.mark_dirty(y)
-        for own, low, b in zip(split(y, sizes), factors[::2], factors[1::2], strict=True):
-            own.addmm_(low, b)
+        for part, low, b in zip(split(y, sizes), factors[::2], factors[1::2], strict=True):
+            part.addmm_(low, b)
         return y
 
     @staticmethod
@@ -178,7 +225,7 @@ class _AddLowRank(torch.autograd.Function):
 
 
 class _View(NamedTuple):
-    """What one view has of a `_Mixture`."""
+    """Parameters of one view in a `_Mixture`."""
 
     a: Tensor
     b: Tensor
@@ -189,7 +236,11 @@ class _View(NamedTuple):
 
 
 class _Mixture(nn.Module):
-    """The experts and routers of one adapted matrix, all views."""
+    """Experts and routers of one adapted matrix, all views.
+
+    Experts are stacked along their ranks: rows i R to (i + 1) R of ``a`` are A_i, of ``b`` B_i
+    transposed.
+    """
 
     def __init__(
         self,
@@ -216,8 +267,10 @@ class _Mixture(nn.Module):
         self.router_out_bias = nn.Parameter(torch.empty(views, signals, experts))
 
     def views(self) -> list[_View]:
-        """The parameters by view. Taken apart in one piece: an index into them costs a zero-filled
-        gradient of all of them for every view.
+        """Return the parameters of each view.
+
+        All at once: an index into a parameter costs a zero-filled gradient of all of it for every
+        view.
         """
         stacked = (
             self.a,
@@ -227,9 +280,10 @@ class _Mixture(nn.Module):
             self.router_out,
             self.router_out_bias,
         )
-        return [_View(*own) for own in zip(*(p.unbind() for p in stacked), strict=True)]
+        return [_View(*parts) for parts in zip(*(p.unbind() for p in stacked), strict=True)]
 
     def reset_parameters(self) -> None:
+        """Draw A as Kaiming-uniform, set B to zero, start the routers near uniform."""
         for a in (self.shared_a, self.a):
             nn.init.uniform_(a, -1 / math.sqrt(a.shape[-1]), 1 / math.sqrt(a.shape[-1]))
         for b in (self.shared_b, self.b):
@@ -241,23 +295,27 @@ class _Mixture(nn.Module):
 
 
 def _init_router_out(weight: Tensor, bias: Tensor) -> None:
-    """Every expert equally likely at the start; only tiny differences break the ties of Top-N."""
+    """Start with every expert equally likely, but for tiny differences that break ties of Top-N."""
     nn.init.normal_(weight, std=1e-3)
     nn.init.zeros_(bias)
 
 
-class DPMoE(nn.Module):
+class DPMoE(Adapter[Routing]):
     """Experts and three-signal routers for the adapted matrices of one backbone.
 
     Args:
-        linears: the frozen modules to adapt, by name.
+        linears: the frozen modules to adapt, by name (`find_linears`).
         dim: size D of the user vectors.
-        views: number of views V; each sees the shared experts and its own.
-        shared_experts, view_experts: experts shared by all views, and of each view.
-        rank, alpha: of every LoRA expert; the update is scaled by alpha / rank.
-        top: experts of a view kept for a token (Top-N of Eq. 5).
+        views: number of views V; each uses the shared experts and its own.
+        shared_experts, view_experts: S and E, experts shared by all views and of each view.
+        rank, alpha: R of every LoRA expert, and the scale: the update is multiplied by alpha / rank
+            (the paper gives no scale).
+        top: N of Eq. 5, experts of a view that are active for a token.
         width: hidden width W of the routers.
-        personalized: False removes the user from the router: g = g^c (the paper's "w/o PR").
+        personalized: False removes the user from the router: g_hat = g^c (the paper's "w/o PR").
+
+    Raises:
+        ConfigError: ``top`` is not between 1 and ``view_experts``.
     """
 
     def __init__(
@@ -274,11 +332,11 @@ class DPMoE(nn.Module):
         width: int = 16,
         personalized: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(linears)
         if not 1 <= top <= view_experts:
             raise ConfigError(f"top_n={top} must lie between 1 and view_experts={view_experts}")
-        self.names = list(linears)
         self.groups = side_by_side(self.names)
+        self._group_of = [n for n, group in enumerate(self.groups) for _ in group]
         self.shared_experts, self.view_experts = shared_experts, view_experts
         self.rank, self.scaling, self.top, self.width = rank, alpha / rank, top, width
         self.personalized = personalized
@@ -302,13 +360,10 @@ class DPMoE(nn.Module):
             self.router_u_bias = nn.Parameter(torch.empty(views, matrices, width))
             self.user_out = nn.Parameter(torch.empty(views, matrices, view_experts, width))
             self.user_out_bias = nn.Parameter(torch.empty(views, matrices, view_experts))
-        self._linears = list(linears.values())
-        self._taken: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
-        self._routing: Routing | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B zero, routers near uniform: untrained, nothing changes."""
+        """Draw A as Kaiming-uniform, set B to zero, start the routers near uniform: dW = 0."""
         for mixture in self.mixtures:
             mixture.reset_parameters()  # type: ignore[operator]
         if self.personalized:
@@ -317,61 +372,45 @@ class DPMoE(nn.Module):
             nn.init.zeros_(self.router_u_bias)
             _init_router_out(self.user_out, self.user_out_bias)
 
-    # -- attaching to the backbone ---------------------------------------------------------------
-
-    def attach(self) -> None:
-        """Take over every adapted Linear: inside `routed` it gives W x + b and the update."""
-        for j, linear in enumerate(self._linears):
-            if linear not in self._taken:
-                before = linear.forward
-                self._taken[linear] = before
-                linear.forward = self._adapting(j, before)  # type: ignore[assignment,method-assign]
-
-    def detach(self) -> None:
-        """The backbone is what it was: mixtures are detached in the opposite order."""
-        for linear, before in self._taken.items():
-            linear.forward = before  # type: ignore[assignment,method-assign]
-        self._taken = {}
-
-    def _adapting(self, j: int, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        number = next(n for n, group in enumerate(self.groups) if j in group)
-        group = self.groups[number]
-
-        def forward(x: Tensor) -> Tensor:
-            routing = self._routing
-            if routing is None:
-                return plain(x)
-            read, y = routing.ready.pop(j, (None, x))
-            if read is not x:
-                ys = self.adapted(number, x.squeeze(0), routing)
-                made = {i: (x, one[None]) for i, one in zip(group, ys, strict=True)}
-                _, y = made.pop(j)
-                routing.ready |= made
-            return y
-
-        return forward
-
     @contextmanager
     def routed(self, slices: Sequence[ViewSlice]) -> Iterator[Routing]:
-        """Within this context the attached backbone adapts the given slices of its packed input."""
+        """Adapt the given slices of the attached backbone's packed input within this context.
+
+        slices: all tokens of the input, in order. The routing has balance and load afterwards.
+        """
         biases: Sequence[Tensor] = ()
         if self.personalized:
             stacked = [mixture.router_x_bias for mixture in self.mixtures]
             biases = torch.stack(stacked, dim=1).unbind()  # type: ignore[arg-type]
         from_user = [self._from_user(s, biases) for s in slices]
-        self._routing = routing = Routing(slices, from_user, [[] for _ in slices])
-        try:
+        with self.active(Routing(slices, from_user, [[] for _ in slices])) as routing:
             yield routing
-        finally:
-            self._routing = None
         routing.finish()
+
+    def _output(self, j: int, x: Tensor, plain: Forward, state: Routing) -> Tensor:
+        """Return (W_j + alpha/r dW_j) x + b: x [1, N, d_in] -> [1, N, d_out].
+
+        The first of a group to be called computes for all of it; a neighbour that reads another
+        input computes anew. ``plain`` is not called: `adapted` multiplies by W_j itself.
+        """
+        read, y = state.ready.pop(j, (None, x))
+        if read is not x:
+            group = self._group_of[j]
+            outputs = zip(self.groups[group], self.adapted(group, x.squeeze(0), state), strict=True)
+            ready = {i: (x, output[None]) for i, output in outputs}
+            _, y = ready.pop(j)
+            state.ready |= ready
+        return y
 
     # -- the equations ---------------------------------------------------------------------------
 
     def _from_user(
         self, part: ViewSlice, biases: Sequence[Tensor]
     ) -> Sequence[tuple[Tensor, Tensor]]:
-        """`Routing.from_user` of one slice; biases: of the routers of x, [J, 2 W] of each view."""
+        """Compute `Routing.from_user` of one slice: Eq. 4 for g^u, and the u-half of R1^f [u; x].
+
+        biases: b1 of the routers of x (context, interaction), [J, 2 W] of each view.
+        """
         if not self.personalized:
             return ()
         v = part.view
@@ -385,65 +424,71 @@ class DPMoE(nn.Module):
         return list(zip(added.split(sizes, 1), logits.softmax(-1).split(sizes, 1), strict=True))
 
     def adapted(self, group: int, x: Tensor, routing: Routing) -> list[Tensor]:
-        """(W_j + dW_j) x + b of a whole packed batch, Eq. 3, for every matrix j of a group:
-        x [N, d_in] -> [N, d_out] each.
+        """Compute (W_j + alpha/r dW_j) x + b, Eq. 3, for every matrix j of a group.
+
+        x: [N, d_in], a whole packed batch. Returns [N, d_out] of each matrix, in the dtype of x.
         """
         members = self.groups[group]
         frozen = [self._linears[j] for j in members]
         mixtures: list[_Mixture] = [self.mixtures[j] for j in members]  # type: ignore[misc]
         sizes = [part.stop - part.start for part in routing.slices]
         of_member = [mixture.views() for mixture in mixtures]
-        own = [[views[part.view] for views in of_member] for part in routing.slices]
+        of_slice = [[views[part.view] for views in of_member] for part in routing.slices]
         # [A of all experts; x-halves of the routers' first layers], [G ((S + E) R + 2 W), d_in]
         stacks = []
-        for views in own:
+        for views in of_slice:
             pairs = zip(mixtures, views, strict=True)
             a = [matrix for mixture, v in pairs for matrix in (mixture.shared_a, v.a)]
             stacks.append(torch.cat([*a, *(v.router_x for v in views)]).to(x.dtype))
-        made = _Products.apply(x, frozen, sizes, *stacks)  # type: ignore[no-untyped-call]
-        plain, products = made[: len(members)], made[len(members) :]
+        results = _Products.apply(x, frozen, sizes, *stacks)  # type: ignore[no-untyped-call]
+        plain, products = results[: len(members)], results[len(members) :]
         low = [
-            self._gated(group, own[k], product, k, routing) for k, product in enumerate(products)
+            self._gated(group, of_slice[k], product, k, routing)
+            for k, product in enumerate(products)
         ]
         ys: list[Tensor] = []
         for m, (mixture, y) in enumerate(zip(mixtures, plain, strict=True)):
             factors: list[Tensor] = []
-            for of_view, views in zip(low, own, strict=True):
+            for of_view, views in zip(low, of_slice, strict=True):
                 b = torch.cat((mixture.shared_b, views[m].b)).to(x.dtype)
                 factors += (of_view[m], b)
             ys.append(_AddLowRank.apply(y, sizes, *factors))  # type: ignore[no-untyped-call]
         return ys
 
     def _gated(
-        self, group: int, own: Sequence[_View], product: Tensor, k: int, routing: Routing
+        self, group: int, views: Sequence[_View], product: Tensor, k: int, routing: Routing
     ) -> Sequence[Tensor]:
-        """A x of one view's experts times their gates, [n, (S + E) R] for every matrix of the
-        group: B brings it back.
+        """Compute alpha/r g_i A_i x of slice k, Eq. 5: [n, (S + E) R] for every matrix of a group.
+
+        views: the slice's view of each matrix. product: [n, G ((S + E) R + 2 W)], the view's stack
+        times x.
         """
-        matrices, routers = len(own), sum(len(v.router_x) for v in own)
+        matrices, routers = len(views), sum(len(v.router_x) for v in views)
         low, hidden = product.split((product.shape[1] - routers, routers), dim=-1)
-        scores = self._fused_scores(group, own, hidden.unflatten(-1, (matrices, -1)), k, routing)
-        kept = top_n(scores, self.top)
-        routing.chosen[k].append((scores, kept))
-        gates = F.pad(scores * kept, (self.shared_experts, 0), value=1.0) * self.scaling
+        scores = self._fused_scores(group, views, hidden.unflatten(-1, (matrices, -1)), k, routing)
+        chosen = top_n(scores, self.top)
+        routing.chosen[k].append((scores, chosen))
+        gates = F.pad(scores * chosen, (self.shared_experts, 0), value=1.0) * self.scaling
         gates = gates.transpose(0, 1).to(product.dtype).repeat_interleave(self.rank, dim=-1)
         gated: Tensor = low.unflatten(-1, (matrices, -1)) * gates
         return gated.unbind(1)
 
     def _fused_scores(
-        self, group: int, own: Sequence[_View], hidden: Tensor, k: int, routing: Routing
+        self, group: int, views: Sequence[_View], hidden: Tensor, k: int, routing: Routing
     ) -> Tensor:
-        """Eq. 4 and the first line of Eq. 5: g_hat [G, n, E] float32, of R1 x [n, G, 2 W] without
-        its bias.
+        """Compute g_hat of slice k, Eq. 4 and the first line of Eq. 5: [G, n, E] float32.
+
+        hidden: [n, G, 2 W], R1 x of context and interaction ([n, G, W] of context alone, where the
+        router does not know the user), without bias, in the dtype of x.
         """
-        out, bias = torch.cat([v.out for v in own]), torch.cat([v.out_bias for v in own])
+        out, bias = torch.cat([v.out for v in views]), torch.cat([v.out_bias for v in views])
         if not self.personalized:
-            hidden = hidden + torch.stack([v.router_x_bias for v in own])
+            hidden = hidden + torch.stack([v.router_x_bias for v in views])
             return _gates(hidden.flatten(1), out, bias).transpose(1, 2)
         of_hidden, of_user = routing.from_user[k][group]
         user = routing.slices[k].user
         hidden = hidden + of_hidden.index_select(0, user)
-        gates = _gates(hidden.flatten(1), out, bias).unflatten(0, (len(own), 2))
+        gates = _gates(hidden.flatten(1), out, bias).unflatten(0, (len(views), 2))
         g_context, g_interaction = gates.transpose(2, 3).unbind(1)
         g_user = of_user.index_select(0, user).transpose(0, 1)
         fused: Tensor = g_context + (g_user + g_interaction) * g_context

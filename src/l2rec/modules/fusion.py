@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class AdaptiveFusion(nn.Module):
-    """Residual projections of both views and a gate between them.
+    """Residual projections P_v of both views, v in {B, S}, and a gate delta between them.
 
         h~^v = h^v + P_v(h^v),    delta = sigmoid(W_g [h~^B; h~^S] + b_g)
         h^F  = delta h~^B + (1 - delta) h~^S
@@ -18,7 +18,7 @@ class AdaptiveFusion(nn.Module):
 
     Args:
         dim: size D of both views.
-        gate: ``vector`` gates every dimension on its own, ``scalar`` one for the user.
+        gate: ``vector``: one delta for each dimension; ``scalar``: one for each user.
     """
 
     def __init__(self, dim: int, gate: str = "vector") -> None:
@@ -29,20 +29,23 @@ class AdaptiveFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All zero: h~ = h and delta = 1/2."""
+        """Set all to zero: h~ = h and delta = 1/2."""
         for module in (self.project_behavioral, self.project_semantic, self.gate):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
     def residual(self, behavioral: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
-        """h~^B and h~^S, [B, D] each."""
+        """Compute h~^B and h~^S from h^B and h^S, [B, D] each."""
         return (
             behavioral + self.project_behavioral(behavioral),
             semantic + self.project_semantic(semantic),
         )
 
     def fuse(self, behavioral: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
-        """h~^B, h~^S [B, D] -> h^F [B, D] and delta [B, D] or [B, 1] (1: all behavioural)."""
+        """Fuse h~^B and h~^S [B, D] into h^F [B, D].
+
+        Also returns delta, [B, D] or [B, 1]; where it is 1, h^F is all behavioural.
+        """
         delta = torch.sigmoid(self.gate(torch.cat((behavioral, semantic), dim=-1)))
         return delta * behavioral + (1 - delta) * semantic, delta
 

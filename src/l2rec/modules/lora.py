@@ -4,8 +4,7 @@ Hu et al. LoRA. ICLR '22, https://arxiv.org/abs/2106.09685
 
     W x + alpha/r B A drop(x)          A uniform, B zero: untrained, nothing changes
 
-The backbone stays Hugging Face's code: hooks on its Linear modules add the update, and only
-inside `LoRA.enabled`; outside of it, the backbone is the frozen one.
+The update is added inside `LoRA.enabled` only; outside of it, the backbone is the frozen one.
 """
 
 from __future__ import annotations
@@ -15,20 +14,22 @@ __all__ = ["LoRA"]
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
+
+from l2rec.modules.adapters import Adapter, Forward
 
 
-class LoRA(nn.Module):
-    """One pair (A, B) for each of the given modules, by name (`find_linears`).
+class LoRA(Adapter[Literal[True]]):
+    """Low-rank updates, one pair A [R, d_in] and B [d_out, R] for each adapted matrix.
 
     Args:
-        linears: the frozen modules to adapt.
-        rank, alpha: the update is scaled by alpha / rank.
-        dropout: of the inputs of A.
+        linears: the frozen modules to adapt, by name (`find_linears`).
+        rank, alpha: R, and the scale: the update is multiplied by alpha / rank.
+        dropout: share of the inputs of A that is dropped in training.
     """
 
     def __init__(
@@ -39,55 +40,31 @@ class LoRA(nn.Module):
         alpha: float = 16.0,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.names = list(linears)
+        super().__init__(linears)
         self.scaling = alpha / rank
         self.dropout = nn.Dropout(dropout)
         self.a = nn.ParameterList(torch.empty(rank, m.in_features) for m in linears.values())
         self.b = nn.ParameterList(torch.empty(m.out_features, rank) for m in linears.values())
-        self._linears = list(linears.values())
-        self._handles: list[RemovableHandle] = []
-        self._on = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B zero."""
+        """Draw A as Kaiming-uniform and set B to zero: the update is zero."""
         for a in self.a:
             bound = 1 / math.sqrt(a.shape[1])
             nn.init.uniform_(a, -bound, bound)
         for b in self.b:
             nn.init.zeros_(b)
 
-    def attach(self) -> None:
-        """Hook every adapted Linear: inside `enabled`, its output gains the update."""
-        if not self._handles:
-            self._handles = [
-                linear.register_forward_hook(self._hook(j))
-                for j, linear in enumerate(self._linears)
-            ]
-
-    def detach(self) -> None:
-        """Take the hooks away: the backbone is what it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     @contextmanager
     def enabled(self) -> Iterator[None]:
-        """Within this context the hooked backbone is the adapted one."""
-        before, self._on = self._on, True
-        try:
+        """Add the updates to the outputs of the attached modules within this context."""
+        with self.active(True):
             yield
-        finally:
-            self._on = before
 
     def update(self, j: int, x: Tensor) -> Tensor:
-        """alpha/r B A drop(x) of matrix j: x [..., d_in] -> [..., d_out], in the dtype of x."""
+        """Return alpha/r B A drop(x) of matrix j: x [..., d_in] -> [..., d_out], dtype of x."""
         low = F.linear(self.dropout(x), self.a[j].to(x.dtype))
         return F.linear(low * self.scaling, self.b[j].to(x.dtype))
 
-    def _hook(self, j: int):  # type: ignore[no-untyped-def]
-        def add_update(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return output + self.update(j, inputs[0]) if self._on else None
-
-        return add_update
+    def _output(self, j: int, x: Tensor, plain: Forward, state: Literal[True]) -> Tensor:
+        return plain(x) + self.update(j, x)

@@ -1,4 +1,7 @@
-"""Losses of the baselines that are not the full softmax (`objectives.catalog_loss`)."""
+"""Losses of the baselines beside the full softmax, which is `objectives.catalog_loss`.
+
+Legend: P positions, k sampled negatives of each, B rows.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,27 @@ from torch.nn import functional as F
 
 
 def binary_loss(positive: Tensor, negative: Tensor) -> Tensor:
-    """-log sigmoid(s+) - sum_j log(1 - sigmoid(s-_j)), mean over rows.
+    """Compute -log sigmoid(s+) - sum_j log(1 - sigmoid(s-_j)), mean over positions: a scalar.
 
-    positive: [P] scores; negative: [P, k] scores, -inf where a negative does not count.
+    positive: [P] scores. negative: [P, k] scores, -inf where a negative does not count.
     """
     return (F.softplus(-positive) + F.softplus(negative).sum(-1)).mean()
 
 
 def sampled_softmax_loss(positive: Tensor, negative: Tensor) -> Tensor:
-    """Cross-entropy of the positive among itself and its sampled negatives, mean over rows.
+    """Compute the cross-entropy of the positive among itself and its sampled negatives.
 
-    positive: [P] scores; negative: [P, k] scores, -inf where a negative does not count.
+    positive: [P] scores. negative: [P, k] scores, -inf where a negative does not count. Returns
+    the mean over positions, a scalar.
     """
     return (torch.logsumexp(torch.cat((positive[:, None], negative), 1), 1) - positive).mean()
 
 
 def in_batch_loss(scores: Tensor, same: Tensor | None = None) -> Tensor:
-    """InfoNCE of row i with column i, mean over rows.
+    """Compute InfoNCE of row i with column i, mean over rows: a scalar.
 
-    scores: [B, B]. same: [B, B] bool, columns that are no negative of a row (the same item or
-    user); the diagonal is always kept.
+    scores: [B, B]. same: [B, B] bool, True where a column is no negative of a row (the same item
+    or user); the diagonal is always the positive.
     """
     if same is not None:
         off = same & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)

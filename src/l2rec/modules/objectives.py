@@ -1,6 +1,12 @@
 """Training objectives of L2Rec (SIGIR '26), Eq. 8-9: pure functions of tensors, in float32.
 
-`fused_catalog_loss` is `catalog_loss` of a product users x items that is never whole in memory.
+    Eq. 8   L_Rec, in-batch negatives             `contrastive_loss`, of `cosine` / tau
+            all other items as negatives          `catalog_loss`, `fused_catalog_loss`
+    Eq. 9   L_BPC                                 `bpc_loss`
+
+The load-balancing loss L_LB is `experts.load_balance`. `fused_catalog_loss` is `catalog_loss` of
+scores users x items that are never all in memory. Legend: B users, P positions, n encoded items,
+N items of the catalog, D size of vectors.
 """
 
 from __future__ import annotations
@@ -21,38 +27,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FUSED_SCORES, FUSED_ROWS = 1 << 22, 256
-"""Scores that `fused_catalog_loss` makes at once: a few MB, near the processor, or what so many
-users have, for fewer make poor matrix products.
+"""Sizes of a block of `fused_catalog_loss`: about so many scores, a few MB that stay in the
+processor's cache, but at least so many rows, because fewer make slow matrix products.
 """
 
 
 def cosine(users: Tensor, items: Tensor) -> Tensor:
-    """sim of Eq. 8: [B, D], [n, D] -> cosine similarities [B, n] float32."""
+    """Compute the cosines of users [B, D] and items [n, D], sim of Eq. 8: [B, n] float32."""
     return F.normalize(users.float(), dim=-1) @ F.normalize(items.float(), dim=-1).T
 
 
 def contrastive_loss(scores: Tensor, positive: Tensor, allowed: Tensor) -> Tensor:
-    """L_Rec of Eq. 8, mean over users.
+    """Compute L_Rec of Eq. 8, mean over users: a scalar.
 
     Args:
-        scores: [B, n] r_{u,i} = sim / tau of every user with every encoded item.
-        positive: [B] int64 column of each user's next item.
-        allowed: [B, n] bool, the negatives of each user; the positive column is added here.
+        scores: [B, n] float, r_{u,i} = sim / tau of every user with every encoded item.
+        positive: [B] int64, column of each user's next item i^+.
+        allowed: [B, n] bool, the negatives N of each user; the positive may be False.
     """
     allowed = allowed.scatter(1, positive[:, None], True)
     return F.cross_entropy(scores.masked_fill(~allowed, float("-inf")), positive)
 
 
 def catalog_loss(scores: Tensor, positive: Tensor) -> Tensor:
-    """Full-softmax cross-entropy over the whole catalog: Eq. 8 with every other item a negative.
+    """Compute Eq. 8 with every other item of the catalog as a negative: full-softmax cross-entropy.
 
-    scores: [B, N]; positive: [B] int64.
+    scores: [B, N] float. positive: [B] int64. Returns the mean over users, a scalar.
     """
     return F.cross_entropy(scores, positive)
 
 
 class Added(NamedTuple):
-    """``value``, a scalar, in cells of a matrix of scores: rows [n], ascending, and columns [n]."""
+    """Term of chosen cells of a matrix of scores.
+
+    value: scalar, the same for all cells. rows, columns: [cells] int64, rows ascending.
+    """
 
     value: Tensor
     rows: Tensor
@@ -67,13 +76,15 @@ def fused_catalog_loss(
     added: Added | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`catalog_loss` of users @ items.T (+ ``added``), made and differentiated some rows at a time.
+    """Compute `catalog_loss` of users @ items.T (+ ``added``), some rows at a time.
 
-    No [P, N] is kept for the backward pass.
+    No [P, N] is stored for the backward pass: the forward pass computes the gradients.
 
     Args:
-        users: [P, D] float32, divided by the temperature. items: [N, D] float32.
-        positive: [P] int64. dtype: of the matrix products; the softmax and sums are float32.
+        users: [P, D] float32, divided by tau. items: [N, D] float32.
+        positive: [P] int64, next item of each position.
+        added: a term of some of the scores, or None.
+        dtype: of the matrix products; softmax and sums are float32.
     """
     if added is None:
         nowhere = positive[:0]
@@ -84,7 +95,7 @@ def fused_catalog_loss(
 
 
 class _FusedCatalogLoss(torch.autograd.Function):
-    """The gradients are made in the forward pass, while the scores are at hand."""
+    """Loss whose gradients are computed in the forward pass, while the scores are in memory."""
 
     @staticmethod
     def forward(
@@ -113,7 +124,7 @@ class _FusedCatalogLoss(torch.autograd.Function):
             where = (rows[some] - start, columns[some])
             scores[where] += value
             wanted = positive[start : start + size, None]
-            # Softmax in place, one exponential a score: less one at the positive, the gradient.
+            # Softmax in place, one exponential per score; less 1 at the positive: the gradient.
             scores.sub_(scores.amax(dim=1, keepdim=True))
             total -= scores.gather(1, wanted).sum()
             norm = scores.exp_().sum(dim=1, keepdim=True)
@@ -139,11 +150,12 @@ class _FusedCatalogLoss(torch.autograd.Function):
 def bpc_loss(
     behavioral: Tensor, semantic: Tensor, users: Tensor, temperature: Tensor | float, weight: float
 ) -> Tensor:
-    """Bidirectional preference contrast L_BPC of Eq. 9, mean over rows.
+    """Compute the bidirectional preference contrast L_BPC of Eq. 9, mean over rows: a scalar.
 
     Args:
-        behavioral, semantic: [B, D] h~^B and h~^S, row by row the same user.
-        users: [B] int64; rows of one user (its other positions) are not negatives of each other.
+        behavioral, semantic: [B, D] h~^B and h~^S; row b of both is the same user.
+        users: [B] int64, user of each row; rows of one user (other positions of its history) are
+            not negatives of each other.
         temperature: tau of r = sim / tau.
         weight: lambda of the squared distance.
     """

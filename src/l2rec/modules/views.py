@@ -1,10 +1,12 @@
-"""The two inputs of L2Rec, Eq. 1-2, and how outputs are read back.
+"""Inputs of the two views, Eq. 1-2 of L2Rec (SIGIR '26), and means over their outputs.
 
-Semantic view: all tokens of the newest items that fit, item after item; one block per item.
-Behavioural view: one vector per item, pooled and projected; one block is one position.
+    Eq. 1   semantic view: all tokens of the newest items that fit,     `semantic_tokens`
+            item after item; one block per item
+    Eq. 2   behavioural view: one vector per item, pooled and           `mean_of`,
+            projected by P_U; one block is one position                 `BehavioralProjector`
 
-Both are flat (packed) runs over the rows of a batch. Legend: B rows, K blocks (items kept in all
-rows together), n tokens, D hidden size.
+Both are flat (packed) runs over the rows of a batch. Legend: B rows, K blocks (items of all rows
+together), n tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ View = Literal["semantic", "behavioral"]
 
 @dataclass(frozen=True)
 class Segments:
-    """Which tokens form a block and which blocks a row.
+    """Division of packed tokens into blocks (items), and of blocks into rows.
 
     lengths: [B] int64 tokens per row. blocks: [B] int64 blocks per row (at least 1).
     block: [n] int64 block of each token, 0..K-1 over the whole batch, ascending.
@@ -52,18 +54,21 @@ class Segments:
 
     @property
     def last(self) -> Tensor:
-        """[B] int64: the newest block of each row."""
+        """Newest block of each row, [B] int64."""
         return self.blocks.cumsum(0) - 1
 
     @property
     def last_token(self) -> Tensor:
-        """[K] int64: the last token of each block."""
+        """Last token of each block, [K] int64."""
         counts = torch.bincount(self.block, minlength=len(self.row))
         return counts.cumsum(0) - 1
 
     @classmethod
     def of_items(cls, counts: Tensor) -> Segments:
-        """The behavioural view: counts [B] items per row, every item a block of one token."""
+        """Build those of the behavioural view, every item a block of one token.
+
+        counts: [B] int64, items per row.
+        """
         total = int(counts.sum())
         rows = torch.repeat_interleave(
             torch.arange(len(counts), device=counts.device), counts, output_size=total
@@ -73,7 +78,10 @@ class Segments:
 
 @dataclass(frozen=True)
 class SemanticTokens:
-    """ids: [n] int64 token ids. kept: [B] int64, how many newest items of each row are in."""
+    """Input of the semantic view, before Embed.
+
+    ids: [n] int64 token ids. kept: [B] int64, number of newest items of each row that fit.
+    """
 
     ids: Tensor
     segments: Segments
@@ -91,18 +99,20 @@ def semantic_tokens(
     after: list[int],
     device: torch.device | str = "cpu",
 ) -> SemanticTokens:
-    """Eq. 1: ``before``, then for each of the newest items that fit its tokens and ``after``.
+    """Concatenate the texts of each history's newest items, [c_1; ...; c_L] of Eq. 1.
 
-    Each item is cut to its own budget; items that do not fit are dropped whole, oldest first, and
-    never more than ``max_items`` are kept. A one-item history reads as the backbone reads a
-    single text: [CLS] text [SEP].
+    A row is ``before``, then of each item its text and ``after``. Texts are cut to ``item_tokens``;
+    items that do not fit into ``max_tokens`` are dropped whole, oldest first, but never the newest.
+    With [CLS] before and [SEP] after, a one-item history reads as the backbone reads a single text.
 
     Args:
         histories: item ints, oldest first, no row empty.
         table: token ids of every item, without special tokens.
         item_tokens: most tokens of one item's text. max_tokens: T, most tokens of a row.
+        max_items: L, most items of a row.
         before: token ids that start a row. after: token ids that end an item, at least one where
             texts may be empty.
+        device: of the tensors that are returned.
     """
     histories = histories.tail(max_items)
     items = histories.values
@@ -177,7 +187,7 @@ def pack_views(
 
 
 class BehavioralProjector(nn.Module):
-    """P_U of Eq. 2 with its gain: [n, D] item vectors -> [n, D] inputs, gain * (W x + b).
+    """Projector P_U of Eq. 2 with a gain: item vectors [n, D] -> inputs [n, D], gain * (W x + b).
 
     W starts at the identity and b at minus the mean item vector. Pooled token embeddings are
     small and share a large common part: left as they are, the backbone's position and type
@@ -194,7 +204,10 @@ class BehavioralProjector(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, vectors: Tensor, scale: float) -> None:
-        """Centre on ``vectors`` [N, D] and set the gain so that they enter with RMS ``scale``."""
+        """Centre on ``vectors`` [N, D] and set the gain so that they enter with RMS ``scale``.
+
+        Fewer than two vectors change nothing; equal ones leave the gain as it is.
+        """
         if len(vectors) < 2:  # nothing to centre on
             return
         mean = vectors.float().mean(0)
@@ -209,15 +222,18 @@ class BehavioralProjector(nn.Module):
 
 
 def mean_of(x: Tensor, index: Tensor, n: int) -> Tensor:
-    """Mean of the rows of x [m, D] that share an index [m]: [n, D] float32."""
+    """Average the rows of x [m, D] that share an index: [n, D] float32.
+
+    index: [m] int64, 0..n-1; the mean of no rows is zero.
+    """
     sums = x.new_zeros((n, x.shape[-1]), dtype=torch.float32).index_add_(0, index, x.float())
     return sums / torch.bincount(index, minlength=n).clamp_min(1)[:, None]
 
 
 def prefix_mean(x: Tensor, segments: Segments) -> Tensor:
-    """Mean over all tokens of a row from its start to the end of each block.
+    """Average all tokens of a row from its start to the end of each block.
 
-    x: [n, D] tokens. Returns [K, D] float32: row k knows nothing of later blocks.
+    x: [n, D] tokens. Returns [K, D] float32: mean k does not depend on later blocks.
     """
     blocks, row = len(segments.row), segments.row
     sums = x.new_zeros((blocks, x.shape[-1]), dtype=torch.float32)
