@@ -20,10 +20,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from l2rec.data.vectors import Floats, off_unit, read_vectors, vectors_hash
+from l2rec.disk import replacing_folder
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError, StorageError
 
 KINDS = ("exact", "flat", "hnsw", "ivf", "milvus")
@@ -455,29 +454,18 @@ def save(index: Index, folder: Path, *, ids: Sequence[str], version: str) -> Non
         raise DataError("an id twice; every row of an index needs its own")
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is not an index; choose another folder")
-    staged = folder.with_name(f".{folder.name}.part")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.parent):
-            try:
-                shutil.rmtree(staged, ignore_errors=True)  # of a writer that was killed
-                staged.mkdir()
-                before = _own_collection(folder)
-                manifest = _write(index, staged, ids, version)
-                _exchange(staged, folder, manifest)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written, what was there is as it was: {error}"
-        ) from error
+    with replacing_folder(
+        folder, manifest=MANIFEST, belongs=_belongs, remedy="free some space"
+    ) as staged:
+        _write(index, staged, ids, version)
+        before = _own_collection(folder)
     if before is not None and before.collection != getattr(index, "collection", None):
         with contextlib.suppress(StorageError):
             before.drop()
 
 
-def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> dict[str, Any]:
-    """Files of an index, and its manifest."""
+def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> None:
+    """Write the files of an index and its manifest into an empty folder."""
     written = {}
 
     def write(role: str, to: Callable[[Any], object]) -> None:
@@ -486,8 +474,6 @@ def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> dict
         # of a disk that filled up with their last bytes.
         with (folder / role).open("wb") as file:
             to(file)
-            file.flush()
-            os.fsync(file.fileno())
         digest = _sha256(folder / role)
         name = f"{role}-{digest[:16]}.{suffix}"
         (folder / role).rename(folder / name)
@@ -523,31 +509,13 @@ def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> dict
         "files": written,
     }
     manifest["sha256"] = _seal(manifest)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return manifest
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _exchange(staged: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Make what is staged the index of the folder."""
-    _to_disk(staged)
-    if not folder.exists():
-        staged.rename(folder)
-        _to_disk(folder.parent)
-        return
-    names = {file["name"] for file in manifest["files"].values()}
-    for name in sorted(names):
-        os.replace(staged / name, folder / name)
-    _to_disk(folder)
-    os.replace(staged / MANIFEST, folder / MANIFEST)  # from here on it is the new one
-    _to_disk(folder)
+def _belongs(file: Path) -> bool:
+    """Tell whether a file is of an index, by its name."""
     known = {(role, f".{suffix}") for kind in FILES.values() for role, suffix in kind.items()}
-    for path in folder.iterdir():
-        ours = (path.name.partition("-")[0], path.suffix) in known
-        if ours and path.name not in names:
-            path.unlink(missing_ok=True)
+    return (file.name.partition("-")[0], file.suffix) in known
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -641,36 +609,9 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> tuple[Index, list[str], 
     return index, ids, manifest["version"]
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process of this machine is in here for the same folder; a kill ends that too."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(folder: Path) -> None:
-    """Flush the names in a folder."""
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- what `l2rec embed` writes ---------------------------------------------------------------------

@@ -15,13 +15,11 @@ from __future__ import annotations
 __all__ = ["PrepareConfig", "prepare"]
 
 import contextlib
-import errno
 import json
 import os
 import shutil
 import string
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,13 +44,16 @@ from l2rec.data.dataset import (
     open_dataset,
     user_blocks,
 )
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
-from l2rec.data.formats.source import Columns, Source
+from l2rec.data.formats.source import Source
 from l2rec.data.moments import moment
 from l2rec.data.splits import MIN_EVENTS
+from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import DataError, nearest
 
 CHUNK_EVENTS = 1 << 20
+ROOM = "free some space (about 60 bytes per event) or choose another disk"
 Ints = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
@@ -68,7 +69,7 @@ class PrepareConfig(BaseModel):
     ``keep_all_items``: keep catalog items without events. ``duplicate_items``: what to do about
     different catalog rows with one id. ``only``: keep events of these types. ``before``: keep
     events of an earlier time (in the log's unit; also a date such as 2023-11-28, midnight UTC).
-    ``user`` to ``encoding``: see `formats.Columns`.
+    ``user`` to ``encoding``: see `Columns`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,11 +84,11 @@ class PrepareConfig(BaseModel):
     duplicate_items: Literal["error", "first"] = "error"
     only: tuple[str, ...] = ()
     before: float | None = None
-    user: str = "user_id"
-    item: str = "item_id"
-    timestamp: str | None = "timestamp"
-    event_type: str | None = None
-    encoding: str = "utf-8"
+    user: str = Columns.user
+    item: str = Columns.item
+    timestamp: str | None = Columns.timestamp
+    event_type: str | None = Columns.event_type
+    encoding: str = Columns.encoding
 
     @field_validator("timestamp", mode="before")
     @classmethod
@@ -138,7 +139,8 @@ def build(
     ``chunk_events``: events in memory at a time; the result does not depend on it.
     """
     report = _Report(progress)
-    with _staging(out) as folder, report:
+    _may_write(out)
+    with replacing_folder(out, error=DataError, remedy=ROOM) as folder, report:
         work = folder / "work"
         work.mkdir()
         state = _State(work, config, chunk_events, report)
@@ -748,40 +750,12 @@ def _write_meta(
         "counters": state.counters,
         "notes": state.notes,
     }
-    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-    (folder / "dataset.json").write_text(text, encoding="utf-8")
+    write_json(folder / "dataset.json", meta, error=DataError, remedy=ROOM)
 
 
 def _array_names(state: _State) -> list[str]:
     names = ["offsets", "items", "timestamps"]
     return [*names, "event_types"] if state.event_types else names
-
-
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of ``out`` if the block ends well."""
-    _may_write(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise DataError(
-            f"cannot write beside {out} ({error.strerror}); choose another out"
-        ) from error
-    try:
-        yield folder
-        folder.chmod(0o755)  # temporary folders are private, data sets are not
-        _flush(folder)
-        _replace(folder, out)
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise DataError(
-                f"the disk of {out.parent} is full; nothing was written to {out}; free some "
-                f"space (about 60 bytes per event) or choose another disk"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _may_write(out: Path) -> None:
@@ -800,27 +774,6 @@ def _may_write(out: Path) -> None:
         f"{out} exists and is not a prepared data set, so it is not overwritten; "
         f"choose another out or remove it"
     )
-
-
-def _flush(folder: Path) -> None:
-    """Make sure the content is on disk before the name is."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _replace(folder: Path, out: Path) -> None:
-    if not out.exists() or not any(out.iterdir()):
-        folder.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(old)
-    try:
-        folder.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
 
 
 # ---------------------------------------------------------------- progress

@@ -8,7 +8,7 @@ that is already there.
 
 from __future__ import annotations
 
-__all__ = ["SOURCES", "PublicSource", "Remote", "fetch"]
+__all__ = ["SOURCES", "PublicSource", "Remote", "fetch", "locate"]
 
 import errno
 import hashlib
@@ -28,6 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from l2rec.disk import move_into_place, replacing, write_text
 from l2rec.errors import DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ TIMEOUT_SECONDS = 30.0
 PROBE_SECONDS = 5.0  # for a server that has an understudy
 BLOCK_BYTES = 1 << 20
 GIB = 1 << 30
+ROOM = "free some space and fetch again"
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,19 @@ def fetch(name: str, cache_dir: str | Path) -> Path:
     return folder
 
 
+def locate(source: str, cache_dir: str | Path) -> tuple[Path, str | None]:
+    """Find what `prepare` reads: a path that exists, or a public source to download by its name.
+
+    Returns the path, and the text template that suits a public source (None for other paths).
+
+    Raises:
+        DataError: as `fetch`; the nearest name is offered for one that is not known.
+    """
+    if Path(source).exists() or any(mark in source for mark in "/.\\"):
+        return Path(source), None
+    return fetch(source, cache_dir), SOURCES[source].text
+
+
 def _fetch_movielens(source: PublicSource, folder: Path) -> Path:
     archive = source.files[0]
     copy = folder / "recbole"
@@ -205,12 +220,11 @@ def download(remote: Remote, folder: Path, *, timeout: float = TIMEOUT_SECONDS) 
         folder.mkdir(parents=True, exist_ok=True)
         _transfer(remote, part, timeout)
         _verify(part, remote, fresh=True)
-        part.rename(target)
+        move_into_place(part, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DataError(
-                f"the disk of {folder} is full; free some space and fetch again, "
-                f"the download goes on where it stopped"
+                f"the disk of {folder} is full; {ROOM}, the download goes on where it stopped"
             ) from error
         raise
     return target
@@ -283,7 +297,7 @@ def _verify(path: Path, remote: Remote, *, fresh: bool) -> None:
     if expected is None and not fresh and beside.exists():
         expected = beside.read_text(encoding="utf-8").split()[0]
     if expected is None:
-        beside.write_text(f"{found}  {remote.name}\n", encoding="utf-8")
+        write_text(beside, f"{found}  {remote.name}\n", error=DataError, remedy=ROOM)
         return
     if found != expected:
         if fresh:
@@ -322,9 +336,8 @@ def _from_wheel(wheel: _Wheel, folder: Path) -> None:
             )
         with zipfile.ZipFile(path) as archive:
             for suffix, target in present.items():
-                part = target.with_name(f"{target.name}.part")
-                part.write_bytes(archive.read(f"{wheel.stem}.{suffix}"))
-                part.rename(target)
+                with replacing(target, error=DataError, remedy=ROOM) as part:
+                    part.write_bytes(archive.read(f"{wheel.stem}.{suffix}"))
 
 
 def _pip_download(wheel: _Wheel, folder: Path) -> Path:

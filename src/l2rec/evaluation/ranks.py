@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2rec.disk import replacing
 from l2rec.errors import CheckpointError, DataError
 from l2rec.evaluation.ranking import Evaluation
 
@@ -59,11 +60,13 @@ def write_ranks(
     fingerprint: str = "",
     protocol: str = LEAVE_ONE_OUT,
 ) -> None:
-    """Write per-user ranks and best items as Parquet, whole or not at all (written aside, renamed).
+    """Write per-user ranks and best items as Parquet, whole or not at all.
 
     ``user_ids[u]`` is the external id of dense user u, so row i is ``user_ids[users[i]]``.
-    ``fingerprint`` and ``protocol`` say which data set was ranked how. Raises ``DataError``
-    where a user has no id.
+    ``fingerprint`` and ``protocol`` say which data set was ranked how.
+
+    Raises:
+        DataError: a user has no id. CheckpointError: the file cannot be written.
     """
     users = evaluation.users
     if len(users) and (int(users.min()) < 0 or int(users.max()) >= len(user_ids)):
@@ -81,16 +84,8 @@ def write_ranks(
             ),
         }
     ).replace_schema_metadata({"l2rec.fingerprint": fingerprint, "l2rec.protocol": protocol})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, so that the rename stays within one file system; the process id keeps two
-    # writers apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as partial:
+        pq.write_table(table, partial)
 
 
 def read_ranks(

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["catalog_vectors", "separators", "text_vectors"]
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from l2rec.data.batches import plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import special_tokens
+from l2rec.disk import replacing
 from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Attend, Backbone, Packing, pack
 from l2rec.modules.views import mean_of, semantic_tokens
 
@@ -71,8 +71,7 @@ def catalog_vectors(
     digest.update(np.ascontiguousarray(tokens.values).tobytes())
     path = cache / f"text-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        save_file({"vectors": text_vectors(backbone, tokens, max_tokens).cpu()}, partial)
-        os.replace(partial, path)
+        vectors = text_vectors(backbone, tokens, max_tokens).cpu()
+        with replacing(path, remedy="free some space") as partial:
+            save_file({"vectors": vectors}, partial)
     return load_file(path)["vectors"].to(backbone.device), [path]

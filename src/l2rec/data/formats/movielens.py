@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import (
     File,
     Where,
@@ -22,7 +23,6 @@ from l2rec.data.formats.files import (
 )
 from l2rec.data.formats.source import (
     CatalogReader,
-    Columns,
     Context,
     Source,
     as_source,

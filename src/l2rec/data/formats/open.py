@@ -20,6 +20,7 @@ __all__ = ["FORMATS", "open_source"]
 from pathlib import Path
 
 from l2rec.data.formats.amazon import amazon, amazon_catalog
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.csv import separated
 from l2rec.data.formats.files import (
     File,
@@ -31,7 +32,6 @@ from l2rec.data.formats.recbole import atomic_catalog, recbole
 from l2rec.data.formats.source import (
     BLOCK_BYTES,
     CatalogReader,
-    Columns,
     Context,
     Source,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Columns", "Source"]
+__all__ = ["Source"]
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,25 +14,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, Where
 from l2rec.errors import DataError
 
 BLOCK_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Column names of formats that leave them to the user, and the encoding of text files.
-
-    ``timestamp=None``: there is none, events are in order. ``event_type=None``: the column
-    ``event_type`` if there is one.
-    """
-
-    user: str = "user_id"
-    item: str = "item_id"
-    timestamp: str | None = "timestamp"
-    event_type: str | None = None
-    encoding: str = "utf-8"
 
 
 @dataclass(frozen=True)

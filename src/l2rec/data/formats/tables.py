@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, reading
-from l2rec.data.formats.source import Columns, Context, catalog_batch, event_batch
+from l2rec.data.formats.source import Context, catalog_batch, event_batch
 from l2rec.errors import DataError, nearest
 
 
