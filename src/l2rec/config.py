@@ -17,6 +17,7 @@ __all__ = [
     "RunConfig",
     "TrainingConfig",
     "find_recipe",
+    "from_options",
     "load_recipe",
     "method_class",
     "recipe_names",
@@ -28,12 +29,14 @@ import importlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from l2rec.errors import ConfigError, nearest
+
+Options = TypeVar("Options", bound=BaseModel)
 
 
 class _Closed(BaseModel):
@@ -108,6 +111,20 @@ class RunConfig(_Closed):
             elif not isinstance(model, options):
                 raise ValueError(f"model={model!r} is not a group of keys")
         return values
+
+
+def from_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
+    """Build a configuration from options of the command line; None stands for the default.
+
+    Raises:
+        ConfigError: a value that is not allowed, by the name of its option.
+    """
+    try:
+        return kind(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{name} {first['input']}: {first['msg']}") from None
 
 
 def method_class(path: str) -> Any:
