@@ -2,7 +2,7 @@
 
     catalog file ──► item ids, fields, text                          (in memory: Arrow)
     event file  ──► user int, item int, time, type, in file order    (temporary files, mapped)
-                ──► which users and items stay: k-core, by counting  (a few passes)
+                ──► users and items that stay: k-core, by counting   (a few passes)
                 ──► grouped by user, file order kept                 (counting scatter, mapped)
                 ──► sorted by time within each user, ties in file order; cut to the newest
                 ──► the folder, renamed into place when everything is written
@@ -59,7 +59,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 class PrepareConfig(BaseModel):
-    """How a log is filtered and how an item's text is made. All are written to dataset.json.
+    """Options of filtering a log and of making item texts; all are written to dataset.json.
 
     ``k_core``: drop users and items with fewer events, again and again, until none is left.
     ``min_history``: likewise for users alone. ``max_history``: keep each user's newest events.
@@ -67,8 +67,8 @@ class PrepareConfig(BaseModel):
     fields that are not empty, joined by ". ". ``drop_unknown_items``: drop events of items that
     the catalog does not have, instead of refusing. ``drop_textless``: drop items without text.
     ``keep_all_items``: keep catalog items without events. ``duplicate_items``: what to do about
-    different catalog rows with one id. ``only``: keep events of these types. ``before``: keep
-    events of an earlier time (in the log's unit; also a date such as 2023-11-28, midnight UTC).
+    different catalog rows with one id. ``only``: keep events of these types alone. ``before``:
+    keep earlier events (a time in the log's unit, or a date such as 2023-11-28, midnight UTC).
     ``user`` to ``encoding``: see `Columns`.
     """
 
@@ -115,7 +115,11 @@ def prepare(
 
     ``items``: the catalog file where it does not lie beside the events. ``progress``: report
     rows and notes on standard error. An existing data set at ``out`` is replaced once the new
-    one is complete; on any error ``out`` stays as it was. Raises DataError.
+    one is complete; on any error ``out`` stays as it was.
+
+    Raises:
+        DataError: no known format, a log or catalog that cannot be used, nothing left after
+            filtering, ``out`` is something else, or the disk is full.
     """
     config = config or PrepareConfig()
     columns = Columns(
@@ -134,7 +138,7 @@ def build(
     progress: bool = False,
     chunk_events: int = CHUNK_EVENTS,
 ) -> Dataset:
-    """`prepare` for a log that is open already. ``origin``: what dataset.json calls it.
+    """Prepare a log that is open already. ``origin``: its name in dataset.json.
 
     ``chunk_events``: events in memory at a time; the result does not depend on it.
     """
@@ -174,7 +178,7 @@ class _State:
 
 @dataclass(frozen=True)
 class _Catalog:
-    """``table``: item_id, stored fields, text. ``ids``: its ids as one array."""
+    """Items in catalog order. ``table``: item_id, stored fields, text. ``ids``: one array."""
 
     table: pa.Table
     ids: pa.Array
@@ -247,7 +251,7 @@ def _without_duplicates(frame: pl.DataFrame, state: _State) -> pl.DataFrame:
 
 
 def _parse_template(template: str) -> list[tuple[str, str | None]]:
-    """Literal text and the field after it."""
+    """Split a template into pairs of literal text and the field after it (None at the end)."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -290,7 +294,7 @@ def _plain(frame: pl.DataFrame) -> pa.Table:
 
 
 def _string_type(column: pa.ChunkedArray) -> pa.DataType:
-    """Offsets of four bytes where they reach."""
+    """Choose strings with offsets of four bytes where these suffice."""
     return pa.string() if column.nbytes < 1 << 30 else pa.large_string()
 
 
@@ -299,7 +303,7 @@ def _string_type(column: pa.ChunkedArray) -> pa.DataType:
 
 @dataclass(frozen=True)
 class _Log:
-    """Events in file order, mapped: ``users``, ``items`` [E] int32 (items -1: unknown),
+    """Events in file order, memory-mapped: ``users``, ``items`` [E] int32 (item -1: unknown),
     ``times`` [E] float64, ``types`` [E] int8 or None.
     """
 
@@ -315,14 +319,14 @@ class _Log:
 
 
 class _Ids:
-    """Strings to ints, in order of first appearance, without a Python object per string."""
+    """Ints for strings, in order of first appearance, without a Python object per string."""
 
     def __init__(self, known: pa.Array | None = None) -> None:
         self.closed = known is not None
         self.values = known if known is not None else pa.array([], type=pa.large_string())
 
     def encode(self, column: pa.Array) -> Ints:
-        """Ints of the strings; new strings get the next ones, or -1 if the ids are closed."""
+        """Return the strings' ints; new strings get the next ones, or -1 if the ids are closed."""
         encoded = column.dictionary_encode()
         distinct = encoded.dictionary.cast(pa.large_string())
         found = pc.index_in(distinct, value_set=self.values)
@@ -388,7 +392,7 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
 
 
 class _Wanted:
-    """Which events are read at all: those of the options ``only`` and ``before``."""
+    """Filter of the events by the options ``only`` and ``before``, while they are read."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self.only, self.before = config.only, config.before
@@ -396,7 +400,7 @@ class _Wanted:
         self.types: dict[str, None] = {}
 
     def of(self, table: pa.Table) -> pa.Table:
-        """The rows that are kept."""
+        """Return the rows that pass the filter, and count the others."""
         kept = table
         if self.only:
             if "event_type" not in table.column_names:
@@ -414,7 +418,7 @@ class _Wanted:
         return kept
 
     def check(self, source: Source) -> None:
-        """Raise DataError for a type that no event has, or where nothing was kept."""
+        """Raise DataError for a type that no event has, or where no event passed."""
         for name in self.only:
             if name not in self.types:
                 shown = ", ".join(list(self.types)[:10])
@@ -458,8 +462,8 @@ class _Unknown:
 
 
 def _rechunk(batches: Iterable[pa.RecordBatch], state: _State) -> Iterator[pa.Table]:
-    """Batches joined or cut to ``state.chunk`` rows: looking ids up costs as much as there are
-    ids, so it must not happen for every small batch.
+    """Join or cut batches to ``state.chunk`` rows: the cost of looking ids up grows with the number
+    of all ids, so it must not happen for every small batch.
     """
     waiting: list[pa.RecordBatch] = []
     rows = 0
@@ -487,13 +491,13 @@ def _append(file: IO[bytes], array: npt.NDArray[Any]) -> None:
     file.write(np.ascontiguousarray(array).data)
 
 
-# ---------------------------------------------------------------- who stays
+# ---------------------------------------------------------------- filtering
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """``users`` [users] and ``items`` [items + 1] bool: who stays (the last item is "unknown",
-    so that item -1 is never kept). ``counts`` [users] int64: events that stay.
+    """Users and items that stay: ``users`` [users] and ``items`` [items + 1] bool (the last item
+    is "unknown", so item -1 never stays). ``counts`` [users] int64: events that stay.
     """
 
     users: Mask
@@ -537,11 +541,11 @@ def core(
     item_min: int,
     chunk: int = CHUNK_EVENTS,
 ) -> _Kept:
-    """The largest set of events where each user has ``user_min`` and each item ``item_min``.
+    """Find the largest set of events with ``user_min`` for each user, ``item_min`` for each item.
 
     Events count, not distinct pairs. ``users``, ``items``: [E]; ``item_ok``: [items + 1], False
-    for items that are out from the start, the last one always. Such a set is unique, whichever
-    is dropped first.
+    for items that are dropped from the start, the last one always. The set does not depend on the
+    order of dropping.
     """
     user_ok = np.ones(n_users, dtype=np.bool_)
     while True:
@@ -570,7 +574,7 @@ def core(
 
 
 def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
-    """Write the four arrays. Returns which catalog items stay, [items] bool."""
+    """Write the four arrays; return which catalog items stay, [items] bool."""
     counts = kept.counts[kept.users]
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
@@ -649,7 +653,7 @@ def _group_by_user(
 def _time_order(
     times: npt.NDArray[np.float64], offsets: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64] | None:
-    """Stable order by (user, time) of a block of whole users; None if they are in order."""
+    """Sort a block of whole users by time, stably; None if it is in order already."""
     times = np.asarray(times)
     falls = np.flatnonzero(times[1:] < times[:-1]) + 1
     if np.isin(falls, offsets).all():
@@ -660,7 +664,7 @@ def _time_order(
 
 
 def _newest(offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Mask | None:
-    """Which events of a block are among each user's last ``lengths``; None if all are."""
+    """Mark the events of a block that are among each user's last ``lengths``; None if all are."""
     before = np.diff(offsets) - lengths
     if not before.any():
         return None
@@ -677,8 +681,8 @@ def _renumber(items: npt.NDArray[np.int32], item_ok: Mask, chunk: int) -> None:
 
 
 def _allocate(path: Path, dtype: np.dtype[Any], length: int, offset: int = 0) -> Any:
-    """A mapped array whose disk space is reserved: writing to a map on a full disk would kill
-    the process, reserving raises an error.
+    """Map a new array whose disk space is reserved: on a full disk, reserving raises an error,
+    where writing to a map would kill the process.
     """
     with path.open("r+b" if offset else "w+b") as file:
         _reserve(file, offset + dtype.itemsize * length)
@@ -780,7 +784,7 @@ def _may_write(out: Path) -> None:
 
 
 class _Report:
-    """Rows and rates on standard error: one live line on a terminal, now and then elsewhere."""
+    """Rows and rates on standard error: a live line on a terminal, else now and then."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
@@ -790,7 +794,7 @@ class _Report:
         self._live: Progress | None = None
         self._counts: dict[str, int] = {}
         self._since: dict[str, float] = {}
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
 
     def __enter__(self) -> _Report:
         if self._console is not None and self._console.is_terminal:
@@ -822,12 +826,12 @@ class _Report:
             if task is None:
                 task = self._live.add_task(what, total=None, rate=0.0)
             self._live.update(task, completed=self._counts[what], rate=rate)
-        elif now - self._said >= self.SECONDS_BETWEEN_LINES:
-            self._said = now
+        elif now - self._printed >= self.SECONDS_BETWEEN_LINES:
+            self._printed = now
             print(f"{what}: {self._counts[what]:,} ({rate:,.0f}/s)", file=sys.stderr)
 
     def notes(self, dataset: Dataset) -> None:
-        """The result and everything worth a warning, once."""
+        """Print the result and all warnings, once."""
         if not self._on:
             return
         print(

@@ -1,9 +1,9 @@
-"""Public data sets by name: where they are, what they must weigh, whom to thank.
+"""Public data sets by name: addresses, checksums, licences and citations.
 
-``fetch("movielens-100k", cache)`` gives a path that `prepare` reads. A download goes to a
-``.part`` file, resumes where it broke off, is checked and renamed; what has no published
-checksum is remembered by the one of its first download. Only https, and nothing is fetched
-that is already there.
+``fetch("movielens-100k", cache)`` returns a path that `prepare` reads. A download goes to a
+``.part`` file, resumes where it broke off, is checked and renamed; where no checksum is
+published, that of the first download is recorded. Only https; files that are there are not
+fetched again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from l2rec.errors import DataError, nearest
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 30.0
-PROBE_SECONDS = 5.0  # for a server that has an understudy
+PROBE_SECONDS = 5.0  # for a server that has a substitute
 BLOCK_BYTES = 1 << 20
 GIB = 1 << 30
 ROOM = "free some space and fetch again"
@@ -42,7 +42,7 @@ ROOM = "free some space and fetch again"
 
 @dataclass(frozen=True)
 class Remote:
-    """One file. ``sha256`` or ``md5``: the published checksum, where there is one."""
+    """A file to download. ``sha256`` or ``md5``: the published checksum, where there is one."""
 
     url: str
     name: str
@@ -53,7 +53,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class PublicSource:
-    """``text``: the template that suits it. ``format``: what `prepare` will find there."""
+    """A public data set. ``text``: template of its item texts. ``format``: that of its files."""
 
     name: str
     files: tuple[Remote, ...]
@@ -157,9 +157,10 @@ SOURCES: dict[str, PublicSource] = {
 
 
 def fetch(name: str, cache_dir: str | Path) -> Path:
-    """Download a named source into ``cache_dir`` unless it is there; the path to prepare.
+    """Download a named source into ``cache_dir`` unless it is there; return the path to prepare.
 
-    Raises DataError for an unknown name, a download that fails and a checksum that differs.
+    Raises:
+        DataError: an unknown name, a download that fails, a checksum that differs.
     """
     if name not in SOURCES:
         raise DataError(
@@ -201,14 +202,19 @@ def _fetch_movielens(source: PublicSource, folder: Path) -> Path:
 
 
 class _Unreachable(DataError):
-    """The server cannot be reached, as opposed to: sent something wrong."""
+    """Error for a server that cannot be reached, as opposed to one that sends wrong content."""
 
 
 # ---------------------------------------------------------------- one file
 
 
 def download(remote: Remote, folder: Path, *, timeout: float = TIMEOUT_SECONDS) -> Path:
-    """Fetch one file into ``folder``, verified; at once if it is there and intact."""
+    """Download one file into ``folder`` and verify it; only verify it if it is there already.
+
+    Raises:
+        DataError: not https, a server that cannot be reached, a file that is too large or has
+            another checksum, or a full disk.
+    """
     if not remote.url.startswith("https://"):
         raise DataError(f"{remote.url} is not https; only https is fetched")
     target = folder / remote.name

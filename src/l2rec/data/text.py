@@ -17,12 +17,13 @@ from l2rec.data.ragged import Ragged
 from l2rec.disk import replacing
 
 TokenTable = Ragged
-"""Row i: int32 token ids of item i's text, without special tokens."""
+"""Token ids of item texts: row i has those of item i, int32, without special tokens."""
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text: ([CLS], [SEP]) for BERT, ([<s>], []) for
-    Llama, ([], []) for Qwen.
+    """Return the token ids that a tokenizer adds before and after a text.
+
+    ([CLS], [SEP]) for BERT, ([<s>], []) for Llama, ([], []) for Qwen.
     """
     wrapped = tokenizer("a")["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -40,8 +41,11 @@ def tokenize(
     Args:
         texts: one text per item; an empty text gives an empty row.
         tokenizer: a fast Hugging Face tokenizer.
-        max_tokens: longest row kept.
+        max_tokens: length to which rows are cut.
         cache: folder for the table; its name there is a hash of texts, tokenizer and limit.
+
+    Raises:
+        CheckpointError: the cache cannot be written.
     """
     if cache is None:
         return _tokenize(texts, tokenizer, max_tokens)

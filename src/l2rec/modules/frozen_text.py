@@ -1,4 +1,4 @@
-"""Item texts as inputs of small models: the frozen backbone's vectors, of old items and new."""
+"""Item texts as inputs of small models: the frozen backbone's vectors, also of new items."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from l2rec.modules.item_text import catalog_vectors, separators, text_vectors
 
 
 class FrozenText(nn.Module):
-    """x [N, d] float32, one vector for each item's text; nothing is trained, nothing saved.
+    """Text vectors x [N, d] float32, one for each item; neither trained nor saved.
 
     Vectors have length sqrt(d), as hidden states do: weights that start at N(0, 0.02) would shrink
     unit vectors to less than the positions that are added to them.
 
     Args:
-        backbone: the language model. texts: of the catalog. max_tokens: most tokens of a text.
-        cache: folder for the vectors, keyed by content; None keeps nothing.
+        backbone: the language model. texts: those of the catalog. max_tokens: most tokens of a
+            text. cache: folder for the vectors, named by content; None for no cache.
 
     Raises:
         ConfigError: ``max_tokens`` is more than the backbone has positions.
@@ -44,7 +44,9 @@ class FrozenText(nn.Module):
                 f"text_tokens={max_tokens}: backbone {backbone.name!r} has {limit} positions and "
                 f"needs {room} for special tokens; choose at most {limit - room}"
             )
-        self._backbone = (backbone,)  # not registered: its weights are no part of a method's
+        self._backbone = (
+            backbone,
+        )  # in a tuple, so that its weights do not become part of the method's state
         self._max_tokens, self._cache = max_tokens, cache
         vectors, self.files = self.read_catalog(texts)
         self.register_buffer("vectors", vectors, persistent=False)
@@ -55,22 +57,22 @@ class FrozenText(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the backbone, for products that it would make in it."""
+        """Precision of the backbone, in which products with its vectors are computed."""
         return self._backbone[0].dtype
 
     def forward(self, items: Tensor) -> Tensor:
-        """Item ints [...] -> [..., d]."""
+        """Look up the vectors of item ints [...]: [..., d]."""
         return self.vectors[items]
 
     def read_catalog(self, texts: Sequence[str]) -> tuple[Tensor, list[Path]]:
-        """Vectors of many texts [n, d], from the cache if they are there; and the files used."""
+        """Compute vectors of texts [n, d], or read them from the cache; also return its files."""
         (backbone,) = self._backbone
         tokens = tokenize(texts, backbone.tokenizer, self._max_tokens, self._cache)
         vectors, files = catalog_vectors(backbone, tokens, self._max_tokens, self._cache)
         return vectors * backbone.dim**0.5, files
 
     def add(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """Items by text alone, from now on known by the ints that are returned.
+        """Add items by text alone; return the ints that stand for them from now on.
 
         Raises:
             DataError: an empty text.
@@ -86,7 +88,7 @@ class FrozenText(nn.Module):
 
     @contextmanager
     def borrowed(self, texts: Sequence[str]) -> Iterator[npt.NDArray[np.int32]]:
-        """`add`, and forgotten afterwards."""
+        """Add items for the duration of a block."""
         known = self.vectors
         try:
             yield self.add(texts)

@@ -1,4 +1,4 @@
-"""The frozen backbone's own vectors of item texts, computed once per catalog and kept."""
+"""The frozen backbone's vectors of item texts, computed once per catalog and cached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from l2rec.modules.views import mean_of, semantic_tokens
 
 
 def separators(backbone: Backbone) -> tuple[list[int], list[int]]:
-    """Token ids that start a row and that end an item."""
+    """Return the token ids that start a row and those that end an item."""
     tokenizer = backbone.tokenizer
     if tokenizer is None:
         return [], [0]
@@ -34,7 +34,7 @@ def separators(backbone: Backbone) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
-    """Mean of the backbone's outputs over each text, unit length: [n, D] float32.
+    """Average the backbone's outputs over each text, at unit length: [n, D] float32.
 
     tokens: n rows of token ids without special tokens, each cut to ``max_tokens``.
     """
@@ -62,7 +62,11 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
 def catalog_vectors(
     backbone: Backbone, tokens: Ragged, max_tokens: int, cache: Path | None
 ) -> tuple[Tensor, list[Path]]:
-    """`text_vectors` of a whole catalog, from ``cache`` if they are there; and the files used."""
+    """Compute `text_vectors` of a catalog, or read them from ``cache``; also return its files.
+
+    Raises:
+        CheckpointError: the cache cannot be written.
+    """
     if cache is None:
         return text_vectors(backbone, tokens, max_tokens), []
     digest = hashlib.sha256(backbone.weight_hash().encode())

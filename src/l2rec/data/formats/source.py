@@ -1,4 +1,4 @@
-"""What every reader returns: checked batches of events and of the catalog."""
+"""Checked batches of events and of the catalog, as every reader returns them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Source:
     ``events()``: batches of ``user_id`` and ``item_id`` (string, not empty), ``timestamp``
     (float64, finite) and perhaps ``event_type`` (string), in file order.
     ``catalog(fields)``: batches of ``item_id`` and the named fields, all strings, none null;
-    None without a catalog. ``fields`` are always kept and make the default text;
-    ``more_fields`` are read only when somebody names them. ``files``: what is read.
+    None without a catalog. ``fields`` are always stored and make the default text;
+    ``more_fields`` are read only when a text template names them. ``files``: the files read.
     """
 
     format: str
@@ -42,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Context:
-    """What a reader is opened with."""
+    """Options of a reader."""
 
     columns: Columns
     block_bytes: int
@@ -115,7 +115,7 @@ def as_arrow(column: Any) -> pa.Array:
 
 @dataclass(frozen=True)
 class CatalogReader:
-    """A catalog to read: batches of ids and the named fields, and which fields there are."""
+    """A catalog to read: batches of ids and named fields, and the fields there are."""
 
     read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
     fields: tuple[str, ...]
@@ -123,7 +123,7 @@ class CatalogReader:
 
 
 OpenCatalog = Callable[[File, Context], CatalogReader]
-"""Opens a catalog in whatever format its name says."""
+"""Function that opens a catalog in the format its name says."""
 
 
 def as_source(
@@ -132,7 +132,7 @@ def as_source(
     events: Callable[[], Iterator[pa.RecordBatch]],
     catalog: CatalogReader | None,
 ) -> Source:
-    """Put together what a reader found."""
+    """Build the `Source` of a format from its files, events and catalog."""
     return Source(
         format=format,
         files=tuple(dict.fromkeys(f.path for f in files)),
