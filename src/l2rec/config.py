@@ -4,7 +4,7 @@ A run is described by one YAML file, the recipe, and ``key=value`` overrides:
 
     method: l2rec.methods.l2rec:L2Rec     import path of the method; there is no registry
     backbone: {name: minilm}
-    model: {...}                          the method's own Config class
+    model: {...}                          options of the method's Config class
     training: {...}
 
 Recipes hold only what differs from the defaults of the classes below.
@@ -135,12 +135,12 @@ def method_class(path: str) -> Any:
     """
     try:
         module_name, _, name = path.partition(":")
-        found = getattr(importlib.import_module(module_name), name)
+        method = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"method={path!r} cannot be imported: {error}") from error
-    if not hasattr(found, "Config"):
+    if not hasattr(method, "Config"):
         raise ConfigError(f"method={path!r} is no method: it has no Config; name module:Class")
-    return found
+    return method
 
 
 def recipe_names() -> list[str]:

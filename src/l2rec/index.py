@@ -195,14 +195,14 @@ class Exact:
         asked = torch.from_numpy(_asked(queries, self.dim, k))
         rows, scores = _nothing(len(asked), k)
         numbers = Ragged(np.arange(len(asked), dtype=np.int32), np.arange(len(asked) + 1))
-        found = top_k(  # a query is a history of one: its number
+        best = top_k(  # each query is a history of one item: its number
             lambda some: asked[torch.from_numpy(some.values)] @ self.vectors.T,
             numbers,
             min(k, len(self)),
             batch_size=max(1, BLOCK_SCORES // len(self)),
         )
-        rows[:, : found.items.shape[1]] = found.items
-        scores[:, : found.items.shape[1]] = found.scores
+        rows[:, : best.items.shape[1]] = best.items
+        scores[:, : best.items.shape[1]] = best.scores
         return rows, scores
 
 
@@ -293,8 +293,8 @@ class Faiss:
         if self.kind == "flat" and best.shape[1] > k:
             cut = np.flatnonzero(best[:, k - 1] == best[:, k])
             if len(cut):
-                held = faiss.rev_swig_ptr(self.index.get_xb(), len(self) * self.dim)
-                all_rows = Exact(held.reshape(len(self), self.dim))
+                stored_rows = faiss.rev_swig_ptr(self.index.get_xb(), len(self) * self.dim)
+                all_rows = Exact(stored_rows.reshape(len(self), self.dim))
                 rows[cut], scores[cut] = all_rows.search(asked[cut], k)
         return rows, scores
 
@@ -366,8 +366,8 @@ class Milvus:
         if not self._ask(lambda: self.client.has_collection(self.collection)):
             return None
         self._ask(lambda: self.client.load_collection(self.collection))
-        found = self._ask(lambda: self.client.query(self.collection, output_fields=["count(*)"]))
-        return int(found[0]["count(*)"])
+        answer = self._ask(lambda: self.client.query(self.collection, output_fields=["count(*)"]))
+        return int(answer[0]["count(*)"])
 
     def check(self) -> None:
         """Check that the collection exists and has all its rows.
@@ -416,7 +416,7 @@ class Milvus:
         return rows, scores
 
 
-def _owned(folder: Path) -> str:
+def _collection_prefix(folder: Path) -> str:
     """Return the prefix of the names of collections that belong to the index in a folder."""
     return f"l2rec_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}_"
 
@@ -470,7 +470,7 @@ def save(index: Index, folder: Path, *, ids: Sequence[str], version: str) -> Non
         folder, manifest=MANIFEST, belongs=_belongs, remedy="free some space"
     ) as staged:
         _write(index, staged, ids, version)
-        before = _own_collection(folder)
+        before = _collection_of(folder)
     if before is not None and before.collection != getattr(index, "collection", None):
         with contextlib.suppress(StorageError):
             before.drop()
@@ -536,12 +536,14 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _own_collection(folder: Path) -> Milvus | None:
+def _collection_of(folder: Path) -> Milvus | None:
     """Open the Milvus collection of the index in a folder, if it was filled for this folder."""
     with contextlib.suppress(L2RecError):
         manifest = _manifest(folder)
         options = manifest["options"]
-        if manifest["kind"] == "milvus" and options["collection"].startswith(_owned(folder)):
+        if manifest["kind"] == "milvus" and options["collection"].startswith(
+            _collection_prefix(folder)
+        ):
             return Milvus(rows=manifest["rows"], dim=manifest["dim"], **options)
     return None
 
@@ -626,7 +628,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# -- what `l2rec embed` writes ---------------------------------------------------------------------
+# -- `l2rec index` -------------------------------------------------------------------------------
 
 
 def build_folder(
@@ -659,14 +661,14 @@ def build_folder(
     if kind == "milvus":
         # For this folder alone, and the same name when a killed build is tried again.
         content = vectors_hash(given.ids, given.vectors, given.version)
-        options = {"uri": uri, "collection": _owned(out) + content[:16]}
+        options = {"uri": uri, "collection": _collection_prefix(out) + content[:16]}
     started = time.monotonic()
     index = build(given.vectors, kind, **options)
     built = time.monotonic() - started
     wanted = min(k, len(index))
     most = min(ASKED, max(10, SCORED // len(index)))
     some = asked.vectors[np.unique(np.linspace(0, len(asked.ids) - 1, most).astype(np.int64))]
-    found, speed = _timed(index, some, wanted)
+    results, speed = _timed(index, some, wanted)
     exact, exact_speed = _timed(Exact(given.vectors), some, wanted)
     save(index, out, ids=given.ids, version=given.version)
     written = _manifest(out)["files"].values()
@@ -675,7 +677,7 @@ def build_folder(
         "rows": len(index),
         "dim": given.vectors.shape[1],
         "version": given.version,
-        f"recall@{wanted}": round(_recall(given.vectors, some, found[0], exact), 4),
+        f"recall@{wanted}": round(_recall(given.vectors, some, results[0], exact), 4),
         "queries": len(some),
         "queries per second": round(speed, 1),
         "exact queries per second": round(exact_speed, 1),

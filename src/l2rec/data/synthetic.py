@@ -150,7 +150,7 @@ def industrial_log(
         rows = np.arange(first, min(n_events, first + chunk_events))
         users = _skewed(rows, n_events, user_order, 1.5, rng)
         items = _skewed(rows, n_events, item_order, 3.0, rng)
-        # A minute of disorder: logs come from several machines.
+        # Up to a minute of disorder, as in logs of several machines.
         seconds = FIRST_SECOND + rows * (DAYS * 86_400 / n_events) + rng.uniform(0, 60, len(rows))
         types = rng.choice(len(EVENT_TYPES), size=len(rows), p=EVENT_SHARES).astype(np.int8)
         table = pa.table(
@@ -162,8 +162,8 @@ def industrial_log(
             }
         )
         pq.write_table(table, out / f"events-{number:05d}.parquet", compression="zstd")
-    made = {"events": n_events, "users": n_users, "items": n_items, "seed": seed}
-    (out / "made.txt").write_text(json.dumps(made) + "\n", encoding="utf-8")
+    sizes = {"events": n_events, "users": n_users, "items": n_items, "seed": seed}
+    (out / "made.txt").write_text(json.dumps(sizes) + "\n", encoding="utf-8")
     return out
 
 
@@ -315,8 +315,8 @@ def simulated_exposures(
     for day in range(days):
         table = _simulated_day(day, users, items, sessions, rng)
         pq.write_table(table, out / f"events-{day:05d}.parquet", compression="zstd")
-    made = {"users": n_users, "items": n_items, "days": days, "seed": seed, "sessions": sessions}
-    (out / "made.txt").write_text(json.dumps({"simulated": made}) + "\n", encoding="utf-8")
+    sizes = {"users": n_users, "items": n_items, "days": days, "seed": seed, "sessions": sessions}
+    (out / "made.txt").write_text(json.dumps({"simulated": sizes}) + "\n", encoding="utf-8")
     return out
 
 

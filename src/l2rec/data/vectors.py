@@ -1,4 +1,4 @@
-"""Item and user vectors as Parquet: id, vector, version of the model that made them."""
+"""Item and user vectors as Parquet: id, vector, version of the model they come from."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def read_vectors(path: Path) -> Vectors:
         version, digest = stored["l2rec.version"], stored["l2rec.sha256"]
         rows, dim = int(stored["l2rec.rows"]), int(stored["l2rec.dim"])
         ids, versions = table["id"].to_pylist(), set(table["version"].to_pylist())
-        # A copy: what Arrow hands out cannot be written to, and torch insists on it.
+        # A copy, since arrays of Arrow are read-only and torch warns about those.
         flat = np.array(table["vector"].combine_chunks().flatten(), dtype=np.float32)
     except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]

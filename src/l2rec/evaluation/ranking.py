@@ -208,9 +208,9 @@ def top_k(
                 _check_k(k, known)
             if exclude is not None:
                 block = _without(block, _rows(exclude, rows))
-            values, found = _best_of(block, k, chosen, rows.start)
-            items[rows, : found.shape[1]] = found.cpu().numpy()
-            scores[rows, : found.shape[1]] = values.cpu().numpy()
+            values, columns = _best_of(block, k, chosen, rows.start)
+            items[rows, : columns.shape[1]] = columns.cpu().numpy()
+            scores[rows, : columns.shape[1]] = values.cpu().numpy()
     items[np.isneginf(scores)] = -1
     return TopK(items, scores)
 
