@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from l2rec.data.formats.columns import Columns
 from l2rec.errors import L2RecError
 
 app = typer.Typer(
@@ -49,33 +50,39 @@ def prepare(
     items: Annotated[Path | None, typer.Option(help="Catalog file, if it lies elsewhere.")] = None,
     format: Annotated[str | None, typer.Option(help="Instead of recognising the format.")] = None,
     text: Annotated[str | None, typer.Option(help='Item text, such as "{title}. {brand}".')] = None,
-    k_core: Annotated[int, typer.Option(help="Fewest events of every user and item.")] = 0,
-    min_history: Annotated[int, typer.Option(help="Fewest events of a user.")] = 0,
+    k_core: Annotated[
+        int | None, typer.Option(help="Fewest events of every user and item.")
+    ] = None,
+    min_history: Annotated[int | None, typer.Option(help="Fewest events of a user.")] = None,
     max_history: Annotated[int | None, typer.Option(help="Newest events kept of a user.")] = None,
     drop_unknown_items: Annotated[
-        bool, typer.Option(help="Drop events of items that the catalog does not have.")
-    ] = False,
-    drop_textless: Annotated[bool, typer.Option(help="Drop items without a text.")] = False,
-    keep_all_items: Annotated[bool, typer.Option(help="Keep items without events.")] = False,
+        bool | None, typer.Option(help="Drop events of items that the catalog does not have.")
+    ] = None,
+    drop_textless: Annotated[bool | None, typer.Option(help="Drop items without a text.")] = None,
+    keep_all_items: Annotated[bool | None, typer.Option(help="Keep items without events.")] = None,
     duplicate_items: Annotated[
-        str, typer.Option(help="Two items with one id: error, or first to keep the first.")
-    ] = "error",
-    user: Annotated[str, typer.Option(help="Column of the user (CSV, Parquet).")] = "user_id",
-    item: Annotated[str, typer.Option(help="Column of the item.")] = "item_id",
+        str | None,
+        typer.Option(help="Two items with one id: an error, or 'first' to keep the first."),
+    ] = None,
+    user: Annotated[str, typer.Option(help="Column of the user (CSV, Parquet).")] = Columns.user,
+    item: Annotated[str, typer.Option(help="Column of the item.")] = Columns.item,
     timestamp: Annotated[
-        str, typer.Option(help="Column of the time; none: the order of the file.")
-    ] = "timestamp",
-    event_type: Annotated[str | None, typer.Option(help="Column of the event's type.")] = None,
+        str | None, typer.Option(help="Column of the time; none: the order of the file.")
+    ] = Columns.timestamp,
+    event_type: Annotated[
+        str | None, typer.Option(help="Column of the event's type.")
+    ] = Columns.event_type,
     events: Annotated[
-        str, typer.Option(help="Types that are read from a service's event log.")
-    ] = "click,reply",
+        str | None,
+        typer.Option(help="Types to read from an event log instead of clicks and replies."),
+    ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Keep events of these types alone: click,reply")
+        str | None, typer.Option(help="Keep only events of these types: click,reply")
     ] = None,
     before: Annotated[
-        str | None, typer.Option(help="Keep earlier events alone: 2023-11-28, or a number.")
+        str | None, typer.Option(help="Keep only earlier events: 2023-11-28, or a number.")
     ] = None,
-    encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = "utf-8",
+    encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = Columns.encoding,
     cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
         "~/.cache/l2rec"
     ),
@@ -92,53 +99,42 @@ def prepare(
     import contextlib
     import tempfile
 
-    from pydantic import ValidationError
-
+    from l2rec.config import from_options
     from l2rec.data.prepare import PrepareConfig
     from l2rec.data.prepare import prepare as run_prepare
-    from l2rec.data.sources import SOURCES, fetch
-    from l2rec.errors import ConfigError
-    from l2rec.service.events import is_event_log
+    from l2rec.data.sources import locate
+    from l2rec.service.events import POSITIVE, is_event_log
+    from l2rec.service.export import export_log
 
-    served = is_event_log(source)
-    if served:
-        path, text = Path(source), text or "{text}"
-    elif source in SOURCES and not Path(source).exists():
-        path = fetch(source, cache.expanduser())
-        text = text or SOURCES[source].text
-    elif not Path(source).exists() and not any(mark in source for mark in "/.\\"):
-        path = fetch(source, cache.expanduser())  # names the nearest source
-    else:
-        path = Path(source)
-    try:
-        config = PrepareConfig(
-            k_core=k_core,
-            min_history=min_history,
-            max_history=max_history,
-            text=text,
-            drop_unknown_items=drop_unknown_items,
-            drop_textless=drop_textless,
-            keep_all_items=keep_all_items,
-            duplicate_items=duplicate_items,
-            user=user,
-            item=item,
-            timestamp=timestamp,
-            event_type=event_type,
-            only=[] if only is None else [name.strip() for name in only.split(",")],
-            before=before,
-            encoding=encoding,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{name} {first['input']}: {first['msg']}") from None
+    options = {
+        "k_core": k_core,
+        "min_history": min_history,
+        "max_history": max_history,
+        "text": text,
+        "drop_unknown_items": drop_unknown_items,
+        "drop_textless": drop_textless,
+        "keep_all_items": keep_all_items,
+        "duplicate_items": duplicate_items,
+        "user": user,
+        "item": item,
+        "timestamp": timestamp,
+        "event_type": event_type,
+        "only": None if only is None else [name.strip() for name in only.split(",")],
+        "before": before,
+        "encoding": encoding,
+    }
+    config = from_options(PrepareConfig, options)
     with contextlib.ExitStack() as stack:
-        if served:
-            from l2rec.service.export import export_log
-
+        if is_event_log(source):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
             url = source if "://" in source else f"sqlite:///{source}"
-            path, items = export_log(url, folder, types=events.split(","), catalog=items)
+            types = POSITIVE if events is None else events.split(",")
+            path, items = export_log(url, folder, types=types, catalog=items)
+            template: str | None = "{text}"
+        else:
+            path, template = locate(source, cache.expanduser())
+        if template and not text:
+            config = config.model_copy(update={"text": template})
         dataset = run_prepare(path, out, config, items=items, format=format)
     typer.echo(
         f"{out}: {dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.n_events:,} "

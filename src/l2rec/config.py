@@ -4,7 +4,7 @@ A run is described by one YAML file, the recipe, and ``key=value`` overrides:
 
     method: l2rec.methods.l2rec:L2Rec     import path of the method; there is no registry
     backbone: {name: minilm}
-    model: {...}                          the method's own Config class
+    model: {...}                          options of the method's Config class
     training: {...}
 
 Recipes hold only what differs from the defaults of the classes below.
@@ -17,6 +17,7 @@ __all__ = [
     "RunConfig",
     "TrainingConfig",
     "find_recipe",
+    "from_options",
     "load_recipe",
     "method_class",
     "recipe_names",
@@ -28,12 +29,14 @@ import importlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from l2rec.errors import ConfigError, nearest
+
+Options = TypeVar("Options", bound=BaseModel)
 
 
 class _Closed(BaseModel):
@@ -50,20 +53,20 @@ class BackboneConfig(_Closed):
     """``auto``: bfloat16 where the processor multiplies it natively, else float32."""
     trust_remote_code: bool = False
     random_weights: bool = False
-    """Only the architecture, with seeded random weights: for tests and timings."""
+    """Seeded random weights instead of the pretrained ones: for tests and timings."""
 
 
 class TrainingConfig(_Closed):
-    """The one training loop."""
+    """Options of the training loop."""
 
     epochs: int = Field(30, ge=1)
-    """Of each stage, as are ``max_steps`` and ``patience``."""
+    """Epochs of each stage; ``max_steps`` and ``patience`` also count per stage."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after so many optimiser steps, whatever ``epochs`` says."""
+    """Optimiser steps after which a stage stops, even before its ``epochs`` are done."""
     max_minutes: float | None = Field(None, gt=0)
-    """Stop the run after so much training time (resumed parts summed), with a last validation."""
+    """Training time (resumed parts summed) after which the run stops, with a last validation."""
     user_share: float = Field(1.0, gt=0, le=1)
-    """Share of the users that is trained on, drawn by the seed; everybody is evaluated."""
+    """Share of the users to train on, drawn by the seed; all users are evaluated."""
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
@@ -72,9 +75,9 @@ class TrainingConfig(_Closed):
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
     batch_users: int = Field(32, ge=1)
-    """Most users in a batch."""
+    """Largest number of users in a batch."""
     batch_tokens: int = Field(8192, ge=1)
-    """Most input tokens of user histories in a batch."""
+    """Largest number of input tokens of user histories in a batch."""
     eval_every: float = Field(1.0, gt=0)
     """Epochs between validations (all users)."""
     patience: int = Field(5, ge=1)
@@ -86,7 +89,7 @@ class TrainingConfig(_Closed):
 
 
 class RunConfig(_Closed):
-    """A whole run, resolved: what ``config.yaml`` of a run folder holds."""
+    """Configuration of a whole run, as ``config.yaml`` of a run folder stores it."""
 
     method: str = "l2rec.methods.l2rec:L2Rec"
     seed: int = Field(0, ge=0)
@@ -110,28 +113,46 @@ class RunConfig(_Closed):
         return values
 
 
+def from_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
+    """Build a configuration from options of the command line; None stands for the default.
+
+    Raises:
+        ConfigError: a value that is not allowed, by the name of its option.
+    """
+    try:
+        return kind(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{name} {first['input']}: {first['msg']}") from None
+
+
 def method_class(path: str) -> Any:
-    """The class at ``package.module:Name``; ConfigError if it is not there."""
+    """Import the method class at ``package.module:Name``.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no method.
+    """
     try:
         module_name, _, name = path.partition(":")
-        found = getattr(importlib.import_module(module_name), name)
+        method = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"method={path!r} cannot be imported: {error}") from error
-    if not hasattr(found, "Config"):
+    if not hasattr(method, "Config"):
         raise ConfigError(f"method={path!r} is no method: it has no Config; name module:Class")
-    return found
+    return method
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, such as ``scientific/l2rec``."""
+    """List the names of the shipped recipes, such as ``scientific/l2rec``."""
     root = Path(str(resources.files("l2rec") / "recipes"))
     return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
 
 
 def find_recipe(recipe: str) -> Path:
-    """The YAML file of ``recipe``: a path, or the name of a shipped recipe.
+    """Find the YAML file of ``recipe``: a path, or the name of a shipped recipe.
 
-    A bare method name (``l2rec``) is the recipe of that method's own defaults.
+    A bare method name (``l2rec``) is the recipe of that method's defaults.
 
     Raises:
         ConfigError: nothing has that name.
@@ -152,10 +173,10 @@ def find_recipe(recipe: str) -> Path:
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A recipe with ``dotted.key=value`` overrides (values are YAML), checked and resolved.
+    """Read a recipe, apply ``dotted.key=value`` overrides (values are YAML), check and resolve it.
 
-    A recipe that says ``extends: OTHER`` (a shipped name or a path) has the keys of the other one,
-    group by group, unless it has its own.
+    A recipe with ``extends: OTHER`` (a shipped name or a path) takes from the other one all keys,
+    group by group, that it does not set itself.
 
     Raises:
         ConfigError: unknown recipe or key (the nearest name is offered), or a bad value.
@@ -168,7 +189,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The keys of a recipe over those of the one that it ``extends``."""
+    """Read the keys of a recipe, over those of the recipe that it ``extends``."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -182,14 +203,14 @@ def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: extends={base!r} is no other recipe")
     inherited = _read(find_recipe(base), (*extended, path))
     for key, value in values.items():
-        held = inherited.get(key)
-        merge = isinstance(held, dict) and isinstance(value, dict)
-        inherited[key] = held | value if merge else value
+        base_value = inherited.get(key)
+        merge = isinstance(base_value, dict) and isinstance(value, dict)
+        inherited[key] = base_value | value if merge else value
     return inherited
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """``dotted.key=value`` overrides as the groups of keys that a recipe would hold."""
+    """Parse ``dotted.key=value`` overrides into groups of keys, as in a recipe."""
     values: dict[str, Any] = {}
     for override in overrides:
         _set(values, override)
@@ -197,7 +218,11 @@ def override_values(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def resolve(values: Mapping[str, Any], where: str) -> RunConfig:
-    """Checked RunConfig from plain values; ``where`` names their origin in errors."""
+    """Build a checked RunConfig from plain values; ``where`` names their origin in errors.
+
+    Raises:
+        ConfigError: an unknown key or a bad value.
+    """
     try:
         return RunConfig(**values)
     except ValidationError as error:
@@ -228,7 +253,7 @@ def _set(values: dict[str, Any], override: str) -> None:
 
 
 def _fields_at(location: tuple[Any, ...], values: Mapping[str, Any]) -> list[str]:
-    """Known names beside the offending key."""
+    """List the known names of the group that an offending key is in."""
     if location[:1] == ("training",):
         return list(TrainingConfig.model_fields)
     if location[:1] == ("backbone",):

@@ -1,66 +1,109 @@
-"""Files written whole or not at all: under another name, flushed to disk, renamed."""
+"""Files and folders that are written whole or not at all.
+
+Both are written beside their place under a hidden name (``.NAME.*.part``), flushed to disk and
+renamed; then the name is flushed too. Whatever fails, what was there before is still there. Modes
+are those that the process's umask gives to any new file.
+"""
 
 from __future__ import annotations
 
-__all__ = ["read_json", "replacing", "write_json", "write_text"]
+__all__ = [
+    "move_into_place",
+    "read_json",
+    "replacing",
+    "replacing_folder",
+    "write_json",
+    "write_text",
+]
 
 import errno
+import glob
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from l2rec.errors import CheckpointError
+from l2rec.errors import CheckpointError, L2RecError
+
+RESUME = "free some space and --resume"
+
+
+# -- files ---------------------------------------------------------------------------------------
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, flushed and renamed to ``path`` at the end.
+def replacing(
+    path: Path, *, error: type[L2RecError] = CheckpointError, remedy: str = RESUME
+) -> Iterator[Path]:
+    """Give a temporary sibling to write to; flush it and rename it to ``path`` at the end.
+
+    Args:
+        error: class of the error for a file that cannot be written.
+        remedy: advice to a user whose disk is full.
 
     Raises:
-        CheckpointError: the disk is full; what was at ``path`` is still there.
+        CheckpointError: (or ``error``) the disk is full, or ``path`` cannot be written; what was
+            at ``path`` is still there.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CheckpointError(
-                f"{path}: the disk is full; nothing was replaced, free some space and --resume"
-            ) from error
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+        partial.chmod(mode)  # safetensors makes files that only their owner reads
+        move_into_place(partial, path)
+    except (OSError, SafetensorError) as reason:
+        raise _explained(path, reason, error, remedy) from reason
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def move_into_place(partial: Path, path: Path) -> None:
+    """Flush a finished file to disk and rename it to ``path``, a sibling, replacing what is there.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    _flush_file(partial)
+    os.replace(partial, path)
+    _flush_folder(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as partial:
+def write_text(
+    path: Path, text: str, *, error: type[L2RecError] = CheckpointError, remedy: str = RESUME
+) -> None:
+    """Write a text file whole or not at all. Raises as `replacing`."""
+    with replacing(path, error=error, remedy=remedy) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(
+    path: Path,
+    value: Mapping[str, Any],
+    *,
+    error: type[L2RecError] = CheckpointError,
+    remedy: str = RESUME,
+) -> None:
+    """Write a JSON object whole or not at all. Raises as `replacing`."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text, error=error, remedy=remedy)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError if it is missing or torn."""
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or torn, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,3 +113,154 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return value
+
+
+# -- folders -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing_folder(
+    path: Path,
+    *,
+    manifest: str | None = None,
+    belongs: Callable[[Path], bool] | None = None,
+    error: type[L2RecError] = CheckpointError,
+    remedy: str = RESUME,
+) -> Iterator[Path]:
+    """Give an empty sibling folder to fill; flush it and put it in the place of ``path``.
+
+    An existing folder is moved aside for the moment of the exchange and then deleted. A kill at
+    that moment leaves it beside ``path`` as ``.NAME.*.old``.
+
+    With ``manifest`` there is no such moment: the new files move into the existing folder one by
+    one, the manifest last, and readers meet either the old content or the new. Each file but the
+    manifest needs a name that no file of other content has, such as one with a hash in it.
+
+    Args:
+        manifest: name of the file that says which files of the folder count.
+        belongs: with ``manifest``, tells whether a file of the folder belongs to its content; such
+            files are deleted after the exchange unless they are new. Others stay.
+        error: class of the error for a folder that cannot be written.
+        remedy: advice to a user whose disk is full.
+
+    Raises:
+        CheckpointError: (or ``error``) the disk is full, or ``path`` cannot be written; what was
+            at ``path`` is still there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            with _lock(path.parent):
+                _delete_leftovers(path, "part")
+                staged = _sibling(path, "part")
+                staged.mkdir()
+                stack.callback(shutil.rmtree, staged, ignore_errors=True)
+                stack.enter_context(_lock(staged))  # for as long as this writer lives
+            yield staged
+            for file in staged.iterdir():
+                _flush_file(file)
+            _flush_folder(staged)
+            with _lock(path.parent):
+                if manifest is None or not path.exists():
+                    _exchange(staged, path)
+                else:
+                    _exchange_files(staged, path, manifest, belongs or (lambda _: False))
+    except (OSError, SafetensorError) as reason:
+        raise _explained(path, reason, error, remedy) from reason
+
+
+def _exchange(staged: Path, path: Path) -> None:
+    """Rename a folder to ``path``, and delete the folder that was there."""
+    aside = _sibling(path, "old")
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+    try:
+        staged.rename(path)
+    except OSError:
+        with suppress(FileNotFoundError):
+            aside.rename(path)
+        raise
+    _flush_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    _delete_leftovers(path, "old")
+
+
+def _exchange_files(
+    staged: Path, path: Path, manifest: str, belongs: Callable[[Path], bool]
+) -> None:
+    """Move files into a folder, the manifest last, and delete those it replaced."""
+    names = {file.name for file in staged.iterdir()}
+    for name in sorted(names - {manifest}):
+        os.replace(staged / name, path / name)
+    _flush_folder(path)
+    os.replace(staged / manifest, path / manifest)  # from here on, the content is the new one
+    _flush_folder(path)
+    for file in path.iterdir():
+        if file.name not in names and belongs(file):
+            file.unlink(missing_ok=True)
+
+
+def _sibling(path: Path, suffix: str) -> Path:
+    """Name a hidden sibling of a folder that no other writer uses."""
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.{suffix}"
+
+
+def _delete_leftovers(path: Path, suffix: str) -> None:
+    """Delete the siblings of a folder that killed writers left."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.{suffix}"):
+        with suppress(OSError), _lock(folder, wait=False) as locked:
+            if locked:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Keep out other processes of this machine that lock the same folder; a kill ends that too.
+
+    Yields False, and keeps nobody out, where the folder is locked already and ``wait`` is off, or
+    where folders cannot be locked (Windows, some network file systems).
+    """
+    if sys.platform == "win32":
+        yield False
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        locked = False
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        yield locked
+    finally:
+        os.close(handle)
+
+
+# -- the disk ------------------------------------------------------------------------------------
+
+
+def _flush_file(path: Path) -> None:
+    """Write a file's content to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Write the names in a folder to disk, where the file system can."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(handle)
+
+
+def _explained(path: Path, reason: Exception, error: type[L2RecError], remedy: str) -> L2RecError:
+    """Return the error for a file or folder that could not be written."""
+    if getattr(reason, "errno", None) == errno.ENOSPC or "No space left" in str(reason):
+        return error(f"{path}: the disk is full; nothing was replaced, {remedy}")
+    return error(f"{path} cannot be written, what was there is as it was: {reason}")

@@ -1,10 +1,10 @@
-"""Every error a user can cause, in one hierarchy.
+"""All errors that a user can cause, in one hierarchy.
 
     L2RecError
     ├── DataError        input files, datasets, unknown ids
     ├── ConfigError      recipes, overrides, options that do not fit together
     ├── BackboneError    a language model that cannot be loaded or adapted
-    ├── CheckpointError  a run folder that is missing, torn or does not match
+    ├── CheckpointError  a run folder that is missing, torn, does not match or cannot be written
     ├── StorageError     an event log that cannot be read or written now (away, full disk)
     └── TrainingError    a training that cannot go on (NaN, full disk)
 
@@ -44,7 +44,7 @@ class BackboneError(L2RecError, ValueError):
 
 
 class CheckpointError(L2RecError, ValueError):
-    """A run folder that is missing, torn, or does not match what it says."""
+    """A run folder that is missing, torn, inconsistent or cannot be written."""
 
 
 class StorageError(L2RecError, ValueError):
@@ -56,6 +56,6 @@ class TrainingError(L2RecError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
+    """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Item vectors -> the k best by inner product: exact, FAISS, Milvus; one small protocol.
+"""Search for the k item vectors with the largest inner product: exact, FAISS, Milvus.
 
     exact    blocked matmul and top-k, nothing to build; every other kind is measured against it
     flat     FAISS over all rows: exact as well
@@ -7,9 +7,8 @@
     milvus   a Milvus server by URI (token from L2REC_MILVUS_TOKEN), or a file with milvus-lite
 
 Rows are numbered as in the vectors an index was built from. On disk an index is a folder with a
-manifest: rows, size, kind, the version of the vectors, and the hash of every file. It is exchanged
-by renaming the manifest: whatever is killed, and whenever, the folder holds the old index or the
-new one.
+manifest: rows, size, kind, the version of the vectors, and the hash of every file. Renaming the
+manifest exchanges it: after a kill at any moment the folder holds the old index or the new one.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,23 +33,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from l2rec.data.vectors import Floats, off_unit, read_vectors, vectors_hash
+from l2rec.disk import replacing_folder
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError, StorageError
 
 KINDS = ("exact", "flat", "hnsw", "ivf", "milvus")
 FORMAT = 2
 EXACT_ROWS = 100_000
-"""So many rows are scored in less time than a history is read: `benchmarks/indexes.py`."""
+"""Rows that exact search scores in less time than encoding a history takes:
+`benchmarks/indexes.py`."""
 BLOCK_SCORES = 1 << 22
-"""Scores that exact search makes at once: 16 MB, as in `evaluation`."""
+"""Scores that exact search computes at once: 16 MB, as in `evaluation`."""
 MANIFEST = "index.json"
 ASKED, SCORED = 1000, 200_000_000
-"""Queries that recall and speed are measured with, and most inner products this may take."""
+"""Most queries that recall and speed are measured with, and most inner products for that."""
 AT_ONCE = 32
-"""Queries of one search when speed is measured: about what the service batches."""
+"""Queries of one search when speed is measured: about a batch of the service."""
 LINKS, CONSTRUCTION = 32, 200
-"""Of an HNSW graph."""
+"""Links of a node of an HNSW graph, and breadth of the search that builds it."""
 MILVUS_MOST = 16_384
-"""Rows that Milvus returns for a query, at most."""
+"""Most rows that Milvus returns for a query."""
 MILVUS_SECONDS = 10.0
 
 Rows = npt.NDArray[np.int64]
@@ -60,7 +59,7 @@ T = TypeVar("T")
 
 
 class Index(Protocol):
-    """N rows that can be searched."""
+    """Protocol of a searchable index of N rows."""
 
     kind: str
 
@@ -68,11 +67,12 @@ class Index(Protocol):
 
     @property
     def dim(self) -> int:
-        """D."""
+        """Size D of a row."""
         ...
 
     def search(self, queries: Floats, k: int) -> tuple[Rows, Floats]:
-        """[B, D] float32 -> rows [B, k] int64, best first, and their inner products [B, k].
+        """Return the k best rows [B, k] int64 for queries [B, D] float32, best first, and their
+        inner products [B, k] float32.
 
         Equal scores are in order of row. Where fewer than k are found: row -1 with score -inf.
         """
@@ -80,9 +80,10 @@ class Index(Protocol):
 
 
 def build(vectors: Floats, kind: str = "auto", **options: Any) -> Index:
-    """An index of vectors [N, D] float32.
+    """Build an index of vectors [N, D] float32.
 
-    options: ``uri`` and ``collection`` of Milvus; ``lists`` and ``probes`` of ivf; ``ef`` of hnsw.
+    kind: one of `KINDS`, or ``auto`` for one that suits the number of rows. options: ``uri`` and
+    ``collection`` of Milvus; ``lists`` and ``probes`` of ivf; ``ef`` of hnsw.
 
     Raises:
         ConfigError: an unknown kind or option, a library that is missing.
@@ -112,8 +113,8 @@ def build(vectors: Floats, kind: str = "auto", **options: Any) -> Index:
 
 
 def _fitting(vectors: Floats) -> str:
-    """What `build` takes for auto."""
-    # A graph finds long vectors from everywhere, and little else.
+    """Choose the kind that ``auto`` stands for."""
+    # With inner products, a graph's searches lead to the longest vectors and miss the others.
     if len(vectors) > EXACT_ROWS and not off_unit(vectors).any():
         with contextlib.suppress(ConfigError):
             _faiss()
@@ -122,9 +123,9 @@ def _fitting(vectors: Floats) -> str:
 
 
 def recall(index: Index, vectors: Floats, queries: Floats, k: int) -> float:
-    """Share of the exact k best rows that the index finds, over all queries.
+    """Compute the share of the exact k best rows that the index finds, over all queries.
 
-    Of rows that tie with the k-th, as those of items with one text do, any will do.
+    Any row that ties with the k-th counts, such as those of items with the same text.
     """
     k = min(k, len(vectors))
     return _recall(vectors, queries, index.search(queries, k)[0], Exact(vectors).search(queries, k))
@@ -142,7 +143,7 @@ def _recall(vectors: Floats, queries: Floats, found: Rows, exact: tuple[Rows, Fl
 
 
 def _asked(queries: Floats, dim: int, k: int) -> Floats:
-    """Queries as every kind takes them.
+    """Check queries and convert them to contiguous float32.
 
     Raises:
         DataError: of another size than the index, not finite, or k below 1.
@@ -158,7 +159,7 @@ def _asked(queries: Floats, dim: int, k: int) -> Floats:
 
 
 def _nothing(queries: int, k: int) -> tuple[Rows, Floats]:
-    """Rows [B, k] and scores of a search that found nothing."""
+    """Return rows [B, k] and scores of a search without results, to be filled."""
     return (
         np.full((queries, k), -1, dtype=np.int64),
         np.full((queries, k), -np.inf, dtype=np.float32),
@@ -169,7 +170,7 @@ def _nothing(queries: int, k: int) -> tuple[Rows, Floats]:
 
 
 class Exact:
-    """All inner products, some queries at a time; equal scores in order of row."""
+    """Exact index: all inner products, a block of queries at a time."""
 
     kind = "exact"
 
@@ -194,21 +195,24 @@ class Exact:
         asked = torch.from_numpy(_asked(queries, self.dim, k))
         rows, scores = _nothing(len(asked), k)
         numbers = Ragged(np.arange(len(asked), dtype=np.int32), np.arange(len(asked) + 1))
-        found = top_k(  # a query is a history of one: its number
+        best = top_k(  # each query is a history of one item: its number
             lambda some: asked[torch.from_numpy(some.values)] @ self.vectors.T,
             numbers,
             min(k, len(self)),
             batch_size=max(1, BLOCK_SCORES // len(self)),
         )
-        rows[:, : found.items.shape[1]] = found.items
-        scores[:, : found.items.shape[1]] = found.scores
+        rows[:, : best.items.shape[1]] = best.items
+        scores[:, : best.items.shape[1]] = best.scores
         return rows, scores
 
 
 def _faiss() -> Any:
-    """FAISS, with as many threads as torch has in this thread.
+    """Import FAISS and give it as many threads as torch has in this thread.
 
-    Each brings an OpenMP library of its own; what is set for one says nothing to the other.
+    Each has its own OpenMP library, so a setting of one does not reach the other.
+
+    Raises:
+        ConfigError: FAISS is not installed.
     """
     try:
         import faiss
@@ -221,7 +225,7 @@ def _faiss() -> Any:
 
 
 class Faiss:
-    """flat, hnsw or ivf."""
+    """FAISS index of kind flat, hnsw or ivf."""
 
     def __init__(self, kind: str, index: Any) -> None:
         self.kind, self.index = kind, index
@@ -235,7 +239,11 @@ class Faiss:
         probes: int | None = None,
         ef: int = 128,
     ) -> Faiss:
-        """lists: of ivf, by default 4 sqrt(N). probes: lists searched. ef: breadth of a search."""
+        """Build an index of vectors [N, D].
+
+        lists: inverted lists of ivf, by default 4 sqrt(N). probes: lists searched. ef: breadth of
+        a search in hnsw.
+        """
         faiss = _faiss()
         rows, dim = vectors.shape
         for name, value, most in (
@@ -251,7 +259,7 @@ class Faiss:
             index = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
             index.hnsw.efConstruction, index.hnsw.efSearch = CONSTRUCTION, ef
         else:
-            # Fewer than 39 rows a list is too few to find its centre; FAISS says so.
+            # FAISS warns below 39 rows a list: too few to find its centre.
             lists = lists or max(1, min(rows // 39, round(4 * rows**0.5)))
             index = faiss.IndexIVFFlat(
                 faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT
@@ -285,8 +293,8 @@ class Faiss:
         if self.kind == "flat" and best.shape[1] > k:
             cut = np.flatnonzero(best[:, k - 1] == best[:, k])
             if len(cut):
-                held = faiss.rev_swig_ptr(self.index.get_xb(), len(self) * self.dim)
-                all_rows = Exact(held.reshape(len(self), self.dim))
+                stored_rows = faiss.rev_swig_ptr(self.index.get_xb(), len(self) * self.dim)
+                all_rows = Exact(stored_rows.reshape(len(self), self.dim))
                 rows[cut], scores[cut] = all_rows.search(asked[cut], k)
         return rows, scores
 
@@ -311,10 +319,10 @@ class Milvus:
         )
 
     def _ask(self, call: Callable[[], T], question: str = "is it up") -> T:
-        """What a call of pymilvus returns.
+        """Return the result of a call of pymilvus.
 
         Raises:
-            StorageError: whatever it raises.
+            StorageError: the call failed, for whatever reason.
         """
         try:
             return call()
@@ -328,17 +336,17 @@ class Milvus:
     def build(
         cls, vectors: Floats, uri: str | None = None, collection: str | None = None
     ) -> Milvus:
-        """Fills a collection, by default one named by what it holds; one that is whole is kept."""
+        """Fill a collection, by default named by a hash of the vectors, unless it is complete."""
         if uri is None:
             raise ConfigError("kind=milvus needs a uri: a server's, or a file ending in .db")
         if collection is None:
             collection = f"l2rec_{vectors_hash([], vectors, '')[:16]}"
         if "://" not in uri:
             Path(uri).resolve().parent.mkdir(parents=True, exist_ok=True)
-        made = cls(uri, collection, *vectors.shape)
-        if made._count() != len(vectors):
-            made._ask(lambda: made._fill(vectors))
-        return made
+        index = cls(uri, collection, *vectors.shape)
+        if index._count() != len(vectors):
+            index._ask(lambda: index._fill(vectors))
+        return index
 
     def _fill(self, vectors: Floats) -> None:
         self.client.drop_collection(self.collection)
@@ -354,18 +362,18 @@ class Milvus:
         self.client.flush(self.collection)
 
     def _count(self) -> int | None:
-        """Rows of the collection, None where there is none."""
+        """Count the rows of the collection; None where there is no collection."""
         if not self._ask(lambda: self.client.has_collection(self.collection)):
             return None
         self._ask(lambda: self.client.load_collection(self.collection))
-        found = self._ask(lambda: self.client.query(self.collection, output_fields=["count(*)"]))
-        return int(found[0]["count(*)"])
+        answer = self._ask(lambda: self.client.query(self.collection, output_fields=["count(*)"]))
+        return int(answer[0]["count(*)"])
 
     def check(self) -> None:
-        """The collection is there, and has all its rows.
+        """Check that the collection exists and has all its rows.
 
         Raises:
-            CheckpointError: it is not. StorageError: Milvus is away.
+            CheckpointError: it is missing or incomplete. StorageError: Milvus is away.
         """
         count = self._count()
         if count != self.rows:
@@ -376,14 +384,18 @@ class Milvus:
             )
 
     def drop(self) -> None:
-        """The collection is no longer needed."""
+        """Delete the collection."""
         self._ask(lambda: self.client.drop_collection(self.collection))
 
     def __len__(self) -> int:
         return self.rows
 
     def search(self, queries: Floats, k: int) -> tuple[Rows, Floats]:
-        """Raises StorageError where Milvus is away. No more than 16,384 rows are found."""
+        """Search as `Index.search`; returns at most 16,384 rows for a query.
+
+        Raises:
+            StorageError: Milvus is away.
+        """
         asked = _asked(queries, self.dim, k)
         rows, scores = _nothing(len(asked), k)
         for start in range(0, len(asked), 100):
@@ -404,13 +416,13 @@ class Milvus:
         return rows, scores
 
 
-def _owned(folder: Path) -> str:
-    """How the names of the collections begin that belong to the index in a folder."""
+def _collection_prefix(folder: Path) -> str:
+    """Return the prefix of the names of collections that belong to the index in a folder."""
     return f"l2rec_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}_"
 
 
 def _milvus_uri(uri: str) -> str:
-    """A server's address as it is, a file's path made absolute.
+    """Check a URI: return a server's address unchanged, a file's path made absolute.
 
     Raises:
         ConfigError: a secret in the address, or a file that does not end in .db.
@@ -435,15 +447,14 @@ FILES = {
     "ivf": {"ids": "parquet", "index": "faiss"},
     "milvus": {"ids": "parquet"},
 }
-"""What the manifest of each kind must name; a file is ``ROLE-HASH.SUFFIX``."""
+"""Files of each kind, by role, with their suffix; a file is named ``ROLE-HASH.SUFFIX``."""
 
 
 def save(index: Index, folder: Path, *, ids: Sequence[str], version: str) -> None:
     """Write an index with the ids of its rows, whole or not at all.
 
-    Files are written aside and flushed to disk. A new folder is renamed as one; into a folder
-    that is an index already they are moved under names of their own, and the index is exchanged
-    when its manifest is.
+    A new folder is renamed as one. Into a folder that is an index already, the files are moved one
+    by one under names of their content, the manifest last.
 
     Raises:
         CheckpointError: ``folder`` is something else, or cannot be written.
@@ -455,39 +466,26 @@ def save(index: Index, folder: Path, *, ids: Sequence[str], version: str) -> Non
         raise DataError("an id twice; every row of an index needs its own")
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is not an index; choose another folder")
-    staged = folder.with_name(f".{folder.name}.part")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.parent):
-            try:
-                shutil.rmtree(staged, ignore_errors=True)  # of a writer that was killed
-                staged.mkdir()
-                before = _own_collection(folder)
-                manifest = _write(index, staged, ids, version)
-                _exchange(staged, folder, manifest)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written, what was there is as it was: {error}"
-        ) from error
+    with replacing_folder(
+        folder, manifest=MANIFEST, belongs=_belongs, remedy="free some space"
+    ) as staged:
+        _write(index, staged, ids, version)
+        before = _collection_of(folder)
     if before is not None and before.collection != getattr(index, "collection", None):
         with contextlib.suppress(StorageError):
             before.drop()
 
 
-def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> dict[str, Any]:
-    """Files of an index, and its manifest."""
+def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> None:
+    """Write the files of an index and its manifest into an empty folder."""
     written = {}
 
     def write(role: str, to: Callable[[Any], object]) -> None:
         suffix = FILES[index.kind][role]
-        # All writing goes through Python: FAISS and NumPy, with buffers of their own, do not tell
-        # of a disk that filled up with their last bytes.
+        # All writing goes through Python: FAISS and NumPy have their own buffers and do not report
+        # a disk that is full when the last bytes are written.
         with (folder / role).open("wb") as file:
             to(file)
-            file.flush()
-            os.fsync(file.fileno())
         digest = _sha256(folder / role)
         name = f"{role}-{digest[:16]}.{suffix}"
         (folder / role).rename(folder / name)
@@ -523,51 +521,35 @@ def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> dict
         "files": written,
     }
     manifest["sha256"] = _seal(manifest)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return manifest
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _exchange(staged: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Make what is staged the index of the folder."""
-    _to_disk(staged)
-    if not folder.exists():
-        staged.rename(folder)
-        _to_disk(folder.parent)
-        return
-    names = {file["name"] for file in manifest["files"].values()}
-    for name in sorted(names):
-        os.replace(staged / name, folder / name)
-    _to_disk(folder)
-    os.replace(staged / MANIFEST, folder / MANIFEST)  # from here on it is the new one
-    _to_disk(folder)
+def _belongs(file: Path) -> bool:
+    """Tell whether a file is of an index, by its name."""
     known = {(role, f".{suffix}") for kind in FILES.values() for role, suffix in kind.items()}
-    for path in folder.iterdir():
-        ours = (path.name.partition("-")[0], path.suffix) in known
-        if ours and path.name not in names:
-            path.unlink(missing_ok=True)
+    return (file.name.partition("-")[0], file.suffix) in known
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
-    """Hash of everything else in a manifest."""
+    """Hash everything in a manifest but the hash itself."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _own_collection(folder: Path) -> Milvus | None:
-    """The collection that the index in a folder lies in, if it was filled for this very folder."""
+def _collection_of(folder: Path) -> Milvus | None:
+    """Open the Milvus collection of the index in a folder, if it was filled for this folder."""
     with contextlib.suppress(L2RecError):
         manifest = _manifest(folder)
         options = manifest["options"]
-        if manifest["kind"] == "milvus" and options["collection"].startswith(_owned(folder)):
+        if manifest["kind"] == "milvus" and options["collection"].startswith(
+            _collection_prefix(folder)
+        ):
             return Milvus(rows=manifest["rows"], dim=manifest["dim"], **options)
     return None
 
 
 def load(folder: Path) -> tuple[Index, list[str], str]:
-    """(index, ids of its rows, version of its vectors) of what `save` wrote.
+    """Read an index that `save` wrote: (index, ids of its rows, version of its vectors).
 
     Raises:
         CheckpointError: no index, torn, edited, or of another format.
@@ -578,7 +560,7 @@ def load(folder: Path) -> tuple[Index, list[str], str]:
         try:
             return _read(folder, manifest)
         except CheckpointError:
-            # Exchanged between manifest and files? Then there is another to read.
+            # If the index was exchanged between manifest and files, read the new one.
             if _manifest(folder) == manifest:
                 raise
 
@@ -629,7 +611,7 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> tuple[Index, list[str], 
         else:
             index = Faiss(kind, _faiss().read_index(str(paths["index"])))
     except (OSError, KeyError, RuntimeError, pa.ArrowException) as error:
-        # Its hash is right: the file is of other versions of these libraries.
+        # The hash is right, so other versions of these libraries wrote the file.
         raise CheckpointError(
             f"{folder} cannot be read, build it again: {' '.join(str(error).split())[:200]}"
         ) from error
@@ -641,39 +623,12 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> tuple[Index, list[str], 
     return index, ids, manifest["version"]
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process of this machine is in here for the same folder; a kill ends that too."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _to_disk(folder: Path) -> None:
-    """Flush the names in a folder."""
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# -- what `l2rec embed` writes ---------------------------------------------------------------------
+# -- `l2rec index` -------------------------------------------------------------------------------
 
 
 def build_folder(
@@ -685,7 +640,7 @@ def build_folder(
     k: int = 10,
     uri: str | None = None,
 ) -> dict[str, Any]:
-    """`l2rec index`: read vectors, build, measure, save. Returns what is printed.
+    """Read vectors, build an index, measure and save it; return the facts to print.
 
     Raises:
         CheckpointError: vectors that are not whole, or a folder that is no index.
@@ -704,16 +659,16 @@ def build_folder(
         raise DataError(f"{queries if given.ids else source} has no rows")
     options = {}
     if kind == "milvus":
-        # Of this folder alone, and the same when a build that was killed is tried again.
+        # For this folder alone, and the same name when a killed build is tried again.
         content = vectors_hash(given.ids, given.vectors, given.version)
-        options = {"uri": uri, "collection": _owned(out) + content[:16]}
+        options = {"uri": uri, "collection": _collection_prefix(out) + content[:16]}
     started = time.monotonic()
     index = build(given.vectors, kind, **options)
     built = time.monotonic() - started
     wanted = min(k, len(index))
     most = min(ASKED, max(10, SCORED // len(index)))
     some = asked.vectors[np.unique(np.linspace(0, len(asked.ids) - 1, most).astype(np.int64))]
-    found, speed = _timed(index, some, wanted)
+    results, speed = _timed(index, some, wanted)
     exact, exact_speed = _timed(Exact(given.vectors), some, wanted)
     save(index, out, ids=given.ids, version=given.version)
     written = _manifest(out)["files"].values()
@@ -722,7 +677,7 @@ def build_folder(
         "rows": len(index),
         "dim": given.vectors.shape[1],
         "version": given.version,
-        f"recall@{wanted}": round(_recall(given.vectors, some, found[0], exact), 4),
+        f"recall@{wanted}": round(_recall(given.vectors, some, results[0], exact), 4),
         "queries": len(some),
         "queries per second": round(speed, 1),
         "exact queries per second": round(exact_speed, 1),
@@ -732,7 +687,7 @@ def build_folder(
 
 
 def _timed(index: Index, queries: Floats, k: int) -> tuple[tuple[Rows, Floats], float]:
-    """What is found for the queries, some at a time, and how many there were each second."""
+    """Search in batches; return (rows, scores) and the number of queries per second."""
     index.search(queries[:1], k)
     started = time.monotonic()
     parts = [

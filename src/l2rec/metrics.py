@@ -1,11 +1,11 @@
-"""Scores -> ranks -> Recall, NDCG, MRR; coverage, popularity and novelty of lists. Pure functions.
+"""Ranks from scores; Recall, NDCG, MRR from ranks; coverage, popularity and novelty of lists.
 
 The rank of a target is its *expected* rank under random tie breaking,
 
     rank = 1 + #{j : s_j > s_t} + 1/2 #{j != t : s_j = s_t},
 
-so a constant scorer ranks everything at ``(N + 1) / 2`` and wins nothing by ties. Optimistic
-ranks (only strictly greater scores count) give the same scorer rank 1.
+so a constant scorer ranks every item at ``(N + 1) / 2`` and gains nothing by ties. Optimistic ranks
+(only strictly greater scores count) would give it rank 1.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ KS = (5, 10, 20)
 
 
 def expected_ranks(scores: Tensor, targets: Tensor, exclude: Ragged | None = None) -> Tensor:
-    """Expected rank of each row's target among all items: [B] float64 on the CPU, from 1.
+    """Compute the expected rank of each row's target among all items: [B] float64, CPU, from 1.
 
     ``scores``: [B, N] float32, higher is better. ``targets``: [B] int64 columns.
     ``exclude``: B rows of items taken out of the ranking (a user's history); each distinct item
     once, the target itself never.
 
-    Raises ``ValueError`` for shapes that do not fit, items outside the N columns, or NaN scores.
+    Raises:
+        ValueError: shapes that do not fit, items outside the N columns, or NaN scores.
     """
     _check(scores, targets)
     _reject_nan(scores)
@@ -56,7 +57,7 @@ def expected_ranks(scores: Tensor, targets: Tensor, exclude: Ragged | None = Non
 
 
 def items_ahead(scores: Tensor, targets: Tensor) -> Tensor:
-    """#{s_j > s_t} + 1/2 #{j != t, s_j = s_t} over all N columns: [B] float64 on the CPU.
+    """Count #{s_j > s_t} + 1/2 #{j != t, s_j = s_t} over all N columns: [B] float64, CPU.
 
     ``scores``: [B, N], free of NaN (not checked here; a NaN would count as not ahead).
     ``targets``: [B] int64.
@@ -69,11 +70,13 @@ def items_ahead(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def items_ahead_among(scores: Tensor, targets: Tensor, items: Ragged) -> Tensor:
-    """``items_ahead`` counted over each row's distinct ``items`` only: [B] float64 on the CPU.
+    """Count as `items_ahead`, but among each row's distinct ``items``: [B] float64, CPU.
 
     ``items``: B rows of columns, repeats and the target allowed (counted once and not at all).
-    It reads as many scores as there are items, never a whole row. Raises ``ValueError`` for
-    another number of rows or an item outside the N columns.
+    Reads as many scores as there are items, never a whole row.
+
+    Raises:
+        ValueError: another number of rows, or an item outside the N columns.
     """
     rows, n_items = scores.shape
     if len(items) != rows:
@@ -96,11 +99,13 @@ def items_ahead_among(scores: Tensor, targets: Tensor, items: Ragged) -> Tensor:
 
 
 def rank_values(ranks: FloatArray, metric: str) -> npt.NDArray[np.float64]:
-    """The per-user values whose mean is ``metric``: [M] float64, for paired tests.
+    """Compute the per-user values whose mean is ``metric``: [M] float64, for paired tests.
 
     ``ranks``: [M] from 1. ``metric``: ``"recall@K"``: 1[rank <= K]; ``"ndcg@K"``:
-    1[rank <= K] / log2(rank + 1), one relevant item; ``"mrr"``: 1 / rank, uncut.
-    Raises ``ValueError`` for another metric or a rank that is NaN or below 1.
+    1[rank <= K] / log2(rank + 1), one relevant item; ``"mrr"``: 1 / rank, without a cut-off.
+
+    Raises:
+        ValueError: another metric, or a rank that is NaN or below 1.
     """
     ranks = np.asarray(ranks)
     if not bool(np.all(ranks >= 1.0)):
@@ -116,9 +121,10 @@ def rank_values(ranks: FloatArray, metric: str) -> npt.NDArray[np.float64]:
 
 
 def ranking_metrics(ranks: FloatArray, ks: Sequence[int] = KS) -> dict[str, float]:
-    """``{"recall@5": ..., "ndcg@5": ..., ..., "mrr": ...}``: means over ``ranks``, [M] from 1.
+    """Average over ``ranks``, [M] from 1: ``{"recall@5": ..., "ndcg@5": ..., ..., "mrr": ...}``.
 
-    Raises ``ValueError`` where there are no ranks, or as ``rank_values``.
+    Raises:
+        ValueError: there are no ranks, or as `rank_values`.
     """
     if len(ranks) == 0:
         raise ValueError("0 ranks have no mean; evaluate at least one user")
@@ -127,10 +133,12 @@ def ranking_metrics(ranks: FloatArray, ks: Sequence[int] = KS) -> dict[str, floa
 
 
 def coverage(top_items: IntArray, n_items: int) -> float:
-    """Share of the catalog that appears in anyone's list.
+    """Compute the share of the catalog that appears in at least one list.
 
-    ``top_items``: [M, k] item ints, -1 = no item. Raises ``ValueError`` for ``n_items`` < 1 or
-    an item outside the catalog.
+    ``top_items``: [M, k] item ints, -1 = no item.
+
+    Raises:
+        ValueError: ``n_items`` < 1, or an item outside the catalog.
     """
     if n_items < 1:
         raise ValueError(f"n_items={n_items}: coverage needs a catalog of at least one item")
@@ -142,15 +150,17 @@ def coverage(top_items: IntArray, n_items: int) -> float:
 
 
 def average_popularity(lists: Ragged, counts: IntArray) -> float:
-    """Mean over lists of the mean training events of a listed item.
+    """Compute the mean over lists of the mean number of training events of a listed item.
 
-    Of recommended lists it is the *average recommendation popularity* (ARP; Yin, Cui, Li, Yao,
-    Chen: Challenging the Long Tail Recommendation, PVLDB 5(9), 2012), of users' histories the
+    For recommended lists it is the *average recommendation popularity* (ARP; Yin, Cui, Li, Yao,
+    Chen: Challenging the Long Tail Recommendation, PVLDB 5(9), 2012), for users' histories the
     *group average popularity* (GAP; see ``popularity_bias``). Each list counts the same, however
     long; an item listed twice counts twice.
 
-    ``lists``: M rows of item ints. ``counts``: [N] training events of each item. Raises
-    ``ValueError`` where there is no list, a list is empty, or an item is outside the catalog.
+    ``lists``: M rows of item ints. ``counts``: [N] training events of each item.
+
+    Raises:
+        ValueError: there is no list, a list is empty, or an item is outside the catalog.
     """
     lengths = lists.lengths
     if len(lengths) == 0 or int(lengths.min()) == 0:
@@ -164,20 +174,22 @@ def average_popularity(lists: Ragged, counts: IntArray) -> float:
 
 
 def popularity_bias(top_items: IntArray, histories: Ragged, counts: IntArray) -> float:
-    """How much more popular the lists are than what the same users chose by themselves.
+    """Compare the popularity of the lists with that of the same users' histories.
 
-    The relative change of the group average popularity,
+    Returns the relative change of the group average popularity,
 
         dGAP = (GAP(lists) - GAP(histories)) / GAP(histories),
 
     of Abdollahpouri, Mansoury, Burke, Mobasher: The Unfairness of Popularity Bias in
     Recommendation, RMSE workshop at RecSys '19, arXiv:1907.13286. 0: as popular as the histories;
-    1: twice as popular; below 0: less popular. It is relative to the users at hand, so that
-    groups of users can be compared whose tastes differ in popularity.
+    1: twice as popular; below 0: less popular. Being relative to the users at hand, it compares
+    groups of users whose tastes differ in popularity.
 
     ``top_items``: [M, k] item ints, -1 = no item. ``histories``: M rows of item ints, of the same
-    users. ``counts``: [N] training events of each item. Raises ``ValueError`` as
-    ``average_popularity``, or where no item of the histories has a training event.
+    users. ``counts``: [N] training events of each item.
+
+    Raises:
+        ValueError: as `average_popularity`, or no item of the histories has a training event.
     """
     top_items = np.asarray(top_items)
     listed = top_items != -1
@@ -192,11 +204,13 @@ def popularity_bias(top_items: IntArray, histories: Ragged, counts: IntArray) ->
 
 
 def novelty(top_items: IntArray, counts: IntArray) -> float:
-    """Mean of -log2(share of all training events) over listed items, in bits.
+    """Compute the mean of -log2(share of all training events) over listed items, in bits.
 
     ``top_items``: [M, k] item ints, -1 = no item. ``counts``: [N] training events of each item;
-    an item without events counts as having one, so that novelty stays finite. Raises
-    ``ValueError`` where no item is listed, no event counted, or an item is outside the catalog.
+    an item without events counts as having one, so that novelty stays finite.
+
+    Raises:
+        ValueError: no item is listed, there is no event, or an item is outside the catalog.
     """
     listed, counts = _listed(top_items), np.asarray(counts)
     total = int(counts.sum())
@@ -207,16 +221,16 @@ def novelty(top_items: IntArray, counts: IntArray) -> float:
 
 
 def _at_least_and_above(scores: Tensor, limits: Tensor) -> Tensor:
-    """#{s >= limit} + #{s > limit} of every row: [B] int64 on the CPU. ``limits``: [B, 1]."""
+    """Count #{s >= limit} + #{s > limit} of every row: [B] int64, CPU. ``limits``: [B, 1]."""
     return ((scores >= limits).sum(1) + (scores > limits).sum(1)).cpu()
 
 
 def _at_least_and_above_cpu(scores: Tensor, limits: Tensor) -> Tensor:
-    """The same for scores in main memory, row by row in numpy.
+    """Count the same for scores in main memory, row by row in numpy.
 
     A row's comparison fits the processor's cache, and counting its bytes takes half the time of
-    torch's sum, which widens them to int64 first. No threads are started: many small parallel
-    sums made a whole evaluation ten times slower on a machine busy with something else.
+    torch's sum, which widens them to int64 first. It starts no threads: many small parallel sums
+    made a whole evaluation ten times slower on a busy machine.
     """
     block, of_row = scores.numpy(), limits.numpy()[:, 0]
     fits = np.empty(block.shape[1], dtype=bool)
@@ -228,7 +242,7 @@ def _at_least_and_above_cpu(scores: Tensor, limits: Tensor) -> Tensor:
 
 
 def _listed(top_items: IntArray) -> IntArray:
-    """All item ints of the lists, without the -1 that stand for no item."""
+    """Flatten the lists to item ints, without the -1 that stand for no item."""
     flat = np.asarray(top_items).reshape(-1)
     return np.asarray(flat[flat != -1])
 

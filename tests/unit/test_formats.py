@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import FORMATS, open_source
-from l2rec.data.formats.source import Columns, Source
+from l2rec.data.formats.source import Source
 from l2rec.errors import DataError
 
 Event = tuple[str, str, float]

@@ -402,7 +402,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(prepare_module, "_reserve", full)
     message = refuse(tmp_path, EVENTS)
-    assert "is full; nothing was written to" in message
+    assert "the disk is full; nothing was replaced, free some space" in message
 
 
 def test_a_kill_leaves_nothing_under_the_name(

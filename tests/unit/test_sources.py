@@ -16,7 +16,7 @@ import pytest
 
 from l2rec.data import sources
 from l2rec.data.prepare import PrepareConfig, prepare
-from l2rec.data.sources import SOURCES, Remote, download, fetch
+from l2rec.data.sources import SOURCES, Remote, download, fetch, locate
 from l2rec.errors import DataError
 
 URL = "https://example.org/data.bin"
@@ -262,3 +262,16 @@ def test_movielens_for_real(tmp_path: Path) -> None:
     dataset = prepare(path, tmp_path / "data", PrepareConfig(text=source.text), progress=False)
     assert (dataset.n_users, dataset.n_items, dataset.n_events) == (943, 1682, 100_000)
     assert dataset.texts()[0] == "Toy Story (1995), Animation Children's Comedy"
+
+
+def test_a_path_or_a_name_is_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "fetch", lambda name, cache: Path(cache) / name)
+    assert locate("movielens-100k", tmp_path) == (
+        tmp_path / "movielens-100k",
+        SOURCES["movielens-100k"].text,
+    )
+    for given in ("logs/none.csv", "none.csv", "logs\\none"):
+        assert locate(given, tmp_path) == (Path(given), None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "movielens-100k").mkdir()
+    assert locate("movielens-100k", tmp_path) == (Path("movielens-100k"), None)

@@ -16,11 +16,12 @@ from l2rec.data.ragged import Ragged, flat_index
 
 @dataclass(frozen=True)
 class Batch:
-    """users: [B] int64. histories: B rows of item ints, oldest first, the input.
+    """B users to train on.
 
-    targets: the next items. With supervision ``last`` [B], one per row; with ``all`` one per input
-    item, aligned with ``histories.values``; with ``sequence`` none. negatives: [B, k] int32
-    sampled items (k may be 0).
+    ``users``: [B] int64. ``histories``: B rows of item ints, oldest first, the input.
+    ``targets``: the next items. With supervision ``last`` [B], one per row; with ``all`` one per
+    input item, aligned with ``histories.values``; with ``sequence`` none. ``negatives``: [B, k]
+    int32 sampled items (k may be 0).
     """
 
     users: npt.NDArray[np.int64]
@@ -30,20 +31,20 @@ class Batch:
 
 
 PACK = 8
-"""Rows of like length that train in one batch."""
+"""Rows of similar length that stay together in a training batch."""
 
 
 def plan_batches(
     costs: npt.NDArray[np.integer], rng: np.random.Generator | None, *, max_rows: int, max_cost: int
 ) -> list[npt.NDArray[np.int64]]:
-    """Rows in batches of at most ``max_rows`` and of ``max_cost`` together.
+    """Divide rows into batches of at most ``max_rows`` rows and a total cost of ``max_cost``.
 
     Args:
-        costs: [M] tokens of each row. A row above ``max_cost`` is a batch of its own.
-        rng: for training, batches of long and short rows together: where one length trains at a
-            time, every step pulls another way, and what is learned ranks worse. Rows come in
-            packs of `PACK` of like cost, which is what keeps padding small. None is for
-            inference: like costs together, longest first (memory trouble shows at once).
+        costs: [M] tokens of each row. A row above ``max_cost`` is a batch by itself.
+        rng: for training, mixes long and short rows in a batch: with one length at a time, every
+            step pulls another way and the model ranks worse. Rows stay in packs of `PACK` of
+            similar cost, which keeps padding small. None, for inference, puts similar costs
+            together, longest first (a lack of memory shows at once).
 
     Returns:
         Index arrays that together hold every row exactly once.
@@ -65,12 +66,12 @@ def plan_batches(
 
 
 class TrainingBatches:
-    """One epoch of batches, the same for the same (seed, epoch); cheap to enter in the middle.
+    """Batches of one epoch, the same for the same (seed, epoch); cheap to start in the middle.
 
     Args:
         window: with ``all``, targets of a row (the newest ones); a longer sequence becomes
             several rows, the older with their own earlier context.
-        sequences: training prefixes s[:-2] of all users, user int = row. Nothing else is seen.
+        sequences: training prefixes s[:-2] of all users, user int = row. Nothing else is read.
         supervision: ``last`` draws one target position per user and epoch and predicts it from
             the items before it; ``all`` predicts every next item of the sequence in one row;
             ``sequence`` hands out whole sequences, for losses that hide parts of them.
@@ -123,7 +124,7 @@ class TrainingBatches:
         return len(self._plan)
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Batches ``start``, ``start + 1``, ... of the epoch."""
+        """Yield batches ``start``, ``start + 1``, ... of the epoch."""
         for number in range(start, len(self._plan)):
             yield self[number]
 

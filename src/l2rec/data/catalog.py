@@ -1,4 +1,4 @@
-"""What a method may know of the items before it sees an event: their texts and fields."""
+"""Texts and fields of the items: all that a method knows of them before it sees an event."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Catalog:
 
     @classmethod
     def of_texts(cls, texts: Sequence[str]) -> Catalog:
-        """Items that are nothing but a text; their ids are their numbers."""
+        """Make a catalog of texts alone; the ids are the numbers of the items."""
         ids = [str(number) for number in range(len(texts))]
         return cls(pa.table({ID: pa.array(ids, pa.string()), TEXT: pa.array(texts, pa.string())}))
 
@@ -43,7 +43,7 @@ class Catalog:
         return [name for name in self.table.column_names if name not in (ID, TEXT)]
 
     def field(self, name: str) -> list[str]:
-        """One raw field of every item, empty where it is missing.
+        """Return one raw field of every item, empty where it is missing.
 
         Raises:
             DataError: there is no such field; those that exist are named.
@@ -56,7 +56,11 @@ class Catalog:
         return self._strings(name)
 
     def require_texts(self, method: str) -> list[str]:
-        """The texts, for a method that reads them; DataError where no item has one."""
+        """Return the texts, for a method that reads them.
+
+        Raises:
+            DataError: no item has a text.
+        """
         if len(self) and not any(text.strip() for text in self.texts):
             raise DataError(
                 f"{method} reads item texts and no item of this data set has one; prepare it with "

@@ -1,7 +1,7 @@
-"""A prepared data set: event sequences and a catalog, opened in no time from one folder.
+"""A prepared data set: event sequences and a catalog in one folder, opened without a scan.
 
     dataset.json      format version, counts, fingerprint, source, options, counters, notes
-    offsets.npy       [U + 1] int64    user u owns events offsets[u]:offsets[u + 1]
+    offsets.npy       [U + 1] int64    events of user u: offsets[u]:offsets[u + 1]
     items.npy         [E] int32        item ints, oldest first within each user
     timestamps.npy    [E] float64      seconds (or whatever the source counts time in)
     event_types.npy   [E] int8         optional; names in dataset.json
@@ -38,7 +38,7 @@ FORMAT = "l2rec-dataset"
 VERSION = 1
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-BLOCK_EVENTS = 1 << 22  # events looked at in one go when a statistic needs a scan
+BLOCK_EVENTS = 1 << 22  # events read at once when a statistic needs a scan
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +101,12 @@ class Dataset:
         return _one_array(self.catalog["item_id"])
 
     def texts(self) -> list[str]:
-        """One text per item, in item order; empty where an item has none."""
+        """Return one text per item, in item order; empty where an item has none."""
         texts: list[str] = self.catalog["text"].to_pylist()
         return texts
 
     def user_index(self, user_id: str) -> int:
-        """The user int of an external id. Raises DataError if there is none."""
+        """Return the user int of an external id. Raises DataError if there is none."""
         index: int = pc.index(self.user_ids, pa.scalar(str(user_id), self.user_ids.type)).as_py()
         if index < 0:
             raise DataError(
@@ -116,10 +116,10 @@ class Dataset:
         return index
 
     def item_indices(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
-        """Item ints of external ids, [len(ids)] int32. Raises DataError naming unknown ids."""
+        """Return item ints of external ids, [len(ids)] int32. Raises DataError for unknown ids."""
         wanted = pa.array([str(i) for i in ids], type=self.item_ids.type)
-        found = pc.fill_null(pc.index_in(wanted, value_set=self.item_ids), -1)
-        indices: npt.NDArray[np.int32] = found.to_numpy(zero_copy_only=False).astype(np.int32)
+        rows = pc.fill_null(pc.index_in(wanted, value_set=self.item_ids), -1)
+        indices: npt.NDArray[np.int32] = rows.to_numpy(zero_copy_only=False).astype(np.int32)
         unknown = list(dict.fromkeys(str(ids[int(i)]) for i in np.flatnonzero(indices < 0)))
         if unknown:
             shown = ", ".join(repr(i) for i in unknown[:5])
@@ -133,7 +133,7 @@ class Dataset:
         return indices
 
     def describe(self) -> dict[str, Any]:
-        """Counts and distributions as plain JSON values. Scans all events once."""
+        """Return counts and distributions as plain JSON values. Scans all events once."""
         lengths = np.diff(self.offsets)
         texts = self.catalog["text"]
         has_text = pc.not_equal(pc.utf8_trim_whitespace(texts), "")
@@ -161,7 +161,7 @@ class Dataset:
         }
 
     def _repeats(self) -> int:
-        """Events whose user had met the item before."""
+        """Count the events whose user has an earlier event with the same item."""
         repeats = 0
         for first, last in user_blocks(self.offsets, BLOCK_EVENTS):
             low, high = self.offsets[first], self.offsets[last]
@@ -182,8 +182,10 @@ class Dataset:
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Map a prepared folder. Raises DataError if it is missing, torn, of another version, or
-    if its parts disagree on the counts.
+    """Open a prepared folder; its arrays are memory-mapped.
+
+    Raises:
+        DataError: it is missing, torn, of another version, or its parts disagree on the counts.
     """
     path = Path(path)
     meta = _read_meta(path)
@@ -228,7 +230,7 @@ def content_fingerprint(
     arrays: Sequence[npt.NDArray[Any]],
     columns: Sequence[pa.ChunkedArray],
 ) -> str:
-    """16 hex digits over counts, the arrays' bytes and the columns' strings.
+    """Hash counts, the arrays' bytes and the columns' strings; return 16 hex digits.
 
     Independent of how files are compressed and of how columns are chunked.
     """
@@ -254,7 +256,7 @@ def content_fingerprint(
 
 
 def user_blocks(offsets: npt.NDArray[np.int64], events: int) -> Iterator[tuple[int, int]]:
-    """Ranges (first, last) of users, each of about ``events`` events, never cutting a user."""
+    """Yield ranges (first, last) of users, each of about ``events`` events; no user is cut."""
     n_users = len(offsets) - 1
     first = 0
     while first < n_users:
@@ -335,7 +337,7 @@ def _one_array(column: pa.ChunkedArray) -> pa.StringArray:
 
 
 def _nearest_id(wanted: str, ids: pa.StringArray) -> str:
-    # Edit distance to millions of ids takes minutes; ids with the same start are near enough.
+    # Edit distance to millions of ids takes minutes; ids with the same start will do.
     start = wanted[: max(1, len(wanted) // 2)]
     alike = ids if len(ids) <= 20_000 else ids.filter(pc.starts_with(ids, pattern=start))
     return nearest(wanted, alike[:20_000].to_pylist())
@@ -344,6 +346,6 @@ def _nearest_id(wanted: str, ids: pa.StringArray) -> str:
 def _quantiles(values: npt.NDArray[Any]) -> dict[str, float]:
     if not len(values):
         return {}
-    found = np.quantile(values, QUANTILES)
-    named = {f"q{round(100 * q):02d}": float(v) for q, v in zip(QUANTILES, found, strict=True)}
+    quantiles = np.quantile(values, QUANTILES)
+    named = {f"q{round(100 * q):02d}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)}
     return {"mean": float(np.mean(values)), **named}

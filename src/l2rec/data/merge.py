@@ -20,10 +20,10 @@ EVENTS_AT_ONCE = 1 << 20
 
 
 def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True) -> Dataset:
-    """One data set folder ``out`` that holds the users and items of all ``parts``.
+    """Write one data set folder ``out`` with the users and items of all ``parts``.
 
     Ids become ``name/id``, so users and items of different parts stay apart; item texts are those
-    the parts were prepared with. Event types are not carried over.
+    of the parts. Event types are not carried over.
 
     Raises:
         DataError: fewer than two parts, or two of one name.

@@ -1,4 +1,4 @@
-"""Points in time as people write them."""
+"""Points in time, written as a date or as a number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from l2rec.errors import DataError
 
 
 def moment(text: str) -> float:
-    """Seconds since 1970 of a number, or of a date such as 2023-11-28 (midnight UTC).
+    """Parse a number of seconds since 1970, or a date such as 2023-11-28 (midnight UTC).
 
     Raises:
         DataError: it is neither.

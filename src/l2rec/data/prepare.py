@@ -2,8 +2,8 @@
 
     catalog file ──► item ids, fields, text                          (in memory: Arrow)
     event file  ──► user int, item int, time, type, in file order    (temporary files, mapped)
-                ──► which users and items stay: k-core, by counting  (a few passes)
-                ──► grouped by user, file order kept                 (counting scatter, mapped)
+                ──► users and items that stay: k-core, by counting   (a few passes)
+                ──► grouped by user, in file order                   (counting scatter, mapped)
                 ──► sorted by time within each user, ties in file order; cut to the newest
                 ──► the folder, renamed into place when everything is written
 
@@ -15,13 +15,11 @@ from __future__ import annotations
 __all__ = ["PrepareConfig", "prepare"]
 
 import contextlib
-import errno
 import json
 import os
 import shutil
 import string
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,19 +44,22 @@ from l2rec.data.dataset import (
     open_dataset,
     user_blocks,
 )
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
-from l2rec.data.formats.source import Columns, Source
+from l2rec.data.formats.source import Source
 from l2rec.data.moments import moment
 from l2rec.data.splits import MIN_EVENTS
+from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import DataError, nearest
 
 CHUNK_EVENTS = 1 << 20
+ROOM = "free some space (about 60 bytes per event) or choose another disk"
 Ints = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 
 class PrepareConfig(BaseModel):
-    """How a log is filtered and how an item's text is made. All are written to dataset.json.
+    """Options of filtering a log and of making item texts; all are written to dataset.json.
 
     ``k_core``: drop users and items with fewer events, again and again, until none is left.
     ``min_history``: likewise for users alone. ``max_history``: keep each user's newest events.
@@ -66,9 +67,9 @@ class PrepareConfig(BaseModel):
     fields that are not empty, joined by ". ". ``drop_unknown_items``: drop events of items that
     the catalog does not have, instead of refusing. ``drop_textless``: drop items without text.
     ``keep_all_items``: keep catalog items without events. ``duplicate_items``: what to do about
-    different catalog rows with one id. ``only``: keep events of these types. ``before``: keep
-    events of an earlier time (in the log's unit; also a date such as 2023-11-28, midnight UTC).
-    ``user`` to ``encoding``: see `formats.Columns`.
+    different catalog rows with one id. ``only``: keep events of these types alone. ``before``:
+    keep earlier events (a time in the log's unit, or a date such as 2023-11-28, midnight UTC).
+    ``user`` to ``encoding``: see `Columns`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,16 +84,16 @@ class PrepareConfig(BaseModel):
     duplicate_items: Literal["error", "first"] = "error"
     only: tuple[str, ...] = ()
     before: float | None = None
-    user: str = "user_id"
-    item: str = "item_id"
-    timestamp: str | None = "timestamp"
-    event_type: str | None = None
-    encoding: str = "utf-8"
+    user: str = Columns.user
+    item: str = Columns.item
+    timestamp: str | None = Columns.timestamp
+    event_type: str | None = Columns.event_type
+    encoding: str = Columns.encoding
 
     @field_validator("timestamp", mode="before")
     @classmethod
     def _none_by_name(cls, value: Any) -> Any:
-        # A command line can only say the word.
+        # On a command line, None is spelled as a word.
         return None if isinstance(value, str) and value.lower() in ("none", "null", "") else value
 
     @field_validator("before", mode="before")
@@ -114,7 +115,11 @@ def prepare(
 
     ``items``: the catalog file where it does not lie beside the events. ``progress``: report
     rows and notes on standard error. An existing data set at ``out`` is replaced once the new
-    one is complete; on any error ``out`` stays as it was. Raises DataError.
+    one is complete; on any error ``out`` stays as it was.
+
+    Raises:
+        DataError: no known format, a log or catalog that cannot be used, nothing left after
+            filtering, ``out`` is something else, or the disk is full.
     """
     config = config or PrepareConfig()
     columns = Columns(
@@ -133,12 +138,13 @@ def build(
     progress: bool = False,
     chunk_events: int = CHUNK_EVENTS,
 ) -> Dataset:
-    """`prepare` for a log that is open already. ``origin``: what dataset.json calls it.
+    """Prepare a log that is open already. ``origin``: its name in dataset.json.
 
     ``chunk_events``: events in memory at a time; the result does not depend on it.
     """
     report = _Report(progress)
-    with _staging(out) as folder, report:
+    _may_write(out)
+    with replacing_folder(out, error=DataError, remedy=ROOM) as folder, report:
         work = folder / "work"
         work.mkdir()
         state = _State(work, config, chunk_events, report)
@@ -146,9 +152,9 @@ def build(
         log = _read_events(source, catalog.ids if catalog else None, state)
         if catalog is None:
             catalog = _Catalog.of_ids(log.item_ids)
-        kept = _filter(log, catalog, state)
-        item_ok = _write_events(log, kept, folder, state)
-        _write_tables(log, catalog, kept.users, item_ok, folder)
+        remaining = _filter(log, catalog, state)
+        item_ok = _write_events(log, remaining, folder, state)
+        _write_tables(log, catalog, remaining.users, item_ok, folder)
         _write_meta(source, catalog, folder, state, name=out.name, origin=origin)
         shutil.rmtree(work)
     dataset = open_dataset(out)
@@ -172,7 +178,7 @@ class _State:
 
 @dataclass(frozen=True)
 class _Catalog:
-    """``table``: item_id, stored fields, text. ``ids``: its ids as one array."""
+    """Items in catalog order. ``table``: item_id, stored fields, text. ``ids``: one array."""
 
     table: pa.Table
     ids: pa.Array
@@ -217,7 +223,7 @@ def _read_catalog(source: Source, state: _State) -> _Catalog | None:
     frame = _without_duplicates(pl.concat(frames), state)
     text = _default_text(source.fields) if template is None else _apply(template)
     frame = frame.with_columns(text.alias("__text"))
-    # The two columns that are ours keep their names; fields of the same name step aside.
+    # item_id and text are columns of the data set; fields of these names are renamed.
     taken = {name: f"raw_{name}" for name in fields if name in ("text", "item_id")}
     frame = frame.rename(taken | {"__id": "item_id", "__text": "text"})
     ids = frame["item_id"].to_arrow().cast(pa.large_string())
@@ -245,7 +251,7 @@ def _without_duplicates(frame: pl.DataFrame, state: _State) -> pl.DataFrame:
 
 
 def _parse_template(template: str) -> list[tuple[str, str | None]]:
-    """Literal text and the field after it."""
+    """Split a template into pairs of literal text and the field after it (None at the end)."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -288,7 +294,7 @@ def _plain(frame: pl.DataFrame) -> pa.Table:
 
 
 def _string_type(column: pa.ChunkedArray) -> pa.DataType:
-    """Offsets of four bytes where they reach."""
+    """Choose strings with offsets of four bytes where these suffice."""
     return pa.string() if column.nbytes < 1 << 30 else pa.large_string()
 
 
@@ -297,7 +303,7 @@ def _string_type(column: pa.ChunkedArray) -> pa.DataType:
 
 @dataclass(frozen=True)
 class _Log:
-    """Events in file order, mapped: ``users``, ``items`` [E] int32 (items -1: unknown),
+    """Events in file order, memory-mapped: ``users``, ``items`` [E] int32 (item -1: unknown),
     ``times`` [E] float64, ``types`` [E] int8 or None.
     """
 
@@ -313,14 +319,14 @@ class _Log:
 
 
 class _Ids:
-    """Strings to ints, in order of first appearance, without a Python object per string."""
+    """Ints for strings, in order of first appearance, without a Python object per string."""
 
     def __init__(self, known: pa.Array | None = None) -> None:
         self.closed = known is not None
         self.values = known if known is not None else pa.array([], type=pa.large_string())
 
     def encode(self, column: pa.Array) -> Ints:
-        """Ints of the strings; new strings get the next ones, or -1 if the ids are closed."""
+        """Return the strings' ints; new strings get the next ones, or -1 if the ids are closed."""
         encoded = column.dictionary_encode()
         distinct = encoded.dictionary.cast(pa.large_string())
         found = pc.index_in(distinct, value_set=self.values)
@@ -386,16 +392,16 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
 
 
 class _Wanted:
-    """Which events are read at all: those of the options ``only`` and ``before``."""
+    """Filter of the events by the options ``only`` and ``before``, while they are read."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self.only, self.before = config.only, config.before
-        self.left_out = self.kept = 0
+        self.left_out = self.passed = 0
         self.types: dict[str, None] = {}
 
     def of(self, table: pa.Table) -> pa.Table:
-        """The rows that are kept."""
-        kept = table
+        """Return the rows that pass the filter, and count the others."""
+        rows = table
         if self.only:
             if "event_type" not in table.column_names:
                 raise DataError(
@@ -404,15 +410,15 @@ class _Wanted:
                 )
             self.types |= dict.fromkeys(pc.unique(table["event_type"]).to_pylist())
             known = pa.array(self.only, pa.string())
-            kept = kept.filter(pc.is_in(kept["event_type"].cast(pa.string()), value_set=known))
+            rows = rows.filter(pc.is_in(rows["event_type"].cast(pa.string()), value_set=known))
         if self.before is not None:
-            kept = kept.filter(pc.less(kept["timestamp"], self.before))
-        self.left_out += len(table) - len(kept)
-        self.kept += len(kept)
-        return kept
+            rows = rows.filter(pc.less(rows["timestamp"], self.before))
+        self.left_out += len(table) - len(rows)
+        self.passed += len(rows)
+        return rows
 
     def check(self, source: Source) -> None:
-        """Raise DataError for a type that no event has, or where nothing was kept."""
+        """Raise DataError for a type that no event has, or where no event passed."""
         for name in self.only:
             if name not in self.types:
                 shown = ", ".join(list(self.types)[:10])
@@ -420,7 +426,7 @@ class _Wanted:
                     f"only={name}: no event of {source.files[0].name} is of this type"
                     f"{nearest(name, self.types)}; there are {shown}"
                 )
-        if self.left_out and not self.kept:
+        if self.left_out and not self.passed:
             raise DataError(
                 f"none of the {self.left_out:,} events is kept by only={','.join(self.only)} "
                 f"before={self.before}; choose wider limits"
@@ -456,8 +462,8 @@ class _Unknown:
 
 
 def _rechunk(batches: Iterable[pa.RecordBatch], state: _State) -> Iterator[pa.Table]:
-    """Batches joined or cut to ``state.chunk`` rows: looking ids up costs as much as there are
-    ids, so it must not happen for every small batch.
+    """Join or cut batches to ``state.chunk`` rows: the cost of looking ids up grows with the number
+    of all ids, so it must not happen for every small batch.
     """
     waiting: list[pa.RecordBatch] = []
     rows = 0
@@ -485,13 +491,13 @@ def _append(file: IO[bytes], array: npt.NDArray[Any]) -> None:
     file.write(np.ascontiguousarray(array).data)
 
 
-# ---------------------------------------------------------------- who stays
+# ---------------------------------------------------------------- filtering
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """``users`` [users] and ``items`` [items + 1] bool: who stays (the last item is "unknown",
-    so that item -1 is never kept). ``counts`` [users] int64: events that stay.
+class _Remaining:
+    """Users and items that stay: ``users`` [users] and ``items`` [items + 1] bool (the last item
+    is "unknown", so item -1 never stays). ``counts`` [users] int64: events that stay.
     """
 
     users: Mask
@@ -499,7 +505,7 @@ class _Kept:
     counts: npt.NDArray[np.int64]
 
 
-def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Kept:
+def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Remaining:
     config = state.config
     items = np.ones(len(catalog.ids) + 1, dtype=np.bool_)
     items[-1] = False
@@ -507,7 +513,7 @@ def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Kept:
         has_text = pc.not_equal(pc.utf8_trim_whitespace(catalog.table["text"]), "")
         items[:-1] = has_text.to_numpy()
         state.counters["textless_items_dropped"] = int((~items[:-1]).sum())
-    kept = core(
+    remaining = core(
         log.users,
         log.items,
         items,
@@ -516,13 +522,13 @@ def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Kept:
         item_min=config.k_core,
         chunk=state.chunk,
     )
-    if not kept.users.any():
+    if not remaining.users.any():
         limits = f"k_core={config.k_core}, min_history={config.min_history}"
         raise DataError(
             f"no event is left of {len(log.users):,} after filtering with {limits}, "
             f"drop_textless={config.drop_textless}; choose smaller limits"
         )
-    return kept
+    return remaining
 
 
 def core(
@@ -534,12 +540,12 @@ def core(
     user_min: int,
     item_min: int,
     chunk: int = CHUNK_EVENTS,
-) -> _Kept:
-    """The largest set of events where each user has ``user_min`` and each item ``item_min``.
+) -> _Remaining:
+    """Find the largest set of events with ``user_min`` for each user, ``item_min`` for each item.
 
     Events count, not distinct pairs. ``users``, ``items``: [E]; ``item_ok``: [items + 1], False
-    for items that are out from the start, the last one always. Such a set is unique, whichever
-    is dropped first.
+    for items that are dropped from the start, the last one always. The set does not depend on the
+    order of dropping.
     """
     user_ok = np.ones(n_users, dtype=np.bool_)
     while True:
@@ -561,18 +567,18 @@ def core(
         )
         user_ok, item_ok = users_left, items_left
         if stable:
-            return _Kept(user_ok, item_ok, np.where(user_ok, user_counts, 0))
+            return _Remaining(user_ok, item_ok, np.where(user_ok, user_counts, 0))
 
 
 # ---------------------------------------------------------------- sequences
 
 
-def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
-    """Write the four arrays. Returns which catalog items stay, [items] bool."""
-    counts = kept.counts[kept.users]
+def _write_events(log: _Log, remaining: _Remaining, folder: Path, state: _State) -> Mask:
+    """Write the four arrays; return which catalog items stay, [items] bool."""
+    counts = remaining.counts[remaining.users]
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
-    grouped = _group_by_user(log, kept, offsets, state)
+    grouped = _group_by_user(log, remaining, offsets, state)
     limit = state.config.max_history
     lengths = counts if limit is None else np.minimum(counts, limit)
     final = np.zeros_like(offsets)
@@ -582,7 +588,7 @@ def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
         name: _allocate_npy(folder / f"{name}.npy", array.dtype, int(final[-1]))
         for name, array in grouped.items()
     }
-    item_counts = np.zeros(len(kept.items) - 1, dtype=np.int64)
+    item_counts = np.zeros(len(remaining.items) - 1, dtype=np.int64)
     for first, last in user_blocks(offsets, 4 * state.chunk):
         low, high = offsets[first], offsets[last]
         order = _time_order(grouped["timestamps"][low:high], offsets[first : last + 1] - low)
@@ -594,7 +600,7 @@ def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
             written[name][final[first] : final[last]] = block
             if name == "items":
                 item_counts += np.bincount(block, minlength=len(item_counts))
-    item_ok = kept.items[:-1] if state.config.keep_all_items else item_counts > 0
+    item_ok = remaining.items[:-1] if state.config.keep_all_items else item_counts > 0
     _renumber(written["items"], item_ok, state.chunk)
     for array in written.values():
         array.flush()
@@ -615,7 +621,7 @@ def _write_events(log: _Log, kept: _Kept, folder: Path, state: _State) -> Mask:
 
 
 def _group_by_user(
-    log: _Log, kept: _Kept, offsets: npt.NDArray[np.int64], state: _State
+    log: _Log, remaining: _Remaining, offsets: npt.NDArray[np.int64], state: _State
 ) -> dict[str, npt.NDArray[Any]]:
     """Scatter the events that stay to their users, in file order within each."""
     sources: dict[str, npt.NDArray[Any]] = {"items": log.items, "timestamps": log.times}
@@ -626,11 +632,11 @@ def _group_by_user(
         name: _allocate(state.work / f"grouped_{name}", array.dtype, total)
         for name, array in sources.items()
     }
-    renumbered = np.cumsum(kept.users) - 1
+    renumbered = np.cumsum(remaining.users) - 1
     cursor = offsets[:-1].copy()
     for at in log.chunks(state.chunk):
         users = np.asarray(log.users[at])
-        alive = np.flatnonzero(kept.users[users] & kept.items[log.items[at]])
+        alive = np.flatnonzero(remaining.users[users] & remaining.items[log.items[at]])
         users = renumbered[users[alive]]
         order = np.argsort(users, kind="stable")
         users = users[order]
@@ -647,7 +653,7 @@ def _group_by_user(
 def _time_order(
     times: npt.NDArray[np.float64], offsets: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64] | None:
-    """Stable order by (user, time) of a block of whole users; None if they are in order."""
+    """Sort a block of whole users by time, stably; None if it is in order already."""
     times = np.asarray(times)
     falls = np.flatnonzero(times[1:] < times[:-1]) + 1
     if np.isin(falls, offsets).all():
@@ -658,7 +664,7 @@ def _time_order(
 
 
 def _newest(offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Mask | None:
-    """Which events of a block are among each user's last ``lengths``; None if all are."""
+    """Mark the events of a block that are among each user's last ``lengths``; None if all are."""
     before = np.diff(offsets) - lengths
     if not before.any():
         return None
@@ -675,8 +681,8 @@ def _renumber(items: npt.NDArray[np.int32], item_ok: Mask, chunk: int) -> None:
 
 
 def _allocate(path: Path, dtype: np.dtype[Any], length: int, offset: int = 0) -> Any:
-    """A mapped array whose disk space is reserved: writing to a map on a full disk would kill
-    the process, reserving raises an error.
+    """Map a new array whose disk space is reserved: on a full disk, reserving raises an error,
+    where writing to a map would kill the process.
     """
     with path.open("r+b" if offset else "w+b") as file:
         _reserve(file, offset + dtype.itemsize * length)
@@ -748,40 +754,12 @@ def _write_meta(
         "counters": state.counters,
         "notes": state.notes,
     }
-    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-    (folder / "dataset.json").write_text(text, encoding="utf-8")
+    write_json(folder / "dataset.json", meta, error=DataError, remedy=ROOM)
 
 
 def _array_names(state: _State) -> list[str]:
     names = ["offsets", "items", "timestamps"]
     return [*names, "event_types"] if state.event_types else names
-
-
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of ``out`` if the block ends well."""
-    _may_write(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise DataError(
-            f"cannot write beside {out} ({error.strerror}); choose another out"
-        ) from error
-    try:
-        yield folder
-        folder.chmod(0o755)  # temporary folders are private, data sets are not
-        _flush(folder)
-        _replace(folder, out)
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise DataError(
-                f"the disk of {out.parent} is full; nothing was written to {out}; free some "
-                f"space (about 60 bytes per event) or choose another disk"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _may_write(out: Path) -> None:
@@ -802,32 +780,11 @@ def _may_write(out: Path) -> None:
     )
 
 
-def _flush(folder: Path) -> None:
-    """Make sure the content is on disk before the name is."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _replace(folder: Path, out: Path) -> None:
-    if not out.exists() or not any(out.iterdir()):
-        folder.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(old)
-    try:
-        folder.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
-
-
 # ---------------------------------------------------------------- progress
 
 
 class _Report:
-    """Rows and rates on standard error: one live line on a terminal, now and then elsewhere."""
+    """Rows and rates on standard error: a live line on a terminal, else now and then."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
@@ -837,7 +794,7 @@ class _Report:
         self._live: Progress | None = None
         self._counts: dict[str, int] = {}
         self._since: dict[str, float] = {}
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
 
     def __enter__(self) -> _Report:
         if self._console is not None and self._console.is_terminal:
@@ -869,12 +826,12 @@ class _Report:
             if task is None:
                 task = self._live.add_task(what, total=None, rate=0.0)
             self._live.update(task, completed=self._counts[what], rate=rate)
-        elif now - self._said >= self.SECONDS_BETWEEN_LINES:
-            self._said = now
+        elif now - self._printed >= self.SECONDS_BETWEEN_LINES:
+            self._printed = now
             print(f"{what}: {self._counts[what]:,} ({rate:,.0f}/s)", file=sys.stderr)
 
     def notes(self, dataset: Dataset) -> None:
-        """The result and everything worth a warning, once."""
+        """Print the result and all warnings, once."""
         if not self._on:
             return
         print(

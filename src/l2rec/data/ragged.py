@@ -14,7 +14,7 @@ IntArray = npt.NDArray[np.integer]
 
 
 def flat_index(starts: IntArray, lengths: IntArray) -> npt.NDArray[np.int64]:
-    """Positions ``starts[i], ..., starts[i] + lengths[i] - 1`` of all rows, concatenated. int64."""
+    """Concatenate positions ``starts[i], ..., starts[i] + lengths[i] - 1`` of all rows, int64."""
     lengths = np.asarray(lengths, dtype=np.int64)
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
@@ -25,7 +25,7 @@ def flat_index(starts: IntArray, lengths: IntArray) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Row i is ``values[offsets[i]:offsets[i + 1]]``.
+    """Rows of different length: row i is ``values[offsets[i]:offsets[i + 1]]``.
 
     values: [total] ints. offsets: [rows + 1] int64.
     """
@@ -43,7 +43,7 @@ class Ragged:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """[rows] int64."""
+        """Lengths of the rows: [rows] int64."""
         return np.diff(self.offsets)
 
     def __len__(self) -> int:
@@ -53,21 +53,21 @@ class Ragged:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     def take(self, rows: IntArray) -> Ragged:
-        """The given rows, in the given order, as a new Ragged."""
+        """Copy the given rows, in the given order."""
         lengths = self.lengths[rows]
         return self.gather(self.offsets[:-1][rows], lengths)
 
     def tail(self, limit: int) -> Ragged:
-        """Each row cut to its newest (last) ``limit`` values."""
+        """Cut each row to its newest (last) ``limit`` values."""
         lengths = np.minimum(self.lengths, limit)
         return self.gather(self.offsets[1:] - lengths, lengths)
 
     def head(self, limit: int) -> Ragged:
-        """Each row cut to its first ``limit`` values."""
+        """Cut each row to its first ``limit`` values."""
         return self.gather(self.offsets[:-1], np.minimum(self.lengths, limit))
 
     def gather(self, starts: IntArray, lengths: IntArray) -> Ragged:
-        """Rows of ``lengths`` values from ``starts`` (positions in ``values``) on."""
+        """Copy rows of ``lengths`` values that start at ``starts`` (positions in ``values``)."""
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return Ragged(np.asarray(self.values[flat_index(starts, lengths)]), offsets)

@@ -1,14 +1,14 @@
-"""Public data sets by name: where they are, what they must weigh, whom to thank.
+"""Public data sets by name: addresses, checksums, licences and citations.
 
-``fetch("movielens-100k", cache)`` gives a path that `prepare` reads. A download goes to a
-``.part`` file, resumes where it broke off, is checked and renamed; what has no published
-checksum is remembered by the one of its first download. Only https, and nothing is fetched
-that is already there.
+``fetch("movielens-100k", cache)`` returns a path that `prepare` reads. A download goes to a
+``.part`` file, resumes where it broke off, is checked and renamed; where no checksum is
+published, that of the first download is recorded. Only https; files that are there are not
+fetched again.
 """
 
 from __future__ import annotations
 
-__all__ = ["SOURCES", "PublicSource", "Remote", "fetch"]
+__all__ = ["SOURCES", "PublicSource", "Remote", "fetch", "locate"]
 
 import errno
 import hashlib
@@ -28,19 +28,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from l2rec.disk import move_into_place, replacing, write_text
 from l2rec.errors import DataError, nearest
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 30.0
-PROBE_SECONDS = 5.0  # for a server that has an understudy
+PROBE_SECONDS = 5.0  # for a server that has a substitute
 BLOCK_BYTES = 1 << 20
 GIB = 1 << 30
+ROOM = "free some space and fetch again"
 
 
 @dataclass(frozen=True)
 class Remote:
-    """One file. ``sha256`` or ``md5``: the published checksum, where there is one."""
+    """A file to download. ``sha256`` or ``md5``: the published checksum, where there is one."""
 
     url: str
     name: str
@@ -51,7 +53,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class PublicSource:
-    """``text``: the template that suits it. ``format``: what `prepare` will find there."""
+    """A public data set. ``text``: template of its item texts. ``format``: that of its files."""
 
     name: str
     files: tuple[Remote, ...]
@@ -155,9 +157,10 @@ SOURCES: dict[str, PublicSource] = {
 
 
 def fetch(name: str, cache_dir: str | Path) -> Path:
-    """Download a named source into ``cache_dir`` unless it is there; the path to prepare.
+    """Download a named source into ``cache_dir`` unless it is there; return the path to prepare.
 
-    Raises DataError for an unknown name, a download that fails and a checksum that differs.
+    Raises:
+        DataError: an unknown name, a download that fails, a checksum that differs.
     """
     if name not in SOURCES:
         raise DataError(
@@ -173,6 +176,19 @@ def fetch(name: str, cache_dir: str | Path) -> Path:
     return folder
 
 
+def locate(source: str, cache_dir: str | Path) -> tuple[Path, str | None]:
+    """Find what `prepare` reads: a path that exists, or a public source to download by its name.
+
+    Returns the path, and the text template that suits a public source (None for other paths).
+
+    Raises:
+        DataError: as `fetch`; the nearest name is offered for one that is not known.
+    """
+    if Path(source).exists() or any(mark in source for mark in "/.\\"):
+        return Path(source), None
+    return fetch(source, cache_dir), SOURCES[source].text
+
+
 def _fetch_movielens(source: PublicSource, folder: Path) -> Path:
     archive = source.files[0]
     copy = folder / "recbole"
@@ -186,14 +202,19 @@ def _fetch_movielens(source: PublicSource, folder: Path) -> Path:
 
 
 class _Unreachable(DataError):
-    """The server cannot be reached, as opposed to: sent something wrong."""
+    """Error for a server that cannot be reached, as opposed to one that sends wrong content."""
 
 
 # ---------------------------------------------------------------- one file
 
 
 def download(remote: Remote, folder: Path, *, timeout: float = TIMEOUT_SECONDS) -> Path:
-    """Fetch one file into ``folder``, verified; at once if it is there and intact."""
+    """Download one file into ``folder`` and verify it; only verify it if it is there already.
+
+    Raises:
+        DataError: not https, a server that cannot be reached, a file that is too large or has
+            another checksum, or a full disk.
+    """
     if not remote.url.startswith("https://"):
         raise DataError(f"{remote.url} is not https; only https is fetched")
     target = folder / remote.name
@@ -205,12 +226,11 @@ def download(remote: Remote, folder: Path, *, timeout: float = TIMEOUT_SECONDS) 
         folder.mkdir(parents=True, exist_ok=True)
         _transfer(remote, part, timeout)
         _verify(part, remote, fresh=True)
-        part.rename(target)
+        move_into_place(part, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DataError(
-                f"the disk of {folder} is full; free some space and fetch again, "
-                f"the download goes on where it stopped"
+                f"the disk of {folder} is full; {ROOM}, the download goes on where it stopped"
             ) from error
         raise
     return target
@@ -279,17 +299,17 @@ def _verify(path: Path, remote: Remote, *, fresh: bool) -> None:
     """Compare with the published checksum, or with the one recorded at the first download."""
     beside = path.with_name(f"{remote.name}.sha256")
     kind = "md5" if remote.md5 is not None else "sha256"
-    found, expected = _digest(path, kind), remote.md5 or remote.sha256
+    digest, expected = _digest(path, kind), remote.md5 or remote.sha256
     if expected is None and not fresh and beside.exists():
         expected = beside.read_text(encoding="utf-8").split()[0]
     if expected is None:
-        beside.write_text(f"{found}  {remote.name}\n", encoding="utf-8")
+        write_text(beside, f"{digest}  {remote.name}\n", error=DataError, remedy=ROOM)
         return
-    if found != expected:
+    if digest != expected:
         if fresh:
             path.unlink()
         raise DataError(
-            f"{path.with_name(remote.name)} has {kind} {found}, expected {expected}; "
+            f"{path.with_name(remote.name)} has {kind} {digest}, expected {expected}; "
             f"{'fetch it again' if fresh else 'remove it and fetch it again'}"
         )
 
@@ -314,17 +334,16 @@ def _from_wheel(wheel: _Wheel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder.parent) as temporary:
         path = _pip_download(wheel, Path(temporary))
-        found = _digest(path, "sha256")
-        if found != wheel.sha256:
+        digest = _digest(path, "sha256")
+        if digest != wheel.sha256:
             raise DataError(
-                f"the {wheel.requirement} wheel has SHA-256 {found}, expected {wheel.sha256}; "
+                f"the {wheel.requirement} wheel has SHA-256 {digest}, expected {wheel.sha256}; "
                 f"check which package index pip uses"
             )
         with zipfile.ZipFile(path) as archive:
             for suffix, target in present.items():
-                part = target.with_name(f"{target.name}.part")
-                part.write_bytes(archive.read(f"{wheel.stem}.{suffix}"))
-                part.rename(target)
+                with replacing(target, error=DataError, remedy=ROOM) as part:
+                    part.write_bytes(archive.read(f"{wheel.stem}.{suffix}"))
 
 
 def _pip_download(wheel: _Wheel, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What is trained on, selected by and tested on: leave-one-out, or a global split by time.
+"""Training, validation and test events: leave-one-out, or a global split by time.
 
 Leave-one-out, for a user with events s[0], ..., s[n-1] and n >= 3:
 
@@ -27,8 +27,10 @@ MIN_EVENTS = 3  # one to learn from, one to validate, one to test
 
 @dataclass(frozen=True)
 class Split:
-    """``train``: U rows, aligned with user ints. ``users``: [M] int64, the evaluated users,
-    ascending. ``*_histories``: M rows, ``*_targets``: [M] int32, aligned with ``users``.
+    """Training sequences, and histories with their targets of M evaluated users.
+
+    ``train``: U rows, aligned with user ints. ``users``: [M] int64, the evaluated users, ascending.
+    ``*_histories``: M rows, ``*_targets``: [M] int32, aligned with ``users``.
     """
 
     train: Ragged
@@ -40,7 +42,7 @@ class Split:
 
 
 def leave_one_out(sequences: Ragged) -> Split:
-    """The last event of each user is the test target, the one before the validation target."""
+    """Test on each user's last event, validate on the one before, train on the rest."""
     lengths = sequences.lengths
     users = np.flatnonzero(lengths >= MIN_EVENTS)
     ends = sequences.offsets[1:][users]
@@ -56,7 +58,7 @@ def leave_one_out(sequences: Ragged) -> Split:
 
 
 def with_fewer_users(split: Split, share: float, seed: int) -> Split:
-    """Trained on a share of the users, drawn at random; everybody is evaluated as before.
+    """Keep the training sequences of a random share of the users; evaluate everybody as before.
 
     Rows of ``train`` are no longer aligned with user ints.
     """
@@ -66,11 +68,13 @@ def with_fewer_users(split: Split, share: float, seed: int) -> Split:
 
 
 def global_time(dataset: Dataset, valid_from: float, test_from: float) -> Split:
-    """Everybody is cut at the same two moments (in the unit of ``dataset.timestamps``).
+    """Cut all users at the same two moments (in the unit of ``dataset.timestamps``).
 
-    Train: events before ``valid_from``. A user is evaluated who has events in all three
-    periods; the target is the first event of a period, its history every event before it.
-    Raises DataError if the moments are not in order or nobody can be evaluated.
+    Train: events before ``valid_from``. Users with events in all three periods are evaluated;
+    the target is the first event of a period, its history every event before it.
+
+    Raises:
+        DataError: the moments are not in order, or no user can be evaluated.
     """
     if not valid_from < test_from:
         raise DataError(
@@ -103,8 +107,8 @@ def _heads(
     keep: npt.NDArray[np.int64],
     users: npt.NDArray[np.int64] | None = None,
 ) -> Ragged:
-    """The first ``keep[u]`` values of each row; only the rows ``users`` if given (the others
-    must keep none). A byte per event, where positions would take eight.
+    """Copy the first ``keep[u]`` values of each row; only the rows ``users`` if given (``keep`` of
+    the others must be 0). Takes a byte per event, where positions would take eight.
     """
     lengths = sequences.lengths
     # Each row is a run of ones and a run of zeros, so repeat over (kept, left out) pairs.
@@ -125,7 +129,7 @@ def _spread(
 
 
 def _counts_before(dataset: Dataset, moment: float) -> npt.NDArray[np.int64]:
-    """[U] events of each user with a timestamp below ``moment``."""
+    """Count each user's events with a timestamp below ``moment``: [U]."""
     before = np.zeros(dataset.n_events + 1, dtype=np.int64)
     np.cumsum(dataset.timestamps < moment, out=before[1:])
     counts: npt.NDArray[np.int64] = np.diff(before[dataset.offsets])

@@ -1,5 +1,5 @@
-"""Data that is made, not found: chains with one right answer, a log of industrial size, and what
-simulated people did with what a simulated recommender showed them.
+"""Generated data: chains with one right answer, a log of industrial size, and a simulated feed with
+exposures, clicks and replies.
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ N_TEXTS = len(COLOURS) * len(KINDS) * len(MATERIALS) * len(THINGS)
 
 
 def chain_dataset(out: str | Path, n_users: int, n_items: int, length: int, seed: int) -> Dataset:
-    """Users who walk along one cycle through all items: the next item follows from this one.
+    """Prepare a data set whose users walk along one cycle: each item determines the next.
 
-    Items are in random order on the cycle and have different texts of simple English words.
-    Each user starts anywhere and has ``length`` events. A model that has learned the chain
-    ranks the right item first for everybody. Raises DataError for sizes that cannot be.
+    The cycle goes through all items in random order; their texts are different simple English
+    words. Each user starts at a random item and has ``length`` events. A model that has learned
+    the chain ranks the right item first for everybody.
+
+    Raises:
+        DataError: a size that is too small or too large.
     """
     for name, value, least in (("n_users", n_users, 1), ("n_items", n_items, 2)):
         if value < least:
@@ -92,7 +95,7 @@ def chain_dataset(out: str | Path, n_users: int, n_items: int, length: int, seed
 
 
 def simple_text(code: int) -> str:
-    """Four words such as "small red wood lamp", different for each code below ``N_TEXTS``."""
+    """Return four words such as "small red wood lamp", different for each code < ``N_TEXTS``."""
     words = []
     for choices in (KINDS, COLOURS, MATERIALS, THINGS):
         code, at = divmod(code, len(choices))
@@ -126,12 +129,15 @@ def industrial_log(
     *,
     chunk_events: int = 1 << 21,
 ) -> Path:
-    """Write a log as a platform has it: folder ``out`` with events-*.parquet and items.parquet.
+    """Write a log like that of a platform: a folder of events-*.parquet and items.parquet.
 
     ``n_events`` events (exposures, clicks, replies) over a month, roughly in order of time; few
     items and users have most of them, yet all appear once if there are events enough. Items
     have ten text attributes. ``chunk_events``: events per file, in memory at a time. The folder
-    is a source for `prepare`. Raises DataError if it exists and is not empty.
+    is a source for `prepare`.
+
+    Raises:
+        DataError: ``out`` exists and is not empty.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
@@ -144,7 +150,7 @@ def industrial_log(
         rows = np.arange(first, min(n_events, first + chunk_events))
         users = _skewed(rows, n_events, user_order, 1.5, rng)
         items = _skewed(rows, n_events, item_order, 3.0, rng)
-        # A minute of disorder: logs come from several machines.
+        # Up to a minute of disorder, as in logs of several machines.
         seconds = FIRST_SECOND + rows * (DAYS * 86_400 / n_events) + rng.uniform(0, 60, len(rows))
         types = rng.choice(len(EVENT_TYPES), size=len(rows), p=EVENT_SHARES).astype(np.int8)
         table = pa.table(
@@ -156,8 +162,8 @@ def industrial_log(
             }
         )
         pq.write_table(table, out / f"events-{number:05d}.parquet", compression="zstd")
-    made = {"events": n_events, "users": n_users, "items": n_items, "seed": seed}
-    (out / "made.txt").write_text(json.dumps(made) + "\n", encoding="utf-8")
+    sizes = {"events": n_events, "users": n_users, "items": n_items, "seed": seed}
+    (out / "made.txt").write_text(json.dumps(sizes) + "\n", encoding="utf-8")
     return out
 
 
@@ -168,7 +174,7 @@ def _skewed(
     power: float,
     rng: np.random.Generator,
 ) -> npt.NDArray[np.int64]:
-    """Members of ``order`` for each row: a power law, and each member once at regular rows."""
+    """Draw a member of ``order`` for each row by a power law; each member once at regular rows."""
     n = len(order)
     places = (n * rng.random(len(rows)) ** power).astype(np.int64)
     stride = n_events // n
@@ -255,37 +261,39 @@ TOPICS: dict[str, dict[str, str]] = {
         "startups": "founder venture pitch investor funding incubator",
     },
 }
-"""Category, topic, and the words that texts about the topic are made of."""
+"""Words of each topic's texts, by category and topic."""
 OPENINGS = ("notes on", "my", "a guide to", "questions about", "thinking of", "all about", "first")
 FIRST_DAY = 1_699_920_000
 """2023-11-14, midnight UTC."""
 CANDIDATES, SLOTS, SLOT_SECONDS = 40, 10, 20
-"""Items the simulated recommender ranks for a session, of which so many are shown, one by one."""
+"""Items ranked for a session, items shown of them, and seconds between two shown items."""
 MAIN_TOPIC = 0.75
-"""How much of an item is its first topic; the rest is its second."""
+"""Weight of an item's first topic; its second has the rest."""
 OLD = 0.5
-"""Share of items that are there on the first day; the others appear on the days after."""
+"""Share of items that exist on the first day; the others appear later."""
 
 
 def simulated_exposures(
     out: str | Path, n_users: int, n_items: int, days: int, seed: int, *, sessions: float = 1.0
 ) -> Path:
-    """Write the log of a simulated feed: folder ``out`` with events-*.parquet and items.parquet.
+    """Write the log of a simulated feed: a folder of events-*.parquet and items.parquet.
 
-    **A simulation**: what is learned from it says nothing about any real platform. It was made so
-    that texts can help: a user's taste is for topics, and topics are told by titles alone (the
-    field ``category`` holds four topics each).
+    **A simulation**: results on it say nothing about any real platform. It is built so that texts
+    can help: users have a taste for topics, and only titles reveal an item's topics (each value
+    of the field ``category`` covers four topics).
 
     - Users have a taste for each topic and category, three favourites, and an activity.
     - Items have one or two topics, a title of their words, a category, a creator who mostly keeps
-      to one category, and an appeal to everybody. Half of them appear in the course of time.
-    - Each session, a recommender that knows taste and appeal but for noise shows ten of forty
-      candidates. Clicks follow from affinity, appeal and position; replies from affinity and from
-      how talkative the user is, among what was clicked.
+      to one category, and an appeal to everybody. Half of them appear after the first day.
+    - Each session, a recommender that knows taste and appeal, with noise, shows ten of forty
+      candidates. Clicks follow from affinity, appeal and position; replies, among the clicked
+      items, from affinity and from how talkative the user is.
 
-    ``sessions``: of a user a day, on average. One file a day, in order of time. The folder is a
-    source for `prepare`. Raises DataError if it exists and is not empty, or for sizes that cannot
-    be.
+    ``sessions``: mean number per user and day. One file a day, in order of time. The folder is a
+    source for `prepare`.
+
+    Raises:
+        DataError: ``out`` exists and is not empty, or a size is too small.
     """
     for name, value, least in (
         ("n_users", n_users, 1),
@@ -307,14 +315,14 @@ def simulated_exposures(
     for day in range(days):
         table = _simulated_day(day, users, items, sessions, rng)
         pq.write_table(table, out / f"events-{day:05d}.parquet", compression="zstd")
-    made = {"users": n_users, "items": n_items, "days": days, "seed": seed, "sessions": sessions}
-    (out / "made.txt").write_text(json.dumps({"simulated": made}) + "\n", encoding="utf-8")
+    sizes = {"users": n_users, "items": n_items, "days": days, "seed": seed, "sessions": sessions}
+    (out / "made.txt").write_text(json.dumps({"simulated": sizes}) + "\n", encoding="utf-8")
     return out
 
 
 @dataclass(frozen=True)
 class _Items:
-    """``topics``: [N, 2] int64. ``appeal``: [N] float64. ``born``: [N] int64 day."""
+    """Simulated items. ``topics``: [N, 2] int64. ``appeal``: [N]. ``born``: [N] int64 day."""
 
     table: pa.Table
     topics: npt.NDArray[np.int64]
@@ -353,7 +361,9 @@ class _Items:
 
 @dataclass(frozen=True)
 class _Users:
-    """``taste``: [U, topics] float64. ``activity``: [U], mean 1. ``talkative``: [U]."""
+    """Simulated users. ``taste``: [U, topics] float64. ``activity``: [U], mean 1.
+    ``talkative``: [U].
+    """
 
     taste: npt.NDArray[np.float64]
     activity: npt.NDArray[np.float64]
@@ -373,7 +383,7 @@ class _Users:
 def _simulated_day(
     day: int, users: _Users, items: _Items, sessions: float, rng: np.random.Generator
 ) -> pa.Table:
-    """Exposures, clicks and replies of one day, in order of time."""
+    """Simulate the exposures, clicks and replies of one day, in order of time."""
     user = np.repeat(np.arange(len(users.activity)), rng.poisson(sessions * users.activity))
     there = np.flatnonzero(items.born <= day)
     weight = np.exp(0.4 * items.appeal[there] + (day - items.born[there] < 3) * 0.7)
@@ -420,7 +430,7 @@ def _simulated_day(
 def _affinity(
     users: _Users, items: _Items, user: npt.NDArray[np.int64], item: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """[S, C] of users [S] for items [S, C]."""
+    """Return the affinity [S, C] of users [S] for items [S, C]."""
     first, second = items.topics[item, 0], items.topics[item, 1]
     taste = users.taste
     mixed: npt.NDArray[np.float64] = (

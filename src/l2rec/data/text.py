@@ -6,7 +6,6 @@ __all__ = ["TokenTable", "special_tokens", "tokenize"]
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from l2rec.data.ragged import Ragged
+from l2rec.disk import replacing
 
 TokenTable = Ragged
-"""Row i: int32 token ids of item i's text, without special tokens."""
+"""Token ids of item texts: row i has those of item i, int32, without special tokens."""
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text: ([CLS], [SEP]) for BERT, ([<s>], []) for
-    Llama, ([], []) for Qwen.
+    """Return the token ids that a tokenizer adds before and after a text.
+
+    ([CLS], [SEP]) for BERT, ([<s>], []) for Llama, ([], []) for Qwen.
     """
     wrapped = tokenizer("a")["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -40,25 +41,23 @@ def tokenize(
     Args:
         texts: one text per item; an empty text gives an empty row.
         tokenizer: a fast Hugging Face tokenizer.
-        max_tokens: longest row kept.
+        max_tokens: length to which rows are cut.
         cache: folder for the table; its name there is a hash of texts, tokenizer and limit.
+
+    Raises:
+        CheckpointError: the cache cannot be written.
     """
     if cache is None:
         return _tokenize(texts, tokenizer, max_tokens)
     path = cache / f"tokens-{_content_hash(texts, tokenizer, max_tokens)}"
-    if not path.is_dir():
+    values, offsets = path / "values.npy", path / "offsets.npy"
+    if not (values.is_file() and offsets.is_file()):
         table = _tokenize(texts, tokenizer, max_tokens)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        partial.mkdir(parents=True, exist_ok=True)
-        np.save(partial / "values.npy", table.values)
-        np.save(partial / "offsets.npy", table.offsets)
-        try:
-            partial.rename(path)
-        except OSError:  # another process was first; its table has the same content
-            return table
-    return Ragged(
-        np.load(path / "values.npy", mmap_mode="r"), np.load(path / "offsets.npy", mmap_mode="r")
-    )
+        # Several processes may do this at once: what they write is the same.
+        for file, array in ((values, table.values), (offsets, table.offsets)):
+            with replacing(file, remedy="free some space") as partial, partial.open("wb") as stream:
+                np.save(stream, array)
+    return Ragged(np.load(values, mmap_mode="r"), np.load(offsets, mmap_mode="r"))
 
 
 def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int, chunk: int = 4096) -> Ragged:

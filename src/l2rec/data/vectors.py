@@ -1,4 +1,4 @@
-"""Item and user vectors as Parquet: id, vector, version of the model that made them."""
+"""Item and user vectors as Parquet: id, vector, version of the model they come from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 from l2rec.errors import CheckpointError
 
 UNIT_WITHIN = 0.01
-
+"""Largest deviation of a unit vector's length from 1."""
 
 Floats = npt.NDArray[np.float32]
 
 
 def off_unit(vectors: Floats) -> npt.NDArray[np.bool_]:
-    """[N] rows that are not of unit length."""
+    """Mark the rows that are not of unit length: [N]."""
     squares = np.einsum("nd,nd->n", vectors, vectors)
     off: npt.NDArray[np.bool_] = np.abs(np.sqrt(squares) - 1) > UNIT_WITHIN
     return off
@@ -32,7 +32,9 @@ def off_unit(vectors: Floats) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Vectors:
-    """ids: [N]. vectors: [N, D] float32. version: of the model they come from."""
+    """Vectors of N items or users. ``ids``: [N]. ``vectors``: [N, D] float32. ``version``: that of
+    the model they come from.
+    """
 
     ids: list[str]
     vectors: Floats
@@ -40,7 +42,7 @@ class Vectors:
 
 
 def vectors_table(ids: Sequence[str], vectors: Floats, version: str) -> pa.Table:
-    """id, vector [D] float32, version: what `l2rec embed` writes and `read_vectors` reads.
+    """Build the table that `l2rec embed` writes: id, vector [D] float32, version.
 
     Its metadata has the number of rows, D, and a hash of ids, vectors and version together.
     """
@@ -69,7 +71,7 @@ def vectors_hash(ids: Sequence[str], vectors: Floats, version: str) -> str:
 
 
 def read_vectors(path: Path) -> Vectors:
-    """What `l2rec embed` wrote, after a check that it is all of it and nothing else.
+    """Read vectors that `l2rec embed` wrote, and check that they are complete and unchanged.
 
     Raises:
         CheckpointError: another file, rows missing or edited, several versions, an id twice,
@@ -81,7 +83,7 @@ def read_vectors(path: Path) -> Vectors:
         version, digest = stored["l2rec.version"], stored["l2rec.sha256"]
         rows, dim = int(stored["l2rec.rows"]), int(stored["l2rec.dim"])
         ids, versions = table["id"].to_pylist(), set(table["version"].to_pylist())
-        # A copy: what Arrow hands out cannot be written to, and torch insists on it.
+        # A copy, since arrays of Arrow are read-only and torch warns about those.
         flat = np.array(table["vector"].combine_chunks().flatten(), dtype=np.float32)
     except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]

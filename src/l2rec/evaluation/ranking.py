@@ -1,8 +1,8 @@
-"""Full ranking of every target over the whole catalog, per-user ranks on disk, significance.
+"""Full ranking of every target over the whole catalog, and the k best items of a history.
 
-One evaluator for all methods: it sees a ``Recommender``, scores one block of users at a time and
-keeps per-user ranks, with the history in the ranking and with it masked. The matrix of all users
-by all items never exists.
+One evaluator for all methods: it takes a ``Recommender``, scores one block of users at a time and
+keeps per-user ranks, with the history in the ranking and with it masked. The matrix of all users by
+all items is never in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COVERAGE_AT = 10
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over M users leaves.
+    """Result of ranking the targets of M users.
 
     ``ranks``, ``ranks_masked``: [M] float64 expected ranks from 1, with the history in the
     ranking and without it. ``users``: [M] int64 dense user ints. ``top``: [M, min(20, N)] int32
@@ -57,9 +57,10 @@ class Evaluation:
         return len(self.ranks)
 
     def metrics(self, ks: Sequence[int] = KS) -> dict[str, float]:
-        """``recall@K``, ``ndcg@K``, ``mrr``, each also ``..._masked``, and ``coverage@10``.
+        """Compute ``recall@K``, ``ndcg@K``, ``mrr``, each also ``..._masked``, and ``coverage@10``.
 
-        Raises ``ValueError`` for an evaluation of no users.
+        Raises:
+            ValueError: there are no users.
         """
         masked = ranking_metrics(self.ranks_masked, ks)
         return {
@@ -69,7 +70,7 @@ class Evaluation:
         }
 
     def take(self, rows: IntArray | npt.NDArray[np.bool_]) -> Evaluation:
-        """The given rows (ints or a mask) as a new Evaluation."""
+        """Select rows (ints or a mask) as a new Evaluation."""
         return Evaluation(
             self.ranks[rows],
             self.ranks_masked[rows],
@@ -93,13 +94,14 @@ def evaluate(
 
     ``histories``: M rows of item ints, oldest first. ``targets``: [M] item ints. ``users``: [M]
     dense user ints, 0..M-1 by default. At most ``batch_size`` users are scored at once, by
-    default as many as are fast; it changes memory and speed, never the result. ``progress`` is
+    default a number that is fast; it changes memory and speed, never the result. ``progress`` is
     called after each block with the number of users ranked so far. Runs in
     ``torch.inference_mode``; a recommender that has training-time noise turns it off in
     ``scorer()``.
 
-    Raises ``DataError`` for lengths that differ or items outside the catalog, ``TrainingError``
-    for NaN scores, ``ConfigError`` for a batch size below 1.
+    Raises:
+        DataError: lengths that differ, or items outside the catalog. TrainingError: NaN scores.
+        ConfigError: a batch size below 1.
     """
     return evaluate_each(
         recommender.n_items,
@@ -122,10 +124,10 @@ def evaluate_each(
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Evaluation]:
-    """As `evaluate`, of several scorers in one pass: all score one block before any the next.
+    """Evaluate several scorers in one pass: all score a block of users before the next block.
 
-    What they have in common can so be computed once for each block. ``scorers``: by name, each
-    made when the pass begins.
+    Work that they share can so be done once for each block. ``scorers``: by name, each created
+    when the pass begins. Arguments and errors are those of `evaluate`.
     """
     wanted: npt.NDArray[np.int64] = np.asarray(targets, dtype=np.int64)
     user_ints: npt.NDArray[np.int64] = np.asarray(
@@ -138,7 +140,7 @@ def evaluate_each(
         )
     _check_items(wanted, n_items, "target")
     _check_items(histories.values, n_items, "history")
-    found = {
+    evaluations = {
         name: Evaluation(
             ranks=np.empty(len(wanted), dtype=np.float64),
             ranks_masked=np.empty(len(wanted), dtype=np.float64),
@@ -155,13 +157,13 @@ def evaluate_each(
             len(wanted), _block_rows(n_items) if batch_size is None else batch_size
         ):
             block, sought = _rows(histories, rows), torch.from_numpy(wanted[rows])
-            for name, one in found.items():
-                one.ranks[rows], one.ranks_masked[rows], one.top[rows] = _rank_block(
+            for name, result in evaluations.items():
+                result.ranks[rows], result.ranks_masked[rows], result.top[rows] = _rank_block(
                     ready[name], block, sought, n_items, rows.start
                 )
             if progress is not None:
                 progress(rows.stop)
-    return found
+    return evaluations
 
 
 def top_k(
@@ -173,19 +175,20 @@ def top_k(
     candidates: IntArray | None = None,
     batch_size: int | None = None,
 ) -> TopK:
-    """The ``k`` best items for each of B histories: items [B, k] int64, scores [B, k] float32.
+    """List the ``k`` best items of each of B histories: items [B, k] int64, scores [B, k] float32.
 
     Best first; equal scores in order of item int. ``exclude``: B rows of items never listed.
     ``candidates``: [C] item ints, nothing else is listed (to anyone). Where fewer than ``k``
     items are left, and for items scored -inf, the rest is item -1 with score -inf.
 
-    Raises ``DataError`` for ``k`` below 1 or above the catalog, rows that do not fit, or items
-    outside the catalog; ``TrainingError`` for NaN scores.
+    Raises:
+        DataError: ``k`` below 1 or above the catalog, rows that do not fit, or items outside the
+            catalog. TrainingError: NaN scores.
     """
     if isinstance(scorer_or_recommender, Recommender):
         known: int | None = scorer_or_recommender.n_items
     else:
-        known = None  # a bare scorer shows its catalog with its first block
+        known = None  # a bare scorer shows the size of its catalog with its first block
     _check_k(k, known)
     if exclude is not None and len(exclude) != len(histories):
         raise DataError(f"{len(exclude)} rows to exclude for {len(histories)} histories")
@@ -205,9 +208,9 @@ def top_k(
                 _check_k(k, known)
             if exclude is not None:
                 block = _without(block, _rows(exclude, rows))
-            values, found = _best_of(block, k, chosen, rows.start)
-            items[rows, : found.shape[1]] = found.cpu().numpy()
-            scores[rows, : found.shape[1]] = values.cpu().numpy()
+            values, columns = _best_of(block, k, chosen, rows.start)
+            items[rows, : columns.shape[1]] = columns.cpu().numpy()
+            scores[rows, : columns.shape[1]] = values.cpu().numpy()
     items[np.isneginf(scores)] = -1
     return TopK(items, scores)
 
@@ -215,9 +218,9 @@ def top_k(
 def _rank_block(
     scorer: Scorer, histories: Ragged, targets: Tensor, n_items: int, first: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int32]]:
-    """Ranks [B], masked ranks [B] and best items [B, min(20, N)] of one block of users.
+    """Rank one block of users: ranks [B], masked ranks [B], best items [B, min(20, N)].
 
-    A function of its own, so that its scores are freed before the next block is scored.
+    In a separate function, so that its scores are freed before the next block is scored.
     """
     scores = _score(scorer, histories, n_items)
     # Top-k first: it also finds NaN, which the counts would not see.
@@ -228,7 +231,7 @@ def _rank_block(
 
 
 def _score(scorer: Scorer, histories: Ragged, n_items: int | None) -> Tensor:
-    """Scores of a block, held to the contract: [B, N] float32."""
+    """Score a block and check the contract: [B, N] float32."""
     scores = scorer(histories)
     width = n_items if n_items is not None else scores.shape[-1]
     if scores.dtype != torch.float32 or scores.shape != (len(histories), width):
@@ -242,7 +245,7 @@ def _score(scorer: Scorer, histories: Ragged, n_items: int | None) -> Tensor:
 def _best_of(
     scores: Tensor, k: int, candidates: npt.NDArray[np.int64] | None, first: int
 ) -> tuple[Tensor, Tensor]:
-    """``_best`` among the candidate columns (sorted, distinct), or among all."""
+    """Find the k best among the candidate columns (sorted, distinct), or among all."""
     if candidates is None:
         return _best(scores, k, first)
     _check_items(candidates, scores.shape[1], "candidate")
@@ -252,7 +255,7 @@ def _best_of(
 
 
 def _best(scores: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
-    """The k best columns of every row, (values, columns) [B, k], ties in order of column.
+    """Find the k best columns of every row: (values, columns) [B, k], ties in order of column.
 
     ``torch.topk`` leaves open which of several equal scores it returns. One more value than
     asked for shows whether a tie crosses the cut; only those rows are looked at again.
@@ -260,7 +263,7 @@ def _best(scores: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
     if k == 0 or len(scores) == 0:
         return scores[:, :0], torch.zeros((len(scores), 0), dtype=torch.int64)
     values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    broken = values[:, 0].isnan()  # topk holds NaN to be the greatest value
+    broken = values[:, 0].isnan()  # topk treats NaN as the greatest value
     if bool(broken.any()):
         row = first + int(broken.nonzero()[0, 0])
         raise TrainingError(
@@ -281,9 +284,9 @@ def _best(scores: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
 
 
 def _cut_tie(scores: Tensor, values: Tensor, columns: Tensor) -> Tensor:
-    """Columns [B, k] with the slots of the last, tied value given to its lowest columns.
+    """Give the slots of the last, tied value to its lowest columns: columns [B, k].
 
-    ``scores``: [B, N]; ``values``, ``columns``: [B, k], right above the tie.
+    ``scores``: [B, N]; ``values``, ``columns``: [B, k], correct above the tie.
     """
     n_items, k = scores.shape[1], values.shape[1]
     last = values[:, -1:]
@@ -296,7 +299,7 @@ def _cut_tie(scores: Tensor, values: Tensor, columns: Tensor) -> Tensor:
 
 
 def _without(scores: Tensor, exclude: Ragged) -> Tensor:
-    """A copy of ``scores`` [B, N] with the excluded items at -inf: scorers may return a view."""
+    """Copy ``scores`` [B, N] with the excluded items at -inf: scorers may return a view."""
     _check_items(exclude.values, scores.shape[1], "excluded")
     row_of = np.repeat(np.arange(len(exclude)), exclude.lengths)
     at = torch.from_numpy(row_of).to(scores.device)
@@ -307,7 +310,7 @@ def _without(scores: Tensor, exclude: Ragged) -> Tensor:
 
 
 def _block_rows(n_items: int) -> int:
-    """Users whose scores are computed at once."""
+    """Choose how many users are scored at once."""
     return max(16, min(1024, _BLOCK_SCORES // max(1, n_items)))
 
 
@@ -318,7 +321,7 @@ def _blocks(total: int, size: int) -> Iterator[slice]:
 
 
 def _rows(ragged: Ragged, rows: slice) -> Ragged:
-    """Consecutive rows without copying their values."""
+    """Slice consecutive rows without copying their values."""
     offsets = ragged.offsets[rows.start : rows.stop + 1]
     return Ragged(np.asarray(ragged.values[offsets[0] : offsets[-1]]), offsets - offsets[0])
 

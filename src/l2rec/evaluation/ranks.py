@@ -14,20 +14,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2rec.disk import replacing
 from l2rec.errors import CheckpointError, DataError
 from l2rec.evaluation.ranking import Evaluation
 
 LEAVE_ONE_OUT = "leave-one-out, full ranking, expected rank on ties"
-"""The default name of the protocol, stored beside ranks."""
+"""Default name of the protocol, stored with the ranks."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The content of ``ranks.parquet``: one row per evaluated user.
+    """Content of ``ranks.parquet``: one row per evaluated user.
 
     ``users``: [M] external ids. ``ranks``, ``ranks_masked``: [M] float64. ``targets``: [M] int64.
     ``top``: [M, min(20, N)] int32 best items, history not masked, -1 = no item; None in a file
-    from before these were kept.
+    of a version that did not store them.
     """
 
     users: list[str]
@@ -39,7 +40,7 @@ class Ranks:
     top: npt.NDArray[np.int32] | None = None
 
     def take(self, rows: npt.NDArray[np.int64]) -> Ranks:
-        """The given rows, in the given order."""
+        """Select rows, in the given order."""
         return Ranks(
             [self.users[row] for row in rows.tolist()],
             self.ranks[rows],
@@ -59,11 +60,13 @@ def write_ranks(
     fingerprint: str = "",
     protocol: str = LEAVE_ONE_OUT,
 ) -> None:
-    """Write per-user ranks and best items as Parquet, whole or not at all (written aside, renamed).
+    """Write per-user ranks and best items as Parquet, whole or not at all.
 
     ``user_ids[u]`` is the external id of dense user u, so row i is ``user_ids[users[i]]``.
-    ``fingerprint`` and ``protocol`` say which data set was ranked how. Raises ``DataError``
-    where a user has no id.
+    ``fingerprint`` and ``protocol`` say which data set was ranked how.
+
+    Raises:
+        DataError: a user has no id. CheckpointError: the file cannot be written.
     """
     users = evaluation.users
     if len(users) and (int(users.min()) < 0 or int(users.max()) >= len(user_ids)):
@@ -81,27 +84,19 @@ def write_ranks(
             ),
         }
     ).replace_schema_metadata({"l2rec.fingerprint": fingerprint, "l2rec.protocol": protocol})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, so that the rename stays within one file system; the process id keeps two
-    # writers apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as partial:
+        pq.write_table(table, partial)
 
 
 def read_ranks(
     path: str | os.PathLike[str],
     everyone: tuple[list[str], npt.NDArray[np.int64]] | None = None,
 ) -> Ranks:
-    """Read what ``write_ranks`` wrote.
+    """Read ranks that `write_ranks` wrote.
 
     Args:
-        everyone: ids [M] and targets [M] of all evaluated users in the data set's order: for a
-            file that keeps ranks alone, in that order.
+        everyone: ids [M] and targets [M] of all evaluated users in the data set's order; needed
+            for a file that stores ranks alone, in that order.
 
     Raises:
         CheckpointError: a missing, torn or other file, or one of ranks alone without ``everyone``.
@@ -134,16 +129,17 @@ def read_ranks(
 
 
 def _lists(column: pa.ChunkedArray) -> npt.NDArray[np.int32]:
-    """A column of lists of one length as [M, k] int32."""
+    """Convert a column of lists of one length to [M, k] int32."""
     flat = np.asarray(column.combine_chunks().flatten(), dtype=np.int32)
     return flat.reshape(len(column), column.type.list_size)
 
 
 def aligned(a: Ranks, b: Ranks) -> Ranks:
-    """``b`` with its rows in the order of ``a``.
+    """Sort the rows of ``b`` in the order of ``a``.
 
-    Raises ``DataError`` unless both ranked the same (user, target) pairs of the same data by the
-    same protocol.
+    Raises:
+        DataError: they did not rank the same (user, target) pairs of the same data by the same
+            protocol.
     """
     for what in ("fingerprint", "protocol"):
         if getattr(a, what) != getattr(b, what):
@@ -166,9 +162,10 @@ def aligned(a: Ranks, b: Ranks) -> Ranks:
 def aligned_ranks(
     a: Ranks, b: Ranks, *, masked: bool = False
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The ranks of two runs in one order of users: two [M] float64, ready for ``paired_test``.
+    """Return the ranks of two runs in one order of users: two [M] float64, for `paired_test`.
 
-    Raises ``DataError`` as ``aligned``.
+    Raises:
+        DataError: as `aligned`.
     """
     b = aligned(a, b)
     return (a.ranks_masked, b.ranks_masked) if masked else (a.ranks, b.ranks)

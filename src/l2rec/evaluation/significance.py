@@ -18,7 +18,10 @@ from l2rec.metrics import KS, FloatArray, rank_values
 
 @dataclass(frozen=True)
 class PairedTest:
-    """``difference`` = ``mean_a`` - ``mean_b``; ``t`` has its sign; ``p`` is two-sided."""
+    """Result of a paired t-test.
+
+    ``difference`` is ``mean_a`` - ``mean_b``; ``t`` has its sign; ``p`` is two-sided.
+    """
 
     mean_a: float
     mean_b: float
@@ -29,19 +32,24 @@ class PairedTest:
 
 
 def paired_test(ranks_a: FloatArray, ranks_b: FloatArray, metric: str = "ndcg@10") -> PairedTest:
-    """``paired_values_test`` on the per-user values of ``metric``.
+    """Test the per-user values of ``metric`` with `paired_values_test`.
 
-    ``ranks_a``, ``ranks_b``: [M] ranks of the same users in the same order, M from 2. Raises
-    ``DataError`` for other lengths, ``ValueError`` for an unknown metric.
+    ``ranks_a``, ``ranks_b``: [M] ranks of the same users in the same order, M from 2.
+
+    Raises:
+        DataError: lengths that differ or are below 2. ValueError: an unknown metric.
     """
     return paired_values_test(rank_values(ranks_a, metric), rank_values(ranks_b, metric))
 
 
 def paired_values_test(a: FloatArray, b: FloatArray) -> PairedTest:
-    """Paired two-sided t-test.
+    """Compute a paired two-sided t-test.
 
     ``a``, ``b``: [M] values of the same users in the same order, M from 2. Identical values give
-    t = 0 and p = 1. Raises ``DataError`` for other lengths.
+    t = 0 and p = 1.
+
+    Raises:
+        DataError: lengths that differ or are below 2.
     """
     if len(a) != len(b) or len(a) < 2:
         raise DataError(f"{len(a)} and {len(b)} ranks; a paired test needs 2 or more users in both")
@@ -52,7 +60,7 @@ def paired_values_test(a: FloatArray, b: FloatArray) -> PairedTest:
     error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
     if error > 0:
         t = difference / error
-    else:  # every user differs by the same amount: none at all, or certainly some
+    else:  # every user differs by the same amount: by nothing, or surely by something
         t = math.copysign(math.inf, difference) if difference else 0.0
     p = 2.0 * float(stdtr(len(differences) - 1, -abs(t)))
     return PairedTest(float(a.mean()), float(b.mean()), difference, error, t, p)
@@ -61,10 +69,12 @@ def paired_values_test(a: FloatArray, b: FloatArray) -> PairedTest:
 def by_segment(
     evaluation: Evaluation, labels: npt.ArrayLike, ks: Sequence[int] = KS
 ) -> dict[str, dict[str, float]]:
-    """``Evaluation.metrics`` of each segment, plus its number of users as ``count``.
+    """Compute `Evaluation.metrics` of each segment, and its number of users as ``count``.
 
-    ``labels``: [M] strings, one per evaluated user. Segments come in sorted order. Raises
-    ``DataError`` for another number of labels.
+    ``labels``: [M] strings, one per evaluated user. Segments are in sorted order.
+
+    Raises:
+        DataError: another number of labels.
     """
     names = np.asarray(labels).astype(str)
     if names.shape != evaluation.ranks.shape:
@@ -77,7 +87,7 @@ def by_segment(
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number (Holm, 1979), in the order given."""
+    """Adjust p-values for their number (Holm, 1979), in the order given."""
     order = np.argsort(ps, kind="stable")
     steps = [(len(ps) - rank) * float(ps[at]) for rank, at in enumerate(order)]
     rising = np.minimum(1.0, np.maximum.accumulate(steps))

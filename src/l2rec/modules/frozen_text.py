@@ -47,7 +47,8 @@ class FrozenText(nn.Module):
                 f"text_tokens={max_tokens}: backbone {backbone.name!r} has {limit} positions and "
                 f"needs {room} for special tokens; choose at most {limit - room}"
             )
-        self._backbone = (backbone,)  # not registered: its weights are no part of a method's
+        # In a tuple, so that its weights are not registered as the method's.
+        self._backbone = (backbone,)
         self._max_tokens, self._cache = max_tokens, cache
         vectors, self.files = self.read_catalog(texts)
         self.register_buffer("vectors", vectors, persistent=False)

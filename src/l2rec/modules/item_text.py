@@ -1,11 +1,10 @@
-"""The frozen backbone's own vectors of item texts, computed once per catalog and kept."""
+"""The frozen backbone's vectors of item texts, computed once per catalog and cached."""
 
 from __future__ import annotations
 
 __all__ = ["catalog_vectors", "separators", "text_vectors"]
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,13 @@ from torch.nn import functional as F
 from l2rec.data.batches import plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import special_tokens
+from l2rec.disk import replacing
 from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Attend, Backbone, Packing, pack
 from l2rec.modules.views import mean_of, semantic_tokens
 
 
 def separators(backbone: Backbone) -> tuple[list[int], list[int]]:
-    """Token ids that start a row and that end an item."""
+    """Return the token ids that start a row and those that end an item."""
     tokenizer = backbone.tokenizer
     if tokenizer is None:
         return [], [0]
@@ -34,7 +34,7 @@ def separators(backbone: Backbone) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
-    """Mean of the backbone's outputs over each text, unit length: [n, D] float32.
+    """Average the backbone's outputs over each text, at unit length: [n, D] float32.
 
     tokens: n rows of token ids without special tokens, each cut to ``max_tokens``.
     """
@@ -62,7 +62,11 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
 def catalog_vectors(
     backbone: Backbone, tokens: Ragged, max_tokens: int, cache: Path | None
 ) -> tuple[Tensor, list[Path]]:
-    """`text_vectors` of a whole catalog, from ``cache`` if they are there; and the files used."""
+    """Compute `text_vectors` of a catalog, or read them from ``cache``; also return its files.
+
+    Raises:
+        CheckpointError: the cache cannot be written.
+    """
     if cache is None:
         return text_vectors(backbone, tokens, max_tokens), []
     digest = hashlib.sha256(backbone.weight_hash().encode())
@@ -71,8 +75,7 @@ def catalog_vectors(
     digest.update(np.ascontiguousarray(tokens.values).tobytes())
     path = cache / f"text-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        save_file({"vectors": text_vectors(backbone, tokens, max_tokens).cpu()}, partial)
-        os.replace(partial, path)
+        vectors = text_vectors(backbone, tokens, max_tokens).cpu()
+        with replacing(path, remedy="free some space") as partial:
+            save_file({"vectors": vectors}, partial)
     return load_file(path)["vectors"].to(backbone.device), [path]

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from l2rec.disk import read_json, replacing, umask, write_json
+from l2rec.disk import read_json, replacing, replacing_folder, write_json
 from l2rec.errors import CheckpointError
 from l2rec.protocols import SizedByData
 
@@ -48,7 +48,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> 
     with replacing(path) as partial:
         contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
         save_file(contiguous, partial, metadata=dict(metadata))
-        partial.chmod(0o666 & ~umask())  # safetensors writes files that only their owner can read
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -122,18 +121,12 @@ class State:
 
 def write_state(run: Path, step: int, state: State) -> Path:
     """Write RUN/state/step-N as a whole folder, delete all but the newest two, return its path."""
-    root = run / "state"
-    partial, final = root / f".step-{step:08d}.part", root / f"step-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    final = run / "state" / f"step-{step:08d}"
+    with replacing_folder(final) as partial:
         save_tensors(partial / "model.safetensors", state.model)
         save_tensors(partial / "optimizer.safetensors", state.optimizer)
         write_json(partial / "counters.json", state.counters)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in sorted(root.glob("step-*"))[:-KEEP_STATES]:
+    for old in sorted(final.parent.glob("step-*"))[:-KEEP_STATES]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -14,7 +14,6 @@ __all__ = ["write_report"]
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,6 +22,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from l2rec.disk import write_text
 from l2rec.errors import CheckpointError
 from l2rec.runs.numbers import (
     MAIN,
@@ -59,9 +59,7 @@ def write_report(run: Path) -> Path:
     if not run.is_dir():
         raise CheckpointError(f"{run} is not a run folder; give the --out of a training")
     target = run / "report.html"
-    part = run / "report.html.part"
-    part.write_text(_render(_page(run)), encoding="utf-8")
-    os.replace(part, target)
+    write_text(target, _render(_page(run)))
     return target
 
 

@@ -178,7 +178,7 @@ def _json_block(block: bytes, schema: pa.Schema) -> pa.Table | None:
 
 
 def _json_lines(file: File, block: bytes, first: int) -> list[dict[str, Any]]:
-    """Line by line: JSON, or the Python literals of the 2014 files."""
+    """Parse line by line: JSON, or the Python literals of the 2014 files."""
     lines = enumerate(block.decode().split("\n"), first)
     return [_json_line(file, line, number) for number, line in lines if line.strip()]
 
@@ -200,7 +200,7 @@ def _json_line(file: File, line: str, number: int) -> dict[str, Any]:
 
 
 def _first_keys(file: File) -> set[str]:
-    """Keys of the first hundred lines: metadata leaves out what it does not know."""
+    """Collect the keys of the first hundred lines: metadata leaves out unknown fields."""
     keys: set[str] = set()
     with reading(file), file.open() as stream:
         for number, line in zip(range(1, 101), stream, strict=False):

@@ -9,7 +9,7 @@ from l2rec.data.formats.source import Context, OpenCatalog, Source, as_source
 from l2rec.data.formats.tables import named_table, table_events
 
 CATALOG_NAMES = ("items", "catalog", "movies")
-"""Names, without their endings, of a catalog that lies beside the events."""
+"""Names, without endings, that a catalog beside the events may have."""
 
 
 def separated(

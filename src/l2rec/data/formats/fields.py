@@ -15,7 +15,7 @@ def separator_of(field: str) -> str:
 
 
 def flat(value: Any, joint: str = " ") -> str | None:
-    """Make a scalar a text, nested lists one text without repeats."""
+    """Turn a scalar or nested lists into one text without repeats; None stays None."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)):
@@ -33,7 +33,7 @@ def _leaves(value: Sequence[Any]) -> Iterator[Any]:
 
 
 def joined(column: pl.Series, joint: str) -> pl.Series:
-    """Do as `flat` for a whole column."""
+    """Join the parts of every value of a column, as `flat` does for one."""
     while isinstance(column.dtype, pl.List) and isinstance(column.dtype.inner, pl.List):
         column = column.list.eval(pl.element().explode())
     if isinstance(column.dtype, pl.List):

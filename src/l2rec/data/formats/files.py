@@ -36,7 +36,7 @@ class File:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
 
     def open(self) -> BinaryIO:
-        """The content, decompressed while it is read."""
+        """Open the content for reading, decompressed on the way."""
         if self.member is not None:
             return cast(BinaryIO, zipfile.ZipFile(self.path).open(self.member))
         if self.path.suffix == ".gz":
@@ -45,8 +45,11 @@ class File:
 
 
 def listing(path: Path) -> dict[str, File]:
-    """Base names to files: the file itself, a folder's files (its only subfolder's, if it has
-    none itself), or the members of a zip.
+    """Map base names to files: the file itself, a folder's files (or those of its only subfolder,
+    if it holds nothing else), or the members of a zip.
+
+    Raises:
+        DataError: the path does not exist, or the zip is torn.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path of the source")
@@ -90,7 +93,7 @@ def needed_file(path: Path, files: dict[str, File], name: str) -> File:
 
 @contextlib.contextmanager
 def reading(file: File, encoding: str = "utf-8") -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into one DataError that says where."""
+    """Turn errors of reading a file into one DataError that names the file and the remedy."""
     try:
         yield
     except DataError:
@@ -119,7 +122,7 @@ def reading(file: File, encoding: str = "utf-8") -> Iterator[None]:
 
 
 def _bad_encoding(file: File, encoding: str) -> DataError:
-    """Read the file once more for the first byte that is not text."""
+    """Find the first byte that is not text; return the error that names its place."""
     decoder = codecs.getincrementaldecoder(encoding)()
     position = line = 0
     with file.open() as stream:

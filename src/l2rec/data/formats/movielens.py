@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import (
     File,
     Where,
@@ -22,7 +23,6 @@ from l2rec.data.formats.files import (
 )
 from l2rec.data.formats.source import (
     CatalogReader,
-    Columns,
     Context,
     Source,
     as_source,
@@ -134,7 +134,7 @@ def _films(parts: Films) -> Callable[[Sequence[str]], Iterator[pa.RecordBatch]]:
 def _double_colon(
     file: File, names: list[str], context: Context
 ) -> Iterator[tuple[pa.RecordBatch, Where]]:
-    """MovieLens 1M separates by two characters; Arrow by one."""
+    """Read lines of MovieLens 1M, which separates by two characters where Arrow wants one."""
     for block, first in line_blocks(file, context.block_bytes):
         lines = block.count(b"\n") + (not block.endswith(b"\n"))
         plain = block.replace(b"::", b"\x1f").decode("latin-1").encode()

@@ -20,6 +20,7 @@ __all__ = ["FORMATS", "open_source"]
 from pathlib import Path
 
 from l2rec.data.formats.amazon import amazon, amazon_catalog
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.csv import separated
 from l2rec.data.formats.files import (
     File,
@@ -31,7 +32,6 @@ from l2rec.data.formats.recbole import atomic_catalog, recbole
 from l2rec.data.formats.source import (
     BLOCK_BYTES,
     CatalogReader,
-    Columns,
     Context,
     Source,
 )
@@ -66,8 +66,10 @@ def open_source(
     """Find the format of a file, folder or zip (or take ``format``) and return its readers.
 
     ``items``: the catalog file, where the format does not have it beside the events.
-    ``block_bytes``: about how much of a file is parsed at a time. Raises DataError if nothing
-    is found, or if columns, headers or files are missing.
+    ``block_bytes``: about how much of a file is parsed at a time.
+
+    Raises:
+        DataError: no known format, or columns, headers or files are missing.
     """
     path = Path(source)
     context = Context(columns or Columns(), block_bytes)

@@ -11,12 +11,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.csv import CATALOG_NAMES
 from l2rec.data.formats.fields import joined
 from l2rec.data.formats.files import File, reading
 from l2rec.data.formats.source import (
     CatalogReader,
-    Columns,
     Context,
     OpenCatalog,
     Source,

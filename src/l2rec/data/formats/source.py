@@ -1,8 +1,8 @@
-"""What every reader returns: checked batches of events and of the catalog."""
+"""Checked batches of events and of the catalog, as every reader returns them."""
 
 from __future__ import annotations
 
-__all__ = ["Columns", "Source"]
+__all__ = ["Source"]
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,25 +14,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, Where
 from l2rec.errors import DataError
 
 BLOCK_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Column names of formats that leave them to the user, and the encoding of text files.
-
-    ``timestamp=None``: there is none, events are in order. ``event_type=None``: the column
-    ``event_type`` if there is one.
-    """
-
-    user: str = "user_id"
-    item: str = "item_id"
-    timestamp: str | None = "timestamp"
-    event_type: str | None = None
-    encoding: str = "utf-8"
 
 
 @dataclass(frozen=True)
@@ -42,8 +28,8 @@ class Source:
     ``events()``: batches of ``user_id`` and ``item_id`` (string, not empty), ``timestamp``
     (float64, finite) and perhaps ``event_type`` (string), in file order.
     ``catalog(fields)``: batches of ``item_id`` and the named fields, all strings, none null;
-    None without a catalog. ``fields`` are always kept and make the default text;
-    ``more_fields`` are read only when somebody names them. ``files``: what is read.
+    None without a catalog. ``fields`` are always stored and make the default text;
+    ``more_fields`` are read only when a text template names them. ``files``: the files read.
     """
 
     format: str
@@ -56,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Context:
-    """What a reader is opened with."""
+    """Options of a reader."""
 
     columns: Columns
     block_bytes: int
@@ -129,7 +115,7 @@ def as_arrow(column: Any) -> pa.Array:
 
 @dataclass(frozen=True)
 class CatalogReader:
-    """A catalog to read: batches of ids and the named fields, and which fields there are."""
+    """A catalog to read: batches of ids and named fields, and the fields there are."""
 
     read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
     fields: tuple[str, ...]
@@ -137,7 +123,7 @@ class CatalogReader:
 
 
 OpenCatalog = Callable[[File, Context], CatalogReader]
-"""Opens a catalog in whatever format its name says."""
+"""Function that opens a catalog in the format its name says."""
 
 
 def as_source(
@@ -146,7 +132,7 @@ def as_source(
     events: Callable[[], Iterator[pa.RecordBatch]],
     catalog: CatalogReader | None,
 ) -> Source:
-    """Put together what a reader found."""
+    """Build the `Source` of a format from its files, events and catalog."""
     return Source(
         format=format,
         files=tuple(dict.fromkeys(f.path for f in files)),

@@ -1,4 +1,4 @@
-"""Separated text with a header: the ground of CSV, RecBole and MovieLens files."""
+"""Separated text with a header: what CSV, RecBole and MovieLens files have in common."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, reading
-from l2rec.data.formats.source import Columns, Context, catalog_batch, event_batch
+from l2rec.data.formats.source import Context, catalog_batch, event_batch
 from l2rec.errors import DataError, nearest
 
 
 @dataclass(frozen=True)
 class Table:
-    """A separated text file: its columns in file order and how they are set apart."""
+    """A separated text file: its columns in file order and how they are separated."""
 
     file: File
     names: list[str]
@@ -29,7 +30,7 @@ class Table:
     encoding: str = "utf-8"
 
     def batches(self, wanted: Sequence[str], block_bytes: int) -> Iterator[pa.RecordBatch]:
-        """The wanted columns as strings."""
+        """Yield the wanted columns as strings."""
         with reading(self.file, self.encoding), self.file.open() as stream:
             first = self._skip(stream)
             if not first:
@@ -38,7 +39,7 @@ class Table:
             yield from reader
 
     def _skip(self, stream: BinaryIO) -> bytes:
-        """Pass the header; some of what follows, or nothing at the end of the file."""
+        """Skip the header and empty lines; return the first line of data, or nothing."""
         if self.has_header:
             stream.readline()
         for line in iter(stream.readline, b""):
@@ -81,7 +82,7 @@ class Table:
                 ) from error
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Line numbers and cells, slowly: to say where an error is."""
+        """Yield line numbers and cells, slowly: to tell where an error is."""
         with self.file.open() as stream:
             text = io.TextIOWrapper(stream, self.encoding, errors="replace", newline="")
             if self.quotes:
@@ -95,21 +96,21 @@ class Table:
                     yield rows.line_num, row
 
     def where(self, row: int) -> str:
-        """File and line of a data row."""
+        """Name the file and line of a data row."""
         for at, (line, _) in enumerate(self._rows()):
             if at == row:
                 return f"{self.file}, line {line}"
         return f"{self.file}, row {row + 1}"
 
     def need(self, name: str, option: str) -> str:
-        """``name`` if there is such a column; else a DataError."""
+        """Return ``name`` if there is such a column. Raises DataError if not."""
         if name not in self.names:
             raise missing_column(self.file, name, option, self.names)
         return name
 
 
 class _Rejoined(io.RawIOBase):
-    """A first line that was read already, then the rest of the stream."""
+    """A stream whose first line was read already and is put back."""
 
     def __init__(self, first: bytes, rest: BinaryIO) -> None:
         self._first = first
@@ -136,7 +137,7 @@ def missing_column(file: File, name: str, option: str, names: Sequence[str]) -> 
 
 
 def read_header(file: File, separator: str, encoding: str) -> list[str]:
-    """Cells of the first line. Raises DataError for an empty file."""
+    """Return the cells of the first line. Raises DataError for an empty file."""
     with reading(file, encoding), file.open() as stream:
         line = stream.readline()
         text = line.decode(encoding).removeprefix("\ufeff").rstrip("\r\n")
@@ -158,7 +159,11 @@ def named_table(file: File, encoding: str) -> Table:
 def table_events(
     tables: Sequence[Table], columns: Columns, context: Context
 ) -> Callable[[], Iterator[pa.RecordBatch]]:
-    """Checks that the columns exist now; reads later."""
+    """Check that the columns exist; return a function that reads them.
+
+    Raises:
+        DataError: a column is missing.
+    """
     for table in tables:
         table.need(columns.user, "user")
         table.need(columns.item, "item")
@@ -191,7 +196,7 @@ def table_events(
 
 
 def file_order(first: int, batch: pa.RecordBatch) -> pa.Array:
-    """Return times that say no more than the order of the file."""
+    """Return row numbers as times, for events that are in order and have no times."""
     return pa.array(np.arange(first, first + batch.num_rows, dtype=np.float64))
 
 

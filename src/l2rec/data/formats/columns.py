@@ -1,0 +1,22 @@
+"""Names of columns, for formats that leave them to the user."""
+
+from __future__ import annotations
+
+__all__ = ["Columns"]
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column names of formats that leave them to the user, and the encoding of text files.
+
+    ``timestamp=None``: there is none, events are in order. ``event_type=None``: the column
+    ``event_type`` if there is one.
+    """
+
+    user: str = "user_id"
+    item: str = "item_id"
+    timestamp: str | None = "timestamp"
+    event_type: str | None = None
+    encoding: str = "utf-8"
