@@ -1,1 +1,0 @@
-from tests.support.reference import *  # noqa: F403

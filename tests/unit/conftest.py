@@ -1,1 +1,0 @@
-from tests.support.runs import Finished as Finished
