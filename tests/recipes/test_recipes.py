@@ -91,7 +91,7 @@ def repeated(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("head", "options", "expected"),
     [
-        ("method: sasrec", {"dim": 64, "heads": 2}, ["model.dim=64"]),
+        ("method: l2rec.methods.sasrec:SASRec", {"dim": 64, "heads": 4}, ["model.dim=64"]),
         ("extends: scientific/hdrec", {"adapters": 2, "rank": 16}, ["model.adapters=2"]),
     ],
 )
