@@ -1,4 +1,6 @@
-"""What every test shares: no network, few threads, an empty run folder."""
+"""What every test shares: no network, few threads, an empty run folder, and the fixtures of
+``tests/support``, where all that files share is at home.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
+pytest.register_assert_rewrite("tests.support")
+pytest_plugins = ["tests.support.fixtures"]
+
 
 @pytest.fixture
 def tmp_run(tmp_path: Path) -> Path:
-    """An empty run folder."""
+    """Create an empty run folder."""
     run = tmp_path / "run"
     run.mkdir()
     return run

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import sequential
-from tests.sequential import HISTORIES, N, double
+from tests.support import models, sequential
+from tests.support.models import one_batch, shaken
+from tests.support.sequential import HISTORIES, NAMELESS, N, double
 from torch import Tensor, nn
 
-from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.methods.bert4rec import BERT4Rec, BERT4RecConfig
+from l2rec.methods.bert4rec import BERT4Rec
 from l2rec.modules.sequences import pad
 
 
 def build(seed: int = 0, **changes: Any) -> BERT4Rec:
-    torch.manual_seed(seed)
     options = {"dim": 16, "inner": 24, "max_items": 8} | changes
-    return BERT4Rec(BERT4RecConfig(**options), Catalog.of_texts([""] * N))
+    model: BERT4Rec = models.build(BERT4Rec, options, NAMELESS, seed=seed)
+    return model
 
 
 def scores_at(model: BERT4Rec, row: list[int | None]) -> list[Tensor]:
@@ -36,7 +36,7 @@ def scores_at(model: BERT4Rec, row: list[int | None]) -> list[Tensor]:
 
 def test_a_user_is_asked_for_what_follows_the_whole_history() -> None:
     """Check that the mask displaces no item of a history that fits, else the oldest."""
-    model = sequential.shaken(build())
+    model = shaken(build())
     found = model.scorer()(HISTORIES)
     for row in range(len(HISTORIES)):
         expected = scores_at(model, [*HISTORIES[row][-8:].tolist(), None])[-1]
@@ -44,13 +44,13 @@ def test_a_user_is_asked_for_what_follows_the_whole_history() -> None:
 
 
 def test_the_loss_is_the_mean_over_hidden_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sequential.shaken(build())
+    model = shaken(build())
     rows = HISTORIES.head(6)
     hidden = [{0, 3}, set(), {0, 1, 2, 3, 4, 5}, {1}, {2}]  # the first position counts as any
     _, real = pad(rows)
     grid = torch.tensor([[t in hide for t in range(real.shape[1])] for hide in hidden])
     monkeypatch.setattr(model, "hide", lambda real: grid[real.sum(1) > 1])
-    batch = sequential.one_batch(model, rows)
+    batch = one_batch(model, rows)
     each = []
     for row in batch.users:
         items = rows[row].tolist()
@@ -91,7 +91,7 @@ def test_the_newest_alone() -> None:
 
 
 def test_a_hidden_item_is_not_in_the_input() -> None:
-    model = sequential.shaken(build())
+    model = shaken(build())
     items, real = pad(HISTORIES.head(8))
     torch.manual_seed(0)
     hidden = model.hide(real)
@@ -104,7 +104,7 @@ def test_a_hidden_item_is_not_in_the_input() -> None:
 
 def test_rows_hold_one_item_more_than_histories() -> None:
     """Check that every position that recommending reads was trained."""
-    batch = sequential.one_batch(build(), Ragged.from_rows([list(range(12))]))
+    batch = one_batch(build(), Ragged.from_rows([list(range(12))]))
     lengths = {tuple(batch.histories[i].tolist()) for i in range(len(batch.histories))}
     assert lengths == {(0, 1, 2), tuple(range(3, 12))}
     assert build().encoder.positions.num_embeddings == 9

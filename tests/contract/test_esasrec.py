@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import sequential
-from tests.sequential import HISTORIES, N, double, linear, norm
+from tests.support import models, sequential
+from tests.support.models import one_batch, shaken
+from tests.support.sequential import HISTORIES, NAMELESS, N, double, linear, norm
 from torch import Tensor
 
-from l2rec.data.catalog import Catalog
-from l2rec.methods.esasrec import ESASRec, ESASRecConfig
+from l2rec.methods.esasrec import ESASRec
 
 
 def build(seed: int = 0, **changes: Any) -> ESASRec:
-    torch.manual_seed(seed)
     options = {"dim": 16, "heads": 2, "inner": 24, "max_items": 8, "negatives": 12} | changes
-    return ESASRec(ESASRecConfig(**options), Catalog.of_texts([""] * N))
+    model: ESASRec = models.build(ESASRec, options, NAMELESS, seed=seed)
+    return model
 
 
 def written_out(model: ESASRec, row: list[int]) -> list[Tensor]:
@@ -44,7 +44,7 @@ def written_out(model: ESASRec, row: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_layers(layers: int) -> None:
-    model = sequential.shaken(build(layers=layers))
+    model = shaken(build(layers=layers))
     with torch.no_grad():
         states, _ = model(HISTORIES.head(8))
     for row in range(len(HISTORIES)):
@@ -57,7 +57,7 @@ def test_the_layers(layers: int) -> None:
 def logits(model: ESASRec, monkeypatch: pytest.MonkeyPatch, drawn: Tensor) -> tuple[float, float]:
     """Compute the loss with given negatives, by the model and written out from its scores."""
     monkeypatch.setattr(model, "_negatives", lambda targets: drawn)
-    batch = sequential.one_batch(model, HISTORIES.head(8))
+    batch = one_batch(model, HISTORIES.head(8))
     with torch.no_grad():
         found = float(model.loss(batch).total)
         states, real = model(batch.histories)
@@ -75,8 +75,8 @@ def logits(model: ESASRec, monkeypatch: pytest.MonkeyPatch, drawn: Tensor) -> tu
 @pytest.mark.parametrize("logq", [True, False])
 def test_the_sampled_softmax(monkeypatch: pytest.MonkeyPatch, share: bool, logq: bool) -> None:
     """Check that a negative drawn twice counts twice, and a position's target never."""
-    model = sequential.shaken(build(share_negatives=share, in_batch=0.5 * logq, logq=logq))
-    positions = len(sequential.one_batch(model, HISTORIES.head(8)).targets)
+    model = shaken(build(share_negatives=share, in_batch=0.5 * logq, logq=logq))
+    positions = len(one_batch(model, HISTORIES.head(8)).targets)
     shape = (6,) if share else (positions, 6)
     drawn = torch.randint(N, shape, generator=torch.Generator().manual_seed(0))
     drawn[..., 1] = drawn[..., 0]
@@ -86,8 +86,8 @@ def test_the_sampled_softmax(monkeypatch: pytest.MonkeyPatch, share: bool, logq:
 
 
 def test_the_full_softmax() -> None:
-    model = sequential.shaken(build(loss="ce"))
-    batch = sequential.one_batch(model)
+    model = shaken(build(loss="ce"))
+    batch = one_batch(model, HISTORIES)
     with torch.no_grad():
         found = float(model.loss(batch).total)
         states, real = model(batch.histories)
@@ -116,12 +116,12 @@ def test_where_negatives_come_from(share: bool, in_batch: float) -> None:
 
 def test_log_q_is_how_often_an_item_is_drawn() -> None:
     model = build(in_batch=0.25, logq=True)
-    sequential.one_batch(model)
+    one_batch(model, HISTORIES)
     counts = np.bincount(HISTORIES.values, minlength=N)
     expected = 0.25 * counts / counts.sum() + 0.75 / N
     np.testing.assert_allclose(model.log_q.exp().numpy(), expected, rtol=1e-5)
     alone = build(in_batch=1.0, logq=True)
-    sequential.one_batch(alone)
+    one_batch(alone, HISTORIES)
     assert bool(alone.log_q.isfinite().all()), "items that nobody has seen are never drawn"
 
 

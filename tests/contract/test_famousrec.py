@@ -12,16 +12,16 @@ import numpy.typing as npt
 import pytest
 import torch
 from pydantic import ValidationError
+from tests.support import models
+from tests.support.models import batches_of, shaken
 from torch import Tensor
 
-from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.famousrec import (
     FamouSRec,
-    FamouSRecConfig,
     Kind,
     Spectra,
     alignment_loss,
@@ -43,22 +43,8 @@ Array = npt.NDArray[np.float64]
 
 
 def build(seed: int = 0, **changes: Any) -> FamouSRec:
-    torch.manual_seed(seed)
-    return FamouSRec(FamouSRecConfig(**SMALL | changes), CATALOG)
-
-
-def shaken(model: FamouSRec) -> FamouSRec:
-    """As if trained: no parameter at its neutral start."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape)
-    return model.eval()
-
-
-def an_epoch(model: FamouSRec, sequences: Ragged = ROWS, epoch: int = 0) -> list[Batch]:
-    made = model.batches(sequences, seed=0, epoch=epoch, batch_users=64, batch_tokens=10**6)
-    return list(made.iterate())
+    model: FamouSRec = models.build(FamouSRec, SMALL | changes, CATALOG, seed=seed)
+    return model
 
 
 # ------------------------------------------------------------------------------- spectra
@@ -195,7 +181,7 @@ def written_out(model: FamouSRec, row: list[int]) -> tuple[Array, Array, Array]:
 )
 def test_the_mixture_is_its_equations(changes: dict[str, Any]) -> None:
     """Compare rows of all lengths in one grid with each row written out alone."""
-    model = shaken(build(**changes)).double()
+    model = shaken(build(**changes), 0.3).double()
     with torch.no_grad():
         model.router[2].weight *= 10  # so that users are told apart
         mixture = model(ROWS)
@@ -212,7 +198,7 @@ def test_the_mixture_is_its_equations(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_company_changes_nothing(kind: Kind) -> None:
-    model = shaken(build(experts=(kind, "gru"), top_n=1))
+    model = shaken(build(experts=(kind, "gru"), top_n=1), 0.3)
     with torch.no_grad():
         together = model(ROWS)
         for row in range(len(ROWS)):
@@ -226,7 +212,7 @@ def test_company_changes_nothing(kind: Kind) -> None:
 
 def test_every_kind_reads_order() -> None:
     backwards = Ragged.from_rows([[*ROWS[1][-2::-1], ROWS[1][-1]]])
-    model = shaken(build())
+    model = shaken(build(), 0.3)
     with torch.no_grad():
         first, second = (model(rows).states[0] for rows in (ROWS.take(np.array([1])), backwards))
     assert (first - second).abs().amax(1).gt(1e-2).all()
@@ -237,7 +223,7 @@ def test_every_kind_reads_order() -> None:
 
 def test_a_batch_is_prefixes_and_what_follows() -> None:
     model = build(targets_per_user=3)
-    (batch,) = an_epoch(model)
+    (batch,) = batches_of(model, ROWS)
     assert len(batch.users) == sum(min(3, n - 1) for n in ROWS.lengths)
     for row, user in enumerate(batch.users):
         length = len(batch.histories[row])
@@ -276,8 +262,8 @@ def test_alignment_tells_users_apart() -> None:
 
 
 def test_the_loss_is_the_sum_of_its_parts() -> None:
-    model = shaken(build(specialization=0.3, alignment=0.2, balance=0.05))
-    (batch,) = an_epoch(model)
+    model = shaken(build(specialization=0.3, alignment=0.2, balance=0.05), 0.3)
+    (batch,) = batches_of(model, ROWS)
     losses = model.loss(batch)
     mixture = model(batch.histories, twice=True)
     assert mixture.again is not None
@@ -314,7 +300,7 @@ def test_the_loss_is_the_sum_of_its_parts() -> None:
 def test_options_train(changes: dict[str, Any], gone: set[str]) -> None:
     model = build(**changes).train()
     (stage,) = model.stages(1e-3, 0.0)
-    (batch,) = an_epoch(model)
+    (batch,) = batches_of(model, ROWS)
     losses = stage.loss(batch)
     assert isinstance(losses.total, Tensor) and bool(losses.total.isfinite())
     assert set(losses.parts) == {"rec", "balance", "specialization", "alignment"} - gone
@@ -343,7 +329,7 @@ def test_random_rows_are_learned_by_heart() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model.train()
     for epoch in range(40):
-        for batch in an_epoch(model, rows, epoch):
+        for batch in batches_of(model, rows, epoch=epoch, batch_users=64):
             optimizer.zero_grad()
             model.loss(batch).total.backward()
             optimizer.step()

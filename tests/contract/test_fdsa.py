@@ -10,16 +10,15 @@ import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import sequential, tiny
-from tests.sequential import HISTORIES, N, double, linear
+from tests.support import models, sequential, tiny
+from tests.support.models import one_batch, shaken
+from tests.support.sequential import HISTORIES, TEXTS, N, double, linear
 from torch import Tensor
 
 from l2rec.data.catalog import Catalog
-from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
 from l2rec.methods.fdsa import FDSA, FDSAConfig
 
-TEXTS = [simple_text(1007 * i) for i in range(N)]
 BRANDS = ["acme", "", "old bowl"] * 6 + ["acme", "acme"]
 CATEGORIES = ["tools, hand tools", "tools", ""] * 6 + ["", "toys"]
 CATALOG = Catalog(
@@ -39,8 +38,8 @@ FIELDS = {"features": ("brand", "category"), "separator": ", "}
 def build(seed: int = 0, cache: Path | None = None, **changes: Any) -> FDSA:
     options = {"dim": 16, "inner": 24, "max_items": 8, "text_tokens": 12} | changes
     backbone = tiny.random_backbone() if options.get("features", "text") == "text" else None
-    torch.manual_seed(seed)
-    return FDSA(FDSAConfig(**options), CATALOG, backbone, cache=cache)
+    model: FDSA = models.build(FDSA, options, CATALOG, backbone, seed=seed, cache=cache)
+    return model
 
 
 def fields_of(item: int) -> list[list[tuple[str, str]]]:
@@ -72,7 +71,7 @@ def feature(model: FDSA, item: int) -> Tensor:
 
 @pytest.mark.parametrize("changes", [{}, FIELDS], ids=["text", "fields"])
 def test_the_equations(changes: dict[str, Any]) -> None:
-    model = sequential.shaken(build(**changes))
+    model = shaken(build(**changes))
     rows = HISTORIES.head(8)
     table = double(model.items.weight)
     each = []
@@ -93,7 +92,7 @@ def test_the_equations(changes: dict[str, Any]) -> None:
         each += [
             sequential.cross_entropy(table @ users[t], items[t + 1]) for t in range(len(items) - 1)
         ]
-    total = model.next_item_loss(sequential.one_batch(model, rows)).total.detach()
+    total = model.next_item_loss(one_batch(model, rows)).total.detach()
     assert float(total) == pytest.approx(np.mean(each), rel=1e-5)
 
 
@@ -114,7 +113,7 @@ def test_it_learns_by_heart() -> None:
 
 
 def test_features_reach_the_user() -> None:
-    model = sequential.shaken(build(**FIELDS))
+    model = shaken(build(**FIELDS))
     before = model.encode_users(HISTORIES)
     with torch.no_grad():
         model.features.table.weight[0] += 1  # "acme"

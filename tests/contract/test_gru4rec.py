@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import sequential
-from tests.sequential import HISTORIES, N, double
+from tests.support import models, sequential
+from tests.support.models import one_batch, shaken
+from tests.support.sequential import HISTORIES, NAMELESS, double
 from torch import Tensor
 
-from l2rec.data.catalog import Catalog
-from l2rec.methods.gru4rec import GRU4Rec, GRU4RecConfig, ranking_loss
+from l2rec.methods.gru4rec import GRU4Rec, ranking_loss
 
 LOSSES: list[dict[str, Any]] = [
     {},
@@ -26,9 +26,9 @@ LOSSES: list[dict[str, Any]] = [
 
 
 def build(seed: int = 0, **changes: Any) -> GRU4Rec:
-    torch.manual_seed(seed)
     options = {"dim": 16, "hidden": 24, "max_items": 8, "negatives": 12} | changes
-    return GRU4Rec(GRU4RecConfig(**options), Catalog.of_texts([""] * N))
+    model: GRU4Rec = models.build(GRU4Rec, options, NAMELESS, seed=seed)
+    return model
 
 
 def written_out(model: GRU4Rec, row: list[int]) -> Tensor:
@@ -48,10 +48,10 @@ def written_out(model: GRU4Rec, row: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_equations(layers: int) -> None:
-    model = sequential.shaken(build(layers=layers))
+    model = shaken(build(layers=layers))
     with torch.no_grad():
         users, _ = model(HISTORIES.head(8))
-        losses = model.loss(sequential.one_batch(model, HISTORIES))
+        losses = model.loss(one_batch(model, HISTORIES))
     table = double(model.items.weight)
     for row in range(len(HISTORIES)):
         items = HISTORIES[row][:8].tolist()
@@ -108,7 +108,7 @@ def test_a_negative_of_the_batch_is_never_one_s_own_target() -> None:
     """Check that a batch with one target gives no gradient."""
     for loss in ("bpr", "top1", "bpr-max"):
         model = build(loss=loss)
-        batch = sequential.one_batch(model, HISTORIES.take(np.array([3])))
+        batch = one_batch(model, HISTORIES.take(np.array([3])))
         model.loss(batch).total.backward()
         assert not any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None), loss
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import tiny
+from tests.support import models, tiny
+from tests.support.models import batches_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,19 +30,14 @@ SMALL: dict[str, Any] = {"max_items": 8, "item_tokens": 6, "max_tokens": 256, "i
 
 def build(family: str = "bert", seed: int = 0, **changes: Any) -> HDRec:
     backbone = tiny.random_backbone(family)
-    torch.manual_seed(seed)
-    model = HDRec(HDRecConfig(**SMALL | changes), Catalog.of_texts(TEXTS), backbone)
+    model: HDRec = models.build(
+        HDRec, SMALL | changes, Catalog.of_texts(TEXTS), backbone, seed=seed
+    )
     with torch.no_grad():  # as if trained: no adapter is silent
         for name, parameter in model.named_parameters():
             if name.startswith(("lora.", "ipl.")):
                 parameter += 0.1 * torch.randn(parameter.shape)
     return model
-
-
-def one_batch(model: HDRec) -> Batch:
-    return next(
-        model.batches(HISTORIES, seed=0, epoch=0, batch_users=9, batch_tokens=10**5).iterate()
-    )
 
 
 def parts_of(names: set[str]) -> set[str]:
@@ -134,7 +130,7 @@ def literal_alternation(model: HDRec, batch: Batch, steps: int, lr: float) -> in
 @pytest.mark.parametrize("steps", [2, 3])
 def test_alternation_is_algorithm_1(family: str, steps: int) -> None:
     ours, literal = (build(family, align=0.0, steps=steps).double() for _ in range(2))
-    batch, lr = one_batch(ours), 0.05
+    batch, lr = batches_of(ours, HISTORIES)[0], 0.05
     expected = literal_alternation(literal, batch, steps, lr)
     stage = ours.stages(1e-3, 0.0)[-1]
     optimizer = torch.optim.SGD([p for g in stage.groups for p in g.parameters], lr=lr)
@@ -160,7 +156,7 @@ def test_alternation_is_algorithm_1(family: str, steps: int) -> None:
 def test_each_phase_moves_its_own_side_alone(family: str) -> None:
     model = build(family)
     seen = []
-    for losses in updates(model.loss(one_batch(model))):
+    for losses in updates(model.loss(batches_of(model, HISTORIES)[0])):
         model.zero_grad(set_to_none=True)
         losses.total.backward()
         seen.append(parts_of({n for n, p in model.named_parameters() if p.grad is not None}))
@@ -186,7 +182,7 @@ def test_each_phase_moves_its_own_side_alone(family: str) -> None:
 )
 def test_switches_that_train_in_one_pass(changes: dict[str, Any], parts: set[str]) -> None:
     model = build(**changes)
-    losses = model.loss(one_batch(model))
+    losses = model.loss(batches_of(model, HISTORIES)[0])
     assert isinstance(losses, Losses) and set(losses.parts) == parts
     losses.total.backward()
     stage = model.stages(1e-3, 0.0)[-1]
@@ -207,7 +203,7 @@ def test_adapters_and_heads_are_shared_or_not() -> None:
     assert sizes() == (2, 1) and sizes(adapters=1) == (1, 1) and sizes(heads=2) == (2, 2)
     assert sizes(design="text") == (1, 1)
     one = build(adapters=1)
-    for losses in updates(one.loss(one_batch(one))):
+    for losses in updates(one.loss(batches_of(one, HISTORIES)[0])):
         losses.total.backward()
     assert all(p.grad is not None for p in one.lora.parameters())
 

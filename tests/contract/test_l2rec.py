@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import tiny
-from tests.parity import reference
+from tests.support import reference, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, Qwen3Config

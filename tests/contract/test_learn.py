@@ -9,20 +9,19 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import sequential, tiny
-from tests.sequential import HISTORIES, N, double, linear
+from tests.support import models, sequential, tiny
+from tests.support.models import one_batch, shaken
+from tests.support.sequential import HISTORIES, TEXTS, N, double, linear
 from torch import Tensor
 
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
 from l2rec.evaluation.ranking import evaluate
 from l2rec.methods import learn
-from l2rec.methods.learn import LEARN, LEARNConfig, dense_all_action_loss, sample_recent
+from l2rec.methods.learn import LEARN, dense_all_action_loss, sample_recent
 
-TEXTS = [simple_text(1007 * i) for i in range(N)]
 TOWERS = ("a", "b", "c")
 
 
@@ -35,9 +34,9 @@ def build(seed: int = 0, texts: list[str] = TEXTS, **changes: Any) -> LEARN:
         "max_items": 8,
         "text_tokens": 12,
     }
-    backbone = tiny.random_backbone()
-    torch.manual_seed(seed)
-    return LEARN(LEARNConfig(**options | changes), Catalog.of_texts(texts), backbone)
+    catalog, backbone = Catalog.of_texts(texts), tiny.random_backbone()
+    model: LEARN = models.build(LEARN, options | changes, catalog, backbone, seed=seed)
+    return model
 
 
 def pal(model: LEARN, items: list[int]) -> list[Tensor]:
@@ -58,7 +57,7 @@ def tower(model: LEARN, items: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("item_tower", TOWERS)
 def test_dense_all_action(item_tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sequential.shaken(build(item_tower=item_tower))
+    model = shaken(build(item_tower=item_tower))
     batch = Batch(  # two windows of one user; items 5 and 7 are targets of several users
         users=np.array([0, 1, 1, 2, 3]),
         histories=Ragged.from_rows([[3, 1, 5, 7], [2, 6], [9, 0, 5], [4, 7, 8, 7], [10, 11, 12]]),
@@ -128,7 +127,7 @@ def test_recent_states_are_sampled_more_often() -> None:
 
 def test_only_the_sampled_states_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that with one state of each side a batch of B rows has B pairs, drawn anew."""
-    model = sequential.shaken(build(history_states=1, target_states=1))
+    model = shaken(build(history_states=1, target_states=1))
     pairs_of: list[Tensor] = []
 
     def counted(scores: Tensor, pairs: Tensor, **others: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ def test_only_the_sampled_states_count(monkeypatch: pytest.MonkeyPatch) -> None:
         return dense_all_action_loss(scores, pairs, **others)
 
     monkeypatch.setattr(learn, "dense_all_action_loss", counted)
-    batch = sequential.one_batch(model)
+    batch = one_batch(model, HISTORIES)
     torch.manual_seed(0)
     losses = {float(model.loss(batch).total.detach()) for _ in range(8)}
     assert len(losses) > 4, "cuts and samples are drawn anew"
@@ -186,7 +185,7 @@ def test_loss_and_gradients(item_tower: str) -> None:
 
 
 def test_a_position_reads_as_its_prefix() -> None:
-    model = sequential.shaken(build())
+    model = shaken(build())
     rows = HISTORIES.head(8)
     with torch.no_grad():
         states, real = model(rows)
@@ -198,7 +197,7 @@ def test_a_position_reads_as_its_prefix() -> None:
 
 @pytest.mark.parametrize("item_tower", TOWERS)
 def test_items_are_their_texts(item_tower: str) -> None:
-    model = sequential.shaken(build(item_tower=item_tower))
+    model = shaken(build(item_tower=item_tower))
     known = model.encode_items(np.arange(N))
     expected = tower(model, [7])[0]
     torch.testing.assert_close(known[7].double(), expected / expected.norm(), rtol=0, atol=1e-4)

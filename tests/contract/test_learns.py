@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny
+from tests.support import tiny
 
 from l2rec.data.catalog import Catalog
 from l2rec.data.splits import leave_one_out

@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import tiny
+from tests.support import models, tiny
+from tests.support.runs import Quiet
 from torch import Tensor, nn
 
-from l2rec import methods
+from l2rec import methods, protocols
 from l2rec.config import TrainingConfig
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
@@ -32,6 +34,8 @@ from l2rec.methods.floors import Popularity
 from l2rec.protocols import Embedder, Losses, Recommender, Stage, TakesNewItems, Trainable
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.loop import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 N = 16
 TINY: dict[str, Any] = {
@@ -103,33 +107,14 @@ class Trained:
     catalog: Catalog
 
 
-def options(name: str) -> Any:
-    config = METHODS[name].Config
-    return config(
-        **{k: v for k, v in TINY.items() if k in config.model_fields} | OPTIONS.get(name, {})
-    )
+def options(name: str) -> dict[str, Any]:
+    known = METHODS[name].Config.model_fields
+    return {k: v for k, v in TINY.items() if k in known} | OPTIONS.get(name, {})
 
 
 def build(name: str, catalog: Catalog, seed: int = 0) -> Any:
     backbone = tiny.random_backbone("bert") if METHODS[name].uses_backbone else None
-    torch.manual_seed(seed)
-    return METHODS[name](options(name), catalog, backbone)
-
-
-class Silent:
-    """Nobody watches."""
-
-    def training(self, epoch: float, step: int, total: int, text: str) -> None: ...
-    def validating(self, done: int, total: int) -> None: ...
-    def line(self, text: str) -> None: ...
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return models.build(METHODS[name], options(name), catalog, backbone, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +148,7 @@ def trained(
         eval_every=epochs,
     )
     run = tmp_path_factory.mktemp(name)
-    train(model, split, training, seed=0, run=run, progress=Silent())
+    train(model, split, training, seed=0, run=run, progress=Quiet())
     return Trained(name, METHODS[name], model, split, catalog)
 
 
@@ -186,17 +171,12 @@ def ready(model: Any) -> Iterator[tuple[Stage, list[nn.Parameter]]]:
         yield stage, own
 
 
-def batches_of(stage: Stage, sequences: Ragged, epoch: int = 0, seed: int = 0) -> list[Batch]:
-    made = stage.batches(sequences, seed=seed, epoch=epoch, batch_users=8, batch_tokens=4096)
-    listed = list(made.iterate())
-    assert len(made) == len(listed) >= 1
-    return listed
+batches_of = partial(models.batches_of, batch_users=8, batch_tokens=4096)
 
 
 def updates(stage: Stage, batch: Batch, optimizer: torch.optim.Optimizer) -> Iterator[Losses]:
-    """The updates of a batch, each handed out between its gradients and its step."""
-    made = stage.loss(batch)
-    for losses in (made,) if isinstance(made, Losses) else made:
+    """Hand out the updates of a batch, each between its gradients and its step."""
+    for losses in protocols.updates(stage.loss(batch)):
         optimizer.zero_grad()
         losses.total.backward()
         yield losses

@@ -12,12 +12,14 @@ import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import tiny
+from tests.support import models, tiny
+from tests.support.models import one_batch, shaken
+from tests.support.runs import Quiet
+from tests.support.sequential import HISTORIES, N
 from torch import Tensor
 from torch.nn import functional as F
 
 from l2rec.config import TrainingConfig
-from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import leave_one_out
@@ -29,7 +31,6 @@ from l2rec.modules.backbone import Backbone
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.loop import train
 
-N = 20
 TITLES = [" ".join(simple_text(1007 * i).split()[: 1 + i % 4]) for i in range(N)]
 BRANDS = ["" if i % 3 else simple_text(31 * i + 5).split()[0] for i in range(N)]
 CATALOG = Catalog(
@@ -42,9 +43,7 @@ CATALOG = Catalog(
         }
     )
 )
-HISTORIES = Ragged.from_rows(
-    [[3, 1, 4, 1, 5, 9], [2], [6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4], [6, 2, 6, 4]]
-)
+BACKBONE = ("backbone.", "tuned.")  # what a test leaves as it was
 FAMILIES = ("bert", "qwen3", "llama")
 
 
@@ -57,28 +56,10 @@ def build(
     **changes: Any,
 ) -> RecFormer:
     values: dict[str, Any] = {"max_items": 8, "max_tokens": 64, "item_tokens": 6, "rank": 2}
-    options = RecFormerConfig(**values | {"pretrain_epochs": 1} | changes)
+    options = values | {"pretrain_epochs": 1} | changes
     backbone = backbone or tiny.random_backbone(family)
-    torch.manual_seed(seed)
-    return RecFormer(options, catalog, backbone)
-
-
-def shaken(model: RecFormer, scale: float = 0.1) -> RecFormer:
-    """As if trained: no parameter at its neutral start."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith(("backbone.", "tuned.")):
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-def one_batch(model: RecFormer, stage: int, sequences: Ragged = HISTORIES) -> Batch:
-    made = model.stages(1e-3, 0.0)[stage].batches(
-        sequences, seed=0, epoch=0, batch_users=99, batch_tokens=10**6
-    )
-    assert len(made) == 1
-    return next(iter(made.iterate()))
+    model: RecFormer = models.build(RecFormer, options, catalog, backbone, seed=seed)
+    return model
 
 
 # ------------------------------------------------------------------------------- rows
@@ -148,7 +129,7 @@ def test_rows_are_what_the_paper_says(family: str, changes: dict[str, Any]) -> N
 
 def test_an_item_without_text_takes_no_tokens() -> None:
     for family in FAMILIES:
-        model = shaken(build(family, catalog=Catalog.of_texts(["", *TITLES[1:]])))
+        model = shaken(build(family, catalog=Catalog.of_texts(["", *TITLES[1:]])), still=BACKBONE)
         rows = model._rows(Ragged.from_rows([[0], [3, 0], [3]]))
         marks = len(model.before) + model.backbone.causal
         assert rows.lengths[0] == marks and rows.lengths[1] == rows.lengths[2] > marks
@@ -158,7 +139,7 @@ def test_an_item_without_text_takes_no_tokens() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_is_its_equation(family: str) -> None:
     """Compare with the Hugging Face model, one row at a time, the updates added to its weights."""
-    model = shaken(build(family))
+    model = shaken(build(family), still=BACKBONE)
     merged = tiny.random_model(family)
     for name, a, b in zip(model.lora.names, model.lora.a, model.lora.b, strict=True):
         merged.get_submodule(name).weight.data += model.lora.scaling * b @ a
@@ -186,7 +167,7 @@ def test_untrained_it_is_the_bare_backbone_at_its_first_token() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_does_not_fit_does_not_matter(family: str) -> None:
-    model = shaken(build(family, max_tokens=20))
+    model = shaken(build(family, max_tokens=20), still=BACKBONE)
     row = [3, 19, 7, 11, 15, 2, 3]  # texts of three and four words
     kept = int(model._rows(Ragged.from_rows([row])).items.max())
     assert 1 < kept < len(row)
@@ -213,8 +194,8 @@ def contrast(users: Tensor, items: Tensor, targets: list[int], tau: float) -> fl
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pretraining_is_its_equation(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shaken(build(family, temperature=0.5))
-    batch = one_batch(model, 0)
+    model = shaken(build(family, temperature=0.5), still=BACKBONE)
+    batch = one_batch(model, HISTORIES, 0)
     # Every third token is hidden, unless it is a mark.
     monkeypatch.setattr(
         model,
@@ -267,8 +248,8 @@ def _third(rows: Rows) -> Tensor:
 
 
 def test_without_language_losses() -> None:
-    model = shaken(build(mlm=0.0))
-    losses = model.pretraining_loss(one_batch(model, 0))
+    model = shaken(build(mlm=0.0), still=BACKBONE)
+    losses = model.pretraining_loss(one_batch(model, HISTORIES, 0))
     assert float(losses.parts["words"]) == 0
     assert float(losses.total.detach()) == float(losses.parts["contrast"])
     assert not any(p.requires_grad for p in model.head.parameters())
@@ -276,8 +257,8 @@ def test_without_language_losses() -> None:
 
 def test_one_pass_for_both_losses() -> None:
     """Check ``mlm_apart=false``: equal language losses, a contrast over rows with hidden words."""
-    apart, once = (shaken(build(mlm_apart=apart)) for apart in (True, False))
-    batch = one_batch(apart, 0)
+    apart, once = (shaken(build(mlm_apart=apart), still=BACKBONE) for apart in (True, False))
+    batch = one_batch(apart, HISTORIES, 0)
     losses = []
     for model in (apart, once):
         torch.manual_seed(0)
@@ -300,7 +281,7 @@ def test_rows_are_split_in_their_second_half() -> None:
 
 def test_pretraining_has_one_row_for_each_user() -> None:
     long = Ragged.from_rows([np.arange(40) % N, [1, 2], [5]])
-    batch = one_batch(build(), 0, long)
+    batch = one_batch(build(), long, 0)
     rows = [batch.histories[i].tolist() for i in range(2)]
     assert sorted(batch.users.tolist()) == [0, 1]
     assert sorted(rows, key=len) == [[1, 2], [i % N for i in range(31, 40)]]
@@ -358,9 +339,9 @@ def test_where_words_begin(vocabulary: list[str], expected: list[bool]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fine_tuning_is_its_equation(family: str) -> None:
-    model = shaken(build(family))
+    model = shaken(build(family), still=BACKBONE)
     model._renew_table(0)
-    batch = one_batch(model, 1)
+    batch = one_batch(model, HISTORIES, 1)
     scores = (model.encode_users(batch.histories) @ model.table.T).double() / 0.05
     expected = F.cross_entropy(scores, torch.from_numpy(batch.targets.astype(np.int64)))
     losses = model.loss(batch)
@@ -369,7 +350,7 @@ def test_fine_tuning_is_its_equation(family: str) -> None:
 
 
 def test_one_target_for_each_user_and_nothing_after_it() -> None:
-    batch = one_batch(build(), 1)
+    batch = one_batch(build(), HISTORIES, 1)
     assert sorted(batch.users.tolist()) == [0, 2, 3, 4]
     for i, user in enumerate(batch.users):
         row, seen = HISTORIES[int(user)].tolist(), batch.histories[i].tolist()
@@ -384,7 +365,7 @@ def test_users_are_scored_against_the_table_they_were_trained_with() -> None:
     model = build()
     items = np.arange(N)
     live = model.encode_items(items)
-    shaken(model)
+    shaken(model, still=BACKBONE)
     assert not torch.allclose(model.encode_items(items), live), (
         "without a table: encoded when asked"
     )
@@ -404,7 +385,7 @@ def test_users_are_scored_against_the_table_they_were_trained_with() -> None:
 
 
 def test_the_last_stage_makes_a_table_where_there_is_none() -> None:
-    model = shaken(build())
+    model = shaken(build(), still=BACKBONE)
     *_, stage = model.stages(1e-3, 0.0)
     assert stage.begin_epoch is not None
     live = model.encode_items(np.arange(N))
@@ -412,18 +393,12 @@ def test_the_last_stage_makes_a_table_where_there_is_none() -> None:
     assert bool(model.kept) and torch.equal(model.table, live)
 
 
-class Silent:
-    def training(self, epoch: float, step: int, total: int, text: str) -> None: ...
-    def validating(self, done: int, total: int) -> None: ...
-    def line(self, text: str) -> None: ...
-
-
 def test_the_best_model_comes_with_its_table(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     split = leave_one_out(Ragged.from_rows(list(rng.integers(N, size=(24, 7)))))
     model = build()
     training = TrainingConfig(epochs=3, lr=1e-2, batch_users=8, patience=2)
-    train(model, split, training, seed=0, run=tmp_path, progress=Silent())
+    train(model, split, training, seed=0, run=tmp_path, progress=Quiet())
     tensors, _ = load_tensors(tmp_path / "model.safetensors")
     other = build(seed=1)
     load_trained(other, tensors, "here")
@@ -433,7 +408,7 @@ def test_the_best_model_comes_with_its_table(tmp_path: Path) -> None:
 
 
 def test_other_items_start_without_a_table() -> None:
-    model = shaken(build())
+    model = shaken(build(), still=BACKBONE)
     model._renew_table(0)
     left = {n: t for n, t in trained_tensors(model).items() if n not in model.item_tensors}
     other = build(catalog=Catalog.of_texts([*TITLES, "pink kite"]))
@@ -445,7 +420,7 @@ def test_other_items_start_without_a_table() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_items_stand_beside_the_table(family: str) -> None:
-    model = shaken(build(family, keys=("wood", "metal")))
+    model = shaken(build(family, keys=("wood", "metal")), still=BACKBONE)
     model._renew_table(0)
     assert model.encode_items(["pink silk kite"]).shape == (1, 32)
     assert model.n_items == N and len(model.table) == N
@@ -480,7 +455,7 @@ def test_full_tuning_trains_a_copy(family: str, tmp_path: Path) -> None:
         optimizer = torch.optim.AdamW(own, lr=1e-2)
         if stage.begin_epoch is not None:
             stage.begin_epoch(0)
-        stage.loss(one_batch(model, 0 if not stage.select else 1)).total.backward()
+        stage.loss(one_batch(model, HISTORIES, 0 if not stage.select else 1)).total.backward()
         assert all(p.grad is not None for p in own), stage.name
         optimizer.step()
         model.zero_grad()

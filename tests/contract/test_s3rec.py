@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
+from tests.support import models
+from tests.support.models import batches_of, shaken
 from torch import Tensor, nn
 
 from l2rec.data.batches import Batch
@@ -30,24 +32,13 @@ SMALL = {"dim": 8, "heads": 2, "inner": 12, "max_items": 8}
 
 
 def build(seed: int = 0, **changes: Any) -> S3Rec:
-    torch.manual_seed(seed)
-    return S3Rec(S3RecConfig(**SMALL | {"max_share": 0.5} | changes), CATALOG)
-
-
-def shaken(model: S3Rec) -> S3Rec:
-    """As if trained: no parameter at its neutral start."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape)
-    return model.eval()
+    options = SMALL | {"max_share": 0.5} | changes
+    model: S3Rec = models.build(S3Rec, options, CATALOG, seed=seed)
+    return model
 
 
 def epoch_of(model: S3Rec, stage: int, sequences: Ragged = ROWS, epoch: int = 0) -> list[Batch]:
-    made = model.stages(1e-3, 0.0)[stage].batches(
-        sequences, seed=0, epoch=epoch, batch_users=99, batch_tokens=10**6
-    )
-    return list(made.iterate())
+    return batches_of(model.stages(1e-3, 0.0)[stage], sequences, epoch=epoch)
 
 
 def fit(model: S3Rec, stage: int, sequences: Ragged, epochs: int) -> list[dict[str, Tensor]]:
@@ -231,7 +222,7 @@ def written_out(model: S3Rec, batch: Batch) -> dict[str, float]:
 
 
 def test_pretraining_is_its_equations() -> None:
-    model = shaken(build(aap=0.2, mip=0.7, map=0.9, sp=0.5)).double()
+    model = shaken(build(aap=0.2, mip=0.7, map=0.9, sp=0.5), 0.3).double()
     rows = Ragged.from_rows([[int(i) for i in np.arange(r, 3 * r + 2) % N] for r in range(9)])
     (batch,) = epoch_of(model, 0, rows.head(8))
     expected = written_out(model, batch)
@@ -244,7 +235,7 @@ def test_pretraining_is_its_equations() -> None:
 
 
 def test_negatives_are_not_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shaken(build())
+    model = shaken(build(), 0.3)
     (batch,) = epoch_of(model, 0)
     with monkeypatch.context() as patch:
         patch.setattr(s3rec, "hide", lambda real, share: real)
@@ -254,7 +245,7 @@ def test_negatives_are_not_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pretraining_reads_both_ways_and_whole_training_rows() -> None:
-    model = shaken(build())
+    model = shaken(build(), 0.3)
     (batch,) = epoch_of(model, 0)
     assert sorted(map(tuple, (batch.histories[r] for r in range(4)))) == sorted(
         map(tuple, (ROWS[r] for r in range(4)))
@@ -299,7 +290,7 @@ def test_stages() -> None:
 
 
 def test_fine_tuning_is_sasrec_from_the_same_weights() -> None:
-    model = shaken(build())
+    model = shaken(build(), 0.3)
     theirs = SASRec(SASRecConfig(**SMALL), CATALOG).eval()
     theirs.load_state_dict(
         {n: t for n, t in model.state_dict().items() if n.startswith(("items.", "encoder."))}

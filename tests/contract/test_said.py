@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import tiny
+from tests.support import models, tiny
 from torch import Tensor
 
 from l2rec.data.batches import Batch
@@ -47,8 +47,8 @@ def build(
     **changes: Any,
 ) -> SAID:
     backbone = backbone or tiny.random_backbone(family)
-    torch.manual_seed(seed)
-    return SAID(SAIDConfig(**SMALL | changes), Catalog.of_texts(texts), backbone)
+    model: SAID = models.build(SAID, SMALL | changes, Catalog.of_texts(texts), backbone, seed=seed)
+    return model
 
 
 def items_batch(model: SAID, **options: int) -> Batch:

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import sequential
-from tests.sequential import HISTORIES, N, double
+from tests.support import models, sequential
+from tests.support.models import one_batch, shaken
+from tests.support.sequential import HISTORIES, NAMELESS, N, double
 from torch.nn import functional as F
 
-from l2rec.data.catalog import Catalog
-from l2rec.methods.sasrec import SASRec, SASRecConfig
+from l2rec.methods.sasrec import SASRec
 
 
 def build(seed: int = 0, **changes: Any) -> SASRec:
-    torch.manual_seed(seed)
     options = {"dim": 16, "inner": 24, "max_items": 8} | changes
-    return SASRec(SASRecConfig(**options), Catalog.of_texts([""] * N))
+    model: SASRec = models.build(SASRec, options, NAMELESS, seed=seed)
+    return model
 
 
 def test_the_equations() -> None:
-    model = sequential.shaken(build(heads=4))
+    model = shaken(build(heads=4))
     rows = HISTORIES.head(8)
     table = double(model.items.weight)
     with torch.no_grad():
@@ -39,15 +39,15 @@ def test_the_equations() -> None:
             sequential.cross_entropy(table @ expected[t], items[t + 1])
             for t in range(len(items) - 1)
         ]
-    total = model.loss(sequential.one_batch(model, rows)).total.detach()
+    total = model.loss(one_batch(model, rows)).total.detach()
     assert float(total) == pytest.approx(np.mean(each), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["bce", "sampled"])
 def test_sampled_losses(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that a position has separate negatives, none of which is its target."""
-    model = sequential.shaken(build(loss=loss, negatives=3))
-    batch = sequential.one_batch(model, HISTORIES.head(8))
+    model = shaken(build(loss=loss, negatives=3))
+    batch = one_batch(model, HISTORIES.head(8))
     drawn = torch.randint(N, (len(batch.targets), 3), generator=torch.Generator().manual_seed(0))
     drawn[0, 1] = int(batch.targets[0])
     monkeypatch.setattr(torch, "randint", lambda *_, **__: drawn)

@@ -7,24 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import sequential, tiny
-from tests.sequential import HISTORIES, N, double
+from tests.support import models, sequential, tiny
+from tests.support.models import one_batch, shaken
+from tests.support.sequential import HISTORIES, TEXTS, N, double
 from torch import Tensor
 
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
-from l2rec.methods.sasrec_table import SASRecTable, SASRecTableConfig
-
-TEXTS = [simple_text(1007 * i) for i in range(N)]
+from l2rec.methods.sasrec_table import SASRecTable
 
 
 def build(**changes: Any) -> SASRecTable:
-    backbone = tiny.random_backbone()
-    torch.manual_seed(0)
     options: dict[str, Any] = {"inner": 24, "max_items": 8, "text_tokens": 12} | changes
-    return SASRecTable(SASRecTableConfig(**options), Catalog.of_texts(TEXTS), backbone)
+    catalog, backbone = Catalog.of_texts(TEXTS), tiny.random_backbone()
+    model: SASRecTable = models.build(SASRecTable, options, catalog, backbone)
+    return model
 
 
 def row(model: SASRecTable, text: Tensor, residual: Tensor | None) -> Tensor:
@@ -47,7 +45,7 @@ def users(model: SASRecTable, history: list[Tensor]) -> list[Tensor]:
 
 
 def test_the_equations() -> None:
-    model = sequential.shaken(build())
+    model = shaken(build())
     rows = HISTORIES.head(8)
     table = [row(model, model.text.vectors[i], model.table.residual[i]) for i in range(N)]
     each = []
@@ -67,12 +65,12 @@ def test_the_equations() -> None:
             )
             for t in range(len(items) - 1)
         ]
-    total = model.loss(sequential.one_batch(model, rows)).total.detach()
+    total = model.loss(one_batch(model, rows)).total.detach()
     assert float(total) == pytest.approx(np.mean(each), rel=1e-4)
 
 
 def test_an_item_that_training_never_meets_is_its_text() -> None:
-    model = sequential.shaken(build())
+    model = shaken(build())
     model.calibrate(Ragged.from_rows([[4, 2], [2, 7]]), HISTORIES, HISTORIES.values)
     rows = model.encode_items(np.arange(N, dtype=np.int32))
     for item in range(N):
@@ -87,7 +85,7 @@ def test_it_trains() -> None:
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_items_that_come_later(kept: bool) -> None:
-    model = sequential.shaken(build())
+    model = shaken(build())
     if kept:
         model.freeze()
     old = model.encode_items(np.arange(N))

@@ -10,24 +10,23 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests import sequential, tiny
-from tests.sequential import HISTORIES, N, double
-from tests.unit import tiny_run
+from tests.support import models, runs, sequential, tiny
+from tests.support.models import one_batch, shaken
+from tests.support.sequential import HISTORIES, TEXTS, N, double
 from torch import Tensor
 
 from l2rec.config import resolve
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
-from l2rec.data.synthetic import chain_dataset, simple_text
+from l2rec.data.synthetic import chain_dataset
 from l2rec.errors import ConfigError, DataError
-from l2rec.methods.unisrec import MixtureAdaptor, UniSRec, UniSRecConfig, drop_words, without
+from l2rec.methods.unisrec import MixtureAdaptor, UniSRec, drop_words, without
 from l2rec.modules.frozen_text import FrozenText
 from l2rec.runs.checkpoint import load_tensors, trained_tensors
 from l2rec.runs.predictor import load
 from l2rec.runs.train import train_run
 
-TEXTS = [simple_text(1007 * i) for i in range(N)]
 SMALL: dict[str, Any] = {
     "dim": 16,
     "inner": 24,
@@ -41,9 +40,9 @@ INDUCTIVE = {"transductive": False}
 
 
 def build(seed: int = 0, texts: list[str] = TEXTS, **changes: Any) -> UniSRec:
-    backbone = tiny.random_backbone()
-    torch.manual_seed(seed)
-    return UniSRec(UniSRecConfig(**SMALL | changes), Catalog.of_texts(texts), backbone)
+    catalog, backbone = Catalog.of_texts(texts), tiny.random_backbone()
+    model: UniSRec = models.build(UniSRec, SMALL | changes, catalog, backbone, seed=seed)
+    return model
 
 
 def adapted(adaptor: MixtureAdaptor, x: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -78,7 +77,7 @@ def cosines(user: Tensor, items: list[Tensor], tau: float) -> Tensor:
 
 def test_the_mixture() -> None:
     torch.manual_seed(0)
-    adaptor = sequential.shaken(MixtureAdaptor(6, 5, 3, dropout=0.0), scale=0.5)
+    adaptor = shaken(MixtureAdaptor(6, 5, 3, dropout=0.0), scale=0.5)
     x = torch.randn(4, 6)
     for training in (False, True):
         adaptor.train(training)
@@ -98,7 +97,7 @@ def test_the_mixture() -> None:
 
 @pytest.mark.parametrize("changes", [{}, INDUCTIVE], ids=["transductive", "inductive"])
 def test_fine_tuning_loss(changes: dict[str, Any]) -> None:
-    model = sequential.shaken(build(**changes))
+    model = shaken(build(**changes))
     rows, tau = HISTORIES.head(8), model.config.temperature
     items = [item(model, i) for i in range(N)]
     each = []
@@ -111,14 +110,14 @@ def test_fine_tuning_loss(changes: dict[str, Any]) -> None:
         ]
         found = model.scorer()(Ragged.from_rows([history]))[0].double() / tau
         torch.testing.assert_close(found, cosines(states[-1], items, tau), rtol=0, atol=1e-3)
-    total = model.loss(sequential.one_batch(model, rows)).total.detach()
+    total = model.loss(one_batch(model, rows)).total.detach()
     assert float(total) == pytest.approx(np.mean(each), rel=1e-4)
 
 
 @pytest.mark.parametrize("view", ["items", "words"])
 def test_pre_training_loss(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check both contrasts, with known drops of items or words in the augmented rows."""
-    model = sequential.shaken(
+    model = shaken(
         build(sequence_weight=0.3, item_drop=0.5, item_drop_batches=float(view == "items"))
     )
     tau = model.config.temperature
@@ -221,7 +220,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
 def test_losses_reach_all_that_is_trained(changes: dict[str, Any]) -> None:
-    model = sequential.shaken(build(pretrain_epochs=2, **changes)).train()
+    model = shaken(build(pretrain_epochs=2, **changes)).train()
     for number, stage in enumerate(model.stages(1e-3, 0.0)):
         made = stage.batches(HISTORIES, seed=0, epoch=0, batch_users=99, batch_tokens=10**6)
         losses = stage.loss(made[0])
@@ -256,7 +255,7 @@ def test_pre_training_alone_ranks_chains() -> None:
 
 
 def test_a_position_reads_as_its_prefix() -> None:
-    model = sequential.shaken(build())
+    model = shaken(build())
     rows = HISTORIES.head(8)
     with torch.no_grad():
         states, real = model(rows, model.item_states(torch.arange(N)))
@@ -268,7 +267,7 @@ def test_a_position_reads_as_its_prefix() -> None:
 
 @pytest.mark.parametrize("changes", [{}, INDUCTIVE], ids=["transductive", "inductive"])
 def test_new_items_enter_by_their_text(changes: dict[str, Any]) -> None:
-    model = sequential.shaken(build(**changes))
+    model = shaken(build(**changes))
     known = model.encode_items(np.arange(N))
     read = model.encode_items([TEXTS[4], TEXTS[9]])
     assert model.n_items == N and read.shape == (2, 16)
@@ -286,7 +285,7 @@ def test_new_items_enter_by_their_text(changes: dict[str, Any]) -> None:
 
 def test_pre_trained_elsewhere(tmp_path: Path) -> None:
     """Train a run that pre-trains alone, and one on other items that starts from it."""
-    backbone = tiny_run.save_backbone(tmp_path / "bert")
+    backbone = runs.save_backbone(tmp_path / "bert")
     source = chain_dataset(tmp_path / "source", 20, 15, 6, seed=0)
     target = chain_dataset(tmp_path / "target", 20, 17, 6, seed=1)
 
@@ -295,11 +294,11 @@ def test_pre_trained_elsewhere(tmp_path: Path) -> None:
             "method": "l2rec.methods.unisrec:UniSRec",
             "backbone": {"name": str(backbone), "dtype": "float32"},
             "model": SMALL | model,
-            "training": tiny_run.TRAINING,
+            "training": runs.TRAINING,
         }
         return resolve(values, where="test")
 
-    quiet = tiny_run.Quiet()
+    quiet = runs.Quiet()
     train_run(
         config(pretrain_epochs=2, finetune=False), source.path, tmp_path / "pre", progress=quiet
     )
@@ -345,7 +344,7 @@ def test_words_are_dropped_in_pre_training_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(FrozenText, "read_catalog", counted)
     model = build(pretrain_epochs=1, item_drop_batches=0.0)
     model.scorer()(HISTORIES)
-    sequential.one_batch(build())
+    one_batch(build(), HISTORIES)
     assert read == [TEXTS, TEXTS]
     stage = model.stages(1e-3, 0.0)[0]
     made = stage.batches(HISTORIES, seed=0, epoch=0, batch_users=2, batch_tokens=10**6)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.parity import reference
-from tests.tiny import random_backbone
+from tests.support import reference
+from tests.support.tiny import random_backbone
 from torch import Tensor, nn
 
 from l2rec.errors import BackboneError, ConfigError

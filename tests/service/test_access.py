@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from starlette.testclient import TestClient
-from tests.service.conftest import Serve
-from tests.service.test_app import error
+from tests.support.service import READ_KEY, WRITE_KEY, Serve, error
 
-READ, WRITE, WRONG = "read-key-0123456789", "write-key-987654321", "wrong-key-5555555555"
+READ, WRITE, WRONG = READ_KEY, WRITE_KEY, "wrong-key-5555555555"
 KEYS = {
     "read_keys": (SecretStr("another-key-111111"), SecretStr(READ)),
     "write_keys": (SecretStr(WRITE),),

@@ -12,8 +12,8 @@ import numpy as np
 import polars as pl
 import pytest
 from starlette.testclient import TestClient
-from tests.service.conftest import Serve
-from tests.unit.conftest import Finished
+from tests.support.runs import Finished
+from tests.support.service import Serve, error, metric_of
 
 from l2rec.errors import StorageError
 from l2rec.runs.predictor import load
@@ -21,7 +21,6 @@ from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
-from l2rec.service.metrics import Metrics
 from l2rec.service.settings import Experiment, Settings
 from l2rec.studies import abtest
 
@@ -30,24 +29,6 @@ def recommend(client: TestClient, **body: Any) -> list[str]:
     answer = client.post("/v1/recommend", json=body)
     assert answer.status_code == 200, answer.text
     return [item["id"] for item in answer.json()["items"]]
-
-
-def error(answer: Any, status: int) -> str:
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
-    value = answer.json()
-    assert list(value) == ["error"] and "\n" not in value["error"]
-    return str(value["error"])
-
-
-def metric_of(metrics: Metrics, name: str, /, **labels: str) -> float:
-    """The sum of all samples of a name that have these labels."""
-    return sum(
-        sample.value
-        for family in metrics.registry.collect()
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    )
 
 
 def metric(client: TestClient, name: str, /, **labels: str) -> float:

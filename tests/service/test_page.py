@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,8 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 from starlette.testclient import TestClient
-from tests.service.conftest import Serve
-from tests.service.test_app import error
-from tests.unit.conftest import Finished
+from tests.support.runs import Finished
+from tests.support.service import READ_KEY, Serve, error, in_thread
 
 from l2rec.data.dataset import Dataset
 from l2rec.errors import StorageError
@@ -29,8 +26,6 @@ from l2rec.service.live import Live
 from l2rec.service.loading import load_version
 from l2rec.service.search import Items, plain
 from l2rec.service.settings import Experiment, Settings
-
-KEY = "read-key-0123456789"
 
 
 def get(client: TestClient, path: str, **params: Any) -> Any:
@@ -52,7 +47,7 @@ def put(client: TestClient, **texts: str) -> None:
 
 
 def test_the_page_and_its_files(serve: Serve) -> None:
-    client = serve(read_keys=(SecretStr(KEY),))
+    client = serve(read_keys=(SecretStr(READ_KEY),))
     page = client.get("/")
     assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
     kinds = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
@@ -346,31 +341,17 @@ Open = Callable[..., Any]
 
 
 class Server:
-    """A real server of an app, in a thread."""
+    """A real server of a run, in a thread; `reference` is another copy of its model."""
 
     def __init__(self, run: Path, log: EventLog, **settings: Any) -> None:
-        import uvicorn
-
         self.app = create_app(Settings(rate=0, **settings), Live(load_version(run)), log)
         # For what is expected: the served model belongs to the server's thread.
         self.reference = load(run)
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="critical", lifespan="on"))
-        self.thread = threading.Thread(
-            target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True
-        )
-        self.thread.start()
-        deadline = time.monotonic() + 60
-        while not self.server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        self._stack = ExitStack()
+        self.url = self._stack.enter_context(in_thread(self.app))
 
     def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(60)
-        self.socket.close()
-        assert not self.thread.is_alive()
+        self._stack.close()
 
 
 @pytest.fixture(scope="module")
@@ -702,7 +683,7 @@ def test_a_key_is_asked_for(
     visit: Open, table_run: Finished, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
-    other = Server(table_run.run, log, read_keys=(SecretStr(KEY),))
+    other = Server(table_run.run, log, read_keys=(SecretStr(READ_KEY),))
     request.addfinalizer(other.close)
     page = visit("#h=i1&h=i2", of=other, quiet=False)  # a browser says of each 401 that it was one
     page.wait_for_selector("#key:not([hidden])")
@@ -712,12 +693,12 @@ def test_a_key_is_asked_for(
     page.wait_for_function(
         "() => document.querySelector('#key').innerText.includes('does not know')"
     )
-    page.fill("#key-field", KEY)
+    page.fill("#key-field", READ_KEY)
     page.keyboard.press("Enter")
     wait_for_ranking(page)
     assert not page.is_visible("#key") and not page.is_visible("#notice")
-    assert page.evaluate("Object.values(sessionStorage)") == [KEY]
-    assert KEY not in page.url and page.evaluate("localStorage.length") == 0
+    assert page.evaluate("Object.values(sessionStorage)") == [READ_KEY]
+    assert READ_KEY not in page.url and page.evaluate("localStorage.length") == 0
     page.reload()
     wait_for_ranking(page)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from pydantic import SecretStr
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
-from tests.unit.conftest import Finished
+from tests.support.runs import Finished
+from tests.support.service import WRITE_KEY, in_thread
 
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
@@ -24,7 +21,6 @@ from l2rec.service.loading import load_version
 from l2rec.service.settings import Settings
 
 EXAMPLES = 20
-KEY = "write-key-987654321"
 NOT_IN_A_SCHEMA = (
     "unknown item id",
     "no attribute ",
@@ -32,7 +28,7 @@ NOT_IN_A_SCHEMA = (
     " is given twice",
     " different attributes; items have at most",
 )
-HEADERS = {"Authorization": f"Bearer {KEY}"}
+HEADERS = {"Authorization": f"Bearer {WRITE_KEY}"}
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +36,10 @@ def api(table_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """The schema of a server that runs."""
     log = EventLog(f"sqlite:///{tmp_path_factory.mktemp('log') / 'events.db'}")
     app = create_app(
-        Settings(rate=0, write_keys=(SecretStr(KEY),)), Live(load_version(table_run.run)), log
+        Settings(rate=0, write_keys=(SecretStr(WRITE_KEY),)), Live(load_version(table_run.run)), log
     )
-    with socket.socket(proto=socket.IPPROTO_TCP) as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        deadline = time.monotonic() + 60
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    with in_thread(app) as url:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json")
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from tests.unit.conftest import Finished
+from tests.support.command import PROGRAM
+from tests.support.runs import Finished
+from tests.support.service import WRITE_KEY, environment, in_process
 from typer.testing import CliRunner
 
 from l2rec.cli import app
@@ -26,69 +24,13 @@ from l2rec.errors import L2RecError
 from l2rec.runs.predictor import load
 from l2rec.service.live import deploy
 
-CLI = "import sys; from l2rec.cli import main; sys.argv[0] = 'l2rec'; main()"
-KEY = "write-key-987654321"
-
-
-class Process:
-    """``l2rec serve`` on a port of its own."""
-
-    def __init__(self, target: Path, *options: str, keys: bool = False) -> None:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("L2REC_")}
-        if keys:
-            environment["L2REC_WRITE_KEYS"] = KEY
-        command = ["serve", str(target), "--port", "0", *options]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", CLI, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.errors: list[str] = []
-        assert self.process.stderr is not None and self.process.stdout is not None
-        self._reading = threading.Thread(target=self._read, daemon=True)
-        self._reading.start()
-        line = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-        if found is None:
-            self.process.wait(60)
-            self._reading.join(10)
-            raise AssertionError(line + "".join(self.errors))
-        self.url = found[0]
-        self.port = int(found[1])
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.errors.extend(self.process.stderr)
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        code = self.process.wait(60)
-        self._reading.join(10)
-        return code
-
-
-@contextmanager
-def serving(target: Path, *options: str, keys: bool = False) -> Iterator[Process]:
-    process = Process(target, *options, keys=keys)
-    try:
-        yield process
-    finally:
-        process.process.kill()
-        process.process.wait(60)
-        for stream in (process.process.stdout, process.process.stderr):
-            assert stream is not None
-            stream.close()
-
 
 def test_a_public_address_without_a_key_is_refused() -> None:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("L2REC_")}
     done = subprocess.run(
-        [sys.executable, "-c", CLI, "serve", "runs", "--host", "0.0.0.0"],
+        [*PROGRAM, "serve", "runs", "--host", "0.0.0.0"],
         capture_output=True,
         text=True,
-        env=clean,
+        env=environment(),
         timeout=120,
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
@@ -157,8 +99,8 @@ def test_deploy_and_rollback_by_command(
 
 def test_sigterm_answers_what_is_in_flight(table_run: Finished, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'events.db'}"
-    with serving(table_run.run, "--log", url, keys=True) as server:
-        headers = {"Authorization": f"Bearer {KEY}"}
+    with in_process(table_run.run, "--log", url, keys=True) as server:
+        headers = {"Authorization": f"Bearer {WRITE_KEY}"}
         idle = httpx.Client(base_url=server.url, headers=headers)
         assert idle.get("/readyz").json()["status"] == "ready"
         assert "server" not in idle.get("/livez").headers
@@ -167,7 +109,8 @@ def test_sigterm_answers_what_is_in_flight(table_run: Finished, tmp_path: Path) 
         with socket.create_connection(("127.0.0.1", server.port)) as half:
             half.sendall(
                 b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                + f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+                + f"Authorization: Bearer {WRITE_KEY}\r\n".encode()
+                + f"Content-Length: {len(body)}\r\n\r\n".encode()
                 + body[:5]
             )
             time.sleep(0.3)
@@ -191,7 +134,7 @@ def test_sigterm_answers_what_is_in_flight(table_run: Finished, tmp_path: Path) 
         assert server.process.wait(60) == 0
         idle.close()
         said = "".join(server.errors)
-        assert "Traceback" not in said and KEY not in said
+        assert "Traceback" not in said and WRITE_KEY not in said
 
 
 def test_items_and_events_survive_kill_9(table_run: Finished, tmp_path: Path) -> None:
@@ -209,7 +152,7 @@ def test_items_and_events_survive_kill_9(table_run: Finished, tmp_path: Path) ->
             client.request(method, path, json=body).raise_for_status()
         acknowledged.append(number)
 
-    with serving(table_run.run, "--log", url) as server:
+    with in_process(table_run.run, "--log", url) as server:
         with httpx.Client(base_url=server.url, timeout=30) as client:
             killer = threading.Timer(0.4, server.process.kill)
             killer.start()
@@ -219,7 +162,7 @@ def test_items_and_events_survive_kill_9(table_run: Finished, tmp_path: Path) ->
         assert server.process.wait(60) == -signal.SIGKILL
     assert acknowledged
     with (
-        serving(table_run.run, "--log", url) as server,
+        in_process(table_run.run, "--log", url) as server,
         httpx.Client(base_url=server.url, timeout=30) as client,
     ):
         body: Any = {"history": ["i1"], "k": 500}
@@ -237,7 +180,7 @@ def test_items_and_events_survive_kill_9(table_run: Finished, tmp_path: Path) ->
 def test_a_folder_is_followed(table_run: Finished, other_run: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "serving"
     deploy(table_run.run, folder)
-    with serving(folder) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+    with in_process(folder) as server, httpx.Client(base_url=server.url, timeout=30) as client:
 
         def version() -> str:
             answer = client.post("/v1/recommend", json={"history": ["i1"]})

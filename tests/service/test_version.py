@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.conftest import Finished
+from tests.support.runs import Finished
 
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.index import Exact, build, save

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import subprocess
@@ -13,26 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny
-from tests.unit import tiny_run
+from tests.support import runs, tiny
+from tests.support.benchmarks import FOLDER, script
 
 import l2rec.modules.experts
 from l2rec.data.dataset import Dataset
 from l2rec.modules.experts import top_n
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """A script as it runs: its folder is where it finds what the scripts share."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
-measure, step, growth = load("measure"), load("step"), load("growth")
-breakdown, performance, systems = load("breakdown"), load("performance"), load("systems")
-sasrec = load("sasrec")
+measure, step, growth = script("measure"), script("step"), script("growth")
+breakdown, performance, systems = script("breakdown"), script("performance"), script("systems")
+sasrec = script("sasrec")
 
 
 # -- what all benchmarks share -------------------------------------------------------------------
@@ -102,7 +91,7 @@ def test_a_peak_is_measured() -> None:
     """In a fresh process, as the benchmarks do: a used heap has room that no peak shows."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux tells")
-    command = [sys.executable, "-c", PEAK_SCRIPT, str(BENCHMARKS)]
+    command = [sys.executable, "-c", PEAK_SCRIPT, str(FOLDER)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.9 * 4 * 4_000_000 / 2**20
 
@@ -215,7 +204,7 @@ def test_ranking_ranks_everybody() -> None:
 
 @pytest.mark.parametrize("items", ["encode", "table"])
 def test_a_step_is_taken_apart(items: str, backbone_folder: Path, chains: Dataset) -> None:
-    step = breakdown.Step(tiny_run.config(backbone_folder, items), chains)
+    step = breakdown.Step(runs.config(backbone_folder, items), chains)
     seconds = breakdown.measured(step, rounds=2)
     forward = {part for part, where in seconds if where == breakdown.FORWARD}
     backward = {part for part, where in seconds if where == breakdown.BACKWARD}
@@ -227,7 +216,7 @@ def test_a_step_is_taken_apart(items: str, backbone_folder: Path, chains: Datase
     assert model <= forward and model <= backward
     assert {breakdown.BATCH, breakdown.INPUTS} <= forward
     assert {breakdown.OPTIMIZER, breakdown.SUMS} <= backward
-    assert min(seconds.values()) >= 0
+    assert all(spent > 0 for (part, _), spent in seconds.items() if part != breakdown.BETWEEN)
     table = breakdown.rows(seconds)
     assert sum(row["share"] for row in table) == pytest.approx(1.0)
     assert table[0]["share"] == max(row["share"] for row in table)
@@ -235,6 +224,39 @@ def test_a_step_is_taken_apart(items: str, backbone_folder: Path, chains: Datase
     assert l2rec.modules.experts.top_n is top_n
     hooks = [len(m._forward_hooks) for m in step.model.backbone.model.modules()]
     assert not any(hooks)
+
+
+def test_what_lies_between_operations_is_the_rest_of_a_stretch() -> None:
+    """Medians of both kinds of round; the rest is never less than nothing."""
+    forward, backward = breakdown.FORWARD, breakdown.BACKWARD
+    batch, between, experts = breakdown.BATCH, breakdown.BETWEEN, breakdown.EXPERTS
+
+    class Scripted:
+        rounds = iter([9.0, 3.0, 5.0, 4.0])  # the first, which warms up, is not counted
+
+        def plain(self) -> dict[tuple[str, str], float]:
+            return {
+                (batch, forward): 1.0,
+                (between, forward): next(self.rounds),
+                (between, backward): 2.0,
+            }
+
+        def watched(self) -> dict[tuple[str, str], float]:
+            return {(experts, forward): 1.5, (experts, backward): 6.0}
+
+    seconds = breakdown.measured(Scripted(), rounds=3)
+    assert seconds == {
+        (batch, forward): 1.0,
+        (between, forward): 4.0 - 1.5,
+        (between, backward): 0.0,
+        (experts, forward): 1.5,
+        (experts, backward): 6.0,
+    }
+    assert [(row["part"], row["forward"], row["backward"]) for row in breakdown.rows(seconds)] == [
+        (experts, 1500.0, 6000.0),
+        (between, 2500.0, 0.0),
+        (batch, 1000.0, 0.0),
+    ]
 
 
 # -- the page ------------------------------------------------------------------------------------

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.support.benchmarks import script
 
 from l2rec.config import load_recipe
 from l2rec.data.catalog import Catalog
@@ -21,21 +19,8 @@ from l2rec.evaluation.ranking import evaluate
 from l2rec.modules.backbone import load_backbone
 from l2rec.runs.predictor import build_model
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ["model.max_tokens=128", "model.text_tokens=32", "model.max_items=8"]
 TINY_TABLE = [*TINY, "model.semantic_items=4", "model.item_tokens=8"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts() -> Iterator[None]:
-    """Scripts import each other as they do when one of them is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-
-
-def script(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")

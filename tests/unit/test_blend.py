@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.unit.conftest import Finished
-from tests.unit.tiny_run import Quiet
+from tests.support.runs import Finished, Quiet
 
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split

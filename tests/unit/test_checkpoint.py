@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.errors import one_line
 from torch import nn
 
 from l2rec.disk import read_json, write_json, write_text
@@ -41,12 +42,6 @@ def state(step: int, size: int = 4) -> State:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def one_line(error: pytest.ExceptionInfo[CheckpointError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 # -- files ---------------------------------------------------------------------------------------

@@ -8,46 +8,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
-from tests.unit import tiny_run
-from tests.unit.conftest import Finished
+from tests.support import runs
+from tests.support.command import Call, Outcome
+from tests.support.runs import Finished
 
 from l2rec import cli
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import chain_dataset
 from l2rec.methods.hdrec import HDRec, Reading, Side
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Outcome]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """``l2rec`` with arguments, in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["l2rec", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def refused(outcome: Outcome, message: str) -> None:
@@ -206,7 +180,7 @@ def test_bad_recipes(call: Call, chains: Dataset, tmp_path: Path, text: str, mes
 
 
 def test_data_that_cannot_be_trained_on(call: Call, backbone_folder: Path, tmp_path: Path) -> None:
-    recipe = tiny_run.write_recipe(tmp_path / "r.yaml", tiny_run.recipe_values(backbone_folder))
+    recipe = runs.write_recipe(tmp_path / "r.yaml", runs.recipe_values(backbone_folder))
     refused(
         call("train", recipe, "--data", tmp_path / "none", "--out", tmp_path / "run"),
         "none does not exist.*l2rec prepare",
@@ -295,9 +269,9 @@ def test_fusion_weights_of_a_trained_hdrec(
         "backbone": {"name": str(table_run.backbone), "dtype": "float32"},
         "model": {"max_items": 4, "item_tokens": 6, "max_tokens": 128, "id_dim": 8}
         | {"sasrec_epochs": 1, "sequence_prompt": "", "align_prompt": "", "align_items": 4},
-        "training": tiny_run.TRAINING | {"epochs": 1},
+        "training": runs.TRAINING | {"epochs": 1},
     }
-    recipe, run = tiny_run.write_recipe(tmp_path / "r.yaml", values), tmp_path / "run"
+    recipe, run = runs.write_recipe(tmp_path / "r.yaml", values), tmp_path / "run"
     assert call("train", recipe, "--data", table_run.data, "--out", run).code == 0
     own = json.loads(call("evaluate", run, "--split", "valid", "--json").out)
 
@@ -326,8 +300,8 @@ def test_fusion_weights_of_a_trained_hdrec(
 
 
 def test_a_folder_with_a_run(call: Call, table_run: Finished, tmp_path: Path) -> None:
-    values = tiny_run.recipe_values(table_run.backbone)
-    recipe = tiny_run.write_recipe(tmp_path / "r.yaml", values)
+    values = runs.recipe_values(table_run.backbone)
+    recipe = runs.write_recipe(tmp_path / "r.yaml", values)
     arguments = ["train", recipe, "--data", table_run.data, "--out", table_run.run]
     refused(call(*arguments), "holds a run already; add --resume")
     refused(call(*arguments, "model.rank=1", "--resume"), r"model\.rank was 2, is 1")
@@ -384,8 +358,8 @@ def test_nan_is_one_line(
         return real(*args, **options) * (float("nan") if len(calls) > 12 else 1.0)
 
     monkeypatch.setattr(method, "fused_catalog_loss", poisoned)
-    values = tiny_run.recipe_values(table_run.backbone)
-    recipe = tiny_run.write_recipe(tmp_path / "r.yaml", values)
+    values = runs.recipe_values(table_run.backbone)
+    recipe = runs.write_recipe(tmp_path / "r.yaml", values)
     outcome = call("train", recipe, "--data", table_run.data, "--out", tmp_path / "run")
     assert outcome.code == 2 and outcome.out == ""
     last = outcome.err.splitlines()[-1]
@@ -410,8 +384,8 @@ def test_the_whole_road(call: Call, backbone_folder: Path, tmp_path: Path) -> No
     outcome = call("describe", data, "--json")
     facts = json.loads(outcome.out)
     assert (facts["users"], facts["items"], facts["events"]) == (15, 12, 90)
-    values = tiny_run.recipe_values(backbone_folder)
-    recipe = tiny_run.write_recipe(tmp_path / "r.yaml", values)
+    values = runs.recipe_values(backbone_folder)
+    recipe = runs.write_recipe(tmp_path / "r.yaml", values)
     outcome = call("train", recipe, "--data", data, "--out", run, "training.epochs=1", "seed=3")
     assert outcome.code == 0, outcome
     assert "step 0" in outcome.err and "(untrained)" in outcome.err
@@ -426,7 +400,7 @@ def test_the_whole_road(call: Call, backbone_folder: Path, tmp_path: Path) -> No
 
 
 def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Path) -> None:
-    overrides = [f"model.{key}={json.dumps(value)}" for key, value in tiny_run.SMALL.items()] + [
+    overrides = [f"model.{key}={json.dumps(value)}" for key, value in runs.SMALL.items()] + [
         "training.max_steps=1",
         "backbone.dtype=float32",
         f"backbone.name={table_run.backbone}",

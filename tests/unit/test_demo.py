@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit import tiny_run
+from tests.support import runs
 
 from l2rec import demo
 from l2rec.config import RunConfig
@@ -44,7 +44,7 @@ def test_the_demo(
 
     def recipe(name: str, overrides: list[str]) -> RunConfig:
         asked.append((name, overrides))
-        return tiny_run.config(backbone_folder, epochs=1)
+        return runs.config(backbone_folder, epochs=1)
 
     monkeypatch.setattr(demo, "fetch", fetch)
     monkeypatch.setattr(demo, "load_recipe", recipe)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
-from tests.unit import tiny_run
-from tests.unit.tiny_run import Quiet
+from tests.support import runs
+from tests.support.command import Call
+from tests.support.runs import Quiet
 
-from l2rec import cli
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.data.moments import moment
@@ -231,7 +230,7 @@ def road(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Roa
     data = prepare(log, folder / "all", progress=False)
     early = PrepareConfig(only=("click",), before=CUT)
     prepare(log, folder / "clicks", early, progress=False)
-    config = tiny_run.config(backbone_folder, epochs=1)
+    config = runs.config(backbone_folder, epochs=1)
     train_run(config, folder / "clicks", folder / "run", progress=Quiet())
     return Road(log, data, folder / "run")
 
@@ -555,7 +554,7 @@ def test_a_run_that_has_seen_the_test_days_is_refused(
     road: Road, backbone_folder: Path, tmp_path: Path
 ) -> None:
     prepare(road.log, tmp_path / "clicks", PrepareConfig(only=("click",)), progress=False)
-    config = tiny_run.config(backbone_folder, epochs=1, max_steps=1)
+    config = runs.config(backbone_folder, epochs=1, max_steps=1)
     train_run(config, tmp_path / "clicks", tmp_path / "run", progress=Quiet())
     with pytest.raises(DataError, match="none to train on; train the run on less"):
         run_downstream(road.data.path, tmp_path / "out", progress=Quiet(), run=tmp_path / "run")
@@ -616,33 +615,24 @@ def test_a_rate_too_high_ends_in_one_line(road: Road, tmp_path: Path) -> None:
 def test_command(
     road: Road,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Call,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> int:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["l2rec", "downstream", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0)
-
     vectors = planted(road.data, tmp_path / "taste")
     fast = [
         *("test_days=1", "epochs=1", "user_buckets=512", "ks=[20]", "dlrm.dim=8"),
         *("dlrm.bottom=[16]", "dlrm.top=[16]", "dlrm.tower=[32, 16]"),
     ]
-    asked = [road.data.path, *fast, "--vectors", vectors, "--until", CUT, "--seeds", 1]
-    assert call(*asked, "--out", tmp_path / "a", "--json") == 0
-    printed = capsys.readouterr()
+    asked = ["downstream", road.data.path, *fast]
+    asked += ["--vectors", vectors, "--until", CUT, "--seeds", 1]
+    printed = call(*asked, "--out", tmp_path / "a", "--json")
+    assert printed.code == 0
     assert json.loads(printed.out) == read_json(tmp_path / "a" / "report.json")
     assert printed.err == ""
-    assert call(*asked, "--out", tmp_path / "b") == 0
-    shown = capsys.readouterr().out
+    code, shown, _ = call(*asked, "--out", tmp_path / "b")
+    assert code == 0
     assert "click gauc" in shown and "p (Holm)" in shown and "vectors alone" in shown
     assert "test    2023-11-22 .. 2023-11-22" in shown
-    assert call(road.data.path, "--out", tmp_path / "c") == 2
-    assert capsys.readouterr().err.startswith("l2rec: give either --run RUN")
-    assert call(*asked[:-2], "--until", "soon", "--out", tmp_path / "c") == 2
-    assert "'soon' is no time" in capsys.readouterr().err
+    refused = call("downstream", road.data.path, "--out", tmp_path / "c")
+    assert refused.code == 2 and refused.err.startswith("l2rec: give either --run RUN")
+    refused = call(*asked[:-2], "--until", "soon", "--out", tmp_path / "c")
+    assert refused.code == 2 and "'soon' is no time" in refused.err

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.support.errors import one_line
 
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import FORMATS, open_source
@@ -375,8 +376,7 @@ def csv_error(tmp_path: Path, text: str | bytes, **columns: Any) -> str:
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(DataError) as error:
         events_of(open_source(path, columns=Columns(**columns)))
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return one_line(error)
 
 
 def test_missing_column(tmp_path: Path) -> None:

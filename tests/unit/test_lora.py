@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tests import tiny
+from tests.support import tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.rows import rows_of
 
 from l2rec.data.ragged import Ragged, flat_index
 
 ROWS = st.lists(st.lists(st.integers(0, 99), max_size=6), max_size=6)
-
-
-def rows_of(ragged: Ragged) -> list[list[int]]:
-    return [ragged[i].tolist() for i in range(len(ragged))]
 
 
 @given(ROWS)

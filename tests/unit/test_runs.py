@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from tests.unit import tiny_run
-from tests.unit.conftest import Finished
-from tests.unit.tiny_run import Quiet, log, losses
+from tests.support import runs
+from tests.support.command import PROGRAM
+from tests.support.errors import one_line
+from tests.support.runs import Finished, Quiet, assert_same_training, log
 
 from l2rec.config import resolve
 from l2rec.data.dataset import Dataset
@@ -30,7 +30,7 @@ from l2rec.disk import read_json
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
 from l2rec.evaluation.ranks import read_ranks
 from l2rec.runs import folder
-from l2rec.runs import train as runs
+from l2rec.runs import train as training
 from l2rec.runs.checkpoint import load_tensors, save_tensors, trained_tensors
 from l2rec.runs.embed import embed_run
 from l2rec.runs.folder import user_history
@@ -40,28 +40,16 @@ from l2rec.runs.train import evaluate_run, train_run
 TIMELESS = ("scores", "valid", "best_step", "steps", "stopped", "significance", "tokens_seen")
 
 
-def one_line(error: pytest.ExceptionInfo[L2RecError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
-
-
 def copied(finished: Finished, to: Path) -> Path:
     shutil.copytree(finished.run, to)
     return to
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    ours, theirs = (load_tensors(run / "model.safetensors") for run in (a, b))
-    assert ours[1] == theirs[1] and ours[0].keys() == theirs[0].keys()
-    for name, tensor in ours[0].items():
-        assert torch.equal(tensor, theirs[0][name]), name
-    assert losses(a) == losses(b)
+    assert_same_training(a, b)
     reports = [read_json(run / "report.json") for run in (a, b)]
     for key in TIMELESS:
         assert reports[0][key] == reports[1][key], key
-    steps = [(r["event"], r["step"]) for r in log(b)]
-    assert len(steps) == len(set(steps))
     ours_ranks, their_ranks = (read_ranks(run / "ranks.parquet") for run in (a, b))
     assert np.array_equal(ours_ranks.ranks, their_ranks.ranks)
 
@@ -98,15 +86,16 @@ def test_no_score_of_the_test_split_before_training_ends(
     backbone_folder: Path, chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    train, test = runs.train, runs._score
-    monkeypatch.setattr(runs, "train", lambda *a, **k: (order.append("train"), train(*a, **k))[1])
-    monkeypatch.setattr(runs, "_score", lambda *a, **k: (order.append("test"), test(*a, **k))[1])
-    config = tiny_run.config(backbone_folder, max_steps=1)
+    train, test = training.train, training._score
+    monkeypatch.setattr(
+        training, "train", lambda *a, **k: (order.append("train"), train(*a, **k))[1]
+    )
+    monkeypatch.setattr(
+        training, "_score", lambda *a, **k: (order.append("test"), test(*a, **k))[1]
+    )
+    config = runs.config(backbone_folder, max_steps=1)
     train_run(config, chains.path, tmp_path / "run", progress=Quiet())
     assert order == ["train", *["test"] * 5]  # the method, three floors, the untrained model
-
-
-CLI = "import sys; from l2rec.cli import main; sys.argv[0] = 'l2rec'; main()"
 
 
 @pytest.mark.parametrize("items", ["table", "encode"])
@@ -114,14 +103,12 @@ def test_sigkill_and_resume_is_exact(
     items: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     finished: Finished = request.getfixturevalue(f"{items}_run")
-    values = tiny_run.recipe_values(finished.backbone, items)
-    recipe = tiny_run.write_recipe(tmp_path / "recipe.yaml", values)
+    values = runs.recipe_values(finished.backbone, items)
+    recipe = runs.write_recipe(tmp_path / "recipe.yaml", values)
     run = tmp_path / "run"
     arguments = ["train", str(recipe), "--data", str(finished.data), "--out", str(run)]
     with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", CLI, *arguments], stdout=output, stderr=output
-        )
+        process = subprocess.Popen([*PROGRAM, *arguments], stdout=output, stderr=output)
         # In the middle of the second epoch (of 5 steps), then at any moment.
         deadline = time.monotonic() + 120
         while not (run / "state" / "step-00000007").is_dir():
@@ -146,9 +133,9 @@ def test_killed_before_the_first_state(
     def crash(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    config = tiny_run.config(table_run.backbone)
+    config = runs.config(table_run.backbone)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "train", crash)
+        patch.setattr(training, "train", crash)
         with pytest.raises(KeyboardInterrupt):
             train_run(config, table_run.data, tmp_path / "run", progress=Quiet())
     train_run(config, table_run.data, tmp_path / "run", progress=Quiet(), resume=True)
@@ -163,10 +150,10 @@ def test_killed_after_training(
         raise KeyboardInterrupt
 
     run = copied(table_run, tmp_path / "run")
-    config = tiny_run.config(table_run.backbone)
+    config = runs.config(table_run.backbone)
     (run / "report.html").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(runs, moment, crash)
+        patch.setattr(training, moment, crash)
         with pytest.raises(KeyboardInterrupt):
             train_run(config, table_run.data, run, progress=Quiet(), resume=True)
     assert folder.finished_report(run) is None
@@ -184,7 +171,7 @@ def test_resume_of_a_finished_run_changes_nothing(
         "l2rec.runs.predictor.load_backbone", None
     )  # not even the backbone is needed
     progress = Quiet()
-    config = tiny_run.config(table_run.backbone)
+    config = runs.config(table_run.backbone)
     report = train_run(config, table_run.data, run, progress=progress, resume=True)
     assert report == read_json(run / "report.json")
     assert progress.lines == [f"{run} is finished: these are its scores"]
@@ -194,7 +181,7 @@ def test_resume_of_a_finished_run_changes_nothing(
 
 def test_resume_with_more_epochs_goes_on(table_run: Finished, tmp_path: Path) -> None:
     run = copied(table_run, tmp_path / "run")
-    config = tiny_run.config(table_run.backbone, epochs=3)
+    config = runs.config(table_run.backbone, epochs=3)
     report = train_run(config, table_run.data, run, progress=Quiet(), resume=True)
     assert report["steps"] == read_json(table_run.run / "report.json")["steps"] * 3 // 2
     assert folder.load_run_config(run)[0].training.epochs == 3
@@ -207,9 +194,9 @@ def test_a_report_is_not_of_an_earlier_training(
         raise KeyboardInterrupt
 
     run = copied(table_run, tmp_path / "run")
-    config = tiny_run.config(table_run.backbone, epochs=3)
+    config = runs.config(table_run.backbone, epochs=3)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "train", crash)
+        patch.setattr(training, "train", crash)
         with pytest.raises(KeyboardInterrupt):
             train_run(config, table_run.data, run, progress=Quiet(), resume=True)
     assert folder.finished_report(run) is None
@@ -220,16 +207,16 @@ def test_the_model_is_the_best_one_when_all_is_scored(
     table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models: list[Any] = []
-    real = runs.build_model
+    real = training.build_model
 
     def build(*args: Any) -> Any:
         models.append(real(*args))
         return models[-1]
 
-    monkeypatch.setattr(runs, "build_model", build)
+    monkeypatch.setattr(training, "build_model", build)
     run = copied(table_run, tmp_path / "run")
     (run / "report.html").unlink()
-    config = tiny_run.config(table_run.backbone)
+    config = runs.config(table_run.backbone)
     train_run(config, table_run.data, run, progress=Quiet(), resume=True)
     best, _ = load_tensors(run / "model.safetensors")
     assert all(torch.equal(t, best[n]) for n, t in trained_tensors(models[0]).items())
@@ -238,7 +225,7 @@ def test_the_model_is_the_best_one_when_all_is_scored(
 def test_a_folder_is_claimed_once(table_run: Finished, chains: Dataset, tmp_path: Path) -> None:
     def refused(run: Path, message: str, data: Path = chains.path, **changes: Any) -> None:
         resume = changes.pop("resume", True)
-        config = tiny_run.config(table_run.backbone, **changes)
+        config = runs.config(table_run.backbone, **changes)
         before = {p: p.stat().st_mtime_ns for p in run.rglob("*")} if run.is_dir() else {}
         with pytest.raises(CheckpointError, match=message) as error:
             train_run(config, data, run, progress=Quiet(), resume=resume)
@@ -259,10 +246,10 @@ def test_a_folder_is_claimed_once(table_run: Finished, chains: Dataset, tmp_path
 def test_resume_refuses_other_weights(table_run: Finished, tmp_path: Path) -> None:
     backbone = tmp_path / "bert"
     shutil.copytree(table_run.backbone, backbone)
-    config = tiny_run.config(backbone, max_steps=1)
+    config = runs.config(backbone, max_steps=1)
     train_run(config, table_run.data, tmp_path / "run", progress=Quiet())
-    tiny_run.save_backbone(backbone, seed=1)
-    config = tiny_run.config(backbone, max_steps=2)
+    runs.save_backbone(backbone, seed=1)
+    config = runs.config(backbone, max_steps=2)
     with pytest.raises(CheckpointError, match="trained on other weights"):
         train_run(config, table_run.data, tmp_path / "run", progress=Quiet(), resume=True)
     with pytest.raises(CheckpointError, match="trained on other weights") as error:
@@ -283,7 +270,7 @@ def test_a_full_disk_in_training_keeps_the_run(
             raise OSError(28, "No space left on device")
         real(*args, **kwargs)
 
-    config = tiny_run.config(table_run.backbone)
+    config = runs.config(table_run.backbone)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", fills_up)
         with pytest.raises(CheckpointError, match=r"disk is full.*--resume"):
@@ -295,7 +282,7 @@ def test_a_full_disk_in_training_keeps_the_run(
 
 def test_nobody_to_evaluate(backbone_folder: Path, tmp_path: Path) -> None:
     data = chain_dataset(tmp_path / "short", 10, 5, 2, seed=0)
-    config = tiny_run.config(backbone_folder)
+    config = runs.config(backbone_folder)
     with pytest.raises(L2RecError, match="no user has three events"):
         train_run(config, data.path, tmp_path / "run", progress=Quiet())
 
@@ -303,12 +290,12 @@ def test_nobody_to_evaluate(backbone_folder: Path, tmp_path: Path) -> None:
 def test_a_share_of_the_users_is_trained_on(
     backbone_folder: Path, chains: Dataset, tmp_path: Path
 ) -> None:
-    config = tiny_run.config(backbone_folder, user_share=0.25, epochs=1)
-    split = runs.training_split(config, chains)
+    config = runs.config(backbone_folder, user_share=0.25, epochs=1)
+    split = training.training_split(config, chains)
     assert len(split.train) == round(0.25 * chains.n_users)
     report = train_run(config, chains.path, tmp_path / "run", progress=Quiet())
     whole = train_run(
-        tiny_run.config(backbone_folder, epochs=1),
+        runs.config(backbone_folder, epochs=1),
         chains.path,
         tmp_path / "whole",
         progress=Quiet(),
@@ -333,7 +320,7 @@ def test_fine_tuning_starts_from_the_pretrained_experts(
     items: str, request: pytest.FixtureRequest, target_data: Dataset, tmp_path: Path
 ) -> None:
     finished: Finished = request.getfixturevalue(f"{items}_run")
-    config = tiny_run.config(finished.backbone, items, max_steps=2)
+    config = runs.config(finished.backbone, items, max_steps=2)
     run = tmp_path / "run"
     progress = Quiet()
     report = train_run(config, target_data.path, run, progress=progress, init=finished.run)
@@ -349,7 +336,7 @@ def test_fine_tuning_starts_from_the_pretrained_experts(
         assert torch.equal(start["table.linear"], before["table.linear"])
         assert not torch.equal(start["table.mean"], before["table.mean"])  # of its own items
     # Going on does not need to be told again, nor the pre-trained run to be there.
-    config = tiny_run.config(finished.backbone, items, max_steps=4)
+    config = runs.config(finished.backbone, items, max_steps=4)
     again = train_run(config, target_data.path, run, progress=Quiet(), resume=True)
     assert again["scores"]["before fine-tuning"] == report["scores"]["before fine-tuning"]
     assert folder.load_run_config(run)[1]["init"] == str(finished.run)
@@ -358,7 +345,7 @@ def test_fine_tuning_starts_from_the_pretrained_experts(
 def test_fine_tuning_refuses_another_recipe(
     table_run: Finished, encode_run: Finished, target_data: Dataset, tmp_path: Path
 ) -> None:
-    config = tiny_run.config(table_run.backbone, model={"rank": 3})
+    config = runs.config(table_run.backbone, model={"rank": 3})
     for init, message in (
         (table_run.run, r"experts\..* does not fit this recipe"),
         (encode_run.run, "does not fit this recipe"),
@@ -393,7 +380,8 @@ def test_load_gives_the_scores_of_the_report(
     moved: Path, predictor: Predictor, chains: Dataset
 ) -> None:
     stored = read_ranks(moved / "ranks.parquet")
-    for row in range(0, len(stored.users), 7):
+    assert len(stored.users) == 40
+    for row in range(0, 40, 7):
         user = chains.sequences[chains.user_index(stored.users[row])]
         history = [f"i{item}" for item in user[:-1]]
         found = predictor.recommend(history, 30, exclude_seen=False)

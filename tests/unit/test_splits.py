@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.rows import rows_of
 
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
@@ -16,10 +17,6 @@ from l2rec.data.splits import global_time, leave_one_out, with_fewer_users
 from l2rec.errors import DataError
 
 ROWS = st.lists(st.lists(st.integers(0, 9), max_size=7), max_size=8)
-
-
-def rows_of(ragged: Ragged) -> list[list[int]]:
-    return [ragged[i].tolist() for i in range(len(ragged))]
 
 
 @given(ROWS)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests import tiny
+from tests.support import tiny
+from tests.support.rows import rows_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from l2rec.data import text as module
-from l2rec.data.ragged import Ragged
 from l2rec.data.text import special_tokens, tokenize
 
 TEXTS = ["small red lamp", "", "lamp", "zzz blue", "red red red red red red"]
@@ -33,10 +33,6 @@ class Counting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
-
-
-def rows_of(table: Ragged) -> list[list[int]]:
-    return [table[i].tolist() for i in range(len(table))]
 
 
 def ids(words: str) -> list[int]:

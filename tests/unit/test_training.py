@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.unit.tiny_run import Quiet, log, losses
+from tests.support.errors import one_line
+from tests.support.rows import rows_of
+from tests.support.runs import (
+    Quiet,
+    assert_no_step_twice,
+    assert_same_training,
+    assert_same_weights,
+    log,
+    losses,
+)
 from torch import Tensor, nn
 
 from l2rec.config import TrainingConfig
@@ -112,7 +121,9 @@ class Scripted(Toy):
         self.places, self.validations = places, 0
         self.right = {
             tuple(history): int(target)
-            for history, target in zip(rows(data.valid_histories), data.valid_targets, strict=True)
+            for history, target in zip(
+                rows_of(data.valid_histories), data.valid_targets, strict=True
+            )
         }
 
     def scorer(self) -> Scorer:
@@ -121,7 +132,7 @@ class Scripted(Toy):
 
         def score(histories: Ragged) -> Tensor:
             scores = torch.zeros(len(histories), N_ITEMS)
-            for row, history in enumerate(rows(histories)):
+            for row, history in enumerate(rows_of(histories)):
                 right = self.right[tuple(history)]
                 others = [i for i in range(N_ITEMS) if i != right]
                 scores[row, right] = 1.0
@@ -129,10 +140,6 @@ class Scripted(Toy):
             return scores
 
         return score
-
-
-def rows(ragged: Ragged) -> list[list[int]]:
-    return [ragged[i].tolist() for i in range(len(ragged))]
 
 
 def unique_histories() -> Split:
@@ -189,16 +196,9 @@ def crash_at(call: int) -> Callable[[int], None]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    ours, theirs = (load_tensors(run / "model.safetensors") for run in (a, b))
-    assert ours[1] == theirs[1]
-    assert ours[0].keys() == theirs[0].keys()
-    for name, tensor in ours[0].items():
-        assert torch.equal(tensor, theirs[0][name]), name
-    assert losses(a) == losses(b)
+    assert_same_training(a, b)
     timeless = [{k: v for k, v in r.items() if "second" not in k} for r in log(a, "valid")]
     assert timeless == [{k: v for k, v in r.items() if "second" not in k} for r in log(b, "valid")]
-    steps = [(r["event"], r["step"]) for r in log(b)]
-    assert len(steps) == len(set(steps))
 
 
 # -- what a run does -----------------------------------------------------------------------------
@@ -224,7 +224,9 @@ def test_train_lines_are_means_of_their_steps(tmp_path: Path) -> None:
     fit(tmp_path / "each", log_every=1, epochs=1)
     fit(tmp_path / "three", log_every=3, epochs=1)
     each = [loss for _, loss in losses(tmp_path / "each")]
-    for number, (step, loss) in enumerate(losses(tmp_path / "three")):
+    three = losses(tmp_path / "three")
+    assert (len(each), [step for step, _ in three]) == (4, [3, 4])
+    for number, (step, loss) in enumerate(three):
         assert loss == pytest.approx(np.mean(each[3 * number : step]))
 
 
@@ -387,7 +389,7 @@ def test_nan_stops_with_step_and_cause(tmp_run: Path, where: str, cause: str) ->
     with pytest.raises(TrainingError, match=f"^step 7: {cause} is not finite") as caught:
         fit(tmp_run, model)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert "training.lr" in str(caught.value) and "\n" not in str(caught.value)
+    assert "training.lr" in one_line(caught)
     tensors, _ = load_tensors(tmp_run / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in tensors.values())
     assert all(math.isfinite(loss) for _, loss in losses(tmp_run))
@@ -557,19 +559,13 @@ def test_resume_with_a_larger_budget_goes_on(tmp_path: Path) -> None:
     fit(tmp_path / "short", max_steps=4, schedule="constant", warmup=0)
     result, _ = fit(tmp_path / "short", resume=True, max_steps=9, schedule="constant", warmup=0)
     assert (result.steps, result.stopped) == (9, "max_steps")
-    assert_weights_equal(tmp_path / "long", tmp_path / "short")
-
-
-def assert_weights_equal(a: Path, b: Path) -> None:
-    ours, theirs = (load_tensors(run / "model.safetensors")[0] for run in (a, b))
-    assert all(torch.equal(t, theirs[n]) for n, t in ours.items())
+    assert_same_weights(tmp_path / "long", tmp_path / "short")
 
 
 def test_a_new_training_forgets_the_old_log(tmp_run: Path) -> None:
     fit(tmp_run, max_steps=4)
     fit(tmp_run, max_steps=4)
-    steps = [(r["event"], r["step"]) for r in log(tmp_run)]
-    assert len(steps) == len(set(steps))
+    assert_no_step_twice(tmp_run)
 
 
 def test_tensorboard_holds_no_step_twice(tmp_run: Path) -> None:

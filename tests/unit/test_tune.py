@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.unit import tiny_run
+from tests.support import runs
 
 from l2rec.config import load_recipe
 from l2rec.data.dataset import Dataset
 from l2rec.errors import CheckpointError, ConfigError, TrainingError
-from l2rec.runs import train as runs
+from l2rec.runs import train as training
 from l2rec.runs.loop import TrainingResult
 from l2rec.studies import tune
 
@@ -24,7 +24,7 @@ FIXED = ["training.epochs=2", "model.max_items=6", "training.batch_users=16"]
 
 def search(data: Path, out: Path, trials: int, **changes: Any) -> tune.Tuned:
     given: dict[str, Any] = {"overrides": FIXED, "search": SEARCH} | changes
-    progress = given.pop("progress", tiny_run.Quiet())
+    progress = given.pop("progress", runs.Quiet())
     recipe = given.pop("recipe", "sasrec")
     return tune.tune(recipe, data, out, trials=trials, progress=progress, **given)
 
@@ -43,14 +43,14 @@ def test_the_best_becomes_a_recipe(chains: Dataset, tmp_path: Path) -> None:
     assert yaml.safe_load(found.recipe.read_text())["extends"] == "sasrec"
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["best.yaml", "study.db"]
     # Trained alone, it is what the search said it is.
-    alone = runs.validate_run(config, chains.path, tmp_path / "alone", progress=tiny_run.Quiet())
+    alone = training.validate_run(config, chains.path, tmp_path / "alone", progress=runs.Quiet())
     assert alone.valid["ndcg@10"] == found.trials[0].score
 
 
 def test_more_trials_go_on_with_what_is_there(chains: Dataset, tmp_path: Path) -> None:
     whole = search(chains.path, tmp_path / "whole", 3)
     search(chains.path, tmp_path / "parts", 1)
-    progress = tiny_run.Quiet()
+    progress = runs.Quiet()
     parts = search(chains.path, tmp_path / "parts", 3, progress=progress)
     assert [line[:12] for line in progress.lines if line.startswith("trial")] == [
         "trial 2 of 3",
@@ -79,7 +79,7 @@ def test_a_killed_trial_is_taken_up_again(
                 raise Killed
             return bool(named["hopeless"](score))
 
-        return runs.validate_run(*arguments, **{**named, "hopeless": until})
+        return training.validate_run(*arguments, **{**named, "hopeless": until})
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(tune, "validate_run", killed)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests import tiny
-from tests.parity import reference
+from tests.support import reference, tiny
 from torch.nn import functional as F
 
 from l2rec.config import BackboneConfig

@@ -36,7 +36,7 @@ _SHAPE: dict[str, Any] = {
 
 
 def tokenizer(style: Style = "bert") -> PreTrainedTokenizerFast:
-    """Words split at spaces; [CLS] text [SEP], <s> text, or the bare text."""
+    """Return one that splits words at spaces; [CLS] text [SEP], <s> text, or the bare text."""
     words = {word: number for number, word in enumerate(VOCABULARY)}
     raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
@@ -47,23 +47,27 @@ def tokenizer(style: Style = "bert") -> PreTrainedTokenizerFast:
 
 
 def bert_config(**changes: Any) -> PretrainedConfig:
+    """Return a tiny BERT."""
     return BertConfig(**_SHAPE | changes)
 
 
 def roberta_config(**changes: Any) -> PretrainedConfig:
+    """Return a tiny RoBERTa."""
     return RobertaConfig(**_SHAPE | {"pad_token_id": 1, "type_vocab_size": 1} | changes)
 
 
 def qwen3_config(**changes: Any) -> PretrainedConfig:
+    """Return a tiny Qwen3."""
     return Qwen3Config(**_SHAPE | {"num_key_value_heads": 2, "head_dim": 8} | changes)
 
 
 def llama_config(**changes: Any) -> PretrainedConfig:
+    """Return a tiny Llama."""
     return LlamaConfig(**_SHAPE | {"num_key_value_heads": 1} | changes)
 
 
 def distill_config(**changes: Any) -> PretrainedConfig:
-    """What DeepSeek-R1-Distill-Llama is: the Llama class with its long-context rotation."""
+    """Return what DeepSeek-R1-Distill-Llama is: a Llama with its long-context rotation."""
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -92,7 +96,7 @@ STYLES: dict[str, Style] = {
 
 
 def random_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """With weights large enough that attention is not uniform."""
+    """Draw weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
     model: nn.Module = AutoModel.from_config(
         CONFIGS[family](initializer_range=0.2, **changes), attn_implementation="eager"
@@ -101,6 +105,7 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
 
 
 def random_backbone(family: str = "bert", seed: int = 0, **changes: Any) -> Backbone:
+    """Wrap a random model with its tokenizer."""
     return Backbone(
         random_model(family, seed, **changes),
         tokenizer(STYLES[family]),
@@ -111,7 +116,7 @@ def random_backbone(family: str = "bert", seed: int = 0, **changes: Any) -> Back
 
 
 def small(**changes: Any) -> L2RecConfig:
-    """Options that fit the tiny backbones."""
+    """Return options of L2Rec that fit the tiny backbones."""
     values: dict[str, Any] = {
         "max_items": 8,
         "semantic_items": 8,

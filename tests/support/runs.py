@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import yaml
-from tests import tiny
+from tests.support import tiny
 
 from l2rec.config import RunConfig, resolve
 from l2rec.protocols import Progress
+from l2rec.runs.checkpoint import load_tensors
+from l2rec.runs.train import train_run
 
 MODEL: dict[str, dict[str, Any]] = {
     "table": {
@@ -43,8 +46,16 @@ TRAINING: dict[str, Any] = {
 }
 
 
+class Finished(NamedTuple):
+    """A finished run, its data set and its backbone: three folders."""
+
+    run: Path
+    data: Path
+    backbone: Path
+
+
 def save_backbone(folder: Path, seed: int = 0) -> Path:
-    """A random BERT with its tokenizer, as ``backbone.name`` takes it."""
+    """Save a random BERT with its tokenizer, as ``backbone.name`` takes it."""
     tiny.random_model("bert", seed).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
@@ -53,6 +64,7 @@ def save_backbone(folder: Path, seed: int = 0) -> Path:
 def recipe_values(
     backbone: Path, items: str = "table", *, model: dict[str, Any] | None = None, **training: Any
 ) -> dict[str, Any]:
+    """Return a recipe for L2Rec with items=table or items=encode, and with these changes."""
     return {
         "backbone": {"name": str(backbone), "dtype": "float32"},
         "model": SMALL | MODEL[items] | (model or {}),
@@ -61,16 +73,18 @@ def recipe_values(
 
 
 def config(backbone: Path, items: str = "table", **changes: Any) -> RunConfig:
+    """Return the configuration of `recipe_values`."""
     return resolve(recipe_values(backbone, items, **changes), where="test")
 
 
 def write_recipe(path: Path, values: dict[str, Any]) -> Path:
+    """Write a recipe as YAML; its path."""
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 class Quiet(Progress):
-    """Remembers the lines."""
+    """Progress that nobody watches: remembers the lines and the steps."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -86,11 +100,39 @@ class Quiet(Progress):
         self.lines.append(text)
 
 
+def finished(config: RunConfig, data: Path, run: Path) -> Finished:
+    """Train a run to its end."""
+    train_run(config, data, run, progress=Quiet(), recipe="tiny", command="test")
+    return Finished(run, data, Path(config.backbone.name))
+
+
 def log(run: Path, event: str = "") -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl, of one event or all."""
+    """Read the lines of metrics.jsonl, of one event or all."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if not event or r["event"] == event]
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
+    """Read the steps that were logged and their losses."""
     return [(r["step"], r["loss"]) for r in log(run, "train")]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    """Compare the models of two runs to the bit, with their metadata."""
+    ours, theirs = (load_tensors(run / "model.safetensors") for run in (a, b))
+    assert ours[1] == theirs[1] and ours[0].keys() == theirs[0].keys()
+    for name, tensor in ours[0].items():
+        assert torch.equal(tensor, theirs[0][name]), name
+
+
+def assert_no_step_twice(run: Path) -> None:
+    """Look for steps that were logged again."""
+    steps = [(r["event"], r["step"]) for r in log(run)]
+    assert len(steps) == len(set(steps))
+
+
+def assert_same_training(a: Path, b: Path) -> None:
+    """Compare the models and losses of two runs to the bit; `b` may have been resumed."""
+    assert_same_weights(a, b)
+    assert losses(a) == losses(b)
+    assert_no_step_twice(b)

@@ -11,38 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.support.models import one_batch, shaken
 from torch import Tensor, nn
 
-from l2rec.data.batches import Batch
+from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
+from l2rec.data.synthetic import simple_text
 from l2rec.evaluation.ranking import evaluate
 from l2rec.modules.encoder import SequenceEncoder
 
 N = 20
+TEXTS = [simple_text(1007 * i) for i in range(N)]
+NAMELESS = Catalog.of_texts([""] * N)
+"""A catalog for methods that read no texts."""
 HISTORIES = Ragged.from_rows(
     [[3, 1, 4, 1, 5, 9], [2], [6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4], [6, 2, 6, 4]]
 )
 
 
-def shaken(model: Any, scale: float = 0.1, seed: int = 1) -> Any:
-    """As if trained: no parameter at its neutral start. In evaluation mode."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-def one_batch(model: Any, sequences: Ragged = HISTORIES) -> Batch:
-    """The one batch of an epoch over a few sequences."""
-    (stage,) = model.stages(1e-3, 0.0)
-    made = stage.batches(sequences, seed=0, epoch=0, batch_users=99, batch_tokens=10**6)
-    assert len(made) == 1
-    return made[0]
-
-
 def train(model: Any, sequences: Ragged, epochs: int, lr: float) -> None:
-    """All stages in place, from torch's seed 0."""
+    """Train all stages in place, from torch's seed 0."""
     torch.manual_seed(0)
     model.train()
     for stage in model.stages(lr, 0.0):
@@ -59,12 +47,12 @@ def train(model: Any, sequences: Ragged, epochs: int, lr: float) -> None:
 
 
 def check_loss_and_gradients(model: Any) -> None:
-    """The loss is finite and every trained tensor has a gradient from it; each is in one group."""
+    """Ask for a finite loss and for its gradient in every trained tensor; each is in one group."""
     shaken(model).train()
     (stage,) = model.stages(1e-3, 0.1)
     grouped = [id(p) for group in stage.groups for p in group.parameters]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    losses = stage.loss(one_batch(model))
+    losses = stage.loss(one_batch(model, HISTORIES))
     assert losses.total.shape == () and bool(losses.total.isfinite())
     assert 0 < losses.tokens <= losses.computed_tokens
     assert not any(part.requires_grad for part in losses.parts.values())
@@ -75,7 +63,7 @@ def check_loss_and_gradients(model: Any) -> None:
 
 
 def check_overfits(model: Any, epochs: int = 60, lr: float = 1e-2, users: int = 24) -> None:
-    """Random rows are learned by heart: the last training item of all is ranked first."""
+    """Learn random rows by heart: the last training item of all is ranked first."""
     rng = np.random.default_rng(0)
     rows = Ragged.from_rows([rng.integers(N, size=6) for _ in range(users)])
     train(model, rows, epochs, lr)
@@ -88,23 +76,25 @@ def check_overfits(model: Any, epochs: int = 60, lr: float = 1e-2, users: int = 
 
 
 def double(parameter: Tensor) -> Tensor:
+    """Return a parameter's values in float64."""
     return parameter.detach().double()
 
 
 def norm(layer: Any, x: Tensor) -> Tensor:
-    """LN of one vector."""
+    """Return LN of one vector."""
     x = x - x.mean()
     unit = x / (x.square().mean() + layer.eps).sqrt()
     return unit * double(layer.weight) + double(layer.bias)
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:
+    """Return W x + b of one vector."""
     y = double(layer.weight) @ x
     return y if layer.bias is None else y + double(layer.bias)
 
 
 def attend(layer: Any, x: Sequence[Tensor], causal: bool) -> list[Tensor]:
-    """Multi-head attention of one row, position by position: the heads' outputs, joined."""
+    """Attend within one row, position by position: the heads' outputs, joined."""
     dim, size = len(x[0]), len(x[0]) // layer.heads
     q, k, v = (
         [linear(layer.qkv, y)[part * dim : (part + 1) * dim] for y in x] for part in range(3)
@@ -125,7 +115,7 @@ def attend(layer: Any, x: Sequence[Tensor], causal: bool) -> list[Tensor]:
 
 
 def encoded(encoder: SequenceEncoder, x: Sequence[Tensor], causal: bool) -> list[Tensor]:
-    """`SequenceEncoder` of one row of float64 vectors."""
+    """Return what `SequenceEncoder` makes of one row of float64 vectors."""
     x = [norm(encoder.norm, y + double(encoder.positions.weight[t])) for t, y in enumerate(x)]
     layer: Any
     for layer in encoder.layers:
@@ -137,5 +127,5 @@ def encoded(encoder: SequenceEncoder, x: Sequence[Tensor], causal: bool) -> list
 
 
 def cross_entropy(scores: Tensor, target: int) -> float:
-    """-log softmax(scores)[target], over all columns."""
+    """Return -log softmax(scores)[target], over all columns."""
     return math.log(sum(math.exp(float(s)) for s in scores)) - float(scores[target])

