@@ -391,7 +391,8 @@ class DPMoE(Adapter[Routing]):
         """Return (W_j + alpha/r dW_j) x + b: x [1, N, d_in] -> [1, N, d_out].
 
         The first of a group to be called computes for all of it; a neighbour that reads another
-        input computes anew. ``plain`` is not called: `adapted` multiplies by W_j itself.
+        input computes anew. ``plain`` is not called, because `adapted` multiplies by W_j itself: an
+        adapter that was attached before this one has no effect here.
         """
         read, y = state.ready.pop(j, (None, x))
         if read is not x:
