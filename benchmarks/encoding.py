@@ -41,6 +41,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import N_TEXTS, simple_text
 from l2rec.methods.l2rec import L2Rec
 from l2rec.modules.backbone import load_backbone, minilm_source, native_bfloat16
+from l2rec.modules.item_text import text_vectors
 from l2rec.modules.views import semantic_tokens
 from l2rec.runs.predictor import build_model
 
@@ -157,7 +158,7 @@ def contenders(what: What, sample: Sample, dtype: str) -> dict[str, Callable[[],
             name: partial(model.encode_users, sample.histories) for name, model in models.items()
         }
     short = both.tokens.head(both.config.item_tokens)
-    found["bare backbone"] = lambda: both._text_vectors(short)
+    found["bare backbone"] = partial(text_vectors, both.backbone, short, both.config.text_tokens)
     found |= {name: partial(model.encode_items, items) for name, model in models.items()}
     found["l2rec, raw texts"] = partial(both.encode_items, texts)
     return found

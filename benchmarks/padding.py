@@ -69,7 +69,7 @@ class Counter:
 
 def train_epoch(model: L2Rec, config: RunConfig, dataset: Dataset) -> None:
     """Run one epoch without gradients, and without the loss over the table, which has no tokens."""
-    every = model.config.supervision == "all"
+    every = model.config.form == "table"
     batches = model.batches(
         leave_one_out(dataset.sequences).train,
         seed=config.seed,
@@ -77,12 +77,12 @@ def train_epoch(model: L2Rec, config: RunConfig, dataset: Dataset) -> None:
         batch_users=config.training.batch_users,
         batch_tokens=config.training.batch_tokens,
     )
-    table = None if model.table is None else model.table()
+    rows = model.items.rows
     for batch in batches.iterate():
-        if table is None:
-            model.loss(batch)
+        if every:
+            model(batch.histories, every=True, rows=rows)
         else:
-            model(batch.histories, every=every, table=table)
+            model.loss(batch)
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ HISTORIES = Ragged.from_rows(
     [[3, 1, 4, 1, 5, 9], [2], [6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4], [6, 2, 6, 4]]
 )
 FAMILIES = ("bert", "qwen3")
-TABLE = {"items": "table", "supervision": "all", "user_pooling": "running"}
+TABLE = {"form": "table"}
 
 
 def build(family: str = "bert", seed: int = 0, texts: list[str] = TEXTS, **changes: Any) -> L2Rec:
@@ -84,28 +84,19 @@ OPTIONS: list[dict[str, Any]] = [
     {"view_experts": 1, "top_n": 1},
     {"top_n": 4},
     {"matrices": ("q", "k", "v", "o")},
-    {"gate": "scalar"},
     {"pooling": "mean"},
     {"pooling": "last"},
-    {"pooling": "blend"},
-    {"user_pooling": "running"},
+    {"normalize_views": True},
     {"behavioral_pool": "encoder"},
     {"bpc": 0.0, "balance": 0.0},
     {"negatives": 0},
     {"share_negatives": True},
-    {"targets_per_user": 3},
-    {"learn_temperature": True},
     {"view_loss": 0.5},
     {"max_tokens": 20, "semantic_items": 3},
-    {"supervision": "all", "user_pooling": "running"},
-    {"supervision": "all", "user_pooling": "running", "views": ("behavioral",)},
-    {"supervision": "all", "user_pooling": "running", "semantic_items": 2},
-    {"items": "table"},
-    {"items": "table", "views": ("semantic",)},
-    {"items": "table", "user_pooling": "running", "last_item_skip": True},
     TABLE,
-    TABLE | {"last_item_skip": True, "pooling": "blend", "view_loss": 0.5},
-    TABLE | {"views": ("behavioral",), "last_item_skip": True},
+    TABLE | {"semantic_items": 2},
+    TABLE | {"view_loss": 0.5},
+    TABLE | {"views": ("behavioral",)},
     TABLE | {"views": ("semantic",), "personalized_router": False},
     TABLE | {"text_dropout": 0.3},
     TABLE | {"matrices": ()},
@@ -157,8 +148,9 @@ def test_loss_and_gradients(family: str, options: dict[str, Any]) -> None:
         allowed |= {f"fusion.project_{view}.{p}" for view in unused for p in ("weight", "bias")}
     if "behavioral" in unused:
         allowed |= {"projector.linear.weight", "projector.linear.bias", "projector.gain"}
-    if model.config.pooling == "blend" and "semantic" in unused:
-        allowed |= {"blend"}
+    if model.config.form == "table":
+        allowed |= {"blend"} if "semantic" in unused else set()
+        allowed |= {"skip"} if "behavioral" in unused else set()
     if not model.config.shared_experts:
         allowed |= {n for n in silent if ".shared_" in n}
     if model.config.view_experts == 1:
@@ -168,14 +160,14 @@ def test_loss_and_gradients(family: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_hold_every_trained_tensor_once(family: str) -> None:
-    model = build(family, **TABLE, last_item_skip=True, pooling="blend", learn_temperature=True)
+    model = build(family, **TABLE)
     (stage,) = model.stages(1e-3, 0.1)
     ids = [id(p) for group in stage.groups for p in group.parameters]
     named = dict(model.named_parameters())
     assert sorted(ids) == sorted(id(named[name]) for name in trained_names(model))
     rates = {group.name: (group.lr, group.weight_decay) for group in stage.groups}
     assert rates == {"matrices": (1e-3, 0.1), "vectors": (1e-3, 0.0), "table": (2e-4, 0.0)}
-    assert {"skip", "blend", "log_temperature"} <= trained_names(model)
+    assert {"skip", "blend"} <= trained_names(model)
     assert not {"skip", "blend", "log_temperature"} & trained_names(build(family))
 
 
@@ -192,7 +184,6 @@ def test_the_behavioral_view_can_be_trained_first(options: dict[str, Any]) -> No
     torch.manual_seed(0)
     losses = first.loss(batch)
     assert isinstance(losses, Losses) and set(losses.parts) == {"rec", "balance"}
-    assert model.views == model.config.views
     losses.total.backward()
     semantic = model.config.views.index("semantic")
     own = [model.fusion.project_semantic.weight.grad, model.fusion.gate.weight.grad]
@@ -252,7 +243,7 @@ def test_without_adaptation_nothing_is_trained_and_experts_are_silent() -> None:
     assert torch.equal(model.user_states(HISTORIES).fused, state.fused)
 
 
-@pytest.mark.parametrize("changes", [{}, {"items": "table"}], ids=["encode", "table"])
+@pytest.mark.parametrize("changes", [{}, TABLE], ids=["paper", "table"])
 def test_untrained_and_unadapted_are_the_same_point(changes: dict[str, Any]) -> None:
     """B = 0, P_v = 0, the gate at one half: training starts at the zero-shot backbone."""
     ours, bare = (build(adapt=adapt, **changes).user_states(HISTORIES) for adapt in (True, False))
@@ -341,8 +332,9 @@ def test_rec_is_eq_8_over_the_right_negatives() -> None:
 
 
 def test_table_loss_is_eq_8_over_the_catalog() -> None:
-    model = shaken(build(items="table", bpc=0.0, balance=0.0)).eval()
-    batch = one_batch(model)
+    model = shaken(build(**TABLE, bpc=0.0, balance=0.0)).eval()
+    one = Ragged.from_rows([[3, 1], [2, 5], [6, 4]])  # one target each
+    batch = one_batch(model, one)
     scores = model.scorer()(batch.histories).double()
     others = [[i for i in range(N) if i != t] for t in batch.targets]
     expected = reference.recommendation_loss(scores, batch.targets.tolist(), others)
@@ -352,7 +344,7 @@ def test_table_loss_is_eq_8_over_the_catalog() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("changes", [{}, {"semantic_items": 3}])
 def test_every_position_predicts_its_own_next_item(family: str, changes: dict[str, Any]) -> None:
-    """supervision=all is the paper's loss over all prefixes that the views still hold."""
+    """Check that a table's loss is the paper's over all prefixes that the views still hold."""
     model = shaken(build(family, **TABLE | changes, bpc=0.0, balance=0.0)).eval()
     batch = one_batch(model)
     with torch.no_grad():
@@ -370,10 +362,9 @@ def test_every_position_predicts_its_own_next_item(family: str, changes: dict[st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("items", ["table", "encode"])
-def test_a_position_reads_as_its_prefix_alone(family: str, items: str) -> None:
+def test_a_position_reads_as_its_prefix_alone(family: str) -> None:
     """What is trained at position t is what is asked for a user whose history ends there."""
-    model = shaken(build(family, **TABLE | {"items": items})).eval()
+    model = shaken(build(family, **TABLE)).eval()
     rows = [HISTORIES[i].tolist()[:8] for i in range(len(HISTORIES))]
     state = model(Ragged.from_rows(rows), every=True)
     prefixes = [row[: t + 1] for row in rows for t in range(len(row))]
@@ -385,10 +376,8 @@ def test_a_position_reads_as_its_prefix_alone(family: str, items: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("items", ["table", "encode"])
-@pytest.mark.parametrize("pooling", ["auto", "blend"])
-def test_a_prediction_sees_nothing_of_what_follows(family: str, items: str, pooling: str) -> None:
-    model = shaken(build(family, **TABLE | {"items": items, "pooling": pooling})).eval()
+def test_a_prediction_sees_nothing_of_what_follows(family: str) -> None:
+    model = shaken(build(family, **TABLE)).eval()
     row = [3, 1, 4, 1, 5, 9]
     base = model(Ragged.from_rows([[7, 8], row]), every=True)
     for t in range(len(row) - 1):
@@ -401,23 +390,18 @@ def test_a_prediction_sees_nothing_of_what_follows(family: str, items: str, pool
             assert not torch.allclose(a[until:], b[until:], atol=1e-4), f"{name} sees its own item"
 
 
-@pytest.mark.parametrize("user_pooling", ["mean", "running"])
-def test_what_follows_would_leak_through_the_router_of_the_mean(user_pooling: str) -> None:
-    """The guard guards something: with u = mean, early positions change with late items."""
-    model = shaken(build("qwen3", user_pooling=user_pooling)).eval()
+@pytest.mark.parametrize("form", ["paper", "table"])
+def test_what_follows_would_leak_through_the_router_of_the_mean(form: str) -> None:
+    """Check that the guard guards something: with u = mean, late items change early positions."""
+    model = shaken(build("qwen3", form=form)).eval()
     a, b = (model(Ragged.from_rows([[3, 1, 4, x]]), every=True).fused[:3] for x in (5, 17))
-    assert torch.allclose(a, b, atol=1e-6) is (user_pooling == "running")
+    assert torch.allclose(a, b, atol=1e-6) is (form == "table")
 
 
 def test_all_positions_that_may_not_fit_are_refused() -> None:
     """A later text's length must not decide which old items an earlier position reads."""
     with pytest.raises(ConfigError, match=r"may need .* max_tokens=22; raise it"):
         build(**TABLE | {"max_tokens": 22})
-
-
-def test_all_positions_with_the_mean_are_refused() -> None:
-    with pytest.raises(ValidationError, match="set user_pooling=running"):
-        L2RecConfig(supervision="all", user_pooling="mean")
 
 
 @pytest.mark.parametrize("changes", [{}, TABLE, PRIOR], ids=["paper", "table", "prior"])
@@ -572,15 +556,54 @@ def test_text_neighbors_are_among_the_counts() -> None:
 
 @pytest.mark.parametrize("option", ["text_dropout", "repeat_bias", "cooccurrence"])
 def test_options_of_the_table_need_it(option: str) -> None:
-    with pytest.raises(ValidationError, match=f"{option} needs items=table"):
+    with pytest.raises(ValidationError, match=f"{option} needs form=table"):
         tiny.small(**{option: 0.5 if option == "text_dropout" else True})
+
+
+@pytest.mark.parametrize("option", [{"pooling": "mean"}, {"behavioral_pool": "encoder"}])
+def test_options_of_the_paper_s_form_need_it(option: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match=f"{next(iter(option))} needs form=paper"):
+        tiny.small(**TABLE | option)
+
+
+EARLIER = {
+    "items": "table",
+    "supervision": "all",
+    "user_pooling": "running",
+    "pooling": "blend",
+    "last_item_skip": True,
+}
+
+
+def test_options_of_earlier_versions_are_read() -> None:
+    """Check that run folders and recipes of old name the form by its five options."""
+    constants = {"gate": "vector", "learn_temperature": False, "targets_per_user": 1}
+    assert L2RecConfig(**EARLIER, **constants, rank=4) == L2RecConfig(form="table", rank=4)
+    paper = {"items": "encode", "supervision": "last", "user_pooling": "mean", "pooling": "last"}
+    assert L2RecConfig(**paper) == L2RecConfig(pooling="last")
+    assert L2RecConfig(table_dropout=0.2, behavioral_boost=16.0) == L2RecConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (EARLIER | {"supervision": "last"}, "supervision=last.*these go together; set form=paper"),
+        ({"items": "table"}, "items=table: these go together"),
+        ({"pooling": "blend"}, "Input should be 'auto', 'mean' or 'last'"),
+        ({"gate": "scalar"}, "gate is always vector; take it out"),
+        ({"table_dropout": 0.5}, "table_dropout is always 0.2; take it out"),
+    ],
+)
+def test_options_of_earlier_versions_that_are_gone(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        L2RecConfig(**options)
 
 
 # ------------------------------------------------------------------------------- invariances
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("changes", [{}, {"items": "table"}, TABLE, {"pooling": "blend"}])
+@pytest.mark.parametrize("changes", [{}, TABLE, {"pooling": "last"}])
 def test_users_do_not_depend_on_the_batch(
     family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -606,7 +629,7 @@ def test_only_the_newest_items_count() -> None:
 
 
 def test_scores_are_inner_products_over_tau() -> None:
-    for model in (shaken(build()), shaken(build(items="table"))):
+    for model in (shaken(build()), shaken(build(**TABLE))):
         vectors = model.encode_items(np.arange(N, dtype=np.int32))
         expected = model.encode_users(HISTORIES) @ vectors.T / 0.05
         torch.testing.assert_close(model.scorer()(HISTORIES), expected)
@@ -614,7 +637,7 @@ def test_scores_are_inner_products_over_tau() -> None:
 
 
 def test_evaluation_has_no_noise_and_leaves_the_mode_alone() -> None:
-    model = shaken(build(items="table", table_dropout=0.5)).train()
+    model = shaken(build(**TABLE, text_dropout=0.5)).train()
     items = np.arange(N, dtype=np.int32)
     assert torch.equal(model.encode_items(items), model.encode_items(items))
     assert torch.equal(model.encode_users(HISTORIES), model.encode_users(HISTORIES))
@@ -627,7 +650,7 @@ def test_an_empty_history_is_refused() -> None:
 
 
 def test_nobody_and_nothing() -> None:
-    for model in (build(), build(items="table")):
+    for model in (build(), build(**TABLE)):
         assert model.encode_users(Ragged.from_rows([])).shape == (0, 32)
         assert model.encode_items([]).shape == (0, 32)
 
@@ -648,7 +671,7 @@ def test_a_text_is_encoded_as_the_catalog_item_it_is(family: str, pool: str) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_starts_at_its_row_of_the_table(family: str) -> None:
-    model = build(family, items="table")
+    model = build(family, **TABLE)
     rows = model.encode_items(np.arange(N, dtype=np.int32))
     torch.testing.assert_close(model.encode_items(TEXTS), rows, rtol=0, atol=1e-5)
     with torch.no_grad():
@@ -677,7 +700,7 @@ def test_an_item_that_training_never_meets_is_its_text() -> None:
     assert not bool(grad[never].any()) and bool(grad[met].any(1).all())
 
 
-@pytest.mark.parametrize("changes", [{}, {"items": "table"}, TABLE | {"last_item_skip": True}])
+@pytest.mark.parametrize("changes", [{}, TABLE])
 def test_a_new_item_is_ranked_and_can_be_in_a_history(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes))
     before = model.scorer()(HISTORIES)
@@ -695,7 +718,7 @@ def test_a_new_item_is_ranked_and_can_be_in_a_history(changes: dict[str, Any]) -
     assert bool(losses.total.isfinite())
 
 
-@pytest.mark.parametrize("changes", [{}, {"items": "table"}])
+@pytest.mark.parametrize("changes", [{}, TABLE])
 def test_encoding_texts_leaves_the_catalog_alone(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes))
     before = model.scorer()(HISTORIES)
@@ -736,7 +759,7 @@ def test_items_without_text_do_not_break_the_catalog() -> None:
 
 
 def test_text_vectors_come_from_the_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = tiny.small(items="table")
+    options = tiny.small(**TABLE)
     first = L2Rec(options, Catalog.of_texts(TEXTS), tiny.random_backbone(), cache=tmp_path)
 
     def never(*_: Any, **__: Any) -> Tensor:
@@ -753,7 +776,7 @@ def test_text_vectors_come_from_the_cache(tmp_path: Any, monkeypatch: pytest.Mon
                 options, Catalog.of_texts(TEXTS[::-1]), tiny.random_backbone(), cache=tmp_path
             ),
             lambda: L2Rec(
-                tiny.small(items="table", text_tokens=3),
+                tiny.small(**TABLE, text_tokens=3),
                 Catalog.of_texts(TEXTS),
                 tiny.random_backbone(),
                 cache=tmp_path,
@@ -774,7 +797,7 @@ def test_rows_longer_than_the_backbone_are_refused() -> None:
     ):
         build(max_tokens=257)
     with pytest.raises(ConfigError, match="positions"):
-        build(text_tokens=300, items="table")
+        build(text_tokens=300, **TABLE)
     build(max_tokens=256)
     build(max_tokens=257, views=("behavioral",))
 

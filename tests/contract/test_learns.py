@@ -15,13 +15,7 @@ from l2rec.data.synthetic import chain_dataset
 from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.l2rec import L2Rec
 
-TABLE = {
-    "items": "table",
-    "supervision": "all",
-    "user_pooling": "running",
-    "last_item_skip": True,
-    "table_lr": 1e-2,
-}
+TABLE = {"form": "table", "table_lr": 1e-2}
 PAPER = {"matrices": ("q", "k", "v", "o"), "rank": 4, "negatives": 10}
 SHORT = {"max_items": 2, "semantic_items": 2}
 
@@ -33,7 +27,7 @@ SHORT = {"max_items": 2, "semantic_items": 2}
         ("bert", PAPER | SHORT, 1e-2, 50),
         ("qwen3", PAPER | SHORT, 1e-2, 50),
         ("bert", TABLE | SHORT | {"views": ("behavioral",)}, 3e-3, 60),
-        ("bert", TABLE | SHORT | {"views": ("semantic",), "last_item_skip": False}, 3e-3, 60),
+        ("bert", TABLE | SHORT | {"views": ("semantic",)}, 3e-3, 60),
     ],
     ids=["table", "paper", "paper-decoder", "behavioral", "semantic"],
 )

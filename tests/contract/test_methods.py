@@ -58,10 +58,7 @@ TINY: dict[str, Any] = {
 """Of these, every method gets what it has."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "L2Rec": {
-        "items": "table",
-        "supervision": "all",
-        "user_pooling": "running",
-        "last_item_skip": True,
+        "form": "table",
         "table_lr": 1e-2,
         "semantic_items": 2,
         "view_experts": 4,

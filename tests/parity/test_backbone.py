@@ -291,14 +291,14 @@ def test_minilm_text_vectors_are_those_of_sentence_transformers(minilm: Backbone
     model = sentence_transformers.SentenceTransformer(minilm_source(), device="cpu")
     theirs = torch.from_numpy(model.encode(TEXTS, normalize_embeddings=True))
     options = tiny.small(behavioral_pool="encoder", text_tokens=64)
-    ours = L2Rec(options, Catalog.of_texts(TEXTS), minilm).item_vectors
+    ours = L2Rec(options, Catalog.of_texts(TEXTS), minilm).items.rows
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_minilm_text_vectors_are_mean_pooled_outputs(minilm: Backbone) -> None:
     model = AutoModel.from_pretrained(minilm_source(), dtype=torch.float32).eval()
     options = tiny.small(behavioral_pool="encoder", text_tokens=64)
-    ours = L2Rec(options, Catalog.of_texts(TEXTS), minilm).item_vectors
+    ours = L2Rec(options, Catalog.of_texts(TEXTS), minilm).items.rows
     for text, vector in zip(TEXTS, ours, strict=True):
         encoded = minilm.tokenizer(text, return_tensors="pt")
         with torch.no_grad():

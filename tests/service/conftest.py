@@ -13,9 +13,7 @@ from tests.support import runs
 from tests.support.runs import Finished
 from tests.support.service import Serve, postgres_address
 
-from l2rec.config import load_recipe
 from l2rec.data.dataset import Dataset
-from l2rec.runs.train import train_run
 from l2rec.service.app import create_app
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
@@ -29,25 +27,6 @@ def other_run(
     """Train another model of the same items. Copy the folder before changing anything in it."""
     config = runs.config(backbone_folder, "table", lr=2e-2)
     return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "other")
-
-
-@pytest.fixture(scope="session")
-def prior_run(
-    backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
-) -> Finished:
-    """Train a model whose scores are not inner products alone. Copy before changing anything."""
-    prior = {"repeat_bias": True, "cooccurrence": True}
-    config = runs.config(backbone_folder, "table", model=prior)
-    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "prior")
-
-
-@pytest.fixture(scope="session")
-def sasrec_run(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a method of ids alone, without a gate and without experts."""
-    run = tmp_path_factory.mktemp("runs") / "sasrec"
-    config = load_recipe("sasrec", ["training.max_steps=4"])
-    train_run(config, chains.path, run, progress=runs.Quiet(), recipe="sasrec")
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,8 +16,9 @@ from starlette.testclient import TestClient
 from tests.support.runs import Finished
 from tests.support.service import Serve, error, metric_of
 
+from l2rec.data.ragged import Ragged
 from l2rec.errors import StorageError
-from l2rec.runs.predictor import load
+from l2rec.runs.predictor import Encoded, load
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live
@@ -38,7 +40,7 @@ def metric(client: TestClient, name: str, /, **labels: str) -> float:
 # -- recommend -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", ["table", "encode", "prior"])
+@pytest.mark.parametrize("items", ["table", "paper", "prior", "blended"])
 def test_recommends_what_the_library_does(
     items: str, serve: Serve, request: pytest.FixtureRequest
 ) -> None:
@@ -166,7 +168,7 @@ def test_a_failure_that_nobody_foresaw(serve: Serve, monkeypatch: pytest.MonkeyP
     def fail(*_: Any) -> Any:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(client.app.state.live.version.predictor, "users", fail)  # type: ignore[attr-defined]
+    monkeypatch.setattr(client.app.state.live.version.predictor, "encode", fail)  # type: ignore[attr-defined]
     message = error(client.post("/v1/recommend", json={"history": ["i1"]}), 500)
     assert message.startswith("internal error; see the log at ") and "secret" not in message
 
@@ -196,7 +198,7 @@ def test_a_user_is_what_was_clicked(serve: Serve) -> None:
     assert metric(client, "l2rec_events_total", result="ignored") == 4
 
 
-@pytest.mark.parametrize("items", ["table", "encode"])
+@pytest.mark.parametrize("items", ["table", "paper"])
 def test_a_batch_answers_as_single_requests_do(
     items: str, request: pytest.FixtureRequest, log_url: str
 ) -> None:
@@ -488,12 +490,14 @@ def test_ready_is_a_real_inference(serve: Serve, monkeypatch: pytest.MonkeyPatch
             assert error(fresh(), 503) == "the model gave no answer within 0.05 s"
             assert client.get("/livez").status_code == 200
     assert fresh().status_code == 200
-    users = service.live.version.predictor.users
-    monkeypatch.setattr(
-        service.live.version.predictor,
-        "users",
-        lambda rows: (users(rows)[0] * float("nan"), [None]),
-    )
+    predictor = service.live.version.predictor
+    encode = predictor.encode
+
+    def broken(rows: Ragged) -> Encoded:
+        encoded = encode(rows)
+        return replace(encoded, vectors=encoded.vectors * float("nan"))
+
+    monkeypatch.setattr(predictor, "encode", broken)
     assert error(fresh(), 503) == "the model cannot infer: ArithmeticError"
     assert client.get("/livez").json()["status"] == "alive"
 

@@ -10,7 +10,6 @@ import torch
 from tests.support.runs import Finished
 
 from l2rec.errors import DataError
-from l2rec.runs.diagnostics import expert_load
 from l2rec.runs.predictor import Predictor, load
 from l2rec.service.explain import effects, experts, explain, label, variants
 
@@ -23,7 +22,7 @@ def scored(predictor: Predictor, history: list[str], item: str) -> float:
     return float(next(i["score"] for i in ranked.items if i["id"] == item))
 
 
-@pytest.mark.parametrize("items", ["table", "encode", "prior"])
+@pytest.mark.parametrize("items", ["table", "paper", "prior", "blended"])
 def test_without_an_item_is_a_history_without_it(
     items: str, request: pytest.FixtureRequest
 ) -> None:
@@ -43,22 +42,24 @@ def test_what_is_added_to_the_inner_product(prior_run: Finished, table_run: Fini
     predictor = load(prior_run.run)
     found = explain(predictor, HISTORY, "i10")
     assert predictor.vectors is not None and found.added is not None
-    users, _ = predictor.users(predictor.rows([HISTORY]))
-    inner = float(users[0] @ predictor.vectors[10])
+    encoded = predictor.encode(predictor.rows([HISTORY]))
+    inner = float(encoded.vectors[0] @ predictor.vectors[10])
     assert found.score == pytest.approx(inner + found.added, abs=1e-5)
     every = [explain(predictor, HISTORY, item).added for item in ("i10", "i5", "i3")]
     assert any(added for added in every)
     assert explain(load(table_run.run), HISTORY, "i10").added is None
 
 
-def test_shares_of_experts(table_run: Finished, encode_run: Finished) -> None:
-    for run in (table_run.run, encode_run.run):
+def test_shares_of_experts(table_run: Finished, paper_run: Finished) -> None:
+    for run in (table_run.run, paper_run.run):
         predictor = load(run)
         found = explain(predictor, HISTORY, "i7").experts
         assert found is not None and found == experts(predictor, HISTORY)
         assert found.shares.keys() == {"semantic", "behavioral"}
-        loads = expert_load(predictor.model, predictor.rows([HISTORY]))
-        assert found.shares == loads["experts"] and found.matrices == loads["matrices"]
+        load_of = predictor.model.expert_load(predictor.rows([HISTORY]))
+        assert found.matrices == load_of.matrices
+        for view, shares in found.shares.items():
+            np.testing.assert_allclose(shares, load_of.experts[view], atol=1e-4)
         top = predictor.model.experts.top
         for shares in found.shares.values():
             assert np.shape(shares) == (len(found.matrices), 3)

@@ -55,10 +55,10 @@ def bad_run(other_run: Finished, tmp_path: Path) -> Path:
 
 
 def test_deploy_and_rollback(
-    table_run: Finished, other_run: Finished, encode_run: Finished, tmp_path: Path
+    table_run: Finished, other_run: Finished, paper_run: Finished, tmp_path: Path
 ) -> None:
     folder = tmp_path / "serving"
-    a, b, c = (finished.run.resolve() for finished in (table_run, other_run, encode_run))
+    a, b, c = (finished.run.resolve() for finished in (table_run, other_run, paper_run))
     with pytest.raises(CheckpointError, match=r"has no live.json; make it with: l2rec deploy RUN"):
         read_deployment(folder)
     with pytest.raises(ConfigError, match="has nothing that a shadow could be compared with"):
@@ -282,7 +282,7 @@ def candidate(text: str, run: Path) -> str:
 
 
 def test_items_carry_over_to_what_is_deployed(
-    table_run: Finished, encode_run: Finished, tmp_path: Path, log_url: str
+    table_run: Finished, paper_run: Finished, tmp_path: Path, log_url: str
 ) -> None:
     folder = tmp_path / "serving"
     deploy(table_run.run, folder)
@@ -293,11 +293,11 @@ def test_items_carry_over_to_what_is_deployed(
             await client.put("/v1/items", json={"items": [item]})
             await client.delete("/v1/items?id=i4")
             first = app.state.live.current()
-            deploy(encode_run.run, folder)
+            deploy(paper_run.run, folder)
             # While the candidate is loaded, more happens.
             await client.put("/v1/items", json={"items": [item | {"id": "n2"}]})
             await client.delete("/v1/items?id=i5")
-            await until(lambda: app.state.live.current().name == "encode")
+            await until(lambda: app.state.live.current().name == "paper")
             assert app.state.live.current().version != first.version
             body = {"history": ["i1", "n2"], "k": 40, "exclude_seen": False}
             answer = (await client.post("/v1/recommend", json=body)).json()

@@ -140,7 +140,7 @@ def top(version: Version, history: list[str], k: int = 40) -> list[str]:
     return [version.ids[row] for row in rank([Query(version, user, k)])[0].rows]
 
 
-@pytest.mark.parametrize("items", ["table", "encode"])
+@pytest.mark.parametrize("items", ["table", "paper", "blended"])
 def test_items_come_change_and_go(items: str, request: pytest.FixtureRequest) -> None:
     first = load_version(request.getfixturevalue(f"{items}_run").run)
     ranked = top(first, ["i1", "i2"])

@@ -12,10 +12,12 @@ import torch
 from tests.support import command, runs
 from tests.support.runs import Finished
 
-from l2rec.config import BackboneConfig
+from l2rec.config import BackboneConfig, load_recipe
 from l2rec.data.dataset import Dataset
 from l2rec.data.synthetic import chain_dataset
 from l2rec.modules.backbone import Backbone, load_backbone
+from l2rec.runs.train import train_run
+from l2rec.studies.blend import blend_run
 
 
 @pytest.fixture(scope="session")
@@ -48,18 +50,45 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def table_run(
     backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
-    """Train a run with items=table. Copy the folder before changing anything in it."""
+    """Train a run with form=table. Copy the folder before changing anything in it."""
     config = runs.config(backbone_folder, "table")
     return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "table")
 
 
 @pytest.fixture(scope="session")
-def encode_run(
+def paper_run(
     backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
-    """Train a run with items=encode. Copy the folder before changing anything in it."""
-    config = runs.config(backbone_folder, "encode")
-    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "encode")
+    """Train a run with form=paper. Copy the folder before changing anything in it."""
+    config = runs.config(backbone_folder, "paper")
+    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "paper")
+
+
+@pytest.fixture(scope="session")
+def prior_run(
+    backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """Train a model whose scores are not inner products alone. Copy before changing anything."""
+    prior = {"repeat_bias": True, "cooccurrence": True}
+    config = runs.config(backbone_folder, "table", model=prior)
+    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "prior")
+
+
+@pytest.fixture(scope="session")
+def sasrec_run(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a method of ids alone, without a gate and without experts."""
+    run = tmp_path_factory.mktemp("runs") / "sasrec"
+    config = load_recipe("sasrec", ["training.max_steps=4"])
+    train_run(config, chains.path, run, progress=runs.Quiet(), recipe="sasrec")
+    return run
+
+
+@pytest.fixture(scope="session")
+def blended_run(table_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Blend the table run with co-occurrence. Copy the folder before changing anything in it."""
+    run = tmp_path_factory.mktemp("runs") / "blended"
+    blend_run(table_run.run, run, progress=runs.Quiet())
+    return Finished(run, table_run.data, table_run.backbone)
 
 
 @pytest.fixture

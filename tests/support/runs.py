@@ -16,16 +16,8 @@ from l2rec.runs.checkpoint import load_tensors
 from l2rec.runs.train import train_run
 
 MODEL: dict[str, dict[str, Any]] = {
-    "table": {
-        "items": "table",
-        "supervision": "all",
-        "user_pooling": "running",
-        "pooling": "blend",
-        "last_item_skip": True,
-        "table_dropout": 0.3,
-        "view_loss": 0.5,
-    },
-    "encode": {"items": "encode", "negatives": 3},
+    "table": {"form": "table", "view_loss": 0.5},
+    "paper": {"form": "paper", "negatives": 3},
 }
 SMALL: dict[str, Any] = {
     "max_items": 6,

@@ -202,7 +202,7 @@ def test_ranking_ranks_everybody() -> None:
 # -- where a step goes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", ["encode", "table"])
+@pytest.mark.parametrize("items", ["paper", "table"])
 def test_a_step_is_taken_apart(items: str, backbone_folder: Path, chains: Dataset) -> None:
     step = breakdown.Step(runs.config(backbone_folder, items), chains)
     seconds = breakdown.measured(step, rounds=2)

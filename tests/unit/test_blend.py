@@ -1,52 +1,90 @@
-"""A run blended with co-occurrence: weights from validation alone, scores as written down."""
+"""A run blended with co-occurrence: weights from validation alone, scores as written down, and a
+run folder like any other.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from tests.support.command import Call
 from tests.support.runs import Finished, Quiet
 
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
 from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
-from l2rec.modules.cooccurrence import CoOccurrence, Weights, text_neighbors
+from l2rec.modules.cooccurrence import Blend, text_neighbors
 from l2rec.runs.folder import load_run_config
 from l2rec.runs.predictor import load
 from l2rec.studies import blend
 from l2rec.studies.blend import blend_run
 from l2rec.studies.compare import compare_runs
 
+HISTORIES = [[0, 1], [3]]
 
-def test_scores_are_as_written_down(table_run: Finished) -> None:
+
+def by_hand(near: float, repeat: float, n: int) -> Blend:
+    made = Blend(n)
+    made.together.count(Ragged.from_rows([[0, 1, 2], [1, 3], [2, 1]]))
+    made.near.fill_(near)
+    made.repeat.fill_(repeat)
+    return made
+
+
+@pytest.mark.parametrize(("near", "repeat"), [(0.5, -8.0), (0.0, 2.0)])
+def test_scores_are_as_written_down(table_run: Finished, near: float, repeat: float) -> None:
     model = load(table_run.run).model
-    n = model.n_items
-    together = CoOccurrence(n)
-    together.count(Ragged.from_rows([[0, 1, 2], [1, 3], [2, 1]]))
-    histories = Ragged.from_rows([[0, 1], [3]])
-    own = model.scorer()(histories)
-    met = together.recall(histories).toarray()
-    scaled, counts, seen = blend._parts(model.scorer(), together)(histories)
-    for chosen in (Weights(0.5, -8.0), Weights(0.0, 2.0)):
-        scores = scaled + chosen.added(counts, seen)
-        for row, history in enumerate([[0, 1], [3]]):
-            mean, spread = float(own[row].mean()), float(own[row].std())
-            for item in range(n):
-                expected = (float(own[row, item]) - mean) / spread
-                if item in history:
-                    expected += chosen.repeat
-                else:
-                    expected += chosen.near * met[row, item]
-                assert float(scores[row, item]) == pytest.approx(expected, abs=1e-4)
+    made, histories = by_hand(near, repeat, model.n_items), Ragged.from_rows(HISTORIES)
+    plain = model.scorer()(histories)
+    met = made.together.recall(histories).toarray()
+    scores = made.scorer(model)(histories)
+    for row, history in enumerate(HISTORIES):
+        mean, spread = float(plain[row].mean()), float(plain[row].std())
+        for item in range(model.n_items):
+            expected = (float(plain[row, item]) - mean) / spread
+            expected += repeat if item in history else near * met[row, item]
+            assert float(scores[row, item]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("fixture", ["table_run", "prior_run", "sasrec_run"])
+def test_what_is_recommended_is_what_was_evaluated(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    """Check that inner products plus the prior rank as the scores of the equation do."""
+    run = request.getfixturevalue(fixture)
+    plain = load(run if isinstance(run, Path) else run.run)
+    predictor = plain.blended(by_hand(0.5, -8.0, plain.n_items), "blended")
+    rows = Ragged.from_rows([*HISTORIES, [5, 1, 2, 7]])
+    evaluated, served = predictor.scorer()(rows), predictor.scores(predictor.encode(rows))
+    deviation = plain.scores(plain.encode(rows)).std(1, keepdim=True)
+    centred = [x - x.mean(1, keepdim=True) for x in (evaluated * deviation, served)]
+    torch.testing.assert_close(*centred, atol=1e-4, rtol=1e-3)
+    assert not torch.equal(served.argsort(1), plain.scores(plain.encode(rows)).argsort(1))
+
+
+def test_items_that_come_later_change_no_score(table_run: Finished) -> None:
+    predictor = load(table_run.run)
+    predictor = predictor.blended(by_hand(0.5, -8.0, predictor.n_items), "blended")
+    rows, n = Ragged.from_rows(HISTORIES), predictor.n_items
+    before = predictor.scores(predictor.encode(rows)), predictor.scorer()(rows)
+    grown = predictor.with_items({"new": "small red wood lamp"})
+    for was, scores in zip(
+        before, (grown.scores(grown.encode(rows)), grown.scorer()(rows)), strict=True
+    ):
+        assert scores.shape == (2, n + 1)
+        torch.testing.assert_close(scores[:, :n], was)
 
 
 def test_texts_are_among_the_counts_of_a_method_that_reads_them(table_run: Finished) -> None:
-    """The neighbours that the run's own backbone finds, as the model's table has them."""
+    """Check that the run's own backbone finds the neighbours that the model's table has."""
     predictor = load(table_run.run)
     found = blend._alike(load_run_config(table_run.run)[0], predictor.texts)
     table = predictor.model.table
@@ -55,36 +93,73 @@ def test_texts_are_among_the_counts_of_a_method_that_reads_them(table_run: Finis
     )
 
 
-def test_a_blend_is_a_run_to_compare(table_run: Finished, tmp_path: Path) -> None:
-    out = tmp_path / "blend"
-    report = blend_run(table_run.run, out, progress=Quiet())
-    assert read_json(out / "report.json") == report
-    assert report["recipe"].endswith(" + nearby items")
-    assert {"L2Rec + nearby items", "L2Rec", "popularity"} <= report["scores"].keys()
+def test_a_blend_is_a_run_to_compare(table_run: Finished, blended_run: Finished) -> None:
+    blended = blended_run.run
+    report = read_json(blended / "report.json")
+    assert report["recipe"].endswith(" + co-occurrence")
+    assert {"L2Rec + co-occurrence", "L2Rec", "popularity"} <= report["scores"].keys()
     # Weight 0 is among what is tried: on validation a blend is never worse than the run.
     assert (
         report["valid"]["ndcg@10"]
         >= read_json(table_run.run / "report.json")["valid"]["ndcg@10"] - 1e-9
     )
-    found = compare_runs([table_run.run, out])
+    found = compare_runs([table_run.run, blended])
     assert len(found.entries) == 2, "one recipe, and yet two rows"
     with pytest.raises(CheckpointError, match="is not empty; choose another --out"):
-        blend_run(table_run.run, out, progress=Quiet())
+        blend_run(table_run.run, blended, progress=Quiet())
+    with pytest.raises(CheckpointError, match="is blended already; blend the run it was made of"):
+        blend_run(blended, blended / "twice", progress=Quiet())
+
+
+def test_a_blend_is_a_run_by_every_command(
+    table_run: Finished, blended_run: Finished, call: Call, tmp_path: Path
+) -> None:
+    blended = blended_run.run
+    report = read_json(blended / "report.json")
+    again = json.loads(call("evaluate", blended, "--json").out)
+    for metric, value in report["scores"]["L2Rec + co-occurrence"].items():
+        assert again[metric] == pytest.approx(value), metric
+    assert again["version"] == load(blended).version != load(table_run.run).version
+
+    found = json.loads(call("recommend", blended, "--history", "i0,i1", "-k", "30", "--json").out)
+    assert found["version"] == again["version"]
+    predictor = load(blended)
+    ranked = predictor.scorer()(predictor.rows([["i0", "i1"]]))[0]
+    expected = [predictor.ids[n] for n in ranked.argsort(descending=True, stable=True).tolist()]
+    assert [item["id"] for item in found["items"]] == [i for i in expected if i not in ("i0", "i1")]
+
+    assert call("embed", blended, "--out", tmp_path / "vectors").code == 0
+    assert call("embed", table_run.run, "--out", tmp_path / "plain").code == 0
+    vectors, plain = (pq.read_table(tmp_path / f / "items.parquet") for f in ("vectors", "plain"))
+    assert vectors["vector"].equals(plain["vector"]) and not vectors["version"].equals(
+        plain["version"]
+    )
+    assert call("deploy", blended, "--to", tmp_path / "serving").code == 0
+    assert (blended / "report.html").is_file() and (blended / "diagnostics.json").is_file()
+
+
+def test_a_torn_blend_is_noticed(blended_run: Finished, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(blended_run.run, run)
+    file = run / "blend.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"blend\.safetensors: torn"):
+        load(run)
 
 
 def test_the_test_split_chooses_nothing(
     table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever test targets are, the same blend is chosen."""
+    """Check that the same blend is chosen whatever the test targets are."""
     first = blend_run(table_run.run, tmp_path / "a", progress=Quiet())
     split = blend.training_split
 
     def other(*of: Any) -> Split:
-        made = split(*of)
-        return replace(made, test_targets=np.zeros_like(made.test_targets))
+        real = split(*of)
+        return replace(real, test_targets=np.zeros_like(real.test_targets))
 
     monkeypatch.setattr(blend, "training_split", other)
     second = blend_run(table_run.run, tmp_path / "b", progress=Quiet())
     assert first["blend"] == second["blend"]
-    assert first["scores"]["L2Rec + nearby items"] != second["scores"]["L2Rec + nearby items"]
+    assert first["scores"]["L2Rec + co-occurrence"] != second["scores"]["L2Rec + co-occurrence"]
     assert torch.isfinite(torch.tensor(list(second["valid"].values()))).all()

