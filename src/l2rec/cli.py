@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["app", "main"]
 
+import gc
 import json
 import os
 import shlex
@@ -415,6 +416,7 @@ def recommend(
     from l2rec.runs.folder import user_history
     from l2rec.runs.predictor import load
 
+    gc.disable()  # as in `serve`; this process is short
     if (history is None) == (user is None):
         raise DataError("give either --history ID,ID,... or --user ID")
     added = {}
@@ -724,6 +726,7 @@ def serve(
         shutdown=shutdown,
         access_log=access_log,
     )
+    gc.disable()  # thousands of modules come: a fifth of the start would go into collections
     try:
         from l2rec.service.server import serve as run_server
     except ModuleNotFoundError as error:

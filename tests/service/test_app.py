@@ -25,6 +25,7 @@ from l2rec.service.live import Live
 from l2rec.service.loading import load_version
 from l2rec.service.settings import Experiment, Settings
 from l2rec.studies import abtest
+from l2rec.studies.arms import arm as assign
 
 
 def recommend(client: TestClient, **body: Any) -> list[str]:
@@ -563,7 +564,7 @@ def test_arms(table_run: Finished, other_run: Finished, log_url: str) -> None:
         for n in range(30):
             body = {"user": f"u{n}", "history": ["i1", "i2"], "k": 5}
             answer = client.post("/v1/recommend", json=body).json()
-            arm = abtest.arm(f"u{n}", "exp", salt="s", treatment=0.4)
+            arm = assign(f"u{n}", "exp", salt="s", treatment=0.4)
             assert answer["experiment"] == {"name": "exp", "arm": arm}
             assert answer["version"] == versions[arm]
             run = table_run if arm == "treatment" else other_run

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import schemathesis
+
+# Now, not while a server's thread imports too: until 3.11.8, Python could not parse two at once.
+import schemathesis.specs.openapi.schemas
 from hypothesis import HealthCheck, given, settings
 from pydantic import SecretStr
 from schemathesis import GenerationMode
@@ -33,7 +36,7 @@ HEADERS = {"Authorization": f"Bearer {WRITE_KEY}"}
 
 @pytest.fixture(scope="module")
 def api(table_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The schema of a server that runs."""
+    """Start a server and read its schema."""
     log = EventLog(f"sqlite:///{tmp_path_factory.mktemp('log') / 'events.db'}")
     app = create_app(
         Settings(rate=0, write_keys=(SecretStr(WRITE_KEY),)), Live(load_version(table_run.run)), log

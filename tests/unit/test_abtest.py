@@ -19,7 +19,8 @@ from l2rec.cli import app
 from l2rec.errors import ConfigError, DataError, L2RecError
 from l2rec.evaluation.significance import holm
 from l2rec.studies import abtest
-from l2rec.studies.abtest import Users, analyze, arm, conclude, events_of, experiments, simulate
+from l2rec.studies.abtest import Users, analyze, conclude, events_of, experiments, simulate
+from l2rec.studies.arms import arm
 
 DAY = 86_400.0
 

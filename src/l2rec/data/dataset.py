@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -162,6 +161,8 @@ class Dataset:
 
     def _repeats(self) -> int:
         """Count the events whose user has an earlier event with the same item."""
+        import polars as pl  # slow to import, and only this needs it
+
         repeats = 0
         for first, last in user_blocks(self.offsets, BLOCK_EVENTS):
             low, high = self.offsets[first], self.offsets[last]

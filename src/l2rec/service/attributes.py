@@ -39,7 +39,10 @@ class Attributes:
     @classmethod
     def of_catalog(cls, catalog: Catalog) -> Attributes:
         """Take the raw fields of a catalog, empty where they are missing."""
-        columns = {name: pa.array(catalog.field(name), pa.string()) for name in catalog.fields}
+        columns = {  # as Arrow has them: from a Python list, it imports pandas first
+            name: pc.fill_null(catalog.table[name].cast(pa.string()), "").combine_chunks()
+            for name in catalog.fields
+        }
         return cls(len(catalog), columns)
 
     @property

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 
 from l2rec.errors import L2RecError, StorageError
 from l2rec.service.batching import Worker
@@ -233,6 +232,8 @@ def compare(candidate: Version, answered: Answered) -> Compared | None:
     known = [row for item in answered.ids if (row := row_of(item)) is not None]
     if len(known) < 2:
         return Compared(overlap, None, seconds)
+    from scipy.stats import rankdata  # slow to import, and only a shadow needs it
+
     theirs = rankdata(-score(candidate, user, np.asarray(known, dtype=np.int64)))
     if not np.ptp(theirs):
         return Compared(overlap, None, seconds)

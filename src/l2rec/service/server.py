@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["load_live", "serve"]
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -66,6 +67,7 @@ def serve(
     log = EventLog(log_url or f"sqlite:///{target.resolve() / 'events.db'}")
     try:
         live, follow = load_live(target, log, settings, control)
+        _collect_garbage_again()
         app = create_app(settings, live, log, follow=follow)
         config = uvicorn.Config(
             app,
@@ -181,6 +183,15 @@ def _run(server: _Server, app: Any, listening: socket.socket) -> None:
         await server.serve(sockets=[listening])
 
     asyncio.run(main())
+
+
+def _collect_garbage_again() -> None:
+    """Collect what the start left and leave the rest, modules and models, out of later collections;
+    `l2rec serve` switches collections off while it imports.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def _log_to_stderr() -> None:

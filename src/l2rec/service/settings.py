@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from l2rec.errors import ConfigError
+from l2rec.studies.arms import SHARE
 
 READ_KEYS, WRITE_KEYS = "L2REC_READ_KEYS", "L2REC_WRITE_KEYS"
 SHORTEST_KEY = 16
@@ -29,7 +30,7 @@ class Experiment(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
-    treatment: float = Field(0.06, gt=0, lt=1)
+    treatment: float = Field(SHARE, gt=0, lt=1)
     """Share of users that the live version serves."""
     salt: str = ""
 

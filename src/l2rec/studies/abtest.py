@@ -27,9 +27,8 @@ A rate is a user-level metric: events of a user per exposure of that user, avera
 
 from __future__ import annotations
 
-__all__ = ["analyze", "arm", "events_of", "experiments", "simulate"]
+__all__ = ["analyze", "events_of", "experiments", "simulate"]
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,10 +40,8 @@ import polars as pl
 
 from l2rec.errors import ConfigError, DataError
 from l2rec.evaluation.significance import holm
+from l2rec.studies.arms import CONTROL, SHARE, TREATMENT, arm
 
-TREATMENT, CONTROL = "treatment", "control"
-SHARE = 0.06
-"""Default share of users in the treatment: the 6% of the L2Rec paper."""
 METRICS = {"ctr": "click", "reply_rate": "reply"}
 """Event type that each metric counts per exposure."""
 PLURAL = {"ctr": "clicks", "reply_rate": "replies"}
@@ -62,21 +59,6 @@ COLUMNS = ("user", "type", "timestamp", "experiment", "arm")
 Log = pl.DataFrame | pl.LazyFrame
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-
-def arm(user: str, experiment: str, *, salt: str = "", treatment: float = SHARE) -> str:
-    """Assign a user to ``treatment`` or ``control``.
-
-    The same user, experiment and salt give the same arm in every process. ``treatment``: share of
-    users in the treatment.
-
-    Raises:
-        ConfigError: a share outside 0..1.
-    """
-    if not 0 <= treatment <= 1:
-        raise ConfigError(f"treatment={treatment}: a share from 0 to 1")
-    digest = hashlib.sha256(f"{salt}\0{experiment}\0{user}".encode()).digest()
-    return TREATMENT if int.from_bytes(digest[:8]) / 2**64 < treatment else CONTROL
 
 
 # -- events to users -----------------------------------------------------------------------------

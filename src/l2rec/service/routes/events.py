@@ -13,7 +13,6 @@ import math
 import time
 from typing import Annotated, Any
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 from fastapi import FastAPI, Query, Response
@@ -27,7 +26,7 @@ from l2rec.service.routes.answers import CANNOT, NOT_FOUND, READING, WRITING, as
 from l2rec.service.security import Refused
 from l2rec.service.serving import Service
 from l2rec.service.settings import Experiment
-from l2rec.studies import abtest
+from l2rec.studies.arms import SHARE
 
 SUMMARY_SECONDS = 60.0
 """Age at which the summary of an experiment is computed anew."""
@@ -134,7 +133,11 @@ def _retrieve(task: asyncio.Task[Any]) -> None:
 def _summary(log: EventLog, running: Experiment | None, name: str) -> dict[str, Any] | None:
     """Summarise an experiment; None where none of that name runs or has events."""
     runs = running is not None and running.name == name
-    share = running.treatment if running is not None and runs else abtest.SHARE
+    import polars as pl  # slow to import, as is what analyses: a server starts without them
+
+    from l2rec.studies import abtest
+
+    share = running.treatment if running is not None and runs else SHARE
     batches = list(log.read(experiment=name))
     if not batches and not runs:
         return None

@@ -21,7 +21,7 @@ from l2rec.service.security import Refused
 from l2rec.service.serving import Service
 from l2rec.service.settings import Settings
 from l2rec.service.version import Version
-from l2rec.studies import abtest
+from l2rec.studies.arms import arm
 
 
 def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
@@ -111,7 +111,7 @@ def _arm(settings: Settings, body: schemas.Recommend) -> str | None:
             raise Refused(422, "experiment: arms are assigned to users, give a user")
     if running is None or body.user is None:
         return None
-    return abtest.arm(body.user, running.name, salt=running.salt, treatment=running.treatment)
+    return arm(body.user, running.name, salt=running.salt, treatment=running.treatment)
 
 
 def _query(version: Version, user: User, history: Sequence[str], body: schemas.Recommend) -> Query:
