@@ -30,7 +30,7 @@ README = HERE.parent / "README.md"
 DETAILS = HERE / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
-FLOORS = ["popularity", "last item neighbour", "nearby items"]
+FLOORS = ["popularity", "last item neighbour", "co-occurrence"]
 
 Report = dict[str, Any]
 

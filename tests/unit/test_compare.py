@@ -58,6 +58,7 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
         seconds: float = 60.0,
         training: Mapping[str, Any] | None = None,
         stopped: str = "patience",
+        command: str = "",
     ) -> Path:
         values = {"method": "l2rec.methods.sasrec:SASRec", "seed": seed, "model": {"dim": dim}}
         values["training"] = dict(training or {})
@@ -75,6 +76,7 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
         report = {
             "method": "SASRec",
             "recipe": recipe,
+            "command": command,
             "dataset": {"name": "chains", "items": data.n_items},
             "backbone": {"name": "none", "trained_parameters": 1234},
             "hardware": "a processor",
@@ -225,6 +227,18 @@ def test_seeds_apart(make: Make) -> None:
     found = compare_runs([a, b], group=False)
     assert [entry.label for entry in found.entries] == [f"sasrec ({a})", f"sasrec ({b})"]
     assert [entry.seeds for entry in found.entries] == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [("", "sasrec"), ("seed=3", "sasrec"), ("model.dim=32 'training.lr=1e-3'", "sasrec ({path})")],
+)
+def test_a_recipe_that_was_changed_is_not_called_by_its_name_alone(
+    make: Make, overrides: str, label: str
+) -> None:
+    run = make("a", ranks_of(1), command=f"l2rec train sasrec --data D --out R {overrides}")
+    found = compare_runs([run, make("b", ranks_of(2), recipe="b", dim=16)])
+    assert found.entries[0].label == label.format(path=run)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from scipy import sparse
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 from l2rec.evaluation.ranking import evaluate
-from l2rec.methods.floors import LastItemNeighbour, NearbyItems, Popularity, TextNeighbour
+from l2rec.methods.floors import CoOccurrenceFloor, LastItemNeighbour, Popularity, TextNeighbour
 from l2rec.protocols import Recommender
 
 # Events: item 0 three times, 1 three times, 2 once, 3 once, 4 never.
@@ -52,8 +52,8 @@ def test_last_item_neighbour_is_ranked_as_by_hand() -> None:
     assert result.top[1].tolist() == [0, 2, 1, 3, 4]
 
 
-def test_nearby_items_fade_with_distance_and_age() -> None:
-    floor = NearbyItems.from_sequences(TRAIN, N_ITEMS)
+def test_co_occurrence_fades_with_distance_and_age() -> None:
+    floor = CoOccurrenceFloor.from_sequences(TRAIN, N_ITEMS)
     scores = floor.scorer()(Ragged.from_rows([[0], [2, 0], [], [4]]))
     assert scores.dtype == torch.float32
     ties = [1e-4, 1e-4, 1e-4 / 3, 1e-4 / 3, 0.0]
@@ -77,7 +77,7 @@ def test_popularity_never_reorders_counts() -> None:
 
 def test_an_empty_training_set() -> None:
     nothing = Ragged.from_rows([])
-    for floor in (Popularity, LastItemNeighbour, NearbyItems):
+    for floor in (Popularity, LastItemNeighbour, CoOccurrenceFloor):
         scores = floor.from_sequences(nothing, 3).scorer()(Ragged.from_rows([[1], []]))
         assert scores.tolist() == [[0.0] * 3] * 2
 
@@ -112,7 +112,7 @@ def test_floors_are_recommenders() -> None:
 
 
 def test_items_outside_the_catalog() -> None:
-    for floor in (Popularity, LastItemNeighbour, NearbyItems):
+    for floor in (Popularity, LastItemNeighbour, CoOccurrenceFloor):
         with pytest.raises(DataError, match=r"item 3 is outside the catalog of 3 items \(0\.\.2\)"):
             floor.from_sequences(TRAIN, 3)
     outside = Ragged.from_rows([[9]])

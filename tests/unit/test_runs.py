@@ -64,7 +64,7 @@ def test_what_a_run_leaves(table_run: Finished, chains: Dataset) -> None:
         "L2Rec",
         "popularity",
         "last item neighbour",
-        "nearby items",
+        "co-occurrence",
         "untrained backbone",
     ]
     assert report["dataset"]["fingerprint"] == chains.fingerprint

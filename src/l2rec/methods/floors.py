@@ -1,14 +1,14 @@
 """Floor baselines: what a trained model has to beat. No training, no parameters.
 
-``Popularity`` knows no user, ``LastItemNeighbour`` knows which item followed which, ``NearbyItems``
-which items were met near each other, and ``TextNeighbour`` knows only the item texts: it is the
-untrained backbone's own ranking.
-Fit them on training prefixes only: an event that is validated or tested must not be counted.
+``Popularity`` knows no user, ``LastItemNeighbour`` which item followed which, ``CoOccurrenceFloor``
+which items are near each other, and ``TextNeighbour`` only the item texts: it is the untrained
+backbone's own ranking. Fit them on training prefixes only: an event that is validated or tested
+must not be counted.
 """
 
 from __future__ import annotations
 
-__all__ = ["LastItemNeighbour", "NearbyItems", "Popularity", "TextNeighbour"]
+__all__ = ["CoOccurrenceFloor", "LastItemNeighbour", "Popularity", "TextNeighbour"]
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +44,7 @@ class Popularity:
         return len(self.counts)
 
     def scorer(self) -> Scorer:
-        """Histories of B users -> [B, N] float32, one row of memory seen B times."""
+        """Return histories of B users -> [B, N] float32, one row of memory seen B times."""
         row = torch.from_numpy(self.counts.astype(np.float32))
         return lambda histories: row.expand(len(histories), -1)
 
@@ -83,7 +83,7 @@ class LastItemNeighbour:
         return len(self.counts)
 
     def scorer(self) -> Scorer:
-        """Histories of B users -> [B, N] float32; only these B rows are made dense.
+        """Return histories of B users -> [B, N] float32; only these B rows are made dense.
 
         Raises ``DataError`` for a last item outside the catalog.
         """
@@ -105,18 +105,18 @@ class LastItemNeighbour:
 
 
 @dataclass(frozen=True)
-class NearbyItems:
-    """How often, and how closely, each item was met near the newest items of the user.
+class CoOccurrenceFloor:
+    """Co-occurrence of each item with the newest items of the user.
 
-    The faded counts of `l2rec.modules.cooccurrence`; equal counts, and all items that
-    were never met, are ordered by popularity. ``counts``: [N] int64, training events.
+    The faded counts of `l2rec.modules.cooccurrence`; equal counts, and all items without any, are
+    ordered by popularity. ``counts``: [N] int64, training events.
     """
 
     together: CoOccurrence
     counts: npt.NDArray[np.int64]
 
     @classmethod
-    def from_sequences(cls, train: Ragged, n_items: int) -> NearbyItems:
+    def from_sequences(cls, train: Ragged, n_items: int) -> CoOccurrenceFloor:
         """Count the pairs of ``train``, item ints below ``n_items``; else ``DataError``."""
         counts = _event_counts(train, n_items)
         together = CoOccurrence(n_items, rarity=0.0)  # nothing else here knows what is popular
@@ -129,7 +129,7 @@ class NearbyItems:
         return len(self.counts)
 
     def scorer(self) -> Scorer:
-        """Histories of B users -> [B, N] float32; ``DataError`` for an item out of range."""
+        """Return histories of B users -> [B, N] float32; ``DataError`` for an item out of range."""
         # Below the smallest faded count, so that popularity orders equal counts alone.
         tie_break = (1e-4 * self.counts / max(int(self.counts.max(initial=0)), 1)).astype("f4")
 
@@ -163,7 +163,7 @@ class TextNeighbour:
         return len(self.item_vectors)
 
     def scorer(self) -> Scorer:
-        """Histories of B users -> [B, N] float32; ``DataError`` for a last item out of range."""
+        """Return histories of B users -> [B, N] float32; ``DataError`` for an item out of range."""
         vectors = self.item_vectors
 
         def score(histories: Ragged) -> Tensor:
@@ -176,7 +176,7 @@ class TextNeighbour:
 
 
 def _event_counts(train: Ragged, n_items: int) -> npt.NDArray[np.int64]:
-    """Events per item: [N] int64."""
+    """Count events per item: [N] int64."""
     _check_range(train.values, n_items)
     return np.bincount(train.values, minlength=n_items).astype(np.int64, copy=False)
 
@@ -184,7 +184,7 @@ def _event_counts(train: Ragged, n_items: int) -> npt.NDArray[np.int64]:
 def _last_items(
     histories: Ragged, n_items: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(rows that have a history, their newest item), both [rows] int64."""
+    """Return the rows that have a history and their newest item, both [rows] int64."""
     users = np.flatnonzero(histories.lengths > 0)
     last = histories.values[histories.offsets[1:][users] - 1].astype(np.int64)
     _check_range(last, n_items)

@@ -29,6 +29,7 @@ __all__ = [
     "load_run_config",
     "open_run_dataset",
     "read_catalog",
+    "read_report",
     "read_run",
     "training_split",
     "user_history",
@@ -61,14 +62,32 @@ from l2rec.modules.backbone import Backbone
 from l2rec.runs.checkpoint import load_tensors, save_tensors
 
 RUN_VERSION = 1
+EARLIER_NAME = ("nearby items", "co-occurrence")
+"""Name of a floor, and of a blend with it, in earlier run folders and now."""
 MODEL, BLEND, ITEMS = "model.safetensors", "blend.safetensors", "items.safetensors"
 
 
 def finished_report(out: Path) -> dict[str, Any] | None:
     """Return the report of a run that came to its end, or None."""
     if (out / "report.json").is_file() and (out / "report.html").is_file():
-        return read_json(out / "report.json")
+        return read_report(out)
     return None
+
+
+def read_report(run: Path) -> dict[str, Any]:
+    """Read a run's report.json, what earlier versions called otherwise under today's names.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
+    report: dict[str, Any] = _renamed(read_json(run / "report.json"))
+    return report
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_renamed(key): _renamed(part) for key, part in value.items()}
+    return value.replace(*EARLIER_NAME) if isinstance(value, str) else value
 
 
 def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranking import Evaluation, evaluate
 from l2rec.evaluation.ranks import write_ranks
 from l2rec.evaluation.significance import paired_test
-from l2rec.methods.floors import LastItemNeighbour, NearbyItems, Popularity
+from l2rec.methods.floors import CoOccurrenceFloor, LastItemNeighbour, Popularity
 from l2rec.modules.backbone import Backbone
 from l2rec.protocols import Cached, Progress, Recommender
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
@@ -232,11 +232,11 @@ def _floor_scores(
     split: Split, dataset: Dataset, model: Any, out: Path, start: str, progress: Progress
 ) -> dict[str, Evaluation]:
     """Rank the test split by the floors, and by the model before any training (``start``)."""
-    progress.line(f"scoring the floors: popularity, last item neighbour, nearby items, {start}")
+    progress.line(f"scoring the floors: popularity, last item neighbour, co-occurrence, {start}")
     floors: dict[str, Recommender] = {
         "popularity": Popularity.from_sequences(split.train, dataset.n_items),
         "last item neighbour": LastItemNeighbour.from_sequences(split.train, dataset.n_items),
-        "nearby items": NearbyItems.from_sequences(split.train, dataset.n_items),
+        "co-occurrence": CoOccurrenceFloor.from_sequences(split.train, dataset.n_items),
     }
     scores = {name: _score(floor, split, progress) for name, floor in floors.items()}
     best = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}

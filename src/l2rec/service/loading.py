@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 from l2rec.index import Index, build
 from l2rec.index import load as load_index
-from l2rec.runs.folder import read_run
+from l2rec.runs.folder import read_report, read_run
 from l2rec.runs.predictor import Predictor, load_folder
 from l2rec.service.attributes import Attributes
 from l2rec.service.ranking import Query, encode, rank, rank_exactly
@@ -53,7 +52,7 @@ def load_version(
         )
     predictor = load_folder(folder)
     predictor.verify()
-    report = read_json(run / "report.json") if (run / "report.json").is_file() else {}
+    report = read_report(run) if (run / "report.json").is_file() else {}
     base = len(predictor.ids)
     version = Version(
         predictor=predictor,

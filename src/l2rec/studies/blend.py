@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from l2rec.config import RunConfig
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.data.text import tokenize
-from l2rec.disk import read_json, write_json
+from l2rec.disk import write_json
 from l2rec.errors import CheckpointError
 from l2rec.evaluation.ranking import Evaluation, evaluate
 from l2rec.evaluation.ranks import write_ranks
@@ -36,6 +36,7 @@ from l2rec.runs.folder import (
     UserIds,
     load_run_config,
     open_run_dataset,
+    read_report,
     training_split,
     version_of,
     write_item_vectors,
@@ -60,7 +61,7 @@ def blend_run(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is not empty; choose another --out")
     dataset = open_run_dataset(run, data)
-    report = read_json(run / "report.json")
+    report = read_report(run)
     predictor, (config, _) = load(run), load_run_config(run)
     if predictor.blend is not None:
         raise CheckpointError(f"{run} is blended already; blend the run it was made of")

@@ -28,6 +28,8 @@ __all__ = [
 
 import json
 import math
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,12 +44,11 @@ from l2rec.config import RunConfig
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.data.splits import leave_one_out
-from l2rec.disk import read_json
 from l2rec.errors import CheckpointError, DataError, L2RecError
 from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import paired_values_test
 from l2rec.metrics import coverage, popularity_bias, rank_values
-from l2rec.runs.folder import load_run_config
+from l2rec.runs.folder import load_run_config, read_report
 from l2rec.runs.numbers import MAIN, METRICS
 
 TESTED = (MAIN, "recall@10")
@@ -63,7 +64,7 @@ HEAD = 0.2
 """Share of the catalog that counts as its head: the items with the most training events."""
 EVERYONE, COLD = "all", "cold target"
 """Names of the segment of all users and of the one whose targets have no training event."""
-FLOORS = ("popularity", "last item neighbour", "nearby items")
+FLOORS = ("popularity", "last item neighbour", "co-occurrence")
 """Baselines of a report that follow from the data alone."""
 
 Rows = npt.NDArray[np.bool_]
@@ -115,7 +116,7 @@ def read_run(path: Path, dataset: Dataset | None = None) -> FinishedRun:
             "the folder it was made on with --data"
         )
     ranks = read_ranks(path / "ranks.parquet", None if dataset is None else _test_users(dataset))
-    return FinishedRun(path, config, identity, read_json(path / "report.json"), ranks)
+    return FinishedRun(path, config, identity, read_report(path), ranks)
 
 
 def _test_users(dataset: Dataset) -> tuple[list[str], npt.NDArray[np.int64]]:
@@ -358,7 +359,8 @@ def _floors(runs: Sequence[FinishedRun]) -> dict[str, dict[str, float]]:
 
 
 def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[FinishedRun]]:
-    """Group runs into rows, by the row's label.
+    """Group runs into rows, by the row's label: the recipe, and the path where other rows have the
+    same recipe or the command changed options of it.
 
     Raises:
         DataError: two runs of one recipe and seed.
@@ -380,9 +382,17 @@ def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[Finishe
         str(seeds[0].report.get("recipe") or seeds[0].report["method"]) for seeds in alike.values()
     ]
     return {
-        name if names.count(name) == 1 else f"{name} ({seeds[0].path})": seeds
+        name
+        if names.count(name) == 1 and not _changed(seeds[0])
+        else f"{name} ({seeds[0].path})": seeds
         for name, seeds in zip(names, alike.values(), strict=True)
     }
+
+
+def _changed(run: FinishedRun) -> bool:
+    """Say whether the command of a run changed options of its recipe."""
+    words = shlex.split(str(run.report.get("command", "")))
+    return any(re.match(r"(model|training|backbone)\.[\w.]+=", word) for word in words)
 
 
 def _recipe_key(config: RunConfig, identity: Mapping[str, Any], stopped: str | None = None) -> str:
