@@ -58,7 +58,7 @@ def keep(name: str, run: Path) -> None:
 
 
 def collected() -> dict[str, dict[str, Report]]:
-    """Reports by fingerprint, then by name; the best by ndcg@10 first."""
+    """Read reports by fingerprint, then by name; the best by ndcg@10 first."""
     found: dict[str, dict[str, Report]] = {}
     for path in sorted(HERE.glob("*/*/report.json")):
         report = json.loads(path.read_text())
@@ -109,7 +109,7 @@ def table(runs: dict[str, Report]) -> str:
 
 
 def of_recipes(runs: dict[str, Report]) -> dict[str, list[Report]]:
-    """Reports of all seeds by the name without its seed."""
+    """Group the reports of all seeds by the name without its seed."""
     found: dict[str, list[Report]] = {}
     for name, report in runs.items():
         found.setdefault(re.sub(r"-s\d+$", "", name), []).append(report)
@@ -139,7 +139,7 @@ def made(name: str, report: Report) -> str:
 
 
 def untrained(report: Report) -> float:
-    """What the method scores before its first step."""
+    """Return what the method scores before its first step."""
     named = [n for n in report["scores"] if n not in (*FLOORS, report["method"])]
     score: float = report["scores"][named[0]]["ndcg@10"]
     return score

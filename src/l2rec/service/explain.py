@@ -5,9 +5,8 @@
 - what is left out: the item's score if one item of the history had never been
 
 What is left out needs the score of the item for many histories, which differ by one item each:
-`variants` makes them, `effects` reads what they scored. `explain` does it all in one batch; a
-server encodes the variants beside other requests, and keeps them for the next item that is asked
-for.
+`variants` makes them, `effects` reads their scores. `explain` does it all in one batch; a server
+encodes the variants beside other requests, and keeps them for the next item that is asked for.
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ MOST = 50
 
 @dataclass(frozen=True)
 class Experts:
-    """matrices: names of the adapted matrices. shares: view -> [J][E] share of the tokens' choices
-    that fell on each expert of each matrix; the shares of a matrix add up to 1.
+    """Experts that the tokens of a history chose. matrices: [J] names of the adapted matrices.
+    shares: by view, [J][E] share of the choices that fell on each expert of each matrix; the shares
+    of a matrix add up to 1.
     """
 
     matrices: list[str]
@@ -42,10 +42,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Explanation:
-    """score: of the item. added: what of it no inner product gives, such as counts; None where
-    nothing is added. gate: mean delta, None without one. experts: None without any. without: the
-    score without each item of the history, oldest first; None where none was computed: it is older
-    than `MOST`, or the only one.
+    """Reasons for the rank of an item. score: its score. added: the part that no inner product
+    gives, such as co-occurrence; None where nothing is added. gate: mean delta, None without one.
+    experts: None without any. without: its score without each item of the history, oldest first;
+    None where it was not computed: for items older than `MOST`, and for the only one.
     """
 
     item: str
@@ -57,8 +57,8 @@ class Explanation:
 
 
 def variants(history: Sequence[T], most: int = MOST) -> list[list[T]]:
-    """The history, and then without each of its newest ``most`` items, oldest of them first; of a
-    history of one, nothing else.
+    """Return the history, and then the history without each of its newest ``most`` items, oldest of
+    them first; of a history of one, nothing else.
     """
     first = max(0, len(history) - most) if len(history) > 1 else len(history)
     left = [[*history[:i], *history[i + 1 :]] for i in range(first, len(history))]
@@ -66,13 +66,13 @@ def variants(history: Sequence[T], most: int = MOST) -> list[list[T]]:
 
 
 def effects(length: int, scores: Sequence[float]) -> list[float | None]:
-    """Scores of the `variants` of a history of ``length`` -> the score without each item."""
+    """Turn scores of the `variants` of a history of ``length`` into the score without each item."""
     left = [float(score) for score in scores[1:]]
     return [*[None] * (length - len(left)), *left]
 
 
 def experts(predictor: Predictor, history: Sequence[str]) -> Experts | None:
-    """Where the tokens of a history went, both views; None for a method without experts.
+    """Return where the tokens of a history went, both views; None for a method without experts.
 
     Raises:
         DataError: unknown ids, all of them named.
@@ -89,8 +89,8 @@ def experts(predictor: Predictor, history: Sequence[str]) -> Experts | None:
 
 
 def label(matrix: str) -> str:
-    """A short name of an adapted matrix: ``encoder.layer.3.attention.self.query`` is ``4 q``, the
-    query matrix of the fourth layer.
+    """Shorten the name of an adapted matrix: ``encoder.layer.3.attention.self.query`` is ``4 q``,
+    the query matrix of the fourth layer.
     """
     layer = re.search(r"\.(\d+)\.", matrix)
     ends = {end: part for part, names in MATRIX_NAMES.items() for end in names}
@@ -100,8 +100,8 @@ def label(matrix: str) -> str:
 
 
 def explain(predictor: Predictor, history: Sequence[str], item: str | None = None) -> Explanation:
-    """What speaks for ``item`` (by default the best one that is not in the history) to a user who
-    is this history, oldest first.
+    """Explain the rank of ``item`` (by default of the best one that is not in the history) for a
+    user who is this history, oldest first.
 
     Raises:
         DataError: an empty history, unknown ids.

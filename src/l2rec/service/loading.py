@@ -1,4 +1,4 @@
-"""A run folder as a version that can be served, and its check before it is."""
+"""A run folder as a version that can be served, and the check before it is."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ from l2rec.service.attributes import Attributes
 from l2rec.service.ranking import Query, encode, rank, rank_exactly
 from l2rec.service.version import ItemState, Version
 
+INDEX = "index"
+"""Folder of a run that an index may lie in."""
+CHECKED, RECALL = 8, 0.8
+"""Histories that the check of a version asks for, and the recall that its index must reach."""
+
 _serials = itertools.count(1)
 
 
@@ -31,11 +36,12 @@ def load_version(
     expected: str | None = None,
     items: ItemState | None = None,
 ) -> Version:
-    """A run folder, ready to serve, its index built.
+    """Load a run folder, ready to serve, and build its index.
 
     Args:
+        index: kind of index; auto is the one in the run folder, or one by the size of the catalog.
         expected: hash that the trained tensors must have.
-        items: of the event log, which the run was not trained with.
+        items: items of the event log, which the run was not trained with.
 
     Raises:
         L2RecError: whatever is wrong with the folder.
@@ -73,8 +79,8 @@ def load_version(
 
 
 def _index(run: Path, predictor: Predictor, kind: str, base: int) -> tuple[Index | None, int]:
-    """An index and how many rows it is over: what `l2rec index` wrote into the run folder, over the
-    run's own ``base`` items, or one that is built now, over all.
+    """Return an index and the number of rows in it: what `l2rec index` wrote into the run folder,
+    of the run's first ``base`` items, or one that is built now, of all.
     """
     if predictor.vectors is None:
         return None, len(predictor.ids)
@@ -90,16 +96,9 @@ def _index(run: Path, predictor: Predictor, kind: str, base: int) -> tuple[Index
     return build(predictor.vectors.float().cpu().numpy(), kind), len(predictor.ids)
 
 
-INDEX = "index"
-"""Folder of a run that an index may lie in."""
-
-
-CHECKED, RECALL = 8, 0.8
-
-
 def check_version(version: Version) -> None:
-    """A real inference: finite scores, vectors of the length they should have, an index that
-    finds what exact search finds. In the thread of this version's model.
+    """Check by a real inference that scores are finite, that vectors have the length they should
+    have, and that the index finds what exact search finds. Call it in the thread of the model.
 
     Raises:
         CheckpointError: what is wrong.

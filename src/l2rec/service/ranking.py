@@ -1,9 +1,14 @@
-"""From a history to ranked rows of one version."""
+"""From histories to ranked rows of one version.
+
+The rule is the predictor's: inner products plus the prior, which is kept here as the few rows that
+it touches, so that an index can search for the rest.
+"""
 
 from __future__ import annotations
 
 __all__ = ["Query", "Ranked", "User", "encode", "rank", "score"]
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,16 +19,21 @@ from torch import Tensor
 
 from l2rec.data.ragged import Ragged
 from l2rec.service.attributes import Floats, Mask, Rows
-from l2rec.service.version import Version, logger
+from l2rec.service.version import Version
+
+logger = logging.getLogger("l2rec.service")
+
+HEADROOM = 4
+"""Most rows that are fetched beyond k in place of deleted ones among them, in units of k."""
 
 
 @dataclass(frozen=True, eq=False)
 class User:
-    """A history, encoded.
+    """An encoded history.
 
-    vector: [D], or [N] scores of a method that only ranks. gate: of Eq. 7, if there is one.
-    rows, added: [n] int64 and [n] float32, what the method adds to the inner products with some
-    items, such as counts of what was met together.
+    vector: [D], or scores [N] of a method that only ranks. gate: of Eq. 7, if there is one.
+    rows, added: [n] int64 and [n] float32, the prior: what is added to the inner products with some
+    items, such as co-occurrence.
     """
 
     vector: Tensor
@@ -33,7 +43,7 @@ class User:
 
 
 def encode(version: Version, rows: Ragged) -> list[User]:
-    """Histories of item ints, encoded. In the thread of the version's model."""
+    """Encode histories of item ints. Call it in the thread of the version's model."""
     encoded = version.predictor.encode(rows)
     vectors = encoded.vectors.float().cpu()
     if encoded.prior is None:
@@ -48,7 +58,7 @@ def encode(version: Version, rows: Ragged) -> list[User]:
 
 
 def score(version: Version, user: User, rows: Rows) -> Floats:
-    """[n] float32 scores of some rows."""
+    """Score some rows, [n] float32."""
     if version.matrix is None:
         found: Floats = user.vector.numpy()[rows]
         return found
@@ -82,14 +92,10 @@ class Ranked:
     scores: Floats
 
 
-HEADROOM = 4
-"""Rows beyond k that are fetched for deleted ones among them, in units of k."""
-
-
 def rank(queries: Sequence[Query]) -> list[Ranked]:
-    """The k best rows of each query that may be listed.
+    """Find the k best rows of each query that may be listed.
 
-    Those without a filter are searched together, with as many rows to spare as may be taken out;
+    Queries without a filter are searched together, with as many rows to spare as may be taken out;
     where that was not enough, and where there is a filter, all rows are scored.
     """
     found: list[Ranked | None] = [None] * len(queries)
@@ -112,9 +118,9 @@ def rank(queries: Sequence[Query]) -> list[Ranked]:
 
 
 def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
-    """By the index, and newer rows beside it; None where too few were left.
+    """Search by the index, and score newer rows beside it; None where too few were left.
 
-    Rows that a method adds something to are scored one by one, and do not count as found.
+    Rows of the prior are scored one by one, and do not count as found by the index.
     """
     version = queries[0].version
     matrix, index = version.matrix, version.index
@@ -145,7 +151,7 @@ def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
 
 
 def rank_exactly(query: Query) -> Ranked:
-    """All rows that may be listed are scored."""
+    """Score all rows that may be listed, and return the k best."""
     allowed = ~query.version.hidden
     allowed[query.without] = False
     if query.only is not None:
@@ -155,7 +161,7 @@ def rank_exactly(query: Query) -> Ranked:
 
 
 def _best(rows: Rows, scores: npt.NDArray[np.float32], k: int) -> Ranked:
-    """Best first; equal scores in order of rows."""
+    """Return the k best rows, best first; equal scores in order of rows."""
     if len(rows) > 4 * k:
         some = np.argpartition(-scores, k)[: k + 1]
         some = np.flatnonzero(scores >= scores[some].min())  # with all that tie with the last

@@ -1,15 +1,13 @@
-"""One version of what is served: model, texts, tokenizer, index and catalog, never changed.
+"""One version of what is served: model, texts, index and catalog, never changed.
 
-A request takes one `Version` and uses nothing else. Items that come and go make another one, which
-shares the model: its catalog only ever grows, so that rows mean the same in all of them.
+A request takes one `Version` and uses nothing else. Items that come and go make another version,
+which shares the model: its catalog only ever grows, so that a row is the same item in all of them.
 """
 
 from __future__ import annotations
 
 __all__ = ["ItemState", "ItemTexts", "Version"]
 
-
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,24 +24,22 @@ from l2rec.protocols import TakesNewItems
 from l2rec.runs.predictor import Predictor
 from l2rec.service.attributes import Attributes, Mask
 
-logger = logging.getLogger("l2rec.service")
-
 ItemTexts = Mapping[str, tuple[str, Mapping[str, str]]]
-"""id -> text, attributes."""
+"""Text and attributes by id."""
 ItemState = tuple[ItemTexts, frozenset[str]]
-"""Of the event log: items that were put, and those that were deleted."""
+"""Items of the event log that were put, and ids that were deleted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """What one request is answered from.
+    """Everything that one request is answered from.
 
-    predictor: the model with the catalog, item ints by id. index: over the first ``indexed`` rows;
-    None for a method that only ranks. deleted: rows that are never recommended (deleted, or
-    replaced by a newer row of the same id). name: of the run folder. version: short hash of the
-    trained tensors. report: report.json. loaded_at: unix seconds. serial: of the loading; with it,
-    a row is the same item for as long as the process lives. loaded: rows it was loaded with. run:
-    the folder it was loaded from.
+    predictor: the model with the catalog, item ints by id. index: index of the first ``indexed``
+    rows; None for a method that only ranks. deleted: rows that are never recommended (deleted, or
+    replaced by a newer row of the same id). name: name of the run folder. version: short hash of
+    the trained tensors. report: content of report.json. loaded_at: unix seconds. serial: number of
+    the loading; with it, a row is the same item for as long as the process lives. loaded: rows it
+    was loaded with. run: the folder it was loaded from.
     """
 
     predictor: Predictor
@@ -73,7 +69,7 @@ class Version:
         return self.predictor.texts
 
     def __len__(self) -> int:
-        """Rows, deleted ones included."""
+        """Count rows, deleted ones included."""
         return len(self.predictor.ids)
 
     @cached_property
@@ -100,19 +96,19 @@ class Version:
         return isinstance(self.predictor.model, TakesNewItems)
 
     def serves(self, item: str) -> bool:
-        """Whether this id can be recommended."""
+        """Say whether this id can be recommended."""
         row = self.predictor.row_of(item)
         return row is not None and row not in self.deleted
 
     def attributes_of(self, row: int) -> dict[str, str]:
-        """Attributes of an item; empty ones are left out."""
+        """Return the attributes of an item without the empty ones."""
         return self.attributes.of(row)
 
     def with_items(self, items: ItemTexts) -> Version:
-        """Another version in which these ids have these texts and attributes. In the thread of
-        the models.
+        """Return another version in which these ids have these texts and attributes.
 
-        An item that has its text already keeps its row, unless its attributes differ.
+        An item that has its text already keeps its row, unless its attributes differ. Call it in
+        the thread of the models.
 
         Raises:
             ConfigError: the method cannot take new items. DataError: an empty text, or one that
@@ -150,7 +146,7 @@ class Version:
         )
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """[n, D] float32 vectors of raw texts. In the thread of the models.
+        """Return item vectors [n, D] float32 of raw texts. Call it in the thread of the models.
 
         Raises:
             DataError: a text that the model reads nothing in.
@@ -161,8 +157,8 @@ class Version:
         return vectors
 
     def brought_to(self, state: ItemState) -> Version:
-        """This, or another version in which everything that was put is there and everything that
-        was deleted is not. In the thread of the models.
+        """Return a version, this one if nothing changes, with all items that were put and without
+        those that were deleted. Call it in the thread of the models.
         """
         put, gone = state
         version = self
@@ -173,6 +169,6 @@ class Version:
         return self if same else version
 
     def without_items(self, ids: Iterable[str]) -> Version:
-        """Another version that does not recommend these; unknown ids change nothing."""
+        """Return another version that does not recommend these; unknown ids change nothing."""
         rows = [self.predictor.row_of(item) for item in ids]
         return replace(self, deleted=self.deleted | {row for row in rows if row is not None})

@@ -26,11 +26,11 @@ from l2rec.service.routes.answers import CANNOT, NOT_FOUND, described
 from l2rec.service.routes.state import (
     ITEM,
     Item,
-    Kept,
+    Memory,
     current_version,
     example,
     item_at,
-    kept_of,
+    memory_of,
     row_of,
     service_of,
 )
@@ -141,21 +141,21 @@ async def items(
         known = [row for i in id if (row := version.predictor.row_of(i)) is not None]
         named = [item_at(version, row) for row in known if not version.hidden[row]]
         return ItemList(items=named, total=len(named))
-    index = await _items_of(kept_of(request), version)
+    index = await _items_of(memory_of(request), version)
     rows = await asyncio.to_thread(index.find, version, q)
     part = [item_at(version, int(row)) for row in rows[offset : offset + limit]]
     return ItemList(items=part, total=len(rows))
 
 
-async def _items_of(kept: Kept, version: Version) -> Items:
+async def _items_of(memory: Memory, version: Version) -> Items:
     """Return the search index: built once for each loading of a run, extended as items come."""
-    async with kept.preparing:
-        index = kept.items
+    async with memory.preparing:
+        index = memory.items
         if index is None or index.serial != version.serial:
             index = Items(version.serial)
         if len(index) < len(version):
             await asyncio.to_thread(index.extend, version)
-        kept.items = index
+        memory.items = index
         return index
 
 
@@ -208,10 +208,10 @@ async def item(request: Request, id: Annotated[schemas.Id, InPath(examples=["50"
 
 def _people(request: Request, version: Version) -> People:
     """Return the users of the run's data set; those of another run are forgotten."""
-    kept = kept_of(request)
-    if version.run not in kept.people:
-        kept.people = {version.run: People(version.run)}
-    return kept.people[version.run]
+    memory = memory_of(request)
+    if version.run not in memory.people:
+        memory.people = {version.run: People(version.run)}
+    return memory.people[version.run]
 
 
 @router.get("/v1/users", responses=described(_503="Storage is away: see Retry-After"))

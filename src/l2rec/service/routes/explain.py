@@ -1,4 +1,4 @@
-"""Why an item is ranked where it is."""
+"""POST /v1/explain: why an item is ranked where it is."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
-from l2rec.service import explain as x
-from l2rec.service import schemas as s
+from l2rec.service import explain as reasons
 from l2rec.service.ranking import Query, User, score
 from l2rec.service.routes.answers import NOT_FOUND
 from l2rec.service.routes.state import (
     Item,
-    Kept,
+    Memory,
     current_version,
     example,
     item_at,
-    kept_of,
+    memory_of,
     service_of,
 )
+from l2rec.service.schemas import History, Id
 from l2rec.service.security import Refused
 from l2rec.service.serving import Service
 from l2rec.service.version import Version
 
 router = APIRouter(tags=["page"])
 
-TOGETHER = 16
+QUEUED = 16
 """Histories of an explanation that wait for the model at the same time: others come in between."""
-KEPT = 64
-"""Explanations' experts that are kept: they are the same for every item of one ranking."""
+REMEMBERED = 64
+"""Histories whose experts are remembered: they are the same for every item of one ranking."""
 
 
 class Explain(BaseModel):
@@ -44,21 +44,22 @@ class Explain(BaseModel):
         json_schema_extra={"examples": [{"history": ["50", "172"], "item": "181"}]},
     )
 
-    history: s.History
-    item: s.Id | None = None
+    history: History
+    item: Id | None = None
 
 
 class Without(Item):
-    """An item of the history. score: of the explained item if this one had never been; None where
-    that was not computed: for the only item, and for items older than the newest 50.
+    """An item of the history. score: score of the explained item if this one had never been; None
+    where that was not computed: for the only item, and for items older than the newest 50.
     """
 
     score: float | None
 
 
 class Experts(BaseModel):
-    """What the history's tokens chose. matrices: names of the adapted matrices. labels: short ones,
-    layer and part. shares: view -> [matrix][expert], of all choices; those of a matrix add up to 1.
+    """Experts that the history's tokens chose. matrices: names of the adapted matrices. labels:
+    short names, layer and part. shares: by view, [matrix][expert] share of all choices; those of a
+    matrix add up to 1.
     """
 
     matrices: list[str]
@@ -67,8 +68,8 @@ class Experts(BaseModel):
 
 
 class Reasons(BaseModel):
-    """Why an item is ranked where it is. added: what of the score comes from counts of what was met
-    together, and not from vectors. gate: 1 all behavioural, 0 all semantic. Both, and experts, are
+    """Reasons for the rank of an item. added: the part of the score that comes from co-occurrence
+    and repeats, not from vectors. gate: 1 all behavioural, 0 all semantic. Both, and experts, are
     null for methods that have none.
     """
 
@@ -100,19 +101,19 @@ class Reasons(BaseModel):
 
 @router.post("/v1/explain", responses=NOT_FOUND)
 async def explain(request: Request, body: Explain) -> Reasons:
-    """Why an item is ranked where it is: the gate, the experts, and the item's score without each
-    item of the history.
+    """Explain why an item is ranked where it is: the gate, the experts, and the item's score
+    without each item of the history.
     """
     service, version = service_of(request), current_version(request)
-    predictor, kept = version.predictor, kept_of(request)
+    predictor, memory = version.predictor, memory_of(request)
     history = body.history
     rows = predictor.rows([history, [] if body.item is None else [body.item]])
-    async with kept.explaining:  # one at a time, or a few would fill the model's queue
+    async with memory.explaining:  # one at a time, or a few would fill the model's queue
         everyone: list[User] = []
-        of = x.variants(history)
-        for start in range(0, len(of), TOGETHER):
-            everyone += await service.users(version, of[start : start + TOGETHER])
-        experts = await _experts(kept, service, version, history)
+        variants = reasons.variants(history)
+        for start in range(0, len(variants), QUEUED):
+            everyone += await service.users(version, variants[start : start + QUEUED])
+        experts = await _experts(memory, service, version, history)
     if body.item is None:
         query = Query(version, everyone[0], 1, np.unique(rows[0]).astype(np.int64))
         best = await service.ranking.submit(query)
@@ -123,7 +124,7 @@ async def explain(request: Request, body: Explain) -> Reasons:
         row = int(rows[1][0])
     one = np.array([row], dtype=np.int64)
     scores = [float(score(version, user, one)[0]) for user in everyone]
-    without = x.effects(len(history), scores)
+    without = reasons.effects(len(history), scores)
     whole = everyone[0]
     return Reasons(
         item=item_at(version, row),
@@ -134,7 +135,7 @@ async def explain(request: Request, body: Explain) -> Reasons:
         if experts is None
         else Experts(
             matrices=experts.matrices,
-            labels=[x.label(name) for name in experts.matrices],
+            labels=[reasons.label(name) for name in experts.matrices],
             shares=experts.shares,
         ),
         history=[
@@ -146,12 +147,12 @@ async def explain(request: Request, body: Explain) -> Reasons:
 
 
 async def _experts(
-    kept: Kept, service: Service, version: Version, history: Sequence[str]
-) -> x.Experts | None:
+    memory: Memory, service: Service, version: Version, history: Sequence[str]
+) -> reasons.Experts | None:
     key = (version.serial, tuple(history))
-    if key not in kept.experts:
-        kept.experts[key] = await service.worker.run(x.experts, version.predictor, history)
-        while len(kept.experts) > KEPT:
-            kept.experts.popitem(last=False)
-    kept.experts.move_to_end(key)
-    return kept.experts[key]
+    if key not in memory.experts:
+        memory.experts[key] = await service.worker.run(reasons.experts, version.predictor, history)
+        while len(memory.experts) > REMEMBERED:
+            memory.experts.popitem(last=False)
+    memory.experts.move_to_end(key)
+    return memory.experts[key]

@@ -1,4 +1,4 @@
-"""What is live, its scores, and what is held beside it."""
+"""GET /v1/live: the live version, its scores, and the versions beside it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from l2rec.protocols import Inspectable
-from l2rec.service.live import Live
 from l2rec.service.routes.state import SCORES, example, service_of
 from l2rec.service.version import Version
 
 router = APIRouter(tags=["page"])
 
 
-class Held(BaseModel):
-    """A version that is held beside the live one."""
+class OtherVersion(BaseModel):
+    """A version that is loaded beside the live one."""
 
     name: str
     version: str
@@ -42,16 +41,16 @@ class Running(BaseModel):
     treatment: float
 
 
-class Declined(BaseModel):
-    """The last candidate that was not taken."""
+class RefusedRun(BaseModel):
+    """The last candidate that was refused."""
 
     run: str
     reason: str
     at: float
 
 
-class Can(BaseModel):
-    """What this version can tell."""
+class Abilities(BaseModel):
+    """Questions that this version can answer."""
 
     gate: bool
     experts: bool
@@ -59,8 +58,8 @@ class Can(BaseModel):
 
 
 class State(BaseModel):
-    """What is live. scores: on the test split, of the model (first) and of the floors beside it.
-    items: that can be recommended; added: rows that came since it was loaded.
+    """The live version. scores: on the test split, of the model (first) and of the floors beside
+    it. items: number that can be recommended; added: rows that came since it was loaded.
     """
 
     model_config = example(
@@ -97,21 +96,21 @@ class State(BaseModel):
     items: int
     added: int
     index: str | None
-    can: Can
+    can: Abilities
     experiment: Running | None
-    control: Held | None
-    shadow: Held | None
-    refused: Declined | None
+    control: OtherVersion | None
+    shadow: OtherVersion | None
+    refused: RefusedRun | None
 
 
 @router.get("/v1/live")
 async def live(request: Request) -> State:
-    """The live version, its scores on the test split of its data, and what is held beside it."""
-    held: Live = service_of(request).live
-    version, running = held.current(), service_of(request).settings.experiment
+    """Return the live version, its scores on the test split, and the versions beside it."""
+    service = service_of(request)
+    version, running = service.live.current(), service.settings.experiment
     report, model = version.report, version.predictor.model
     inspectable = model if isinstance(model, Inspectable) else None
-    refused = held.status()["refused"]
+    refused = service.live.status()["refused"]
     method, data = report.get("method"), report.get("dataset")
     scores = {
         name: {key: float(value) for key, value in values.items() if _is_number(value)}
@@ -128,7 +127,7 @@ async def live(request: Request) -> State:
         items=int((~version.hidden).sum()),
         added=len(version) - version.loaded if version.loaded else 0,
         index=None if version.index is None else version.index.kind,
-        can=Can(
+        can=Abilities(
             gate=inspectable is not None and inspectable.has_gate,
             experts=inspectable is not None and inspectable.has_experts,
             neighbours=version.matrix is not None,
@@ -136,9 +135,9 @@ async def live(request: Request) -> State:
         experiment=None
         if running is None
         else Running(name=running.name, treatment=running.treatment),
-        control=_held(held.control),
-        shadow=_held(held.shadow),
-        refused=None if not refused else Declined.model_validate(refused),
+        control=_named(service.live.control),
+        shadow=_named(service.live.shadow),
+        refused=None if not refused else RefusedRun.model_validate(refused),
     )
 
 
@@ -146,5 +145,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _held(version: Version | None) -> Held | None:
-    return None if version is None else Held(name=version.name, version=version.version)
+def _named(version: Version | None) -> OtherVersion | None:
+    return None if version is None else OtherVersion(name=version.name, version=version.version)

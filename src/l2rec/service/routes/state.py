@@ -37,7 +37,7 @@ class Item(BaseModel):
 
 
 @dataclass
-class Kept:
+class Memory:
     """Memory of the routes of one app between requests.
 
     items: search index of the live version. people: users of its run's data set. experts: those of
@@ -59,13 +59,13 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def kept_of(request: Request) -> Kept:
+def memory_of(request: Request) -> Memory:
     """Return the memory of the routes of this app."""
     state = request.app.state
     if not hasattr(state, "page"):
-        state.page = Kept()
-    kept: Kept = state.page
-    return kept
+        state.page = Memory()
+    memory: Memory = state.page
+    return memory
 
 
 def current_version(request: Request) -> Version:

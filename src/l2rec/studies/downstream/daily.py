@@ -199,7 +199,7 @@ class Known:
         self.rates = [int((early == kind).sum()) / shown for kind in (1, 2)]
 
     def _crossed(self, name: str, user: Ints | None = None, item: Ints | None = None) -> Ints:
-        """Number the pairs of a user and an attribute's value; by default those of all events."""
+        """Assign numbers to pairs of a user and an attribute's value; by default of all events."""
         values = self.fields[name]
         user = self.log.user if user is None else user
         item = self.log.item if item is None else item

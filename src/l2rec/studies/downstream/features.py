@@ -132,7 +132,7 @@ def user_hash(users: Ints, buckets: int) -> Ints:
 def attributes(
     catalog: Catalog, names: Sequence[str] | None = None, most: int = 5000
 ) -> dict[str, Ints]:
-    """Number the values of catalog fields, from 0 in alphabetical order: field -> [N] int64.
+    """Assign numbers to the values of catalog fields, from 0 in alphabetical order: [N] int64.
 
     Without ``names``: all fields with 2 to ``most`` values that four items share on average.
 
