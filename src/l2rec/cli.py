@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,47 @@ def _options(
     del debug  # read in `main`
 
 
+class _Default:
+    """Default of an option that another module holds, imported when it is needed."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+
+    def __call__(self) -> Any:
+        return self._read()
+
+    def __str__(self) -> str:  # in the help
+        return str(self())
+
+
+def _setting(option: str, help: str) -> Any:
+    """Declare an option of `serve` that has its default in `Settings`."""
+
+    def read() -> Any:
+        from l2rec.service.settings import default_of
+
+        return default_of(option)
+
+    return typer.Option(default_factory=_Default(read), help=help)
+
+
+def _preparation(option: str, help: str) -> Any:
+    """Declare an option of `prepare` that has its default in `PrepareConfig`."""
+
+    def read() -> Any:
+        from l2rec.data.prepare import PrepareConfig
+
+        return PrepareConfig.model_fields[option].default
+
+    return typer.Option(default_factory=_Default(read), help=help)
+
+
+def _event_types() -> str:
+    from l2rec.service.events import POSITIVE
+
+    return ",".join(POSITIVE)
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -47,14 +89,13 @@ def _print_json(value: Any) -> None:
 @app.command()
 def prepare(
     source: Annotated[str, typer.Argument(help="File, folder, or a name such as movielens-100k.")],
+    *,
     out: Annotated[Path, typer.Option(help="Data set folder to write.")],
     items: Annotated[Path | None, typer.Option(help="Catalog file, if it lies elsewhere.")] = None,
     format: Annotated[str | None, typer.Option(help="Instead of recognising the format.")] = None,
     text: Annotated[str | None, typer.Option(help='Item text, such as "{title}. {brand}".')] = None,
-    k_core: Annotated[
-        int | None, typer.Option(help="Fewest events of every user and item.")
-    ] = None,
-    min_history: Annotated[int | None, typer.Option(help="Fewest events of a user.")] = None,
+    k_core: Annotated[int, _preparation("k_core", "Fewest events of every user and item.")],
+    min_history: Annotated[int, _preparation("min_history", "Fewest events of a user.")],
     max_history: Annotated[int | None, typer.Option(help="Newest events kept of a user.")] = None,
     drop_unknown_items: Annotated[
         bool | None, typer.Option(help="Drop events of items that the catalog does not have.")
@@ -62,9 +103,11 @@ def prepare(
     drop_textless: Annotated[bool | None, typer.Option(help="Drop items without a text.")] = None,
     keep_all_items: Annotated[bool | None, typer.Option(help="Keep items without events.")] = None,
     duplicate_items: Annotated[
-        str | None,
-        typer.Option(help="Two items with one id: an error, or 'first' to keep the first."),
-    ] = None,
+        str,
+        _preparation(
+            "duplicate_items", "Two items with one id: error, or first to keep the first."
+        ),
+    ],
     user: Annotated[str, typer.Option(help="Column of the user (CSV, Parquet).")] = Columns.user,
     item: Annotated[str, typer.Option(help="Column of the item.")] = Columns.item,
     timestamp: Annotated[
@@ -74,9 +117,11 @@ def prepare(
         str | None, typer.Option(help="Column of the event's type.")
     ] = Columns.event_type,
     events: Annotated[
-        str | None,
-        typer.Option(help="Types to read from an event log instead of clicks and replies."),
-    ] = None,
+        str,
+        typer.Option(
+            default_factory=_Default(_event_types), help="Types to read from an event log."
+        ),
+    ],
     only: Annotated[
         str | None, typer.Option(help="Keep only events of these types: click,reply")
     ] = None,
@@ -104,7 +149,7 @@ def prepare(
     from l2rec.data.prepare import PrepareConfig
     from l2rec.data.prepare import prepare as run_prepare
     from l2rec.data.sources import locate
-    from l2rec.service.events import POSITIVE, is_event_log
+    from l2rec.service.events import is_event_log
     from l2rec.service.export import export_log
 
     options = {
@@ -129,8 +174,7 @@ def prepare(
         if is_event_log(source):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
             url = source if "://" in source else f"sqlite:///{source}"
-            types = POSITIVE if events is None else events.split(",")
-            path, items = export_log(url, folder, types=types, catalog=items)
+            path, items = export_log(url, folder, types=events.split(","), catalog=items)
             template: str | None = "{text}"
         else:
             path, template = locate(source, cache.expanduser())
@@ -628,26 +672,6 @@ def demo(
     from l2rec.demo import run_demo
 
     run_demo(out, data, minutes)
-
-
-class _Default:
-    """Default of an option of `serve`: that of `Settings`, which is imported when it is needed."""
-
-    def __init__(self, option: str) -> None:
-        self._option = option
-
-    def __call__(self) -> Any:
-        from l2rec.service.settings import default_of
-
-        return default_of(self._option)
-
-    def __str__(self) -> str:  # in the help
-        return str(self())
-
-
-def _setting(option: str, help: str) -> Any:
-    """Declare an option of `serve` that has its default in `Settings`."""
-    return typer.Option(default_factory=_Default(option), help=help)
 
 
 @app.command()
