@@ -96,7 +96,9 @@ class EpochBatches(Protocol):
 
     def __len__(self) -> int: ...
 
-    def iterate(self, start: int = 0) -> Iterator[Batch]: ...
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """Yield batches ``start``, ``start + 1``, ... of the epoch."""
+        ...
 
 
 class MakeBatches(Protocol):

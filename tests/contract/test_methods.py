@@ -31,7 +31,7 @@ from l2rec.data.synthetic import chain_dataset, simple_text
 from l2rec.errors import DataError
 from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.floors import Popularity
-from l2rec.protocols import Embedder, Losses, Recommender, Stage, TakesNewItems, Trainable
+from l2rec.protocols import Embedder, Losses, Method, Recommender, Stage, TakesNewItems, Trainable
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.loop import train
 
@@ -223,6 +223,7 @@ def test_options_are_frozen_and_closed(name: str) -> None:
 
 def test_protocols(trained: Trained) -> None:
     model, histories = trained.model, trained.split.test_histories
+    assert isinstance(type(model), Method), "what a recipe names"
     assert isinstance(model, Recommender) and isinstance(model, Trainable)
     assert model.n_items == N
     scores = _scores(model, histories)

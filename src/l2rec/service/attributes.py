@@ -39,7 +39,7 @@ class Attributes:
     @classmethod
     def of_catalog(cls, catalog: Catalog) -> Attributes:
         """Take the raw fields of a catalog, empty where they are missing."""
-        columns = {  # as Arrow has them: from a Python list, it imports pandas first
+        columns = {
             name: pc.fill_null(catalog.table[name].cast(pa.string()), "").combine_chunks()
             for name in catalog.fields
         }
