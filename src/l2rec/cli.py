@@ -128,6 +128,11 @@ def prepare(
     before: Annotated[
         str | None, typer.Option(help="Keep only earlier events: 2023-11-28, or a number.")
     ] = None,
+    ties: Annotated[
+        str,
+        _preparation("ties", "Order of a user's events with equal time: file, hash or item (id)."),
+    ],
+    ties_seed: Annotated[int, _preparation("ties_seed", "Seed of --ties hash.")],
     encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = Columns.encoding,
     cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
         "~/.cache/l2rec"
@@ -167,6 +172,8 @@ def prepare(
         "event_type": event_type,
         "only": None if only is None else [name.strip() for name in only.split(",")],
         "before": before,
+        "ties": ties,
+        "ties_seed": ties_seed,
         "encoding": encoding,
     }
     config = from_options(PrepareConfig, options)
@@ -192,15 +199,19 @@ def prepare(
 def describe(
     data: Annotated[Path, typer.Argument(help="Data set folder.")], as_json: Json = False
 ) -> None:
-    """Print counts, density, history and text lengths, and the fingerprint of a data set."""
+    """Print counts, density, history and text lengths, the order of events, the fingerprint."""
     from l2rec.console import print_table
     from l2rec.data.dataset import open_dataset
 
-    facts = open_dataset(data).describe()
+    dataset = open_dataset(data)
+    facts = dataset.describe()
     if as_json:
         _print_json(facts)
     else:
+        del facts["order"]  # below, in words
         print_table(str(data), facts)
+        for line in dataset.order.lines():
+            typer.echo(line)
 
 
 @app.command()

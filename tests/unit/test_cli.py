@@ -38,7 +38,16 @@ def refused(outcome: Outcome, message: str) -> None:
 # -- help ----------------------------------------------------------------------------------------
 
 VERBS = {
-    "prepare": ["--out", "--items", "--format", "--text", "--k-core", "--only", "--before"],
+    "prepare": [
+        "--out",
+        "--items",
+        "--format",
+        "--text",
+        "--k-core",
+        "--only",
+        "--before",
+        "--ties",
+    ],
     "describe": ["--json"],
     "train": ["--data", "--out", "--resume", "--init"],
     "tune": ["--data", "--out", "--trials", "--search", "--seed", "--json"],
@@ -479,6 +488,32 @@ def test_describe_json(call: Call, chains: Dataset) -> None:
     found = only_json(call("describe", chains.path, "--json"))
     assert found["fingerprint"] == chains.fingerprint
     assert chains.fingerprint in call("describe", chains.path).out
+
+
+def test_ties_on_the_command_line(call: Call, tmp_path: Path) -> None:
+    log, data = tmp_path / "log.csv", tmp_path / "data"
+    rows = "".join(f"u{u},{n},{86_400 * 15_000}\n" for u in range(200) for n in (7, 9, 10))
+    log.write_text("user_id,item_id,timestamp\n" + rows)
+    outcome = call("prepare", log, "--out", data)
+    assert outcome.code == 0, outcome
+    warning = "warning: 100.0% of tied neighbours ascend by item id: the order inside ties looks"
+    assert warning in outcome.err and "check with --ties hash" in outcome.err
+    outcome = call("describe", data)
+    assert outcome.code == 0 and warning in outcome.out
+    assert "time: unit seconds, resolution days; 100.0% of neighbouring events" in outcome.out
+    order = only_json(call("describe", data, "--json"))["order"]
+    assert (order["tied"], order["ascending_share"], order["last_three_share"]) == (400, 1.0, 1.0)
+    assert order["warning"].startswith("100.0% of tied neighbours ascend")
+    prints = [only_json(call("describe", data, "--json"))["fingerprint"]]
+    for more in (["hash"], ["hash", "--ties-seed", 1], ["item"]):
+        outcome = call("prepare", log, "--out", data, "--ties", *more)
+        assert outcome.code == 0 and "warning" not in outcome.err, outcome
+        found = only_json(call("describe", data, "--json"))
+        assert found["options"]["ties"] == more[0] and found["order"]["warning"] is None
+        prints.append(found["fingerprint"])
+    assert prints[3] == prints[0] and len(set(prints)) == 3
+    outcome = call("prepare", log, "--out", data, "--ties", "chance")
+    refused(outcome, "--ties chance: Input should be 'file', 'hash' or 'item'")
 
 
 def test_recommend_for_people(call: Call, table_run: Finished) -> None:

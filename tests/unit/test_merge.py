@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from l2rec.data.merge import merge
+from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.synthetic import chain_dataset
 from l2rec.errors import DataError
 
@@ -31,6 +32,25 @@ def test_merge_keeps_every_sequence_and_text(tmp_path: Path) -> None:
             np.testing.assert_array_equal(
                 both.timestamps[first : first + stop - start], part.timestamps[start:stop]
             )
+
+
+def test_merge_keeps_order_and_its_facts(tmp_path: Path) -> None:
+    days = tmp_path / "days.csv"
+    times = [86_400 * 15_000 + 86_400 * (n // 3) for n in range(9)]
+    rows = "".join(f"u,{(n * 7) % 11},{t}\n" for n, t in enumerate(times))
+    days.write_text("user_id,item_id,timestamp\n" + rows)
+    config = PrepareConfig(ties="item")
+    a = prepare(days, tmp_path / "a", config, progress=False)
+    b = chain_dataset(tmp_path / "b", n_users=3, n_items=6, length=5, seed=1)
+    both = merge([a.path, b.path], tmp_path / "both", progress=False)
+    ids, merged_ids = a.item_ids.to_pylist(), both.item_ids.to_pylist()
+    row = both.sequences[both.user_index("a/u")]
+    assert [merged_ids[i] for i in row] == [f"a/{ids[i]}" for i in a.sequences[0]]
+    # As strings a/10 is before a/7; the facts are those of the parts.
+    assert (a.order.tied, a.order.ascending) == (6, 6)
+    assert (both.order.tied, both.order.ascending, both.order.neighbours) == (6, 6, 8 + 12)
+    assert (both.order.unit, both.order.resolution, both.order.ties) == ("mixed",) * 3
+    assert both.describe()["order"] == both.order.to_json()
 
 
 def test_merge_refuses_one_part_and_equal_names(tmp_path: Path) -> None:

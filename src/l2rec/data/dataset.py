@@ -1,6 +1,6 @@
 """A prepared data set: event sequences and a catalog in one folder, opened without a scan.
 
-    dataset.json      format version, counts, fingerprint, source, options, counters, notes
+    dataset.json      format version, counts, fingerprint, source, options, counters, notes, order
     offsets.npy       [U + 1] int64    events of user u: offsets[u]:offsets[u + 1]
     items.npy         [E] int32        item ints, oldest first within each user
     timestamps.npy    [E] float64      seconds (or whatever the source counts time in)
@@ -31,6 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from l2rec.data.ragged import Ragged
+from l2rec.data.ties import EventOrder, measure_order
 from l2rec.errors import DataError, nearest
 
 FORMAT = "l2rec-dataset"
@@ -131,6 +132,13 @@ class Dataset:
             )
         return indices
 
+    @cached_property
+    def order(self) -> EventOrder:
+        """Facts about the order of events; measured where an earlier version wrote none."""
+        return recorded_order(
+            self.meta, self.offsets, self.items, self.timestamps, self.catalog["item_id"]
+        )
+
     def describe(self) -> dict[str, Any]:
         """Return counts and distributions as plain JSON values. Scans all events once."""
         lengths = np.diff(self.offsets)
@@ -152,6 +160,7 @@ class Dataset:
             "users_evaluated": int((lengths >= 3).sum()),
             "repeats_share": self._repeats() / self.n_events if self.n_events else 0.0,
             "event_types": self._event_type_counts(),
+            "order": self.order.to_json(),
             "fingerprint": self.fingerprint,
             "source": self.meta.get("source"),
             "options": self.meta.get("options"),
@@ -254,6 +263,29 @@ def content_fingerprint(
                 contents.update(memoryview(data)[ends[0] : ends[-1]])
         digest.update(lengths.digest() + contents.digest())
     return digest.hexdigest()[:16]
+
+
+def recorded_order(
+    meta: dict[str, Any],
+    offsets: npt.NDArray[np.int64],
+    items: npt.NDArray[np.int32],
+    timestamps: npt.NDArray[np.float64],
+    item_ids: pa.ChunkedArray,
+) -> EventOrder:
+    """Return the facts about the order that ``meta`` holds; measure them if it holds none."""
+    if "order" in meta:
+        return EventOrder.of_json(meta["order"])
+    counters = meta.get("counters", {})
+    read = counters.get("events_read", len(items)) + counters.get("events_left_out", 0)
+    return measure_order(
+        offsets,
+        timestamps,
+        items,
+        item_ids,
+        user_blocks(offsets, BLOCK_EVENTS),
+        ties=meta.get("options", {}).get("ties", "file"),
+        log_events=read,
+    )
 
 
 def user_blocks(offsets: npt.NDArray[np.int64], events: int) -> Iterator[tuple[int, int]]:

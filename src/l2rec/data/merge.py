@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["merge"]
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,8 +24,8 @@ EVENTS_AT_ONCE = 1 << 20
 def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True) -> Dataset:
     """Write one data set folder ``out`` with the users and items of all ``parts``.
 
-    Ids become ``name/id``, so users and items of different parts stay apart; item texts are those
-    of the parts. Event types are not carried over.
+    Ids become ``name/id``, so users and items of different parts stay apart; item texts and the
+    order of events are those of the parts. Event types are not carried over.
 
     Raises:
         DataError: fewer than two parts, or two of one name.
@@ -53,7 +55,9 @@ def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True
         fields=("text",),
     )
     config = PrepareConfig(keep_all_items=True)
-    return build(source, Path(out), config, origin=" + ".join(names), progress=progress)
+    order = functools.reduce(operator.add, (dataset.order for dataset in datasets))
+    origin = " + ".join(names)
+    return build(source, Path(out), config, origin=origin, progress=progress, order=order)
 
 
 def _prefixed(name: str, ids: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:

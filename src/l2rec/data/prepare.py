@@ -4,7 +4,7 @@
     event file  ──► user int, item int, time, type, in file order    (temporary files, mapped)
                 ──► users and items that stay: k-core, by counting   (a few passes)
                 ──► grouped by user, in file order                   (counting scatter, mapped)
-                ──► sorted by time within each user, ties in file order; cut to the newest
+                ──► sorted by time within each user, ties as `ties` says; cut to the newest
                 ──► the folder, renamed into place when everything is written
 
 In memory are the ids, the catalog, a byte or eight per user and item, and one chunk of events.
@@ -42,6 +42,7 @@ from l2rec.data.dataset import (
     Dataset,
     content_fingerprint,
     open_dataset,
+    recorded_order,
     user_blocks,
 )
 from l2rec.data.formats.columns import Columns
@@ -49,6 +50,7 @@ from l2rec.data.formats.open import open_source
 from l2rec.data.formats.source import Source
 from l2rec.data.moments import moment
 from l2rec.data.splits import MIN_EVENTS
+from l2rec.data.ties import EventOrder, TieBreaker, Ties
 from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import DataError, nearest
 
@@ -69,6 +71,8 @@ class PrepareConfig(BaseModel):
     ``keep_all_items``: keep catalog items without events. ``duplicate_items``: what to do about
     different catalog rows with one id. ``only``: keep events of these types alone. ``before``:
     keep earlier events (a time in the log's unit, or a date such as 2023-11-28, midnight UTC).
+    ``ties``: order of a user's events with equal time: that of the file, by item id, or by a hash
+    of user id, item id and occurrence that depends on ``ties_seed`` and not on the file.
     ``user`` to ``encoding``: see `Columns`.
     """
 
@@ -84,6 +88,8 @@ class PrepareConfig(BaseModel):
     duplicate_items: Literal["error", "first"] = "error"
     only: tuple[str, ...] = ()
     before: float | None = None
+    ties: Ties = "file"
+    ties_seed: int = Field(default=0, ge=0, lt=1 << 64)
     user: str = Columns.user
     item: str = Columns.item
     timestamp: str | None = Columns.timestamp
@@ -137,10 +143,12 @@ def build(
     origin: str,
     progress: bool = False,
     chunk_events: int = CHUNK_EVENTS,
+    order: EventOrder | None = None,
 ) -> Dataset:
     """Prepare a log that is open already. ``origin``: its name in dataset.json.
 
-    ``chunk_events``: events in memory at a time; the result does not depend on it.
+    ``chunk_events``: events in memory at a time; the result does not depend on it. ``order``: facts
+    about the order of events where they are known; by default they are measured.
     """
     report = _Report(progress)
     _may_write(out)
@@ -153,9 +161,9 @@ def build(
         if catalog is None:
             catalog = _Catalog.of_ids(log.item_ids)
         remaining = _filter(log, catalog, state)
-        item_ok = _write_events(log, remaining, folder, state)
+        item_ok = _write_events(log, catalog, remaining, folder, state)
         _write_tables(log, catalog, remaining.users, item_ok, folder)
-        _write_meta(source, catalog, folder, state, name=out.name, origin=origin)
+        _write_meta(source, catalog, folder, state, name=out.name, origin=origin, order=order)
         shutil.rmtree(work)
     dataset = open_dataset(out)
     report.notes(dataset)
@@ -573,7 +581,9 @@ def core(
 # ---------------------------------------------------------------- sequences
 
 
-def _write_events(log: _Log, remaining: _Remaining, folder: Path, state: _State) -> Mask:
+def _write_events(
+    log: _Log, catalog: _Catalog, remaining: _Remaining, folder: Path, state: _State
+) -> Mask:
     """Write the four arrays; return which catalog items stay, [items] bool."""
     counts = remaining.counts[remaining.users]
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
@@ -589,9 +599,13 @@ def _write_events(log: _Log, remaining: _Remaining, folder: Path, state: _State)
         for name, array in grouped.items()
     }
     item_counts = np.zeros(len(remaining.items) - 1, dtype=np.int64)
+    breaker = _tie_breaker(log, catalog, remaining, state)
     for first, last in user_blocks(offsets, 4 * state.chunk):
         low, high = offsets[first], offsets[last]
         order = _time_order(grouped["timestamps"][low:high], offsets[first : last + 1] - low)
+        if breaker is not None:
+            block_users = np.repeat(np.arange(first, last), counts[first:last])
+            order = _with_ties_broken(breaker, grouped, block_users, slice(low, high), order)
         keep = _newest(offsets[first : last + 1], lengths[first:last])
         for name, array in grouped.items():
             block = np.asarray(array[low:high])
@@ -663,6 +677,32 @@ def _time_order(
     return order
 
 
+def _tie_breaker(
+    log: _Log, catalog: _Catalog, remaining: _Remaining, state: _State
+) -> TieBreaker | None:
+    config = state.config
+    if config.ties == "item":
+        return TieBreaker.by_item(catalog.ids)
+    if config.ties == "hash":
+        users = log.user_ids.filter(pa.array(remaining.users))
+        return TieBreaker.by_hash(users, catalog.ids, state.event_types, config.ties_seed)
+    return None
+
+
+def _with_ties_broken(
+    breaker: TieBreaker,
+    grouped: dict[str, npt.NDArray[Any]],
+    users: npt.NDArray[np.int64],
+    at: slice,
+    order: npt.NDArray[np.int64] | None,
+) -> npt.NDArray[np.int64]:
+    """Refine the order in time of a block of whole users; ``users``: [E], of each event."""
+    order = np.arange(len(users)) if order is None else order
+    arrays = {name: np.asarray(array[at])[order] for name, array in grouped.items()}
+    types = arrays.get("event_types")
+    return order[breaker.order(users, arrays["items"], arrays["timestamps"], types)]
+
+
 def _newest(offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Mask | None:
     """Mark the events of a block that are among each user's last ``lengths``; None if all are."""
     before = np.diff(offsets) - lengths
@@ -720,7 +760,14 @@ def _write_parquet(table: pa.Table, path: Path) -> None:
 
 
 def _write_meta(
-    source: Source, catalog: _Catalog, folder: Path, state: _State, *, name: str, origin: str
+    source: Source,
+    catalog: _Catalog,
+    folder: Path,
+    state: _State,
+    *,
+    name: str,
+    origin: str,
+    order: EventOrder | None,
 ) -> None:
     arrays = [np.load(folder / f"{n}.npy", mmap_mode="r") for n in _array_names(state)]
     users = pq.read_table(folder / "users.parquet")["user_id"]
@@ -754,6 +801,9 @@ def _write_meta(
         "counters": state.counters,
         "notes": state.notes,
     }
+    offsets, items, times = arrays[:3]
+    order = order or recorded_order(meta, offsets, items, times, table["item_id"])
+    meta["order"] = order.to_json()
     write_json(folder / "dataset.json", meta, error=DataError, remedy=ROOM)
 
 
@@ -841,3 +891,5 @@ class _Report:
         )
         for note in dataset.meta["notes"]:
             print(f"note: {note}", file=sys.stderr)
+        for line in dataset.order.lines():
+            print(line, file=sys.stderr)
