@@ -425,10 +425,10 @@ def fusion(
 @app.command()
 def blend(
     run: Run,
-    out: Annotated[Path, typer.Option(help="Folder to write, for `l2rec compare`.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
     data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
 ) -> None:
-    """Score a run with co-occurrence counts and a repeat term added to its scores.
+    """Write a run whose scores have co-occurrence counts and a repeat term beside them.
 
     The counts say how often an item stood near the newest items of the history (for a method that
     reads texts, also near items with similar texts); the repeat term is for items of the history.
@@ -440,7 +440,13 @@ def blend(
     from l2rec.studies.blend import blend_run
 
     with Console() as console:
-        report = blend_run(run, out, progress=console, data=data)
+        report = blend_run(
+            run,
+            out,
+            progress=console,
+            data=data,
+            command=shlex.join(["l2rec", *sys.argv[1:]]),
+        )
         console.scores(report)
         console.line(f"next: l2rec compare {run} {out}")
 
@@ -466,7 +472,7 @@ def recommend(
     Users and items need not be known from training: `--new-item "N1=Cordless drill, 18 V"` enters
     the ranking by its text, and may be part of the history.
     """
-    from l2rec.console import print_recommendations
+    from l2rec.console import print_new_items, print_recommendations
     from l2rec.errors import DataError
     from l2rec.runs.folder import user_history
     from l2rec.runs.predictor import load
@@ -495,6 +501,9 @@ def recommend(
     else:
         texts = [(i, predictor.text_of(i)) for i in ids]
         print_recommendations(texts, result)
+        if unseen := set(added) - set(ids) - {listed["id"] for listed in result.items}:
+            ranking = predictor.recommend(ids, predictor.n_items, exclude_seen=not include_seen)
+            print_new_items([listed["id"] for listed in ranking.items], sorted(unseen))
 
 
 @app.command()
@@ -506,8 +515,8 @@ def embed(
 ) -> None:
     """Write item vectors and user vectors as Parquet: id, vector, version.
 
-    Scores are their inner products. A run with `repeat_bias` or `cooccurrence` adds more to them,
-    which `l2rec recommend` and `l2rec serve` do.
+    Scores are their inner products. A run with `repeat_bias` or `cooccurrence`, or one of `l2rec
+    blend`, adds more to them, which `l2rec recommend` and `l2rec serve` do.
     """
     from l2rec.console import Console
     from l2rec.runs.embed import embed_run
@@ -600,7 +609,8 @@ def abtest(
         if experiment is None:
             names = ab.experiments(events)
             if len(names) != 1:
-                raise DataError(f"{log} has {len(names)} experiments; name one: {names[:5]}")
+                one = f"name one: {names[:5]}" if names else "serve with --experiment to have one"
+                raise DataError(f"{log} has {len(names)} experiments; {one}")
             (experiment,) = names
         result = ab.analyze(
             events,

@@ -42,6 +42,8 @@ WIDE = 240
 """Columns of tables that are written to a file."""
 SHOWN = ("recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked", "coverage@10")
 """Metrics of `print_rows`."""
+HISTORY_SHOWN = 10
+"""Newest items of a history that are printed."""
 
 
 class Console:
@@ -295,8 +297,12 @@ def print_comparison(comparison: Comparison) -> None:
 def print_recommendations(history: Sequence[tuple[str, str]], result: Recommendation) -> None:
     """Print a history and its ranked items, with scores and the gate, on standard output."""
     out = _out()
-    out.print("[bold]history[/bold] (oldest first)")
-    for item, text in history:
+    earlier = len(history) - HISTORY_SHOWN
+    out.print(
+        "[bold]history[/bold] (oldest first"
+        + (f"; {earlier:,} earlier ones are not shown)" if earlier > 0 else ")")
+    )
+    for item, text in history[-HISTORY_SHOWN:]:
         out.print(f"  {escape(item)}  {escape(_short(text))}", soft_wrap=True)
     gate = ""
     if result.gate is not None:
@@ -306,6 +312,17 @@ def print_recommendations(history: Sequence[tuple[str, str]], result: Recommenda
         text = escape(_short(listed["text"]))
         out.print(
             f"  {rank:2d}. {listed['score']:7.3f}  {escape(listed['id'])}  {text}", soft_wrap=True
+        )
+
+
+def print_new_items(ranking: Sequence[str], new: Sequence[str]) -> None:
+    """Print where items that training never met stand in a whole ranking of ids, best first."""
+    place = {item: rank for rank, item in enumerate(ranking, 1)}
+    for item in new:
+        _out().print(
+            f"  {escape(item)} is rank {place[item]:,} of {len(ranking):,} (new: known by its text "
+            "alone)",
+            soft_wrap=True,
         )
 
 

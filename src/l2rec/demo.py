@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["RECIPE", "run_demo"]
 
+import shutil
+import sys
 from pathlib import Path
 
 from l2rec.config import load_recipe
@@ -55,18 +57,20 @@ def run_demo(out: Path, data: Path, minutes: float) -> None:
     for number in range(USERS):
         _show(dataset, predictor, number * dataset.n_users // USERS)
     user = dataset.user_ids[0].as_py()
+    program = "l2rec" if shutil.which("l2rec") else sys.argv[0]
     history = ",".join(_history(dataset, 0)[-3:])
     print(
         f"\nreport       {out}/report.html  (open it in a browser)"
         f"\nrun folder   {out}"
         f"\ndata set     {data}  ({dataset.fingerprint})"
         "\n\nnext"
-        f"\n  l2rec recommend {out} --user {user}"
-        f"\n  l2rec recommend {out} --history {history} -k 5"
-        f'\n  l2rec recommend {out} --history {history} --new-item "new1=Solaris (1972), Sci-Fi"'
-        f"\n  l2rec embed {out} --out {out}/vectors"
-        "\n  l2rec prepare YOUR_FILES --out data/mine && l2rec train l2rec-plus --data data/mine"
-        " --out runs/mine"
+        f"\n  {program} recommend {out} --user {user}"
+        f"\n  {program} recommend {out} --history {history} -k 5"
+        f"\n  {program} recommend {out} --history {history}"
+        ' --new-item "new1=Solaris (1972), Sci-Fi"'
+        f"\n  {program} embed {out} --out {out}/vectors"
+        f"\n  {program} prepare YOUR_FILES --out data/mine"
+        f"\n  {program} train l2rec-plus --data data/mine --out runs/mine"
     )
 
 

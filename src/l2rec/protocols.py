@@ -16,7 +16,7 @@ are inner products. The other protocols are optional abilities, asked for with `
     Cached          cached          cache entries that travel with a run
     SizedByData     sized_by_data   tensors whose length is that of the data
 
-No other attribute of a method is read outside of its own file and the modules it is built from.
+Evaluation, runs and the service read no other attribute of a method.
 Shapes: B histories (users), N catalog items, D embedding size.
 """
 
@@ -267,7 +267,7 @@ class AddsPrior(Protocol):
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """Share of tokens that each expert received, for J adapted matrices and E experts a view.
+    """Share of the tokens' choices that each of E experts received, in J adapted matrices.
 
     ``matrices``: [J] names. ``experts``: by view, [J][E] shares; those of a matrix add up to 1.
     """

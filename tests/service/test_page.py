@@ -497,7 +497,7 @@ def test_by_keyboard_from_nothing_to_reasons(visit: Open, server: Server) -> Non
     assert (
         page.locator("#why tbody tr").count() == 8 and page.locator("#why tbody td").count() == 24
     )
-    assert "together with the history" in page.inner_text("#why")
+    assert "by co-occurrence with the history" in page.inner_text("#why")
     # Add it, with one key; the focus stays in the list.
     page.keyboard.press("a")
     wait_for_chips(page, ["i3", found[1], expected[1]])

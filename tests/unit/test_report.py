@@ -140,12 +140,20 @@ def full(tmp_run: Path) -> Path:
     return tmp_run
 
 
+def test_headline_compares_in_the_convention_that_suits_the_floors_best(tmp_run: Path) -> None:
+    content = report()
+    content["scores"]["popularity"] |= {"ndcg@10": 0.1}  # above its masked score
+    fill(tmp_run, report=content, events=events(), diagnostics=diagnostics())
+    text = " ".join(outline(tmp_run).text.split())
+    assert "40.0% below popularity, the best floor (0.1000)" in text
+    assert "significant over users, p < 0.001" in text
+
+
 def test_page_has_every_section(full: Path) -> None:
     page = outline(full)
     text = " ".join(page.text.split())
     assert "l2rec on chains" in text
-    assert "50.0% above popularity, the best floor (0.0400)" in text
-    assert "significant over users, p < 0.001" in text
+    assert "50.0% above popularity, the best floor (0.0600, history masked)" in text
     assert "best 0.0620" in text and "untrained 0.0300" in text
     assert "mean 0.31" in text and "uniform 25%" in text
     assert "Held out, and not in this list: zed" in text
@@ -188,7 +196,11 @@ def test_best_of_each_column_is_bold_and_ties_share_it(tmp_run: Path) -> None:
 
 def test_a_score_below_the_best_floor_is_reported_as_below(tmp_run: Path) -> None:
     data = report()
-    data["scores"] = {"l2rec": scores(0.1, 0.03), "popularity": scores(0.1, 0.04)}
+    unmasked = {"l2rec": scores(0.1, 0.03), "popularity": scores(0.1, 0.04)}
+    data["scores"] = {
+        name: {key: value for key, value in row.items() if not key.endswith("_masked")}
+        for name, row in unmasked.items()
+    }
     data["significance"] = {"popularity": {"difference": -0.01, "p": 0.2}}
     fill(tmp_run, report=data)
     text = " ".join(outline(tmp_run).text.split())

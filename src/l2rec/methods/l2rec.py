@@ -192,7 +192,7 @@ class L2RecConfig(BaseModel):
     for bidirectional ones. Of the paper's form alone."""
     normalize_views: bool = False
     """Ours: both h^v at unit length before Eq. 7, so that neither view drowns the other at the
-    start. A table always does that."""
+    start. Of the paper's form alone; a table has its own way."""
 
     # the table
     table_lr: float = Field(2e-4, gt=0)
@@ -366,7 +366,7 @@ def without_routing(state: UserState) -> UserState:
 
 
 class L2Rec(nn.Module):
-    """The recommender. Only experts, P_U, ACF (and the table) are trained.
+    """The recommender. Only experts, P_U, ACF and, of a table, its few tensors are trained.
 
     Args:
         config: options. catalog: the items' texts. backbone: the frozen language model.
@@ -437,7 +437,7 @@ class L2Rec(nn.Module):
     # -- construction ----------------------------------------------------------------------------
 
     def _unused(self, views: Views) -> list[nn.Parameter]:
-        """Return what the ablations switch off, or has no part in these views."""
+        """Return the parameters that are not trained: switched off, or not part of these views."""
         if not self.config.adapt:
             return list(self.parameters())
         off: list[nn.Module] = [] if self.linears else [self.experts]

@@ -349,17 +349,26 @@ def _headline(report: Json) -> Headline | None:
         return None
     trained, *floors = scores
     value = scores[trained].get(MAIN)
-    known = [name for name in floors if is_number(scores[name].get(MAIN))]
+    # A floor that recommends what a user has already stands low where nothing repeats, and high
+    # where much does: compared in the convention that suits the floors best.
+    known = [
+        (scores[name][key], name, key)
+        for key in (MAIN, f"{MAIN}_masked")
+        for name in floors
+        if is_number(scores[name].get(key)) and is_number(scores[trained].get(key))
+    ]
     if not is_number(value) or not known:
         return Headline(as_score(value), "", "", "", better=True)
-    floor = max(known, key=lambda name: scores[name][MAIN])
-    base = scores[floor][MAIN]
-    better = value >= base
+    base, floor, key = max(known, key=lambda entry: entry[0])
+    compared, masked = scores[trained][key], key != MAIN
+    better = compared >= base
     return Headline(
         value=as_score(value),
-        lift=f"{abs(value / base - 1):.1%} {'above' if better else 'below'}" if base else "above",
-        floor=f"{floor}, the best floor ({as_score(base)})",
-        verdict=_verdict((report.get("significance") or {}).get(floor)),
+        lift=f"{abs(compared / base - 1):.1%} {'above' if better else 'below'}"
+        if base
+        else "above",
+        floor=f"{floor}, the best floor ({as_score(base)}{', history masked' if masked else ''})",
+        verdict="" if masked else _verdict((report.get("significance") or {}).get(floor)),
         better=better,
     )
 
@@ -550,7 +559,8 @@ def _validation_chart(events: Sequence[Json], best_step: Any) -> Chart | None:
     return Chart(
         title="Validation NDCG@10",
         summary=f"Validation NDCG@10 over steps,{start} to {best[1]:.4f} at step {best[0]:,.0f}.",
-        note="Step 0 is the untrained model. The best step is chosen by the unmasked score.",
+        note="Step 0 is the untrained model, with what validation chooses for it, such as the weight "
+        "of co-occurrence, chosen. The best step is chosen by the unmasked score.",
         frame=frame,
         x_ticks=x_ticks,
         y_ticks=y_ticks,

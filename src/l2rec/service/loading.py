@@ -128,5 +128,5 @@ def check_version(version: Version) -> None:
     if recall < RECALL:
         raise CheckpointError(
             f"{version.name}: the index finds {recall:.0%} of what exact search finds; build it "
-            "with --index exact"
+            "with `l2rec index --kind exact`"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["blend_run"]
 
+import datetime
 import shutil
 import time
 from collections.abc import Sequence
@@ -50,9 +51,16 @@ COPIED = ("config.yaml", "catalog.parquet", MODEL, "metrics.jsonl")
 
 
 def blend_run(
-    run: Path, out: Path, *, progress: Progress, data: Path | None = None
+    run: Path,
+    out: Path,
+    *,
+    progress: Progress,
+    data: Path | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Choose a blend on validation, score it on test, and write OUT as a run. Return its report.
+
+    ``command``: the command line, which the report names after that of the training.
 
     Raises:
         CheckpointError: ``out`` is not empty, ``run`` is not finished or is blended already, or the
@@ -112,6 +120,8 @@ def blend_run(
     report |= {
         "method": method,
         "recipe": f"{report['recipe']} + co-occurrence",
+        "command": " && ".join(filter(None, [report.get("command"), command])),
+        "date": datetime.date.today().isoformat(),
         "blend": asdict(weights),
         "blend_seconds": round(chosen, 1),
         "valid": valid.metrics(),

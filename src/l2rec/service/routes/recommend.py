@@ -79,7 +79,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         "/v1/embed/users", response_model=schemas.Embedded, responses=ANY | CANNOT, tags=["embed"]
     )
     async def embed_users(body: schemas.EmbedUsers) -> Response:
-        """Embed histories as unit vectors."""
+        """Embed histories: the vectors whose inner products with items' are the scores."""
         version = live.current()
         if version.matrix is None:
             raise Refused(409, f"{version.name} has no vectors: its method only ranks")
@@ -92,7 +92,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         "/v1/embed/items", response_model=schemas.Embedded, responses=ANY | CANNOT, tags=["embed"]
     )
     async def embed_items(body: schemas.EmbedItems) -> Response:
-        """Embed raw texts as unit vectors."""
+        """Embed raw texts as vectors of items."""
         version = live.current()
         if version.matrix is None or not version.takes_new_items:
             raise Refused(409, f"{version.name} has no vectors of texts")

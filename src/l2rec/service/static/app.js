@@ -703,7 +703,7 @@ function reasons(found) {
 }
 
 function scored(found) {
-  const parts = found.added === null ? null : `${decimals(found.score - found.added)} by its vector, ${signed(found.added)} by what was met together with the history`;
+  const parts = found.added === null ? null : `${decimals(found.score - found.added)} by its vector, ${signed(found.added)} by co-occurrence with the history`;
   return block(`Score ${decimals(found.score)}`, parts);
 }
 
@@ -711,7 +711,7 @@ function gate(value) {
   if (value === null) return null;
   return block(
     "How this user is read",
-    `${percent(1 - value)} by what the texts say, ${percent(value)} by what is taken together.`,
+    `The vector is ${percent(1 - value)} the semantic view (what the texts say), ${percent(value)} the behavioural (what is taken after what).`,
     make(
       "div",
       { class: "gate", role: "img", "aria-label": `Gate δ = ${value.toFixed(2)}, between 0, all semantic, and 1, all behavioural` },
