@@ -559,8 +559,8 @@ def _validation_chart(events: Sequence[Json], best_step: Any) -> Chart | None:
     return Chart(
         title="Validation NDCG@10",
         summary=f"Validation NDCG@10 over steps,{start} to {best[1]:.4f} at step {best[0]:,.0f}.",
-        note="Step 0 is the untrained model, with what validation chooses for it, such as the weight "
-        "of co-occurrence, chosen. The best step is chosen by the unmasked score.",
+        note="Step 0 is the untrained model, with what validation chooses for it, such as the "
+        "weight of co-occurrence, chosen. The best step is chosen by the unmasked score.",
         frame=frame,
         x_ticks=x_ticks,
         y_ticks=y_ticks,
