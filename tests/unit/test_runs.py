@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from l2rec.runs import train as training
 from l2rec.runs.checkpoint import load_tensors, save_tensors, trained_tensors
 from l2rec.runs.embed import embed_run
 from l2rec.runs.folder import user_history
+from l2rec.runs.loop import TrainingResult
 from l2rec.runs.predictor import Predictor, load
 from l2rec.runs.train import evaluate_run, train_run
 
@@ -241,6 +243,54 @@ def test_a_folder_is_claimed_once(table_run: Finished, chains: Dataset, tmp_path
     refused(tmp_path / "mine", "not empty and not a run folder; choose another --out")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "is a file; choose a folder")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
+def test_one_training_at_a_time(
+    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one is refused at once, with and without --resume, and changes nothing."""
+    config, run = runs.config(table_run.backbone), tmp_path / "run"
+    train, refused = training.train, []
+
+    def during(*arguments: Any, **named: Any) -> TrainingResult:
+        before = sorted(run.rglob("*"))
+        for resume in (False, True):
+            with pytest.raises(CheckpointError, match="another process is working on it") as error:
+                train_run(config, table_run.data, run, progress=Quiet(), resume=resume)
+            refused.append(one_line(error))
+        assert sorted(run.rglob("*")) == before
+        return train(*arguments, **named)
+
+    monkeypatch.setattr(training, "train", during)
+    train_run(config, table_run.data, run, progress=Quiet())
+    assert len(refused) == 2 and all(str(run) in line for line in refused)
+    assert_same_run(table_run.run, run)
+    assert {p.name for p in run.iterdir()} == {p.name for p in table_run.run.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
+def test_two_trainings_at_the_same_moment(chains: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [*PROGRAM, "train", "sasrec", "--data", str(chains.path), "--out", str(run)]
+    both = [
+        subprocess.Popen(
+            [*command, f"seed={seed}", "training.max_steps=6"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (0, 1)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2]
+    (line,) = errors[codes.index(2)].splitlines()
+    assert str(run) in line and ("another process is working on" in line or "holds a run" in line)
+    report = read_json(run / "report.json")
+    assert report["seed"] == codes.index(0) and report["steps"] == 6
+    steps = [record["step"] for record in log(run, "train")]
+    assert steps == sorted(set(steps))
 
 
 def test_resume_refuses_other_weights(table_run: Finished, tmp_path: Path) -> None:

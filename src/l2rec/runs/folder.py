@@ -56,7 +56,7 @@ from l2rec.config import RunConfig, resolve
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split, leave_one_out, with_fewer_users
-from l2rec.disk import read_json, replacing, write_text
+from l2rec.disk import LOCK, read_json, replacing, write_text
 from l2rec.errors import CheckpointError
 from l2rec.modules.backbone import Backbone
 from l2rec.runs.checkpoint import load_tensors, save_tensors
@@ -92,11 +92,9 @@ def _renamed(value: Any) -> Any:
 
 def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[str, Any] | None:
     """Refuse a folder that holds something else, and to mix two runs. Return the identity of the
-    run to go on with, or None for a new one.
+    run to go on with, or None for a new one. Call it inside `disk.working_on` the folder.
     """
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; choose a folder for --out")
-    if not out.exists() or all(p.name.endswith(".part") for p in out.iterdir()):
+    if not out.exists() or all(p.name.endswith(".part") or p.name == LOCK for p in out.iterdir()):
         return None
     if not (out / "config.yaml").is_file():
         raise CheckpointError(f"{out} is not empty and not a run folder; choose another --out")
