@@ -31,7 +31,9 @@ __all__ = [
     "read_catalog",
     "read_report",
     "read_run",
+    "require_finished",
     "training_split",
+    "unfinished",
     "user_history",
     "version_of",
     "write_identity",
@@ -74,12 +76,33 @@ def finished_report(out: Path) -> dict[str, Any] | None:
     return None
 
 
+def unfinished(run: Path) -> bool:
+    """Check for a run without a report: it is being trained, or was stopped before its end."""
+    return (run / "config.yaml").is_file() and not (run / "report.json").is_file()
+
+
+def require_finished(run: Path) -> None:
+    """Refuse a run that has not come to its end.
+
+    Raises:
+        CheckpointError: it has no report.json.
+    """
+    if not unfinished(run):
+        return
+    if (run / BLEND).is_file():
+        remedy = "delete it and call l2rec blend again"
+    else:
+        remedy = f"if it is not running any more, go on with l2rec train ... --out {run} --resume"
+    raise CheckpointError(f"{run} is not finished: it has no report.json; {remedy}")
+
+
 def read_report(run: Path) -> dict[str, Any]:
     """Read a run's report.json, what earlier versions called otherwise under today's names.
 
     Raises:
         CheckpointError: missing or torn.
     """
+    require_finished(run)
     report: dict[str, Any] = _renamed(read_json(run / "report.json"))
     return report
 

@@ -42,6 +42,7 @@ from l2rec.runs.folder import (
     load_run_config,
     open_run_dataset,
     training_split,
+    unfinished,
     version_of,
     write_identity,
     write_item_vectors,
@@ -280,7 +281,9 @@ def _report(
     floors: Mapping[str, Evaluation],
 ) -> dict[str, Any]:
     name = config.method.rpartition(":")[2]
-    tests = {f: paired_test(evaluation.ranks, e.ranks) for f, e in floors.items()}
+    # One user's difference has no variance: there is nothing to test.
+    tested = floors if len(evaluation) > 1 else {}
+    tests = {f: paired_test(evaluation.ranks, e.ranks) for f, e in tested.items()}
     return {
         "method": name,
         "seed": config.seed,
@@ -318,7 +321,9 @@ def _report(
 def evaluate_run(
     run: Path, split_name: str, progress: Progress, data: Path | None = None
 ) -> dict[str, Any]:
-    """Score a finished run on ``valid`` or ``test``; return metrics with their fingerprint.
+    """Score a run on ``valid`` or ``test``; return metrics with their fingerprint.
+
+    The ranks of a finished run on ``test`` are written to its ranks.parquet.
 
     Raises:
         CheckpointError: the data set is not the one the run was made on.
@@ -329,7 +334,7 @@ def evaluate_run(
     predictor = load(run)
     split = leave_one_out(dataset.sequences)
     evaluation = _score(predictor, split, progress, split_name)
-    if split_name == "test":
+    if split_name == "test" and not unfinished(run):  # else they would look like its final ones
         write_ranks(
             run / "ranks.parquet", evaluation, UserIds(dataset), fingerprint=dataset.fingerprint
         )
