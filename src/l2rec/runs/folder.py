@@ -13,6 +13,7 @@
     RUN/ranks.parquet       per-user ranks on the test split, for paired tests
     RUN/state/step-N/       a state to resume from
     RUN/tensorboard/        event files
+    RUN/.l2rec.lock         only while a process trains it, or after a kill
 
 A version, the name of a run's weights, is a hash of model.safetensors and blend.safetensors.
 """
