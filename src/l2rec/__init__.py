@@ -21,6 +21,7 @@ __all__ = [
     "leave_one_out",
     "load",
     "load_backbone",
+    "load_dataset",
     "open_dataset",
     "prepare",
 ]
@@ -32,6 +33,7 @@ from l2rec._version import __version__
 
 if TYPE_CHECKING:
     from l2rec.data.dataset import Dataset, open_dataset
+    from l2rec.data.dataset import open_dataset as load_dataset
     from l2rec.data.prepare import PrepareConfig, prepare
     from l2rec.data.splits import leave_one_out
     from l2rec.errors import L2RecError
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from l2rec.modules.backbone import load_backbone
     from l2rec.runs.predictor import Predictor, load
 
+# The module of each name, and its name there if it is another one.
 _HOME = {
     "Dataset": "l2rec.data.dataset",
     "L2Rec": "l2rec.methods.l2rec",
@@ -51,6 +54,7 @@ _HOME = {
     "leave_one_out": "l2rec.data.splits",
     "load": "l2rec.runs.predictor",
     "load_backbone": "l2rec.modules.backbone",
+    "load_dataset": "l2rec.data.dataset:open_dataset",
     "open_dataset": "l2rec.data.dataset",
     "prepare": "l2rec.data.prepare",
 }
@@ -59,7 +63,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'l2rec' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:

@@ -8,10 +8,12 @@ are those that the process's umask gives to any new file.
 from __future__ import annotations
 
 __all__ = [
+    "LOCK",
     "move_into_place",
     "read_json",
     "replacing",
     "replacing_folder",
+    "working_on",
     "write_json",
     "write_text",
 ]
@@ -33,6 +35,8 @@ from safetensors import SafetensorError
 from l2rec.errors import CheckpointError, L2RecError
 
 RESUME = "free some space and --resume"
+LOCK = ".l2rec.lock"
+"""File in a folder that a process works on. A kill may leave it behind, but not its lock."""
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -234,6 +238,79 @@ def _lock(folder: Path, *, wait: bool = True) -> Iterator[bool]:
         yield locked
     finally:
         os.close(handle)
+
+
+# -- a folder that is worked on for long ---------------------------------------------------------
+
+
+@contextmanager
+def working_on(folder: Path) -> Iterator[None]:
+    """Keep out other processes that work on the same folder, as long as this one does.
+
+    The folder is created if it is missing, and deleted again if it is still empty at the end. A
+    kill frees it. Nobody is kept out where files cannot be locked (Windows, some network file
+    systems) or the folder is read-only.
+
+    Raises:
+        CheckpointError: another process works on the folder, or it cannot be created.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose a folder for --out")
+    new = not folder.exists()
+    try:
+        handle = _lock_file(folder)
+    except OSError as reason:
+        raise _explained(folder, reason, CheckpointError, "free some space") from reason
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)  # first: nobody may lock a file that goes
+            os.close(handle)
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _lock_file(folder: Path) -> int | None:
+    """Lock a file in a folder, and return its handle; None where that is not possible.
+
+    A file and not the folder itself: `replacing_folder` locks the folder for a moment, and network
+    file systems lock files alone.
+
+    Raises:
+        CheckpointError: another process holds the lock.
+        OSError: the folder cannot be created, or the disk is full.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":
+            return None
+        import fcntl
+
+        try:
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # another process has just deleted the folder, which it left empty
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return None
+            raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise CheckpointError(
+                f"{folder}: another process is working on it; wait for its end, or choose another "
+                "--out"
+            ) from None
+        except OSError:  # a file system without locks
+            return handle
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), (folder / LOCK).stat()):
+                return handle
+        os.close(handle)  # locked, but deleted meanwhile by the process that had it
 
 
 # -- the disk ------------------------------------------------------------------------------------

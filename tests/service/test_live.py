@@ -95,6 +95,21 @@ def test_a_bad_run_is_not_deployed(table_run: Finished, bad_run: Path, tmp_path:
     assert (folder / "live.json").read_bytes() == before
 
 
+def test_an_unfinished_run_is_not_deployed(table_run: Finished, tmp_path: Path) -> None:
+    folder, run = tmp_path / "serving", tmp_path / "run"
+    shutil.copytree(table_run.run, run)
+    (run / "report.json").unlink()
+    with pytest.raises(CheckpointError, match=r"run is not finished.*--resume"):
+        deploy(run, folder)
+    assert not folder.exists()
+    # One that was deployed and is now trained on goes on being served, with the same weights.
+    shutil.copy2(table_run.run / "report.json", run)
+    deploy(run, folder)
+    (run / "report.json").unlink()
+    version = load_version(run, expected=read_deployment(folder).expected(run))
+    assert version.report == {}
+
+
 def test_a_run_that_changed_since_is_not_rolled_back_to(
     table_run: Finished, other_run: Finished, bad_run: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -75,6 +76,21 @@ def test_what_cannot_be_served(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "l2rec.service.server", raising=False)
     assert command(run) == "`l2rec serve` needs uvicorn: pip install 'l2rec[serve]'"
+
+
+def test_an_unfinished_run_is_not_served(command: Any, table_run: Finished, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(table_run.run, run)
+    (run / "report.json").unlink()
+    line = command(str(run))
+    assert line.startswith(f"{run} is not finished") and "--resume" in line
+    assert not (run / "events.db").exists()
+    (run / "report.json").write_text("{}")
+    control = tmp_path / "control"
+    shutil.copytree(table_run.run, control)
+    (control / "report.json").unlink()
+    line = command(str(table_run.run), "--experiment", "e", "--control", str(control))
+    assert line.startswith(f"{control} is not finished")
 
 
 def test_deploy_and_rollback_by_command(

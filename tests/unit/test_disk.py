@@ -6,12 +6,22 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.errors import one_line
 
-from l2rec.disk import read_json, replacing, replacing_folder, write_json, write_text
+from l2rec.disk import (
+    LOCK,
+    read_json,
+    replacing,
+    replacing_folder,
+    working_on,
+    write_json,
+    write_text,
+)
 from l2rec.errors import CheckpointError, DataError
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes and locks of POSIX")
@@ -206,6 +216,109 @@ def test_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.Monk
     # Its writer may be alive, so it is not deleted.
     assert names(tmp_path) == [".folder.0.part", "folder"]
     assert (tmp_path / "folder" / "file").read_text() == "two"
+
+
+# -- a folder that is worked on ------------------------------------------------------------------
+
+
+@posix
+def test_a_folder_that_is_worked_on_keeps_others_out(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "run"
+    with working_on(folder):
+        (folder / "file").write_text("mine")
+        put(folder / "inside", "one")  # which locks the folder itself
+        with pytest.raises(CheckpointError) as error, working_on(folder):
+            pass
+        assert one_line(error).startswith(f"{folder}: another process is working on it")
+    assert names(folder) == ["file", "inside"]  # no lock is left, and what was written stays
+    with working_on(folder):
+        pass
+
+
+@posix
+def test_a_folder_left_empty_is_deleted(tmp_path: Path) -> None:
+    with working_on(tmp_path / "new"):
+        assert names(tmp_path / "new") == [LOCK]
+    (tmp_path / "old").mkdir()
+    with working_on(tmp_path / "old"):
+        pass
+    assert names(tmp_path) == ["old"]
+
+
+@posix
+def test_a_kill_frees_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from l2rec.disk import working_on\n"
+        "with working_on(Path(sys.argv[1])):\n"
+        "    print('working', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"working\n"
+        with pytest.raises(CheckpointError, match="another process"), working_on(tmp_path):
+            pass
+        process.kill()
+    assert names(tmp_path) == [LOCK]
+    with working_on(tmp_path):
+        pass
+    assert names(tmp_path) == []
+
+
+@posix
+def test_of_many_at_once_one_works(tmp_path: Path) -> None:
+    """Folders come and go under those who want them; never do two work on one."""
+    inside, most, refused = 0, 0, 0
+    count = threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most, refused
+        for _ in range(200):
+            try:
+                with working_on(tmp_path / "run"):
+                    with count:
+                        inside += 1
+                        most = max(most, inside)
+                    with count:
+                        inside -= 1
+            except CheckpointError:
+                with count:
+                    refused += 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and refused < 800
+    assert not [*tmp_path.rglob(LOCK)]
+
+
+@posix
+@pytest.mark.parametrize("call", ["flock", "open"])
+def test_where_files_cannot_be_locked(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def refused(*_: object) -> None:
+        code = errno.ENOLCK if call == "flock" else errno.EROFS
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl if call == "flock" else os, call, refused)
+    with working_on(tmp_path), working_on(tmp_path):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_worked_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path / "file", "file is a file; choose a folder for --out"),
+        (tmp_path / "file" / "run", "run cannot be written"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as error, working_on(path):
+            pass
+        one_line(error)
 
 
 def test_importing_it_is_cheap() -> None:

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import pytest
 import torch
 import yaml
 from tests.support import runs
-from tests.support.command import PROGRAM
+from tests.support.command import PROGRAM, Call
 from tests.support.errors import one_line
 from tests.support.runs import Finished, Quiet, assert_same_training, log
 
 from l2rec.config import resolve
 from l2rec.data.dataset import Dataset
+from l2rec.data.prepare import prepare
 from l2rec.data.synthetic import chain_dataset
 from l2rec.disk import read_json
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
@@ -34,8 +36,10 @@ from l2rec.runs import train as training
 from l2rec.runs.checkpoint import load_tensors, save_tensors, trained_tensors
 from l2rec.runs.embed import embed_run
 from l2rec.runs.folder import user_history
+from l2rec.runs.loop import TrainingResult
 from l2rec.runs.predictor import Predictor, load
 from l2rec.runs.train import evaluate_run, train_run
+from l2rec.studies.blend import blend_run
 
 TIMELESS = ("scores", "valid", "best_step", "steps", "stopped", "significance", "tokens_seen")
 
@@ -243,6 +247,54 @@ def test_a_folder_is_claimed_once(table_run: Finished, chains: Dataset, tmp_path
     refused(tmp_path / "file", "is a file; choose a folder")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
+def test_one_training_at_a_time(
+    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one is refused at once, with and without --resume, and changes nothing."""
+    config, run = runs.config(table_run.backbone), tmp_path / "run"
+    train, refused = training.train, []
+
+    def during(*arguments: Any, **named: Any) -> TrainingResult:
+        before = sorted(run.rglob("*"))
+        for resume in (False, True):
+            with pytest.raises(CheckpointError, match="another process is working on it") as error:
+                train_run(config, table_run.data, run, progress=Quiet(), resume=resume)
+            refused.append(one_line(error))
+        assert sorted(run.rglob("*")) == before
+        return train(*arguments, **named)
+
+    monkeypatch.setattr(training, "train", during)
+    train_run(config, table_run.data, run, progress=Quiet())
+    assert len(refused) == 2 and all(str(run) in line for line in refused)
+    assert_same_run(table_run.run, run)
+    assert {p.name for p in run.iterdir()} == {p.name for p in table_run.run.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
+def test_two_trainings_at_the_same_moment(chains: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [*PROGRAM, "train", "sasrec", "--data", str(chains.path), "--out", str(run)]
+    both = [
+        subprocess.Popen(
+            [*command, f"seed={seed}", "training.max_steps=6"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (0, 1)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2]
+    (line,) = errors[codes.index(2)].splitlines()
+    assert str(run) in line and ("another process is working on" in line or "holds a run" in line)
+    report = read_json(run / "report.json")
+    assert report["seed"] == codes.index(0) and report["steps"] == 6
+    steps = [record["step"] for record in log(run, "train")]
+    assert steps == sorted(set(steps))
+
+
 def test_resume_refuses_other_weights(table_run: Finished, tmp_path: Path) -> None:
     backbone = tmp_path / "bert"
     shutil.copytree(table_run.backbone, backbone)
@@ -285,6 +337,24 @@ def test_nobody_to_evaluate(backbone_folder: Path, tmp_path: Path) -> None:
     config = runs.config(backbone_folder)
     with pytest.raises(L2RecError, match="no user has three events"):
         train_run(config, data.path, tmp_path / "run", progress=Quiet())
+
+
+def test_one_evaluable_user_has_scores_and_no_test(tmp_path: Path, call: Call) -> None:
+    log = "user_id,item_id,timestamp\nann,a,1\nann,b,2\nann,c,3\nbob,a,1\nbob,c,2\n"
+    (tmp_path / "log.csv").write_text(log)
+    prepare(tmp_path / "log.csv", tmp_path / "data", progress=False)
+    run = tmp_path / "run"
+    done = call(
+        *("train", "sasrec", "--data", tmp_path / "data", "--out", run), "training.max_steps=2"
+    )
+    assert done.code == 0, done.err
+    report = read_json(run / "report.json")
+    assert report["significance"] == {} and len(report["scores"]) == 5
+    page = (run / "report.html").read_text()
+    assert "popularity" in page and "significant" not in page
+    assert call("compare", run, "--json").code == 0
+    again = call("train", "sasrec", "--data", tmp_path / "data", "--out", run, "--resume")
+    assert again.code == 0
 
 
 def test_a_share_of_the_users_is_trained_on(
@@ -558,6 +628,73 @@ def test_damage_is_one_clear_line(
     with pytest.raises((CheckpointError, ConfigError), match=message) as error:
         load(run)
     assert str(run) in one_line(error)
+
+
+# -- a run that has not come to its end ----------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was killed before its first step."""
+    run, step = tmp_path / "stopped", "l2rec.runs.loop._train_stage"
+
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(step, crash)
+        train_run(runs.config(table_run.backbone), table_run.data, run, progress=Quiet())
+    return run
+
+
+def test_an_unfinished_run_is_named_and_used(
+    stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = f"note: {stopped} is not finished: this is its best model so far, the untrained one"
+    before = sorted(stopped.iterdir())
+    assert len(load(stopped).recommend(["i1"], 3).items) == 3
+    assert evaluate_run(stopped, "test", Quiet())["users"] == 40
+    embed_run(stopped, tmp_path / "vectors", Quiet())
+    assert [record.getMessage() for record in caplog.records] == [note] * 3
+    assert not (stopped / "ranks.parquet").exists()  # those of the finished run alone are written
+    assert [path for path in sorted(stopped.iterdir()) if path.name != "cache"] == before
+    caplog.clear()
+    tensors, _ = load_tensors(stopped / "model.safetensors")
+    save_tensors(stopped / "model.safetensors", tensors, step="12")
+    load(stopped)
+    assert "best model so far, of step 12" in caplog.text
+
+
+def test_a_finished_run_is_not_remarked_on(
+    table_run: Finished, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(table_run.run)
+    assert not caplog.records
+
+
+def test_the_command_names_an_unfinished_run_on_standard_error(stopped: Path) -> None:
+    command = [*PROGRAM, "recommend", str(stopped), "--history", "i1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(json.loads(done.stdout)["items"]) == 10
+    assert done.stderr.startswith(f"note: {stopped} is not finished")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unfinished_run_is_not_blended(stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"stopped is not finished.*--resume") as error:
+        blend_run(stopped, tmp_path / "blend", progress=Quiet())
+    one_line(error)
+    assert not (tmp_path / "blend").exists()
+
+
+def test_an_unfinished_blend_is_blended_again(blended_run: Finished, tmp_path: Path) -> None:
+    run = copied(blended_run, tmp_path / "run")
+    (run / "report.json").unlink()
+    with pytest.raises(CheckpointError, match=r"not finished.*delete it and call l2rec blend"):
+        folder.require_finished(run)
+
+
+# -- what can be used ----------------------------------------------------------------------------
 
 
 def test_a_run_on_a_read_only_disk(table_run: Finished, monkeypatch: pytest.MonkeyPatch) -> None:

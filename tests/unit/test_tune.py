@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from tests.support import runs
+from tests.support.errors import one_line
 
 from l2rec.config import load_recipe
 from l2rec.data.dataset import Dataset
@@ -140,6 +142,24 @@ def test_what_is_refused(chains: Dataset, tmp_path: Path) -> None:
     search(chains.path, tmp_path / "s2", 1)
     with pytest.raises(CheckpointError, match="a search with overrides"):
         search(chains.path, tmp_path / "s2", 1, overrides=FIXED[:2])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
+def test_one_search_at_a_time(
+    chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, refused = tmp_path / "s", []
+
+    def during(*arguments: Any, **named: Any) -> TrainingResult:
+        with pytest.raises(CheckpointError, match="another process is working on it") as error:
+            search(chains.path, out, 1)
+        refused.append(one_line(error))
+        return training.validate_run(*arguments, **named)
+
+    monkeypatch.setattr(tune, "validate_run", during)
+    search(chains.path, out, 1)
+    assert len(refused) == 1 and refused[0].startswith(f"{out}: ")
+    assert sorted(p.name for p in out.iterdir()) == ["best.yaml", "study.db"]
 
 
 def test_without_a_space_rate_and_dropout_are_searched_from_the_recipe_on(

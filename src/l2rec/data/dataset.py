@@ -43,7 +43,8 @@ BLOCK_EVENTS = 1 << 22  # events read at once when a statistic needs a scan
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Event sequences of U users over N items, and the catalog. Get one from `open_dataset`.
+    """Event sequences of U users over N items, and the catalog. Get one from `open_dataset`
+    or `Dataset.from_frames`.
 
     ``offsets``: [U + 1] int64. ``items``: [E] int32. ``timestamps``: [E] float64, not
     descending within a user. ``event_types``: [E] int8 into ``event_type_names``, or None.
@@ -62,6 +63,37 @@ class Dataset:
     def __reduce__(self) -> tuple[Callable[[Path], Dataset], tuple[Path]]:
         # A worker process maps the same files instead of receiving copies of the arrays.
         return open_dataset, (self.path,)
+
+    @classmethod
+    def from_frames(
+        cls,
+        events: Any,
+        items: Any = None,
+        out: str | Path | None = None,
+        *,
+        progress: bool = True,
+        **options: Any,
+    ) -> Dataset:
+        """Prepare a data set from tables in memory, with the checks that files get.
+
+        Args:
+            events: a polars, pandas or pyarrow table of events. Columns ``user_id``, ``item_id``,
+                ``timestamp`` and perhaps ``event_type``; or as ``options`` name them.
+            items: likewise the catalog: the item's id, and columns that make its text.
+            out: folder to write. By default a temporary one, deleted with the data set that is
+                returned: give a folder if runs that are trained on it will be evaluated later.
+            progress: report rows and notes on standard error.
+            options: fields of `PrepareConfig`, such as ``k_core=5``, ``user="reviewer"``, or
+                ``timestamp=None`` for events that are in order.
+
+        Raises:
+            DataError: something that is not a table, and whatever `prepare` refuses.
+            ConfigError: an unknown option, or a value that is not allowed.
+        """
+        from l2rec.data.frames import prepare_frames  # which imports this module
+
+        folder = None if out is None else Path(out)
+        return prepare_frames(events, items, folder, options, progress=progress)
 
     @property
     def n_users(self) -> int:

@@ -13,6 +13,7 @@
     RUN/ranks.parquet       per-user ranks on the test split, for paired tests
     RUN/state/step-N/       a state to resume from
     RUN/tensorboard/        event files
+    RUN/.l2rec.lock         only while a process trains it, or after a kill
 
 A version, the name of a run's weights, is a hash of model.safetensors and blend.safetensors.
 """
@@ -31,7 +32,9 @@ __all__ = [
     "read_catalog",
     "read_report",
     "read_run",
+    "require_finished",
     "training_split",
+    "unfinished",
     "user_history",
     "version_of",
     "write_identity",
@@ -56,7 +59,7 @@ from l2rec.config import RunConfig, resolve
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split, leave_one_out, with_fewer_users
-from l2rec.disk import read_json, replacing, write_text
+from l2rec.disk import LOCK, read_json, replacing, write_text
 from l2rec.errors import CheckpointError
 from l2rec.modules.backbone import Backbone
 from l2rec.runs.checkpoint import load_tensors, save_tensors
@@ -74,12 +77,33 @@ def finished_report(out: Path) -> dict[str, Any] | None:
     return None
 
 
+def unfinished(run: Path) -> bool:
+    """Check for a run without a report: it is being trained, or was stopped before its end."""
+    return (run / "config.yaml").is_file() and not (run / "report.json").is_file()
+
+
+def require_finished(run: Path) -> None:
+    """Refuse a run that has not come to its end.
+
+    Raises:
+        CheckpointError: it has no report.json.
+    """
+    if not unfinished(run):
+        return
+    if (run / BLEND).is_file():
+        remedy = "delete it and call l2rec blend again"
+    else:
+        remedy = f"if it is not running any more, go on with l2rec train ... --out {run} --resume"
+    raise CheckpointError(f"{run} is not finished: it has no report.json; {remedy}")
+
+
 def read_report(run: Path) -> dict[str, Any]:
     """Read a run's report.json, what earlier versions called otherwise under today's names.
 
     Raises:
         CheckpointError: missing or torn.
     """
+    require_finished(run)
     report: dict[str, Any] = _renamed(read_json(run / "report.json"))
     return report
 
@@ -92,11 +116,9 @@ def _renamed(value: Any) -> Any:
 
 def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[str, Any] | None:
     """Refuse a folder that holds something else, and to mix two runs. Return the identity of the
-    run to go on with, or None for a new one.
+    run to go on with, or None for a new one. Call it inside `disk.working_on` the folder.
     """
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; choose a folder for --out")
-    if not out.exists() or all(p.name.endswith(".part") for p in out.iterdir()):
+    if not out.exists() or all(p.name.endswith(".part") or p.name == LOCK for p in out.iterdir()):
         return None
     if not (out / "config.yaml").is_file():
         raise CheckpointError(f"{out} is not empty and not a run folder; choose another --out")

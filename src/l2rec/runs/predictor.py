@@ -17,6 +17,7 @@ __all__ = [
     "load_folder",
 ]
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,9 +45,11 @@ from l2rec.protocols import (
     Scorer,
     TakesNewItems,
 )
-from l2rec.runs.checkpoint import load_trained
-from l2rec.runs.folder import RunFolder, check_backbone, read_run
+from l2rec.runs.checkpoint import load_tensors, load_trained
+from l2rec.runs.folder import MODEL, RunFolder, check_backbone, read_run, unfinished
 from l2rec.runs.machine import device
+
+logger = logging.getLogger("l2rec")
 
 VERIFIED, VERIFIED_WITHIN = 16, 0.02
 """Items encoded anew to verify stored vectors; the precision of bfloat16 is allowed for."""
@@ -331,11 +334,20 @@ class Predictor:
 def load(run: str | Path) -> Predictor:
     """Load a run, ready to recommend; needs neither its data set nor a GPU.
 
+    A run that is not finished is loaded with its best weights so far, and a warning is logged.
+
     Raises:
         CheckpointError: missing or torn files, another backbone than the run was made on, or
             tensors that do not fit.
     """
-    return load_folder(read_run(Path(run)))
+    folder = read_run(Path(run))
+    if unfinished(folder.path):
+        step = load_tensors(folder.path / MODEL)[1].get("step", "0")
+        shown = "the untrained one" if step == "0" else f"of step {step}"
+        logger.warning(
+            "note: %s is not finished: this is its best model so far, %s", folder.path, shown
+        )
+    return load_folder(folder)
 
 
 def load_folder(folder: RunFolder) -> Predictor:

@@ -23,7 +23,7 @@ from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split, leave_one_out
-from l2rec.disk import write_json
+from l2rec.disk import working_on, write_json
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranking import Evaluation, evaluate
 from l2rec.evaluation.ranks import write_ranks
@@ -42,6 +42,7 @@ from l2rec.runs.folder import (
     load_run_config,
     open_run_dataset,
     training_split,
+    unfinished,
     version_of,
     write_identity,
     write_item_vectors,
@@ -85,48 +86,57 @@ def train_run(
 
     Returns:
         The report, as written to ``report.json``.
+
+    Raises:
+        CheckpointError: another process works on ``out``, or it holds something else; or its files
+            cannot be read or written.
     """
     started = time.monotonic()
     dataset = open_dataset(data)
-    identity = claim(out, config, dataset, resume)
-    if identity is not None:
-        report = finished_report(out)
-        if report is not None and load_run_config(out)[0] == config:
-            progress.line(f"{out} is finished: these are its scores")
-            return report
-        init = None if identity.get("init") is None else Path(identity["init"])
-    fitted = _fit(config, dataset, out, progress, identity, init, resume)
-    split, backbone, model, result = fitted.split, fitted.backbone, fitted.model, fitted.result
-    evaluation = _score(model, split, progress)
-    write_ranks(
-        out / "ranks.parquet",
-        evaluation,
-        UserIds(dataset),
-        fingerprint=dataset.fingerprint,
-    )
-    vectors = catalog_vectors(model)
-    if vectors is not None:
-        write_item_vectors(out, vectors)
-    for entry in model.cached if isinstance(model, Cached) else ():
-        (out / "cache").mkdir(exist_ok=True)
-        shutil.copy2(entry, out / "cache" / entry.name)
-    ids = dataset.item_ids.to_pylist()
-    predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
-    diagnostics = diagnose(predictor, split, dataset)
-    start = (
-        PRETRAINED if init is not None else UNTRAINED if backbone is None else UNTRAINED_BACKBONE
-    )
-    floors = _floor_scores(split, dataset, model, out, start, progress)
-    report = _report(config, dataset, backbone, fitted.trained, result, evaluation, floors)
-    report |= {
-        "recipe": recipe,
-        "command": command,
-        "wall_seconds": round(time.monotonic() - started, 1),
-    }
-    write_json(out / "diagnostics.json", diagnostics)
-    write_json(out / "report.json", report)
-    write_report(out)
-    return report
+    with working_on(out):
+        identity = claim(out, config, dataset, resume)
+        if identity is not None:
+            report = finished_report(out)
+            if report is not None and load_run_config(out)[0] == config:
+                progress.line(f"{out} is finished: these are its scores")
+                return report
+            init = None if identity.get("init") is None else Path(identity["init"])
+        fitted = _fit(config, dataset, out, progress, identity, init, resume)
+        split, backbone, model, result = fitted.split, fitted.backbone, fitted.model, fitted.result
+        evaluation = _score(model, split, progress)
+        write_ranks(
+            out / "ranks.parquet",
+            evaluation,
+            UserIds(dataset),
+            fingerprint=dataset.fingerprint,
+        )
+        vectors = catalog_vectors(model)
+        if vectors is not None:
+            write_item_vectors(out, vectors)
+        for entry in model.cached if isinstance(model, Cached) else ():
+            (out / "cache").mkdir(exist_ok=True)
+            shutil.copy2(entry, out / "cache" / entry.name)
+        ids = dataset.item_ids.to_pylist()
+        predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
+        diagnostics = diagnose(predictor, split, dataset)
+        start = (
+            PRETRAINED
+            if init is not None
+            else UNTRAINED
+            if backbone is None
+            else UNTRAINED_BACKBONE
+        )
+        floors = _floor_scores(split, dataset, model, out, start, progress)
+        report = _report(config, dataset, backbone, fitted.trained, result, evaluation, floors)
+        report |= {
+            "recipe": recipe,
+            "command": command,
+            "wall_seconds": round(time.monotonic() - started, 1),
+        }
+        write_json(out / "diagnostics.json", diagnostics)
+        write_json(out / "report.json", report)
+        write_report(out)
+        return report
 
 
 def validate_run(
@@ -140,8 +150,9 @@ def validate_run(
 ) -> TrainingResult:
     """Train as `train_run` does, and stop there: the test split is not looked at."""
     dataset = open_dataset(data)
-    identity = claim(out, config, dataset, resume)
-    return _fit(config, dataset, out, progress, identity, None, resume, hopeless).result
+    with working_on(out):
+        identity = claim(out, config, dataset, resume)
+        return _fit(config, dataset, out, progress, identity, None, resume, hopeless).result
 
 
 @dataclass(frozen=True)
@@ -270,7 +281,9 @@ def _report(
     floors: Mapping[str, Evaluation],
 ) -> dict[str, Any]:
     name = config.method.rpartition(":")[2]
-    tests = {f: paired_test(evaluation.ranks, e.ranks) for f, e in floors.items()}
+    # One user's difference has no variance: there is nothing to test.
+    tested = floors if len(evaluation) > 1 else {}
+    tests = {f: paired_test(evaluation.ranks, e.ranks) for f, e in tested.items()}
     return {
         "method": name,
         "seed": config.seed,
@@ -308,7 +321,9 @@ def _report(
 def evaluate_run(
     run: Path, split_name: str, progress: Progress, data: Path | None = None
 ) -> dict[str, Any]:
-    """Score a finished run on ``valid`` or ``test``; return metrics with their fingerprint.
+    """Score a run on ``valid`` or ``test``; return metrics with their fingerprint.
+
+    The ranks of a finished run on ``test`` are written to its ranks.parquet.
 
     Raises:
         CheckpointError: the data set is not the one the run was made on.
@@ -319,7 +334,7 @@ def evaluate_run(
     predictor = load(run)
     split = leave_one_out(dataset.sequences)
     evaluation = _score(predictor, split, progress, split_name)
-    if split_name == "test":
+    if split_name == "test" and not unfinished(run):  # else they would look like its final ones
         write_ranks(
             run / "ranks.parquet", evaluation, UserIds(dataset), fingerprint=dataset.fingerprint
         )

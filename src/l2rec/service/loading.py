@@ -15,7 +15,7 @@ import torch
 from l2rec.errors import CheckpointError
 from l2rec.index import Index, build
 from l2rec.index import load as load_index
-from l2rec.runs.folder import read_report, read_run
+from l2rec.runs.folder import read_report, read_run, require_finished, unfinished
 from l2rec.runs.predictor import Predictor, load_folder
 from l2rec.service.attributes import Attributes
 from l2rec.service.ranking import Query, encode, rank, rank_exactly
@@ -40,12 +40,15 @@ def load_version(
 
     Args:
         index: kind of index; auto is the one in the run folder, or one by the size of the catalog.
-        expected: hash that the trained tensors must have.
+        expected: hash that the trained tensors must have, which were deployed when the run was
+            finished; without one, the run must be finished now.
         items: items of the event log, which the run was not trained with.
 
     Raises:
         L2RecError: whatever is wrong with the folder.
     """
+    if expected is None:
+        require_finished(run)
     folder = read_run(run)
     if expected is not None and folder.version != expected:
         raise CheckpointError(
@@ -58,7 +61,7 @@ def load_version(
         )
     predictor = load_folder(folder)
     predictor.verify()
-    report = read_report(run) if (run / "report.json").is_file() else {}
+    report = {} if unfinished(run) else read_report(run)  # a deployed run may be trained on
     base = len(predictor.ids)
     version = Version(
         predictor=predictor,

@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 
 from l2rec.errors import CheckpointError, ConfigError
+from l2rec.runs.folder import require_finished
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.follow import load_first, load_with_items
@@ -62,6 +63,8 @@ def serve(
         raise ConfigError("--control needs --experiment NAME: it serves that experiment's arm")
     if not target.is_dir():
         raise CheckpointError(f"{target} is not a folder; give a run, or what `l2rec deploy` wrote")
+    if not (target / FILE).is_file():
+        require_finished(target)  # before an event log is written into it
     _log_to_stderr()
     listening = _listen(settings)
     log = EventLog(log_url or f"sqlite:///{target.resolve() / 'events.db'}")

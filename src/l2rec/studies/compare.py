@@ -44,11 +44,11 @@ from l2rec.config import RunConfig
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.data.splits import leave_one_out
-from l2rec.errors import CheckpointError, DataError, L2RecError
+from l2rec.errors import DataError, L2RecError
 from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import paired_values_test
 from l2rec.metrics import coverage, popularity_bias, rank_values
-from l2rec.runs.folder import load_run_config, read_report
+from l2rec.runs.folder import load_run_config, read_report, require_finished
 from l2rec.runs.numbers import MAIN, METRICS
 
 TESTED = (MAIN, "recall@10")
@@ -105,10 +105,7 @@ def read_run(path: Path, dataset: Dataset | None = None) -> FinishedRun:
         DataError: ``dataset`` is not the one that the run was trained on.
     """
     config, identity = load_run_config(path)
-    if not (path / "report.json").is_file():
-        raise CheckpointError(
-            f"{path} is not finished: it has no report.json; train it on with --resume"
-        )
+    require_finished(path)
     trained_on = identity["dataset"]["fingerprint"]
     if dataset is not None and dataset.fingerprint != trained_on:
         raise DataError(

@@ -29,7 +29,7 @@ import yaml
 
 from l2rec.config import RunConfig, find_recipe, load_recipe, override_values
 from l2rec.data.dataset import open_dataset
-from l2rec.disk import write_text
+from l2rec.disk import LOCK, working_on, write_text
 from l2rec.errors import CheckpointError, ConfigError, TrainingError
 from l2rec.protocols import Progress
 from l2rec.runs.train import validate_run
@@ -88,7 +88,8 @@ def tune(
 
     Raises:
         ConfigError: Optuna is not installed, or a space cannot be read.
-        CheckpointError: the folder holds another search, or no search.
+        CheckpointError: the folder holds another search, or no search, or another process works
+            on it.
         TrainingError: all trials failed.
     """
     try:
@@ -107,25 +108,26 @@ def tune(
         "data": open_dataset(data).fingerprint,
     }
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = _study(out, about)
-    first = [_recipe_values(base, spaces), *_even_points(spaces, STARTUP - 1, seed)]
-    requeued = _requeue_interrupted(study)
-    while (done := len(_ended_trials(study))) < trials:
-        # Sampling depends on the finished trials alone, so a resumed search samples the same.
-        if done < STARTUP and not requeued:
-            study.enqueue_trial(first[done])
-        requeued = False
-        study.sampler = optuna.samplers.TPESampler(seed=seed + done, n_startup_trials=STARTUP)
-        trial = study.ask()
-        drawn = {key: _sample(trial, key, space) for key, space in spaces.items()}
-        shown = ", ".join(f"{key}={value}" for key, value in drawn.items())
-        progress.line(f"trial {done + 1} of {trials}: {shown}")
-        config = load_recipe(recipe, [*overrides, *_assignments(drawn)])
-        _run(study, trial, config, data, out / _folder(drawn), progress)
-    ended = _ended_trials(study)
-    if ended[0].score is None:
-        raise TrainingError(f"none of {len(ended)} trials succeeded; see why above")
-    return Tuned(ended, _write_best(out, recipe, overrides, ended[0]))
+    with working_on(out):
+        study = _study(out, about)
+        first = [_recipe_values(base, spaces), *_even_points(spaces, STARTUP - 1, seed)]
+        requeued = _requeue_interrupted(study)
+        while (done := len(_ended_trials(study))) < trials:
+            # Sampling depends on the finished trials alone, so a resumed search samples the same.
+            if done < STARTUP and not requeued:
+                study.enqueue_trial(first[done])
+            requeued = False
+            study.sampler = optuna.samplers.TPESampler(seed=seed + done, n_startup_trials=STARTUP)
+            trial = study.ask()
+            drawn = {key: _sample(trial, key, space) for key, space in spaces.items()}
+            shown = ", ".join(f"{key}={value}" for key, value in drawn.items())
+            progress.line(f"trial {done + 1} of {trials}: {shown}")
+            config = load_recipe(recipe, [*overrides, *_assignments(drawn)])
+            _run(study, trial, config, data, out / _folder(drawn), progress)
+        ended = _ended_trials(study)
+        if ended[0].score is None:
+            raise TrainingError(f"none of {len(ended)} trials succeeded; see why above")
+        return Tuned(ended, _write_best(out, recipe, overrides, ended[0]))
 
 
 def _run(
@@ -287,7 +289,7 @@ def _folder(drawn: Mapping[str, Any]) -> str:
 
 
 def _study(out: Path, about: Mapping[str, Any]) -> optuna.Study:
-    """Open the study of a folder, or create it.
+    """Open the study of an existing folder, or create it there.
 
     ``about``: everything that must be the same to resume a search.
 
@@ -296,9 +298,9 @@ def _study(out: Path, about: Mapping[str, Any]) -> optuna.Study:
     """
     import optuna
 
-    if out.exists() and any(out.iterdir()) and not (out / "study.db").is_file():
+    others = [path for path in out.iterdir() if path.name != LOCK]
+    if others and not (out / "study.db").is_file():
         raise CheckpointError(f"{out} is not empty and holds no search; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name=STUDY,
         storage=f"sqlite:///{(out / 'study.db').resolve()}",

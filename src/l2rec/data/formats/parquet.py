@@ -114,7 +114,7 @@ def parquet_catalog(file: File, item: str) -> CatalogReader:
                 yield catalog_batch(
                     batch[item],
                     {n: joined(cast(pl.Series, pl.from_arrow(batch[n])), ", ") for n in fields}
-                    if any(pa.types.is_list(kinds[n]) for n in fields if n in kinds)
+                    if any(_is_list(kinds[n]) for n in fields if n in kinds)
                     else {n: batch[n] for n in fields},
                     lambda row, first=first: f"{file}, row {first + row + 1}",  # type: ignore[misc]
                 )
@@ -123,8 +123,12 @@ def parquet_catalog(file: File, item: str) -> CatalogReader:
     return CatalogReader(catalog, texts, more)
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
 def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if _is_list(kind):
         return _is_text(kind.value_type)
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
