@@ -414,7 +414,7 @@ def fusion(
 @app.command()
 def blend(
     run: Run,
-    out: Annotated[Path, typer.Option(help="Folder to write, for `l2rec compare`.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
     data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
 ) -> None:
     """Score a run with co-occurrence counts and a repeat term added to its scores.
