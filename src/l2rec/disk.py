@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "move_into_place",
+    "only_writer",
     "read_json",
     "replacing",
     "replacing_folder",
@@ -216,6 +217,47 @@ def _delete_leftovers(path: Path, suffix: str) -> None:
         with suppress(OSError), _lock(folder, wait=False) as locked:
             if locked:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder, made where it is missing, against other processes that would hold it too.
+
+    A kill ends that. Where folders cannot be locked, nobody is kept out. A folder
+    made here is deleted if it is still empty at the end.
+
+    Raises:
+        CheckpointError: another process of this machine holds it, or it is a
+            file or cannot be made.
+    """
+    made = not folder.exists()
+    if not made and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose a folder for --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise _explained(folder, reason, CheckpointError, RESUME) from reason
+    try:
+        with ExitStack() as stack:
+            if sys.platform != "win32":
+                import fcntl
+
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise CheckpointError(
+                        f"{folder} is being written by another process; wait for its end, or "
+                        "choose another --out"
+                    ) from None
+                except OSError:
+                    pass  # a file system without locks
+            yield
+    finally:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager

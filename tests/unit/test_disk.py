@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from l2rec.disk import read_json, replacing, replacing_folder, write_json, write_text
+from l2rec.disk import only_writer, read_json, replacing, replacing_folder, write_json, write_text
 from l2rec.errors import CheckpointError, DataError
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes and locks of POSIX")
@@ -213,3 +213,36 @@ def test_importing_it_is_cheap() -> None:
     code = f"import sys, l2rec.disk; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_one_process_holds_a_folder_at_a_time(tmp_path: Path) -> None:
+    """Check it with two handles, which a lock takes for two processes."""
+    folder = tmp_path / "below" / "folder"
+    taken = pytest.raises(CheckpointError, match="is being written by another process")
+    with only_writer(folder):
+        if sys.platform != "win32":
+            with taken, only_writer(folder):
+                raise AssertionError
+        (folder / "file").touch()
+    with only_writer(folder):
+        assert names(folder) == ["file"]
+    with only_writer(tmp_path / "empty"):
+        pass
+    assert names(tmp_path) == ["below"], "an empty folder stayed"
+    a_file = pytest.raises(CheckpointError, match="is a file; choose a folder")
+    with a_file, only_writer(folder / "file"):
+        raise AssertionError
+
+
+def test_files_below_a_folder_move_and_fail_under_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with replacing_folder(path) as staged:
+        (staged / "cache").mkdir()
+        (staged / "cache" / "file").write_text("x")
+    assert (path / "cache" / "file").read_text() == "x"
+    failed = pytest.raises(DataError, match="folder cannot be written")
+    with failed as error, replacing_folder(path, error=DataError) as staged:
+        (staged / "file").touch()
+        write_text(staged / "file" / "below", "x")
+    assert ".part" not in str(error.value).split(":")[0]
+    assert (path / "cache" / "file").read_text() == "x"

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tests.support.runs import Finished, Quiet, assert_same_training, log
 from l2rec.config import resolve
 from l2rec.data.dataset import Dataset
 from l2rec.data.synthetic import chain_dataset
-from l2rec.disk import read_json
+from l2rec.disk import only_writer, read_json
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
 from l2rec.evaluation.ranks import read_ranks
 from l2rec.runs import folder
@@ -241,6 +242,9 @@ def test_a_folder_is_claimed_once(table_run: Finished, chains: Dataset, tmp_path
     refused(tmp_path / "mine", "not empty and not a run folder; choose another --out")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "is a file; choose a folder")
+    if sys.platform != "win32":
+        with only_writer(table_run.run):
+            refused(table_run.run, "is being written by another process")
 
 
 def test_resume_refuses_other_weights(table_run: Finished, tmp_path: Path) -> None:

@@ -97,8 +97,6 @@ def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[
     """Refuse a folder that holds something else, and to mix two runs. Return the identity of the
     run to go on with, or None for a new one.
     """
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; choose a folder for --out")
     if not out.exists() or all(p.name.endswith(".part") for p in out.iterdir()):
         return None
     if not (out / "config.yaml").is_file():

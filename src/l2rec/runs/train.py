@@ -23,7 +23,7 @@ from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split, leave_one_out
-from l2rec.disk import write_json
+from l2rec.disk import only_writer, write_json
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranking import Evaluation, evaluate
 from l2rec.evaluation.ranks import write_ranks
@@ -88,45 +88,50 @@ def train_run(
     """
     started = time.monotonic()
     dataset = open_dataset(data)
-    identity = claim(out, config, dataset, resume)
-    if identity is not None:
-        report = finished_report(out)
-        if report is not None and load_run_config(out)[0] == config:
-            progress.line(f"{out} is finished: these are its scores")
-            return report
-        init = None if identity.get("init") is None else Path(identity["init"])
-    fitted = _fit(config, dataset, out, progress, identity, init, resume)
-    split, backbone, model, result = fitted.split, fitted.backbone, fitted.model, fitted.result
-    evaluation = _score(model, split, progress)
-    write_ranks(
-        out / "ranks.parquet",
-        evaluation,
-        UserIds(dataset),
-        fingerprint=dataset.fingerprint,
-    )
-    vectors = catalog_vectors(model)
-    if vectors is not None:
-        write_item_vectors(out, vectors)
-    for entry in model.cached if isinstance(model, Cached) else ():
-        (out / "cache").mkdir(exist_ok=True)
-        shutil.copy2(entry, out / "cache" / entry.name)
-    ids = dataset.item_ids.to_pylist()
-    predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
-    diagnostics = diagnose(predictor, split, dataset)
-    start = (
-        PRETRAINED if init is not None else UNTRAINED if backbone is None else UNTRAINED_BACKBONE
-    )
-    floors = _floor_scores(split, dataset, model, out, start, progress)
-    report = _report(config, dataset, backbone, fitted.trained, result, evaluation, floors)
-    report |= {
-        "recipe": recipe,
-        "command": command,
-        "wall_seconds": round(time.monotonic() - started, 1),
-    }
-    write_json(out / "diagnostics.json", diagnostics)
-    write_json(out / "report.json", report)
-    write_report(out)
-    return report
+    with only_writer(out):
+        identity = claim(out, config, dataset, resume)
+        if identity is not None:
+            report = finished_report(out)
+            if report is not None and load_run_config(out)[0] == config:
+                progress.line(f"{out} is finished: these are its scores")
+                return report
+            init = None if identity.get("init") is None else Path(identity["init"])
+        fitted = _fit(config, dataset, out, progress, identity, init, resume)
+        split, backbone, model, result = fitted.split, fitted.backbone, fitted.model, fitted.result
+        evaluation = _score(model, split, progress)
+        write_ranks(
+            out / "ranks.parquet",
+            evaluation,
+            UserIds(dataset),
+            fingerprint=dataset.fingerprint,
+        )
+        vectors = catalog_vectors(model)
+        if vectors is not None:
+            write_item_vectors(out, vectors)
+        for entry in model.cached if isinstance(model, Cached) else ():
+            (out / "cache").mkdir(exist_ok=True)
+            shutil.copy2(entry, out / "cache" / entry.name)
+        ids = dataset.item_ids.to_pylist()
+        predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
+        diagnostics = diagnose(predictor, split, dataset)
+        start = (
+            PRETRAINED
+            if init is not None
+            else UNTRAINED
+            if backbone is None
+            else UNTRAINED_BACKBONE
+        )
+        floors = _floor_scores(split, dataset, model, out, start, progress)
+        report = _report(config, dataset, backbone, fitted.trained, result, evaluation, floors)
+        report |= {
+            "recipe": recipe,
+            "command": command,
+            "wall_seconds": round(time.monotonic() - started, 1),
+        }
+        write_json(out / "diagnostics.json", diagnostics)
+        write_json(out / "report.json", report)
+        write_report(out)
+        return report
 
 
 def validate_run(
@@ -140,8 +145,9 @@ def validate_run(
 ) -> TrainingResult:
     """Train as `train_run` does, and stop there: the test split is not looked at."""
     dataset = open_dataset(data)
-    identity = claim(out, config, dataset, resume)
-    return _fit(config, dataset, out, progress, identity, None, resume, hopeless).result
+    with only_writer(out):
+        identity = claim(out, config, dataset, resume)
+        return _fit(config, dataset, out, progress, identity, None, resume, hopeless).result
 
 
 @dataclass(frozen=True)
