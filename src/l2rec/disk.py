@@ -160,10 +160,15 @@ def replacing_folder(
                 staged.mkdir()
                 stack.callback(shutil.rmtree, staged, ignore_errors=True)
                 stack.enter_context(_lock(staged))  # for as long as this writer lives
-            yield staged
-            for file in staged.iterdir():
-                _flush_file(file)
-            _flush_folder(staged)
+            try:
+                yield staged
+            except L2RecError as reason:  # of a file in it: name the folder that the user named
+                cause = reason.__cause__
+                if isinstance(cause, (OSError, SafetensorError)) and str(staged) in str(reason):
+                    raise cause from None
+                raise
+            for inner in (*staged.rglob("*"), staged):
+                _flush_folder(inner) if inner.is_dir() else _flush_file(inner)
             with _lock(path.parent):
                 if manifest is None or not path.exists():
                     _exchange(staged, path)

@@ -592,6 +592,11 @@ def test_options_of_earlier_versions_are_read() -> None:
         ({"pooling": "blend"}, "Input should be 'auto', 'mean' or 'last'"),
         ({"gate": "scalar"}, "gate is always vector; take it out"),
         ({"table_dropout": 0.5}, "table_dropout is always 0.2; take it out"),
+        ({"form": "table", "gate": "scalar"}, "gate is always vector; take it out"),
+        (
+            {"form": "table", "supervision": "last"},
+            "supervision=last: form=table stands for these now; take them out",
+        ),
     ],
 )
 def test_options_of_earlier_versions_that_are_gone(options: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ run folder like any other.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -22,8 +23,10 @@ from l2rec.data.splits import Split
 from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 from l2rec.modules.cooccurrence import Blend, text_neighbors
+from l2rec.runs.checkpoint import save_tensors
 from l2rec.runs.folder import load_run_config
 from l2rec.runs.predictor import load
+from l2rec.runs.train import train_run
 from l2rec.studies import blend
 from l2rec.studies.blend import blend_run
 from l2rec.studies.compare import compare_runs
@@ -145,6 +148,85 @@ def test_a_torn_blend_is_noticed(blended_run: Finished, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"blend\.safetensors: torn"):
         load(run)
+
+
+def copied(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    return to
+
+
+@pytest.mark.parametrize("command", ["recommend", "evaluate", "embed", "blend"])
+def test_a_run_that_lost_its_blend_is_not_taken_for_the_one_before(
+    blended_run: Finished, call: Call, tmp_path: Path, command: str
+) -> None:
+    run = copied(blended_run.run, tmp_path / "run")
+    (run / "blend.safetensors").unlink()
+    options = {
+        "recommend": ["--history", "i0"],
+        "evaluate": [],
+        "embed": ["--out", tmp_path / "vectors"],
+        "blend": ["--out", tmp_path / "again"],
+    }
+    result = call(command, run, *options[command])
+    assert result.code == 2
+    assert "blend.safetensors: no such file; blend again the run it was made of" in result.err
+
+
+def test_a_blend_of_another_run_is_refused(blended_run: Finished, tmp_path: Path) -> None:
+    run = copied(blended_run.run, tmp_path / "run")
+    other = by_hand(0.5, -8.0, load(run).n_items)
+    save_tensors(run / "blend.safetensors", other.state_dict())
+    with pytest.raises(CheckpointError, match="not the one that this run was blended with"):
+        load(run)
+
+
+def test_a_blended_run_is_not_trained_on(blended_run: Finished, tmp_path: Path) -> None:
+    """Check that nothing is trained under a blend, be its report there or not."""
+    run = copied(blended_run.run, tmp_path / "run")
+    (run / "report.html").unlink()
+    before = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    with pytest.raises(CheckpointError, match="is blended: there is nothing to resume"):
+        train_run(load_run_config(run)[0], blended_run.data, run, progress=Quiet(), resume=True)
+    assert before == {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
+
+
+@pytest.mark.parametrize("step", ["write_blend", "write_ranks", "write_report"])
+def test_a_blend_is_written_whole_or_not_at_all(
+    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(blend, step, full)
+        with pytest.raises(CheckpointError, match=r"out: the disk is full; .* and blend again"):
+            blend_run(table_run.run, tmp_path / "out", progress=Quiet())
+    assert not list(tmp_path.iterdir())
+    blend_run(table_run.run, tmp_path / "out", progress=Quiet())
+    assert load(tmp_path / "out").blend is not None
+
+
+def test_of_two_blends_into_one_folder_the_first_stays(
+    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, written = tmp_path / "out", blend.write_report
+
+    def another_ends_first(folder: Path) -> None:
+        written(folder)
+        out.mkdir()
+        (out / "report.json").write_text("{}")
+
+    monkeypatch.setattr(blend, "write_report", another_ends_first)
+    with pytest.raises(CheckpointError, match="is not empty; choose another --out"):
+        blend_run(table_run.run, out, progress=Quiet())
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "report.json"]
+
+
+def test_a_run_without_its_log_can_be_blended(table_run: Finished, tmp_path: Path) -> None:
+    run = copied(table_run.run, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    blend_run(run, tmp_path / "out", progress=Quiet(), data=table_run.data)
+    assert load(tmp_path / "out").blend is not None
 
 
 def test_the_test_split_chooses_nothing(

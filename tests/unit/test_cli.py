@@ -306,6 +306,9 @@ def test_fusion_weights_of_a_trained_hdrec(
     refused(call("fusion", run, "--dominant", "gate"), "choose one of text, id, both")
     refused(call("fusion", run, "--split", "train"), "choose valid or test")
     refused(call("fusion", table_run.run), "is no HDRec but L2Rec")
+    blended = tmp_path / "blended"
+    assert call("blend", run, "--out", blended).code == 0
+    refused(call("fusion", blended), "is blended; give the run it was made of")
 
 
 def test_a_folder_with_a_run(call: Call, table_run: Finished, tmp_path: Path) -> None:

@@ -326,3 +326,17 @@ def test_importing_it_is_cheap() -> None:
     code = f"import sys, l2rec.disk; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_files_below_a_folder_move_and_fail_under_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with replacing_folder(path) as staged:
+        (staged / "cache").mkdir()
+        (staged / "cache" / "file").write_text("x")
+    assert (path / "cache" / "file").read_text() == "x"
+    failed = pytest.raises(DataError, match="folder cannot be written")
+    with failed as error, replacing_folder(path, error=DataError) as staged:
+        (staged / "file").touch()
+        write_text(staged / "file" / "below", "x")
+    assert ".part" not in str(error.value).split(":")[0]
+    assert (path / "cache" / "file").read_text() == "x"

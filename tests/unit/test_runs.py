@@ -722,6 +722,16 @@ def test_evaluate_again(items: str, request: pytest.FixtureRequest) -> None:
         evaluate_run(finished.run, "train", Quiet())
 
 
+def test_a_read_only_run_is_scored(
+    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(table_run, tmp_path / "run")
+    (run / "ranks.parquet").unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert evaluate_run(run, "test", Quiet(), table_run.data)["users"] == 40
+    assert not (run / "ranks.parquet").exists()
+
+
 def test_another_data_set_is_refused(
     table_run: Finished, target_data: Dataset, tmp_path: Path
 ) -> None:

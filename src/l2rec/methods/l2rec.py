@@ -231,20 +231,26 @@ class L2RecConfig(BaseModel):
     @classmethod
     def _earlier(cls, values: Any) -> Any:
         """Read the options of earlier versions, which run folders and recipes of old still name."""
-        if not isinstance(values, Mapping) or "form" in values:
+        if not isinstance(values, Mapping):
             return values
         values = dict(values)
         for option, constant in CONSTANTS.items():
             if values.pop(option, constant) != constant:
                 raise ValueError(f"{option} is always {constant}; take it out")
         given = {option: values[option] for option in FORMS["table"] if option in values}
+        named = ", ".join(f"{option}={value}" for option, value in given.items())
+        if "form" in values:
+            if given.keys() - {"pooling"}:
+                raise ValueError(
+                    f"{named}: form={values['form']} stands for these now; take them out"
+                )
+            return values
         if not given.keys() - {"pooling"} and given.get("pooling") != "blend":
             return values
         for form, options in FORMS.items():
             if all(given.get(name, FORMS["paper"].get(name)) == o for name, o in options.items()):
                 rest = {k: v for k, v in values.items() if k not in options}
                 return {**rest, "form": form}
-        named = ", ".join(f"{option}={value}" for option, value in given.items())
         raise ValueError(f"{named}: these go together; set form=paper or form=table instead")
 
     @model_validator(mode="after")

@@ -58,6 +58,6 @@ def _write_vectors(
     """Write vectors [n, D] with their ids; return (path, n, D)."""
     flat = vectors.float().cpu().numpy()
     table = vectors_table(ids, flat, predictor.version)
-    with replacing(path) as partial:
+    with replacing(path, remedy="free some space") as partial:
         pq.write_table(table, partial)
     return path, len(ids), flat.shape[1]

@@ -1,6 +1,7 @@
 """The run folder: how it is claimed, what it says of itself, and how it is read, each file once.
 
-    RUN/config.yaml         the resolved recipe, data set, backbone and its weight hash
+    RUN/config.yaml         the resolved recipe, data set, backbone and its weight hash, and the
+                            hash of the blend
     RUN/catalog.parquet     item ids and texts, so that a run can be used without its data set
     RUN/model.safetensors   trained tensors of the best step, without the frozen backbone
     RUN/blend.safetensors   co-occurrence and repeats beside it, in a run that `l2rec blend` wrote
@@ -37,6 +38,7 @@ __all__ = [
     "unfinished",
     "user_history",
     "version_of",
+    "write_blend",
     "write_identity",
     "write_item_vectors",
 ]
@@ -67,6 +69,7 @@ from l2rec.runs.checkpoint import load_tensors, save_tensors
 RUN_VERSION = 1
 EARLIER_NAME = ("nearby items", "co-occurrence")
 """Name of a floor, and of a blend with it, in earlier run folders and now."""
+NEVER = "was this run ever checkpointed?"
 MODEL, BLEND, ITEMS = "model.safetensors", "blend.safetensors", "items.safetensors"
 
 
@@ -127,6 +130,11 @@ def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[
             f"{out} holds a run already; add --resume to go on, or choose another --out"
         )
     saved, identity = load_run_config(out)  # resolved: options added since have their defaults
+    if "blend" in identity or (out / BLEND).exists():
+        raise CheckpointError(
+            f"{out} is blended: there is nothing to resume; train the run it was made of and blend "
+            "that, or choose another --out"
+        )
     changed = _differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
     if changed:
         raise CheckpointError(
@@ -225,6 +233,19 @@ def version_of(run: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def write_blend(run: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
+    """Write a blend beside a model, and its hash into config.yaml: without it, the folder would
+    read as the run that it was made of.
+    """
+    save_tensors(run / BLEND, tensors)
+    identity = {**identity, "blend": _short_hash((run / BLEND).read_bytes())}
+    write_text(run / "config.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def write_item_vectors(run: Path, vectors: Tensor) -> None:
     """Write the vectors [N, D] of a run's catalog, bound to the tensors they were made with."""
     save_tensors(run / ITEMS, {"vectors": vectors}, model=version_of(run))
@@ -267,8 +288,13 @@ def read_run(run: Path) -> RunFolder:
     config, identity = load_run_config(run)
     content, tensors = _read_tensors(run / MODEL)
     digest, blend = hashlib.sha256(content), None
-    if (run / BLEND).is_file():
+    if "blend" in identity or (run / BLEND).exists():
         content, blend = _read_tensors(run / BLEND)
+        if identity.get("blend", _short_hash(content)) != _short_hash(content):
+            raise CheckpointError(
+                f"{run / BLEND}: not the one that this run was blended with; blend again the run "
+                "it was made of"
+            )
         digest.update(content)
     vectors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -293,7 +319,8 @@ def _read_tensors(path: Path) -> tuple[bytes, dict[str, Tensor]]:
         content = path.read_bytes()
         return content, safetensors.torch.load(content)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; was this run ever checkpointed?") from None
+        remedy = "blend again the run it was made of" if path.name == BLEND else NEVER
+        raise CheckpointError(f"{path}: no such file; {remedy}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: torn or not a safetensors file: {error}") from error
 

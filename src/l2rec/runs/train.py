@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ["evaluate_run", "train_run", "validate_run"]
 
 import datetime
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -334,7 +335,8 @@ def evaluate_run(
     predictor = load(run)
     split = leave_one_out(dataset.sequences)
     evaluation = _score(predictor, split, progress, split_name)
-    if split_name == "test" and not unfinished(run):  # else they would look like its final ones
+    # Ranks of an unfinished run would look like its final ones; a read-only run can be scored.
+    if split_name == "test" and not unfinished(run) and os.access(run, os.W_OK):
         write_ranks(
             run / "ranks.parquet", evaluation, UserIds(dataset), fingerprint=dataset.fingerprint
         )

@@ -180,6 +180,7 @@ def _write(folder: Path, deployment: Deployment) -> Deployment:
             "shadow": None if deployment.shadow is None else str(deployment.shadow),
             "weights": weights,
         },
+        remedy="free some space",
     )
     return deployment
 

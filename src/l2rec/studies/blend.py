@@ -22,24 +22,22 @@ from torch.nn import functional as F
 from l2rec.config import RunConfig
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.data.text import tokenize
-from l2rec.disk import write_json
+from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import CheckpointError
 from l2rec.evaluation.ranking import Evaluation, evaluate
 from l2rec.evaluation.ranks import write_ranks
 from l2rec.modules.cooccurrence import CHOSEN_ON, Blend, Sparse, text_neighbors
 from l2rec.modules.item_text import text_vectors
 from l2rec.protocols import Progress
-from l2rec.runs.checkpoint import save_tensors
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
-    BLEND,
     MODEL,
     UserIds,
     load_run_config,
     open_run_dataset,
     read_report,
     training_split,
-    version_of,
+    write_blend,
     write_item_vectors,
 )
 from l2rec.runs.machine import device
@@ -47,7 +45,7 @@ from l2rec.runs.predictor import backbone_of, load
 from l2rec.runs.report import write_report
 
 TEXT_TOKENS = 128
-COPIED = ("config.yaml", "catalog.parquet", MODEL, "metrics.jsonl")
+COPIED = ("catalog.parquet", MODEL, "metrics.jsonl")
 
 
 def blend_run(
@@ -64,13 +62,12 @@ def blend_run(
 
     Raises:
         CheckpointError: ``out`` is not empty, ``run`` is not finished or is blended already, or the
-            data set is not the run's.
+            data set is not the run's, or the disk is full; ``out`` is then as it was.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is not empty; choose another --out")
+    _check_free(out)
     dataset = open_run_dataset(run, data)
     report = read_report(run)
-    predictor, (config, _) = load(run), load_run_config(run)
+    predictor, (config, identity) = load(run), load_run_config(run)
     if predictor.blend is not None:
         raise CheckpointError(f"{run} is blended already; blend the run it was made of")
     split = training_split(config, dataset)
@@ -91,15 +88,7 @@ def blend_run(
     )
     chosen = time.monotonic() - started
 
-    out.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        shutil.copyfile(run / name, out / name)
-    if (run / "cache").is_dir():
-        shutil.copytree(run / "cache", out / "cache")
-    save_tensors(out / BLEND, blend.state_dict())
-    if predictor.vectors is not None:
-        write_item_vectors(out, predictor.vectors)
-    blended = predictor.blended(blend, version_of(out))
+    blended = predictor.blended(blend, predictor.version)
 
     def ranked(histories: Ragged, targets: IntArray) -> Evaluation:
         return evaluate(
@@ -112,8 +101,7 @@ def blend_run(
 
     valid = ranked(split.valid_histories, split.valid_targets)
     test = ranked(split.test_histories, split.test_targets)
-    write_ranks(out / "ranks.parquet", test, UserIds(dataset), fingerprint=dataset.fingerprint)
-    write_json(out / "diagnostics.json", diagnose(blended, split, dataset))
+    diagnostics = diagnose(blended, split, dataset)
     name = report["method"]
     scores = dict(report["scores"])
     method = f"{name} + co-occurrence"
@@ -128,9 +116,28 @@ def blend_run(
         "scores": {method: test.metrics(), name: scores.pop(name), **scores},
         "significance": {},
     }
-    write_json(out / "report.json", report)
-    write_report(out)
+    # Half of these files would read as the run that was not blended.
+    with replacing_folder(out, remedy="free some space and blend again") as folder:
+        for file in COPIED:
+            if (run / file).is_file():
+                shutil.copyfile(run / file, folder / file)
+        if (run / "cache").is_dir():
+            shutil.copytree(run / "cache", folder / "cache")
+        write_blend(folder, blend.state_dict(), identity)
+        if predictor.vectors is not None:
+            write_item_vectors(folder, predictor.vectors)
+        ids = UserIds(dataset)
+        write_ranks(folder / "ranks.parquet", test, ids, fingerprint=dataset.fingerprint)
+        write_json(folder / "diagnostics.json", diagnostics)
+        write_json(folder / "report.json", report)
+        write_report(folder)
+        _check_free(out)  # another blend may have ended since
     return report
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is not empty; choose another --out")
 
 
 def _alike(config: RunConfig, texts: Sequence[str]) -> Sparse | None:

@@ -39,7 +39,8 @@ def fusion_sweep(
         data: folder of the data set, by default the path that the run was trained on.
 
     Raises:
-        ConfigError: not an HDRec with two sides, or a weight that is negative or given twice.
+        ConfigError: not an HDRec with two sides, a blended run, or a weight that is negative
+            or given twice.
         CheckpointError: the data set is not the one that the run was trained on.
     """
     if split_name not in ("valid", "test"):
@@ -49,7 +50,10 @@ def fusion_sweep(
     if not alphas or len(set(alphas)) < len(alphas) or min(alphas) < 0:
         raise ConfigError("alpha: name one or more weights, none below 0 and none twice")
     dataset = open_run_dataset(run, data)
-    model: Any = load(run).model
+    predictor = load(run)
+    if predictor.blend is not None:
+        raise ConfigError(f"{run} is blended; give the run it was made of: sides have no blend")
+    model: Any = predictor.model
     if not isinstance(model, HDRec):
         raise ConfigError(f"{run} is no HDRec but {type(model).__name__}: it has no sides to fuse")
     scorers = model.fused_scorers(alphas, dominant)
