@@ -129,6 +129,9 @@ def prepare(
         str | None, typer.Option(help="Keep only earlier events: 2023-11-28, or a number.")
     ] = None,
     encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = Columns.encoding,
+    quotes: Annotated[
+        str, typer.Option(help="auto, or none where quotes are part of the text (CSV, TSV).")
+    ] = Columns.quotes,
     cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
         "~/.cache/l2rec"
     ),
@@ -168,6 +171,7 @@ def prepare(
         "only": None if only is None else [name.strip() for name in only.split(",")],
         "before": before,
         "encoding": encoding,
+        "quotes": quotes,
     }
     config = from_options(PrepareConfig, options)
     with contextlib.ExitStack() as stack:

@@ -69,7 +69,7 @@ class PrepareConfig(BaseModel):
     ``keep_all_items``: keep catalog items without events. ``duplicate_items``: what to do about
     different catalog rows with one id. ``only``: keep events of these types alone. ``before``:
     keep earlier events (a time in the log's unit, or a date such as 2023-11-28, midnight UTC).
-    ``user`` to ``encoding``: see `Columns`.
+    ``user`` to ``quotes``: see `Columns`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,6 +89,7 @@ class PrepareConfig(BaseModel):
     timestamp: str | None = Columns.timestamp
     event_type: str | None = Columns.event_type
     encoding: str = Columns.encoding
+    quotes: Literal["auto", "none"] = Columns.quotes
 
     @field_validator("timestamp", mode="before")
     @classmethod
@@ -123,7 +124,12 @@ def prepare(
     """
     config = config or PrepareConfig()
     columns = Columns(
-        config.user, config.item, config.timestamp, config.event_type, config.encoding
+        config.user,
+        config.item,
+        config.timestamp,
+        config.event_type,
+        config.encoding,
+        config.quotes,
     )
     opened = open_source(source, items=items, format=format, columns=columns)
     return build(opened, Path(out), config, origin=str(source), progress=progress)
@@ -752,7 +758,7 @@ def _write_meta(
         },
         "options": state.config.model_dump(mode="json"),
         "counters": state.counters,
-        "notes": state.notes,
+        "notes": [*state.notes, *dict.fromkeys(source.notes)],
     }
     write_json(folder / "dataset.json", meta, error=DataError, remedy=ROOM)
 

@@ -62,12 +62,12 @@ _META: dict[str, dict[str, tuple[str, pa.DataType]]] = {
 
 def amazon(path: Path, files: dict[str, File], items: File | None, context: Context) -> Source:
     """Open reviews, and the metadata beside them; the keys of the first lines tell the year."""
-    known = {n: f for n, f in files.items() if n.endswith((".json", ".jsonl"))}
-    if items is None and not (path.is_file() and path.suffix != ".zip"):
+    known = {n: f for n, f in files.items() if f.ends(".json", ".jsonl")}
+    if items is None and not (path.is_file() and path.suffix.lower() != ".zip"):
         metadata = [f for n, f in known.items() if n.startswith("meta_")]
         items = metadata[0] if len(metadata) == 1 else None
     reviews = {n: f for n, f in known.items() if not n.startswith("meta_") or len(known) == 1}
-    file = File(path) if path.is_file() and path.suffix != ".zip" else None
+    file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
     file = file or only_file(path, reviews, (".json", ".jsonl"), "review")
     keys = _first_keys(file)
     if {"reviewerID", "asin", "unixReviewTime"} <= keys:
