@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,54 @@ def test_typed_headers_under_any_name(tmp_path: Path) -> None:
     assert source.fields == ("text",) and source.catalog is not None
     rows = [row for batch in source.catalog(("text",)) for row in batch.to_pylist()]
     assert [row["text"] for row in rows] == ['"A" one', "B"]
+
+
+# -- JSON ----------------------------------------------------------------------------------------
+
+REVIEW = {"reviewerID": "u", "asin": "a", "unixReviewTime": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"0": [1, 2], "1": [3]}, "one JSON object of users and the lists of their items"),
+        ({"B0": {"title": "x"}, "B1": {}}, "one JSON object of items and their fields"),
+        ({"0": ["<a_1>", "<b_2>"]}, "the semantic ids of items"),
+        ({f"B{n}": n for n in range(20)}, "a map of ids to numbers"),
+        ([REVIEW], "one JSON array, not one object per line"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_of_one_value_is_told_by_its_shape(
+    tmp_path: Path, value: Any, says: str, indent: int | None
+) -> None:
+    path, log = tmp_path / "Beauty.inter.json", tmp_path / "log.csv"
+    path.write_text(json.dumps(value, indent=indent))
+    assert f"Beauty.inter.json is {says}" in refusal(path)
+    log.write_text(LOG)
+    with pytest.raises(DataError, match=f"Beauty.inter.json is {says}"):
+        open_source(log, items=path)
+    log.unlink()
+    (tmp_path / "Beauty.test.json").write_text("{}")
+    assert f"Beauty.inter.json is {says}" in refusal(tmp_path)
+
+
+def test_json_lines_of_other_keys(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"n": 1, "item": 2}\n{"n": 2, "item": 3}\n')
+    message = refusal(path)
+    assert "log.jsonl has the keys item, n; expected reviewerID" in message
+    assert "write other JSON Lines as CSV or Parquet, for whose columns there are --user" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_lines_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "log.json"
+    path.write_bytes((json.dumps(REVIEW) + "\n").encode(encoding))
+    assert events_of(opened(path)) == [("u", "a", 1.0)]
+
+
+def test_json_samples_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps(REVIEW | {"history": ["b"]}))
+    assert "log.json has samples, not events: column 'history' holds" in refusal(path)
