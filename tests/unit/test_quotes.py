@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -125,7 +127,13 @@ def test_tabs_without_a_quoting_convention(tmp_path: Path, name: str) -> None:
     rows += ['u2\tb\t2\ta 12"', 'u2\t"c"\t3\tz']
     path = tmp_path / name
     path.write_text("\n".join([HEAD.strip().replace(",", "\t"), *rows]))
-    assert events(path) == [(r.split("\t")[0], r.split("\t")[1]) for r in rows]
+    source = open_source(path)
+    found = [(r["user_id"], r["item_id"]) for b in source.events() for r in b.to_pylist()]
+    assert found == [(r.split("\t")[0], r.split("\t")[1]) for r in rows]
+    assert source.notes == [
+        f"{name}: quotes are part of the text, as the one that opens a cell in line 3 and does "
+        "not close it"
+    ]
 
 
 def test_tabs_with_one(tmp_path: Path) -> None:
@@ -150,3 +158,38 @@ def test_texts_of_several_lines_are_read_and_noted(tmp_path: Path) -> None:
     config = PrepareConfig(quotes="none")
     dataset = prepare(log, tmp_path / "d", config, items=items, progress=False)
     assert dataset.texts() == ['"one', "four"]
+
+
+def test_quotes_in_archives(tmp_path: Path) -> None:
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(OPEN.encode("utf-16")))
+    with zipfile.ZipFile(tmp_path / "log.zip", "w") as archive:
+        archive.writestr("LOG.CSV", OPEN.replace("\n", "\r"))
+    for name in ("log.csv.gz", "log.zip"):
+        with pytest.raises(DataError, match=r"line 3: the cell that opens with a quote"):
+            events(tmp_path / name)
+        assert len(events(tmp_path / name, quotes="none")) == 5
+
+
+def test_a_quote_in_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text('user_id,item_id,timestamp,"ti\nu,a,1,x\n')
+    with pytest.raises(DataError, match=r"log\.csv, line 1: the header has a quote"):
+        events(path)
+    assert events(path, quotes="none") == [("u", "a")]
+    path.write_text('user_id\titem_id\ttimestamp\t"ti\nu\ta\t1\tx\n')
+    assert events(path) == [("u", "a")]
+    path.write_text('"user_id";"item_id";"timestamp"\n"u";"a";"1"\n')
+    assert events(path) == [("u", "a")]
+
+
+def test_an_item_inside_quotes_is_told_beside_unknown_items(tmp_path: Path) -> None:
+    log, items = tmp_path / "log.csv", tmp_path / "items.csv"
+    log.write_text("user_id,item_id,timestamp\nu,a,1\nu,b,2\n")
+    items.write_text('item_id,title\na,"Heroes\nb,12"\n')
+    with pytest.raises(DataError) as error:
+        prepare(log, tmp_path / "d", items=items, progress=False)
+    message = one_line(error)
+    assert "1 of 2 events are of items that the catalog items.csv does not have" in message
+    assert (
+        "items.csv: 1 line breaks stand inside quoted cells (the first opens in line 2)" in message
+    )

@@ -460,6 +460,7 @@ class _Unknown:
                 f"{self.events:,} of {total:,} events are of items that the catalog "
                 f"{source.files[-1].name} does not have (such as {shown}); complete the catalog "
                 f"or pass --drop-unknown-items"
+                f"{''.join(f'; {note}' for note in dict.fromkeys(source.notes))}"
             )
         state.notes.append(
             f"{self.events:,} of {total:,} events were dropped: their items are not in the "

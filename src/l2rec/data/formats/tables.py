@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -49,10 +49,17 @@ class Table:
         if not self.quotes or self.separator != "\t":
             return self.quotes
         with reading(self.file, self.encoding), self._text() as stream:
-            first, _ = self._skip(stream)
+            first, skipped = self._skip(stream)
             watch = Watched(first, stream, self.separator, len(self.names), quotes=True)
             watch.finish()
-        return watch.broken is None and watch.swallowed is None
+        if watch.broken is None and watch.swallowed is None:
+            return True
+        opened = watch.broken.opened if watch.broken else cast(tuple[int, int], watch.swallowed)[0]
+        self.notes.append(
+            f"{self.file.name}: quotes are part of the text, as the one that opens a cell in line "
+            f"{self._line_of(skipped + opened)} and does not close it"
+        )
+        return False
 
     def batches(self, wanted: Sequence[str], block_bytes: int) -> Iterator[pa.RecordBatch]:
         """Yield the wanted columns as strings.
@@ -255,6 +262,13 @@ def read_header(file: File, separator: str, encoding: str, *, quotes: bool = Tru
             raise DataError(
                 f"{file} is empty; expected a header line with the names of the columns"
             )
+        if quotes and text.count('"') % 2:
+            if separator != "\t":
+                raise DataError(
+                    f'{file}, line 1: the header has a quote (") that does not close in its line; '
+                    f"repair it, or pass --quotes none if quotes are part of the text"
+                )
+            quotes = False
         names = next(_cells([text], separator, quotes=quotes))
     double = next((name for name in names if name and names.count(name) > 1), None)
     if double is not None:
