@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.support.errors import one_line
 
+from l2rec.data.formats import quotes
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
 from l2rec.data.formats.quotes import Watched
@@ -53,13 +54,14 @@ def watch(text: str, sizes: list[int], cells: int = 99) -> Watched:
     return watched
 
 
-def test_watched_agrees_with_the_reference() -> None:
+def test_watched_agrees_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(0)
     broken = 0
     for _ in range(4000):
         pieces = ["a", '"', '""', ",", "\n", '"b"', ',"', '",', 'c"d']
         text = "x" + "".join(draw.choices(pieces, k=draw.randint(1, 14)))
         lines, inside, fault = reference(text)
+        monkeypatch.setattr(quotes, "PIECE_BYTES", draw.choice([1, 3, 1 << 16]))
         found = watch(text, [draw.randint(1, 9) for _ in range(3)])
         if fault is None:
             assert found.broken is None, text

@@ -251,8 +251,8 @@ def read_header(file: File, separator: str, encoding: str, *, quotes: bool = Tru
     Raises:
         DataError: the file is empty, two columns have one name, or the text is in no such encoding.
     """
-    with reading(file, encoding), open_text(file, encoding) as stream:
-        text = stream.readline().decode().rstrip("\r\n")
+    text = _first_line(file, encoding)
+    with reading(file, encoding):
         if "\0" in text:
             raise DataError(
                 f"{file}, line 1 has NUL characters, as text in UTF-16 has; pass its encoding, "
@@ -262,13 +262,6 @@ def read_header(file: File, separator: str, encoding: str, *, quotes: bool = Tru
             raise DataError(
                 f"{file} is empty; expected a header line with the names of the columns"
             )
-        if quotes and text.count('"') % 2:
-            if separator != "\t":
-                raise DataError(
-                    f'{file}, line 1: the header has a quote (") that does not close in its line; '
-                    f"repair it, or pass --quotes none if quotes are part of the text"
-                )
-            quotes = False
         names = next(_cells([text], separator, quotes=quotes))
     double = next((name for name in names if name and names.count(name) > 1), None)
     if double is not None:
@@ -279,6 +272,11 @@ def read_header(file: File, separator: str, encoding: str, *, quotes: bool = Tru
     return names
 
 
+def _first_line(file: File, encoding: str) -> str:
+    with reading(file, encoding), open_text(file, encoding) as stream:
+        return stream.readline().decode().rstrip("\r\n")
+
+
 def named_table(file: File, context: Context) -> Table:
     """Open a file of comma- or tab-separated values by its header."""
     encoding, quotes = context.columns.encoding, context.columns.quotes != "none"
@@ -287,6 +285,13 @@ def named_table(file: File, context: Context) -> Table:
     if len(names) == 1 and separator == ",":
         separator = next((s for s in "\t;|" if s in names[0]), ",")
         names = read_header(file, separator, encoding, quotes=quotes)
+    if quotes and _first_line(file, encoding).count('"') % 2:
+        if separator != "\t":
+            raise DataError(
+                f'{file}, line 1: the header has a quote (") that does not close in its line; '
+                f"repair it, or pass --quotes none if quotes are part of the text"
+            )
+        names = read_header(file, separator, encoding, quotes=False)
     return Table(file, names, separator, quotes=quotes, encoding=encoding, notes=context.notes)
 
 
