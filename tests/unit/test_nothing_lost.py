@@ -17,6 +17,7 @@ from l2rec.data.formats.source import Source
 from l2rec.errors import DataError
 
 LOG = "user_id,item_id,timestamp\nu,a,1\né,b,2\n"
+UNREAD = "not read, though by type, name or content it holds lists"
 EVENTS = [("u", "a", 1.0), ("é", "b", 2.0)]
 
 
@@ -71,10 +72,10 @@ def test_other_lists_are_named_and_scalars_are_not(tmp_path: Path) -> None:
     )
     source = opened(path)
     assert events_of(source) == [("u", "a", 1.0)]
-    assert source.notes == ["log.csv: 'tags', 'wish_list' hold lists and were not read"]
+    assert source.notes == [f"log.csv: {UNREAD}: 'tags', 'wish_list'"]
     path = tmp_path / "x.inter"
     path.write_text("user_id:token\titem_id:token\ttimestamp:float\tname:token_seq\nu\ta\t1\tA b\n")
-    assert opened(path).notes == ["x.inter: 'name' holds lists and was not read"]
+    assert opened(path).notes == [f"x.inter: {UNREAD}: 'name'"]
 
 
 def test_parquet_lists(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_parquet_lists(tmp_path: Path) -> None:
     pq.write_table(pa.table(rows | {"history": [["b"]]}), path)
     assert "log.parquet has samples, not events" in refusal(path)
     pq.write_table(pa.table(rows | {"tags": [["b"]], "n": [[1, 2]]}), path)
-    assert opened(path).notes == ["log.parquet: 'tags', 'n' hold lists and were not read"]
+    assert opened(path).notes == [f"log.parquet: {UNREAD}: 'tags', 'n'"]
     pq.write_table(pa.table(rows | {"item_id": [["a", "b"]]}), path)
     assert "column 'item_id' holds a list in each row, so a row is not one event" in refusal(path)
 
@@ -200,6 +201,9 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("user_id,item_id,timestamp,item_id\nu,a,1,b\n")
     assert "log.csv, line 1: 2 columns are named 'item_id'; rename all but" in refusal(path)
+    path = tmp_path / "log.inter"
+    path.write_text("user_id:token\titem_id:token\titem_id:float\n")
+    assert "log.inter, line 1: 2 columns are named 'item_id'; rename all but" in refusal(path)
 
 
 def test_no_timestamp_column_names_none(tmp_path: Path) -> None:
@@ -212,9 +216,10 @@ def test_no_timestamp_column_names_none(tmp_path: Path) -> None:
 
 def test_numbers_are_no_header(tmp_path: Path) -> None:
     path = tmp_path / "Beauty.txt"
-    path.write_text("1 1 2 3 4 5\n2 6 7\n")
-    with pytest.raises(DataError, match="its first line is '1 1 2 3 4 5', data and not a header"):
-        opened(path, format="csv")
+    for line in ("1 1 2 3 4 5", "1, u1, 11/11/2019 9:05:58 AM, N1 N2"):
+        path.write_text(f"{line}\n2 6 7\n".replace(", ", ","))
+        with pytest.raises(DataError, match=f"its first line is '{line}', data and not a header"):
+            opened(path, format="csv")
 
 
 def test_typed_headers_under_any_name(tmp_path: Path) -> None:

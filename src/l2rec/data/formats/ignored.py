@@ -66,6 +66,6 @@ def check_ignored(
         other.append(name)
     if other:
         notes.append(
-            f"{file.name}: {', '.join(map(repr, other))} "
-            f"{'holds lists and was' if len(other) == 1 else 'hold lists and were'} not read"
+            f"{file.name}: not read, though by type, name or content it holds lists: "
+            f"{', '.join(map(repr, other))}"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -60,6 +61,7 @@ class Watched(io.RawIOBase):
         self._head, self._rest = head, rest
         self._separator, self._cells, self._time = separator.encode()[0], cells, time
         self._quotes = quotes
+        self._lock = threading.Lock()  # Arrow reads ahead on a thread of its own
         # The last two bytes: the first is looked at already, the second waits for the next one.
         self._carry = b"\n\n"
         self._read = -2  # offset of the carry
@@ -75,16 +77,17 @@ class Watched(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        block, self._head = self._head, b""
-        if size < 0:
-            block += self._rest.read()
-        elif len(block) < size:
-            block += self._rest.read(size - len(block))
-        else:
-            block, self._head = block[:size], block[size:]
-        if block:
-            self._see(block)
-        return block
+        with self._lock:
+            block, self._head = self._head, b""
+            if size < 0:
+                block += self._rest.read()
+            elif len(block) < size:
+                block += self._rest.read(size - len(block))
+            else:
+                block, self._head = block[:size], block[size:]
+            if block:
+                self._see(block)
+            return block
 
     def finish(self) -> None:
         """Read to the end, unless a fault is known; after it the counts are final."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from l2rec.data.formats.files import File, only_file, split_note
 from l2rec.data.formats.source import CatalogReader, Context, OpenCatalog, Source, as_source
-from l2rec.data.formats.tables import Table, read_header, table_catalog, table_events
+from l2rec.data.formats.tables import Table, check_names, read_header, table_catalog, table_events
 from l2rec.errors import DataError
 
 TYPES = ("token", "token_seq", "float", "float_seq")
@@ -31,6 +31,7 @@ def _atomic_table(file: File, context: Context) -> tuple[Table, dict[str, str]]:
                 f"name:float or name:float_seq, separated by tabs"
             )
         types[name] = kind
+    check_names(file, [cell.rpartition(":")[0] for cell in header])
     table = Table(file, list(types), "\t", quotes=False, encoding=encoding, notes=context.notes)
     return table, types
 

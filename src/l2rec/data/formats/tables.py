@@ -231,7 +231,7 @@ def missing_column(file: File, name: str, option: str, names: Sequence[str]) -> 
     """Return the error for a column that a file does not have, with the nearest name."""
     flag = "--" + option.replace("_", "-")
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    if all(re.fullmatch(r"[\d\s.+-]+", cell) for cell in names):
+    if any(re.fullmatch(r"[\d\s.+-]*\d[\d\s.+-]*", cell) for cell in names):
         return DataError(
             f"{file} has no column {name!r}: its first line is {shown[:60]!r}, data and not a "
             f"header; write a line with the names of the columns above it, such as "
@@ -263,13 +263,18 @@ def read_header(file: File, separator: str, encoding: str, *, quotes: bool = Tru
                 f"{file} is empty; expected a header line with the names of the columns"
             )
         names = next(_cells([text], separator, quotes=quotes))
+    check_names(file, names)
+    return names
+
+
+def check_names(file: File, names: Sequence[str]) -> None:
+    """Raise DataError if two columns have one name; several may have none."""
     double = next((name for name in names if name and names.count(name) > 1), None)
     if double is not None:
         raise DataError(
             f"{file}, line 1: {names.count(double)} columns are named {double!r}; rename all but "
             f"the one to read"
         )
-    return names
 
 
 def _first_line(file: File, encoding: str) -> str:
