@@ -11,12 +11,15 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from l2rec.data.formats.columns import Columns
 from l2rec.errors import L2RecError
+
+if TYPE_CHECKING:
+    from l2rec.data.dataset import Dataset
 
 app = typer.Typer(
     name="l2rec",
@@ -82,6 +85,33 @@ def _event_types() -> str:
     return ",".join(POSITIVE)
 
 
+def _next(*words: object) -> str:
+    """Return the line that says what to do next, quoted for a shell."""
+    return f"next: {shlex.join(str(word) for word in words)}"
+
+
+def _next_of(data: Path, dataset: Dataset) -> str:
+    """Return what to do next with a data set: train a recipe that it has enough for."""
+    from l2rec.data.splits import MIN_EVENTS
+
+    if not (dataset.sequences.lengths >= MIN_EVENTS).any():
+        return (
+            f"next: prepare a log with more events; a training needs users with {MIN_EVENTS} or "
+            f"more, and here there are none"
+        )
+    textless = dataset.meta["counters"]["items_without_text"] == dataset.n_items
+    recipe = "sasrec" if textless else "l2rec-plus"  # without texts, ids alone are learned from
+    return _next("l2rec", "train", recipe, "--data", data, "--out", Path("runs") / data.name)
+
+
+def _must_be_folder(out: Path) -> None:
+    """Raise ConfigError for an ``--out`` that is a file where a folder is written."""
+    from l2rec.errors import ConfigError
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a folder")
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -134,6 +164,9 @@ def prepare(
     ],
     ties_seed: Annotated[int, _preparation("ties_seed", "Seed of --ties hash.")],
     encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = Columns.encoding,
+    quotes: Annotated[
+        str, typer.Option(help="auto, or none where quotes are part of the text (CSV, TSV).")
+    ] = Columns.quotes,
     cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
         "~/.cache/l2rec"
     ),
@@ -175,6 +208,7 @@ def prepare(
         "ties": ties,
         "ties_seed": ties_seed,
         "encoding": encoding,
+        "quotes": quotes,
     }
     config = from_options(PrepareConfig, options)
     with contextlib.ExitStack() as stack:
@@ -192,7 +226,7 @@ def prepare(
         f"{out}: {dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.n_events:,} "
         f"events, fingerprint {dataset.fingerprint}"
     )
-    typer.echo(f"next: l2rec train l2rec-plus --data {out} --out runs/{out.name}")
+    typer.echo(_next_of(out, dataset))
 
 
 @app.command()
@@ -272,7 +306,7 @@ def train(
         )
         console.scores(report)
         console.line(f"report: {out}/report.html")
-        console.line(f"next: l2rec recommend {out} --history ID,ID,ID")
+        console.line(_next("l2rec", "recommend", out, "--history", "ID,ID,ID"))
 
 
 @app.command()
@@ -319,7 +353,7 @@ def tune(
         _print_json({"trials": [asdict(t) for t in result.trials], "recipe": str(result.recipe)})
     else:
         print_trials(result.trials)
-        typer.echo(f"next: l2rec train {result.recipe} --data {data} --out RUN")
+        typer.echo(_next("l2rec", "train", result.recipe, "--data", data, "--out", "RUN"))
 
 
 @app.command()
@@ -448,15 +482,25 @@ def blend(
             command=shlex.join(["l2rec", *sys.argv[1:]]),
         )
         console.scores(report)
-        console.line(f"next: l2rec compare {run} {out}")
+        console.line(_next("l2rec", "compare", run, out))
 
 
 @app.command()
 def recommend(
     run: Run,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: A,B,C")] = None,
+    item: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Item id of the history, as it is, even with commas. Repeatable, oldest first; "
+            "after those of --history."
+        ),
+    ] = None,
     user: Annotated[str | None, typer.Option(help="Id of a user of the data set.")] = None,
-    k: Annotated[int, typer.Option("-k", "--k", help="How many items.")] = 10,
+    k: Annotated[
+        int | None,
+        typer.Option("-k", "--k", help="How many items; 10, or all of a smaller catalog."),
+    ] = None,
     include_seen: Annotated[
         bool, typer.Option(help="Also recommend items of the history.")
     ] = False,
@@ -478,8 +522,10 @@ def recommend(
     from l2rec.runs.predictor import load
 
     gc.disable()  # as in `serve`; this process is short
-    if (history is None) == (user is None):
-        raise DataError("give either --history ID,ID,... or --user ID")
+    if (history is None and not item) == (user is None):
+        raise DataError(
+            "give either --history ID,ID,... or --user ID; an id with a comma is given by --item ID"
+        )
     added = {}
     for entry in new_item or ():
         name, sep, text = entry.partition("=")
@@ -488,13 +534,23 @@ def recommend(
         if name.strip() in added:
             raise DataError(f"--new-item names {name.strip()!r} twice")
         added[name.strip()] = text.strip()
-    if history is not None:
-        ids = [part.strip() for part in history.split(",") if part.strip()]
+    if user is not None:
+        ids = user_history(run, user, data)
     else:
-        ids = user_history(run, str(user), data)
+        between_commas = (history or "").split(",")
+        ids = [*(part.strip() for part in between_commas if part.strip()), *(item or ())]
     predictor = load(run)
     if added:
         predictor.add_items(added)
+    if history is not None and not set(ids) <= set(predictor.ids):
+        whole = next((i for i in predictor.ids if "," in i and i in history), None)
+        if whole is not None:
+            raise DataError(
+                f"--history {history!r} is read as {len(ids)} ids between commas; give ids with a "
+                f"comma by --item, one at a time: {shlex.join(['--item', whole])}"
+            )
+    if k is None:
+        k = min(10, len(predictor.ids))
     result = predictor.recommend(ids, k, exclude_seen=not include_seen)
     if as_json:
         _print_json({"items": result.items, "gate": result.gate, "version": predictor.version})
@@ -521,6 +577,7 @@ def embed(
     from l2rec.console import Console
     from l2rec.runs.embed import embed_run
 
+    _must_be_folder(out)
     with Console() as console:
         written = embed_run(run, out, console, with_users=users, data=data)
         for path, count, dim in written:
@@ -840,10 +897,24 @@ def main() -> None:
             raise
         sys.stderr.write(f"l2rec: {' '.join(str(error).split())}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(_interrupted(arguments))
+        sys.exit(130)
     except SystemExit as stop:
         if stop.code == 130:  # typer has caught the KeyboardInterrupt
-            sys.stderr.write("l2rec: interrupted; a training goes on with --resume\n")
+            sys.stderr.write(_interrupted(arguments))
         raise
+
+
+def _interrupted(arguments: list[str]) -> str:
+    """Return what to say after Ctrl-C: how the verb goes on, if it does."""
+    after = {
+        "train": "; go on with the same command and --resume",
+        "tune": "; go on with the same command",
+        "prepare": "; what was at --out before is as it was",
+    }
+    verb = next((argument for argument in arguments if not argument.startswith("-")), "")
+    return f"l2rec: interrupted{after.get(verb, '')}\n"
 
 
 if __name__ == "__main__":

@@ -185,17 +185,55 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     values = _read(path)
     for override in overrides:
         _set(values, override)
-    return resolve(values, where=str(path))
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        where = _origin(path, overrides, _faults(values)[0])
+        raise ConfigError(f"{where}: {_explain(error, values)}") from None
 
 
-def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read the keys of a recipe, over those of the recipe that it ``extends``."""
+Fault = tuple[tuple[int | str, ...], str]
+"""Place and message of a fault."""
+
+
+def _faults(values: Mapping[str, Any]) -> list[Fault]:
+    """List what is wrong with the values of a recipe."""
+    try:
+        RunConfig(**values)
+    except ValidationError as error:
+        return [(one["loc"], one["msg"]) for one in error.errors()]
+    return []
+
+
+def _origin(path: Path, overrides: Sequence[str], fault: Fault) -> str:
+    """Name the override that brought a fault, or the file: the recipe, or one that it extends."""
+    for n in range(len(overrides), 0, -1):
+        values = _read(path)
+        for override in overrides[: n - 1]:
+            _set(values, override)
+        if fault not in _faults(values):
+            return f"override {overrides[n - 1]!r}"
+    base = _load(path).get("extends")
+    while base is not None and fault in _faults(_read(find_recipe(base))):
+        path = find_recipe(base)
+        base = _load(path).get("extends")
+    return str(path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read the keys that stand in a recipe's file."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
+    return values
+
+
+def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read the keys of a recipe, over those of the recipe that it ``extends``."""
+    values = _load(path)
     base = values.pop("extends", None)
     if base is None:
         return values
@@ -264,11 +302,25 @@ def _fields_at(location: tuple[Any, ...], values: Mapping[str, Any]) -> list[str
     return list(method_class(method).Config.model_fields)
 
 
+def _group_of(name: str, values: Mapping[str, Any]) -> str | None:
+    """Return the group of keys that has a key of this name; None if there is none."""
+    method = values.get("method", RunConfig.model_fields["method"].default)
+    groups = {
+        "training": TrainingConfig,
+        "backbone": BackboneConfig,
+        "model": method_class(method).Config,
+    }
+    return next((group for group, kind in groups.items() if name in kind.model_fields), None)
+
+
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
     first = error.errors()[0]
     location = first["loc"]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
+        group = _group_of(str(location[-1]), values)
+        if group is not None:
+            return f"unknown key {key!r}; did you mean '{group}.{location[-1]}'?"
         return f"unknown key {key!r}{nearest(str(location[-1]), _fields_at(location, values))}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}={first['input']!r}: {message}" if key else message

@@ -226,7 +226,9 @@ def test_data_that_cannot_be_trained_on(call: Call, backbone_folder: Path, tmp_p
             "--new-item names 'n' twice",
         ),
         (["describe", "{tmp}"], "has no dataset.json"),
-        (["embed", "{run}", "--out", "{run}/config.yaml"], "config.yaml"),
+        (["embed", "{run}", "--out", "{run}/config.yaml"], "config.yaml is a file; give a folder"),
+        (["recommend", "{run}", "--item", "i1", "--user", "u1"], "give either --history"),
+        (["recommend", "{run}", "--item", "i1,i2"], "unknown item ids: 'i1,i2'"),
     ],
 )
 def test_what_other_verbs_refuse(
@@ -333,16 +335,32 @@ def test_debug_shows_the_traceback(
         cli.main()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "at", "after"),
+    [
+        (["describe", "train"], "l2rec.data.dataset.open_dataset", ""),
+        (["prepare", "x.csv", "--out", "d"], "l2rec.data.prepare.prepare", "; what was at --out"),
+        (["train", "l2rec", "--data", "d", "--out", "r"], "l2rec.runs.train.train_run", "--resume"),
+        (
+            ["tune", "sasrec", "--data", "d", "--out", "train"],
+            "l2rec.studies.tune.tune",
+            "; go on with the same command",
+        ),
+    ],
+)
 def test_an_interrupt_says_how_to_go_on(
-    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    call: Call, monkeypatch: pytest.MonkeyPatch, arguments: list[str], at: str, after: str
 ) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("l2rec.data.dataset.open_dataset", interrupt)
-    outcome = call("describe", tmp_path)
+    monkeypatch.setattr(at, interrupt)
+    outcome = call(*arguments)
     assert outcome.code == 130
-    assert outcome.err.strip() == "l2rec: interrupted; a training goes on with --resume"
+    assert outcome.err.startswith(f"l2rec: interrupted{after and '; '}") and after in outcome.err
+    assert outcome.err.count("\n") == 1
+    monkeypatch.setattr(cli, "app", interrupt)  # before typer can catch it
+    assert call(*arguments) == outcome
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "x"), OSError("a\nb")])
@@ -409,6 +427,30 @@ def test_the_whole_road(call: Call, backbone_folder: Path, tmp_path: Path) -> No
     report = json.loads((run / "report.json").read_text())
     assert report["recipe"] == str(recipe) and report["command"].startswith("l2rec train ")
     assert call("recommend", run, "--user", "u3", "-k", 3).code == 0
+
+
+def test_ids_with_commas(call: Call, table_run: Finished) -> None:
+    odd = ("--new-item", "a,b= a lamp", "--new-item", "c=a chair")
+    run = ("recommend", table_run.run, "--json", *odd)
+    first = only_json(call(*run, "--item", "a,b", "--item", "i3"))
+    assert only_json(call(*run, "--history", "c", "--item", "a,b", "-k", 3))["items"]
+    assert len(first["items"]) == 10
+    message = r"is read as 2 ids between commas; give ids with a comma by --item.*: --item a,b$"
+    refused(call(*run, "--history", "a,b"), message)
+
+
+def test_the_next_line_fits_the_data(call: Call, tmp_path: Path) -> None:
+    log, items = tmp_path / "my log.csv", tmp_path / "items.csv"
+    log.write_text("user_id,item_id,timestamp\nann,a,1\nann,b,2\nann,c,3\nbob,a,1\n")
+    items.write_text("item_id,title\na,x\nb,\nc,\n")
+    data = tmp_path / "my data"
+    last = call("prepare", log, "--out", data).out.splitlines()[-1]
+    assert last == f"next: l2rec train sasrec --data '{data}' --out 'runs/my data'"
+    last = call("prepare", log, "--items", items, "--out", data).out.splitlines()[-1]
+    assert last.startswith("next: l2rec train l2rec-plus --data '")
+    log.write_text("user_id,item_id,timestamp\nann,a,1\nann,b,2\nbob,a,1\n")
+    last = call("prepare", log, "--out", data).out.splitlines()[-1]
+    assert "a training needs users with 3 or more" in last
 
 
 def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -138,15 +139,48 @@ def test_bad_overrides(recipe: Path, override: str, message: str) -> None:
         ("model.poolin=mean", "poolin", "pooling"),
     ],
 )
-def test_an_unknown_key_offers_the_nearest_and_names_the_file(
+def test_an_unknown_key_offers_the_nearest_and_names_the_override(
     recipe: Path, override: str, key: str, offered: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(str(recipe), [override])
     message = str(caught.value)
     assert f"{key}'; did you mean '{offered}'?" in message
-    assert str(recipe) in message
+    assert message.startswith(f"override {override!r}: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "offered"),
+    [
+        ("max_steps=3", "training.max_steps"),
+        ("name=x", "backbone.name"),
+        ("rank=3", "model.rank"),
+        ("model.lr=1", "training.lr"),
+        ("training.rank=3", "model.rank"),
+    ],
+)
+def test_a_key_of_another_group_is_offered_there(recipe: Path, override: str, offered: str) -> None:
+    with pytest.raises(ConfigError, match=f"; did you mean '{offered}'\\?$"):
+        load_recipe(str(recipe), [override])
+
+
+def test_an_error_names_the_file_or_the_override_that_it_comes_from(tmp_path: Path) -> None:
+    base, good, child = tmp_path / "base.yaml", tmp_path / "good.yaml", tmp_path / "child.yaml"
+    base.write_text("training: {epochs: 0}\n")
+    good.write_text("training: {epochs: 1}\n")
+    child.write_text("extends: " + json.dumps(str(base)) + "\nseed: 1\n")
+    for overrides in ([], ["seed=2"]):
+        with pytest.raises(ConfigError, match=r"^\S+/base\.yaml: training\.epochs=0"):
+            load_recipe(str(child), overrides)
+    assert load_recipe(str(child), ["training.epochs=2"]).training.epochs == 2
+    child.write_text("extends: " + json.dumps(str(good)) + "\ntraining: {epochs: 0}\n")
+    with pytest.raises(ConfigError, match=r"^\S+/child\.yaml: training\.epochs=0"):
+        load_recipe(str(child))
+    # Two overrides that need each other are not blamed for a third.
+    together = ["model.text_dropout=0.1", "model.form=table", "training.epochs=0", "seed=3"]
+    with pytest.raises(ConfigError, match=r"^override 'training\.epochs=0': training\.epochs=0"):
+        load_recipe("l2rec", together)
 
 
 def test_an_unknown_key_like_no_other() -> None:

@@ -126,9 +126,19 @@ def test_a_training_that_fails_is_a_trial(
 
 
 def test_what_is_refused(chains: Dataset, tmp_path: Path) -> None:
-    for one in ("model.dim", "model.dim=3", "model.dim=[3]", "model.dim=[9, 3]", "a=[0, 1, log]"):
+    for one in ("model.dim", "model.dim=3", "model.dim=[3]", "a=[0, 1, lag]"):
         with pytest.raises(ConfigError, match="write key="):
             search(chains.path, tmp_path / "s", 1, search=[one])
+    for one, says in (
+        ("a=[1e-2, 1e-4, log]", r"low 0\.01 is above high 0\.0001; write the lower one first"),
+        ("a=[3, 3]", "low 3 is equal to high 3"),
+        ("a=[0, 1, log]", "low 0 has no logarithm"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            search(chains.path, tmp_path / "s", 1, search=[one])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="file is a file; choose a folder"):
+        search(chains.path, tmp_path / "file", 1)
     with pytest.raises(ConfigError, match="dimm"):
         search(chains.path, tmp_path / "s1", 1, search=["model.dimm=[8, 9]"])
     with pytest.raises(ConfigError, match="schedule"):  # no number

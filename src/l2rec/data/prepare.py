@@ -73,7 +73,7 @@ class PrepareConfig(BaseModel):
     keep earlier events (a time in the log's unit, or a date such as 2023-11-28, midnight UTC).
     ``ties``: order of a user's events with equal time: that of the file, by item id, or by a hash
     of user id, item id and occurrence that depends on ``ties_seed`` and not on the file.
-    ``user`` to ``encoding``: see `Columns`.
+    ``user`` to ``quotes``: see `Columns`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -95,6 +95,7 @@ class PrepareConfig(BaseModel):
     timestamp: str | None = Columns.timestamp
     event_type: str | None = Columns.event_type
     encoding: str = Columns.encoding
+    quotes: Literal["auto", "none"] = Columns.quotes
 
     @field_validator("timestamp", mode="before")
     @classmethod
@@ -129,7 +130,12 @@ def prepare(
     """
     config = config or PrepareConfig()
     columns = Columns(
-        config.user, config.item, config.timestamp, config.event_type, config.encoding
+        config.user,
+        config.item,
+        config.timestamp,
+        config.event_type,
+        config.encoding,
+        config.quotes,
     )
     opened = open_source(source, items=items, format=format, columns=columns)
     return build(opened, Path(out), config, origin=str(source), progress=progress)
@@ -462,6 +468,7 @@ class _Unknown:
                 f"{self.events:,} of {total:,} events are of items that the catalog "
                 f"{source.files[-1].name} does not have (such as {shown}); complete the catalog "
                 f"or pass --drop-unknown-items"
+                f"{''.join(f'; {note}' for note in dict.fromkeys(source.notes))}"
             )
         state.notes.append(
             f"{self.events:,} of {total:,} events were dropped: their items are not in the "
@@ -799,7 +806,7 @@ def _write_meta(
         },
         "options": state.config.model_dump(mode="json"),
         "counters": state.counters,
-        "notes": state.notes,
+        "notes": [*state.notes, *dict.fromkeys(source.notes)],
     }
     offsets, items, times = arrays[:3]
     order = order or recorded_order(meta, offsets, items, times, table["item_id"])

@@ -183,6 +183,18 @@ def _spaces(search: Sequence[str]) -> dict[str, Any]:
             space = None
         if isinstance(space, list):
             space = [_number(value) for value in space]
+        if isinstance(space, list) and _numbers(space[:2]) and space[2:] in ([], ["log"]):
+            low, high = space[:2]
+            if low >= high:
+                raise ConfigError(
+                    f"--search {one!r}: low {low} is {'above' if low > high else 'equal to'} "
+                    f"high {high}; write the lower one first: {key}=[low, high]"
+                )
+            if space[2:] and low <= 0:
+                raise ConfigError(
+                    f"--search {one!r}: low {low} has no logarithm; choose one above 0, or leave "
+                    f"out log"
+                )
         if not sep or not _readable(space):
             raise ConfigError(
                 f"--search {one!r}: write key=[low, high], key=[low, high, log] or "
@@ -207,8 +219,12 @@ def _readable(space: Any) -> bool:
         return len(space) == 1 and isinstance(choices, list) and len(choices) > 0
     if not isinstance(space, list) or len(space) not in (2, 3) or space[2:] not in ([], ["log"]):
         return False
-    numbers = all(type(value) in (int, float) for value in space[:2])
-    return numbers and space[0] < space[1] and (len(space) == 2 or space[0] > 0)
+    return _numbers(space[:2])
+
+
+def _numbers(bounds: list[Any]) -> bool:
+    """Check that there are two bounds of a range, and that both are numbers."""
+    return len(bounds) == 2 and all(type(value) in (int, float) for value in bounds)
 
 
 def _default_spaces(base: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,17 @@ import pyarrow as pa
 import pyarrow.json as pa_json
 
 from l2rec.data.formats.fields import clean, flat, joined, separator_of
-from l2rec.data.formats.files import File, line_blocks, line_in_block, only_file, reading
+from l2rec.data.formats.files import (
+    File,
+    line_blocks,
+    line_in_block,
+    only_file,
+    open_text,
+    reading,
+    split_note,
+)
+from l2rec.data.formats.ignored import check_ignored
+from l2rec.data.formats.objects import one_value
 from l2rec.data.formats.source import (
     CatalogReader,
     Context,
@@ -62,14 +73,19 @@ _META: dict[str, dict[str, tuple[str, pa.DataType]]] = {
 
 def amazon(path: Path, files: dict[str, File], items: File | None, context: Context) -> Source:
     """Open reviews, and the metadata beside them; the keys of the first lines tell the year."""
-    known = {n: f for n, f in files.items() if n.endswith((".json", ".jsonl"))}
-    if items is None and not (path.is_file() and path.suffix != ".zip"):
+    known = {n: f for n, f in files.items() if f.ends(".json", ".jsonl")}
+    if items is None and not (path.is_file() and path.suffix.lower() != ".zip"):
         metadata = [f for n, f in known.items() if n.startswith("meta_")]
         items = metadata[0] if len(metadata) == 1 else None
     reviews = {n: f for n, f in known.items() if not n.startswith("meta_") or len(known) == 1}
-    file = File(path) if path.is_file() and path.suffix != ".zip" else None
+    file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
+    encoding = context.columns.encoding
+    if file is None and len(reviews) > 1:
+        for other in reviews.values():
+            if (told := one_value(other, encoding)) is not None:
+                raise told
     file = file or only_file(path, reviews, (".json", ".jsonl"), "review")
-    keys = _first_keys(file)
+    keys = _first_keys(file, encoding)
     if {"reviewerID", "asin", "unixReviewTime"} <= keys:
         format, scale = "amazon-2018", 1.0
         names = ("reviewerID", "asin", "unixReviewTime")
@@ -77,12 +93,22 @@ def amazon(path: Path, files: dict[str, File], items: File | None, context: Cont
         format, scale = "amazon-2023", 1e-3
         names = ("user_id", "parent_asin", "timestamp")
     else:
-        raise DataError(
+        raise one_value(file, encoding) or DataError(
             f"{file} has the keys {', '.join(sorted(keys)[:12])}; expected reviewerID, asin, "
-            f"unixReviewTime (Amazon 2014, 2018) or user_id, parent_asin, timestamp (2023)"
+            f"unixReviewTime (Amazon 2014, 2018) or user_id, parent_asin, timestamp (2023); write "
+            f"other JSON Lines as CSV or Parquet, for whose columns there are --user, --item and "
+            f"--timestamp"
         )
+    check_ignored(
+        file,
+        names,
+        {name: [""] for name in keys},
+        [name for name in keys if re.fullmatch(r"(.*_)?history(_.*)?", name)],
+        context.notes,
+    )
+    context.notes.extend(split_note(file))
     catalog = amazon_catalog(items, context) if items else None
-    if items and _amazon_version(items) == "amazon-2014":
+    if items and _amazon_version(items, encoding) == "amazon-2014":
         format = "amazon-2014"
     used = [file, *([items] if items else [])]
     return as_source(format, used, _review_events(file, names, scale, context), catalog)
@@ -93,10 +119,11 @@ def _review_events(
 ) -> Callable[[], Iterator[pa.RecordBatch]]:
     user, item, time = names
     schema = pa.schema([(user, pa.string()), (item, pa.string()), (time, pa.int64())])
+    encoding = context.columns.encoding
 
     def events() -> Iterator[pa.RecordBatch]:
-        with reading(file):
-            for block, first in line_blocks(file, context.block_bytes):
+        with reading(file, encoding):
+            for block, first in line_blocks(file, context.block_bytes, encoding):
                 if not block.strip():
                     continue
                 where = line_in_block(file, block, first)
@@ -117,27 +144,28 @@ def _review_events(
     return events
 
 
-def _amazon_version(file: File) -> str:
-    keys = _first_keys(file)
+def _amazon_version(file: File, encoding: str) -> str:
+    keys = _first_keys(file, encoding)
     if "parent_asin" in keys:
         return "amazon-2023"
     if "asin" not in keys:
-        raise DataError(
+        raise one_value(file, encoding) or DataError(
             f"{file} has the keys {', '.join(sorted(keys)[:12])}; expected Amazon metadata with "
-            f"asin (2014, 2018) or parent_asin (2023)"
+            f"asin (2014, 2018) or parent_asin (2023); write other JSON Lines as CSV or Parquet"
         )
     return "amazon-2014" if "categories" in keys else "amazon-2018"
 
 
 def amazon_catalog(file: File, context: Context) -> CatalogReader:
     """Open metadata of any of the three years."""
-    version = _amazon_version(file)
+    encoding = context.columns.encoding
+    version = _amazon_version(file, encoding)
 
     def catalog(fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
         wanted = {name: _META[version][name] for name in ("item_id", *fields)}
         schema = pa.schema(list(wanted.values()))
-        with reading(file):
-            for block, first in line_blocks(file, context.block_bytes):
+        with reading(file, encoding):
+            for block, first in line_blocks(file, context.block_bytes, encoding):
                 if not block.strip():
                     continue
                 where = line_in_block(file, block, first)
@@ -199,13 +227,16 @@ def _json_line(file: File, line: str, number: int) -> dict[str, Any]:
     return row
 
 
-def _first_keys(file: File) -> set[str]:
+def _first_keys(file: File, encoding: str) -> set[str]:
     """Collect the keys of the first hundred lines: metadata leaves out unknown fields."""
     keys: set[str] = set()
-    with reading(file), file.open() as stream:
-        for number, line in zip(range(1, 101), stream, strict=False):
-            if line.strip():
-                keys |= set(_json_line(file, line.decode(), number))
+    with reading(file, encoding), open_text(file, encoding) as stream:
+        try:
+            for number, line in zip(range(1, 101), stream, strict=False):
+                if line.strip():
+                    keys |= set(_json_line(file, line.decode(), number))
+        except DataError as error:
+            raise one_value(file, encoding) or error from None
     if not keys:
         raise DataError(f"{file} is empty; expected one JSON object per line")
     return keys

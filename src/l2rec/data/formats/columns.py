@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Columns"]
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,8 @@ class Columns:
     """Column names of formats that leave them to the user, and the encoding of text files.
 
     ``timestamp=None``: there is none, events are in order. ``event_type=None``: the column
-    ``event_type`` if there is one.
+    ``event_type`` if there is one. ``quotes``: ``auto``, a cell of separated text may stand in
+    quotes (with tabs: where the whole file keeps to that); ``none``, a quote is a plain character.
     """
 
     user: str = "user_id"
@@ -20,3 +22,4 @@ class Columns:
     timestamp: str | None = "timestamp"
     event_type: str | None = None
     encoding: str = "utf-8"
+    quotes: Literal["auto", "none"] = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from l2rec.data.formats.files import File, only_file
+from l2rec.data.formats.files import File, only_file, split_note
 from l2rec.data.formats.source import Context, OpenCatalog, Source, as_source
 from l2rec.data.formats.tables import named_table, table_events
 
@@ -22,11 +22,14 @@ def separated(
     """Open a log of named columns, and the catalog that is given or lies beside it."""
     others = {n: f for n, f in files.items() if items is None or f.path != items.path}
     if items is None and len(files) > 1:
-        items = next((f for n, f in files.items() if n.split(".")[0] in CATALOG_NAMES), None)
+        items = next(
+            (f for n, f in files.items() if n.lower().split(".")[0] in CATALOG_NAMES), None
+        )
         others = {n: f for n, f in files.items() if f is not items}
-    file = File(path) if path.is_file() and path.suffix != ".zip" else None
+    file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
     file = file or only_file(path, others, (".csv", ".tsv"), ".csv or .tsv")
-    table = named_table(file, context.columns.encoding)
+    table = named_table(file, context)
+    context.notes.extend(split_note(file))
     events = table_events([table], context.columns, context)
     catalog = open_catalog(items, context) if items else None
     return as_source("csv", [file, *([items] if items else [])], events, catalog)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import csv
 import gzip
+import io
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
@@ -30,7 +33,11 @@ class File:
     def name(self) -> str:
         """Base name, without ``.gz``."""
         name = PurePosixPath(self.member).name if self.member else self.path.name
-        return name.removesuffix(".gz")
+        return name[:-3] if name.lower().endswith(".gz") else name
+
+    def ends(self, *suffixes: str) -> bool:
+        """Tell whether the name ends in one of the suffixes, in small letters or capitals."""
+        return self.name.lower().endswith(suffixes)
 
     def __str__(self) -> str:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
@@ -39,7 +46,7 @@ class File:
         """Open the content for reading, decompressed on the way."""
         if self.member is not None:
             return cast(BinaryIO, zipfile.ZipFile(self.path).open(self.member))
-        if self.path.suffix == ".gz":
+        if self.path.suffix.lower() == ".gz":
             return cast(BinaryIO, gzip.open(self.path, "rb"))
         return self.path.open("rb")
 
@@ -58,7 +65,7 @@ def listing(path: Path) -> dict[str, File]:
         if len(inside) == 1 and inside[0].is_dir():
             return listing(inside[0])
         files = [File(p) for p in inside if p.is_file()]
-    elif path.suffix == ".zip":
+    elif path.suffix.lower() == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
                 names = [n for n in archive.namelist() if not n.endswith("/")]
@@ -72,13 +79,40 @@ def listing(path: Path) -> dict[str, File]:
 
 def only_file(path: Path, files: dict[str, File], suffixes: tuple[str, ...], what: str) -> File:
     """Return the one file with one of the suffixes; DataError if there is none or several."""
-    found = [f for name, f in files.items() if name.endswith(suffixes)]
+    found = [f for f in files.values() if f.ends(*suffixes)]
     if len(found) != 1:
         names = ", ".join(f.name for f in found[:5]) or "none"
-        raise DataError(
-            f"{path} has {len(found)} {what} files ({names}), not one; give the path of the file"
-        )
+        advice = "give the path of the file"
+        if sum(_SPLIT.search(f.name) is not None for f in found) > 1:
+            advice = (
+                "these look like the splits of one log, and each alone is a part of it: give the "
+                "log that they were made from, or put the rows of all into one file"
+            )
+        raise DataError(f"{path} has {len(found)} {what} files ({names}), not one; {advice}")
     return found[0]
+
+
+_SPLIT = re.compile(r"(?<![^._-])(train|training|valid|validation|val|dev|test)(?![^._-])", re.I)
+
+
+def split_note(file: File) -> list[str]:
+    """Name the splits that lie beside a file that is itself one split, such as x.train.csv."""
+    match = _SPLIT.search(file.name)
+    if match is None or file.member is not None:
+        return []
+    start, end = match.span()
+    beside = sorted(
+        other.name
+        for other in file.path.parent.iterdir()
+        if other.name != file.path.name
+        and _SPLIT.sub("", other.name) == _SPLIT.sub("", file.path.name)
+    )
+    if not beside:
+        return []
+    return [
+        f"{file.name} is one split ({file.name[start:end]}); {', '.join(beside)} beside it "
+        f"{'is' if len(beside) == 1 else 'are'} not read, so events may be missing"
+    ]
 
 
 def needed_file(path: Path, files: dict[str, File], name: str) -> File:
@@ -86,7 +120,7 @@ def needed_file(path: Path, files: dict[str, File], name: str) -> File:
     if name not in files:
         raise DataError(
             f"{path} has no {name}, it has {', '.join(list(files)[:5]) or 'nothing'}; "
-            f"unpack the whole archive, or choose another format="
+            f"unpack the whole archive, or choose another --format"
         )
     return files[name]
 
@@ -110,8 +144,12 @@ def reading(file: File, encoding: str = "utf-8") -> Iterator[None]:
         raise _bad_encoding(file, encoding) from error
     except LookupError as error:
         raise DataError(
-            f"encoding={encoding!r} is not known ({error}); choose utf-8 or latin-1"
+            f"encoding={encoding!r} is not known ({error}); choose utf-8, latin-1 or utf-16"
         ) from error
+    except UnicodeError as error:
+        raise DataError(f"{file} cannot be read as {encoding}: {error}") from error
+    except csv.Error as error:
+        raise DataError(f"{file} cannot be read: {error}; repair the file") from error
     except pa.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         if "UTF8" in reason.upper().replace("-", ""):
@@ -123,30 +161,110 @@ def reading(file: File, encoding: str = "utf-8") -> Iterator[None]:
 
 def _bad_encoding(file: File, encoding: str) -> DataError:
     """Find the first byte that is not text; return the error that names its place."""
+    with file.open() as stream:
+        encoding = _marked(stream.read(4), encoding)
     decoder = codecs.getincrementaldecoder(encoding)()
     position = line = 0
     with file.open() as stream:
-        while block := stream.read(1 << 20):
+        more = True
+        while more:
+            block = stream.read(1 << 20)
+            more = bool(block)
             waiting = len(decoder.getstate()[0])
             try:
-                decoder.decode(block)
+                line += decoder.decode(block, final=not more).count("\n")
             except UnicodeDecodeError as error:
-                at = error.start - waiting
-                line += block[: max(at, 0)].count(b"\n")
+                before = error.object[: error.start].decode(error.encoding, errors="replace")
                 return DataError(
-                    f"{file}, line {line + 1}: byte {error.object[error.start]:#04x} at position "
-                    f"{position + at:,} is not {encoding}; pass the file's encoding, "
-                    f"for example --encoding latin-1"
+                    f"{file}, line {line + before.count(chr(10)) + 1}: byte "
+                    f"{error.object[error.start]:#04x} at position "
+                    f"{position + error.start - waiting:,} is not {encoding} ({error.reason}); "
+                    f"pass the file's encoding, for example --encoding latin-1"
                 )
             position += len(block)
-            line += block.count(b"\n")
-    return DataError(f"{file} is not {encoding}; pass the file's encoding=")
+    return DataError(f"{file} is not {encoding}; pass the file's encoding with --encoding")
 
 
-def line_blocks(file: File, block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Yield whole lines of about ``block_bytes``, each block with the number of its first line."""
-    line = 1
+# -- text ----------------------------------------------------------------------------------------
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before utf-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
+
+
+def _marked(head: bytes, encoding: str) -> str:
+    """Return the encoding that a byte order mark says, where the given one is the default."""
+    if codecs.lookup(encoding).name != "utf-8":
+        return encoding
+    return next((name for mark, name in _MARKS if head.startswith(mark)), encoding)
+
+
+def open_text(file: File, encoding: str) -> BinaryIO:
+    """Open a text file as UTF-8 without a byte order mark, whatever its encoding.
+
+    A file whose lines end in a carriage return alone (old Macs) gets line feeds. A file that is
+    UTF-8 with line feeds already is passed through.
+
+    Raises:
+        LookupError: there is no such text encoding.
+        UnicodeDecodeError: (when read) the content is not in that encoding.
+    """
+    b"".decode(encoding)  # codecs that turn no bytes into text, such as rot13, end here
     with file.open() as stream:
+        head = stream.read(1 << 16)
+    encoding = _marked(head, encoding)
+    wide = codecs.lookup(encoding).name != "utf-8"
+    text = head.decode(encoding, errors="ignore") if wide else head.decode("latin-1")
+    first = re.search("[\r\n]", text)
+    returns = (
+        first is not None and re.match("\r(?!\n)(?=.)", text[first.start() :], re.S) is not None
+    )
+    if not wide and not returns:
+        return file.open()
+    return cast(BinaryIO, io.BufferedReader(_AsUtf8(file.open(), encoding, returns), 1 << 20))
+
+
+class _AsUtf8(io.RawIOBase):
+    """A stream of text in any encoding, as UTF-8."""
+
+    def __init__(self, stream: BinaryIO, encoding: str, returns: bool) -> None:
+        decoder = codecs.getincrementaldecoder(encoding)()
+        self._decoder = io.IncrementalNewlineDecoder(decoder, True) if returns else decoder
+        self._stream = stream
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._stream.read(1 << 20)
+            self._ready = memoryview(self._decoder.decode(block, final=not block).encode())
+            if not block:
+                break
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def line_blocks(
+    file: File, block_bytes: int, encoding: str | None = None
+) -> Iterator[tuple[bytes, int]]:
+    """Yield whole lines of about ``block_bytes``, each block with the number of its first line.
+
+    ``encoding``: of a text to read as UTF-8; by default the bytes are passed on as they are.
+    """
+    line = 1
+    with file.open() if encoding is None else open_text(file, encoding) as stream:
         rest = b""
         while block := stream.read(block_bytes):
             end = block.rfind(b"\n") + 1

@@ -43,7 +43,7 @@ MORE_MOVIE_FIELDS = ("title", "clean_title")
 
 def movielens(path: Path, files: dict[str, File], kind: str, context: Context) -> Source:
     """Open one of the three layouts, by its name."""
-    if path.is_file() and path.suffix != ".zip":
+    if path.is_file() and path.suffix.lower() != ".zip":
         files = listing(path.parent)
     names = ["user_id", "item_id", "rating", "timestamp"]
     columns = Columns()
@@ -66,10 +66,10 @@ def movielens(path: Path, files: dict[str, File], kind: str, context: Context) -
             needed_file(path, files, "ratings.csv"),
             needed_file(path, files, "movies.csv"),
         )
-        table = named_table(ratings, "utf-8")
+        table = named_table(ratings, context)
         columns = Columns(user="userId", item="movieId")
         events = table_events([table], columns, context)
-        films = named_table(movies, "utf-8")
+        films = named_table(movies, context)
         for name in ("movieId", "title", "genres"):
             films.need(name, "items")
         parts = _film_batches_latest(films, context)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 __all__ = ["FORMATS", "open_source"]
 
+from dataclasses import replace
 from pathlib import Path
 
 from l2rec.data.formats.amazon import amazon, amazon_catalog
@@ -28,7 +29,7 @@ from l2rec.data.formats.files import (
 )
 from l2rec.data.formats.movielens import movielens
 from l2rec.data.formats.parquet import parquet, parquet_catalog
-from l2rec.data.formats.recbole import atomic_catalog, recbole
+from l2rec.data.formats.recbole import atomic_catalog, is_atomic, recbole
 from l2rec.data.formats.source import (
     BLOCK_BYTES,
     CatalogReader,
@@ -71,11 +72,17 @@ def open_source(
     Raises:
         DataError: no known format, or columns, headers or files are missing.
     """
-    path = Path(source)
     context = Context(columns or Columns(), block_bytes)
+    opened = _open_source(Path(source), items, format, context)
+    return replace(opened, notes=context.notes)
+
+
+def _open_source(
+    path: Path, items: str | Path | None, format: str | None, context: Context
+) -> Source:
     if format is not None and format not in (*FORMATS, "amazon", "movielens"):
         raise DataError(
-            f"format={format!r} is not known{nearest(format, FORMATS)}; "
+            f"--format {format} is not known{nearest(format, FORMATS)}; "
             f"choose one of {', '.join(FORMATS)}"
         )
     if items is not None and not Path(items).is_file():
@@ -88,7 +95,7 @@ def open_source(
     catalog_file = File(Path(items)) if items is not None else None
     kind = format or _detect(path, files)
     if kind == "movielens":
-        inside = path.is_dir() or path.suffix == ".zip"
+        inside = path.is_dir() or path.suffix.lower() == ".zip"
         kind = _detect(path, files if inside else listing(path.parent))
     if kind == "recbole":
         return recbole(path, files, catalog_file, context, _open_catalog)
@@ -98,6 +105,9 @@ def open_source(
         return amazon(path, files, catalog_file, context)
     if kind == "parquet":
         return parquet(path, files, catalog_file, context, _open_catalog)
+    logs = [f for f in files.values() if f != catalog_file]
+    if len(logs) == 1 and is_atomic(logs[0], context.columns.encoding):
+        return recbole(path, files, catalog_file, context, _open_catalog)
     return separated(path, files, catalog_file, context, _open_catalog)
 
 
@@ -116,25 +126,26 @@ def _detect(path: Path, files: dict[str, File]) -> str:
         ((".parquet",), "parquet"),
         ((".csv", ".tsv"), "csv"),
     ):
-        if any(name.endswith(suffixes) for name in files):
+        if any(file.ends(*suffixes) for file in files.values()):
             return kind
     found = ", ".join(list(files)[:5]) or "nothing"
     raise DataError(
         f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json or "
         f"*.jsonl, plain or .gz (Amazon), u.data, ratings.dat or ratings.csv (MovieLens), "
-        f"*.parquet, *.csv and *.tsv; name it with format="
+        f"*.parquet, *.csv and *.tsv; name its format with --format, such as --format csv for a "
+        f"table with a header"
     )
 
 
 def _open_catalog(file: File, context: Context) -> CatalogReader:
     """Open a catalog in whatever format its name says."""
-    item, encoding = context.columns.item, context.columns.encoding
-    if file.name.endswith(".item"):
-        return atomic_catalog(file, context)
-    if file.name.endswith((".json", ".jsonl")):
+    item = context.columns.item
+    if file.ends(".json", ".jsonl"):
         return amazon_catalog(file, context)
-    if file.name.endswith(".parquet"):
+    if file.ends(".parquet"):
         return parquet_catalog(file, item)
-    table = named_table(file, encoding)
-    fields = tuple(name for name in table.names if name != item)
+    if file.ends(".item") or is_atomic(file, context.columns.encoding):
+        return atomic_catalog(file, context)
+    table = named_table(file, context)
+    fields = tuple(name for name in table.names if name not in (item, ""))
     return CatalogReader(table_catalog(table, item, context), fields)

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.csv import CATALOG_NAMES
 from l2rec.data.formats.fields import joined
-from l2rec.data.formats.files import File, reading
+from l2rec.data.formats.files import File, reading, split_note
+from l2rec.data.formats.ignored import SAMPLE_ROWS, check_ignored
 from l2rec.data.formats.source import (
     CatalogReader,
     Context,
@@ -44,7 +45,7 @@ def parquet(
     open_catalog: OpenCatalog,
 ) -> Source:
     """Open one or several files of events, and the catalog that is given or lies beside them."""
-    parts = {n: f for n, f in files.items() if n.endswith(".parquet")}
+    parts = {n: f for n, f in files.items() if f.ends(".parquet")}
     if items is None:
         items = next((f for n, f in parts.items() if n.split(".")[0] in CATALOG_NAMES), None)
     logs = [f for f in parts.values() if items is None or f != items]
@@ -52,8 +53,15 @@ def parquet(
         raise DataError(f"{path} has no Parquet file with events; give the path of the file")
     columns = context.columns
     event_type = columns.event_type
+    schemas = {file: _parquet_file(file).schema_arrow for file in logs}
     for file in logs:
-        names = _parquet_file(file).schema_arrow.names
+        names = schemas[file].names
+        if set(names) != set(schemas[logs[0]].names):
+            raise DataError(
+                f"{path} has {len(logs)} Parquet files with different columns, such as "
+                f"{logs[0].name} and {file.name}, so they are not parts of one log; give the path "
+                f"of the file"
+            )
         for name, option in (
             (columns.user, "user"),
             (columns.item, "item"),
@@ -62,10 +70,18 @@ def parquet(
         ):
             if name is not None and name not in names:
                 raise missing_column(file, name, option, names)
-    if event_type is None and all(
-        "event_type" in _parquet_file(f).schema_arrow.names for f in logs
-    ):
+    if event_type is None and "event_type" in schemas[logs[0]].names:
         event_type = "event_type"
+    used = [columns.user, columns.item, columns.timestamp, event_type]
+    for file, schema in schemas.items():
+        lists = [f.name for f in schema if _is_list(f.type)]
+        check_ignored(file, [n for n in used if n is not None], _sample(file), lists, context.notes)
+    if len(logs) > 1:
+        context.notes.append(
+            f"{len(logs)} files were read as parts of one log: {', '.join(f.name for f in logs)}"
+        )
+    else:
+        context.notes.extend(split_note(logs[0]))
     events = _parquet_events(logs, columns, event_type, context)
     catalog = open_catalog(items, context) if items else None
     return as_source("parquet", [*logs, *([items] if items else [])], events, catalog)
@@ -123,8 +139,23 @@ def parquet_catalog(file: File, item: str) -> CatalogReader:
     return CatalogReader(catalog, texts, more)
 
 
+def _sample(file: File) -> dict[str, list[str]]:
+    """Return the first values of the text columns by column."""
+    opened = _parquet_file(file)
+    texts = [f.name for f in opened.schema_arrow if _is_text(f.type) and not _is_list(f.type)]
+    if not texts:
+        return {}
+    with reading(file):
+        for batch in opened.iter_batches(batch_size=SAMPLE_ROWS, columns=texts):
+            rows = batch.to_pylist()
+            return {name: [row[name] or "" for row in rows] for name in texts}
+    return {}
+
+
 def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 def _is_text(kind: pa.DataType) -> bool:

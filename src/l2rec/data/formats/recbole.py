@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from l2rec.data.formats.files import File, only_file
+from l2rec.data.formats.files import File, only_file, split_note
 from l2rec.data.formats.source import CatalogReader, Context, OpenCatalog, Source, as_source
-from l2rec.data.formats.tables import Table, read_header, table_catalog, table_events
+from l2rec.data.formats.tables import Table, check_names, read_header, table_catalog, table_events
 from l2rec.errors import DataError
 
+TYPES = ("token", "token_seq", "float", "float_seq")
 
-def _atomic_table(file: File, encoding: str) -> tuple[Table, dict[str, str]]:
+
+def is_atomic(file: File, encoding: str) -> bool:
+    """Tell whether the header gives each column a type, as RecBole's files do under any name."""
+    header = read_header(file, "\t", encoding, quotes=False)
+    return all(cell.rpartition(":")[2] in TYPES for cell in header)
+
+
+def _atomic_table(file: File, context: Context) -> tuple[Table, dict[str, str]]:
     """Return the table under its bare column names, and the type of each."""
-    header = read_header(file, "\t", encoding)
+    encoding = context.columns.encoding
+    header = read_header(file, "\t", encoding, quotes=False)
     types: dict[str, str] = {}
     for cell in header:
         name, _, kind = cell.rpartition(":")
-        if not name or kind not in ("token", "token_seq", "float", "float_seq"):
+        if not name or kind not in TYPES:
             raise DataError(
                 f"{file}, line 1: header {cell!r} has no type; write name:token, name:token_seq, "
                 f"name:float or name:float_seq, separated by tabs"
             )
         types[name] = kind
-    return Table(file, list(types), "\t", quotes=False, encoding=encoding), types
+    check_names(file, [cell.rpartition(":")[0] for cell in header])
+    table = Table(file, list(types), "\t", quotes=False, encoding=encoding, notes=context.notes)
+    return table, types
 
 
 def atomic_catalog(file: File, context: Context) -> CatalogReader:
     """Open a .item file: token columns make the text, numbers are read when named."""
     item = context.columns.item
-    table, types = _atomic_table(file, context.columns.encoding)
+    table, types = _atomic_table(file, context)
     names = [name for name in types if name != item]
     return CatalogReader(
         table_catalog(table, item, context),
@@ -45,9 +56,12 @@ def recbole(
     open_catalog: OpenCatalog,
 ) -> Source:
     """Open a .inter file, and the .item file that is given or lies beside it."""
-    file = only_file(path, files, (".inter",), ".inter")
-    table, _ = _atomic_table(file, context.columns.encoding)
-    events = table_events([table], context.columns, context)
+    file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
+    file = file or only_file(path, files, (".inter",), ".inter")
+    table, types = _atomic_table(file, context)
+    lists = [name for name, kind in types.items() if kind.endswith("_seq")]
+    events = table_events([table], context.columns, context, lists)
+    context.notes.extend(split_note(file))
     if items is None:
         beside = file.name.removesuffix(".inter") + ".item"
         if file.member is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Source"]
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ class Source:
     ``catalog(fields)``: batches of ``item_id`` and the named fields, all strings, none null;
     None without a catalog. ``fields`` are always stored and make the default text;
     ``more_fields`` are read only when a text template names them. ``files``: the files read.
+    ``notes``: what the user should know of the files, complete when all was read.
     """
 
     format: str
@@ -38,14 +39,16 @@ class Source:
     catalog: Callable[[Sequence[str]], Iterator[pa.RecordBatch]] | None = None
     fields: tuple[str, ...] = ()
     more_fields: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Context:
-    """Options of a reader."""
+    """Options of a reader. ``notes``: receives what the user should know of the files."""
 
     columns: Columns
     block_bytes: int
+    notes: list[str] = field(default_factory=list)
 
 
 def _strings(column: pa.Array) -> pa.Array:
@@ -79,7 +82,10 @@ def _seconds(times: pa.Array, where: Where) -> np.ndarray[Any, np.dtype[np.float
     if column.dtype.is_temporal():
         numbers = column.cast(pl.Datetime("us")).dt.epoch("us") / 1e6
     elif column.dtype == pl.String:
-        numbers = column.str.strip_chars().cast(pl.Float64, strict=False)
+        column = column.str.strip_chars()
+        numbers = column.cast(pl.Float64, strict=False)
+        if len(column) and numbers.null_count() == len(column):
+            numbers = _seconds_of_dates(column)
     else:
         numbers = column.cast(pl.Float64, strict=False)
     wrong = ~numbers.is_finite().fill_null(False)
@@ -88,10 +94,40 @@ def _seconds(times: pa.Array, where: Where) -> np.ndarray[Any, np.dtype[np.float
         value = column[row]
         shown = "is missing" if value is None or value == "" else f"{value!r} is not a number"
         raise DataError(
-            f"{where(row)}: timestamp {shown}; give seconds since 1970 (or pass --timestamp none "
-            f"if the events are in order and have no times)"
+            f"{where(row)}: timestamp {shown}; give seconds since 1970 or, in all rows, dates such "
+            f"as 2023-11-28 or 2023-11-28T23:08:57Z (or pass --timestamp none if the events are in "
+            f"order and have no times)"
         )
     return numbers.to_numpy()
+
+
+_DATE = (
+    r"^(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(:\d{2}(?:\.\d+)?)?)?"
+    r" ?(Z|UTC|[+-]\d{2}:?\d{2})?$"
+)
+
+
+def _seconds_of_dates(texts: pl.Series) -> pl.Series:
+    """Turn ISO 8601 dates and times into seconds since 1970; UTC where no offset is given.
+
+    Null where a text is not a date.
+    """
+    parts = texts.to_frame("text").select(
+        pl.col("text").str.extract(_DATE, group).alias(name)
+        for group, name in enumerate(("day", "time", "second", "offset"), start=1)
+    )
+    offset = pl.col("offset").str.replace_all(r"[Z:UTC]", "")
+    minutes = offset.str.slice(1, 2).cast(pl.Float64, strict=False) * 60
+    minutes += offset.str.slice(3, 2).cast(pl.Float64, strict=False)
+    sign = pl.when(offset.str.starts_with("-")).then(-1.0).otherwise(1.0)
+    moment = pl.concat_str(
+        pl.col("day"),
+        pl.lit(" "),
+        pl.col("time").fill_null("00:00"),
+        pl.col("second").fill_null(":00"),
+    ).str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us", strict=False)
+    seconds = moment.dt.epoch("us") / 1e6 - (sign * minutes * 60).fill_null(0.0)
+    return parts.select(seconds.alias("seconds")).to_series()
 
 
 def catalog_batch(ids: Any, fields: dict[str, Any], where: Where) -> pa.RecordBatch:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from l2rec.data.formats.columns import Columns
-from l2rec.data.formats.files import File, reading
+from l2rec.data.formats.files import File, open_text, reading
+from l2rec.data.formats.ignored import SAMPLE_ROWS, check_ignored
+from l2rec.data.formats.quotes import Watched
 from l2rec.data.formats.source import Context, catalog_batch, event_batch
 from l2rec.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    import _csv
 
 
 @dataclass(frozen=True)
 class Table:
-    """A separated text file: its columns in file order and how they are separated."""
+    """A separated text file: its columns in file order and how they are separated.
+
+    ``quotes``: whether cells may stand in quotes. ``time``: the column of the time of an event,
+    where the rows are events. ``notes``: what a reader should know, after the table was read.
+    """
 
     file: File
     names: list[str]
@@ -28,48 +40,140 @@ class Table:
     quotes: bool = True
     has_header: bool = True
     encoding: str = "utf-8"
+    time: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def quoted(self) -> bool:
+        """Whether cells stand in quotes: with tabs, only if the whole file keeps to that."""
+        if not self.quotes or self.separator != "\t":
+            return self.quotes
+        with reading(self.file, self.encoding), self._text() as stream:
+            first, skipped = self._skip(stream)
+            watch = Watched(first, stream, self.separator, len(self.names), quotes=True)
+            watch.finish()
+        if watch.broken is None and watch.swallowed is None:
+            return True
+        opened = watch.broken.opened if watch.broken else cast(tuple[int, int], watch.swallowed)[0]
+        self.notes.append(
+            f"{self.file.name}: quotes are part of the text, as the one that opens a cell in line "
+            f"{self._line_of(skipped + opened)} and does not close it"
+        )
+        return False
 
     def batches(self, wanted: Sequence[str], block_bytes: int) -> Iterator[pa.RecordBatch]:
-        """Yield the wanted columns as strings."""
-        with reading(self.file, self.encoding), self.file.open() as stream:
-            first = self._skip(stream)
+        """Yield the wanted columns as strings.
+
+        Raises:
+            DataError: a row of another length, a quote that does not pair up, or lines that did
+                not become rows.
+        """
+        with reading(self.file, self.encoding), self._text() as stream:
+            first, skipped = self._skip(stream)
             if not first:
                 return
-            reader = self._open(_Rejoined(first, stream), wanted, block_bytes)
-            yield from reader
+            watch = Watched(
+                first,
+                stream,
+                self.separator,
+                len(self.names),
+                quotes=self.quoted,
+                time=self.names.index(self.time) if self.time in self.names else None,
+            )
+            rows = 0
+            try:
+                for batch in self._open(watch, wanted, block_bytes):
+                    rows += batch.num_rows
+                    yield batch
+                    if watch.broken is not None:
+                        break
+            except pa.ArrowInvalid as error:
+                watch.finish()
+                self._check_quotes(watch, skipped)
+                self._explain(error)
+                raise
+            watch.finish()
+            self._check_quotes(watch, skipped)
+            self._check_lines(watch, rows, skipped)
 
-    def _skip(self, stream: BinaryIO) -> bytes:
-        """Skip the header and empty lines; return the first line of data, or nothing."""
-        if self.has_header:
-            stream.readline()
+    def _text(self) -> BinaryIO:
+        return open_text(self.file, self.encoding)
+
+    def _skip(self, stream: BinaryIO) -> tuple[bytes, int]:
+        """Skip the header and empty lines; return the first line of data, or nothing, and how
+        many bytes were skipped.
+        """
+        skipped = len(stream.readline()) if self.has_header else 0
         for line in iter(stream.readline, b""):
             if line.strip():
-                return line
-        return b""
+                return line, skipped
+            skipped += len(line)
+        return b"", skipped
 
     def _open(
         self, stream: Any, wanted: Sequence[str], block_bytes: int
     ) -> Iterator[pa.RecordBatch]:
-        try:
-            yield from pa_csv.open_csv(
-                pa.PythonFile(stream, mode="r"),
-                read_options=pa_csv.ReadOptions(
-                    column_names=self.names, block_size=block_bytes, encoding=self.encoding
-                ),
-                parse_options=pa_csv.ParseOptions(
-                    delimiter=self.separator,
-                    quote_char='"' if self.quotes else False,
-                    newlines_in_values=self.quotes,
-                ),
-                convert_options=pa_csv.ConvertOptions(
-                    column_types={name: pa.string() for name in self.names},
-                    include_columns=list(wanted),
-                    strings_can_be_null=False,
-                ),
+        yield from pa_csv.open_csv(
+            pa.PythonFile(stream, mode="r"),
+            read_options=pa_csv.ReadOptions(column_names=self.names, block_size=block_bytes),
+            parse_options=pa_csv.ParseOptions(
+                delimiter=self.separator,
+                quote_char='"' if self.quoted else False,
+                newlines_in_values=self.quoted,
+            ),
+            convert_options=pa_csv.ConvertOptions(
+                column_types={name: pa.string() for name in self.names},
+                include_columns=list(wanted),
+                strings_can_be_null=False,
+            ),
+        )
+
+    def _check_quotes(self, watch: Watched, skipped: int) -> None:
+        """Raise DataError for a quote that does not pair up, or that holds a row of events."""
+        broken = watch.broken
+        if broken is not None:
+            line = self._line_of(skipped + broken.opened)
+            where = (
+                "is not closed by the end of the file"
+                if broken.what == "is not closed"
+                else f"{broken.what}, in line {self._line_of(skipped + broken.at)}"
             )
-        except pa.ArrowInvalid as error:
-            self._explain(error)
-            raise
+            cause = ' (\\" is not a quote inside quotes, "" is)' if broken.escaped else ""
+            raise DataError(
+                f'{self.file}, line {line}: the cell that opens with a quote (") {where}{cause}; '
+                f"repair that line, or pass --quotes none if quotes are part of the text"
+            )
+        if watch.swallowed is not None and self.time is not None:
+            opened, row = watch.swallowed
+            raise DataError(
+                f'{self.file}, line {self._line_of(skipped + opened)}: the quote (") that opens '
+                f"here closes only after line {self._line_of(skipped + row)}, which looks like an "
+                f"event; repair that line, or pass --quotes none if quotes are part of the text"
+            )
+
+    def _check_lines(self, watch: Watched, rows: int, skipped: int) -> None:
+        """Compare the lines of the file with the rows that came out of them."""
+        if watch.inside and watch.first_inside is not None:
+            self.notes.append(
+                f"{self.file.name}: {watch.inside:,} line breaks stand inside quoted cells (the "
+                f"first opens in line {self._line_of(skipped + watch.first_inside)}); if quotes "
+                f"are part of the text, pass --quotes none"
+            )
+        if rows == watch.lines - watch.inside:
+            return
+        with self._text() as stream:
+            stream.read(skipped)
+            lines = sum(bool(line.strip(b"\r\n")) for line in stream)
+        if rows < lines - watch.inside:
+            raise DataError(
+                f"{self.file} has {lines:,} lines below its header, but only {rows:,} rows could "
+                f"be read from them; look for quotes and control characters in it"
+            )
+
+    def _line_of(self, offset: int) -> int:
+        """Return the number of the line at an offset of the text."""
+        with self._text() as stream:
+            return stream.read(offset).count(b"\n") + 1
 
     def _explain(self, error: pa.ArrowInvalid) -> None:
         if "columns, got" not in str(error):
@@ -83,23 +187,30 @@ class Table:
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield line numbers and cells, slowly: to tell where an error is."""
-        with self.file.open() as stream:
-            text = io.TextIOWrapper(stream, self.encoding, errors="replace", newline="")
-            if self.quotes:
-                rows = csv.reader(text, delimiter=self.separator)
-            else:
-                rows = csv.reader(text, delimiter=self.separator, quoting=csv.QUOTE_NONE)
+        with self._text() as stream:
+            # Line ends of all kinds become one, as Arrow takes them.
+            text = io.TextIOWrapper(stream, "utf-8", errors="replace", newline=None)
+            rows = _cells(text, self.separator, quotes=self.quoted)
             if self.has_header:
                 next(rows, None)
             for row in rows:
                 if row:
                     yield rows.line_num, row
 
+    def sample(self, rows: int) -> dict[str, list[str]]:
+        """Return the values of the first rows by column; nothing of a file that is not a table."""
+        first: list[list[str]] = []
+        with reading(self.file, self.encoding), contextlib.suppress(csv.Error):
+            first = [row for _, (_, row) in zip(range(rows), self._rows(), strict=False)]
+        whole = [row for row in first if len(row) == len(self.names)]
+        return {name: [row[at] for row in whole] for at, name in enumerate(self.names)}
+
     def where(self, row: int) -> str:
         """Name the file and line of a data row."""
-        for at, (line, _) in enumerate(self._rows()):
-            if at == row:
-                return f"{self.file}, line {line}"
+        with contextlib.suppress(csv.Error):  # a cell too long for the csv module
+            for at, (line, _) in enumerate(self._rows()):
+                if at == row:
+                    return f"{self.file}, line {line}"
         return f"{self.file}, row {row + 1}"
 
     def need(self, name: str, option: str) -> str:
@@ -109,61 +220,97 @@ class Table:
         return name
 
 
-class _Rejoined(io.RawIOBase):
-    """A stream whose first line was read already and is put back."""
-
-    def __init__(self, first: bytes, rest: BinaryIO) -> None:
-        self._first = first
-        self._rest = rest
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        if not self._first:
-            return self._rest.read(size)
-        head = self._first if size < 0 else self._first[:size]
-        self._first = self._first[len(head) :]
-        return head + self._rest.read(size - len(head) if size >= 0 else -1)
+def _cells(lines: Iterable[str], separator: str, *, quotes: bool) -> _csv.Reader:
+    """Split lines into cells."""
+    if quotes:
+        return csv.reader(lines, delimiter=separator)
+    return csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
 
 
 def missing_column(file: File, name: str, option: str, names: Sequence[str]) -> DataError:
     """Return the error for a column that a file does not have, with the nearest name."""
     flag = "--" + option.replace("_", "-")
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    if any(re.fullmatch(r"[\d\s.+-]*\d[\d\s.+-]*", cell) for cell in names):
+        return DataError(
+            f"{file} has no column {name!r}: its first line is {shown[:60]!r}, data and not a "
+            f"header; write a line with the names of the columns above it, such as "
+            f"user_id,item_id,timestamp, and one event in each line"
+        )
+    advice = f"pass {flag} COLUMN"
+    if option == "timestamp":
+        advice += ", or --timestamp none if the events are in order and have no times"
     return DataError(
-        f"{file} has no column {name!r}, it has {', '.join(names)}{nearest(name, names)}; "
-        f"pass {flag} COLUMN"
+        f"{file} has no column {name!r}, it has {shown}{nearest(name, names)}; {advice}"
     )
 
 
-def read_header(file: File, separator: str, encoding: str) -> list[str]:
-    """Return the cells of the first line. Raises DataError for an empty file."""
-    with reading(file, encoding), file.open() as stream:
-        line = stream.readline()
-        text = line.decode(encoding).removeprefix("\ufeff").rstrip("\r\n")
-    if not text.strip():
-        raise DataError(f"{file} is empty; expected a header line with the names of the columns")
-    return next(csv.reader([text], delimiter=separator))
+def read_header(file: File, separator: str, encoding: str, *, quotes: bool = True) -> list[str]:
+    """Return the cells of the first line.
+
+    Raises:
+        DataError: the file is empty, two columns have one name, or the text is in no such encoding.
+    """
+    text = _first_line(file, encoding)
+    with reading(file, encoding):
+        if "\0" in text:
+            raise DataError(
+                f"{file}, line 1 has NUL characters, as text in UTF-16 has; pass its encoding, "
+                f"for example --encoding utf-16-le"
+            )
+        if not text.strip():
+            raise DataError(
+                f"{file} is empty; expected a header line with the names of the columns"
+            )
+        names = next(_cells([text], separator, quotes=quotes))
+    check_names(file, names)
+    return names
 
 
-def named_table(file: File, encoding: str) -> Table:
+def check_names(file: File, names: Sequence[str]) -> None:
+    """Raise DataError if two columns have one name; several may have none."""
+    double = next((name for name in names if name and names.count(name) > 1), None)
+    if double is not None:
+        raise DataError(
+            f"{file}, line 1: {names.count(double)} columns are named {double!r}; rename all but "
+            f"the one to read"
+        )
+
+
+def _first_line(file: File, encoding: str) -> str:
+    with reading(file, encoding), open_text(file, encoding) as stream:
+        return stream.readline().decode().rstrip("\r\n")
+
+
+def named_table(file: File, context: Context) -> Table:
     """Open a file of comma- or tab-separated values by its header."""
-    separator = "\t" if file.name.endswith(".tsv") else ","
-    names = read_header(file, separator, encoding)
+    encoding, quotes = context.columns.encoding, context.columns.quotes != "none"
+    separator = "\t" if file.ends(".tsv") else ","
+    names = read_header(file, separator, encoding, quotes=quotes)
     if len(names) == 1 and separator == ",":
         separator = next((s for s in "\t;|" if s in names[0]), ",")
-        names = read_header(file, separator, encoding)
-    return Table(file, names, separator, encoding=encoding)
+        names = read_header(file, separator, encoding, quotes=quotes)
+    if quotes and _first_line(file, encoding).count('"') % 2:
+        if separator != "\t":
+            raise DataError(
+                f'{file}, line 1: the header has a quote (") that does not close in its line; '
+                f"repair it, or pass --quotes none if quotes are part of the text"
+            )
+        names = read_header(file, separator, encoding, quotes=False)
+    return Table(file, names, separator, quotes=quotes, encoding=encoding, notes=context.notes)
 
 
 def table_events(
-    tables: Sequence[Table], columns: Columns, context: Context
+    tables: Sequence[Table], columns: Columns, context: Context, lists: Collection[str] = ()
 ) -> Callable[[], Iterator[pa.RecordBatch]]:
     """Check that the columns exist; return a function that reads them.
 
+    ``lists``: columns that hold lists by their type.
+
     Raises:
-        DataError: a column is missing.
+        DataError: a column is missing, or one that is not read holds histories.
     """
+    tables = [replace(table, time=columns.timestamp) for table in tables]
     for table in tables:
         table.need(columns.user, "user")
         table.need(columns.item, "item")
@@ -176,6 +323,8 @@ def table_events(
         event_type = "event_type"
     wanted = [columns.user, columns.item, columns.timestamp, event_type]
     names = [name for name in wanted if name is not None]
+    for table in tables:
+        check_ignored(table.file, names, table.sample(SAMPLE_ROWS), lists, context.notes)
 
     def events() -> Iterator[pa.RecordBatch]:
         total = 0

@@ -1,0 +1,283 @@
+"""What a log holds and nobody reads: histories, lists, splits, text in other encodings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.support.errors import one_line
+
+from l2rec.data.formats.columns import Columns
+from l2rec.data.formats.open import open_source
+from l2rec.data.formats.source import Source
+from l2rec.errors import DataError
+
+LOG = "user_id,item_id,timestamp\nu,a,1\né,b,2\n"
+UNREAD = "not read, though by type, name or content it holds lists"
+EVENTS = [("u", "a", 1.0), ("é", "b", 2.0)]
+
+
+def opened(path: Path, format: str | None = None, **columns: Any) -> Source:
+    return open_source(path, format=format, columns=Columns(**columns))
+
+
+def events_of(source: Source) -> list[tuple[str, str, float]]:
+    rows = [row for batch in source.events() for row in batch.to_pylist()]
+    return [(r["user_id"], r["item_id"], r["timestamp"]) for r in rows]
+
+
+def refusal(path: Path, **columns: Any) -> str:
+    with pytest.raises(DataError) as error:
+        events_of(opened(path, **columns))
+    return one_line(error)
+
+
+# -- histories, lists and splits -----------------------------------------------------------------
+
+
+def test_recbole_samples_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.inter"
+    path.write_text(
+        "user_id:token\titem_id_list:token_seq\titem_id:token\n1\ta\tb\n1\ta b\tc\n2\tb\tc\n"
+    )
+    message = refusal(path, timestamp=None)
+    assert "t.inter has samples, not events: column 'item_id_list' holds the history" in message
+    assert "prepare the log that the samples were made from" in message
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        ("user_id,parent_asin,rating,timestamp,history", ["u,a,5,1,", "u,b,5,2,a", "u,c,5,3,a b"]),
+        ("user_id,history_item_id,parent_asin,timestamp", ["u,\"['a', 'b']\",c,1"]),
+        ("user_id,item_seq,parent_asin,timestamp", ["u,a,b,1"]),
+        ("user_id,clicks_list,parent_asin,timestamp", ["u,a|b,c,1"]),
+        ("user_id,hist,parent_asin,timestamp", ["u,a b,c,1"]),
+    ],
+)
+def test_separated_samples_are_refused(tmp_path: Path, header: str, rows: list[str]) -> None:
+    path = tmp_path / "test.csv"
+    path.write_text("\n".join([header, *rows]) + "\n")
+    assert "test.csv has samples, not events" in refusal(path, item="parent_asin")
+
+
+def test_other_lists_are_named_and_scalars_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(
+        'user_id,item_id,timestamp,tags,wish_list,title\nu,a,1,"[1, 2]",yes,Some [words] here\n'
+    )
+    source = opened(path)
+    assert events_of(source) == [("u", "a", 1.0)]
+    assert source.notes == [f"log.csv: {UNREAD}: 'tags', 'wish_list'"]
+    path = tmp_path / "x.inter"
+    path.write_text("user_id:token\titem_id:token\ttimestamp:float\tname:token_seq\nu\ta\t1\tA b\n")
+    assert opened(path).notes == [f"x.inter: {UNREAD}: 'name'"]
+
+
+def test_parquet_lists(tmp_path: Path) -> None:
+    rows: dict[str, Any] = {"user_id": ["u"], "item_id": ["a"], "timestamp": [1.0]}
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table(rows | {"history": [["b"]]}), path)
+    assert "log.parquet has samples, not events" in refusal(path)
+    pq.write_table(pa.table(rows | {"tags": [["b"]], "n": [[1, 2]]}), path)
+    assert opened(path).notes == [f"log.parquet: {UNREAD}: 'tags', 'n'"]
+    pq.write_table(pa.table(rows | {"item_id": [["a", "b"]]}), path)
+    assert "column 'item_id' holds a list in each row, so a row is not one event" in refusal(path)
+
+
+def test_parquet_files_that_are_no_parts_of_one_log(tmp_path: Path) -> None:
+    rows: dict[str, Any] = {"user_id": ["u"], "item_id": ["a"], "timestamp": [1.0]}
+    pq.write_table(pa.table(rows), tmp_path / "likes.parquet")
+    pq.write_table(pa.table(rows), tmp_path / "skips.parquet")
+    assert opened(tmp_path).notes == [
+        "2 files were read as parts of one log: likes.parquet, skips.parquet"
+    ]
+    pq.write_table(pa.table(rows | {"event_type": ["like"]}), tmp_path / "multi_event.parquet")
+    assert "different columns, such as likes.parquet and multi_event.parquet" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["inter", "csv"])
+def test_splits_are_named(tmp_path: Path, ending: str) -> None:
+    typed = "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t1\n"
+    text = typed if ending == "inter" else "user_id,item_id,timestamp\nu,a,1\n"
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"x.{split}.{ending}").write_text(text)
+    message = refusal(tmp_path)
+    assert "these look like the splits of one log, and each alone is a part of it" in message
+    assert "give the path of the file" not in message
+    assert opened(tmp_path / f"x.train.{ending}").notes == [
+        f"x.train.{ending} is one split (train); x.test.{ending}, x.valid.{ending} beside it are "
+        "not read, so events may be missing"
+    ]
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, encoding: str) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        for separator in (",", "\t"):
+            path = tmp_path / "log.csv"
+            path.write_bytes(LOG.replace("\n", end).replace(",", separator).encode(encoding))
+            assert events_of(opened(path)) == EVENTS
+            assert events_of(opened(path, encoding=encoding)) == EVENTS
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "cp1252", "shift_jis", "utf-32-be"])
+def test_encodings_by_name(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes(LOG.replace("é", "e").encode(encoding))
+    expected = [(u.replace("é", "e"), i, t) for u, i, t in EVENTS]
+    assert events_of(opened(path, encoding=encoding)) == expected
+    if encoding.startswith("utf"):
+        assert "line 1 has NUL characters, as text in UTF-16 has" in refusal(path)
+
+
+@pytest.mark.parametrize("encoding", ["rot13", "hex", "undefined", "klingon"])
+def test_what_is_no_encoding(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(LOG)
+    assert encoding in refusal(path, encoding=encoding)
+
+
+def test_text_that_is_not_in_its_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes(LOG.encode("utf-16") + b"\x00")
+    message = refusal(path)
+    assert "log.csv, line 4: byte 0x00 at position" in message and "is not utf-16" in message
+    path.write_text(LOG)
+    assert "line 3: byte 0xc3 at position 32 is not ascii" in refusal(path, encoding="ascii")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_carriage_returns_alone_end_lines(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "mac.csv"
+    path.write_bytes(LOG.replace("\n", "\r").encode(encoding))
+    assert events_of(opened(path)) == EVENTS
+    path.write_bytes(LOG.replace("\n", "\r").replace(",2", "").encode(encoding))
+    assert "mac.csv, line 3 has 2 columns, not the 3 of its header" in refusal(path)
+
+
+def test_a_stray_carriage_return(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"user_id,item_id,timestamp\nu,a,1\nu,b\rc,2\n")
+    assert "log.csv, line 3 has 2 columns, not the 3 of its header" in refusal(path)
+
+
+# -- the shape of a table ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dates",
+    [
+        ("2009-05-04", "2009-05-05"),
+        ("2009-05-04 00:00", "2009-05-05T00:00Z"),
+        ("2009-05-04T00:00:00Z", "2009-05-05 00:00:00.0"),
+        ("2009-05-04T02:00:00+02:00", "2009-05-04T22:30:00-0130"),
+        (" 2009-05-04 00:00:00 UTC", "2009-05-05 00:00:00 UTC"),
+    ],
+)
+def test_iso_dates(tmp_path: Path, dates: tuple[str, str]) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "".join(f"u,a,{date}\n" for date in dates))
+    start = 1241395200.0
+    assert events_of(opened(path)) == [("u", "a", start), ("u", "a", start + 86400)]
+    path.write_text(path.read_text() + "u,a,2009-02-30\n")
+    assert "log.csv, line 4: timestamp '2009-02-30' is not a" in refusal(path)
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "LOG.CSV").write_text(LOG)
+    assert events_of(opened(tmp_path)) == EVENTS
+    assert events_of(opened(tmp_path / "LOG.CSV")) == EVENTS
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp,item_id\nu,a,1,b\n")
+    assert "log.csv, line 1: 2 columns are named 'item_id'; rename all but" in refusal(path)
+    path = tmp_path / "log.inter"
+    path.write_text("user_id:token\titem_id:token\titem_id:float\n")
+    assert "log.inter, line 1: 2 columns are named 'item_id'; rename all but" in refusal(path)
+
+
+def test_no_timestamp_column_names_none(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id\nu,a\n")
+    assert refusal(path).endswith(
+        "pass --timestamp COLUMN, or --timestamp none if the events are in order and have no times"
+    )
+
+
+def test_numbers_are_no_header(tmp_path: Path) -> None:
+    path = tmp_path / "Beauty.txt"
+    for line in ("1 1 2 3 4 5", "1, u1, 11/11/2019 9:05:58 AM, N1 N2"):
+        path.write_text(f"{line}\n2 6 7\n".replace(", ", ","))
+        with pytest.raises(DataError, match=f"its first line is '{line}', data and not a header"):
+            opened(path, format="csv")
+
+
+def test_typed_headers_under_any_name(tmp_path: Path) -> None:
+    log, items = tmp_path / "log.csv", tmp_path / "x.text"
+    log.write_text(LOG)
+    items.write_text('item_id:token\ttext:token_seq\na\t"A" one\nb\tB\n')
+    source = open_source(log, items=items)
+    assert source.fields == ("text",) and source.catalog is not None
+    rows = [row for batch in source.catalog(("text",)) for row in batch.to_pylist()]
+    assert [row["text"] for row in rows] == ['"A" one', "B"]
+
+
+# -- JSON ----------------------------------------------------------------------------------------
+
+REVIEW = {"reviewerID": "u", "asin": "a", "unixReviewTime": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"0": [1, 2], "1": [3]}, "one JSON object of users and the lists of their items"),
+        ({"B0": {"title": "x"}, "B1": {}}, "one JSON object of items and their fields"),
+        ({"0": ["<a_1>", "<b_2>"]}, "the semantic ids of items"),
+        ({f"B{n}": n for n in range(20)}, "a map of ids to numbers"),
+        ([REVIEW], "one JSON array, not one object per line"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_of_one_value_is_told_by_its_shape(
+    tmp_path: Path, value: Any, says: str, indent: int | None
+) -> None:
+    path, log = tmp_path / "Beauty.inter.json", tmp_path / "log.csv"
+    path.write_text(json.dumps(value, indent=indent))
+    assert f"Beauty.inter.json is {says}" in refusal(path)
+    log.write_text(LOG)
+    with pytest.raises(DataError, match=f"Beauty.inter.json is {says}"):
+        open_source(log, items=path)
+    log.unlink()
+    (tmp_path / "Beauty.test.json").write_text("{}")
+    assert f"Beauty.inter.json is {says}" in refusal(tmp_path)
+
+
+def test_json_lines_of_other_keys(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"n": 1, "item": 2}\n{"n": 2, "item": 3}\n')
+    message = refusal(path)
+    assert "log.jsonl has the keys item, n; expected reviewerID" in message
+    assert "write other JSON Lines as CSV or Parquet, for whose columns there are --user" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_lines_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "log.json"
+    path.write_bytes((json.dumps(REVIEW) + "\n").encode(encoding))
+    assert events_of(opened(path)) == [("u", "a", 1.0)]
+
+
+def test_json_samples_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps(REVIEW | {"history": ["b"]}))
+    assert "log.json has samples, not events: column 'history' holds" in refusal(path)
