@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_the_last_good_state(
         patch.setattr(where, name, fault)
         with pytest.raises(CheckpointError, match=r"disk is full.*--resume") as error:
             write_state(tmp_path, 2, state(2))
-        assert "model.safetensors" in one_line(error)
+        assert f"{tmp_path}/state/step-00000002: " in one_line(error)
         with pytest.raises(CheckpointError, match="nothing was replaced"):
             save_tensors(tmp_path / "model.safetensors", {"w": torch.zeros(2)}, step="2")
     assert files(tmp_path) == before
@@ -99,7 +99,7 @@ def test_a_full_disk_for_the_last_file_of_a_state(
     before = files(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full_disk)
-        with pytest.raises(CheckpointError, match=r"counters\.json.*disk is full"):
+        with pytest.raises(CheckpointError, match=r"step-00000002: the disk is full"):
             write_state(tmp_path, 2, state(2))
     assert files(tmp_path) == before
 
