@@ -175,8 +175,8 @@ def find_recipe(recipe: str) -> Path:
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe, apply ``dotted.key=value`` overrides (values are YAML), check and resolve it.
 
-    A recipe with ``extends: OTHER`` (a shipped name or a path) takes from the other one all keys,
-    group by group, that it does not set itself.
+    A recipe with ``extends: OTHER`` (a shipped name, or a path from its folder) takes from the other
+    one all keys, group by group, that it does not set itself.
 
     Raises:
         ConfigError: unknown recipe or key (the nearest name is offered), or a bad value.
@@ -213,11 +213,25 @@ def _origin(path: Path, overrides: Sequence[str], fault: Fault) -> str:
             _set(values, override)
         if fault not in _faults(values):
             return f"override {overrides[n - 1]!r}"
-    base = _load(path).get("extends")
-    while base is not None and fault in _faults(_read(find_recipe(base))):
-        path = find_recipe(base)
-        base = _load(path).get("extends")
+    while (base := _base(path)) is not None and fault in _faults(_read(base)):
+        path = base
     return str(path)
+
+
+def _base(path: Path) -> Path | None:
+    """Find the recipe that this one ``extends``: a file beside it, or what `find_recipe` finds."""
+    base = _load(path).get("extends")
+    if base is None:
+        return None
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends={base!r} is no other recipe")
+    beside = path.parent / base
+    if beside.suffix in (".yaml", ".yml") and beside.is_file():
+        return beside
+    try:
+        return find_recipe(base)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: extends={base!r}: {error}") from None
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -234,12 +248,13 @@ def _load(path: Path) -> dict[str, Any]:
 def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read the keys of a recipe, over those of the recipe that it ``extends``."""
     values = _load(path)
-    base = values.pop("extends", None)
+    base = _base(path)
     if base is None:
         return values
-    if not isinstance(base, str) or path in extended:
-        raise ConfigError(f"{path}: extends={base!r} is no other recipe")
-    inherited = _read(find_recipe(base), (*extended, path))
+    extends = values.pop("extends")
+    if path in extended:
+        raise ConfigError(f"{path}: extends={extends!r} is no other recipe")
+    inherited = _read(base, (*extended, path))
     for key, value in values.items():
         base_value = inherited.get(key)
         merge = isinstance(base_value, dict) and isinstance(value, dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -69,6 +70,9 @@ def test_what_cannot_be_served(
         taken.listen()
         line = command(run, "--port", str(taken.getsockname()[1]))
         assert "choose another --port, or 0 for any" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert "cannot be written, and the event log lies there by default" in command(run)
     monkeypatch.setenv("L2REC_READ_KEYS", "hunter2")
     line = command(run, "--host", "0.0.0.0")
     assert "L2REC_READ_KEYS: key 1 has 7 characters" in line and "hunter2" not in line

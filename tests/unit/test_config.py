@@ -183,6 +183,21 @@ def test_an_error_names_the_file_or_the_override_that_it_comes_from(tmp_path: Pa
         load_recipe("l2rec", together)
 
 
+def test_extends_is_looked_up_from_the_folder_of_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("seed: 5\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: base.yaml\n")
+    assert load_recipe(str(child)).seed == 5
+    child.write_text("extends: elsewhere.yaml\n")
+    with pytest.raises(
+        ConfigError, match=r"child\.yaml: extends='elsewhere\.yaml': .*no such file"
+    ):
+        load_recipe(str(child))
+    child.write_text("extends: child.yaml\n")
+    with pytest.raises(ConfigError, match="is no other recipe"):
+        load_recipe(str(child))
+
+
 def test_an_unknown_key_like_no_other() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'qqqqq'$"):
         load_recipe("l2rec", ["model.qqqqq=1"])

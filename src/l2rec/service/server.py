@@ -65,6 +65,11 @@ def serve(
         raise CheckpointError(f"{target} is not a folder; give a run, or what `l2rec deploy` wrote")
     if not (target / FILE).is_file():
         require_finished(target)  # before an event log is written into it
+    if log_url is None and not os.access(target, os.W_OK):
+        raise CheckpointError(
+            f"{target} cannot be written, and the event log lies there by default; give another "
+            "place: --log sqlite:///PATH"
+        )
     _log_to_stderr()
     listening = _listen(settings)
     log = EventLog(log_url or f"sqlite:///{target.resolve() / 'events.db'}")
