@@ -175,8 +175,8 @@ def find_recipe(recipe: str) -> Path:
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe, apply ``dotted.key=value`` overrides (values are YAML), check and resolve it.
 
-    A recipe with ``extends: OTHER`` (a shipped name, or a path from its folder) takes from the other
-    one all keys, group by group, that it does not set itself.
+    A recipe with ``extends: OTHER`` (a shipped name, or a path from its folder) takes from the
+    other all keys, group by group, that it does not set itself.
 
     Raises:
         ConfigError: unknown recipe or key (the nearest name is offered), or a bad value.
