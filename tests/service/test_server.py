@@ -71,7 +71,7 @@ def test_what_cannot_be_served(
         line = command(run, "--port", str(taken.getsockname()[1]))
         assert "choose another --port, or 0 for any" in line
     with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda *_: False)
+        patch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
         assert "cannot be written, and the event log lies there by default" in command(run)
     monkeypatch.setenv("L2REC_READ_KEYS", "hunter2")
     line = command(run, "--host", "0.0.0.0")
