@@ -31,8 +31,8 @@ from l2rec.protocols import Recommender, Scorer, TopK
 
 _TOP = 20
 # Scores of a block, 16 MB: beyond 32 MB the C library maps fresh memory for every block, and the
-# first touch of its pages costs more than the ranking. A GPU wants few and large blocks.
-_BLOCK_SCORES = 1 << (24 if torch.cuda.is_available() else 22)
+# first touch of its pages costs more than the ranking.
+_BLOCK_SCORES = 1 << 22
 _COVERAGE_AT = 10
 
 
@@ -311,7 +311,8 @@ def _without(scores: Tensor, exclude: Ragged) -> Tensor:
 
 def _block_rows(n_items: int) -> int:
     """Choose how many users are scored at once."""
-    return max(16, min(1024, _BLOCK_SCORES // max(1, n_items)))
+    scores = 4 * _BLOCK_SCORES if torch.cuda.is_available() else _BLOCK_SCORES  # few, large blocks
+    return max(16, min(1024, scores // max(1, n_items)))
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

@@ -56,8 +56,8 @@ NEAR = (0.0, *(2.0 ** (k / 2) for k in range(-2, 17)))
 CHOSEN_ON = 10_000
 """Most users that `choose` looks at. The best weights differ by about one percent in NDCG@10, which
 is within the noise of two thousand users."""
-BLOCK_SCORES = 1 << (24 if torch.cuda.is_available() else 20)
-"""Scores that `choose` computes at once."""
+BLOCK_SCORES = 1 << 20
+"""Scores that `choose` computes at once; on a GPU, which wants few and large blocks, 16 times."""
 REPEATS = (-8.0, 0.0, 2.0)
 """Values of rho for `Blend`, whose scores have deviation 1: -8 never recommends a repeat."""
 TEXT_SHARE = 0.2
@@ -188,7 +188,7 @@ def text_neighbors(vectors: Tensor) -> Sparse:
     n = len(vectors)
     k = min(TEXT_NEIGHBORS, n - 1)
     columns, weights = [], []
-    size = max(1, 16 * BLOCK_SCORES // n)
+    size = max(1, 16 * _block_scores() // n)
     for start in range(0, n, size):
         cosines = vectors[start : start + size] @ vectors.T
         own = torch.arange(len(cosines), device=vectors.device)
@@ -198,6 +198,11 @@ def text_neighbors(vectors: Tensor) -> Sparse:
         weights.append(torch.softmax(nearest.values.double() / TEXT_TEMPERATURE, 1).cpu().numpy())
     rows = np.repeat(np.arange(n), k)
     return _csr(np.concatenate(weights).ravel(), rows, np.concatenate(columns).ravel(), (n, n))
+
+
+def _block_scores() -> int:
+    """Return how many scores are computed at once on this machine."""
+    return 16 * BLOCK_SCORES if torch.cuda.is_available() else BLOCK_SCORES
 
 
 def choose(
@@ -216,7 +221,7 @@ def choose(
     """
     some = np.unique(np.linspace(0, len(histories) - 1, CHOSEN_ON).astype(np.int64))
     totals = np.zeros(len(tried))
-    size = max(1, BLOCK_SCORES // n_items)
+    size = max(1, _block_scores() // n_items)
     for start in range(0, len(some), size):
         rows = some[start : start + size]
         own, met, seen = parts(histories.take(rows))

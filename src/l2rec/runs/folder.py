@@ -14,6 +14,8 @@
     RUN/ranks.parquet       per-user ranks on the test split, for paired tests
     RUN/state/step-N/       a state to resume from
     RUN/tensorboard/        event files
+    RUN/index/              what `l2rec index` built, if it was told to write here
+    RUN/events.db           the event log of `l2rec serve RUN`
     RUN/.l2rec.lock         only while a process trains it, or after a kill
 
 A version, the name of a run's weights, is a hash of model.safetensors and blend.safetensors.
