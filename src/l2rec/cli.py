@@ -116,6 +116,17 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
+def _print_formats(asked: bool) -> None:
+    """Print the formats that `prepare` reads, one in a line, and end the program."""
+    if not asked:
+        return
+    from l2rec.data.formats.open import FORMATS
+
+    for name, looks in FORMATS.items():
+        typer.echo(f"{name:<{max(map(len, FORMATS))}}  {looks}")
+    raise typer.Exit
+
+
 @app.command()
 def prepare(
     source: Annotated[str, typer.Argument(help="File, folder, or a name such as movielens-100k.")],
@@ -170,16 +181,27 @@ def prepare(
     cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
         "~/.cache/l2rec"
     ),
+    formats: Annotated[
+        bool,
+        typer.Option(
+            "--formats",
+            help="List the formats and what each looks like.",
+            is_eager=True,
+            callback=_print_formats,
+        ),
+    ] = False,
 ) -> None:
     """Read interaction logs and item texts into a data set folder.
 
     Formats: RecBole atomic files, Amazon reviews (2014, 2018, 2023), MovieLens (100K, 1M, latest),
-    CSV and Parquet; plain or gzip. Files larger than memory are fine. And the event log of
-    `l2rec serve`, by file or URL, with the texts of `--items` and of the items put since.
+    CSV, Parquet and sequence text (`--formats` lists them); plain or gzip. Files larger than memory
+    are fine. And the event log of `l2rec serve`, by file or URL, with the texts of `--items` and of
+    the items put since.
 
     Example: `l2rec prepare movielens-100k --out data/ml-100k`, or
     `l2rec prepare runs/ml/events.db --items runs/ml/catalog.parquet --out data/served`
     """
+    del formats  # printed by its callback
     import contextlib
     import tempfile
 

@@ -42,6 +42,7 @@ VERBS = {
         "--out",
         "--items",
         "--format",
+        "--formats",
         "--text",
         "--k-core",
         "--only",
@@ -256,6 +257,16 @@ def test_what_prepare_refuses(
     log.write_text("user_id,item_id,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(5)))
     filled = [argument.format(tmp=tmp_path, log=log) for argument in arguments]
     refused(call("prepare", *filled, "--out", tmp_path / "data"), message)
+
+
+def test_prepare_lists_its_formats(call: Call) -> None:
+    from l2rec.data.formats.open import FORMATS
+
+    outcome = call("prepare", "--formats")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [line.split(maxsplit=1) for line in outcome.out.splitlines()] == [
+        [name, looks] for name, looks in FORMATS.items()
+    ]
 
 
 def test_tune(call: Call, table_run: Finished, tmp_path: Path) -> None:

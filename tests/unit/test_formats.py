@@ -18,6 +18,7 @@ from tests.support.errors import one_line
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import FORMATS, open_source
 from l2rec.data.formats.source import Source
+from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.errors import DataError
 
 Event = tuple[str, str, float]
@@ -368,6 +369,150 @@ def test_parquet_torn(tmp_path: Path) -> None:
         open_source(tmp_path / "log.parquet")
 
 
+# ---------------------------------------------------------------- sequence text
+
+SEQUENCES = "1 1 2 3 4 5\n2 3 1 6 2 7\n3 2 2 9\n"
+PAIRS = "".join(
+    f"{user} {item}\n" for user, *items in map(str.split, SEQUENCES.splitlines()) for item in items
+)
+PLACES = [(*line.split(), float(at)) for at, line in enumerate(PAIRS.splitlines())]
+
+
+@pytest.mark.parametrize(("kind", "text"), [("sequences", SEQUENCES), ("pairs", PAIRS)])
+@pytest.mark.parametrize("block_bytes", [5, 1 << 20])
+def test_sequence_text(tmp_path: Path, kind: str, text: str, block_bytes: int) -> None:
+    plain = write(tmp_path / "a" / "Beauty.txt", text)
+    other = write(
+        tmp_path / "b" / "B.TXT", "\n" + text.replace(" ", "\t ").replace("\n", " \r\n\n")
+    )
+    wide = write(tmp_path / "c" / "B.txt", text, "utf-16")
+    packed = tmp_path / "d" / "B.txt.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(text.rstrip().encode()))
+    archive = tmp_path / "B.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(plain, "B/Beauty.txt")
+    for path in (plain, plain.parent, other, wide, packed, archive):
+        source = open_source(path, block_bytes=block_bytes)
+        assert (source.format, source.catalog) == (kind, None)
+        assert events_of(source) == events_of(source) == PLACES
+
+
+def test_sequence_text_has_the_fingerprint_of_the_table(tmp_path: Path) -> None:
+    items = write(
+        tmp_path / "shop.csv", "item_id,title\n" + "".join(f"{n},T{n}\n" for n in range(10))
+    )
+    table = "user_id,item_id\n" + PAIRS.replace(" ", ",")
+    found = {}
+    for name, text in (("s.txt", SEQUENCES), ("p.txt", PAIRS), ("t.csv", table)):
+        config = PrepareConfig(timestamp=None if name == "t.csv" else "timestamp")
+        data = prepare(
+            write(tmp_path / name, text), tmp_path / "out", config, items=items, progress=False
+        )
+        found[name] = data.fingerprint
+        assert data.order.unit == "order only"
+    assert len(set(found.values())) == 1, found
+
+
+def test_sequences_with_raw_ids_beside_their_kin(tmp_path: Path) -> None:
+    log = write(tmp_path / "user_sequence.txt", "A1YJ B00X B00Y\nA2é B00Y B00X B00Z\n")
+    write(tmp_path / "user_sequence_indexing.txt", "1 1001 1002\n2 1002 1001 1003\n")
+    write(tmp_path / "user_indexing.txt", "A1YJ 1\nA2é 2\n")
+    for path, format in ((tmp_path, None), (tmp_path, "sequences"), (log, None)):
+        source = open_source(path, format=format)
+        assert [f.name for f in source.files] == ["user_sequence.txt"]
+        assert events_of(source)[2:4] == [("A2é", "B00Y", 2.0), ("A2é", "B00X", 3.0)]
+    log.rename(tmp_path / "other.txt")
+    with pytest.raises(DataError, match=r"has 2 \.txt files \(other\.txt, user_sequence_indexing"):
+        open_source(tmp_path)
+
+
+def test_negative_samples_are_no_log(tmp_path: Path) -> None:
+    write(tmp_path / "Beauty.txt", SEQUENCES)
+    write(tmp_path / "Beauty_sample.txt", "1 7 8 9\n2 8 9 5\n3 1 3 4\n")
+    assert events_of(open_source(tmp_path)) == PLACES
+
+
+def test_splits_of_sequences_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "test.txt", SEQUENCES)
+    assert open_source(write(tmp_path / "train.txt", SEQUENCES)).notes == [
+        "train.txt is one split (train); test.txt beside it is not read, so events may be missing"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1 2 3 4\n",
+        "1 2 3\n2 3 4\n",  # a table of three columns
+        "1 2 3\n1 2 3 4\n",  # a user twice
+        "1 2 3\n2 3 4 5\n3 1\n",
+        "1 10\n2 11\n3 12\n",  # a map of ids
+        "1 2\n2 2\n1 3\n",  # not grouped
+        "user item\n1 2\n1 3\n",
+        "This is a set of data\nIt comes from a shop.\n",
+        "user_id:token\titem_id_list:token_seq\titem_id:token\n1\t2 3\t4\n2\t3 4 5\t6\n",
+        "u1,an item,1 2\nu2,an,1 3 4\n",
+    ],
+)
+def test_other_text_is_not_taken_for_sequences(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "log.txt", text)
+    with pytest.raises(DataError) as error:
+        open_source(path)
+    message = one_line(error)
+    assert "no known format" in message and "*.txt of lines USER ITEM ITEM ..." in message
+    assert "l2rec prepare --formats" in message
+
+
+def test_sequence_text_does_not_hide_other_formats(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", SEQUENCES)
+    recbole(tmp_path)
+    assert open_source(tmp_path).format == "recbole"
+    write(tmp_path / "log.dat", SEQUENCES)
+    with pytest.raises(DataError, match="no known format"):
+        open_source(tmp_path / "log.dat")
+    assert events_of(open_source(tmp_path / "log.dat", format="sequences")) == PLACES
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "says"),
+    [
+        ("sequences", "", r"log\.txt is empty; expected a line for each user: USER ITEM ITEM"),
+        ("pairs", " \n\n", r"log\.txt is empty; expected a line for each event: USER ITEM"),
+        ("sequences", "1 2 3\n\n2\n", r"log\.txt, line 3 has a user \(2\) and no item; add"),
+        ("pairs", "1 2\n1\n", r"log\.txt, line 2 has a user \(1\) and no item; add"),
+        ("pairs", "1 2\n1 2 3\n", r"log\.txt, line 2 has 3 words, .* --format sequences if"),
+        (
+            "sequences",
+            "7 2 3\n\n1 2\n7 2\n",
+            r"log\.txt, line 4: user 7 has a line already; .*pairs",
+        ),
+        (
+            "sequences",
+            "user items\n1 2 3\n",
+            r"line 1 looks like a header \(user items\), which seq",
+        ),
+        ("pairs", "user item\n1 2\n", r"line 1 looks like a header \(user item\), which pairs do"),
+        (
+            "sequences",
+            b"1 2 3\n2 \xe9 4\n",
+            r"log\.txt, line 2: byte 0xe9 at position 8 is not utf",
+        ),
+        ("pairs", b"1 2\n1 \x00\n", r"log\.txt, line 2 has NUL characters, .* plain text"),
+    ],
+)
+@pytest.mark.parametrize("block_bytes", [3, 1 << 20])
+def test_bad_sequence_text(
+    tmp_path: Path, kind: str, text: str | bytes, says: str, block_bytes: int
+) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(DataError, match=says) as error:
+        events_of(open_source(path, format=kind, block_bytes=block_bytes))
+    one_line(error)
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -476,7 +621,8 @@ def test_missing_paths(tmp_path: Path) -> None:
 def test_unknown_format(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--format recbol is not known; did you mean 'recbole'"):
         open_source(recbole(tmp_path), format="recbol")
-    assert set(FORMATS) >= {"recbole", "csv", "parquet"}
+    assert set(FORMATS) >= {"recbole", "csv", "parquet", "sequences", "pairs"}
+    assert all(looks and "\n" not in looks for looks in FORMATS.values())
 
 
 def test_a_prepared_data_set_is_no_source(tmp_path: Path) -> None:

@@ -1,16 +1,8 @@
 """Public file formats as streams of Arrow batches: events on one side, the catalog on the other.
 
-    recbole              .inter with .item beside it; tab-separated, headers name:type
-    amazon-2014 / -2018  reviews with reviewerID, asin, unixReviewTime; metadata with asin
-    amazon-2023          reviews with user_id, parent_asin, timestamp (ms); metadata likewise
-    movielens-100k       u.data, u.item        (a folder or the zip)
-    movielens-1m         ratings.dat, movies.dat
-    movielens-latest     ratings.csv, movies.csv
-    csv, parquet         named columns; the catalog is a second file
-
-`open_source` finds out which one it is and returns a `Source`: nothing is read before its
-``events()`` or ``catalog()`` is iterated, and never more than a block of the file is in memory.
-Every DataError names the file and, where it can, the line.
+`FORMATS` lists them. `open_source` finds out which one it is and returns a `Source`: nothing is
+read before its ``events()`` or ``catalog()`` is iterated, and never more than a block of the file
+is in memory. Every DataError names the file and, where it can, the line.
 """
 
 from __future__ import annotations
@@ -30,6 +22,7 @@ from l2rec.data.formats.files import (
 from l2rec.data.formats.movielens import movielens
 from l2rec.data.formats.parquet import parquet, parquet_catalog
 from l2rec.data.formats.recbole import atomic_catalog, is_atomic, recbole
+from l2rec.data.formats.sequences import sequences, shape
 from l2rec.data.formats.source import (
     BLOCK_BYTES,
     CatalogReader,
@@ -43,17 +36,20 @@ from l2rec.data.formats.tables import (
 )
 from l2rec.errors import DataError, nearest
 
-FORMATS = (
-    "recbole",
-    "amazon-2014",
-    "amazon-2018",
-    "amazon-2023",
-    "movielens-100k",
-    "movielens-1m",
-    "movielens-latest",
-    "csv",
-    "parquet",
-)
+FORMATS = {
+    "recbole": "NAME.inter, perhaps with NAME.item: tabs, headers name:type (RecBole)",
+    "amazon-2014": "reviews as JSON Lines, reviewerID, asin, unixReviewTime; metadata: categories",
+    "amazon-2018": "reviews as JSON Lines, reviewerID, asin, unixReviewTime; metadata: category",
+    "amazon-2023": "reviews as JSON Lines, user_id, parent_asin, timestamp (ms); metadata likewise",
+    "movielens-100k": "u.data and u.item, a folder or the zip (MovieLens)",
+    "movielens-1m": "ratings.dat and movies.dat, USER::ITEM::RATING::TIME (MovieLens)",
+    "movielens-latest": "ratings.csv with userId, movieId and movies.csv (MovieLens)",
+    "csv": "a table with a header, .csv or .tsv; --user, --item, --timestamp (yours)",
+    "parquet": "such a table as Parquet, one file or a folder of parts (yours)",
+    "sequences": ".txt, USER ITEM ITEM ... in a line, oldest first (S3-Rec, P5, OpenP5, TIGER)",
+    "pairs": ".txt, USER ITEM in a line for each event, in order (SASRec, BERT4Rec)",
+}
+"""Names for ``--format``, each with what it looks like and whose data has it."""
 
 
 def open_source(
@@ -93,10 +89,11 @@ def _open_source(
         )
     files = listing(path)
     catalog_file = File(Path(items)) if items is not None else None
-    kind = format or _detect(path, files)
+    kind = format or _detect(path, files, catalog_file, context)
     if kind == "movielens":
         inside = path.is_dir() or path.suffix.lower() == ".zip"
-        kind = _detect(path, files if inside else listing(path.parent))
+        beside = files if inside else listing(path.parent)
+        kind = _detect(path, beside, catalog_file, context)
     if kind == "recbole":
         return recbole(path, files, catalog_file, context, _open_catalog)
     if kind.startswith("movielens"):
@@ -105,13 +102,15 @@ def _open_source(
         return amazon(path, files, catalog_file, context)
     if kind == "parquet":
         return parquet(path, files, catalog_file, context, _open_catalog)
+    if kind in ("sequences", "pairs"):
+        return sequences(path, files, catalog_file, kind, context, _open_catalog)
     logs = [f for f in files.values() if f != catalog_file]
     if len(logs) == 1 and is_atomic(logs[0], context.columns.encoding):
         return recbole(path, files, catalog_file, context, _open_catalog)
     return separated(path, files, catalog_file, context, _open_catalog)
 
 
-def _detect(path: Path, files: dict[str, File]) -> str:
+def _detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str:
     for name, kind in (
         ("u.data", "movielens-100k"),
         ("ratings.dat", "movielens-1m"),
@@ -128,12 +127,16 @@ def _detect(path: Path, files: dict[str, File]) -> str:
     ):
         if any(file.ends(*suffixes) for file in files.values()):
             return kind
+    for file in files.values():
+        if file != items and (told := shape(file, context.columns.encoding)) is not None:
+            return told
     found = ", ".join(list(files)[:5]) or "nothing"
     raise DataError(
         f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json or "
         f"*.jsonl, plain or .gz (Amazon), u.data, ratings.dat or ratings.csv (MovieLens), "
-        f"*.parquet, *.csv and *.tsv; name its format with --format, such as --format csv for a "
-        f"table with a header"
+        f"*.parquet, *.csv, *.tsv and *.txt of lines USER ITEM ITEM ...; name its format with "
+        f"--format, such as --format csv for a table with a header (l2rec prepare --formats lists "
+        f"them)"
     )
 
 
