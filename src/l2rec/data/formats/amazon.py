@@ -87,10 +87,10 @@ def amazon(path: Path, files: dict[str, File], items: File | None, context: Cont
     file = file or only_file(path, reviews, (".json", ".jsonl"), "review")
     keys = _first_keys(file, encoding)
     if {"reviewerID", "asin", "unixReviewTime"} <= keys:
-        format, scale = "amazon-2018", 1.0
+        format, unit = "amazon-2018", 1
         names = ("reviewerID", "asin", "unixReviewTime")
     elif {"user_id", "parent_asin", "timestamp"} <= keys:
-        format, scale = "amazon-2023", 1e-3
+        format, unit = "amazon-2023", 1000
         names = ("user_id", "parent_asin", "timestamp")
     else:
         raise one_value(file, encoding) or DataError(
@@ -111,11 +111,11 @@ def amazon(path: Path, files: dict[str, File], items: File | None, context: Cont
     if items and _amazon_version(items, encoding) == "amazon-2014":
         format = "amazon-2014"
     used = [file, *([items] if items else [])]
-    return as_source(format, used, _review_events(file, names, scale, context), catalog)
+    return as_source(format, used, _review_events(file, names, unit, context), catalog)
 
 
 def _review_events(
-    file: File, names: tuple[str, str, str], scale: float, context: Context
+    file: File, names: tuple[str, str, str], unit: int, context: Context
 ) -> Callable[[], Iterator[pa.RecordBatch]]:
     user, item, time = names
     schema = pa.schema([(user, pa.string()), (item, pa.string()), (time, pa.int64())])
@@ -139,7 +139,7 @@ def _review_events(
                     )
                 table = table.combine_chunks()
                 columns = [as_arrow(table[name]) for name in names]
-                yield event_batch(columns[0], columns[1], columns[2], None, where, scale)
+                yield event_batch(columns[0], columns[1], columns[2], None, where, unit)
 
     return events
 

@@ -61,16 +61,17 @@ def event_batch(
     times: pa.Array,
     types: pa.Array | None,
     where: Where,
-    scale: float = 1.0,
+    unit: int = 1,
 ) -> pa.RecordBatch:
-    """Check ids and timestamps of one batch; ``scale`` turns timestamps into seconds."""
+    """Check ids and timestamps of one batch; ``unit``: how many of a timestamp are a second."""
     columns = {"user_id": _strings(users), "item_id": _strings(items)}
     for what, ids in (("user", columns["user_id"]), ("item", columns["item_id"])):
         missing = pc.fill_null(pc.equal(ids, ""), True)
         if pc.any(missing).as_py():
             row = int(pc.index(missing, True).as_py())
             raise DataError(f"{where(row)} has no {what} id; give it one or remove the row")
-    seconds = _seconds(times, where) * scale
+    # Divided, not times a fraction: the nearest number, as other formats read 0.288 from text.
+    seconds = _seconds(times, where) / unit
     columns["timestamp"] = pa.array(seconds, type=pa.float64())
     if types is not None:
         columns["event_type"] = pc.fill_null(_strings(types), "")

@@ -104,8 +104,9 @@ class Table:
         many bytes were skipped.
         """
         skipped = len(stream.readline()) if self.has_header else 0
+        separator = self.separator.encode()  # a line of cells is not empty, even of tabs alone
         for line in iter(stream.readline, b""):
-            if line.strip():
+            if line.strip() or separator in line:
                 return line, skipped
             skipped += len(line)
         return b"", skipped

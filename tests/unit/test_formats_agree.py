@@ -1,0 +1,280 @@
+"""One log in every format: the same data set, to the fingerprint, as from Parquet.
+
+The fingerprint covers user ids, item ids, texts, each user's order, and times in seconds, whatever
+unit the file has them in. A log holds what its format can hold; strategies say why not more.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l2rec.data.dataset import Dataset
+from l2rec.data.formats.movielens import GENRES
+from l2rec.data.prepare import prepare
+
+Texts = tuple[str, str, str]
+"""An item's three fields, in the order in which they make its text."""
+FIELDS = ("title", "category", "brand")
+
+
+@dataclass(frozen=True)
+class Log:
+    """Events (user, item, milliseconds) and the catalog."""
+
+    events: list[tuple[str, str, int]]
+    items: dict[str, Texts]
+
+    def seconds(self) -> list[tuple[str, str, float]]:
+        """Return the events with their times in seconds."""
+        return [(user, item, time / 1000) for user, item, time in self.events]
+
+    def tables(self) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        """Return the columns of the events and of the catalog."""
+        events = zip(*self.seconds(), strict=True)
+        items = zip(*((item, *texts) for item, texts in self.items.items()), strict=True)
+        return (
+            dict(zip(("user_id", "item_id", "timestamp"), map(list, events), strict=True)),
+            dict(zip(("item_id", *FIELDS), map(list, items), strict=True)),
+        )
+
+
+# ---------------------------------------------------------------- logs
+
+NASTY = "a0é漢🙂 ,;'\"\\|:/.-&<>\u2028\u00a0"
+"""Characters that some format gives a meaning; line breaks and tabs are apart."""
+LETTERS = st.sampled_from(NASTY) | st.characters(exclude_categories=["Cs", "Cc"])
+IDS = st.sampled_from(["7", "007", "1e3", "1.0", "NA", "null", "true", " ", '"']) | st.text(
+    LETTERS, min_size=1, max_size=4
+)
+LINES = st.text(LETTERS, max_size=8)
+TEXTS = st.text(LETTERS | st.sampled_from("\t\n\r"), max_size=8)
+THREE_TEXTS = st.tuples(TEXTS, TEXTS, TEXTS)
+
+
+@st.composite
+def logs(
+    draw: st.DrawFn,
+    ids: st.SearchStrategy[str] = IDS,
+    texts: st.SearchStrategy[Texts] = THREE_TEXTS,
+    unit: int = 1000,
+) -> Log:
+    """Draw a log whose times are multiples of ``unit`` milliseconds, with ties."""
+    items = draw(st.dictionaries(ids, texts, min_size=1, max_size=5))
+    users = draw(st.lists(ids, min_size=1, max_size=3))
+    times = draw(st.lists(st.integers(-(2**31), 2**41 // unit), min_size=1, max_size=4))
+    event = st.tuples(*map(st.sampled_from, (users, sorted(items), [t * unit for t in times])))
+    return Log(draw(st.lists(event, min_size=1, max_size=12)), items)
+
+
+ANY = logs()
+# With tabs, a line inside quotes that has all cells is taken for a row, and the quotes for text.
+BREAKS = st.text(LETTERS | st.sampled_from("\n\r"), max_size=8)
+NO_TABS = logs(texts=st.tuples(BREAKS, BREAKS, BREAKS))
+# RecBole has no quotes: no tabs and line breaks.
+PLAIN = logs(texts=st.tuples(LINES, LINES, LINES))
+# Amazon's texts are cleaned of markup and of more than one space; those here are clean.
+CLEAN = st.text(st.sampled_from("a0é漢🙂 ,;'\"\\|:/.-"), max_size=8).map(
+    lambda text: " ".join(text.split())
+)
+AMAZON = partial(logs, texts=st.tuples(CLEAN, CLEAN, CLEAN))
+# MovieLens' ids are numbers; a film has a title, a year and genres, and two of the three formats
+# end a cell at a bar or at two colons.
+TITLES = st.text(st.sampled_from("a0é ,;'\"\\/.-!"), max_size=8).map(str.strip)
+YEARS = st.just("") | st.integers(1900, 2100).map(str)
+CLASSES = st.lists(st.sampled_from(GENRES[1:]), max_size=3, unique=True)
+FILMS = logs(
+    ids=st.integers(1, 10**6).map(str),
+    texts=st.tuples(
+        TITLES, YEARS, CLASSES.map(lambda names: " ".join(sorted(names, key=GENRES.index)))
+    ),
+)
+
+# ---------------------------------------------------------------- formats
+
+Prepared = Callable[[Log, Path], Dataset]
+
+
+def from_files(folder: Path, log: str, items: str | None = None) -> Dataset:
+    """Prepare files in a folder."""
+    catalog = folder / items if items else None
+    return prepare(folder / log, folder / "out", items=catalog, progress=False)
+
+
+def parquet(log: Log, folder: Path) -> Dataset:
+    """Prepare Parquet files: what all others are compared with."""
+    for name, columns in zip(("log", "goods"), log.tables(), strict=True):
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    return from_files(folder, "log.parquet", "goods.parquet")
+
+
+def frames(kind: Callable[[Any], Any], log: Log, folder: Path) -> Dataset:
+    """Prepare tables in memory."""
+    events, items = map(kind, log.tables())
+    return Dataset.from_frames(events, items, folder / "out", progress=False)
+
+
+def in_pandas(columns: Any) -> Any:
+    """Make a table of pandas."""
+    return pytest.importorskip("pandas").DataFrame(columns)
+
+
+def separated(
+    log: Log,
+    folder: Path,
+    separator: str = ",",
+    quote_all: bool = False,
+    ends: str = "\n",
+    encoding: str = "utf-8",
+    suffix: str = "csv",
+) -> Dataset:
+    """Prepare files of separated cells, in quotes where they need them or all."""
+
+    def quoted(cell: Any) -> str:
+        text = str(cell)
+        needs = quote_all or any(mark in text for mark in (separator, '"', "\n", "\r"))
+        return '"' + text.replace('"', '""') + '"' if needs else text
+
+    for name, columns in zip(("log", "goods"), log.tables(), strict=True):
+        rows = [list(columns), *zip(*columns.values(), strict=True)]
+        data = "".join(separator.join(map(quoted, row)) + ends for row in rows).encode(encoding)
+        data = gzip.compress(data) if suffix.endswith("gz") else data
+        (folder / f"{name}.{suffix}").write_bytes(data)
+    return from_files(folder, f"log.{suffix}", f"goods.{suffix}")
+
+
+def write(file: Path, rows: Iterable[Sequence[Any]], joint: str, encoding: str = "utf-8") -> None:
+    """Write rows whose cells are as they are."""
+    text = "".join(joint.join(map(str, row)) + "\n" for row in rows)
+    file.write_bytes(text.encode(encoding))
+
+
+def recbole(log: Log, folder: Path) -> Dataset:
+    """Prepare RecBole's atomic files."""
+    header = ("user_id:token", "item_id:token", "timestamp:float")
+    write(folder / "log.inter", [header, *log.seconds()], "\t")
+    header = ("item_id:token", *(f"{name}:token_seq" for name in FIELDS))
+    rows = [(item, *texts) for item, texts in log.items.items()]
+    write(folder / "log.item", [header, *rows], "\t")
+    return from_files(folder, "log.inter")
+
+
+def amazon(year: int, to_line: Callable[[Any], str], log: Log, folder: Path) -> Dataset:
+    """Prepare JSON Lines, or the Python literals of 2014."""
+    if year == 2023:
+        user, asin, time, unit = "user_id", "parent_asin", "timestamp", 1
+    else:
+        user, asin, time, unit = "reviewerID", "asin", "unixReviewTime", 1000
+    category = "category" if year == 2018 else "categories"
+    brand = "store" if year == 2023 else "brand"
+    reviews = [{user: u, asin: i, time: t // unit} for u, i, t in log.events]
+    meta = [
+        {asin: i, "title": texts[0], brand: texts[2]}
+        | {category: [[texts[1]]] if year == 2014 else [texts[1]]}
+        for i, texts in log.items.items()
+    ]
+    for name, rows in (("log.json", reviews), ("meta_log.json", meta)):
+        write(folder / name, [[to_line(row)] for row in rows], "")
+    dataset = from_files(folder, "log.json", "meta_log.json")
+    assert dataset.meta["source"]["format"] == f"amazon-{year}"
+    return dataset
+
+
+def movielens_100k(log: Log, folder: Path) -> Dataset:
+    """Prepare u.data and u.item."""
+    write(folder / "u.data", [(u, i, 3, int(t)) for u, i, t in log.seconds()], "\t")
+    films = [
+        (i, titled(texts), "", "", "", *(int(name in texts[2].split()) for name in GENRES))
+        for i, texts in log.items.items()
+    ]
+    write(folder / "u.item", films, "|", "latin-1")
+    return from_files(folder, "u.data")
+
+
+def movielens_1m(log: Log, folder: Path) -> Dataset:
+    """Prepare ratings.dat and movies.dat."""
+    write(folder / "ratings.dat", [(u, i, 3, int(t)) for u, i, t in log.seconds()], "::")
+    films = [(i, titled(t), t[2].replace(" ", "|")) for i, t in log.items.items()]
+    write(folder / "movies.dat", films, "::", "latin-1")
+    return from_files(folder, "ratings.dat")
+
+
+def movielens_latest(log: Log, folder: Path) -> Dataset:
+    """Prepare ratings.csv and movies.csv."""
+    events = [(u, i, 3.5, int(t)) for u, i, t in log.seconds()]
+    films = [
+        (i, titled(t), t[2].replace(" ", "|") or "(no genres listed)") for i, t in log.items.items()
+    ]
+    for name, header, rows in (
+        ("ratings.csv", ("userId", "movieId", "rating", "timestamp"), events),
+        ("movies.csv", ("movieId", "title", "genres"), films),
+    ):
+        with (folder / name).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    return from_files(folder, "ratings.csv")
+
+
+def titled(texts: Texts) -> str:
+    """Put the year behind the title, as MovieLens does."""
+    return f"{texts[0]} ({texts[1]})" if texts[1] else texts[0]
+
+
+FORMS: dict[str, tuple[Prepared, st.SearchStrategy[Log]]] = {
+    "polars": (partial(frames, pl.DataFrame), logs(unit=1)),
+    "pandas": (partial(frames, in_pandas), logs(unit=1)),
+    "pyarrow": (partial(frames, pa.table), logs(unit=1)),
+    "comma": (separated, logs(unit=1)),
+    "all quoted": (partial(separated, quote_all=True), ANY),
+    "semicolon": (partial(separated, separator=";"), ANY),
+    "bar": (partial(separated, separator="|"), ANY),
+    "tab": (partial(separated, separator="\t", suffix="tsv"), NO_TABS),
+    "gzip": (partial(separated, suffix="csv.gz"), ANY),
+    "carriage returns": (partial(separated, ends="\r\n"), ANY),
+    "utf-16": (partial(separated, encoding="utf-16"), ANY),
+    "recbole": (recbole, PLAIN),
+    "amazon-2014": (partial(amazon, 2014, repr), AMAZON()),
+    "amazon-2018": (partial(amazon, 2018, json.dumps), AMAZON()),
+    "amazon-2023": (partial(amazon, 2023, json.dumps), AMAZON(unit=1)),
+    "movielens-100k": (movielens_100k, FILMS),
+    "movielens-1m": (movielens_1m, FILMS),
+    "movielens-latest": (movielens_latest, FILMS),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_log_is_the_same_data_set_in_every_format(form: str, data: st.DataObject) -> None:
+    prepared, strategy = FORMS[form]
+    check(prepared, data.draw(strategy))
+
+
+@pytest.mark.parametrize("form", ["comma", "tab", "recbole"])
+def test_a_first_row_of_white_space_is_a_row(form: str) -> None:
+    check(FORMS[form][0], Log([(" ", " ", 1000), ("u", "i", 0)], {" ": ("",) * 3, "i": ("",) * 3}))
+
+
+def test_milliseconds_are_the_same_seconds_as_fractions() -> None:
+    check(FORMS["amazon-2023"][0], Log([("u", "i", 288)], {"i": ("", "", "")}))
+
+
+def check(prepared: Prepared, log: Log) -> None:
+    """Compare what a format gives with what Parquet gives."""
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        expected, found = parquet(log, Path(first)), prepared(log, Path(second))
+        assert found.texts() == expected.texts()
+        assert found.fingerprint == expected.fingerprint
