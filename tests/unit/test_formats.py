@@ -427,6 +427,13 @@ def test_sequences_with_raw_ids_beside_their_kin(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def test_attributes_beside_sequences_are_no_log(tmp_path: Path) -> None:
+    log = write(tmp_path / "Beauty.txt", SEQUENCES)
+    write(tmp_path / "Beauty_item2attributes.json", '{"1": [1, 2], "2": [3]}\n')
+    source = open_source(tmp_path)
+    assert (source.format, list(source.files)) == ("sequences", [log])
+
+
 def test_negative_samples_are_no_log(tmp_path: Path) -> None:
     write(tmp_path / "Beauty.txt", SEQUENCES)
     write(tmp_path / "Beauty_sample.txt", "1 7 8 9\n2 8 9 5\n3 1 3 4\n")

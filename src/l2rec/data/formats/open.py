@@ -20,6 +20,7 @@ from l2rec.data.formats.files import (
     listing,
 )
 from l2rec.data.formats.movielens import movielens
+from l2rec.data.formats.objects import one_value
 from l2rec.data.formats.parquet import parquet, parquet_catalog
 from l2rec.data.formats.recbole import atomic_catalog, is_atomic, recbole
 from l2rec.data.formats.sequences import sequences, shape
@@ -119,17 +120,22 @@ def _detect(path: Path, files: dict[str, File], items: File | None, context: Con
             return kind
     if "ratings.csv" in files and "userId" in read_header(files["ratings.csv"], ",", "utf-8"):
         return "movielens-latest"
+    if any(file.ends(".inter") for file in files.values()):
+        return "recbole"
+    encoding = context.columns.encoding
+    text = next((s for f in files.values() if f != items and (s := shape(f, encoding))), None)
+    objects = [file for file in files.values() if file.ends(".json")]
+    if text and objects and all(one_value(file, encoding) for file in objects):
+        return text  # the objects are S3-Rec's attributes of items, or P5's maps of ids
     for suffixes, kind in (
-        ((".inter",), "recbole"),
         ((".json", ".jsonl"), "amazon"),
         ((".parquet",), "parquet"),
         ((".csv", ".tsv"), "csv"),
     ):
         if any(file.ends(*suffixes) for file in files.values()):
             return kind
-    for file in files.values():
-        if file != items and (told := shape(file, context.columns.encoding)) is not None:
-            return told
+    if text:
+        return text
     found = ", ".join(list(files)[:5]) or "nothing"
     raise DataError(
         f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json or "
