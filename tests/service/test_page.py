@@ -457,7 +457,8 @@ def test_by_keyboard_from_nothing_to_reasons(visit: Open, server: Server) -> Non
     wait_for_chips(page, ["i3"])
     wait_for_ranking(page)
     page.fill("#search", "i1")
-    page.wait_for_function("() => document.querySelectorAll('#found [role=option]').length > 2")
+    # The options of the search before stay in the list, hidden, until those of this one are there.
+    page.wait_for_selector("#found:not([hidden]) [role=option]:nth-of-type(3)")
     found = page.eval_on_selector_all("#found .id", "all => all.map(n => n.textContent)")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
