@@ -188,7 +188,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig(**values)
     except ValidationError as error:
-        where = _origin(path, overrides, _faults(values)[0])
+        where = _origin(path, overrides, _faults_of(error)[0])
         raise ConfigError(f"{where}: {_explain(error, values)}") from None
 
 
@@ -201,8 +201,12 @@ def _faults(values: Mapping[str, Any]) -> list[Fault]:
     try:
         RunConfig(**values)
     except ValidationError as error:
-        return [(one["loc"], one["msg"]) for one in error.errors()]
+        return _faults_of(error)
     return []
+
+
+def _faults_of(error: ValidationError) -> list[Fault]:
+    return [(one["loc"], one["msg"]) for one in error.errors()]
 
 
 def _origin(path: Path, overrides: Sequence[str], fault: Fault) -> str:
@@ -213,14 +217,14 @@ def _origin(path: Path, overrides: Sequence[str], fault: Fault) -> str:
             _set(values, override)
         if fault not in _faults(values):
             return f"override {overrides[n - 1]!r}"
-    while (base := _base(path)) is not None and fault in _faults(_read(base)):
+    while (base := _base(path, _load(path))) is not None and fault in _faults(_read(base)):
         path = base
     return str(path)
 
 
-def _base(path: Path) -> Path | None:
+def _base(path: Path, values: Mapping[str, Any]) -> Path | None:
     """Find the recipe that this one ``extends``: a file beside it, or what `find_recipe` finds."""
-    base = _load(path).get("extends")
+    base = values.get("extends")
     if base is None:
         return None
     if not isinstance(base, str):
@@ -248,7 +252,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read the keys of a recipe, over those of the recipe that it ``extends``."""
     values = _load(path)
-    base = _base(path)
+    base = _base(path, values)
     if base is None:
         return values
     extends = values.pop("extends")

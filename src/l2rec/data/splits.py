@@ -14,13 +14,16 @@ from __future__ import annotations
 __all__ = ["Split", "global_time", "leave_one_out", "with_fewer_users"]
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
+
+if TYPE_CHECKING:
+    from l2rec.data.dataset import Dataset
 
 MIN_EVENTS = 3  # one to learn from, one to validate, one to test
 

@@ -17,10 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from l2rec.data.hashing import GOLDEN, mixed
+from l2rec.data.splits import MIN_EVENTS
+
 Ties = Literal["file", "hash", "item"]
 
-EVALUATED = 3
-"""Fewest events of a user that leave-one-out evaluates."""
 ARTEFACT_SHARE, ARTEFACT_PAIRS = 0.6, 300
 """Share of ascending pairs, and number of pairs, from which chance does not explain the order."""
 UNITS = (
@@ -35,8 +36,6 @@ RESOLUTION_SHARE = 0.99
 """Share of times that must be whole steps apart: public files hold times that were filled in."""
 SAMPLE_EVENTS, SAMPLE_SHARE = 1024, 0.9
 IDS_AT_ONCE = 1 << 16
-GOLDEN = 0x9E3779B97F4A7C15
-"""Odd constant of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose finaliser `_mixed` is."""
 
 Longs = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -174,7 +173,7 @@ def measure_order(
         if ranks is None:
             ranks = item_ranks(item_ids)
         ascending += int((ranks[left[differ]] < ranks[right[differ]]).sum())
-    ends = offsets[1:][np.diff(offsets) >= EVALUATED]
+    ends = offsets[1:][np.diff(offsets) >= MIN_EVENTS]
     final = [timestamps[ends - back] for back in (1, 2, 3)]
     two = final[0] == final[1]
     spread = np.linspace(0, len(items) - 1, min(len(items), SAMPLE_EVENTS)).astype(np.int64)
@@ -311,7 +310,7 @@ class TieBreaker:
         if self.users is not None:
             rank = None if types is None or self.types is None else self.types[types]
             count = _occurrences(users, items, group, rank)[tied].astype(np.uint64)
-            keys = _mixed(self.users[users[tied]] ^ _mixed(keys + count * np.uint64(GOLDEN)))
+            keys = mixed(self.users[users[tied]] ^ mixed(keys + count * GOLDEN))
         order = np.arange(len(users))
         order[tied] = tied[np.lexsort((keys, group[tied]))]
         return order
@@ -343,9 +342,3 @@ def _hashes(ids: pa.Array, kind: bytes, seed: int) -> Words:
         )
         hashes[start : start + len(part)] = np.frombuffer(digests, dtype="<u8")
     return hashes
-
-
-def _mixed(words: Words) -> Words:
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -123,7 +123,7 @@ def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[
     """Refuse a folder that holds something else, and to mix two runs. Return the identity of the
     run to go on with, or None for a new one. Call it inside `disk.working_on` the folder.
     """
-    if not out.exists() or all(p.name.endswith(".part") or p.name == LOCK for p in out.iterdir()):
+    if all(p.name.endswith(".part") or p.name == LOCK for p in out.iterdir()):
         return None
     if not (out / "config.yaml").is_file():
         raise CheckpointError(f"{out} is not empty and not a run folder; choose another --out")

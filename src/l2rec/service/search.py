@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from l2rec.data.dataset import Dataset
+from l2rec.data.splits import MIN_EVENTS
 from l2rec.errors import L2RecError
 from l2rec.runs.folder import open_run_dataset
 from l2rec.service.version import Version
@@ -155,7 +156,7 @@ class People:
         if row < 0 or not self._data.sequences.lengths[row]:
             return None
         ids, items = self._data.item_ids, self._data.sequences[row]
-        tested = len(items) >= 3
+        tested = len(items) >= MIN_EVENTS
         history = items[: len(items) - tested][-most:]
         return Person(
             user,

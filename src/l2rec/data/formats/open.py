@@ -123,10 +123,14 @@ def _detect(path: Path, files: dict[str, File], items: File | None, context: Con
     if any(file.ends(".inter") for file in files.values()):
         return "recbole"
     encoding = context.columns.encoding
-    text = next((s for f in files.values() if f != items and (s := shape(f, encoding))), None)
+
+    def text() -> str | None:
+        """Return the shape of the first .txt file that has one."""
+        return next((s for f in files.values() if f != items and (s := shape(f, encoding))), None)
+
     objects = [file for file in files.values() if file.ends(".json")]
-    if text and objects and all(one_value(file, encoding) for file in objects):
-        return text  # the objects are S3-Rec's attributes of items, or P5's maps of ids
+    if objects and (told := text()) and all(one_value(file, encoding) for file in objects):
+        return told  # the objects are S3-Rec's attributes of items, or P5's maps of ids
     for suffixes, kind in (
         ((".json", ".jsonl"), "amazon"),
         ((".parquet",), "parquet"),
@@ -134,8 +138,8 @@ def _detect(path: Path, files: dict[str, File], items: File | None, context: Con
     ):
         if any(file.ends(*suffixes) for file in files.values()):
             return kind
-    if text:
-        return text
+    if told := text():
+        return told
     found = ", ".join(list(files)[:5]) or "nothing"
     raise DataError(
         f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json or "

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
+from l2rec.data.hashing import GOLDEN, mixed
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 from l2rec.metrics import expected_ranks
@@ -123,10 +124,7 @@ class States:
 
 def user_hash(users: Ints, buckets: int) -> Ints:
     """Hash user ints into buckets [n] by splitmix64, which spreads consecutive ints evenly."""
-    x = users.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) % np.uint64(buckets)).astype(np.int64)
+    return (mixed(users.astype(np.uint64) + GOLDEN) % np.uint64(buckets)).astype(np.int64)
 
 
 def attributes(
