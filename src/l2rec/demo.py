@@ -57,7 +57,8 @@ def run_demo(out: Path, data: Path, minutes: float) -> None:
     for number in range(USERS):
         _show(dataset, predictor, number * dataset.n_users // USERS)
     user = dataset.user_ids[0].as_py()
-    program = "l2rec" if shutil.which("l2rec") else sys.argv[0]
+    called = sys.argv[0]  # as make does it, by a path, where l2rec is not on PATH
+    program = called if Path(called).name == "l2rec" and not shutil.which("l2rec") else "l2rec"
     history = ",".join(_history(dataset, 0)[-3:])
     print(
         f"\nreport       {out}/report.html  (open it in a browser)"
