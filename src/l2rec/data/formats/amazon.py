@@ -29,6 +29,8 @@ from l2rec.data.formats.objects import one_value
 from l2rec.data.formats.source import (
     CatalogReader,
     Context,
+    OpenCatalog,
+    Reader,
     Source,
     as_arrow,
     as_source,
@@ -71,7 +73,19 @@ _META: dict[str, dict[str, tuple[str, pa.DataType]]] = {
 }
 
 
-def amazon(path: Path, files: dict[str, File], items: File | None, context: Context) -> Source:
+def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
+    """Tell by the end of a file's name; which year it is, the keys tell when it is opened."""
+    return "amazon" if any(file.ends(".json", ".jsonl") for file in files.values()) else None
+
+
+def amazon(
+    path: Path,
+    files: dict[str, File],
+    items: File | None,
+    _kind: str,
+    context: Context,
+    _open_catalog: OpenCatalog,
+) -> Source:
     """Open reviews, and the metadata beside them; the keys of the first lines tell the year."""
     known = {n: f for n, f in files.items() if f.ends(".json", ".jsonl")}
     if items is None and not (path.is_file() and path.suffix.lower() != ".zip"):
@@ -240,3 +254,16 @@ def _first_keys(file: File, encoding: str) -> set[str]:
     if not keys:
         raise DataError(f"{file} is empty; expected one JSON object per line")
     return keys
+
+
+_KEYS = "reviews as JSON Lines, reviewerID, asin, unixReviewTime; metadata: "
+READER = Reader(
+    {
+        "amazon-2014": _KEYS + "categories",
+        "amazon-2018": _KEYS + "category",
+        "amazon-2023": "reviews as JSON Lines, user_id, parent_asin, timestamp (ms); metadata "
+        "likewise",
+    },
+    detect,
+    amazon,
+)

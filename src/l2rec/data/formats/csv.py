@@ -5,21 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 from l2rec.data.formats.files import File, only_file, split_note
-from l2rec.data.formats.source import Context, OpenCatalog, Source, as_source
+from l2rec.data.formats.recbole import is_atomic, recbole
+from l2rec.data.formats.source import Context, OpenCatalog, Reader, Source, as_source
 from l2rec.data.formats.tables import named_table, table_events
 
 CATALOG_NAMES = ("items", "catalog", "movies")
 """Names, without endings, that a catalog beside the events may have."""
 
 
+def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
+    """Tell by the end of a file's name."""
+    return "csv" if any(file.ends(".csv", ".tsv") for file in files.values()) else None
+
+
 def separated(
     path: Path,
     files: dict[str, File],
     items: File | None,
+    kind: str,
     context: Context,
     open_catalog: OpenCatalog,
 ) -> Source:
     """Open a log of named columns, and the catalog that is given or lies beside it."""
+    logs = [file for file in files.values() if file != items]
+    if len(logs) == 1 and is_atomic(logs[0], context.columns.encoding):
+        return recbole(path, files, items, "recbole", context, open_catalog)
     others = {n: f for n, f in files.items() if items is None or f.path != items.path}
     if items is None and len(files) > 1:
         items = next(
@@ -33,3 +43,10 @@ def separated(
     events = table_events([table], context.columns, context)
     catalog = open_catalog(items, context) if items else None
     return as_source("csv", [file, *([items] if items else [])], events, catalog)
+
+
+READER = Reader(
+    {"csv": "a table with a header, .csv or .tsv; --user, --item, --timestamp (yours)"},
+    detect,
+    separated,
+)

@@ -24,12 +24,14 @@ from l2rec.data.formats.files import (
 from l2rec.data.formats.source import (
     CatalogReader,
     Context,
+    OpenCatalog,
+    Reader,
     Source,
     as_source,
     catalog_batch,
     event_batch,
 )
-from l2rec.data.formats.tables import Table, named_table, table_events
+from l2rec.data.formats.tables import Table, named_table, read_header, table_events
 from l2rec.errors import DataError
 
 GENRES = (
@@ -41,7 +43,24 @@ MOVIE_FIELDS = ("movie_title", "release_year", "class")  # as RecBole's copy nam
 MORE_MOVIE_FIELDS = ("title", "clean_title")
 
 
-def movielens(path: Path, files: dict[str, File], kind: str, context: Context) -> Source:
+def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
+    """Tell by the names of the files, and of the columns where the name is a common one."""
+    for name, kind in (("u.data", "movielens-100k"), ("ratings.dat", "movielens-1m")):
+        if name in files:
+            return kind
+    if "ratings.csv" in files and "userId" in read_header(files["ratings.csv"], ",", "utf-8"):
+        return "movielens-latest"
+    return None
+
+
+def movielens(
+    path: Path,
+    files: dict[str, File],
+    _items: File | None,
+    kind: str,
+    context: Context,
+    _open_catalog: OpenCatalog,
+) -> Source:
     """Open one of the three layouts, by its name."""
     if path.is_file() and path.suffix.lower() != ".zip":
         files = listing(path.parent)
@@ -168,3 +187,14 @@ def _double_colon_events(
                 )
 
     return events
+
+
+READER = Reader(
+    {
+        "movielens-100k": "u.data and u.item, a folder or the zip (MovieLens)",
+        "movielens-1m": "ratings.dat and movies.dat, USER::ITEM::RATING::TIME (MovieLens)",
+        "movielens-latest": "ratings.csv with userId, movieId and movies.csv (MovieLens)",
+    },
+    detect,
+    movielens,
+)

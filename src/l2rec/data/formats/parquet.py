@@ -20,6 +20,7 @@ from l2rec.data.formats.source import (
     CatalogReader,
     Context,
     OpenCatalog,
+    Reader,
     Source,
     as_source,
     catalog_batch,
@@ -37,10 +38,16 @@ def _parquet_file(file: File) -> pq.ParquetFile:
         raise DataError(f"{file} is not a whole Parquet file ({reason}); fetch it again") from error
 
 
+def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
+    """Tell by the end of a file's name."""
+    return "parquet" if any(file.ends(".parquet") for file in files.values()) else None
+
+
 def parquet(
     path: Path,
     files: dict[str, File],
     items: File | None,
+    _kind: str,
     context: Context,
     open_catalog: OpenCatalog,
 ) -> Source:
@@ -166,3 +173,10 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
+
+
+READER = Reader(
+    {"parquet": "such a table as Parquet, one file or a folder of parts (yours)"},
+    detect,
+    parquet,
+)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from l2rec.data.formats.files import File, only_file, split_note
-from l2rec.data.formats.source import CatalogReader, Context, OpenCatalog, Source, as_source
+from l2rec.data.formats.source import (
+    CatalogReader,
+    Context,
+    OpenCatalog,
+    Reader,
+    Source,
+    as_source,
+)
 from l2rec.data.formats.tables import Table, check_names, read_header, table_catalog, table_events
 from l2rec.errors import DataError
 
@@ -48,10 +55,16 @@ def atomic_catalog(file: File, context: Context) -> CatalogReader:
     )
 
 
+def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
+    """Tell by a .inter file."""
+    return "recbole" if any(file.ends(".inter") for file in files.values()) else None
+
+
 def recbole(
     path: Path,
     files: dict[str, File],
     items: File | None,
+    _kind: str,
     context: Context,
     open_catalog: OpenCatalog,
 ) -> Source:
@@ -71,3 +84,10 @@ def recbole(
             items = files.get(beside)
     catalog = open_catalog(items, context) if items else None
     return as_source("recbole", [file, *([items] if items else [])], events, catalog)
+
+
+READER = Reader(
+    {"recbole": "NAME.inter, perhaps with NAME.item: tabs, headers name:type (RecBole)"},
+    detect,
+    recbole,
+)

@@ -20,9 +20,11 @@ import polars as pl
 import pyarrow as pa
 
 from l2rec.data.formats.files import File, line_blocks, only_file, open_text, reading, split_note
+from l2rec.data.formats.objects import one_value
 from l2rec.data.formats.source import (
     Context,
     OpenCatalog,
+    Reader,
     Source,
     as_arrow,
     as_source,
@@ -55,6 +57,18 @@ def shape(file: File, encoding: str) -> str | None:
     if min(sizes) > 2 and len(sizes) > 1 and len(users) == len(rows):
         return "sequences"
     return None
+
+
+def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
+    """Tell by the first .txt file that has a shape, where no other file can be the log.
+
+    JSON objects beside it are S3-Rec's attributes of items, or P5's maps of ids.
+    """
+    encoding = context.columns.encoding
+    others = [f for f in files.values() if f.ends(".json", ".jsonl", ".parquet", ".csv", ".tsv")]
+    if not all(f.ends(".json") and one_value(f, encoding) for f in others):
+        return None
+    return next((s for f in files.values() if f != items and (s := shape(f, encoding))), None)
 
 
 def sequences(
@@ -176,3 +190,13 @@ def _check_once(file: File, lines: pl.DataFrame, seen: pl.Series) -> None:
             f"{file}, line {line}: user {user} has a line already; write all items of a user in "
             f"one line, oldest first, or pass --format pairs if each line is one event"
         )
+
+
+READER = Reader(
+    {
+        "sequences": ".txt, USER ITEM ITEM ... in a line, oldest first (S3-Rec, P5, OpenP5, TIGER)",
+        "pairs": ".txt, USER ITEM in a line for each event, in order (SASRec, BERT4Rec)",
+    },
+    detect,
+    sequences,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Source"]
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,8 @@ from l2rec.data.formats.files import File, Where
 from l2rec.errors import DataError
 
 BLOCK_BYTES = 1 << 24
+SPLITS = ("train", "valid", "test")
+"""Splits that a log may come with, in their order in time."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Source:
     """A log to prepare.
 
     ``events()``: batches of ``user_id`` and ``item_id`` (string, not empty), ``timestamp``
-    (float64, finite) and perhaps ``event_type`` (string), in file order.
+    (float64, finite), perhaps ``event_type`` (string), and ``split`` (int8 into `SPLITS`) where
+    the files say which split an event is of; in file order.
     ``catalog(fields)``: batches of ``item_id`` and the named fields, all strings, none null;
     None without a catalog. ``fields`` are always stored and make the default text;
     ``more_fields`` are read only when a text template names them. ``files``: the files read.
@@ -62,8 +65,12 @@ def event_batch(
     types: pa.Array | None,
     where: Where,
     unit: int = 1,
+    splits: pa.Array | None = None,
 ) -> pa.RecordBatch:
-    """Check ids and timestamps of one batch; ``unit``: how many of a timestamp are a second."""
+    """Check ids and timestamps of one batch.
+
+    ``unit``: how many of a timestamp are a second. ``splits``: int8 into `SPLITS`, of each event.
+    """
     columns = {"user_id": _strings(users), "item_id": _strings(items)}
     for what, ids in (("user", columns["user_id"]), ("item", columns["item_id"])):
         missing = pc.fill_null(pc.equal(ids, ""), True)
@@ -75,6 +82,8 @@ def event_batch(
     columns["timestamp"] = pa.array(seconds, type=pa.float64())
     if types is not None:
         columns["event_type"] = pc.fill_null(_strings(types), "")
+    if splits is not None:
+        columns["split"] = splits.cast(pa.int8())
     return pa.RecordBatch.from_pydict(columns)
 
 
@@ -161,6 +170,21 @@ class CatalogReader:
 
 OpenCatalog = Callable[[File, Context], CatalogReader]
 """Function that opens a catalog in the format its name says."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Formats that one module reads.
+
+    ``formats``: name for ``--format`` -> what it looks like and whose data has it, in one line.
+    ``detect``: of a path, its files by name, the catalog that was given and the context, returns
+    the format; None if it is none of them. ``open``: of the same, with the format after the
+    catalog and how to open a catalog at the end, returns the source.
+    """
+
+    formats: Mapping[str, str]
+    detect: Callable[[Path, dict[str, File], File | None, Context], str | None]
+    open: Callable[[Path, dict[str, File], File | None, str, Context, OpenCatalog], Source]
 
 
 def as_source(
