@@ -51,13 +51,14 @@ def scored(run: Path, dataset: Dataset, dtype: str, users: int) -> tuple[Evaluat
     load_trained(model, tensors, str(run))
     model.eval()
     split = leave_one_out(dataset.sequences)
-    some = np.linspace(0, len(split.users) - 1, min(users, len(split.users))).astype(np.int64)
+    everyone = len(split.test)
+    some = np.linspace(0, everyone - 1, min(users, everyone)).astype(np.int64)
     started = time.perf_counter()
     evaluation = evaluate(
         model,
-        split.test_histories.take(some),
-        split.test_targets[some],
-        users=split.users[some],
+        split.test.histories.take(some),
+        split.test.targets.take(some),
+        users=split.test.users[some],
     )
     return evaluation, time.perf_counter() - started
 

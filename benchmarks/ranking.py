@@ -84,7 +84,7 @@ def largest_task(paths: Sequence[Path]) -> Task:
     """Open the test split of the data set with the most users."""
     dataset = max(map(open_dataset, paths), key=lambda dataset: dataset.n_users)
     split = leave_one_out(dataset.sequences)
-    return Task(dataset.name, split.test_histories, split.test_targets, dataset.n_items)
+    return Task(dataset.name, split.test.histories, split.test.targets.values, dataset.n_items)
 
 
 def bare(vectors: Vectors, block: int) -> Tensor:

@@ -102,9 +102,9 @@ def ours(data: Path, epochs: int, seed: int) -> dict[str, Any]:
 
 def ranked(model: Any, split: Split, *, test: bool) -> dict[str, float]:
     histories, targets = (
-        (split.test_histories, split.test_targets)
+        (split.test.histories, split.test.targets)
         if test
-        else (split.valid_histories, split.valid_targets)
+        else (split.valid.histories, split.valid.targets)
     )
     return evaluate(model, histories, targets).metrics()
 

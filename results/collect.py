@@ -48,7 +48,7 @@ def keep(name: str, run: Path) -> None:
     identity["dataset"]["path"] = f"data/{dataset.name}"
     (folder / "config.yaml").write_text(yaml.safe_dump(identity, sort_keys=False))
     ranks = pq.ParquetFile(run / "ranks.parquet").read()
-    users = leave_one_out(dataset.sequences).users
+    users = leave_one_out(dataset.sequences).test.users
     if ranks["user"].to_pylist() != dataset.user_ids.take(pa.array(users)).to_pylist():
         raise SystemExit(f"{run} did not rank the test users of {dataset.path} in their order")
     # A rank is a half integer, which float32 holds exactly.

@@ -36,6 +36,27 @@ Run = Annotated[
     Path, typer.Argument(help="Run folder written by `l2rec train`.", show_default=False)
 ]
 
+SplitKind = Annotated[
+    str | None,
+    typer.Option(
+        "--split", help="leave-one-out, tied-day, time or given; by default as the data came."
+    ),
+]
+ValidFrom = Annotated[
+    str | None,
+    typer.Option(help="With time: first moment of validation, a date or a share of the events."),
+]
+TestFrom = Annotated[
+    str | None,
+    typer.Option(help="With time: first moment of test. By default, the shares are 0.8 and 0.9."),
+]
+
+
+def _split(kind: str | None, valid_from: str | None, test_from: str | None) -> list[str]:
+    """Turn the options of the split into overrides of a recipe."""
+    options = {"kind": kind, "valid_from": valid_from, "test_from": test_from}
+    return [f"split.{name}={value}" for name, value in options.items() if value is not None]
+
 
 @app.callback()
 def _options(
@@ -169,6 +190,10 @@ def prepare(
     before: Annotated[
         str | None, typer.Option(help="Keep only earlier events: 2023-11-28, or a number.")
     ] = None,
+    splits: Annotated[
+        str,
+        _preparation("splits", "Splits that the log comes with: given (kept), or none."),
+    ],
     ties: Annotated[
         str,
         _preparation("ties", "Order of a user's events with equal time: file, hash or item (id)."),
@@ -227,6 +252,7 @@ def prepare(
         "event_type": event_type,
         "only": None if only is None else [name.strip() for name in only.split(",")],
         "before": before,
+        "splits": splits,
         "ties": ties,
         "ties_seed": ties_seed,
         "encoding": encoding,
@@ -303,10 +329,17 @@ def train(
     init: Annotated[
         Path | None, typer.Option(help="Start from this run (fine-tune after pre-training).")
     ] = None,
+    split: SplitKind = None,
+    valid_from: ValidFrom = None,
+    test_from: TestFrom = None,
 ) -> None:
     """Train, stop early on validation NDCG@10, score on test, and write a run folder.
 
     Recipes shipped: see `l2rec recipes`. Any key of a recipe can be overridden.
+
+    Splits: leave-one-out (each user's last event is tested), tied-day (the last events of one time,
+    as a set), time (all users at the same two moments), given (as the data came); docs/ties.md says
+    what each is.
 
     Example: `l2rec train l2rec-plus --data data/ml-100k --out runs/ml training.epochs=5`
     """
@@ -314,7 +347,7 @@ def train(
     from l2rec.console import Console
     from l2rec.runs.train import train_run
 
-    config = load_recipe(recipe, overrides or ())
+    config = load_recipe(recipe, [*(overrides or ()), *_split(split, valid_from, test_from)])
     with Console() as console:
         report = train_run(
             config,
@@ -345,6 +378,9 @@ def tune(
         typer.Option(help="key=[low, high], [low, high, log] or {choose: [a, b]}; repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the options that are drawn.")] = 0,
+    split: SplitKind = None,
+    valid_from: ValidFrom = None,
+    test_from: TestFrom = None,
     as_json: Json = False,
 ) -> None:
     """Search for the best options of a recipe on validation; the test split stays unread.
@@ -367,7 +403,7 @@ def tune(
             out,
             trials=trials,
             progress=console,
-            overrides=overrides or (),
+            overrides=[*(overrides or ()), *_split(split, valid_from, test_from)],
             search=search or (),
             seed=seed,
         )
@@ -391,15 +427,23 @@ def recipes() -> None:
 def evaluate(
     run: Run,
     split: Annotated[str, typer.Option(help="valid or test.")] = "test",
+    tied_day: Annotated[
+        bool, typer.Option("--tied-day", help="By the tied-day protocol instead of leave-one-out.")
+    ] = False,
     data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a finished run again: full ranking, history masked and not."""
+    """Score a finished run again: full ranking, history masked and not.
+
+    By the split that it was trained with. Where events of a user tie, a run that was trained
+    leave-one-out can be scored by `--tied-day` too: all last events of one time, as a set
+    (docs/ties.md).
+    """
     from l2rec.console import Console, print_table
     from l2rec.runs.train import evaluate_run
 
     with Console(quiet=as_json) as console:
-        scores = evaluate_run(run, split, console, data)
+        scores = evaluate_run(run, split, console, data, tied_day=tied_day)
     if as_json:
         _print_json(scores)
     else:
@@ -414,6 +458,9 @@ def compare(
         Path | None, typer.Option(help="Test every run against this one, not against the best.")
     ] = None,
     group: Annotated[bool, typer.Option(help="Seeds of one recipe are one row, mean ± sd.")] = True,
+    tied_day: Annotated[
+        bool, typer.Option("--tied-day", help="By the tied-day protocol instead of leave-one-out.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Also write the tables: FILE.md or FILE.csv")
     ] = None,
@@ -432,7 +479,7 @@ def compare(
     from l2rec.studies.compare import compare_runs
     from l2rec.studies.tables import write_comparison
 
-    comparison = compare_runs(runs, data=data, against=against, group=group)
+    comparison = compare_runs(runs, data=data, against=against, group=group, tied_day=tied_day)
     if out is not None:
         write_comparison(comparison, out)
     if as_json:

@@ -5,6 +5,7 @@ A run is described by one YAML file, the recipe, and ``key=value`` overrides:
     method: l2rec.methods.l2rec:L2Rec     import path of the method; there is no registry
     backbone: {name: minilm}
     model: {...}                          options of the method's Config class
+    split: {kind: leave-one-out}
     training: {...}
 
 Recipes hold only what differs from the defaults of the classes below.
@@ -15,6 +16,7 @@ from __future__ import annotations
 __all__ = [
     "BackboneConfig",
     "RunConfig",
+    "SplitConfig",
     "TrainingConfig",
     "find_recipe",
     "from_options",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 import contextlib
+import datetime
 import importlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -32,11 +35,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from l2rec.errors import ConfigError, nearest
 
 Options = TypeVar("Options", bound=BaseModel)
+SplitKind = Literal["auto", "leave-one-out", "tied-day", "time", "given"]
 
 
 class _Closed(BaseModel):
@@ -88,6 +92,30 @@ class TrainingConfig(_Closed):
     """Steps between log lines and TensorBoard points."""
 
 
+class SplitConfig(_Closed):
+    """Which events are trained on, validated and tested: `l2rec.data.splits`."""
+
+    kind: SplitKind = "auto"
+    """``auto``: as the data came, where it came split, otherwise leave-one-out."""
+    valid_from: float | str | None = None
+    """With ``time``, the first moment of validation: a date, a number in the unit of the data, or,
+    between 0 and 1, the share of events before it."""
+    test_from: float | str | None = None
+    """The first moment of test, likewise."""
+
+    @field_validator("valid_from", "test_from", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any) -> Any:
+        # YAML reads a date as a date.
+        return value.isoformat() if isinstance(value, datetime.date) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SplitConfig:
+        if self.kind != "time" and (self.valid_from, self.test_from) != (None, None):
+            raise ValueError("valid_from and test_from need split.kind=time")
+        return self
+
+
 class RunConfig(_Closed):
     """Configuration of a whole run, as ``config.yaml`` of a run folder stores it."""
 
@@ -95,6 +123,7 @@ class RunConfig(_Closed):
     seed: int = Field(0, ge=0)
     backbone: BackboneConfig = BackboneConfig()
     model: Any = None
+    split: SplitConfig = SplitConfig()
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="before")
@@ -315,6 +344,8 @@ def _fields_at(location: tuple[Any, ...], values: Mapping[str, Any]) -> list[str
         return list(TrainingConfig.model_fields)
     if location[:1] == ("backbone",):
         return list(BackboneConfig.model_fields)
+    if location[:1] == ("split",):
+        return list(SplitConfig.model_fields)
     if len(location) == 1 and location[0] in values:
         return list(RunConfig.model_fields)
     method = values.get("method", RunConfig.model_fields["method"].default)
@@ -327,6 +358,7 @@ def _group_of(name: str, values: Mapping[str, Any]) -> str | None:
     groups = {
         "training": TrainingConfig,
         "backbone": BackboneConfig,
+        "split": SplitConfig,
         "model": method_class(method).Config,
     }
     return next((group for group, kind in groups.items() if name in kind.model_fields), None)

@@ -105,13 +105,19 @@ class Console:
         self._bars.update(self._tasks[name], completed=done, total=total, text=text)
 
     def scores(self, report: Mapping[str, Any]) -> None:
-        """Print the score table of a report on standard output."""
-        table = Table(title=f"test scores, {report['dataset']['name']}")
+        """Print the score tables of a report on standard output."""
+        self._scores(f"test scores, {report['dataset']['name']}", report["scores"])
+        if (sets := report.get("tied_day")) is not None:
+            title = f"the same by the tied-day protocol, {sets['users_tested']:,} users"
+            self._scores(title, sets["scores"])
+
+    def _scores(self, title: str, scores_of: Mapping[str, Mapping[str, float]]) -> None:
+        table = Table(title=title)
         keys = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
         table.add_column("model", no_wrap=True)
         for key in keys:
             table.add_column(key.replace("_masked", " (masked)"), justify="right")
-        for name, scores in report["scores"].items():
+        for name, scores in scores_of.items():
             table.add_row(name, *(f"{scores[key]:.4f}" for key in keys))
         _out().print(table)
 

@@ -98,11 +98,16 @@ def items_ahead_among(scores: Tensor, targets: Tensor, items: Ragged) -> Tensor:
     return torch.from_numpy(ahead.astype(np.float64, copy=False))
 
 
-def rank_values(ranks: FloatArray, metric: str) -> npt.NDArray[np.float64]:
+def rank_values(
+    ranks: FloatArray, metric: str, offsets: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.float64]:
     """Compute the per-user values whose mean is ``metric``: [M] float64, for paired tests.
 
-    ``ranks``: [M] from 1. ``metric``: ``"recall@K"``: 1[rank <= K]; ``"ndcg@K"``:
-    1[rank <= K] / log2(rank + 1), one relevant item; ``"mrr"``: 1 / rank, without a cut-off.
+    ``ranks``: [M] from 1, of one relevant item each; or, with ``offsets`` [M + 1], [T] of sets:
+    the relevant items of row i have ``ranks[offsets[i]:offsets[i + 1]]``, at least one.
+    ``metric``: ``"recall@K"``: share of the set with rank <= K; ``"ndcg@K"``: sum over the set of
+    1[rank <= K] / log2(rank + 1), divided by its greatest value, the set at ranks 1, 2, ...;
+    ``"mrr"``: 1 / the smallest rank, without a cut-off.
 
     Raises:
         ValueError: another metric, or a rank that is NaN or below 1.
@@ -112,16 +117,30 @@ def rank_values(ranks: FloatArray, metric: str) -> npt.NDArray[np.float64]:
         bad = int(np.flatnonzero(~(ranks >= 1.0))[0])
         raise ValueError(f"rank {ranks[bad]} at row {bad}: ranks count from 1")
     if metric == "mrr":
-        return np.asarray(1.0 / ranks, dtype=np.float64)
+        first = ranks if offsets is None else np.minimum.reduceat(ranks, offsets[:-1])
+        return np.asarray(1.0 / first, dtype=np.float64)
     name, _, cut = metric.partition("@")
     if name not in ("recall", "ndcg") or not cut.isdecimal() or int(cut) < 1:
         raise ValueError(f"unknown metric {metric!r}; choose recall@K, ndcg@K or mrr, K from 1")
-    hits = (ranks <= int(cut)).astype(np.float64)
-    return hits if name == "recall" else np.asarray(hits / np.log2(ranks + 1.0), dtype=np.float64)
+    gains = (ranks <= int(cut)).astype(np.float64)
+    if name == "ndcg":
+        gains /= np.log2(ranks + 1.0)
+    if offsets is None:
+        return gains
+    sizes = np.diff(offsets)
+    best = sizes.astype(np.float64)
+    if name == "ndcg":
+        ideal = np.cumsum(1.0 / np.log2(np.arange(2, int(cut) + 2)))
+        best = ideal[np.minimum(sizes, int(cut)) - 1]
+    return np.asarray(np.add.reduceat(gains, offsets[:-1]) / best, dtype=np.float64)
 
 
-def ranking_metrics(ranks: FloatArray, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Average over ``ranks``, [M] from 1: ``{"recall@5": ..., "ndcg@5": ..., ..., "mrr": ...}``.
+def ranking_metrics(
+    ranks: FloatArray, ks: Sequence[int] = KS, offsets: npt.NDArray[np.int64] | None = None
+) -> dict[str, float]:
+    """Average over users: ``{"recall@5": ..., "ndcg@5": ..., ..., "mrr": ...}``.
+
+    ``ranks``, ``offsets``: as `rank_values` takes them.
 
     Raises:
         ValueError: there are no ranks, or as `rank_values`.
@@ -129,7 +148,7 @@ def ranking_metrics(ranks: FloatArray, ks: Sequence[int] = KS) -> dict[str, floa
     if len(ranks) == 0:
         raise ValueError("0 ranks have no mean; evaluate at least one user")
     names = [f"{name}@{k}" for name in ("recall", "ndcg") for k in ks]
-    return {name: float(rank_values(ranks, name).mean()) for name in [*names, "mrr"]}
+    return {name: float(rank_values(ranks, name, offsets).mean()) for name in [*names, "mrr"]}
 
 
 def coverage(top_items: IntArray, n_items: int) -> float:

@@ -47,7 +47,7 @@ def test_the_chain_is_learned(
     optimizer = torch.optim.AdamW(groups)
 
     def ndcg() -> float:
-        return evaluate(model, split.valid_histories, split.valid_targets).metrics()["ndcg@10"]
+        return evaluate(model, split.valid.histories, split.valid.targets).metrics()["ndcg@10"]
 
     untrained = ndcg()
     assert untrained < 0.6
@@ -65,4 +65,4 @@ def test_the_chain_is_learned(
                 break
     assert reached > 0.95
     # And the item after it: a history that validation never showed.
-    assert evaluate(model, split.test_histories, split.test_targets).metrics()["ndcg@10"] > 0.9
+    assert evaluate(model, split.test.histories, split.test.targets).metrics()["ndcg@10"] > 0.9

@@ -222,7 +222,7 @@ def test_options_are_frozen_and_closed(name: str) -> None:
 
 
 def test_protocols(trained: Trained) -> None:
-    model, histories = trained.model, trained.split.test_histories
+    model, histories = trained.model, trained.split.test.histories
     assert isinstance(type(model), Method), "what a recipe names"
     assert isinstance(model, Recommender) and isinstance(model, Trainable)
     assert model.n_items == N
@@ -308,8 +308,8 @@ def test_held_out_items_leave_no_trace(name: str, chain: tuple[Catalog, Split]) 
     """With other validation and test items: the same batches, losses and trained tensors."""
     catalog, split = chain
     whole = [
-        [*split.test_histories[row].tolist(), int(target)]
-        for row, target in enumerate(split.test_targets)
+        [*split.test.histories[row].tolist(), int(target)]
+        for row, target in enumerate(split.test.targets.values)
     ]
     changed = [[*row[:-2], (row[-2] + 5) % N, (row[-1] + 3) % N] for row in whole]
     outcomes = []
@@ -329,8 +329,8 @@ def test_the_chain_is_learned(trained: Trained) -> None:
     split = trained.split
     floor = Popularity.from_sequences(split.train, N)
     for histories, targets in (
-        (split.valid_histories, split.valid_targets),
-        (split.test_histories, split.test_targets),
+        (split.valid.histories, split.valid.targets),
+        (split.test.histories, split.test.targets),
     ):
         reached, popular = (
             evaluate(ranker, histories, targets).metrics()["ndcg@10"]
@@ -345,7 +345,7 @@ def test_the_chain_is_learned(trained: Trained) -> None:
 def test_company_and_padding_change_no_vector(trained: Trained) -> None:
     model = trained.model
     histories = Ragged.from_rows(
-        [trained.split.test_histories[row][: 1 + row % 8] for row in range(12)]
+        [trained.split.test.histories[row][: 1 + row % 8] for row in range(12)]
     )
     together = answers(model, histories)
     order = np.random.default_rng(0).permutation(len(histories))
@@ -367,7 +367,7 @@ def test_items_are_encoded_alike_in_any_company(trained: Trained) -> None:
 
 def test_answers_do_not_depend_on_the_mode(trained: Trained) -> None:
     """Validation comes in the middle of training: no dropout, and the mode is as it was."""
-    model, histories = trained.model, trained.split.test_histories
+    model, histories = trained.model, trained.split.test.histories
     model.eval()
     expected = answers(model, histories)
     model.train()
@@ -380,7 +380,7 @@ def test_ranking_leaves_no_trace(trained: Trained) -> None:
     model = trained.model
     model.train()
     before, random = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
-    evaluate(model, trained.split.test_histories, trained.split.test_targets)
+    evaluate(model, trained.split.test.histories, trained.split.test.targets)
     assert torch.equal(torch.get_rng_state(), random)
     for tensor_name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[tensor_name]), tensor_name
@@ -403,7 +403,7 @@ def test_a_position_reads_as_its_prefix(trained: Trained) -> None:
     returned = type(model).forward.__annotations__.get("return")
     if [p.annotation for p in shape] != ["Ragged"] or returned != "tuple[Tensor, Tensor]":
         pytest.skip("forward does not map histories to states")
-    rows = trained.split.test_histories.head(min(model.config.max_items, 8)).take(np.arange(6))
+    rows = trained.split.test.histories.head(min(model.config.max_items, 8)).take(np.arange(6))
     model.eval()
     with torch.no_grad():
         states, real = model(rows)
@@ -432,12 +432,12 @@ def test_saved_and_loaded(trained: Trained, tmp_path: Path) -> None:
     other = build(trained.name, trained.catalog, seed=1)
     load_trained(other, load_tensors(path)[0], str(path))
     ranks = [
-        evaluate(model, split.test_histories, split.test_targets).ranks
+        evaluate(model, split.test.histories, split.test.targets).ranks
         for model in (trained.model, other)
     ]
     assert np.array_equal(*ranks)
     # Of a chain that is learned by heart nearly all ranks are one, whatever was lost.
-    assert torch.equal(*(_scores(model, split.test_histories) for model in (trained.model, other)))
+    assert torch.equal(*(_scores(model, split.test.histories) for model in (trained.model, other)))
 
 
 def _scores(model: Any, histories: Ragged) -> Tensor:
@@ -468,7 +468,7 @@ def test_new_items(trained: Trained) -> None:
         with pytest.raises(DataError, match="text"):
             model.encode_items(["small red lamp"])
         return
-    histories = trained.split.test_histories
+    histories = trained.split.test.histories
     before = _scores(model, histories)
     with pytest.raises(DataError, match="text"):
         model.add_items(["small red lamp", " "])

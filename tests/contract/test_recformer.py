@@ -403,8 +403,8 @@ def test_the_best_model_comes_with_its_table(tmp_path: Path) -> None:
     other = build(seed=1)
     load_trained(other, tensors, "here")
     assert torch.equal(other.kept, model.kept) and torch.equal(other.table, model.table)
-    scores = model.scorer()(split.test_histories)
-    assert torch.equal(other.scorer()(split.test_histories), scores)
+    scores = model.scorer()(split.test.histories)
+    assert torch.equal(other.scorer()(split.test.histories), scores)
 
 
 def test_other_items_start_without_a_table() -> None:

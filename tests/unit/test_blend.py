@@ -238,7 +238,13 @@ def test_the_test_split_chooses_nothing(
 
     def other(*of: Any) -> Split:
         real = split(*of)
-        return replace(real, test_targets=np.zeros_like(real.test_targets))
+        return replace(
+            real,
+            test=replace(
+                real.test,
+                targets=Ragged(np.zeros_like(real.test.targets.values), real.test.targets.offsets),
+            ),
+        )
 
     monkeypatch.setattr(blend, "training_split", other)
     second = blend_run(table_run.run, tmp_path / "b", progress=Quiet())

@@ -22,7 +22,7 @@ from scipy import stats
 from l2rec.config import resolve
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
-from l2rec.data.splits import leave_one_out
+from l2rec.data.splits import Cases, leave_one_out
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranking import Evaluation
 from l2rec.evaluation.ranks import write_ranks
@@ -93,9 +93,9 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
         every = Evaluation(
             ranks=np.asarray(ranks, dtype=np.float64),
             ranks_masked=np.maximum(1.0, np.asarray(ranks) - 2.0),
-            users=split.users,
+            users=split.test.users,
             top=top[:, :20].astype(np.int32),
-            targets=split.test_targets.astype(np.int64),
+            targets=split.test.targets.values.astype(np.int64),
             n_items=data.n_items,
         )
         write_ranks(
@@ -117,10 +117,15 @@ def block(found: Comparison, segment: str = "all", masked: bool = False) -> Bloc
 # -- segments ------------------------------------------------------------------------------------
 
 
+def cases(histories: Ragged, targets: list[int]) -> Cases:
+    rows = Ragged.from_rows([[target] for target in targets])
+    return Cases(np.arange(len(targets)), histories, rows)
+
+
 def test_segments_by_hand() -> None:
     histories = Ragged.from_rows([[0] * n for n in (1, 5, 6, 10, 11)])
     counts = np.array([3, 9, 0, 3, 3, 1, 0, 0, 0, 0])  # the head of ten items: 1, and 0 of the 3s
-    segments = population(histories, np.array([0, 1, 2, 3, 5]), counts).segments
+    segments = population(cases(histories, [0, 1, 2, 3, 5]), counts).segments
     assert {name: rows.tolist() for name, rows in segments.items()} == {
         "history 1-5": [True, True, False, False, False],
         "history 6-10": [False, False, True, True, False],
@@ -132,7 +137,7 @@ def test_segments_by_hand() -> None:
 
 
 def test_segments_of_nobody_are_left_out() -> None:
-    found = population(Ragged.from_rows([[0, 1]]), np.array([0]), np.array([2, 1, 1]))
+    found = population(cases(Ragged.from_rows([[0, 1]]), [0]), np.array([2, 1, 1]))
     assert list(found.segments) == ["history 1-5", "head target"]
 
 
@@ -142,7 +147,8 @@ def test_cold_targets_come_with_a_warning(make: Make, tmp_path: Path) -> None:
     run = read_run(make("a", ranks_of(1)))
     targets = np.array([row[-1] for row in rows])
     counts = np.bincount(np.concatenate([row[:-2] for row in rows]), minlength=30)
-    known = population(Ragged.from_rows([row[:-1] for row in rows]), targets, counts)
+    histories = Ragged.from_rows([row[:-1] for row in rows])
+    known = population(cases(histories, targets.tolist()), counts)
     assert known.segments["cold target"].sum() == 5 + sum(u % 4 == 3 for u in range(5, USERS))
     found = compare([replace(run, ranks=replace(run.ranks, targets=targets))], known)
     (note,) = found.notes
@@ -163,7 +169,7 @@ def test_scores_and_tests_of_two_runs(make: Make, chains: Dataset) -> None:
     split = leave_one_out(chains.sequences)
     counts = np.bincount(split.train.values, minlength=chains.n_items)
     cases = {"all": np.ones(USERS, bool)}
-    cases |= population(split.test_histories, split.test_targets, counts).segments
+    cases |= population(split.test, counts).segments
     assert len(found.blocks) == 2 * len(cases) and {"head target", "history 6-10"} <= cases.keys()
     for masked in (False, True):
         ranks = {"first": good, "second": bad}
@@ -192,11 +198,11 @@ def test_coverage_and_bias_are_of_the_lists(make: Make, chains: Dataset) -> None
     split = leave_one_out(chains.sequences)
     counts = np.bincount(split.train.values, minlength=chains.n_items)
     top = np.random.default_rng(0).permuted(np.tile(np.arange(30), (USERS, 1)), axis=1)[:, :10]
-    head = population(split.test_histories, split.test_targets, counts).segments["head target"]
+    head = population(split.test, counts).segments["head target"]
     for segment, chosen in {"all": np.ones(USERS, bool), "head target": head}.items():
         scores = block(found, segment).lines["sasrec"].scores
         assert scores["coverage@10"].mean == coverage(top[chosen], chains.n_items)
-        histories = split.test_histories.take(np.flatnonzero(chosen))
+        histories = split.test.histories.take(np.flatnonzero(chosen))
         expected = popularity_bias(top[chosen], histories, counts)
         assert scores["popularity_bias@10"].mean == pytest.approx(expected)
     assert "coverage@10" not in block(found, masked=True).lines["sasrec"].scores

@@ -459,10 +459,12 @@ def test_runs_that_cannot_be_paired(tmp_path: Path) -> None:
         aligned_ranks(base, stored(["a", "b"], protocol="x"))
     with pytest.raises(DataError, match="2 and 3 ranked users, 2 in common"):
         aligned_ranks(base, stored(["a", "b", "c"]))
-    twice = evaluation_of([1, 2]).take(np.array([0, 0]))
-    write_ranks(path, twice, ["a"])
+    twice = evaluation_of([1, 2]).take(np.array([0, 0, 1]))
+    write_ranks(path, twice, ["a", "b"])
+    same = read_ranks(path)
+    assert aligned(same, same) is same, "with given splits, a user is ranked as often as tested"
     with pytest.raises(DataError, match="ranked twice"):
-        aligned_ranks(read_ranks(path), read_ranks(path))
+        aligned(same, same.take(np.array([2, 0, 1])))
 
 
 # ---------------------------------------------------------------------- tests and segments

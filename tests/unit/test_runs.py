@@ -371,7 +371,7 @@ def test_a_share_of_the_users_is_trained_on(
         progress=Quiet(),
     )
     ranks = [read_ranks(tmp_path / name / "ranks.parquet") for name in ("run", "whole")]
-    assert len(ranks[0].users) == len(ranks[1].users) == len(split.users)
+    assert len(ranks[0].users) == len(ranks[1].users) == len(split.test.users)
     assert report["steps"] < whole["steps"]
     # The floors know no more than the method.
     assert report["scores"]["popularity"] != whole["scores"]["popularity"]

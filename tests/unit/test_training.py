@@ -122,7 +122,7 @@ class Scripted(Toy):
         self.right = {
             tuple(history): int(target)
             for history, target in zip(
-                rows_of(data.valid_histories), data.valid_targets, strict=True
+                rows_of(data.valid.histories), data.valid.targets.values, strict=True
             )
         }
 
@@ -296,13 +296,13 @@ def test_validation_ranks_every_user_and_never_the_test_split(
     real = training.evaluate
 
     def spy(model: Any, histories: Ragged, targets: Any, **kwargs: Any) -> Any:
-        assert histories is data.valid_histories and targets is data.valid_targets
+        assert histories is data.valid.histories and targets is data.valid.targets
         seen.append(len(histories))
         return real(model, histories, targets, **kwargs)
 
     monkeypatch.setattr(training, "evaluate", spy)
     trap: Any = Trap()
-    fit(tmp_run, data=dataclasses.replace(data, test_histories=trap, test_targets=trap))
+    fit(tmp_run, data=dataclasses.replace(data, test=trap))
     assert seen == [N_USERS] * 5
 
 
@@ -354,7 +354,7 @@ def test_untrained_method(tmp_run: Path) -> None:
 
 
 def test_nothing_to_train_or_validate_on(tmp_run: Path) -> None:
-    with pytest.raises(TrainingError, match="no user has three events"):
+    with pytest.raises(TrainingError, match="nothing to validate on"):
         fit(tmp_run, data=leave_one_out(Ragged.from_rows([[1, 2], [3]])))
     with pytest.raises(TrainingError, match="no user has two training events"):
         fit(tmp_run, data=leave_one_out(Ragged.from_rows([[1, 2, 3], [3, 4, 5]])))
@@ -787,8 +787,8 @@ def test_a_method_is_calibrated_before_each_validation(tmp_path: Path) -> None:
         name = "model"
 
         def calibrate(self, sequences: Ragged, histories: Ragged, targets: Any) -> None:
-            assert sequences is data.train and histories is data.valid_histories
-            assert targets is data.valid_targets
+            assert sequences is data.train and histories is data.valid.histories
+            assert targets is data.valid.targets.values
             calibrations.append((self.name, self.calls))
 
         def stages(self, lr: float, weight_decay: float) -> list[Stage]:

@@ -5,6 +5,7 @@
     items.npy         [E] int32        item ints, oldest first within each user
     timestamps.npy    [E] float64      seconds (or whatever the source counts time in)
     event_types.npy   [E] int8         optional; names in dataset.json
+    splits.npy        [E] int8         optional; 0 train, 1 valid, 2 test, as the log says
     users.parquet     user_id          row u is user int u
     catalog.parquet   item_id, raw text fields ..., text; row i is item int i
 
@@ -36,6 +37,8 @@ from l2rec.data.ties import EventOrder, measure_order
 from l2rec.errors import DataError, nearest
 
 FORMAT = "l2rec-dataset"
+GIVEN = "given"
+"""Value of ``splits`` in dataset.json where splits.npy holds what the log says."""
 VERSION = 1
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -49,7 +52,9 @@ class Dataset:
 
     ``offsets``: [U + 1] int64. ``items``: [E] int32. ``timestamps``: [E] float64, not
     descending within a user. ``event_types``: [E] int8 into ``event_type_names``, or None.
-    ``fingerprint``: 16 hex digits over counts, events, ids and texts. ``meta``: dataset.json.
+    ``splits``: [E] int8, 0 train, 1 valid, 2 test, not descending within a user; None where the
+    log did not say, or said leave-one-out. ``fingerprint``: 16 hex digits over counts, events,
+    splits, ids and texts. ``meta``: dataset.json.
     """
 
     path: Path
@@ -58,6 +63,7 @@ class Dataset:
     items: npt.NDArray[np.int32]
     timestamps: npt.NDArray[np.float64]
     event_types: npt.NDArray[np.int8] | None
+    splits: npt.NDArray[np.int8] | None
     fingerprint: str
     meta: dict[str, Any]
 
@@ -168,6 +174,8 @@ class Dataset:
     @cached_property
     def order(self) -> EventOrder:
         """Facts about the order of events; measured where an earlier version wrote none."""
+        if "order" in self.meta:
+            return EventOrder.of_json(self.meta["order"])
         return recorded_order(
             self.meta, self.offsets, self.items, self.timestamps, self.catalog["item_id"]
         )
@@ -194,6 +202,7 @@ class Dataset:
             "repeats_share": self._repeats() / self.n_events if self.n_events else 0.0,
             "event_types": self._event_type_counts(),
             "order": self.order.to_json(),
+            "splits": self.meta.get("splits"),
             "fingerprint": self.fingerprint,
             "source": self.meta.get("source"),
             "options": self.meta.get("options"),
@@ -239,6 +248,10 @@ def open_dataset(path: str | Path) -> Dataset:
     if meta.get("event_types"):
         event_types = _load_array(path, "event_types.npy", np.dtype(np.int8))
         _same_count(path, "event_types.npy", len(event_types), meta["events"], "events")
+    splits = None
+    if meta.get("splits") == GIVEN:
+        splits = _load_array(path, "splits.npy", np.dtype(np.int8))
+        _same_count(path, "splits.npy", len(splits), meta["events"], "events")
     _same_count(path, "offsets.npy", len(offsets) - 1, meta["users"], "users")
     _same_count(path, "items.npy", len(items), meta["events"], "events")
     _same_count(path, "timestamps.npy", len(timestamps), meta["events"], "events")
@@ -262,6 +275,7 @@ def open_dataset(path: str | Path) -> Dataset:
         items=items,
         timestamps=timestamps,
         event_types=event_types,
+        splits=splits,
         fingerprint=meta["fingerprint"],
         meta=meta,
     )

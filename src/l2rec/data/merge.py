@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from l2rec.data.dataset import Dataset, open_dataset, user_blocks
 from l2rec.data.formats.source import Source
 from l2rec.data.prepare import PrepareConfig, build
+from l2rec.data.splits import MIN_EVENTS, TEST, TRAIN, VALID
 from l2rec.errors import DataError
 
 EVENTS_AT_ONCE = 1 << 20
@@ -25,7 +27,8 @@ def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True
     """Write one data set folder ``out`` with the users and items of all ``parts``.
 
     Ids become ``name/id``, so users and items of different parts stay apart; item texts and the
-    order of events are those of the parts. Event types are not carried over.
+    order of events are those of the parts. Event types are not carried over. Where a part came with
+    splits, so does the whole: the other parts' are leave-one-out.
 
     Raises:
         DataError: fewer than two parts, or two of one name.
@@ -37,9 +40,11 @@ def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True
     if len(set(names)) < len(names):
         raise DataError(f"data sets of one name cannot be merged: {', '.join(names)}")
 
+    with_splits = any(dataset.splits is not None for dataset in datasets)
+
     def events() -> Iterator[pa.RecordBatch]:
         for dataset in datasets:
-            yield from _events(dataset)
+            yield from _events(dataset, with_splits=with_splits)
 
     def catalog(_: Sequence[str]) -> Iterator[pa.RecordBatch]:
         for dataset in datasets:
@@ -64,16 +69,28 @@ def _prefixed(name: str, ids: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | p
     return pc.binary_join_element_wise(pa.scalar(name), ids.cast(pa.string()), "/")
 
 
-def _events(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+def _events(dataset: Dataset, *, with_splits: bool) -> Iterator[pa.RecordBatch]:
     users = _prefixed(dataset.name, dataset.user_ids)
     items = _prefixed(dataset.name, dataset.item_ids)
+    splits = _splits(dataset) if with_splits else None
     for first, last in user_blocks(dataset.offsets, EVENTS_AT_ONCE):
         start, stop = int(dataset.offsets[first]), int(dataset.offsets[last])
         counts = np.diff(dataset.offsets[first : last + 1])
-        yield pa.RecordBatch.from_pydict(
-            {
-                "user_id": users.take(pa.array(np.repeat(np.arange(first, last), counts))),
-                "item_id": items.take(pa.array(np.asarray(dataset.items[start:stop]))),
-                "timestamp": np.asarray(dataset.timestamps[start:stop]),
-            }
-        )
+        columns = {
+            "user_id": users.take(pa.array(np.repeat(np.arange(first, last), counts))),
+            "item_id": items.take(pa.array(np.asarray(dataset.items[start:stop]))),
+            "timestamp": np.asarray(dataset.timestamps[start:stop]),
+        }
+        if splits is not None:
+            columns["split"] = np.asarray(splits[start:stop])
+        yield pa.RecordBatch.from_pydict(columns)
+
+
+def _splits(dataset: Dataset) -> npt.NDArray[np.int8]:
+    """Return the split of each event, [E]: as given, or leave-one-out."""
+    if dataset.splits is not None:
+        return dataset.splits
+    splits = np.full(dataset.n_events, TRAIN, dtype=np.int8)
+    ends = dataset.offsets[1:][np.diff(dataset.offsets) >= MIN_EVENTS]
+    splits[ends - 2], splits[ends - 1] = VALID, TEST
+    return splits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["moment"]
+__all__ = ["moment", "shown"]
 
 import datetime
 
@@ -26,3 +26,9 @@ def moment(text: str) -> float:
             f"{text!r} is no time; write a date such as 2023-11-28, or seconds"
         ) from None
     return date.replace(tzinfo=date.tzinfo or datetime.UTC).timestamp()
+
+
+def shown(seconds: float) -> str:
+    """Write seconds since 1970 as a date, with the time of the day unless it is midnight (UTC)."""
+    at = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return f"{at:%Y-%m-%d}" if at.time() == datetime.time() else f"{at:%Y-%m-%dT%H:%M:%SZ}"

@@ -38,6 +38,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from l2rec.data.dataset import (
     FORMAT,
+    GIVEN,
     VERSION,
     Dataset,
     content_fingerprint,
@@ -47,9 +48,9 @@ from l2rec.data.dataset import (
 )
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
-from l2rec.data.formats.source import Source
+from l2rec.data.formats.source import SPLITS, Source
 from l2rec.data.moments import moment
-from l2rec.data.splits import MIN_EVENTS
+from l2rec.data.splits import LEAVE_ONE_OUT, MIN_EVENTS, TEST, VALID
 from l2rec.data.ties import EventOrder, TieBreaker, Ties
 from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import DataError, nearest
@@ -71,6 +72,7 @@ class PrepareConfig(BaseModel):
     ``keep_all_items``: keep catalog items without events. ``duplicate_items``: what to do about
     different catalog rows with one id. ``only``: keep events of these types alone. ``before``:
     keep earlier events (a time in the log's unit, or a date such as 2023-11-28, midnight UTC).
+    ``splits``: keep the splits that a log comes with (``given``), or do not (``none``).
     ``ties``: order of a user's events with equal time: that of the file, by item id, or by a hash
     of user id, item id and occurrence that depends on ``ties_seed`` and not on the file.
     ``user`` to ``quotes``: see `Columns`.
@@ -88,6 +90,7 @@ class PrepareConfig(BaseModel):
     duplicate_items: Literal["error", "first"] = "error"
     only: tuple[str, ...] = ()
     before: float | None = None
+    splits: Literal["given", "none"] = "given"
     ties: Ties = "file"
     ties_seed: int = Field(default=0, ge=0, lt=1 << 64)
     user: str = Columns.user
@@ -185,6 +188,7 @@ class _State:
     counters: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     event_types: list[str] = field(default_factory=list)
+    splits: str | None = None
 
 
 # ---------------------------------------------------------------- the catalog
@@ -318,13 +322,14 @@ def _string_type(column: pa.ChunkedArray) -> pa.DataType:
 @dataclass(frozen=True)
 class _Log:
     """Events in file order, memory-mapped: ``users``, ``items`` [E] int32 (item -1: unknown),
-    ``times`` [E] float64, ``types`` [E] int8 or None.
+    ``times`` [E] float64, ``types`` and ``splits`` [E] int8 or None.
     """
 
     users: Ints
     items: Ints
     times: npt.NDArray[np.float64]
     types: npt.NDArray[np.int8] | None
+    splits: npt.NDArray[np.int8] | None
     user_ids: pa.Array
     item_ids: pa.Array
 
@@ -360,11 +365,11 @@ class _Ids:
 def _read_events(source: Source, known_items: pa.Array | None, state: _State) -> _Log:
     users, items, types = _Ids(), _Ids(known_items), _Ids()
     unknown, wanted = _Unknown(), _Wanted(state.config)
-    total = 0
+    total, has_splits = 0, False
     with contextlib.ExitStack() as stack:
         files = {
             name: stack.enter_context((state.work / name).open("wb"))
-            for name in ("users", "items", "times", "types")
+            for name in ("users", "items", "times", "types", "splits")
         }
         for read in _rechunk(source.events(), state):
             table = wanted.of(read)
@@ -381,6 +386,9 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
                         f"{types.values[-1].as_py()!r}; name another column"
                     )
                 _append(files["types"], codes.astype(np.int8))
+            if "split" in table.column_names and state.config.splits == "given":
+                has_splits = True
+                _append(files["splits"], _one(table["split"]).to_numpy())
             total += len(item_ints)
     wanted.check(source)
     if not total:
@@ -400,6 +408,7 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
         items=np.memmap(state.work / "items", np.int32, "r"),
         times=np.memmap(state.work / "times", np.float64, "r"),
         types=np.memmap(state.work / "types", np.int8, "r") if state.event_types else None,
+        splits=np.memmap(state.work / "splits", np.int8, "r") if has_splits else None,
         user_ids=users.values,
         item_ids=items.values,
     )
@@ -621,6 +630,14 @@ def _write_events(
             written[name][final[first] : final[last]] = block
             if name == "items":
                 item_counts += np.bincount(block, minlength=len(item_counts))
+    if log.splits is not None:
+        users = log.user_ids.filter(pa.array(remaining.users))
+        _check_splits(written["splits"], final, users, state)
+        if _are_leave_one_out(written["splits"], final):
+            state.splits = LEAVE_ONE_OUT
+            (folder / "splits.npy").unlink()
+        else:
+            state.splits = GIVEN
     item_ok = remaining.items[:-1] if state.config.keep_all_items else item_counts > 0
     _renumber(written["items"], item_ok, state.chunk)
     for array in written.values():
@@ -633,12 +650,46 @@ def _write_events(
         "items_dropped": len(item_ok) - int(item_ok.sum()),
     }
     short = int((lengths < MIN_EVENTS).sum())
-    if short:
+    if short and state.splits != GIVEN:
         state.notes.append(
             f"{short:,} users have fewer than {MIN_EVENTS} events; they are trained on "
             f"but cannot be evaluated"
         )
     return item_ok
+
+
+def _check_splits(
+    splits: npt.NDArray[np.int8], offsets: npt.NDArray[np.int64], users: pa.Array, state: _State
+) -> None:
+    """Refuse splits that a model of sequences would see through: a user's test events before his
+    training events.
+    """
+    for at in range(0, max(len(splits) - 1, 0), state.chunk):
+        block = np.asarray(splits[at : at + state.chunk + 1])
+        falls = np.flatnonzero(block[1:] < block[:-1]) + at + 1
+        places = np.searchsorted(offsets, falls)
+        wrong = falls[offsets[places] != falls]
+        if len(wrong):
+            event = int(wrong[0])
+            user = int(np.searchsorted(offsets, event, side="right")) - 1
+            raise DataError(
+                f"user {users[user].as_py()!r} has an event of {SPLITS[splits[event - 1]]} before "
+                f"one of {SPLITS[splits[event]]}: these splits do not follow time, and a model "
+                f"of sequences would be trained on what comes after its test; pass --splits none "
+                f"to leave them aside, and split leave-one-out or by time"
+            )
+
+
+def _are_leave_one_out(splits: npt.NDArray[np.int8], offsets: npt.NDArray[np.int64]) -> bool:
+    """Tell whether the splits are what `splits.leave_one_out` makes of the same events."""
+    lengths = np.diff(offsets)
+    ends = offsets[1:][lengths >= MIN_EVENTS]
+    expected = {VALID: ends - 2, TEST: ends - 1}
+    counts = np.bincount(splits, minlength=len(SPLITS))
+    return all(
+        counts[split] == len(at) and bool((splits[at] == split).all())
+        for split, at in expected.items()
+    )
 
 
 def _group_by_user(
@@ -648,6 +699,8 @@ def _group_by_user(
     sources: dict[str, npt.NDArray[Any]] = {"items": log.items, "timestamps": log.times}
     if log.types is not None:
         sources["event_types"] = log.types
+    if log.splits is not None:
+        sources["splits"] = log.splits
     total = int(offsets[-1])
     grouped = {
         name: _allocate(state.work / f"grouped_{name}", array.dtype, total)
@@ -706,8 +759,16 @@ def _with_ties_broken(
     """Refine the order in time of a block of whole users; ``users``: [E], of each event."""
     order = np.arange(len(users)) if order is None else order
     arrays = {name: np.asarray(array[at])[order] for name, array in grouped.items()}
-    types = arrays.get("event_types")
-    return order[breaker.order(users, arrays["items"], arrays["timestamps"], types)]
+    times = arrays["timestamps"]
+    if "splits" in arrays:  # an event stays in its split: only within one, equal times are a tie
+        parts = arrays["splits"]
+        starts = np.flatnonzero(
+            (np.diff(users) != 0) | (np.diff(times) != 0) | (np.diff(parts) != 0)
+        )
+        times = np.zeros(len(times))
+        times[starts + 1] = 1.0
+        times = np.cumsum(times)
+    return order[breaker.order(users, arrays["items"], times, arrays.get("event_types"))]
 
 
 def _newest(offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Mask | None:
@@ -799,6 +860,7 @@ def _write_meta(
         ),
         "fields": list(catalog.fields),
         "event_types": state.event_types,
+        "splits": state.splits,
         "source": {
             "origin": origin,
             "format": source.format,
@@ -816,7 +878,9 @@ def _write_meta(
 
 def _array_names(state: _State) -> list[str]:
     names = ["offsets", "items", "timestamps"]
-    return [*names, "event_types"] if state.event_types else names
+    if state.event_types:
+        names.append("event_types")
+    return [*names, "splits"] if state.splits == GIVEN else names
 
 
 def _may_write(out: Path) -> None:

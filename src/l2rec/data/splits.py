@@ -1,17 +1,34 @@
-"""Training, validation and test events: leave-one-out, or a global split by time.
+"""Training, validation and test events: the four ways to split, each defined here alone.
 
-Leave-one-out, for a user with events s[0], ..., s[n-1] and n >= 3:
+For a user with events s[0], ..., s[n-1], oldest first, and a case "history -> what is to be ranked
+first":
 
-    train       s[:-2]
-    validation  s[:-2] -> s[-2]
-    test        s[:-1] -> s[-1]
+    leave-one-out   n >= 3            train s[:-2], validation s[:-2] -> s[-2], test s[:-1] -> s[-1]
+    tied-day        3 groups or more  the events of one time are a group G[0], ..., G[k-1]; train
+                                      G[:-2], validation G[:-2] -> the set G[-2], test G[:-1] -> the
+                                      set G[-1]
+    time            two moments       train: events before the first; validation: the first event
+                                      from there on, after all before it; test: likewise from the
+                                      second moment on
+    given           as the log says   every validation and every test event after all before it
 
-Users with fewer events are trained on whole and never evaluated.
+Users who cannot be evaluated in the first two ways are trained on whole. Without ties, tied-day is
+leave-one-out.
 """
 
 from __future__ import annotations
 
-__all__ = ["Split", "global_time", "leave_one_out", "with_fewer_users"]
+__all__ = [
+    "Cases",
+    "Split",
+    "given",
+    "global_time",
+    "last_tied_day",
+    "leave_one_out",
+    "split_events",
+    "tied_day",
+    "with_fewer_users",
+]
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,44 +36,250 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from l2rec.data.moments import moment, shown
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 
 if TYPE_CHECKING:
+    from l2rec.config import SplitKind
     from l2rec.data.dataset import Dataset
 
 MIN_EVENTS = 3  # one to learn from, one to validate, one to test
+LEAVE_ONE_OUT, TIED_DAY, TIME, GIVEN = "leave-one-out", "tied-day", "time", "given"
+TRAIN, VALID, TEST = 0, 1, 2
+"""Values of ``Dataset.splits``."""
+
+QUANTILES = (0.8, 0.9)
+"""Shares of all events before validation and before test, where no moments are named."""
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Histories, and the items that are to be ranked first after each.
+
+    ``users``: [M] int64, ascending; with given splits a user may have several cases.
+    ``histories``: M rows, none empty. ``targets``: M rows of distinct items, one unless the split
+    is tied-day; int32.
+    """
+
+    users: Longs
+    histories: Ragged
+    targets: Ragged
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, rows: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Cases:
+        """Select cases (ints or a mask)."""
+        at = np.arange(len(self))[rows]
+        return Cases(self.users[at], self.histories.take(at), self.targets.take(at))
+
+    def pairs(self) -> tuple[Ragged, npt.NDArray[np.integer]]:
+        """Return histories and single targets, a row for each target: T rows, [T]."""
+        if len(self.targets.values) == len(self):
+            return self.histories, self.targets.values
+        rows = np.repeat(np.arange(len(self)), self.targets.lengths)
+        return self.histories.take(rows), self.targets.values
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training sequences, and histories with their targets of M evaluated users.
+    """Training sequences, and the cases of validation and test.
 
-    ``train``: U rows, aligned with user ints. ``users``: [M] int64, the evaluated users, ascending.
-    ``*_histories``: M rows, ``*_targets``: [M] int32, aligned with ``users``.
+    ``kind``: which of the four ways. ``protocol``: the same in words, with its moments. ``train``:
+    U rows, aligned with user ints.
     """
 
+    kind: str
+    protocol: str
     train: Ragged
-    users: npt.NDArray[np.int64]
-    valid_histories: Ragged
-    valid_targets: npt.NDArray[np.int32]
-    test_histories: Ragged
-    test_targets: npt.NDArray[np.int32]
+    valid: Cases
+    test: Cases
+
+    def cases(self, name: str) -> Cases:
+        """Return the cases of ``valid`` or ``test``."""
+        return self.test if name == "test" else self.valid
+
+
+def split_events(
+    dataset: Dataset,
+    kind: SplitKind = "auto",
+    valid_from: float | str | None = None,
+    test_from: float | str | None = None,
+) -> Split:
+    """Split a data set in one of the four ways; there is somebody to validate and to test.
+
+    Args:
+        dataset: the prepared data set.
+        kind: which way; ``auto``: as given, where the log came with splits other than
+            leave-one-out, otherwise leave-one-out.
+        valid_from: first moment of validation, with ``time``: a date such as 2023-11-28, a number
+            in the unit of the timestamps, or, between 0 and 1, the share of events before it.
+        test_from: first moment of test, likewise.
+
+    Raises:
+        DataError: nobody can be validated or tested, a split by time of events that have none, or
+            one of the log's own where it has none.
+    """
+    if kind == "auto":
+        kind = "leave-one-out" if dataset.splits is None else "given"
+    if kind == GIVEN:
+        if dataset.meta.get("splits") == LEAVE_ONE_OUT:
+            return leave_one_out(dataset.sequences)
+        return given(dataset)
+    if kind == TIME:
+        return global_time(dataset, *_moments(dataset, valid_from, test_from))
+    split = leave_one_out(dataset.sequences) if kind == LEAVE_ONE_OUT else tied_day(dataset)
+    if not len(split.test):
+        what = "three events" if kind == LEAVE_ONE_OUT else "events of three different times"
+        raise DataError(
+            f"{dataset.path}: no user has {what}: one to learn from, two to be tested on"
+        )
+    return split
+
+
+def _moments(
+    dataset: Dataset, valid_from: float | str | None, test_from: float | str | None
+) -> tuple[float, float]:
+    """Turn what names the two moments into times."""
+    if dataset.order.unit == "order only":
+        raise DataError(
+            f"{dataset.path} has positions instead of times, and those of different users have "
+            f"nothing to do with each other; choose leave-one-out, or prepare a log with times"
+        )
+    values = [
+        moment(value) if isinstance(value, str) else float(value)
+        for value in (
+            QUANTILES[0] if valid_from is None else valid_from,
+            QUANTILES[1] if test_from is None else test_from,
+        )
+    ]
+    valid, test = (
+        # An event's own time: what happened at it belongs to the later period.
+        float(np.quantile(dataset.timestamps, value, method="higher")) if 0 < value < 1 else value
+        for value in values
+    )
+    return valid, test
 
 
 def leave_one_out(sequences: Ragged) -> Split:
     """Test on each user's last event, validate on the one before, train on the rest."""
     lengths = sequences.lengths
     users = np.flatnonzero(lengths >= MIN_EVENTS)
-    ends = sequences.offsets[1:][users]
-    evaluated = lengths[users]
+    ends = lengths[users]
     return Split(
+        kind=LEAVE_ONE_OUT,
+        protocol=LEAVE_ONE_OUT,
         train=_heads(sequences, np.where(lengths >= MIN_EVENTS, lengths - 2, lengths)),
-        users=users,
-        valid_histories=_heads(sequences, _spread(evaluated - 2, users, len(lengths)), users),
-        valid_targets=sequences.values[ends - 2].astype(np.int32),
-        test_histories=_heads(sequences, _spread(evaluated - 1, users, len(lengths)), users),
-        test_targets=sequences.values[ends - 1].astype(np.int32),
+        valid=_next_events(sequences, users, ends - 2),
+        test=_next_events(sequences, users, ends - 1),
+    )
+
+
+def tied_day(dataset: Dataset) -> Split:
+    """Test on each user's last group of events with one time, as a set; validate on the group
+    before, train on the rest.
+    """
+    sequences, lengths = dataset.sequences, dataset.sequences.lengths
+    groups = _groups(dataset)
+    users = np.flatnonzero(groups.lengths >= MIN_EVENTS)
+    last = groups.offsets[1:][users]
+    starts = {back: groups.values[last - back].astype(np.int64) for back in (1, 2)}
+    train = lengths.copy()
+    train[users] = starts[2]
+    return Split(
+        kind=TIED_DAY,
+        protocol="tied-day: a user's last events of one time as a set",
+        train=_heads(sequences, train),
+        valid=_sets(sequences, users, starts[2], starts[1]),
+        test=_sets(sequences, users, starts[1], lengths[users]),
+    )
+
+
+def last_tied_day(dataset: Dataset) -> Cases:
+    """Return the test sets of `tied_day` that leave-one-out does not train on: of users with three
+    events or more, those whose last group has at most two, and a history before it.
+    """
+    lengths = dataset.sequences.lengths
+    groups = _groups(dataset)
+    users = np.flatnonzero(lengths >= MIN_EVENTS)
+    starts = groups.values[groups.offsets[1:][users] - 1].astype(np.int64)
+    unseen = (lengths[users] - starts <= MIN_EVENTS - 1) & (starts > 0)
+    users, starts = users[unseen], starts[unseen]
+    return _sets(dataset.sequences, users, starts, lengths[users])
+
+
+def global_time(dataset: Dataset, valid_from: float, test_from: float) -> Split:
+    """Cut all users at the same two moments (in the unit of ``dataset.timestamps``).
+
+    Raises:
+        DataError: the moments are not in order, times are only positions, or nobody can be
+            validated or tested.
+    """
+    seconds = dataset.order.unit == "seconds"
+    names = [shown(at) if seconds else f"{at:g}" for at in (valid_from, test_from)]
+    if not valid_from < test_from:
+        raise DataError(
+            f"validation from {names[0]} on, and test from {names[1]} on, which is not later; "
+            f"choose two moments in order (split.valid_from, split.test_from)"
+        )
+    sequences = dataset.sequences
+    n_train = _counts_before(dataset, valid_from)
+    n_valid = _counts_before(dataset, test_from)
+    valid = np.flatnonzero((n_train > 0) & (n_valid > n_train))
+    test = np.flatnonzero((n_valid > 0) & (sequences.lengths > n_valid))
+    if not len(valid) or not len(test):
+        raise DataError(
+            f"no user has events before {names[0]} and from there up to {names[1]}, or none has "
+            f"before {names[1]} and later; choose moments inside the log's time span"
+        )
+    return Split(
+        kind=TIME,
+        protocol=f"time: validation from {names[0]}, test from {names[1]}, a user's first event of "
+        f"each",
+        train=_heads(sequences, n_train),
+        valid=_next_events(sequences, valid, n_train[valid]),
+        test=_next_events(sequences, test, n_valid[test]),
+    )
+
+
+def given(dataset: Dataset) -> Split:
+    """Split as the log says: train on its training events, and validate and test on each other
+    event, with all of the user's events before it as history.
+
+    Raises:
+        DataError: the log did not say, or has no validation or no test event with a history.
+    """
+    if dataset.splits is None:
+        raise DataError(
+            f"{dataset.path} has no splits of its own; choose leave-one-out, tied-day or time"
+        )
+    sequences = dataset.sequences
+    owners = np.repeat(np.arange(dataset.n_users, dtype=np.int64), sequences.lengths)
+
+    def of(split: int) -> Cases:
+        at = np.flatnonzero(np.asarray(dataset.splits) == split)
+        before = at - dataset.offsets[owners[at]]
+        at, before = at[before > 0], before[before > 0]
+        if not len(at):
+            name = "validation" if split == VALID else "test"
+            raise DataError(
+                f"the splits that {dataset.path} was given have no {name} event with a history; "
+                f"choose another split"
+            )
+        return _next_events(sequences, owners[at], before)
+
+    counts = np.bincount(owners, weights=np.asarray(dataset.splits) == TRAIN)
+    n_train = np.zeros(dataset.n_users, dtype=np.int64)
+    n_train[: len(counts)] = counts
+    return Split(
+        kind=GIVEN,
+        protocol="the splits that the data came with, every event of them",
+        train=_heads(sequences, n_train),
+        valid=of(VALID),
+        test=of(TEST),
     )
 
 
@@ -70,70 +293,60 @@ def with_fewer_users(split: Split, share: float, seed: int) -> Split:
     return replace(split, train=split.train.take(np.sort(drawn)))
 
 
-def global_time(dataset: Dataset, valid_from: float, test_from: float) -> Split:
-    """Cut all users at the same two moments (in the unit of ``dataset.timestamps``).
-
-    Train: events before ``valid_from``. Users with events in all three periods are evaluated;
-    the target is the first event of a period, its history every event before it.
-
-    Raises:
-        DataError: the moments are not in order, or no user can be evaluated.
-    """
-    if not valid_from < test_from:
-        raise DataError(
-            f"valid_from={valid_from} is not before test_from={test_from}; "
-            f"choose two moments in order"
-        )
-    sequences, offsets = dataset.sequences, dataset.offsets
-    n_train = _counts_before(dataset, valid_from)
-    n_valid = _counts_before(dataset, test_from)
-    users = np.flatnonzero((n_train > 0) & (n_valid > n_train) & (sequences.lengths > n_valid))
-    if not len(users):
-        raise DataError(
-            f"no user has events before {valid_from}, up to {test_from} and after; "
-            f"choose moments inside the log's time span"
-        )
-    starts = offsets[:-1][users]
-    n_users = dataset.n_users
-    return Split(
-        train=_heads(sequences, n_train),
-        users=users,
-        valid_histories=_heads(sequences, _spread(n_train[users], users, n_users), users),
-        valid_targets=sequences.values[starts + n_train[users]].astype(np.int32),
-        test_histories=_heads(sequences, _spread(n_valid[users], users, n_users), users),
-        test_targets=sequences.values[starts + n_valid[users]].astype(np.int32),
-    )
+def _next_events(sequences: Ragged, users: Longs, before: Longs) -> Cases:
+    """Return a case for each of ``users``: the event after their first ``before`` events."""
+    starts = sequences.offsets[:-1][users]
+    if bool((np.diff(users) > 0).all()):
+        keep = np.zeros(len(sequences), dtype=np.int64)
+        keep[users] = before
+        histories = _heads(sequences, keep, users)
+    else:
+        histories = sequences.gather(starts, before)
+    targets = np.asarray(sequences.values[starts + before], dtype=np.int32)
+    return Cases(users, histories, Ragged(targets, np.arange(len(users) + 1, dtype=np.int64)))
 
 
-def _heads(
-    sequences: Ragged,
-    keep: npt.NDArray[np.int64],
-    users: npt.NDArray[np.int64] | None = None,
-) -> Ragged:
+def _sets(sequences: Ragged, users: Longs, starts: Longs, ends: Longs) -> Cases:
+    """Return a case for each of ``users``: the distinct items of events ``starts`` to ``ends``."""
+    firsts = sequences.offsets[:-1][users]
+    events = sequences.gather(firsts + starts, ends - starts)
+    rows = np.repeat(np.arange(len(users)), events.lengths)
+    width = int(events.values.max(initial=0)) + 1
+    _, first = np.unique(rows * width + events.values, return_index=True)
+    kept = np.sort(first)
+    offsets = np.searchsorted(rows[kept], np.arange(len(users) + 1)).astype(np.int64)
+    targets = Ragged(events.values[kept].astype(np.int32), offsets)
+    return Cases(users, sequences.gather(firsts, starts), targets)
+
+
+def _groups(dataset: Dataset) -> Ragged:
+    """Return where each user's groups of equal time begin, counted from the user's first event."""
+    times, offsets = np.asarray(dataset.timestamps), dataset.offsets
+    begins = np.ones(len(times), dtype=bool)
+    begins[1:] = times[1:] != times[:-1]
+    begins[offsets[:-1][np.diff(offsets) > 0]] = True
+    at = np.flatnonzero(begins)
+    bounds = np.searchsorted(at, offsets)
+    owners = np.repeat(np.arange(len(offsets) - 1), np.diff(bounds))
+    return Ragged(at - offsets[owners], bounds.astype(np.int64))
+
+
+def _heads(sequences: Ragged, keep: Longs, users: Longs | None = None) -> Ragged:
     """Copy the first ``keep[u]`` values of each row; only the rows ``users`` if given (``keep`` of
     the others must be 0). Takes a byte per event, where positions would take eight.
     """
-    lengths = sequences.lengths
     # Each row is a run of ones and a run of zeros, so repeat over (kept, left out) pairs.
-    runs = np.stack([keep, lengths - keep], axis=1).reshape(-1)
-    mask = np.repeat(np.tile(np.array([True, False]), len(lengths)), runs)
+    runs = np.stack([keep, sequences.lengths - keep], axis=1).reshape(-1)
+    mask = np.repeat(np.tile(np.array([True, False]), len(keep)), runs)
     kept = keep if users is None else keep[users]
     offsets = np.zeros(len(kept) + 1, dtype=np.int64)
     np.cumsum(kept, out=offsets[1:])
     return Ragged(np.asarray(sequences.values)[mask], offsets)
 
 
-def _spread(
-    values: npt.NDArray[np.int64], users: npt.NDArray[np.int64], n_users: int
-) -> npt.NDArray[np.int64]:
-    spread = np.zeros(n_users, dtype=np.int64)
-    spread[users] = values
-    return spread
-
-
-def _counts_before(dataset: Dataset, moment: float) -> npt.NDArray[np.int64]:
+def _counts_before(dataset: Dataset, moment: float) -> Longs:
     """Count each user's events with a timestamp below ``moment``: [U]."""
     before = np.zeros(dataset.n_events + 1, dtype=np.int64)
     np.cumsum(dataset.timestamps < moment, out=before[1:])
-    counts: npt.NDArray[np.int64] = np.diff(before[dataset.offsets])
+    counts: Longs = np.diff(before[dataset.offsets])
     return counts

@@ -18,13 +18,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from l2rec.data.ragged import IntArray, Ragged
+from l2rec.data.ragged import IntArray, Ragged, flat_index
 from l2rec.errors import ConfigError, DataError, TrainingError
 from l2rec.metrics import (
     KS,
     coverage,
     items_ahead,
     items_ahead_among,
+    rank_values,
     ranking_metrics,
 )
 from l2rec.protocols import Recommender, Scorer, TopK
@@ -38,12 +39,13 @@ _COVERAGE_AT = 10
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of ranking the targets of M users.
+    """Result of ranking the T targets of M histories, one for each or a set.
 
-    ``ranks``, ``ranks_masked``: [M] float64 expected ranks from 1, with the history in the
-    ranking and without it. ``users``: [M] int64 dense user ints. ``top``: [M, min(20, N)] int32
-    best items, history not masked, equal scores in order of item int. ``targets``: [M] int64.
-    ``n_items``: N.
+    ``ranks``, ``ranks_masked``: [T] float64 expected ranks from 1, with the history in the
+    ranking and without it (other targets are never masked). ``users``: [M] int64 dense user ints.
+    ``top``: [M, min(20, N)] int32 best items, history not masked, equal scores in order of item
+    int. ``targets``: [T] int64. ``n_items``: N. ``offsets``: [M + 1] int64, the targets of history
+    i are ``offsets[i]:offsets[i + 1]``; None: one each.
     """
 
     ranks: npt.NDArray[np.float64]
@@ -52,9 +54,14 @@ class Evaluation:
     top: npt.NDArray[np.int32]
     targets: npt.NDArray[np.int64]
     n_items: int
+    offsets: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.ranks)
+        return len(self.users)
+
+    def values(self, metric: str, *, masked: bool = False) -> npt.NDArray[np.float64]:
+        """Compute what each history adds to the mean of a metric of `metrics`: [M] float64."""
+        return rank_values(self.ranks_masked if masked else self.ranks, metric, self.offsets)
 
     def metrics(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Compute ``recall@K``, ``ndcg@K``, ``mrr``, each also ``..._masked``, and ``coverage@10``.
@@ -62,29 +69,42 @@ class Evaluation:
         Raises:
             ValueError: there are no users.
         """
-        masked = ranking_metrics(self.ranks_masked, ks)
+        masked = ranking_metrics(self.ranks_masked, ks, self.offsets)
         return {
-            **ranking_metrics(self.ranks, ks),
+            **ranking_metrics(self.ranks, ks, self.offsets),
             **{f"{name}_masked": value for name, value in masked.items()},
             f"coverage@{_COVERAGE_AT}": coverage(self.top[:, :_COVERAGE_AT], self.n_items),
         }
 
     def take(self, rows: IntArray | npt.NDArray[np.bool_]) -> Evaluation:
-        """Select rows (ints or a mask) as a new Evaluation."""
+        """Select histories (ints or a mask) as a new Evaluation."""
+        rows = np.arange(len(self))[rows]
+        at, offsets = target_rows(rows, self.offsets)
         return Evaluation(
-            self.ranks[rows],
-            self.ranks_masked[rows],
+            self.ranks[at],
+            self.ranks_masked[at],
             self.users[rows],
             self.top[rows],
-            self.targets[rows],
+            self.targets[at],
             self.n_items,
+            offsets,
         )
+
+
+def target_rows(
+    rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64] | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """Return where the targets of the selected histories stand, and offsets into the selection."""
+    if offsets is None:
+        return rows, None
+    sizes = np.diff(offsets)[rows]
+    return flat_index(offsets[rows], sizes), np.concatenate(([0], np.cumsum(sizes)))
 
 
 def evaluate(
     recommender: Recommender,
     histories: Ragged,
-    targets: IntArray,
+    targets: IntArray | Ragged,
     *,
     users: IntArray | None = None,
     batch_size: int | None = None,
@@ -92,8 +112,9 @@ def evaluate(
 ) -> Evaluation:
     """Rank ``targets[i]`` among all N items given ``histories[i]``, for M users.
 
-    ``histories``: M rows of item ints, oldest first. ``targets``: [M] item ints. ``users``: [M]
-    dense user ints, 0..M-1 by default. At most ``batch_size`` users are scored at once, by
+    ``histories``: M rows of item ints, oldest first. ``targets``: [M] item ints, or M rows of one
+    or several different ones, each ranked among all items. ``users``: [M] dense user ints, 0..M-1
+    by default. At most ``batch_size`` users are scored at once, by
     default a number that is fast; it changes memory and speed, never the result. ``progress`` is
     called after each block with the number of users ranked so far. Runs in
     ``torch.inference_mode``; a recommender that has training-time noise turns it off in
@@ -118,7 +139,7 @@ def evaluate_each(
     n_items: int,
     scorers: Mapping[str, Callable[[], Scorer]],
     histories: Ragged,
-    targets: IntArray,
+    targets: IntArray | Ragged,
     *,
     users: IntArray | None = None,
     batch_size: int | None = None,
@@ -129,13 +150,20 @@ def evaluate_each(
     Work that they share can so be done once for each block. ``scorers``: by name, each created
     when the pass begins. Arguments and errors are those of `evaluate`.
     """
+    rows = len(targets)
+    offsets = None
+    if isinstance(targets, Ragged):
+        if rows and int(targets.lengths.min()) < 1:
+            raise DataError("a history without a target; leave it out")
+        offsets = None if len(targets.values) == rows else targets.offsets
+        targets = targets.values
     wanted: npt.NDArray[np.int64] = np.asarray(targets, dtype=np.int64)
     user_ints: npt.NDArray[np.int64] = np.asarray(
-        np.arange(len(wanted)) if users is None else users, dtype=np.int64
+        np.arange(rows) if users is None else users, dtype=np.int64
     )
-    if not len(histories) == len(wanted) == len(user_ints):
+    if not len(histories) == rows == len(user_ints):
         raise DataError(
-            f"{len(histories)} histories, {len(wanted)} targets and {len(user_ints)} users;"
+            f"{len(histories)} histories, {rows} targets and {len(user_ints)} users;"
             " pass one of each for every evaluated user"
         )
     _check_items(wanted, n_items, "target")
@@ -145,24 +173,26 @@ def evaluate_each(
             ranks=np.empty(len(wanted), dtype=np.float64),
             ranks_masked=np.empty(len(wanted), dtype=np.float64),
             users=user_ints,
-            top=np.empty((len(wanted), min(_TOP, n_items)), dtype=np.int32),
+            top=np.empty((rows, min(_TOP, n_items)), dtype=np.int32),
             targets=wanted,
             n_items=n_items,
+            offsets=offsets,
         )
         for name in scorers
     }
     with torch.inference_mode():
         ready = {name: scorer() for name, scorer in scorers.items()}
-        for rows in _blocks(
-            len(wanted), _block_rows(n_items) if batch_size is None else batch_size
-        ):
-            block, sought = _rows(histories, rows), torch.from_numpy(wanted[rows])
+        for block in _blocks(rows, _block_rows(n_items) if batch_size is None else batch_size):
+            read = _rows(histories, block)
+            at = block if offsets is None else slice(offsets[block.start], offsets[block.stop])
+            sizes = None if offsets is None else np.diff(offsets[block.start : block.stop + 1])
+            sought = torch.from_numpy(wanted[at])
             for name, result in evaluations.items():
-                result.ranks[rows], result.ranks_masked[rows], result.top[rows] = _rank_block(
-                    ready[name], block, sought, n_items, rows.start
+                result.ranks[at], result.ranks_masked[at], result.top[block] = _rank_block(
+                    ready[name], read, sought, sizes, n_items, block.start
                 )
             if progress is not None:
-                progress(rows.stop)
+                progress(block.stop)
     return evaluations
 
 
@@ -216,18 +246,38 @@ def top_k(
 
 
 def _rank_block(
-    scorer: Scorer, histories: Ragged, targets: Tensor, n_items: int, first: int
+    scorer: Scorer,
+    histories: Ragged,
+    targets: Tensor,
+    sizes: npt.NDArray[np.int64] | None,
+    n_items: int,
+    first: int,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int32]]:
-    """Rank one block of users: ranks [B], masked ranks [B], best items [B, min(20, N)].
+    """Rank one block of users: ranks [T], masked ranks [T], best items [B, min(20, N)].
 
-    In a separate function, so that its scores are freed before the next block is scored.
+    ``sizes``: [B] number of targets of each user, None for one. In a separate function, so that its
+    scores are freed before the next block is scored.
     """
     scores = _score(scorer, histories, n_items)
     # Top-k first: it also finds NaN, which the counts would not see.
     _, top = _best(scores, min(_TOP, n_items), first)
+    if sizes is not None:
+        row_of = np.repeat(np.arange(len(histories)), sizes)
+        histories = _outside(histories, row_of, targets.numpy(), n_items).take(row_of)
+        scores = scores[torch.from_numpy(row_of).to(scores.device)]
     ranks = 1.0 + items_ahead(scores, targets)
     masked = ranks - items_ahead_among(scores, targets, histories)
     return ranks.numpy(), masked.numpy(), top.to(torch.int32).cpu().numpy()
+
+
+def _outside(
+    histories: Ragged, row_of: npt.NDArray[np.int64], targets: IntArray, n_items: int
+) -> Ragged:
+    """Take a row's targets out of its history: with it masked, they stay in the ranking."""
+    rows = np.repeat(np.arange(len(histories)), histories.lengths)
+    kept = ~np.isin(rows * n_items + histories.values, row_of * n_items + targets)
+    offsets = np.searchsorted(rows[kept], np.arange(len(histories) + 1)).astype(np.int64)
+    return Ragged(np.asarray(histories.values[kept]), offsets)
 
 
 def _score(scorer: Scorer, histories: Ragged, n_items: int | None) -> Tensor:

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-__all__ = ["LEAVE_ONE_OUT", "Ranks", "aligned", "aligned_ranks", "read_ranks", "write_ranks"]
+__all__ = [
+    "LEAVE_ONE_OUT",
+    "Ranks",
+    "aligned",
+    "aligned_ranks",
+    "protocol_of",
+    "read_ranks",
+    "write_ranks",
+]
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from l2rec.disk import replacing
 from l2rec.errors import CheckpointError, DataError
-from l2rec.evaluation.ranking import Evaluation
+from l2rec.evaluation.ranking import Evaluation, target_rows
+from l2rec.metrics import rank_values
 
-LEAVE_ONE_OUT = "leave-one-out, full ranking, expected rank on ties"
-"""Default name of the protocol, stored with the ranks."""
+
+def protocol_of(split: str) -> str:
+    """Return the name of the protocol that is stored with ranks. ``split``: in words."""
+    return f"{split}, full ranking, expected rank on ties"
+
+
+LEAVE_ONE_OUT = protocol_of("leave-one-out")
+"""Default name of the protocol."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Content of ``ranks.parquet``: one row per evaluated user.
+    """Content of ``ranks.parquet``: one row per evaluated history.
 
-    ``users``: [M] external ids. ``ranks``, ``ranks_masked``: [M] float64. ``targets``: [M] int64.
+    ``users``: [M] external ids. ``ranks``, ``ranks_masked``: [T] float64. ``targets``: [T] int64.
     ``top``: [M, min(20, N)] int32 best items, history not masked, -1 = no item; None in a file
-    of a version that did not store them.
+    of a version that did not store them. ``offsets``: [M + 1], as `Evaluation` has them.
     """
 
     users: list[str]
@@ -38,17 +56,31 @@ class Ranks:
     fingerprint: str
     protocol: str
     top: npt.NDArray[np.int32] | None = None
+    offsets: npt.NDArray[np.int64] | None = None
+
+    def values(self, metric: str, *, masked: bool = False) -> npt.NDArray[np.float64]:
+        """Compute what each row adds to the mean of a metric: [M] float64, as `rank_values`."""
+        return rank_values(self.ranks_masked if masked else self.ranks, metric, self.offsets)
+
+    def targets_of(self) -> list[tuple[int, ...]]:
+        """Return the targets of each row."""
+        targets = self.targets.tolist()
+        if self.offsets is None:
+            return [(target,) for target in targets]
+        return [tuple(targets[a:b]) for a, b in pairwise(self.offsets.tolist())]
 
     def take(self, rows: npt.NDArray[np.int64]) -> Ranks:
         """Select rows, in the given order."""
+        at, offsets = target_rows(rows, self.offsets)
         return Ranks(
             [self.users[row] for row in rows.tolist()],
-            self.ranks[rows],
-            self.ranks_masked[rows],
-            self.targets[rows],
+            self.ranks[at],
+            self.ranks_masked[at],
+            self.targets[at],
             self.fingerprint,
             self.protocol,
             None if self.top is None else self.top[rows],
+            offsets,
         )
 
 
@@ -62,7 +94,8 @@ def write_ranks(
 ) -> None:
     """Write per-user ranks and best items as Parquet, whole or not at all.
 
-    ``user_ids[u]`` is the external id of dense user u, so row i is ``user_ids[users[i]]``.
+    ``user_ids[u]`` is the external id of dense user u, so row i is ``user_ids[users[i]]``. Where
+    histories have sets of targets, a cell holds a list.
     ``fingerprint`` and ``protocol`` say which data set was ranked how.
 
     Raises:
@@ -76,9 +109,9 @@ def write_ranks(
     table = pa.table(
         {
             "user": pa.array([str(user_ids[user]) for user in users.tolist()], pa.string()),
-            "rank": evaluation.ranks,
-            "rank_masked": evaluation.ranks_masked,
-            "target": evaluation.targets,
+            "rank": _cells(evaluation.ranks, evaluation.offsets),
+            "rank_masked": _cells(evaluation.ranks_masked, evaluation.offsets),
+            "target": _cells(evaluation.targets, evaluation.offsets),
             "top": pa.FixedSizeListArray.from_arrays(
                 pa.array(evaluation.top.reshape(-1)), evaluation.top.shape[1]
             ),
@@ -111,21 +144,41 @@ def read_ranks(
                 )
             users, targets = everyone
         else:
-            users, targets = table["user"].to_pylist(), table["target"].to_numpy()
+            users, targets = table["user"].to_pylist(), _flat(table["target"])
         return Ranks(
             users=users,
-            ranks=table["rank"].to_numpy().astype(np.float64),
-            ranks_masked=table["rank_masked"].to_numpy().astype(np.float64),
+            ranks=_flat(table["rank"]).astype(np.float64),
+            ranks_masked=_flat(table["rank_masked"]).astype(np.float64),
             targets=targets,
             fingerprint=stored[b"l2rec.fingerprint"].decode(),
             protocol=stored[b"l2rec.protocol"].decode(),
             top=_lists(table["top"]) if "top" in table.column_names else None,
+            offsets=_offsets(table["rank"]),
         )
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{os.fspath(path)} holds no ranks ({reason}); evaluate the run again"
         ) from error
+
+
+def _cells(values: npt.NDArray[Any], offsets: npt.NDArray[np.int64] | None) -> pa.Array:
+    cells = pa.array(values)
+    if offsets is None:
+        return cells
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), cells)
+
+
+def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    array = column.combine_chunks()
+    return np.asarray(array.flatten() if pa.types.is_list(array.type) else array)
+
+
+def _offsets(column: pa.ChunkedArray) -> npt.NDArray[np.int64] | None:
+    if not pa.types.is_list(column.type):
+        return None
+    sizes = pc.list_value_length(column).to_numpy()
+    return np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
 
 
 def _lists(column: pa.ChunkedArray) -> npt.NDArray[np.int32]:
@@ -147,8 +200,10 @@ def aligned(a: Ranks, b: Ranks) -> Ranks:
                 f"{what} {getattr(a, what)!r} against {getattr(b, what)!r}:"
                 " only runs on the same data and protocol can be paired"
             )
-    place = {pair: row for row, pair in enumerate(zip(b.users, b.targets.tolist(), strict=True))}
-    pairs = list(zip(a.users, a.targets.tolist(), strict=True))
+    pairs = list(zip(a.users, a.targets_of(), strict=True))
+    if pairs == (theirs := list(zip(b.users, b.targets_of(), strict=True))):
+        return b
+    place = {pair: row for row, pair in enumerate(theirs)}
     if len(place) != len(b.users) or len(set(pairs)) != len(pairs):
         raise DataError("a user is ranked twice for one target; ranks cannot be paired")
     if place.keys() != set(pairs):

@@ -77,7 +77,7 @@ def by_segment(
         DataError: another number of labels.
     """
     names = np.asarray(labels).astype(str)
-    if names.shape != evaluation.ranks.shape:
+    if names.shape != evaluation.users.shape:
         raise DataError(f"labels {list(names.shape)} for {len(evaluation)} users; pass one each")
     segments: dict[str, dict[str, float]] = {}
     for name in np.unique(names).tolist():

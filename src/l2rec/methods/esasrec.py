@@ -45,7 +45,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import causal_mask, check_heads, in_length_groups, self_attention
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.losses import sampled_softmax_loss
+from l2rec.modules.losses import negative_scores, sampled_softmax_loss
 from l2rec.modules.sequences import pad, sequence_batches
 from l2rec.protocols import Losses, Stage, decayed
 
@@ -196,10 +196,7 @@ class ESASRec(ItemTable):
         """Compute the sampled softmax of states [P, h] and their next items [P]."""
         drawn = self._negatives(targets)
         positive = (users * self.items(targets)).sum(-1)
-        if self.config.share_negatives:
-            negative = users @ self.items(drawn).T
-        else:
-            negative = torch.einsum("ph,pkh->pk", users, self.items(drawn))
+        negative = negative_scores(users, self.items, drawn)
         if self.config.logq:
             positive, negative = positive - self.log_q[targets], negative - self.log_q[drawn]
         return sampled_softmax_loss(

@@ -32,7 +32,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.losses import binary_loss, sampled_softmax_loss
+from l2rec.modules.losses import binary_loss, negative_scores, sampled_softmax_loss
 from l2rec.modules.sequences import next_item_batches, pad
 from l2rec.protocols import Losses, Stage, decayed
 
@@ -60,6 +60,8 @@ class SASRecConfig(BaseModel):
     """Full softmax, binary cross-entropy, or softmax over sampled items."""
     negatives: int = Field(1, ge=1)
     """Sampled negatives of a position, for ``loss=bce`` and ``loss=sampled``."""
+    share_negatives: bool = False
+    """One draw of negatives for a batch, instead of one for each position."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SASRecConfig:
@@ -110,11 +112,11 @@ class SASRec(ItemTable):
 
         Negatives are uniform over the catalog; a position's next item is none of its negatives.
         """
-        drawn = torch.randint(
-            self.n_items, (len(users), self.config.negatives), device=users.device
-        )
+        k = self.config.negatives
+        shape = (k,) if self.config.share_negatives else (len(users), k)
+        drawn = torch.randint(self.n_items, shape, device=users.device)
         positive = (users * self.items(targets)).sum(-1)
-        negative = torch.einsum("ph,pkh->pk", users, self.items(drawn))
+        negative = negative_scores(users, self.items, drawn)
         negative = negative.masked_fill(drawn == targets[:, None], float("-inf"))
         loss = binary_loss if self.config.loss == "bce" else sampled_softmax_loss
         return loss(positive, negative)

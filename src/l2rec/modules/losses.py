@@ -5,10 +5,10 @@ Legend: P positions, k sampled negatives of each, B rows.
 
 from __future__ import annotations
 
-__all__ = ["binary_loss", "in_batch_loss", "sampled_softmax_loss"]
+__all__ = ["binary_loss", "in_batch_loss", "negative_scores", "sampled_softmax_loss"]
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -18,6 +18,16 @@ def binary_loss(positive: Tensor, negative: Tensor) -> Tensor:
     positive: [P] scores. negative: [P, k] scores, -inf where a negative does not count.
     """
     return (F.softplus(-positive) + F.softplus(negative).sum(-1)).mean()
+
+
+def negative_scores(users: Tensor, items: nn.Embedding, drawn: Tensor) -> Tensor:
+    """Score the sampled items of each position: [P, k].
+
+    users: [P, h] states. drawn: [P, k] item ints, or [k] for all positions together, which is one
+    product of matrices.
+    """
+    vectors: Tensor = items(drawn)
+    return users @ vectors.T if drawn.ndim == 1 else torch.einsum("ph,pkh->pk", users, vectors)
 
 
 def sampled_softmax_loss(positive: Tensor, negative: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from l2rec.data.dataset import Dataset
-from l2rec.data.splits import Split
+from l2rec.data.splits import Cases, Split
 from l2rec.evaluation.ranking import top_k
 from l2rec.protocols import Inspectable
 from l2rec.runs.predictor import Predictor
@@ -38,10 +38,11 @@ def diagnose(predictor: Predictor, split: Split, dataset: Dataset) -> dict[str, 
     a model with a gate. ``examples``: recommendations.
     """
     model = predictor.model
-    sample = np.linspace(0, len(split.users) - 1, min(SAMPLE, len(split.users))).astype(np.int64)
+    cases = split.test
+    sample = np.linspace(0, len(cases) - 1, min(SAMPLE, len(cases))).astype(np.int64)
     result: dict[str, Any] = {}
     if isinstance(model, Inspectable):
-        histories = split.test_histories.take(np.unique(sample))
+        histories = cases.histories.take(np.unique(sample))
         load = model.expert_load(histories.take(np.arange(min(ROUTED, len(histories)))))
         if load is not None:
             result["matrices"] = load.matrices
@@ -53,14 +54,14 @@ def diagnose(predictor: Predictor, split: Split, dataset: Dataset) -> dict[str, 
         if gates is not None:
             result["gate"] = gate_histogram(gates.cpu().numpy())
     some = sample[:: max(1, len(sample) // EXAMPLES)][:EXAMPLES]
-    result["examples"] = _examples(predictor, split, dataset, some)
+    result["examples"] = _examples(predictor, cases, dataset, some)
     return result
 
 
 def _examples(
-    predictor: Predictor, split: Split, dataset: Dataset, rows: npt.NDArray[np.int64]
+    predictor: Predictor, cases: Cases, dataset: Dataset, rows: npt.NDArray[np.int64]
 ) -> list[dict[str, Any]]:
-    histories = split.test_histories.take(rows)
+    histories = cases.histories.take(rows)
     encoded = predictor.encode(histories)
     scores = predictor.scores(encoded)
     best = top_k(lambda _: scores, histories, min(10, dataset.n_items), exclude=histories)
@@ -71,14 +72,14 @@ def _examples(
 
     return [
         {
-            "user": dataset.user_ids[int(split.users[row])].as_py(),
+            "user": dataset.user_ids[int(cases.users[row])].as_py(),
             "history": [item(int(i)) for i in histories[n][-8:]],
             "items": [
                 {**item(int(i)), "score": float(s)}
                 for i, s in zip(best.items[n], best.scores[n], strict=True)
                 if i >= 0
             ],
-            "held_out": item(int(split.test_targets[row])),
+            "held_out": item(int(cases.targets[int(row)][0])),
             "gate": encoded.gates[n],
         }
         for n, row in enumerate(rows)

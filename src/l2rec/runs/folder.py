@@ -12,6 +12,8 @@
     RUN/report.html         the same as a page, with curves, expert load and examples
     RUN/diagnostics.json    expert load, gate and examples
     RUN/ranks.parquet       per-user ranks on the test split, for paired tests
+    RUN/ranks-tied-day.parquet
+                            the same by the tied-day protocol, where events of a user tie
     RUN/state/step-N/       a state to resume from
     RUN/tensorboard/        event files
     RUN/index/              what `l2rec index` built, if it was told to write here
@@ -36,6 +38,7 @@ __all__ = [
     "read_report",
     "read_run",
     "require_finished",
+    "split_of",
     "training_split",
     "unfinished",
     "user_history",
@@ -62,7 +65,7 @@ from torch import Tensor
 from l2rec.config import RunConfig, resolve
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
-from l2rec.data.splits import Split, leave_one_out, with_fewer_users
+from l2rec.data.splits import Split, split_events, with_fewer_users
 from l2rec.disk import LOCK, read_json, replacing, write_text
 from l2rec.errors import CheckpointError
 from l2rec.modules.backbone import Backbone
@@ -73,6 +76,7 @@ EARLIER_NAME = ("nearby items", "co-occurrence")
 """Name of a floor, and of a blend with it, in earlier run folders and now."""
 NEVER = "was this run ever checkpointed?"
 MODEL, BLEND, ITEMS = "model.safetensors", "blend.safetensors", "items.safetensors"
+RANKS, TIED_RANKS = "ranks.parquet", "ranks-tied-day.parquet"
 
 
 def finished_report(out: Path) -> dict[str, Any] | None:
@@ -183,7 +187,7 @@ def clear_partial(out: Path) -> None:
     """Delete partial files of a killed run and the results about to be replaced."""
     for partial in (*out.glob(".*.part"), *out.glob("state/.*.part")):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-    for name in ("report.json", "report.html", "diagnostics.json", "ranks.parquet"):
+    for name in ("report.json", "report.html", "diagnostics.json", RANKS, TIED_RANKS):
         (out / name).unlink(missing_ok=True)
 
 
@@ -389,7 +393,16 @@ def user_history(run: Path, user: str, data: Path | None = None) -> list[str]:
     return [dataset.item_ids[int(i)].as_py() for i in rows]
 
 
+def split_of(config: RunConfig, dataset: Dataset) -> Split:
+    """Split a data set as a run says.
+
+    Raises:
+        DataError: as `split_events`.
+    """
+    return split_events(dataset, **dict(config.split))
+
+
 def training_split(config: RunConfig, dataset: Dataset) -> Split:
-    """Split leave-one-out, trained on as many users as the run says."""
-    split, share = leave_one_out(dataset.sequences), config.training.user_share
+    """Split as a run says, with as many users to train on as it says."""
+    split, share = split_of(config, dataset), config.training.user_share
     return split if share == 1 else with_fewer_users(split, share, config.seed)

@@ -492,17 +492,17 @@ def _validate(run: _Run, position: float, validated: Recommender | None = None) 
     """Rank the validation item of every user, by the model unless ``validated`` replaces it."""
     split, c = run.split, run.counters
     started = time.monotonic()
-    if not len(split.users):
-        raise TrainingError("no user has three events: there is nothing to validate on")
+    if not len(split.valid):
+        raise TrainingError("there is nothing to validate on: no user has enough events")
     ranked = run.model if validated is None else validated
     if isinstance(ranked, Calibrated):
-        ranked.calibrate(split.train, split.valid_histories, split.valid_targets)
+        ranked.calibrate(split.train, *split.valid.pairs())
     result = evaluate(
         ranked,
-        split.valid_histories,
-        split.valid_targets,
-        users=split.users,
-        progress=lambda done: run.progress.validating(done, len(split.users)),
+        split.valid.histories,
+        split.valid.targets,
+        users=split.valid.users,
+        progress=lambda done: run.progress.validating(done, len(split.valid)),
     )
     c.eval_seconds += time.monotonic() - started
     metrics = result.metrics()

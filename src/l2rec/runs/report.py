@@ -132,6 +132,14 @@ class ScoreTable:
 
 
 @dataclass(frozen=True)
+class SetScores:
+    """Scores by the tied-day protocol; ``users``: how many of those that leave-one-out tests."""
+
+    users: str
+    tables: list[ScoreTable]
+
+
+@dataclass(frozen=True)
 class Headline:
     """The main score, and its comparison with the best floor."""
 
@@ -303,6 +311,7 @@ class Page:
     tiles: list[tuple[str, str]]
     columns: list[str]
     tables: list[ScoreTable]
+    sets: SetScores | None
     compared: bool
     loss: Chart | None
     validation: Chart | None
@@ -328,6 +337,7 @@ def _page(run: Path) -> Page:
         tiles=_tiles(report),
         columns=list(METRICS.values()),
         tables=_score_tables(report),
+        sets=_set_scores(report.get("tied_day")),
         compared=bool(report.get("significance")),
         loss=_loss_chart(events),
         validation=_validation_chart(events, report.get("best_step")),
@@ -394,6 +404,15 @@ def _tiles(report: Json) -> list[tuple[str, str]]:
         ("peak memory", as_memory(report.get("peak_memory_mb"))),
     ]
     return [(name, text) for name, text in tiles if text != NONE]
+
+
+def _set_scores(beside: Json | None) -> SetScores | None:
+    if beside is None:
+        return None
+    tested, left_out = beside["users_tested"], beside["users_left_out"]
+    return SetScores(
+        f"{as_count(tested)} of {as_count(tested + left_out)} users", _score_tables(beside)
+    )
 
 
 def _score_tables(report: Json) -> list[ScoreTable]:
@@ -729,6 +748,7 @@ def _facts(report: Json) -> list[tuple[str, str]]:
     facts = [
         ("Data", _joined(data, {"users": "users", "items": "items", "events": "events"})),
         ("Data fingerprint", str(data.get("fingerprint") or "")),
+        ("Protocol", str(report.get("protocol") or "")),
         ("Backbone", _backbone(report.get("backbone") or {})),
         ("Seed", str(report.get("seed", ""))),
         ("Steps", _steps(report)),

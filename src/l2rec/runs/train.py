@@ -23,18 +23,22 @@ import torch
 from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
-from l2rec.data.splits import Split, leave_one_out
+from l2rec.data.splits import LEAVE_ONE_OUT, Cases, Split
 from l2rec.disk import working_on, write_json
-from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.errors import CheckpointError, ConfigError
 from l2rec.evaluation.ranking import Evaluation, evaluate
-from l2rec.evaluation.ranks import write_ranks
-from l2rec.evaluation.significance import paired_test
+from l2rec.evaluation.ranks import protocol_of, write_ranks
+from l2rec.evaluation.significance import paired_values_test
+from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
+from l2rec.evaluation.tied_day import beside_leave_one_out, ranked_as_sets
 from l2rec.methods.floors import CoOccurrenceFloor, LastItemNeighbour, Popularity
 from l2rec.modules.backbone import Backbone
 from l2rec.protocols import Cached, Progress, Recommender
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
+    RANKS,
+    TIED_RANKS,
     UserIds,
     check_backbone,
     claim,
@@ -42,6 +46,7 @@ from l2rec.runs.folder import (
     finished_report,
     load_run_config,
     open_run_dataset,
+    split_of,
     training_split,
     unfinished,
     version_of,
@@ -50,6 +55,7 @@ from l2rec.runs.folder import (
 )
 from l2rec.runs.loop import TrainingResult, train
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
+from l2rec.runs.numbers import MAIN
 from l2rec.runs.predictor import (
     Predictor,
     backbone_of,
@@ -103,14 +109,10 @@ def train_run(
                 return report
             init = None if identity.get("init") is None else Path(identity["init"])
         fitted = _fit(config, dataset, out, progress, identity, init, resume)
-        split, backbone, model, result = fitted.split, fitted.backbone, fitted.model, fitted.result
-        evaluation = _score(model, split, progress)
-        write_ranks(
-            out / "ranks.parquet",
-            evaluation,
-            UserIds(dataset),
-            fingerprint=dataset.fingerprint,
-        )
+        split, backbone, model = fitted.split, fitted.backbone, fitted.model
+        sets = beside_leave_one_out(dataset, split)
+        scores = _score(model, split, sets, progress)
+        scores.write(out, dataset, split)
         vectors = catalog_vectors(model)
         if vectors is not None:
             write_item_vectors(out, vectors)
@@ -127,8 +129,8 @@ def train_run(
             if backbone is None
             else UNTRAINED_BACKBONE
         )
-        floors = _floor_scores(split, dataset, model, out, start, progress)
-        report = _report(config, dataset, backbone, fitted.trained, result, evaluation, floors)
+        floors = _floor_scores(fitted, dataset, sets, out, start, progress)
+        report = _report(config, dataset, fitted, scores, floors)
         report |= {
             "recipe": recipe,
             "command": command,
@@ -184,10 +186,6 @@ def _fit(
         f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
     )
     split = training_split(config, dataset)
-    if not len(split.users):
-        raise DataError(
-            f"{dataset.path}: no user has three events: one to learn from, two to be tested on"
-        )
     backbone = backbone_of(config)
     if backbone is not None:
         progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
@@ -196,6 +194,7 @@ def _fit(
     if (out / START).is_file():
         load_trained(model, load_tensors(out / START)[0], str(out / START))
     elif init is not None:
+        _check_start(init, dataset, split)
         progress.line(_start_from(model, init))
     write_identity(out, config, dataset, backbone, init)
     clear_partial(out)
@@ -220,6 +219,23 @@ def _fit(
     return _Fitted(split, backbone, model, trained, result)
 
 
+def _check_start(init: Path, dataset: Dataset, split: Split) -> None:
+    """Refuse a start that was trained on other events of this very data set: on its test, perhaps.
+
+    Raises:
+        CheckpointError: it was.
+    """
+    config, identity = load_run_config(init)
+    if identity["dataset"]["fingerprint"] != dataset.fingerprint:
+        return
+    theirs = split_of(config, dataset)
+    if theirs.protocol != split.protocol:
+        raise CheckpointError(
+            f"--init {init} was trained on this data by another split ({theirs.protocol}, not "
+            f"{split.protocol}), so it may have seen the test; pre-train with the same split"
+        )
+
+
 def _start_from(model: Any, init: Path) -> str:
     """Load the trained tensors of another run that are not rows of its items; return a line that
     says so.
@@ -240,52 +256,80 @@ def _start_from(model: Any, init: Path) -> str:
     return f"starting from {init}: {len(shared)} tensors, the rows of its items left out"
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """Evaluations on test: by the run's own split, and tied-day beside it where events tie."""
+
+    own: Evaluation
+    tied: Evaluation | None
+
+    def write(self, run: Path, dataset: Dataset, split: Split) -> None:
+        """Write the ranks of both into a run folder."""
+        ids, fingerprint = UserIds(dataset), dataset.fingerprint
+        protocol = protocol_of(split.protocol)
+        write_ranks(run / RANKS, self.own, ids, fingerprint=fingerprint, protocol=protocol)
+        if self.tied is not None:
+            write_ranks(
+                run / TIED_RANKS, self.tied, ids, fingerprint=fingerprint, protocol=TIED_DAY
+            )
+
+
 def _floor_scores(
-    split: Split, dataset: Dataset, model: Any, out: Path, start: str, progress: Progress
-) -> dict[str, Evaluation]:
+    fitted: _Fitted,
+    dataset: Dataset,
+    sets: Cases | None,
+    out: Path,
+    start: str,
+    progress: Progress,
+) -> dict[str, _Scores]:
     """Rank the test split by the floors, and by the model before any training (``start``)."""
+    split, model = fitted.split, fitted.model
     progress.line(f"scoring the floors: popularity, last item neighbour, co-occurrence, {start}")
     floors: dict[str, Recommender] = {
         "popularity": Popularity.from_sequences(split.train, dataset.n_items),
         "last item neighbour": LastItemNeighbour.from_sequences(split.train, dataset.n_items),
         "co-occurrence": CoOccurrenceFloor.from_sequences(split.train, dataset.n_items),
     }
-    scores = {name: _score(floor, split, progress) for name, floor in floors.items()}
+    scores = {name: _score(floor, split, sets, progress) for name, floor in floors.items()}
     best = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     load_trained(model, load_tensors(out / START)[0], str(out / START))
-    scores[start] = _score(model, split, progress)
+    scores[start] = _score(model, split, sets, progress)
     load_trained(model, best, str(out))
     return scores
 
 
 def _score(
-    recommender: Recommender, split: Split, progress: Progress, split_name: str = "test"
-) -> Evaluation:
-    """Rank every user's target of ``test`` or ``valid`` among all items."""
-    test = split_name == "test"
+    recommender: Recommender, split: Split, sets: Cases | None, progress: Progress
+) -> _Scores:
+    """Rank the test cases, and the ``sets`` of the tied-day protocol."""
+
+    def rank(cases: Cases) -> Evaluation:
+        return _rank(recommender, cases, progress)
+
+    own = rank(split.test)
+    return _Scores(own, None if sets is None else ranked_as_sets(own, split, sets, rank))
+
+
+def _rank(recommender: Recommender, cases: Cases, progress: Progress) -> Evaluation:
+    """Rank every target of the cases among all items."""
     return evaluate(
         recommender,
-        split.test_histories if test else split.valid_histories,
-        split.test_targets if test else split.valid_targets,
-        users=split.users,
-        progress=lambda done: progress.validating(done, len(split.users)),
+        cases.histories,
+        cases.targets,
+        users=cases.users,
+        progress=lambda done: progress.validating(done, len(cases)),
     )
 
 
 def _report(
     config: RunConfig,
     dataset: Dataset,
-    backbone: Backbone | None,
-    trained: int,
-    result: TrainingResult,
-    evaluation: Evaluation,
-    floors: Mapping[str, Evaluation],
+    fitted: _Fitted,
+    scores: _Scores,
+    floors: Mapping[str, _Scores],
 ) -> dict[str, Any]:
-    name = config.method.rpartition(":")[2]
-    # One user's difference has no variance: there is nothing to test.
-    tested = floors if len(evaluation) > 1 else {}
-    tests = {f: paired_test(evaluation.ranks, e.ranks) for f, e in tested.items()}
-    return {
+    name, backbone, result = config.method.rpartition(":")[2], fitted.backbone, fitted.result
+    report = {
         "method": name,
         "seed": config.seed,
         "dataset": {
@@ -298,14 +342,15 @@ def _report(
         "backbone": {
             "name": "none" if backbone is None else backbone.name,
             "parameters": 0 if backbone is None else sum(p.numel() for p in backbone.parameters()),
-            "trained_parameters": trained,
+            "trained_parameters": fitted.trained,
             "dtype": str(torch.float32 if backbone is None else backbone.dtype)[len("torch.") :],
         },
         "hardware": hardware(),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "split": "test",
-        "protocol": "leave-one-out by time, full ranking, expected rank on ties",
+        "protocol": protocol_of(fitted.split.protocol),
+        "users_tested": len(scores.own),
         "steps": result.steps,
         "best_step": result.best_step,
         "stopped": result.stopped,
@@ -314,36 +359,81 @@ def _report(
         "tokens_seen": result.tokens,
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "valid": result.valid,
+        **_compared(name, scores.own, {floor: each.own for floor, each in floors.items()}),
+    }
+    if scores.tied is not None:
+        tied = {floor: each.tied for floor, each in floors.items() if each.tied is not None}
+        report["tied_day"] = {
+            "protocol": TIED_DAY,
+            "users_tested": len(scores.tied),
+            "users_left_out": len(scores.own) - len(scores.tied),
+            **_compared(name, scores.tied, tied),
+        }
+    return report
+
+
+def _compared(
+    name: str, evaluation: Evaluation, floors: Mapping[str, Evaluation]
+) -> dict[str, Any]:
+    """Return scores of a model and of the floors, and tests between them."""
+    # One user's difference has no variance: there is nothing to test.
+    tested = floors if len(evaluation) > 1 else {}
+    ours = evaluation.values(MAIN)
+    tests = {floor: paired_values_test(ours, e.values(MAIN)) for floor, e in tested.items()}
+    return {
         "scores": {name: evaluation.metrics(), **{f: e.metrics() for f, e in floors.items()}},
         "significance": {f: {"difference": t.difference, "p": t.p} for f, t in tests.items()},
     }
 
 
 def evaluate_run(
-    run: Path, split_name: str, progress: Progress, data: Path | None = None
+    run: Path,
+    split_name: str,
+    progress: Progress,
+    data: Path | None = None,
+    *,
+    tied_day: bool = False,
 ) -> dict[str, Any]:
     """Score a run on ``valid`` or ``test``; return metrics with their fingerprint.
 
-    The ranks of a finished run on ``test`` are written to its ranks.parquet.
+    The ranks of a finished run on ``test`` are written into it. ``tied_day``: by the tied-day
+    protocol, of a run that was trained leave-one-out.
 
     Raises:
         CheckpointError: the data set is not the one the run was made on.
+        ConfigError: the tied-day protocol of a run, or of data, that does not have it.
     """
     if split_name not in ("valid", "test"):
         raise ConfigError(f"split={split_name!r}: choose valid or test")
     dataset = open_run_dataset(run, data)
     predictor = load(run)
-    split = leave_one_out(dataset.sequences)
-    evaluation = _score(predictor, split, progress, split_name)
-    # Ranks of an unfinished run would look like its final ones; a read-only run can be scored.
-    if split_name == "test" and not unfinished(run) and os.access(run, os.W_OK):
-        write_ranks(
-            run / "ranks.parquet", evaluation, UserIds(dataset), fingerprint=dataset.fingerprint
-        )
+    split = split_of(load_run_config(run)[0], dataset)
+    sets = beside_leave_one_out(dataset, split) if split_name == "test" else None
+    if tied_day and sets is None:
+        raise ConfigError(f"{run}: {_why_no_tied_day(split_name, split)}")
+    if split_name == "valid":
+        evaluation, protocol = _rank(predictor, split.valid, progress), split.protocol
+    else:
+        scores = _score(predictor, split, sets, progress)
+        evaluation, protocol = scores.own, split.protocol
+        if tied_day and scores.tied is not None:
+            evaluation, protocol = scores.tied, TIED_DAY
+        # Ranks of an unfinished run would look like its final ones; a read-only run can be scored.
+        if not unfinished(run) and os.access(run, os.W_OK):
+            scores.write(run, dataset, split)
     return {
         **evaluation.metrics(),
         "users": len(evaluation),
         "split": split_name,
+        "protocol": protocol,
         "fingerprint": dataset.fingerprint,
         "version": predictor.version,
     }
+
+
+def _why_no_tied_day(split_name: str, split: Split) -> str:
+    if split_name != "test":
+        return "the tied-day protocol is of the test split; leave --split out"
+    if split.kind != LEAVE_ONE_OUT:
+        return f"trained with another split ({split.protocol}), which is its only protocol"
+    return "no user ends on two events of one time, so tied-day is leave-one-out"

@@ -20,18 +20,22 @@ from typing import Any
 from torch.nn import functional as F
 
 from l2rec.config import RunConfig
-from l2rec.data.ragged import IntArray, Ragged
+from l2rec.data.splits import Cases
 from l2rec.data.text import tokenize
 from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import CheckpointError
 from l2rec.evaluation.ranking import Evaluation, evaluate
-from l2rec.evaluation.ranks import write_ranks
+from l2rec.evaluation.ranks import protocol_of, write_ranks
+from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
+from l2rec.evaluation.tied_day import beside_leave_one_out, ranked_as_sets
 from l2rec.modules.cooccurrence import CHOSEN_ON, Blend, Sparse, text_neighbors
 from l2rec.modules.item_text import text_vectors
 from l2rec.protocols import Progress
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
     MODEL,
+    RANKS,
+    TIED_RANKS,
     UserIds,
     load_run_config,
     open_run_dataset,
@@ -76,31 +80,31 @@ def blend_run(
     blend.calibrate(
         predictor.scorer(),
         split.train,
-        split.valid_histories,
-        split.valid_targets,
+        *split.valid.pairs(),
         texts=_alike(config, predictor.texts),
         progress=progress.validating,
     )
     weights = blend.weights
     progress.line(
-        f"weights chosen on {min(CHOSEN_ON, len(split.users)):,} validation users: co-occurrence "
+        f"weights chosen on {min(CHOSEN_ON, len(split.valid)):,} validation users: co-occurrence "
         f"{weights.near:.3g}, repeats {weights.repeat:.3g}"
     )
     chosen = time.monotonic() - started
 
     blended = predictor.blended(blend, predictor.version)
 
-    def ranked(histories: Ragged, targets: IntArray) -> Evaluation:
+    def ranked(cases: Cases) -> Evaluation:
         return evaluate(
             blended,
-            histories,
-            targets,
-            users=split.users,
-            progress=lambda done: progress.validating(done, len(targets)),
+            cases.histories,
+            cases.targets,
+            users=cases.users,
+            progress=lambda done: progress.validating(done, len(cases)),
         )
 
-    valid = ranked(split.valid_histories, split.valid_targets)
-    test = ranked(split.test_histories, split.test_targets)
+    valid, test = ranked(split.valid), ranked(split.test)
+    sets = beside_leave_one_out(dataset, split)
+    tied = None if sets is None else ranked_as_sets(test, split, sets, ranked)
     diagnostics = diagnose(blended, split, dataset)
     name = report["method"]
     scores = dict(report["scores"])
@@ -116,6 +120,12 @@ def blend_run(
         "scores": {method: test.metrics(), name: scores.pop(name), **scores},
         "significance": {},
     }
+    if tied is not None and "tied_day" in report:
+        former = dict(report["tied_day"]["scores"])
+        report["tied_day"] |= {
+            "scores": {method: tied.metrics(), name: former.pop(name), **former},
+            "significance": {},
+        }
     # Half of these files would read as the run that was not blended.
     with replacing_folder(out, remedy="free some space and blend again") as folder:
         for file in COPIED:
@@ -127,7 +137,21 @@ def blend_run(
         if predictor.vectors is not None:
             write_item_vectors(folder, predictor.vectors)
         ids = UserIds(dataset)
-        write_ranks(folder / "ranks.parquet", test, ids, fingerprint=dataset.fingerprint)
+        write_ranks(
+            folder / RANKS,
+            test,
+            ids,
+            fingerprint=dataset.fingerprint,
+            protocol=protocol_of(split.protocol),
+        )
+        if tied is not None:
+            write_ranks(
+                folder / TIED_RANKS,
+                tied,
+                ids,
+                fingerprint=dataset.fingerprint,
+                protocol=TIED_DAY,
+            )
         write_json(folder / "diagnostics.json", diagnostics)
         write_json(folder / "report.json", report)
         write_report(folder)

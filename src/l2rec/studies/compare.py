@@ -42,13 +42,21 @@ import pyarrow.compute as pc
 
 from l2rec.config import RunConfig
 from l2rec.data.dataset import Dataset, open_dataset
-from l2rec.data.ragged import IntArray, Ragged
-from l2rec.data.splits import leave_one_out
+from l2rec.data.ragged import Ragged
+from l2rec.data.splits import Cases
 from l2rec.errors import DataError, L2RecError
 from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import paired_values_test
-from l2rec.metrics import coverage, popularity_bias, rank_values
-from l2rec.runs.folder import load_run_config, read_report, require_finished
+from l2rec.evaluation.tied_day import beside_leave_one_out
+from l2rec.metrics import coverage, popularity_bias
+from l2rec.runs.folder import (
+    RANKS,
+    TIED_RANKS,
+    load_run_config,
+    read_report,
+    require_finished,
+    split_of,
+)
 from l2rec.runs.numbers import MAIN, METRICS
 
 TESTED = (MAIN, "recall@10")
@@ -97,12 +105,15 @@ class Population:
     counts: npt.NDArray[np.int64]
 
 
-def read_run(path: Path, dataset: Dataset | None = None) -> FinishedRun:
-    """Read a finished run. ``dataset``: needed if it stores ranks without users, as in `results/`.
+def read_run(path: Path, dataset: Dataset | None = None, *, tied_day: bool = False) -> FinishedRun:
+    """Read a finished run, with its ranks by its own protocol or by the tied-day one.
+
+    ``dataset``: needed if it stores ranks without users, as in `results/`.
 
     Raises:
         CheckpointError: not a run folder, not finished, or damaged.
-        DataError: ``dataset`` is not the one that the run was trained on.
+        DataError: ``dataset`` is not the one that the run was trained on, or there are no ranks by
+            the tied-day protocol.
     """
     config, identity = load_run_config(path)
     require_finished(path)
@@ -112,57 +123,81 @@ def read_run(path: Path, dataset: Dataset | None = None) -> FinishedRun:
             f"{path} was made on data {trained_on}, {dataset.path} is {dataset.fingerprint}; give "
             "the folder it was made on with --data"
         )
-    ranks = read_ranks(path / "ranks.parquet", None if dataset is None else _test_users(dataset))
+    if tied_day and not (path / TIED_RANKS).is_file():
+        raise DataError(
+            f"{path} has no {TIED_RANKS}: no two events of a user tie at the end, the split is not "
+            "leave-one-out, or the run is of an earlier version; `l2rec evaluate` says which, and "
+            "writes it"
+        )
+    users = None
+    if dataset is not None and not tied_day:
+        cases = split_of(config, dataset).test
+        users = _ids(dataset, cases), cases.targets.values.astype(np.int64)
+    ranks = read_ranks(path / (TIED_RANKS if tied_day else RANKS), users)
     return FinishedRun(path, config, identity, read_report(path), ranks)
 
 
-def _test_users(dataset: Dataset) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Return ids and targets [M] of the users in the test split."""
-    split = leave_one_out(dataset.sequences)
-    ids = dataset.user_ids.take(pa.array(split.users)).to_pylist()
-    return ids, split.test_targets.astype(np.int64)
+def _ids(dataset: Dataset, cases: Cases) -> list[str]:
+    ids: list[str] = dataset.user_ids.take(pa.array(cases.users)).to_pylist()
+    return ids
 
 
-def population(histories: Ragged, targets: IntArray, counts: npt.NDArray[np.int64]) -> Population:
+def population(cases: Cases, counts: npt.NDArray[np.int64]) -> Population:
     """Divide users into segments by the length of their history and the popularity of their target.
 
-    ``histories``: M rows. ``targets``: [M] item ints. ``counts``: [N] training events of each item.
+    ``cases``: M; where they have sets of targets, these divide nobody. ``counts``: [N] training
+    events of each item.
     Head: the fifth of the catalog with the most training events (ties go to the lower item int);
     tail: the rest; cold: the part of the tail without a training event. Empty segments are left
     out.
     """
-    length = histories.lengths
+    length, targets = cases.histories.lengths, cases.targets.values
     head = np.zeros(len(counts), dtype=bool)
     head[np.argsort(-counts, kind="stable")[: math.ceil(HEAD * len(counts))]] = True
     segments = {
         f"history 1-{SHORT}": length <= SHORT,
         f"history {SHORT + 1}-{MEDIUM}": (length > SHORT) & (length <= MEDIUM),
         f"history {MEDIUM + 1}+": length > MEDIUM,
-        "head target": head[targets],
-        "tail target": ~head[targets],
-        COLD: counts[targets] == 0,
     }
-    return Population({n: rows for n, rows in segments.items() if rows.any()}, histories, counts)
+    if len(targets) == len(cases):
+        segments |= {
+            "head target": head[targets],
+            "tail target": ~head[targets],
+            COLD: counts[targets] == 0,
+        }
+    segments = {name: rows for name, rows in segments.items() if rows.any()}
+    return Population(segments, cases.histories, counts)
 
 
-def _population_of(dataset: Dataset, ranks: Ranks) -> Population:
-    """Build the `Population` of a data set's test split, in the order of ``ranks``.
+def _population_of(dataset: Dataset, run: FinishedRun, *, tied_day: bool) -> Population:
+    """Build the `Population` of the test cases that a run ranked, in the order of its ranks.
 
     Raises:
-        DataError: a ranked user or target that is not in the test split.
+        DataError: its users or targets are not those of the data set's test split.
     """
-    split = leave_one_out(dataset.sequences)
+    split, ranks = split_of(run.config, dataset), run.ranks
+    sets = beside_leave_one_out(dataset, split) if tied_day else None
+    cases = split.test if sets is None else sets
     ids = pa.array(ranks.users, dataset.user_ids.type)
     users = pc.fill_null(pc.index_in(ids, value_set=dataset.user_ids), -1).to_numpy()
-    rows = np.searchsorted(split.users, users).clip(max=len(split.users) - 1)
-    fits = (split.users[rows] == users) & (split.test_targets[rows] == ranks.targets)
+    if not np.array_equal(users, cases.users):  # ranks in another order: each user has one case
+        cases = cases.take(np.searchsorted(cases.users, users).clip(max=len(cases) - 1))
+    fits = cases.users == users
+    if len(cases.targets.values) == len(ranks.targets):
+        fits[
+            np.repeat(np.arange(len(cases)), cases.targets.lengths)[
+                cases.targets.values != ranks.targets
+            ]
+        ] = False
+    else:
+        fits[:] = False
     if not fits.all():
         raise DataError(
             f"{np.count_nonzero(~fits):,} of {len(fits):,} ranked users differ from the test split "
             f"of {dataset.path}; evaluate the runs again"
         )
     counts = np.bincount(split.train.values, minlength=dataset.n_items).astype(np.int64)
-    return population(split.test_histories.take(rows), ranks.targets, counts)
+    return population(cases, counts)
 
 
 def _dataset_of(runs: Sequence[FinishedRun]) -> Dataset | None:
@@ -270,6 +305,7 @@ def compare_runs(
     data: Path | None = None,
     against: Path | None = None,
     group: bool = True,
+    tied_day: bool = False,
 ) -> Comparison:
     """Read run folders and compare them.
 
@@ -278,6 +314,7 @@ def compare_runs(
         data: folder of their data set; by default the path that the runs were trained on.
         against: the run that every other is tested against, instead of the best.
         group: show runs of one recipe with different seeds as one row.
+        tied_day: compare by the tied-day protocol.
 
     Raises:
         DataError: runs of different data, protocols, users or targets; a run given twice.
@@ -291,12 +328,12 @@ def compare_runs(
     if against is not None:
         folders.setdefault(against.resolve(), against)
     dataset = None if data is None else open_dataset(data)
-    runs = [read_run(path, dataset) for path in folders.values()]
+    runs = [read_run(path, dataset, tied_day=tied_day) for path in folders.values()]
     runs = [runs[0], *(_paired(runs[0], run) for run in runs[1:])]
     dataset = dataset or _dataset_of(runs)
-    known = None if dataset is None else _population_of(dataset, runs[0].ranks)
+    known = None if dataset is None else _population_of(dataset, runs[0], tied_day=tied_day)
     reference = None if against is None else folders[against.resolve()]
-    return compare(runs, known, against=reference, group=group)
+    return compare(runs, known, against=reference, group=group, tied_day=tied_day)
 
 
 def _paired(first: FinishedRun, run: FinishedRun) -> FinishedRun:
@@ -317,11 +354,13 @@ def compare(
     *,
     against: Path | None = None,
     group: bool = True,
+    tied_day: bool = False,
 ) -> Comparison:
     """Compare scores and costs of runs whose ranks are of the same users in the same order.
 
     ``known``: without it there are no segments and no popularity bias. ``against``: the path of
-    one of the runs, the reference of all tests; by default the best of each block.
+    one of the runs, the reference of all tests; by default the best of each block. ``tied_day``:
+    the ranks are by this protocol.
 
     Raises:
         DataError: two runs of one recipe and seed, to be grouped.
@@ -331,7 +370,7 @@ def compare(
         (label for label, seeds in recipes.items() if against in [run.path for run in seeds]), None
     )
     first = runs[0]
-    segments = {EVERYONE: np.ones(len(first.ranks.ranks), dtype=bool)}
+    segments = {EVERYONE: np.ones(len(first.ranks.users), dtype=bool)}
     segments |= {} if known is None else known.segments
     data = first.report["dataset"]
     return Comparison(
@@ -344,14 +383,15 @@ def compare(
             for masked in (False, True)
             for segment, rows in segments.items()
         ],
-        floors=_floors(runs),
+        floors=_floors(runs, tied_day),
         notes=_notes(runs, known),
     )
 
 
-def _floors(runs: Sequence[FinishedRun]) -> dict[str, dict[str, float]]:
+def _floors(runs: Sequence[FinishedRun], tied_day: bool) -> dict[str, dict[str, float]]:
     """Collect the baselines' scores from all runs: they agree, but older reports lack some."""
-    scores = {name: s for run in runs for name, s in run.report["scores"].items()}
+    reports = [run.report.get("tied_day", {}) if tied_day else run.report for run in runs]
+    scores = {name: s for report in reports for name, s in report.get("scores", {}).items()}
     return {name: scores[name] for name in FLOORS if name in scores}
 
 
@@ -447,8 +487,10 @@ def _block(
     scores: dict[str, dict[str, Score]] = {}
     tested: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
     for label, seeds in recipes.items():
-        ranks = [(r.ranks.ranks_masked if masked else r.ranks.ranks)[rows] for r in seeds]
-        values = {m: np.stack([rank_values(r, m) for r in ranks]) for m in METRICS}  # [S, m]
+        values = {  # [S, m]
+            metric: np.stack([run.ranks.values(metric, masked=masked)[rows] for run in seeds])
+            for metric in METRICS
+        }
         scores[label] = {metric: _score(v.mean(1)) for metric, v in values.items()}
         if not masked:
             scores[label] |= _list_scores(seeds, rows, known, n_items)

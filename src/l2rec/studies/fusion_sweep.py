@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l2rec.data.splits import leave_one_out
 from l2rec.errors import ConfigError
 from l2rec.evaluation.ranking import evaluate_each
 from l2rec.methods.hdrec import DOMINANT, HDRec
 from l2rec.protocols import Progress
-from l2rec.runs.folder import open_run_dataset
+from l2rec.runs.folder import load_run_config, open_run_dataset, split_of
 from l2rec.runs.predictor import load
 
 
@@ -57,14 +56,13 @@ def fusion_sweep(
     if not isinstance(model, HDRec):
         raise ConfigError(f"{run} is no HDRec but {type(model).__name__}: it has no sides to fuse")
     scorers = model.fused_scorers(alphas, dominant)
-    split = leave_one_out(dataset.sequences)
-    test = split_name == "test"
+    cases = split_of(load_run_config(run)[0], dataset).cases(split_name)
     evaluations = evaluate_each(
         model.n_items,
         {str(alpha): scorer for alpha, scorer in zip(alphas, scorers, strict=True)},
-        split.test_histories if test else split.valid_histories,
-        split.test_targets if test else split.valid_targets,
-        users=split.users,
-        progress=lambda done: progress.validating(done, len(split.users)),
+        cases.histories,
+        cases.targets,
+        users=cases.users,
+        progress=lambda done: progress.validating(done, len(cases)),
     )
     return {alpha: evaluations[str(alpha)].metrics() for alpha in alphas}
