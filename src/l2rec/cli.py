@@ -365,6 +365,46 @@ def train(
 
 
 @app.command()
+def floors(
+    data: Annotated[Path, typer.Argument(help="Data set folder.", show_default=False)],
+    split: SplitKind = None,
+    valid_from: ValidFrom = None,
+    test_from: TestFrom = None,
+    backbone: Annotated[
+        str, typer.Option(help="Language model that reads item texts, untrained; none: leave out.")
+    ] = "minilm",
+    out: Annotated[Path | None, typer.Option(help="Also write the scores: FILE.json")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score what needs no training: popularity, followers of the last item, co-occurrence, and the
+    texts next to that of the last item. What a trained model has to beat, in seconds.
+
+    Example: `l2rec floors data/ml-100k --split time`
+    """
+    from l2rec.config import SplitConfig, from_options
+    from l2rec.console import Console
+    from l2rec.disk import write_json
+    from l2rec.studies.floors import score_floors
+
+    options = {"kind": split, "valid_from": valid_from, "test_from": test_from}
+    with Console(quiet=as_json) as console:
+        report = score_floors(
+            data,
+            from_options(SplitConfig, options),
+            backbone=backbone,
+            progress=console,
+            command=shlex.join(["l2rec", *sys.argv[1:]]),
+        )
+        if out is not None:
+            write_json(out, report)
+        if not as_json:
+            console.line(report["protocol"])
+            console.scores(report)
+    if as_json:
+        _print_json(report)
+
+
+@app.command()
 def tune(
     recipe: Annotated[str, typer.Argument(help="Shipped recipe, YAML file, or method name.")],
     overrides: Annotated[

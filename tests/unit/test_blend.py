@@ -198,7 +198,7 @@ def test_a_blend_is_written_whole_or_not_at_all(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(blend, step, full)
+        patched.setattr(scoring if step == "write_ranks" else blend, step, full)
         with pytest.raises(CheckpointError, match=r"out: the disk is full; .* and blend again"):
             blend_run(table_run.run, tmp_path / "out", progress=Quiet())
     assert not list(tmp_path.iterdir())

@@ -90,13 +90,11 @@ def test_no_score_of_the_test_split_before_training_ends(
     backbone_folder: Path, chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    train, test = training.train, training._score
+    train, test = training.train, training.score
     monkeypatch.setattr(
         training, "train", lambda *a, **k: (order.append("train"), train(*a, **k))[1]
     )
-    monkeypatch.setattr(
-        training, "_score", lambda *a, **k: (order.append("test"), test(*a, **k))[1]
-    )
+    monkeypatch.setattr(training, "score", lambda *a, **k: (order.append("test"), test(*a, **k))[1])
     config = runs.config(backbone_folder, max_steps=1)
     train_run(config, chains.path, tmp_path / "run", progress=Quiet())
     assert order == ["train", *["test"] * 5]  # the method, three floors, the untrained model
@@ -157,7 +155,7 @@ def test_killed_after_training(
     config = runs.config(table_run.backbone)
     (run / "report.html").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(training, moment, crash)
+        patch.setattr(scoring if moment == "write_ranks" else training, moment, crash)
         with pytest.raises(KeyboardInterrupt):
             train_run(config, table_run.data, run, progress=Quiet(), resume=True)
     assert folder.finished_report(run) is None

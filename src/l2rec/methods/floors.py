@@ -8,7 +8,7 @@ must not be counted.
 
 from __future__ import annotations
 
-__all__ = ["CoOccurrenceFloor", "LastItemNeighbour", "Popularity", "TextNeighbour"]
+__all__ = ["CoOccurrenceFloor", "LastItemNeighbour", "Popularity", "TextNeighbour", "floors_of"]
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from torch import Tensor
 from l2rec.data.ragged import IntArray, Ragged, flat_index
 from l2rec.errors import DataError
 from l2rec.modules.cooccurrence import CoOccurrence
-from l2rec.protocols import Scorer
+from l2rec.protocols import Recommender, Scorer
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -173,6 +173,15 @@ class TextNeighbour:
             return queries @ vectors.T
 
         return score
+
+
+def floors_of(train: Ragged, n_items: int) -> dict[str, Recommender]:
+    """Fit the floors that follow from training events alone; by the names that reports use."""
+    return {
+        "popularity": Popularity.from_sequences(train, n_items),
+        "last item neighbour": LastItemNeighbour.from_sequences(train, n_items),
+        "co-occurrence": CoOccurrenceFloor.from_sequences(train, n_items),
+    }
 
 
 def _event_counts(train: Ragged, n_items: int) -> npt.NDArray[np.int64]:

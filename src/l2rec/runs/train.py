@@ -26,20 +26,15 @@ from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import LEAVE_ONE_OUT, Cases, Split
 from l2rec.disk import working_on, write_json
 from l2rec.errors import CheckpointError, ConfigError
-from l2rec.evaluation.ranking import Evaluation, evaluate
-from l2rec.evaluation.ranks import protocol_of, write_ranks
-from l2rec.evaluation.significance import paired_values_test
+from l2rec.evaluation.ranks import protocol_of
 from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
-from l2rec.evaluation.tied_day import beside_leave_one_out, ranked_as_sets
-from l2rec.methods.floors import CoOccurrenceFloor, LastItemNeighbour, Popularity
+from l2rec.evaluation.tied_day import beside_leave_one_out
+from l2rec.methods.floors import floors_of
 from l2rec.modules.backbone import Backbone
-from l2rec.protocols import Cached, Progress, Recommender
+from l2rec.protocols import Cached, Progress
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
-    RANKS,
-    TIED_RANKS,
-    UserIds,
     check_backbone,
     claim,
     clear_partial,
@@ -55,7 +50,6 @@ from l2rec.runs.folder import (
 )
 from l2rec.runs.loop import TrainingResult, train
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
-from l2rec.runs.numbers import MAIN
 from l2rec.runs.predictor import (
     Predictor,
     backbone_of,
@@ -64,6 +58,7 @@ from l2rec.runs.predictor import (
     load,
 )
 from l2rec.runs.report import write_report
+from l2rec.runs.scoring import Scores, compared, rank, score
 
 UNTRAINED = "untrained"
 UNTRAINED_BACKBONE = "untrained backbone"
@@ -111,7 +106,7 @@ def train_run(
         fitted = _fit(config, dataset, out, progress, identity, init, resume)
         split, backbone, model = fitted.split, fitted.backbone, fitted.model
         sets = beside_leave_one_out(dataset, split)
-        scores = _score(model, split, sets, progress)
+        scores = score(model, split, sets, progress)
         scores.write(out, dataset, split)
         vectors = catalog_vectors(model)
         if vectors is not None:
@@ -256,24 +251,6 @@ def _start_from(model: Any, init: Path) -> str:
     return f"starting from {init}: {len(shared)} tensors, the rows of its items left out"
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Evaluations on test: by the run's own split, and tied-day beside it where events tie."""
-
-    own: Evaluation
-    tied: Evaluation | None
-
-    def write(self, run: Path, dataset: Dataset, split: Split) -> None:
-        """Write the ranks of both into a run folder."""
-        ids, fingerprint = UserIds(dataset), dataset.fingerprint
-        protocol = protocol_of(split.protocol)
-        write_ranks(run / RANKS, self.own, ids, fingerprint=fingerprint, protocol=protocol)
-        if self.tied is not None:
-            write_ranks(
-                run / TIED_RANKS, self.tied, ids, fingerprint=fingerprint, protocol=TIED_DAY
-            )
-
-
 def _floor_scores(
     fitted: _Fitted,
     dataset: Dataset,
@@ -281,55 +258,28 @@ def _floor_scores(
     out: Path,
     start: str,
     progress: Progress,
-) -> dict[str, _Scores]:
+) -> dict[str, Scores]:
     """Rank the test split by the floors, and by the model before any training (``start``)."""
     split, model = fitted.split, fitted.model
     progress.line(f"scoring the floors: popularity, last item neighbour, co-occurrence, {start}")
-    floors: dict[str, Recommender] = {
-        "popularity": Popularity.from_sequences(split.train, dataset.n_items),
-        "last item neighbour": LastItemNeighbour.from_sequences(split.train, dataset.n_items),
-        "co-occurrence": CoOccurrenceFloor.from_sequences(split.train, dataset.n_items),
-    }
-    scores = {name: _score(floor, split, sets, progress) for name, floor in floors.items()}
+    floors = floors_of(split.train, dataset.n_items)
+    scores = {name: score(floor, split, sets, progress) for name, floor in floors.items()}
     best = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     load_trained(model, load_tensors(out / START)[0], str(out / START))
-    scores[start] = _score(model, split, sets, progress)
+    scores[start] = score(model, split, sets, progress)
     load_trained(model, best, str(out))
     return scores
-
-
-def _score(
-    recommender: Recommender, split: Split, sets: Cases | None, progress: Progress
-) -> _Scores:
-    """Rank the test cases, and the ``sets`` of the tied-day protocol."""
-
-    def rank(cases: Cases) -> Evaluation:
-        return _rank(recommender, cases, progress)
-
-    own = rank(split.test)
-    return _Scores(own, None if sets is None else ranked_as_sets(own, split, sets, rank))
-
-
-def _rank(recommender: Recommender, cases: Cases, progress: Progress) -> Evaluation:
-    """Rank every target of the cases among all items."""
-    return evaluate(
-        recommender,
-        cases.histories,
-        cases.targets,
-        users=cases.users,
-        progress=lambda done: progress.validating(done, len(cases)),
-    )
 
 
 def _report(
     config: RunConfig,
     dataset: Dataset,
     fitted: _Fitted,
-    scores: _Scores,
-    floors: Mapping[str, _Scores],
+    scores: Scores,
+    floors: Mapping[str, Scores],
 ) -> dict[str, Any]:
     name, backbone, result = config.method.rpartition(":")[2], fitted.backbone, fitted.result
-    report = {
+    return {
         "method": name,
         "seed": config.seed,
         "dataset": {
@@ -350,7 +300,6 @@ def _report(
         "date": datetime.date.today().isoformat(),
         "split": "test",
         "protocol": protocol_of(fitted.split.protocol),
-        "users_tested": len(scores.own),
         "steps": result.steps,
         "best_step": result.best_step,
         "stopped": result.stopped,
@@ -359,30 +308,7 @@ def _report(
         "tokens_seen": result.tokens,
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "valid": result.valid,
-        **_compared(name, scores.own, {floor: each.own for floor, each in floors.items()}),
-    }
-    if scores.tied is not None:
-        tied = {floor: each.tied for floor, each in floors.items() if each.tied is not None}
-        report["tied_day"] = {
-            "protocol": TIED_DAY,
-            "users_tested": len(scores.tied),
-            "users_left_out": len(scores.own) - len(scores.tied),
-            **_compared(name, scores.tied, tied),
-        }
-    return report
-
-
-def _compared(
-    name: str, evaluation: Evaluation, floors: Mapping[str, Evaluation]
-) -> dict[str, Any]:
-    """Return scores of a model and of the floors, and tests between them."""
-    # One user's difference has no variance: there is nothing to test.
-    tested = floors if len(evaluation) > 1 else {}
-    ours = evaluation.values(MAIN)
-    tests = {floor: paired_values_test(ours, e.values(MAIN)) for floor, e in tested.items()}
-    return {
-        "scores": {name: evaluation.metrics(), **{f: e.metrics() for f, e in floors.items()}},
-        "significance": {f: {"difference": t.difference, "p": t.p} for f, t in tests.items()},
+        **compared(name, scores, floors),
     }
 
 
@@ -412,9 +338,9 @@ def evaluate_run(
     if tied_day and sets is None:
         raise ConfigError(f"{run}: {_why_no_tied_day(split_name, split)}")
     if split_name == "valid":
-        evaluation, protocol = _rank(predictor, split.valid, progress), split.protocol
+        evaluation, protocol = rank(predictor, split.valid, progress), split.protocol
     else:
-        scores = _score(predictor, split, sets, progress)
+        scores = score(predictor, split, sets, progress)
         evaluation, protocol = scores.own, split.protocol
         if tied_day and scores.tied is not None:
             evaluation, protocol = scores.tied, TIED_DAY

@@ -12,7 +12,7 @@ __all__ = ["blend_run"]
 import datetime
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,17 @@ from typing import Any
 from torch.nn import functional as F
 
 from l2rec.config import RunConfig
-from l2rec.data.splits import Cases
 from l2rec.data.text import tokenize
 from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import CheckpointError
-from l2rec.evaluation.ranking import Evaluation, evaluate
-from l2rec.evaluation.ranks import protocol_of, write_ranks
-from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
-from l2rec.evaluation.tied_day import beside_leave_one_out, ranked_as_sets
+from l2rec.evaluation.ranking import Evaluation
+from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.modules.cooccurrence import CHOSEN_ON, Blend, Sparse, text_neighbors
 from l2rec.modules.item_text import text_vectors
 from l2rec.protocols import Progress
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
     MODEL,
-    RANKS,
-    TIED_RANKS,
-    UserIds,
     load_run_config,
     open_run_dataset,
     read_report,
@@ -47,6 +41,7 @@ from l2rec.runs.folder import (
 from l2rec.runs.machine import device
 from l2rec.runs.predictor import backbone_of, load
 from l2rec.runs.report import write_report
+from l2rec.runs.scoring import rank, score
 
 TEXT_TOKENS = 128
 COPIED = ("catalog.parquet", MODEL, "metrics.jsonl")
@@ -93,21 +88,10 @@ def blend_run(
 
     blended = predictor.blended(blend, predictor.version)
 
-    def ranked(cases: Cases) -> Evaluation:
-        return evaluate(
-            blended,
-            cases.histories,
-            cases.targets,
-            users=cases.users,
-            progress=lambda done: progress.validating(done, len(cases)),
-        )
-
-    valid, test = ranked(split.valid), ranked(split.test)
-    sets = beside_leave_one_out(dataset, split)
-    tied = None if sets is None else ranked_as_sets(test, split, sets, ranked)
+    valid = rank(blended, split.valid, progress)
+    test = score(blended, split, beside_leave_one_out(dataset, split), progress)
     diagnostics = diagnose(blended, split, dataset)
     name = report["method"]
-    scores = dict(report["scores"])
     method = f"{name} + co-occurrence"
     report |= {
         "method": method,
@@ -117,13 +101,12 @@ def blend_run(
         "blend": asdict(weights),
         "blend_seconds": round(chosen, 1),
         "valid": valid.metrics(),
-        "scores": {method: test.metrics(), name: scores.pop(name), **scores},
+        "scores": _led_by(method, test.own, name, report["scores"]),
         "significance": {},
     }
-    if tied is not None and "tied_day" in report:
-        former = dict(report["tied_day"]["scores"])
+    if test.tied is not None and "tied_day" in report:
         report["tied_day"] |= {
-            "scores": {method: tied.metrics(), name: former.pop(name), **former},
+            "scores": _led_by(method, test.tied, name, report["tied_day"]["scores"]),
             "significance": {},
         }
     # Half of these files would read as the run that was not blended.
@@ -136,27 +119,19 @@ def blend_run(
         write_blend(folder, blend.state_dict(), identity)
         if predictor.vectors is not None:
             write_item_vectors(folder, predictor.vectors)
-        ids = UserIds(dataset)
-        write_ranks(
-            folder / RANKS,
-            test,
-            ids,
-            fingerprint=dataset.fingerprint,
-            protocol=protocol_of(split.protocol),
-        )
-        if tied is not None:
-            write_ranks(
-                folder / TIED_RANKS,
-                tied,
-                ids,
-                fingerprint=dataset.fingerprint,
-                protocol=TIED_DAY,
-            )
+        test.write(folder, dataset, split)
         write_json(folder / "diagnostics.json", diagnostics)
         write_json(folder / "report.json", report)
         write_report(folder)
         _check_free(out)  # another blend may have ended since
     return report
+
+
+def _led_by(
+    method: str, of_blend: Evaluation, name: str, scores: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the scores of the blend, of the run that it was made of, and of the floors."""
+    return {method: of_blend.metrics(), name: scores[name], **scores}
 
 
 def _check_free(out: Path) -> None:
