@@ -242,6 +242,9 @@ def test_recformer_without_texts(tmp_path: Path) -> None:
 def test_recformer_with_a_file_missing(tmp_path: Path, name: str) -> None:
     (recformer(tmp_path) / name).unlink()
     assert f"{tmp_path} has no {name}, it has meta_data.json, " in refusal(tmp_path)
+    (tmp_path / "smap.json").unlink(missing_ok=True)
+    (tmp_path / "umap.json").unlink(missing_ok=True)
+    assert f"{tmp_path} has no " in refusal(tmp_path)
 
 
 def test_one_file_of_recformer_alone(tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ def kind(file: File, encoding: str) -> str | None:
 
 
 def _is_row(head: str) -> bool:
-    """Tell whether the first line is a row of JSON Lines: whole, and of more than ids and values.
+    """Tell whether the first line is a row of JSON Lines.
 
-    A row has values of several types, or other rows after it.
+    It is a whole object then, and has values of several types, or other rows after it.
     """
     line, _, rest = head.partition("\n")
     try:

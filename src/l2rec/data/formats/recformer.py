@@ -27,7 +27,7 @@ def detect(path: Path, files: dict[str, File], items: File | None, context: Cont
     near = beside(path, files)
     first = near.get(LOGS[0])
     is_log = first is None or kind(first, context.columns.encoding) == "lists"
-    return "recformer" if is_log and set(MAPS) & set(near) else None
+    return "recformer" if is_log and {*MAPS, TEXTS} & set(near) else None
 
 
 def recformer(
