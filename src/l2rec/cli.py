@@ -219,9 +219,9 @@ def prepare(
     """Read interaction logs and item texts into a data set folder.
 
     Formats: RecBole atomic files, Amazon reviews (2014, 2018, 2023), MovieLens (100K, 1M, latest),
-    CSV, Parquet and sequence text (`--formats` lists them); plain or gzip. Files larger than memory
-    are fine. And the event log of `l2rec serve`, by file or URL, with the texts of `--items` and of
-    the items put since.
+    CSV, Parquet, sequence text (S3-Rec, P5) and JSON objects (LC-Rec, RecFormer); `--formats` lists
+    them; plain or gzip. Files larger than memory are fine. And the event log of `l2rec serve`, by
+    file or URL, with the texts of `--items` and of the items put since.
 
     Example: `l2rec prepare movielens-100k --out data/ml-100k`, or
     `l2rec prepare runs/ml/events.db --items runs/ml/catalog.parquet --out data/served`

@@ -427,21 +427,8 @@ def test_sequences_with_raw_ids_beside_their_kin(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def test_attributes_beside_sequences_are_no_log(tmp_path: Path) -> None:
-    log = write(tmp_path / "Beauty.txt", SEQUENCES)
-    write(tmp_path / "Beauty_item2attributes.json", '{"1": [1, 2], "2": [3]}\n')
-    source = open_source(tmp_path)
-    assert (source.format, list(source.files)) == ("sequences", [log])
-
-
-def test_negative_samples_are_no_log(tmp_path: Path) -> None:
-    write(tmp_path / "Beauty.txt", SEQUENCES)
-    write(tmp_path / "Beauty_sample.txt", "1 7 8 9\n2 8 9 5\n3 1 3 4\n")
-    assert events_of(open_source(tmp_path)) == PLACES
-
-
 def test_splits_of_sequences_are_named(tmp_path: Path) -> None:
-    write(tmp_path / "test.txt", SEQUENCES)
+    write(tmp_path / "test.txt", "4 1 2 3\n5 2 1\n")  # other users
     assert open_source(write(tmp_path / "train.txt", SEQUENCES)).notes == [
         "train.txt is one split (train); test.txt beside it is not read, so events may be missing"
     ]

@@ -81,6 +81,21 @@ def logs(
     return Log(draw(st.lists(event, min_size=1, max_size=12)), items)
 
 
+def in_order(log: Log) -> Log:
+    """Put the events user by user, each at the time of its place, as without times."""
+    lists = by_user(log)
+    events = [(user, item) for user, items in lists.items() for item in items]
+    return Log([(*event, at * 1000) for at, event in enumerate(events)], log.items)
+
+
+def by_user(log: Log) -> dict[str, list[str]]:
+    """Return the items of each user, in the order of the file."""
+    lists: dict[str, list[str]] = {}
+    for user, item, _ in log.events:
+        lists.setdefault(user, []).append(item)
+    return lists
+
+
 ANY = logs()
 # With tabs, a line inside quotes that has all cells is taken for a row, and the quotes for text.
 BREAKS = st.text(LETTERS | st.sampled_from("\n\r"), max_size=8)
@@ -92,6 +107,12 @@ CLEAN = st.text(st.sampled_from("a0é漢🙂 ,;'\"\\|:/.-"), max_size=8).map(
     lambda text: " ".join(text.split())
 )
 AMAZON = partial(logs, texts=st.tuples(CLEAN, CLEAN, CLEAN))
+# Ids of sequence text are words, and a first line without digits may be a header. A lone full stop
+# is LC-Rec's empty text.
+WORDS = st.text(LETTERS, max_size=3).filter(lambda text: " " not in text).map("7{}".format)
+LISTED = logs(texts=st.tuples(*[CLEAN.map(lambda text: text.strip("."))] * 3)).map(in_order)
+SEQUENCES = logs(ids=WORDS).map(in_order)
+NAMED = logs(ids=WORDS, texts=st.tuples(CLEAN, st.just(""), st.just(""))).map(in_order)
 # MovieLens' ids are numbers; a film has a title, a year and genres, and two of the three formats
 # end a cell at a bar or at two colons.
 TITLES = st.text(st.sampled_from("a0é ,;'\"\\/.-!"), max_size=8).map(str.strip)
@@ -228,6 +249,65 @@ def movielens_latest(log: Log, folder: Path) -> Dataset:
     return from_files(folder, "ratings.csv")
 
 
+def objects(log: Log, folder: Path, name: str) -> None:
+    """Write the items as one JSON object."""
+    items = {item: dict(zip(FIELDS, texts, strict=True)) for item, texts in log.items.items()}
+    (folder / name).write_text(json.dumps(items, indent=1), encoding="utf-8")
+
+
+def lc_rec(log: Log, folder: Path) -> Dataset:
+    """Prepare LC-Rec's objects of lists and of items, with the raw ids apart."""
+    users, items = list(by_user(log)), list(log.items)
+    lists = {
+        str(users.index(u)): [items.index(i) for i in seen] for u, seen in by_user(log).items()
+    }
+    (folder / "log.inter.json").write_text(json.dumps(lists))
+    numbered = Log([], {str(at): log.items[item] for at, item in enumerate(items)})
+    objects(numbered, folder, "log.item.json")
+    for kind, ids in (("user", users), ("item", items)):
+        write(folder / f"log.{kind}2id", [(raw, at) for at, raw in enumerate(ids)], "\t")
+    return from_files(folder, "log.inter.json")
+
+
+def recformer(log: Log, folder: Path) -> Dataset:
+    """Prepare RecFormer's splits, maps and texts."""
+    users, items = list(by_user(log)), list(log.items)
+    ends = {"train": slice(None, -2), "val": slice(-2, -1), "test": slice(-1, None)}
+    for split, part in ends.items():
+        lists = {users.index(u): seen[part] for u, seen in by_user(log).items()}
+        numbers = {u: [items.index(i) for i in seen] for u, seen in lists.items()}
+        (folder / f"{split}.json").write_text(json.dumps(numbers))
+    for name, ids in (("umap", users), ("smap", items)):
+        (folder / f"{name}.json").write_text(json.dumps({raw: at for at, raw in enumerate(ids)}))
+    objects(log, folder, "meta_data.json")
+    return from_files(folder, "test.json")
+
+
+def sequence_text(log: Log, folder: Path) -> Dataset:
+    """Prepare a line for each user, with a table of the items."""
+    write(folder / "user_sequence.txt", [(u, *seen) for u, seen in by_user(log).items()], " ")
+    header = ("item_id", *FIELDS)
+    with (folder / "goods.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *((i, *texts) for i, texts in log.items.items())])
+    return from_files(folder, "user_sequence.txt", "goods.csv")
+
+
+def p5(log: Log, folder: Path) -> Dataset:
+    """Prepare P5's sequences of numbers, its maps, and an attribute of each item."""
+    users, items = list(by_user(log)), list(log.items)
+    lines = [
+        (users.index(u) + 1, *(items.index(i) + 1 for i in seen))
+        for u, seen in by_user(log).items()
+    ]
+    write(folder / "sequential_data.txt", lines, " ")
+    named = {"id2user": users, "id2item": items, "id2attribute": [log.items[i][0] for i in items]}
+    maps = {name: {at: raw for at, raw in enumerate(ids, 1)} for name, ids in named.items()}
+    (folder / "datamaps.json").write_text(json.dumps(maps))
+    attributes = {at: [at] for at in range(1, len(items) + 1)}
+    (folder / "item2attributes.json").write_text(json.dumps(attributes))
+    return from_files(folder, "sequential_data.txt")
+
+
 def titled(texts: Texts) -> str:
     """Put the year behind the title, as MovieLens does."""
     return f"{texts[0]} ({texts[1]})" if texts[1] else texts[0]
@@ -252,6 +332,10 @@ FORMS: dict[str, tuple[Prepared, st.SearchStrategy[Log]]] = {
     "movielens-100k": (movielens_100k, FILMS),
     "movielens-1m": (movielens_1m, FILMS),
     "movielens-latest": (movielens_latest, FILMS),
+    "lc-rec": (lc_rec, LISTED),
+    "recformer": (recformer, LISTED),
+    "sequences": (sequence_text, SEQUENCES),
+    "p5": (p5, NAMED),
 }
 
 

@@ -12,6 +12,8 @@ import pytest
 from tests.support.errors import one_line
 
 from l2rec.data.formats.columns import Columns
+from l2rec.data.formats.files import File
+from l2rec.data.formats.objects import one_value
 from l2rec.data.formats.open import open_source
 from l2rec.data.formats.source import Source
 from l2rec.errors import DataError
@@ -240,8 +242,7 @@ REVIEW = {"reviewerID": "u", "asin": "a", "unixReviewTime": 1}
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"0": [1, 2], "1": [3]}, "one JSON object of users and the lists of their items"),
-        ({"B0": {"title": "x"}, "B1": {}}, "one JSON object of items and their fields"),
+        ({"0": [1, 2], "1": [3]}, "one JSON object of ids and lists, not one event per line"),
         ({"0": ["<a_1>", "<b_2>"]}, "the semantic ids of items"),
         ({f"B{n}": n for n in range(20)}, "a map of ids to numbers"),
         ([REVIEW], "one JSON array, not one object per line"),
@@ -251,15 +252,34 @@ REVIEW = {"reviewerID": "u", "asin": "a", "unixReviewTime": 1}
 def test_json_of_one_value_is_told_by_its_shape(
     tmp_path: Path, value: Any, says: str, indent: int | None
 ) -> None:
-    path, log = tmp_path / "Beauty.inter.json", tmp_path / "log.csv"
+    path, log = tmp_path / "Beauty.json", tmp_path / "log.csv"
     path.write_text(json.dumps(value, indent=indent))
-    assert f"Beauty.inter.json is {says}" in refusal(path)
+    assert f"Beauty.json is {says}" in refusal(path)
     log.write_text(LOG)
-    with pytest.raises(DataError, match=f"Beauty.inter.json is {says}"):
+    with pytest.raises(DataError, match=f"Beauty.json is {says}"):
         open_source(log, items=path)
     log.unlink()
-    (tmp_path / "Beauty.test.json").write_text("{}")
-    assert f"Beauty.inter.json is {says}" in refusal(tmp_path)
+    (tmp_path / "Beauty.test.json").write_text("[]")
+    assert f"Beauty.json is {says}" in refusal(tmp_path)
+    with pytest.raises(DataError, match=f"Beauty.json is {says}"):
+        open_source(tmp_path, format="amazon")
+
+
+def test_an_object_of_items_is_no_log(tmp_path: Path) -> None:
+    path = tmp_path / "Beauty.item.json"
+    path.write_text('{"B0": {"title": "x"}, "B1": {}}')
+    message = refusal(path)
+    assert "Beauty.item.json is one JSON object of items and their fields" in message
+    assert message.endswith("give the log, and this file by --items")
+
+
+@pytest.mark.parametrize("row", [REVIEW, {"category": ["x"], "asin": "a"}])
+def test_one_line_of_json_is_no_object_of_ids(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(row))
+    assert one_value(File(path), "utf-8") is None
+    path.write_text(json.dumps({"category": ["x"]}) + "\n" + json.dumps(row))
+    assert one_value(File(path), "utf-8") is None
 
 
 def test_json_lines_of_other_keys(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pyarrow.json as pa_json
 from l2rec.data.formats.fields import clean, flat, joined, separator_of
 from l2rec.data.formats.files import (
     File,
+    is_folder,
     line_blocks,
     line_in_block,
     only_file,
@@ -74,8 +75,10 @@ _META: dict[str, dict[str, tuple[str, pa.DataType]]] = {
 
 
 def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
-    """Tell by the end of a file's name; which year it is, the keys tell when it is opened."""
-    return "amazon" if any(file.ends(".json", ".jsonl") for file in files.values()) else None
+    """Tell by a file of JSON Lines; which year it is, the keys tell when it is opened."""
+    known = (f for f in files.values() if f.ends(".json", ".jsonl"))
+    lines = (one_value(f, context.columns.encoding) is None for f in known)
+    return "amazon" if any(lines) else None
 
 
 def amazon(
@@ -84,21 +87,19 @@ def amazon(
     items: File | None,
     _kind: str,
     context: Context,
-    _open_catalog: OpenCatalog,
+    open_catalog: OpenCatalog,
 ) -> Source:
     """Open reviews, and the metadata beside them; the keys of the first lines tell the year."""
-    known = {n: f for n, f in files.items() if f.ends(".json", ".jsonl")}
-    if items is None and not (path.is_file() and path.suffix.lower() != ".zip"):
+    known = {n: f for n, f in files.items() if f.ends(".json", ".jsonl") and f != items}
+    if items is None and is_folder(path):
         metadata = [f for n, f in known.items() if n.startswith("meta_")]
         items = metadata[0] if len(metadata) == 1 else None
     reviews = {n: f for n, f in known.items() if not n.startswith("meta_") or len(known) == 1}
-    file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
     encoding = context.columns.encoding
-    if file is None and len(reviews) > 1:
-        for other in reviews.values():
-            if (told := one_value(other, encoding)) is not None:
-                raise told
-    file = file or only_file(path, reviews, (".json", ".jsonl"), "review")
+    if is_folder(path):
+        file = only_file(path, _of_lines(reviews, context), (".json", ".jsonl"), "review")
+    else:
+        file = File(path)
     keys = _first_keys(file, encoding)
     if {"reviewerID", "asin", "unixReviewTime"} <= keys:
         format, unit = "amazon-2018", 1
@@ -121,11 +122,24 @@ def amazon(
         context.notes,
     )
     context.notes.extend(split_note(file))
-    catalog = amazon_catalog(items, context) if items else None
-    if items and _amazon_version(items, encoding) == "amazon-2014":
+    catalog = open_catalog(items, context) if items else None
+    by_line = items and items.ends(".json", ".jsonl") and one_value(items, encoding) is None
+    if items and by_line and _amazon_version(items, encoding) == "amazon-2014":
         format = "amazon-2014"
     used = [file, *([items] if items else [])]
     return as_source(format, used, _review_events(file, names, unit, context), catalog)
+
+
+def _of_lines(reviews: dict[str, File], context: Context) -> dict[str, File]:
+    """Leave out files of one JSON value, and say so; raise what they are if there are no others."""
+    told = {n: one_value(f, context.columns.encoding) for n, f in reviews.items()}
+    lines = {n: f for n, f in reviews.items() if told[n] is None}
+    for name, error in told.items():
+        if error is not None and not lines:
+            raise error
+        if error is not None:
+            context.notes.append(f"{name} is one JSON value, not one review per line; not read")
+    return lines
 
 
 def _review_events(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from l2rec.data.formats.files import File, only_file, split_note
+from l2rec.data.formats.files import File, catalog_beside, is_folder, only_file, split_note
 from l2rec.data.formats.recbole import is_atomic, recbole
+from l2rec.data.formats.sequences import shape
 from l2rec.data.formats.source import Context, OpenCatalog, Reader, Source, as_source
 from l2rec.data.formats.tables import named_table, table_events
-
-CATALOG_NAMES = ("items", "catalog", "movies")
-"""Names, without endings, that a catalog beside the events may have."""
 
 
 def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
@@ -32,12 +30,19 @@ def separated(
         return recbole(path, files, items, "recbole", context, open_catalog)
     others = {n: f for n, f in files.items() if items is None or f.path != items.path}
     if items is None and len(files) > 1:
-        items = next(
-            (f for n, f in files.items() if n.lower().split(".")[0] in CATALOG_NAMES), None
-        )
+        items = catalog_beside(files)
         others = {n: f for n, f in files.items() if f is not items}
-    file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
-    file = file or only_file(path, others, (".csv", ".tsv"), ".csv or .tsv")
+    if is_folder(path):
+        file = only_file(path, others, (".csv", ".tsv"), ".csv or .tsv")
+    else:
+        file = File(path)
+    encoding = context.columns.encoding
+    logs_too = [f.name for f in others.values() if f != file and shape(f, encoding)]
+    if logs_too:
+        context.notes.append(
+            f"{file.name} is read, not {', '.join(logs_too)}, though its lines look like events "
+            f"too; give the path of the file to read that"
+        )
     table = named_table(file, context)
     context.notes.extend(split_note(file))
     events = table_events([table], context.columns, context)

@@ -20,6 +20,8 @@ import pyarrow as pa
 from l2rec.errors import DataError
 
 Where = Callable[[int], str]  # row of a batch -> "ratings.csv, line 12"
+CATALOG_NAMES = ("items", "catalog", "movies")
+"""Names, without endings, that a catalog beside the events may have."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ def listing(path: Path) -> dict[str, File]:
     else:
         files = [File(path)]
     return {f.name: f for f in files}
+
+
+def is_folder(path: Path) -> bool:
+    """Tell whether a path holds files: a folder or a zip."""
+    return path.is_dir() or path.suffix.lower() == ".zip"
+
+
+def beside(path: Path, files: dict[str, File]) -> dict[str, File]:
+    """Return the files of a folder or zip; of a single file, also those that lie beside it."""
+    return files if is_folder(path) else listing(path.parent)
+
+
+def catalog_beside(files: dict[str, File], suffixes: tuple[str, ...] = ("",)) -> File | None:
+    """Return the first file that has the name of a catalog and one of the suffixes, if any."""
+    named = (f for name, f in files.items() if name.lower().split(".")[0] in CATALOG_NAMES)
+    return next((f for f in named if f.ends(*suffixes)), None)
 
 
 def only_file(path: Path, files: dict[str, File], suffixes: tuple[str, ...], what: str) -> File:

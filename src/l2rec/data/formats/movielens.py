@@ -56,12 +56,12 @@ def detect(path: Path, files: dict[str, File], items: File | None, context: Cont
 def movielens(
     path: Path,
     files: dict[str, File],
-    _items: File | None,
+    items: File | None,
     kind: str,
     context: Context,
-    _open_catalog: OpenCatalog,
+    open_catalog: OpenCatalog,
 ) -> Source:
-    """Open one of the three layouts, by its name."""
+    """Open one of the three layouts, by its name; a catalog that is given replaces the films."""
     if path.is_file() and path.suffix.lower() != ".zip":
         files = listing(path.parent)
     names = ["user_id", "item_id", "rating", "timestamp"]
@@ -92,6 +92,8 @@ def movielens(
         for name in ("movieId", "title", "genres"):
             films.need(name, "items")
         parts = _film_batches_latest(films, context)
+    if items is not None:
+        return as_source(kind, [ratings, items], events, open_catalog(items, context))
     catalog = CatalogReader(_films(parts), MOVIE_FIELDS, MORE_MOVIE_FIELDS)
     return as_source(kind, [ratings, movies], events, catalog)
 

@@ -12,15 +12,29 @@ __all__ = ["FORMATS", "open_source"]
 from dataclasses import replace
 from pathlib import Path
 
-from l2rec.data.formats import amazon, csv, movielens, parquet, recbole, sequences
+from l2rec.data.formats import (
+    amazon,
+    csv,
+    lcrec,
+    movielens,
+    parquet,
+    recbole,
+    recformer,
+    s3rec,
+    sequences,
+)
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, listing
+from l2rec.data.formats.objects import kind as object_kind
+from l2rec.data.formats.objects import object_catalog, one_value
 from l2rec.data.formats.source import BLOCK_BYTES, CatalogReader, Context, Reader, Source
 from l2rec.data.formats.tables import named_table, table_catalog
 from l2rec.errors import DataError, nearest
 
 READERS: tuple[Reader, ...] = (
     movielens.READER,
+    lcrec.READER,
+    recformer.READER,
     recbole.READER,
     sequences.READER,
     amazon.READER,
@@ -91,6 +105,9 @@ def _reader(
     for reader in READERS:
         if (kind := reader.detect(path, files, items, context)) is not None:
             return reader, kind
+    for file in files.values():
+        if file.ends(".json") and (told := one_value(file, context.columns.encoding)):
+            raise told
     found = ", ".join(list(files)[:5]) or "nothing"
     raise DataError(
         f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json or "
@@ -104,6 +121,10 @@ def _reader(
 def _open_catalog(file: File, context: Context) -> CatalogReader:
     """Open a catalog in whatever format its name says."""
     item = context.columns.item
+    if file.ends(".json") and object_kind(file, context.columns.encoding) == "fields":
+        return object_catalog(file, context)
+    if file.ends(s3rec.ATTRIBUTES):
+        return s3rec.attribute_catalog(file, context)
     if file.ends(".json", ".jsonl"):
         return amazon.amazon_catalog(file, context)
     if file.ends(".parquet"):

@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from l2rec.data.formats.columns import Columns
-from l2rec.data.formats.csv import CATALOG_NAMES
 from l2rec.data.formats.fields import joined
-from l2rec.data.formats.files import File, reading, split_note
+from l2rec.data.formats.files import File, catalog_beside, reading, split_note
 from l2rec.data.formats.ignored import SAMPLE_ROWS, check_ignored
 from l2rec.data.formats.source import (
     CatalogReader,
@@ -54,7 +53,7 @@ def parquet(
     """Open one or several files of events, and the catalog that is given or lies beside them."""
     parts = {n: f for n, f in files.items() if f.ends(".parquet")}
     if items is None:
-        items = next((f for n, f in parts.items() if n.split(".")[0] in CATALOG_NAMES), None)
+        items = catalog_beside(parts)
     logs = [f for f in parts.values() if items is None or f != items]
     if not logs:
         raise DataError(f"{path} has no Parquet file with events; give the path of the file")

@@ -5,7 +5,7 @@
 
 Words are separated by blanks or tabs, and there is no header. The time of an event is its place in
 the file, as in a table that is read with ``--timestamp none``. In memory are a block of the file
-and the ids of the users.
+and the ids of the users. What may lie beside a log of sequences: see `s3rec.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,21 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from l2rec.data.formats.files import File, line_blocks, only_file, open_text, reading, split_note
-from l2rec.data.formats.objects import one_value
+from l2rec.data.formats.files import (
+    File,
+    beside,
+    catalog_beside,
+    is_folder,
+    line_blocks,
+    only_file,
+    open_text,
+    reading,
+    split_note,
+)
+from l2rec.data.formats.objects import kind as object_kind
+from l2rec.data.formats.s3rec import ATTRIBUTES, MAPS, DataMaps, attribute_catalog, data_maps
 from l2rec.data.formats.source import (
+    CatalogReader,
     Context,
     OpenCatalog,
     Reader,
@@ -33,8 +45,15 @@ from l2rec.data.formats.source import (
 from l2rec.errors import DataError
 
 HEAD_BYTES = 1 << 20
-LOG = "user_sequence.txt"
-"""Name of the log among files of the same shape (OpenP5)."""
+RAW_LOG = "user_sequence.txt"
+"""Name of OpenP5's log, which has raw ids, among files of the same shape."""
+LOGS = (RAW_LOG, "sequential_data.txt")
+"""Names of the log in OpenP5 and P5, whatever its ids look like."""
+NEGATIVES = ("_sample.txt", "negative_samples.txt")
+"""Ends of names of items drawn for each user to rank with (S3-Rec, P5), which are no events."""
+METADATA = "meta.json"
+"""Amazon's metadata of 2014 in P5's folders, by raw id."""
+TABLES = (".csv", ".tsv")
 _WORD = r"[^ \t\r]+"
 _NO_ID = re.compile(r'[,;|:"]|[.!?]$')
 """Characters of prose and of tables with other separators, which no id here is taken to have."""
@@ -60,15 +79,33 @@ def shape(file: File, encoding: str) -> str | None:
 
 
 def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
-    """Tell by the first .txt file that has a shape, where no other file can be the log.
+    """Tell by the first .txt file that has a shape or a known name, if no other can be the log.
 
-    JSON objects beside it are S3-Rec's attributes of items, or P5's maps of ids.
+    Others can be if they are no catalog, no attributes or maps, and no other JSON objects.
     """
     encoding = context.columns.encoding
-    others = [f for f in files.values() if f.ends(".json", ".jsonl", ".parquet", ".csv", ".tsv")]
-    if not all(f.ends(".json") and one_value(f, encoding) for f in others):
+    catalogs = (items, catalog_beside(files, TABLES), _metadata(files))
+    others = [f for f in files.values() if f not in catalogs and not f.ends(ATTRIBUTES, MAPS)]
+    if any(f.ends(".parquet", ".jsonl", *TABLES) for f in others):
         return None
-    return next((s for f in files.values() if f != items and (s := shape(f, encoding))), None)
+    if not all(object_kind(f, encoding) for f in others if f.ends(".json")):
+        return None
+    texts = _texts(files, items)
+    if any(name in texts for name in LOGS):
+        return "sequences"
+    return next((told for f in texts.values() if (told := shape(f, encoding))), None)
+
+
+def _texts(files: dict[str, File], items: File | None) -> dict[str, File]:
+    """Return the .txt files that may be the log; a lone one may, whatever its name."""
+    texts = {name: f for name, f in files.items() if f.ends(".txt") and f != items}
+    logs = {name: f for name, f in texts.items() if not f.ends(*NEGATIVES)}
+    return logs or texts
+
+
+def _metadata(files: dict[str, File]) -> File | None:
+    """Return P5's file of texts, whose raw ids are known by its maps."""
+    return files.get(METADATA) if MAPS in files else None
 
 
 def sequences(
@@ -79,14 +116,10 @@ def sequences(
     context: Context,
     open_catalog: OpenCatalog,
 ) -> Source:
-    """Open a log of either shape, by its name, and the catalog that is given."""
+    """Open a log of either shape, by its name, and the catalog that is given or lies beside it."""
     encoding = context.columns.encoding
-    if path.is_file() and path.suffix.lower() != ".zip":
-        file = File(path)
-    else:
-        texts = {name: f for name, f in files.items() if f.ends(".txt") and f != items}
-        told = {name: f for name, f in texts.items() if shape(f, encoding) == kind} or texts
-        file = told.get(LOG) or only_file(path, told, (".txt",), ".txt")
+    _check_random_split(path, files, encoding)
+    file = _log(path, files, items, kind, encoding)
     rows = _head(file, encoding)
     if not rows:
         raise DataError(
@@ -98,7 +131,12 @@ def sequences(
             f"{file}, line 1 looks like a header ({' '.join(rows[0])[:60]}), which {kind} do not "
             f"have; remove that line"
         )
-    context.notes.extend(split_note(file))
+    context.notes.extend([*split_note(file), *_negatives_note(file, files)])
+    near = _kin(path, files, file)
+    map_file = near.get(MAPS) if file.name != RAW_LOG else None
+    maps = data_maps(map_file, encoding) if map_file else None
+    items = items or _texts_beside(near, file)
+    catalog = _catalog(items, maps, context, open_catalog) if items else None
 
     def events() -> Iterator[pa.RecordBatch]:
         seen, total = pl.Series("user", [], pl.String), 0
@@ -114,16 +152,91 @@ def sequences(
                 rows = lines.explode("items")
                 times = pa.array(np.arange(total, total + len(rows), dtype=np.float64))
                 total += len(rows)
+                users, things = as_arrow(rows["user"]), as_arrow(rows["items"])
+                if maps:
+                    users = pa.array(maps.users.of(users.to_pylist()), pa.string())
+                    things = pa.array(maps.items.of(things.to_pylist()), pa.string())
                 yield event_batch(
-                    as_arrow(rows["user"]),
-                    as_arrow(rows["items"]),
+                    users,
+                    things,
                     times,
                     None,
                     lambda row, rows=rows: f"{file}, line {rows['line'][row]}",  # type: ignore[misc]
                 )
 
-    catalog = open_catalog(items, context) if items else None
-    return as_source(kind, [file, *([items] if items else [])], events, catalog)
+    return as_source(kind, [file, *(f for f in (map_file, items) if f)], events, catalog)
+
+
+def _log(path: Path, files: dict[str, File], items: File | None, kind: str, encoding: str) -> File:
+    """Return the file of events: the one given, or the one of a folder that has the shape."""
+    if not is_folder(path):
+        return File(path)
+    texts = _texts(files, items)
+    named = [texts[name] for name in LOGS if name in texts and kind == "sequences"]
+    if len(named) == 1:
+        return named[0]
+    told = {name: f for name, f in texts.items() if shape(f, encoding) == kind} or texts
+    return only_file(path, told, (".txt",), ".txt")
+
+
+def _negatives_note(file: File, files: dict[str, File]) -> list[str]:
+    """Name the files that are left out for their names."""
+    left = [name for name, f in files.items() if f.ends(*NEGATIVES) and f != file]
+    return [f"not read, as their names are those of drawn items: {', '.join(left)}"] if left else []
+
+
+def _kin(path: Path, files: dict[str, File], file: File) -> dict[str, File]:
+    """Return the files that belong to a log: its folder's, or those that its name tells."""
+    if is_folder(path):
+        return files
+    near = beside(path, files)
+    if file.name in LOGS:
+        return near
+    return {name: f for name, f in near.items() if name == _attributes_of(file)}
+
+
+def _attributes_of(file: File) -> str:
+    """Return the name that S3-Rec gives the attributes of a log's items."""
+    return f"{file.name.removesuffix('.txt')}_{ATTRIBUTES}"
+
+
+def _texts_beside(near: dict[str, File], file: File) -> File | None:
+    """Return the best texts among the files of a log: a table, metadata, else attributes."""
+    attributes = near.get(_attributes_of(file)) or near.get(ATTRIBUTES)
+    return catalog_beside(near, TABLES) or _metadata(near) or attributes
+
+
+def _catalog(
+    items: File, maps: DataMaps | None, context: Context, open_catalog: OpenCatalog
+) -> CatalogReader:
+    if items.ends(ATTRIBUTES):
+        return attribute_catalog(items, context, maps)
+    return open_catalog(items, context)
+
+
+def _check_random_split(path: Path, files: dict[str, File], encoding: str) -> None:
+    """Refuse LightGCN's train.txt and test.txt: the same users, split without regard to order.
+
+    A test line of one item each is taken for a last item instead.
+    """
+    near = beside(path, files)
+    train, test = near.get("train.txt"), near.get("test.txt")
+    if not train or not test or not {train.name, test.name} & set(files):
+        return
+    sizes, tested = (_sizes(f, encoding) for f in (train, test))
+    if tested and tested.keys() <= sizes.keys() and max(tested.values()) > 1:
+        raise DataError(
+            f"{train} and {test.name} have items of the same users, as LightGCN's have: split at "
+            f"random and in no order, so that a sequence would be learned from what came after the "
+            f"test; prepare the log with times that they were made from (or, if {test.name} goes "
+            f"on where {train.name} ends, one file with the items of both in a line per user)"
+        )
+
+
+def _sizes(file: File, encoding: str) -> dict[bytes, int]:
+    """Return the number of items in the line of each user."""
+    with reading(file, encoding), open_text(file, encoding) as stream:
+        return {words[0]: len(words) - 1 for line in stream if (words := line.split())}
 
 
 def _head(file: File, encoding: str) -> list[list[str]]:
