@@ -23,6 +23,7 @@ from l2rec.data.splits import Split
 from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 from l2rec.modules.cooccurrence import Blend, text_neighbors
+from l2rec.runs import scoring
 from l2rec.runs.checkpoint import save_tensors
 from l2rec.runs.folder import load_run_config
 from l2rec.runs.predictor import load

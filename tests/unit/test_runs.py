@@ -31,7 +31,7 @@ from l2rec.data.synthetic import chain_dataset
 from l2rec.disk import read_json
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
 from l2rec.evaluation.ranks import read_ranks
-from l2rec.runs import folder
+from l2rec.runs import folder, scoring
 from l2rec.runs import train as training
 from l2rec.runs.checkpoint import load_tensors, save_tensors, trained_tensors
 from l2rec.runs.embed import embed_run
