@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from l2rec.data.formats.files import File, only_file, split_note
+from l2rec.data.formats.files import File, given_splits, only_file, split_note, splits_note
 from l2rec.data.formats.recbole import is_atomic, recbole
 from l2rec.data.formats.source import Context, OpenCatalog, Reader, Source, as_source
-from l2rec.data.formats.tables import named_table, table_events
+from l2rec.data.formats.tables import named_table, split_tables, table_events
 
+SUFFIXES = (".csv", ".tsv")
 CATALOG_NAMES = ("items", "catalog", "movies")
 """Names, without endings, that a catalog beside the events may have."""
 
 
 def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
     """Tell by the end of a file's name."""
-    return "csv" if any(file.ends(".csv", ".tsv") for file in files.values()) else None
+    return "csv" if any(file.ends(*SUFFIXES) for file in files.values()) else None
 
 
 def separated(
@@ -36,13 +37,18 @@ def separated(
             (f for n, f in files.items() if n.lower().split(".")[0] in CATALOG_NAMES), None
         )
         others = {n: f for n, f in files.items() if f is not items}
-    file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
-    file = file or only_file(path, others, (".csv", ".tsv"), ".csv or .tsv")
-    table = named_table(file, context)
-    context.notes.extend(split_note(file))
-    events = table_events([table], context.columns, context)
+    if splits := given_splits(others.values(), SUFFIXES):
+        logs = list(splits)
+        tables = split_tables([named_table(file, context) for file in logs])
+        context.notes.append(splits_note(logs))
+    else:
+        file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
+        logs = [file or only_file(path, others, SUFFIXES, ".csv or .tsv")]
+        tables = [named_table(logs[0], context)]
+        context.notes.extend(split_note(logs[0]))
+    events = table_events(tables, context.columns, context)
     catalog = open_catalog(items, context) if items else None
-    return as_source("csv", [file, *([items] if items else [])], events, catalog)
+    return as_source("csv", [*logs, *([items] if items else [])], events, catalog)
 
 
 READER = Reader(
