@@ -12,7 +12,17 @@ __all__ = ["FORMATS", "open_source"]
 from dataclasses import replace
 from pathlib import Path
 
-from l2rec.data.formats import amazon, csv, movielens, parquet, recbole, sequences
+from l2rec.data.formats import (
+    amazon,
+    amazon_csv,
+    csv,
+    minionerec,
+    movielens,
+    parquet,
+    recbole,
+    sequences,
+    unisrec,
+)
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, listing
 from l2rec.data.formats.source import BLOCK_BYTES, CatalogReader, Context, Reader, Source
@@ -21,8 +31,11 @@ from l2rec.errors import DataError, nearest
 
 READERS: tuple[Reader, ...] = (
     movielens.READER,
+    unisrec.READER,
+    minionerec.READER,
     recbole.READER,
     sequences.READER,
+    amazon_csv.READER,
     amazon.READER,
     parquet.READER,
     csv.READER,
@@ -85,6 +98,8 @@ def _reader(
         inside = path.is_dir() or path.suffix.lower() == ".zip"
         files = files if inside else listing(path.parent)
         format = movielens.detect(path, files, items, context)
+    if format == "amazon":
+        format = amazon_csv.detect(path, files, items, context) or format
     if format is not None:
         named = (reader for reader in READERS if format in reader.formats)
         return FAMILIES.get(format) or next(named), format
@@ -108,7 +123,10 @@ def _open_catalog(file: File, context: Context) -> CatalogReader:
         return amazon.amazon_catalog(file, context)
     if file.ends(".parquet"):
         return parquet.parquet_catalog(file, item)
-    if file.ends(".item") or recbole.is_atomic(file, context.columns.encoding):
+    atomic = recbole.is_atomic(file, context.columns.encoding)
+    if atomic and file.ends(".text"):
+        return unisrec.text_catalog(file, context)
+    if atomic or file.ends(".item"):
         return recbole.atomic_catalog(file, context)
     table = named_table(file, context)
     fields = tuple(name for name in table.names if name not in (item, ""))
