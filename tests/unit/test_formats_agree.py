@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from l2rec.data.dataset import Dataset
 from l2rec.data.formats.movielens import GENRES
-from l2rec.data.prepare import prepare
+from l2rec.data.prepare import PrepareConfig, prepare
 
 Texts = tuple[str, str, str]
 """An item's three fields, in the order in which they make its text."""
@@ -127,15 +127,33 @@ FILMS = logs(
     ),
 )
 
+
+@st.composite
+def sequences(
+    draw: st.DrawFn, users: st.SearchStrategy[str], items: st.SearchStrategy[str], least: int
+) -> Log:
+    """Draw a log user by user whose times are places, as formats without times are read; of the
+    texts there is the first.
+    """
+    texts = st.tuples(CLEAN, st.just(""), st.just(""))
+    catalog = draw(st.dictionaries(items, texts, min_size=1, max_size=5))
+    histories = st.lists(st.sampled_from(sorted(catalog)), min_size=least, max_size=9)
+    log = draw(st.dictionaries(users, histories, min_size=1, max_size=4))
+    events = [(user, item) for user, items in log.items() for item in items]
+    return Log([(*event, at * 1000) for at, event in enumerate(events)], catalog)
+
+
+NUMBERS = st.integers(0, 999).map(str)
+
 # ---------------------------------------------------------------- formats
 
 Prepared = Callable[[Log, Path], Dataset]
 
 
-def from_files(folder: Path, log: str, items: str | None = None) -> Dataset:
+def from_files(folder: Path, log: str, items: str | None = None, **options: Any) -> Dataset:
     """Prepare files in a folder."""
-    catalog = folder / items if items else None
-    return prepare(folder / log, folder / "out", items=catalog, progress=False)
+    catalog, config = folder / items if items else None, PrepareConfig(**options)
+    return prepare(folder / log, folder / "out", config, items=catalog, progress=False)
 
 
 def parquet(log: Log, folder: Path) -> Dataset:
@@ -310,6 +328,61 @@ def p5(log: Log, folder: Path) -> Dataset:
     return from_files(folder, "sequential_data.txt")
 
 
+def amazon_csv(log: Log, folder: Path) -> Dataset:
+    """Prepare the CSV and the metadata of Amazon Reviews 2023."""
+    with (folder / "log.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("user_id", "parent_asin", "rating", "timestamp"))
+        writer.writerows((user, item, 5.0, time) for user, item, time in log.events)
+    meta = [
+        {"parent_asin": item, "title": title, "store": brand, "categories": [category]}
+        for item, (title, category, brand) in log.items.items()
+    ]
+    write(folder / "meta_log.jsonl", [[json.dumps(row)] for row in meta], "")
+    return prepare(folder / "log.csv", folder / "out", format="amazon-2023-csv", progress=False)
+
+
+def unisrec(log: Log, folder: Path) -> Dataset:
+    """Prepare samples by position, newest first and with histories of two, ids and texts apart."""
+    users, items = by_user(log), {item: str(at) for at, item in enumerate(log.items)}
+    header = ("user_id:token", "item_id_list:token_seq", "item_id:token")
+    splits: list[list[tuple[str, ...]]] = [[], [], []]
+    for user, sequence in enumerate(users.values()):
+        codes = [items[item] for item in sequence]
+        for at in range(len(codes) - 1, 0, -1):
+            split = max(0, at - len(codes) + 3)
+            splits[split].append((str(user), " ".join(codes[:at][-2:]), codes[at]))
+    for name, rows in zip(("train", "valid", "test"), splits, strict=True):
+        write(folder / f"log.{name}.inter", [header, *rows], "\t")
+    write(folder / "log.user2index", [(user, at) for at, user in enumerate(users)], "\t")
+    write(folder / "log.item2index", items.items(), "\t")
+    texts = [(item, f"{title} ") for item, (title, _, _) in log.items.items()]
+    write(folder / "log.text", [("item_id:token", "text:token_seq"), *texts], "\t")
+    return from_files(folder, "log.train.inter")
+
+
+def minionerec(log: Log, folder: Path) -> Dataset:
+    """Prepare samples with histories of three, cut into splits as they come."""
+    names = ("user_id", "history_item_title", "item_title", "history_item_id", "item_id")
+    rows: list[tuple[str, ...]] = []
+    for user, items in by_user(log).items():
+        for at in range(1, len(items)):
+            past = items[:at][-3:]
+            titles = [log.items[item][0] for item in past]
+            title = log.items[items[at]][0]
+            rows.append((user, str(titles), title, str([int(i) for i in past]), items[at]))
+    first, second = len(rows) * 8 // 10, len(rows) * 9 // 10
+    splits = (rows[:first], rows[first:second], rows[second:])
+    for name, part in zip(("train", "valid", "test"), splits, strict=True):
+        (folder / name).mkdir()
+        with (folder / name / "log.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([names, *part])
+    (folder / "info").mkdir()
+    info = [("<a_1>", title, item) for item, (title, _, _) in log.items.items()]
+    write(folder / "info" / "log.txt", info, "\t")
+    return from_files(folder, "train/log.csv", splits="none")  # which the other formats lack
+
+
 def titled(texts: Texts) -> str:
     """Put the year behind the title, as MovieLens does."""
     return f"{texts[0]} ({texts[1]})" if texts[1] else texts[0]
@@ -331,6 +404,9 @@ FORMS: dict[str, tuple[Prepared, st.SearchStrategy[Log]]] = {
     "amazon-2014": (partial(amazon, 2014, repr), AMAZON()),
     "amazon-2018": (partial(amazon, 2018, json.dumps), AMAZON()),
     "amazon-2023": (partial(amazon, 2023, json.dumps), AMAZON(unit=1)),
+    "amazon-2023-csv": (amazon_csv, AMAZON(unit=1)),
+    "unisrec": (unisrec, sequences(IDS, IDS, 3)),
+    "minionerec": (minionerec, sequences(NUMBERS.map("A{}".format), NUMBERS, 2)),
     "movielens-100k": (movielens_100k, FILMS),
     "movielens-1m": (movielens_1m, FILMS),
     "movielens-latest": (movielens_latest, FILMS),

@@ -106,15 +106,23 @@ def test_parquet_files_that_are_no_parts_of_one_log(tmp_path: Path) -> None:
 def test_splits_are_named(tmp_path: Path, ending: str) -> None:
     typed = "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t1\n"
     text = typed if ending == "inter" else "user_id,item_id,timestamp\nu,a,1\n"
-    for split in ("train", "valid", "test"):
+    for split in ("train", "test"):
         (tmp_path / f"x.{split}.{ending}").write_text(text)
     message = refusal(tmp_path)
     assert "these look like the splits of one log, and each alone is a part of it" in message
     assert "give the path of the file" not in message
+    assert message.endswith("give a folder with the train, valid and test files of one log alone")
+    assert opened(tmp_path / f"x.train.{ending}").notes == [
+        f"x.train.{ending} is one split (train); x.test.{ending} beside it is not read, so events "
+        "may be missing"
+    ]
+    (tmp_path / f"x.valid.{ending}").write_text(text)
     assert opened(tmp_path / f"x.train.{ending}").notes == [
         f"x.train.{ending} is one split (train); x.test.{ending}, x.valid.{ending} beside it are "
-        "not read, so events may be missing"
+        "not read, so events may be missing; give a folder with these files alone to read them "
+        "all, with their splits"
     ]
+    assert len(events_of(opened(tmp_path))) == 3
 
 
 # -- text ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -47,6 +47,8 @@ class File:
     def open(self) -> BinaryIO:
         """Open the content for reading, decompressed on the way."""
         if self.member is not None:
+            if self.member.lower().endswith(".gz"):
+                return cast(BinaryIO, gzip.open(zipfile.ZipFile(self.path).open(self.member)))
             return cast(BinaryIO, zipfile.ZipFile(self.path).open(self.member))
         if self.path.suffix.lower() == ".gz":
             return cast(BinaryIO, gzip.open(self.path, "rb"))
@@ -68,12 +70,7 @@ def listing(path: Path) -> dict[str, File]:
             return listing(inside[0])
         files = [File(p) for p in inside if p.is_file()]
     elif path.suffix.lower() == ".zip":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [n for n in archive.namelist() if not n.endswith("/")]
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{path} is not a whole zip file ({error}); fetch it again") from error
-        files = [File(path, n) for n in names if not n.startswith("__MACOSX")]
+        files = _members(path)
     else:
         files = [File(path)]
     return {f.name: f for f in files}
@@ -95,22 +92,102 @@ def catalog_beside(files: dict[str, File], suffixes: tuple[str, ...] = ("",)) ->
     return next((f for f in named if f.ends(*suffixes)), None)
 
 
+def _members(path: Path) -> list[File]:
+    """Return the files in a zip."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if not n.endswith("/")]
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} is not a whole zip file ({error}); fetch it again") from error
+    return [File(path, n) for n in names if not n.startswith("__MACOSX")]
+
+
+def folders(path: Path, names: Collection[str]) -> dict[str, dict[str, File]]:
+    """Map the subfolders of these names that a folder or a zip has to their files by base name.
+
+    A folder that holds one other folder and nothing else stands for that.
+    """
+    found: dict[str, dict[str, File]] = {}
+    if path.is_dir():
+        for name in names:
+            if (path / name).is_dir():
+                files = (File(p) for p in sorted((path / name).iterdir()) if p.is_file())
+                found[name] = {file.name: file for file in files}
+        inside = [p for p in path.iterdir() if not p.name.startswith(".")]
+        if not found and len(inside) == 1:
+            return folders(inside[0], names)
+    elif path.suffix.lower() == ".zip":
+        for file in _members(path):
+            name = PurePosixPath(cast(str, file.member)).parent.name
+            if name in names:
+                found.setdefault(name, {})[file.name] = file
+    return found
+
+
 def only_file(path: Path, files: dict[str, File], suffixes: tuple[str, ...], what: str) -> File:
     """Return the one file with one of the suffixes; DataError if there is none or several."""
     found = [f for f in files.values() if f.ends(*suffixes)]
     if len(found) != 1:
         names = ", ".join(f.name for f in found[:5]) or "none"
         advice = "give the path of the file"
-        if sum(_SPLIT.search(f.name) is not None for f in found) > 1:
+        if sum(split_of(f) is not None for f in found) > 1:
             advice = (
                 "these look like the splits of one log, and each alone is a part of it: give the "
                 "log that they were made from, or put the rows of all into one file"
             )
+            if found[0].ends(*SPLIT_SUFFIXES):
+                advice += ", or give a folder with the train, valid and test files of one log alone"
         raise DataError(f"{path} has {len(found)} {what} files ({names}), not one; {advice}")
     return found[0]
 
 
 _SPLIT = re.compile(r"(?<![^._-])(train|training|valid|validation|val|dev|test)(?![^._-])", re.I)
+_NUMBERS = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
+SPLIT_SUFFIXES = (".inter", ".csv", ".tsv", ".parquet")
+"""Ends of files of events that are read as one log where all three splits are there."""
+
+
+def split_of(file: File) -> tuple[int, str] | None:
+    """Return the split that a file's name says, as a number, and the name without that word."""
+    words = _SPLIT.findall(file.name)
+    return (_NUMBERS[words[0].lower()], _SPLIT.sub("", file.name)) if len(words) == 1 else None
+
+
+def stem(file: File) -> str:
+    """Return the name of a file up to the word that says its split, or to its ending."""
+    return _SPLIT.split(file.name)[0].rstrip("._-") if split_of(file) else file.name.split(".")[0]
+
+
+def split_logs(files: Iterable[File]) -> list[tuple[File, ...]]:
+    """Return the train, valid and test file of each log that has all three, by their names."""
+    found: dict[str, list[tuple[int, File]]] = {}
+    for file in files:
+        if (told := split_of(file)) is not None:
+            found.setdefault(told[1], []).append((told[0], file))
+    logs = [sorted(parts, key=lambda part: part[0]) for parts in found.values()]
+    return [
+        tuple(file for _, file in parts) for parts in logs if [n for n, _ in parts] == [0, 1, 2]
+    ]
+
+
+def given_splits(files: Iterable[File], suffixes: tuple[str, ...]) -> tuple[File, ...] | None:
+    """Return the train, valid and test file of a log, where only these end in the suffixes."""
+    logs = [file for file in files if file.ends(*suffixes)]
+    found = split_logs(logs)
+    return found[0] if found and len(logs) == 3 else None
+
+
+def splits_note(files: Iterable[File]) -> str:
+    """Say that files were read as the splits of one log."""
+    names = ", ".join(file.name for file in files)
+    return f"read as one log whose splits are given: {names} (train, valid, test)"
+
+
+def other_splits(file: File) -> list[str]:
+    """Return what the files of the two other splits of a log would be named."""
+    told = split_of(file)
+    words = ("train", "valid", "test")
+    return [_SPLIT.sub(w, file.name) for n, w in enumerate(words) if told and n != told[0]]
 
 
 def split_note(file: File) -> list[str]:
@@ -127,9 +204,12 @@ def split_note(file: File) -> list[str]:
     )
     if not beside:
         return []
+    advice = ""
+    if len(beside) == 2 and file.ends(*SPLIT_SUFFIXES):
+        advice = "; give a folder with these files alone to read them all, with their splits"
     return [
         f"{file.name} is one split ({file.name[start:end]}); {', '.join(beside)} beside it "
-        f"{'is' if len(beside) == 1 else 'are'} not read, so events may be missing"
+        f"{'is' if len(beside) == 1 else 'are'} not read, so events may be missing{advice}"
     ]
 
 

@@ -29,6 +29,7 @@ def check_ignored(
     samples: Mapping[str, Sequence[str]],
     lists: Collection[str],
     notes: list[str],
+    instead: str = "the log that the samples were made from (one event in each row)",
 ) -> None:
     """Refuse a log with a column of histories; add a note on other columns that hold lists.
 
@@ -37,6 +38,7 @@ def check_ignored(
         samples: the first values of each column, as text; columns may be missing.
         lists: columns that are lists by their type.
         notes: receives the note.
+        instead: what to prepare instead of a file of histories.
 
     Raises:
         DataError: a column that is not read holds histories, or one that is read holds lists.
@@ -60,8 +62,7 @@ def check_ignored(
             raise DataError(
                 f"{file} has samples, not events: column {name!r} holds the history before each "
                 f"row's item, which would be lost, the first events of every user with it; prepare "
-                f"the log that the samples were made from (one event in each row), or remove the "
-                f"column if it is something else"
+                f"{instead}, or remove the column if it is something else"
             )
         other.append(name)
     if other:

@@ -51,10 +51,13 @@ def lc_rec(
         for other, f in near.items()
         if f.ends(".inter", ".index.json") and other.startswith(f"{name}.")
     ]
+    # MiniOneRec's first step writes the same files, split by time.
+    inters = any(other.endswith(".inter") for other in left)
+    splits = "; --format unisrec reads the splits of the .inter files" if inters else ""
     if left:
         context.notes.append(
             f"{file.name} is the log; not read: {', '.join(left)} (semantic ids, and other forms "
-            f"of the log)"
+            f"of the log{splits})"
         )
     return as_source("lc-rec", used, list_events([(file, None)], users, names, context), catalog)
 

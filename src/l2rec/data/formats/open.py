@@ -14,14 +14,17 @@ from pathlib import Path
 
 from l2rec.data.formats import (
     amazon,
+    amazon_csv,
     csv,
     lcrec,
+    minionerec,
     movielens,
     parquet,
     recbole,
     recformer,
     s3rec,
     sequences,
+    unisrec,
 )
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, listing
@@ -35,8 +38,11 @@ READERS: tuple[Reader, ...] = (
     movielens.READER,
     lcrec.READER,
     recformer.READER,
+    unisrec.READER,
+    minionerec.READER,
     recbole.READER,
     sequences.READER,
+    amazon_csv.READER,
     amazon.READER,
     parquet.READER,
     csv.READER,
@@ -99,6 +105,8 @@ def _reader(
         inside = path.is_dir() or path.suffix.lower() == ".zip"
         files = files if inside else listing(path.parent)
         format = movielens.detect(path, files, items, context)
+    if format == "amazon":
+        format = amazon_csv.detect(path, files, items, context) or format
     if format is not None:
         named = (reader for reader in READERS if format in reader.formats)
         return FAMILIES.get(format) or next(named), format
@@ -129,7 +137,10 @@ def _open_catalog(file: File, context: Context) -> CatalogReader:
         return amazon.amazon_catalog(file, context)
     if file.ends(".parquet"):
         return parquet.parquet_catalog(file, item)
-    if file.ends(".item") or recbole.is_atomic(file, context.columns.encoding):
+    atomic = recbole.is_atomic(file, context.columns.encoding)
+    if atomic and file.ends(".text"):
+        return unisrec.text_catalog(file, context)
+    if atomic or file.ends(".item"):
         return recbole.atomic_catalog(file, context)
     table = named_table(file, context)
     fields = tuple(name for name in table.names if name not in (item, ""))

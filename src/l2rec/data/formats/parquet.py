@@ -13,7 +13,14 @@ import pyarrow.parquet as pq
 
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.fields import joined
-from l2rec.data.formats.files import File, catalog_beside, reading, split_note
+from l2rec.data.formats.files import (
+    File,
+    catalog_beside,
+    given_splits,
+    reading,
+    split_note,
+    splits_note,
+)
 from l2rec.data.formats.ignored import SAMPLE_ROWS, check_ignored
 from l2rec.data.formats.source import (
     CatalogReader,
@@ -25,7 +32,7 @@ from l2rec.data.formats.source import (
     catalog_batch,
     event_batch,
 )
-from l2rec.data.formats.tables import file_order, missing_column
+from l2rec.data.formats.tables import file_order, missing_column, split_column
 from l2rec.errors import DataError
 
 
@@ -57,6 +64,8 @@ def parquet(
     logs = [f for f in parts.values() if items is None or f != items]
     if not logs:
         raise DataError(f"{path} has no Parquet file with events; give the path of the file")
+    splits = given_splits(logs, (".parquet",))
+    logs = list(splits or logs)
     columns = context.columns
     event_type = columns.event_type
     schemas = {file: _parquet_file(file).schema_arrow for file in logs}
@@ -82,27 +91,30 @@ def parquet(
     for file, schema in schemas.items():
         lists = [f.name for f in schema if _is_list(f.type)]
         check_ignored(file, [n for n in used if n is not None], _sample(file), lists, context.notes)
-    if len(logs) > 1:
+    if splits:
+        context.notes.append(splits_note(logs))
+    elif len(logs) > 1:
         context.notes.append(
             f"{len(logs)} files were read as parts of one log: {', '.join(f.name for f in logs)}"
         )
     else:
         context.notes.extend(split_note(logs[0]))
-    events = _parquet_events(logs, columns, event_type, context)
+    events = _parquet_events(logs, columns, event_type, context, given=splits is not None)
     catalog = open_catalog(items, context) if items else None
     return as_source("parquet", [*logs, *([items] if items else [])], events, catalog)
 
 
 def _parquet_events(
-    files: list[File], columns: Columns, event_type: str | None, context: Context
+    files: list[File], columns: Columns, event_type: str | None, context: Context, *, given: bool
 ) -> Callable[[], Iterator[pa.RecordBatch]]:
+    """Return a function that reads the files. ``given``: they are the splits of a log, in order."""
     wanted = [columns.user, columns.item, columns.timestamp, event_type]
     names = [name for name in wanted if name is not None]
     rows = max(1, context.block_bytes // 32)  # an event takes about so many bytes
 
     def events() -> Iterator[pa.RecordBatch]:
         total = 0
-        for file in files:
+        for number, file in enumerate(files):
             first = 0
             with reading(file):
                 for batch in _parquet_file(file).iter_batches(batch_size=rows, columns=names):
@@ -112,6 +124,7 @@ def _parquet_events(
                         batch[columns.timestamp] if columns.timestamp else file_order(total, batch),
                         batch[event_type] if event_type else None,
                         lambda row, file=file, first=first: f"{file}, row {first + row + 1}",  # type: ignore[misc]
+                        splits=split_column(number if given else None, batch),
                     )
                     first += batch.num_rows
                     total += batch.num_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from l2rec.data.formats.files import File, only_file, split_note
+from l2rec.data.formats.files import File, given_splits, only_file, split_note, splits_note, stem
 from l2rec.data.formats.source import (
     CatalogReader,
     Context,
@@ -13,7 +13,14 @@ from l2rec.data.formats.source import (
     Source,
     as_source,
 )
-from l2rec.data.formats.tables import Table, check_names, read_header, table_catalog, table_events
+from l2rec.data.formats.tables import (
+    Table,
+    check_names,
+    read_header,
+    split_tables,
+    table_catalog,
+    table_events,
+)
 from l2rec.errors import DataError
 
 TYPES = ("token", "token_seq", "float", "float_seq")
@@ -25,7 +32,7 @@ def is_atomic(file: File, encoding: str) -> bool:
     return all(cell.rpartition(":")[2] in TYPES for cell in header)
 
 
-def _atomic_table(file: File, context: Context) -> tuple[Table, dict[str, str]]:
+def atomic_table(file: File, context: Context) -> tuple[Table, dict[str, str]]:
     """Return the table under its bare column names, and the type of each."""
     encoding = context.columns.encoding
     header = read_header(file, "\t", encoding, quotes=False)
@@ -46,7 +53,7 @@ def _atomic_table(file: File, context: Context) -> tuple[Table, dict[str, str]]:
 def atomic_catalog(file: File, context: Context) -> CatalogReader:
     """Open a .item file: token columns make the text, numbers are read when named."""
     item = context.columns.item
-    table, types = _atomic_table(file, context)
+    table, types = atomic_table(file, context)
     names = [name for name in types if name != item]
     return CatalogReader(
         table_catalog(table, item, context),
@@ -69,21 +76,27 @@ def recbole(
     open_catalog: OpenCatalog,
 ) -> Source:
     """Open a .inter file, and the .item file that is given or lies beside it."""
-    file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
-    file = file or only_file(path, files, (".inter",), ".inter")
-    table, types = _atomic_table(file, context)
-    lists = [name for name, kind in types.items() if kind.endswith("_seq")]
-    events = table_events([table], context.columns, context, lists)
-    context.notes.extend(split_note(file))
+    if splits := given_splits(files.values(), (".inter",)):
+        logs, beside = list(splits), f"{stem(splits[0])}.item"
+        context.notes.append(splits_note(logs))
+    else:
+        file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
+        logs = [file or only_file(path, files, (".inter",), ".inter")]
+        beside = logs[0].name.removesuffix(".inter") + ".item"
+        context.notes.extend(split_note(logs[0]))
+    opened = [atomic_table(file, context) for file in logs]
+    lists = [name for name, kind in opened[0][1].items() if kind.endswith("_seq")]
+    tables = [table for table, _ in opened]
+    tables = split_tables(tables) if splits else tables
+    events = table_events(tables, context.columns, context, lists)
     if items is None:
-        beside = file.name.removesuffix(".inter") + ".item"
-        if file.member is None:
-            named = file.path.with_name(beside)
+        if logs[0].member is None:
+            named = logs[0].path.with_name(beside)
             items = File(named) if named.is_file() else None
         else:
             items = files.get(beside)
     catalog = open_catalog(items, context) if items else None
-    return as_source("recbole", [file, *([items] if items else [])], events, catalog)
+    return as_source("recbole", [*logs, *([items] if items else [])], events, catalog)
 
 
 READER = Reader(

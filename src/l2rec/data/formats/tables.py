@@ -31,7 +31,8 @@ class Table:
     """A separated text file: its columns in file order and how they are separated.
 
     ``quotes``: whether cells may stand in quotes. ``time``: the column of the time of an event,
-    where the rows are events. ``notes``: what a reader should know, after the table was read.
+    where the rows are events. ``split``: of its rows, as a place in `SPLITS`, where the file is one
+    of the splits of a log. ``notes``: what a reader should know, after the table was read.
     """
 
     file: File
@@ -41,6 +42,7 @@ class Table:
     has_header: bool = True
     encoding: str = "utf-8"
     time: str | None = None
+    split: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @cached_property
@@ -214,6 +216,15 @@ class Table:
                     return f"{self.file}, line {line}"
         return f"{self.file}, row {row + 1}"
 
+    def need_all(self, names: Sequence[str], format: str) -> None:
+        """Raise DataError if a column that files of this format have is missing."""
+        for name in names:
+            if name not in self.names:
+                raise DataError(
+                    f"{self.file} has no column {name!r}, as --format {format} has, but "
+                    f"{', '.join(self.names[:20])}; leave --format out or choose another"
+                )
+
     def need(self, name: str, option: str) -> str:
         """Return ``name`` if there is such a column. Raises DataError if not."""
         if name not in self.names:
@@ -338,11 +349,32 @@ def table_events(
                     batch[columns.timestamp] if columns.timestamp else file_order(total, batch),
                     batch[event_type] if event_type else None,
                     lambda row, table=table, first=first: table.where(first + row),  # type: ignore[misc]
+                    splits=split_column(table.split, batch),
                 )
                 first += batch.num_rows
                 total += batch.num_rows
 
     return events
+
+
+def split_tables(tables: Sequence[Table]) -> list[Table]:
+    """Return the train, valid and test table of a log, each with its split.
+
+    Raises:
+        DataError: their columns differ.
+    """
+    for table in tables[1:]:
+        if set(table.names) != set(tables[0].names):
+            raise DataError(
+                f"{tables[0].file} and {table.file.name} beside it have different columns, so they "
+                f"are not splits of one log; give the path of the file"
+            )
+    return [replace(table, split=split) for split, table in enumerate(tables)]
+
+
+def split_column(split: int | None, batch: pa.RecordBatch) -> pa.Array | None:
+    """Return the split of each row, where the rows are of one."""
+    return None if split is None else pa.array(np.full(batch.num_rows, split, dtype=np.int8))
 
 
 def file_order(first: int, batch: pa.RecordBatch) -> pa.Array:
