@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from l2rec.data.formats.columns import Columns
+from l2rec.data.formats.dates import Clock
 from l2rec.data.formats.files import File, open_text, reading
 from l2rec.data.formats.ignored import SAMPLE_ROWS, check_ignored
 from l2rec.data.formats.quotes import Watched
@@ -302,11 +303,15 @@ def named_table(file: File, context: Context) -> Table:
 
 
 def table_events(
-    tables: Sequence[Table], columns: Columns, context: Context, lists: Collection[str] = ()
+    tables: Sequence[Table],
+    columns: Columns,
+    context: Context,
+    lists: Collection[str] = (),
+    unit: int = 1,
 ) -> Callable[[], Iterator[pa.RecordBatch]]:
     """Check that the columns exist; return a function that reads them.
 
-    ``lists``: columns that hold lists by their type.
+    ``lists``: columns that hold lists by their type. ``unit``: how many of a time are a second.
 
     Raises:
         DataError: a column is missing, or one that is not read holds histories.
@@ -328,7 +333,7 @@ def table_events(
         check_ignored(table.file, names, table.sample(SAMPLE_ROWS), lists, context.notes)
 
     def events() -> Iterator[pa.RecordBatch]:
-        total = 0
+        total, clock = 0, Clock()
         for table in tables:
             first = 0
             for batch in table.batches(names, context.block_bytes):
@@ -338,6 +343,8 @@ def table_events(
                     batch[columns.timestamp] if columns.timestamp else file_order(total, batch),
                     batch[event_type] if event_type else None,
                     lambda row, table=table, first=first: table.where(first + row),  # type: ignore[misc]
+                    unit,
+                    clock=clock,
                 )
                 first += batch.num_rows
                 total += batch.num_rows
