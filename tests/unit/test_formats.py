@@ -199,7 +199,7 @@ def test_amazon_broken_line(tmp_path: Path) -> None:
 def test_amazon_wrong_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "r.json", '{"who": 1, "what": 2}\n')
     with pytest.raises(DataError, match="has the keys what, who; expected reviewerID, asin"):
-        open_source(path)
+        open_source(path, format="amazon-2018")
 
 
 def test_amazon_missing_timestamp(tmp_path: Path) -> None:
@@ -565,7 +565,9 @@ def test_times_are_all_numbers_or_all_dates(tmp_path: Path) -> None:
             with pytest.raises(DataError) as error:
                 events_of(open_source(path, block_bytes=block_bytes))
             message = one_line(error)
-            assert found in message and first in message and "write all times in one form" in message
+            assert (
+                found in message and first in message and "write all times in one form" in message
+            )
 
 
 @pytest.mark.parametrize(("row", "what"), [(",i,1", "user"), ("u,,1", "item")])

@@ -262,14 +262,6 @@ def test_json_of_one_value_is_told_by_its_shape(
     assert f"Beauty.inter.json is {says}" in refusal(tmp_path)
 
 
-def test_json_lines_of_other_keys(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"n": 1, "item": 2}\n{"n": 2, "item": 3}\n')
-    message = refusal(path)
-    assert "log.jsonl has the keys item, n; expected reviewerID" in message
-    assert "write other JSON Lines as CSV or Parquet, for whose columns there are --user" in message
-
-
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_json_lines_in_other_encodings(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "log.json"

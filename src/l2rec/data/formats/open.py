@@ -12,7 +12,7 @@ __all__ = ["FORMATS", "open_source"]
 from dataclasses import replace
 from pathlib import Path
 
-from l2rec.data.formats import amazon, csv, movielens, parquet, recbole, sequences
+from l2rec.data.formats import amazon, csv, jsonl, movielens, parquet, recbole, sequences
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, listing
 from l2rec.data.formats.source import BLOCK_BYTES, CatalogReader, Context, Reader, Source
@@ -24,6 +24,7 @@ READERS: tuple[Reader, ...] = (
     recbole.READER,
     sequences.READER,
     amazon.READER,
+    jsonl.READER,
     parquet.READER,
     csv.READER,
 )
@@ -93,8 +94,8 @@ def _reader(
             return reader, kind
     found = ", ".join(list(files)[:5]) or "nothing"
     raise DataError(
-        f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json or "
-        f"*.jsonl, plain or .gz (Amazon), u.data, ratings.dat or ratings.csv (MovieLens), "
+        f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json, *.jsonl "
+        f"or *.ndjson, plain or .gz, u.data, ratings.dat or ratings.csv (MovieLens), "
         f"*.parquet, *.csv, *.tsv and *.txt of lines USER ITEM ITEM ...; name its format with "
         f"--format, such as --format csv for a table with a header (l2rec prepare --formats lists "
         f"them)"
@@ -103,12 +104,14 @@ def _reader(
 
 def _open_catalog(file: File, context: Context) -> CatalogReader:
     """Open a catalog in whatever format its name says."""
-    item = context.columns.item
-    if file.ends(".json", ".jsonl"):
-        return amazon.amazon_catalog(file, context)
+    item, encoding = context.columns.item, context.columns.encoding
+    if file.ends(*jsonl.ENDINGS):
+        if amazon.is_metadata(file, encoding):
+            return amazon.amazon_catalog(file, context)
+        return jsonl.line_catalog(file, item, context)
     if file.ends(".parquet"):
         return parquet.parquet_catalog(file, item)
-    if file.ends(".item") or recbole.is_atomic(file, context.columns.encoding):
+    if file.ends(".item") or recbole.is_atomic(file, encoding):
         return recbole.atomic_catalog(file, context)
     table = named_table(file, context)
     fields = tuple(name for name in table.names if name not in (item, ""))
