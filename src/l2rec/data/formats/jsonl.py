@@ -315,7 +315,7 @@ def line_catalog(
                 ids = pa.array([text_of(value_at(row, item)) for row in rows], pa.string())
                 yield catalog_batch(ids, columns, line_in_block(file, block, line))
         if left_out:
-            context.notes.append(f"{file.name}: {left_out:,} lines without {item!r} are left out")
+            context.notes.append(f"{file.name}: lines without {item!r} were left out: {left_out:,}")
 
     more = tuple(name for name in (*texts, *others) if name not in first)
     return CatalogReader(catalog, first, more)

@@ -12,7 +12,7 @@ __all__ = ["FORMATS", "open_source"]
 from dataclasses import replace
 from pathlib import Path
 
-from l2rec.data.formats import amazon, csv, jsonl, movielens, parquet, recbole, sequences
+from l2rec.data.formats import amazon, csv, jsonl, movielens, parquet, recbole, sequences, ucsd
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, listing
 from l2rec.data.formats.source import BLOCK_BYTES, CatalogReader, Context, Reader, Source
@@ -24,6 +24,7 @@ READERS: tuple[Reader, ...] = (
     recbole.READER,
     sequences.READER,
     amazon.READER,
+    ucsd.READER,
     jsonl.READER,
     parquet.READER,
     csv.READER,
