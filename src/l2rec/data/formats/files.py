@@ -66,15 +66,39 @@ def listing(path: Path) -> dict[str, File]:
             return listing(inside[0])
         files = [File(p) for p in inside if p.is_file()]
     elif path.suffix.lower() == ".zip":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [n for n in archive.namelist() if not n.endswith("/")]
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{path} is not a whole zip file ({error}); fetch it again") from error
-        files = [File(path, n) for n in names if not n.startswith("__MACOSX")]
+        files = _members(path)
     else:
         files = [File(path)]
     return {f.name: f for f in files}
+
+
+def _members(path: Path) -> list[File]:
+    """Return the files in a zip."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if not n.endswith("/")]
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} is not a whole zip file ({error}); fetch it again") from error
+    return [File(path, n) for n in names if not n.startswith("__MACOSX")]
+
+
+def folders(path: Path) -> dict[str, dict[str, File]]:
+    """Map names of subfolders of a folder (or of its only subfolder, if it holds nothing else), or
+    of folders in a zip, to their files by base name.
+    """
+    found: dict[str, dict[str, File]] = {}
+    if path.is_dir():
+        inside = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+        if len(inside) == 1 and (deeper := folders(inside[0])):
+            return deeper
+        for folder in inside:
+            files = (File(p) for p in sorted(folder.iterdir()) if p.is_file())
+            found[folder.name] = {f.name: f for f in files if not f.name.startswith(".")}
+    elif path.suffix.lower() == ".zip":
+        for file in _members(path):
+            name = PurePosixPath(cast(str, file.member)).parent.name
+            found.setdefault(name, {})[file.name] = file
+    return found
 
 
 def only_file(path: Path, files: dict[str, File], suffixes: tuple[str, ...], what: str) -> File:

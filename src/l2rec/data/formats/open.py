@@ -12,7 +12,17 @@ __all__ = ["FORMATS", "open_source"]
 from dataclasses import replace
 from pathlib import Path
 
-from l2rec.data.formats import amazon, csv, jsonl, movielens, parquet, recbole, sequences, ucsd
+from l2rec.data.formats import (
+    amazon,
+    csv,
+    jsonl,
+    mind,
+    movielens,
+    parquet,
+    recbole,
+    sequences,
+    ucsd,
+)
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, listing
 from l2rec.data.formats.source import BLOCK_BYTES, CatalogReader, Context, Reader, Source
@@ -21,6 +31,7 @@ from l2rec.errors import DataError, nearest
 
 READERS: tuple[Reader, ...] = (
     movielens.READER,
+    mind.READER,
     recbole.READER,
     sequences.READER,
     amazon.READER,

@@ -184,7 +184,8 @@ class Table:
             if len(row) != len(self.names):
                 raise DataError(
                     f"{self.file}, line {line} has {len(row)} columns, not the {len(self.names)} "
-                    f"of its header; repair or remove that line"
+                    f"{'of its header' if self.has_header else 'of this format'}; repair or remove "
+                    f"that line"
                 ) from error
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
