@@ -183,7 +183,7 @@ def line_events(
                     order if keys.time is None else columns[keys.time],
                     None if keys.event_type is None else columns[keys.event_type],
                     line_in_block(file, block, first),
-                    unit,
+                    1 if keys.time is None else unit,
                     clock=clock,
                 )
 

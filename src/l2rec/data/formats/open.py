@@ -16,12 +16,14 @@ from l2rec.data.formats import (
     amazon,
     csv,
     jsonl,
+    microlens,
     mind,
     movielens,
     parquet,
     recbole,
     sequences,
     ucsd,
+    yambda,
 )
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, listing
@@ -32,11 +34,13 @@ from l2rec.errors import DataError, nearest
 READERS: tuple[Reader, ...] = (
     movielens.READER,
     mind.READER,
+    microlens.READER,
     recbole.READER,
     sequences.READER,
     amazon.READER,
     ucsd.READER,
     jsonl.READER,
+    yambda.READER,
     parquet.READER,
     csv.READER,
 )

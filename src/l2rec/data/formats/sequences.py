@@ -11,7 +11,7 @@ and the ids of the users.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -100,6 +100,15 @@ def sequences(
         )
     context.notes.extend(split_note(file))
 
+    catalog = open_catalog(items, context) if items else None
+    events = line_events(file, kind, context)
+    return as_source(kind, [file, *([items] if items else [])], events, catalog)
+
+
+def line_events(file: File, kind: str, context: Context) -> Callable[[], Iterator[pa.RecordBatch]]:
+    """Return a reader of the events of a file of either shape."""
+    encoding = context.columns.encoding
+
     def events() -> Iterator[pa.RecordBatch]:
         seen, total = pl.Series("user", [], pl.String), 0
         with reading(file, encoding):
@@ -122,8 +131,7 @@ def sequences(
                     lambda row, rows=rows: f"{file}, line {rows['line'][row]}",  # type: ignore[misc]
                 )
 
-    catalog = open_catalog(items, context) if items else None
-    return as_source(kind, [file, *([items] if items else [])], events, catalog)
+    return events
 
 
 def _head(file: File, encoding: str) -> list[list[str]]:

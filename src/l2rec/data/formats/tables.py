@@ -344,7 +344,7 @@ def table_events(
                     batch[columns.timestamp] if columns.timestamp else file_order(total, batch),
                     batch[event_type] if event_type else None,
                     lambda row, table=table, first=first: table.where(first + row),  # type: ignore[misc]
-                    unit,
+                    unit if columns.timestamp else 1,
                     clock=clock,
                 )
                 first += batch.num_rows
