@@ -42,8 +42,7 @@ class Clock:
             self._check_form("a date", column, seconds, where)
         else:
             column = column.str.strip_chars() if column.dtype == pl.String else column
-            # Divided, not times a fraction: the nearest number, as others read 0.288 from text.
-            seconds = column.cast(pl.Float64, strict=False) / unit
+            seconds = column.cast(pl.Float64, strict=False)
             self._check_form("a number", column, seconds, where)
             if column.dtype == pl.String and seconds.null_count():
                 dates = seconds_of_dates(column)
@@ -57,7 +56,9 @@ class Clock:
             if self._form == "a date" and not shown.startswith("is"):
                 shown = f"{value!r} is not a date"
             raise DataError(f"{where(row)}: timestamp {shown}; {_ADVICE}")
-        return seconds.to_numpy()
+        # NumPy divides where Polars multiplies by a fraction: the nearest number, as others read
+        # 0.288 from text.
+        return seconds.to_numpy() / (unit if self._form == "a number" else 1)
 
     def _check_form(self, form: str, column: pl.Series, seconds: pl.Series, where: Where) -> None:
         """Raise DataError where times of this form follow others of the other form."""

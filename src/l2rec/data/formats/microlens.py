@@ -70,7 +70,8 @@ def microlens(
     if not file.ends(TABLE, SEQUENCES) or not _is_log(file, encoding):
         raise DataError(
             f"{file} is not MicroLens: expected NAME{TABLE} with the header {','.join(COLUMNS)}, "
-            f"or NAME{SEQUENCES} with lines of a user, a tab and their items; choose another --format"
+            f"or NAME{SEQUENCES} with a user, a tab and their items in each line; choose another "
+            f"--format"
         )
     name = file.name[: -len(TABLE)]
     items = items or next((f for end in TITLES if (f := files.get(name + end))), None)
