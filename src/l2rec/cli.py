@@ -149,8 +149,8 @@ def prepare(
             "duplicate_items", "Two items with one id: error, or first to keep the first."
         ),
     ],
-    user: Annotated[str, typer.Option(help="Column of the user (CSV, Parquet).")] = Columns.user,
-    item: Annotated[str, typer.Option(help="Column of the item.")] = Columns.item,
+    user: Annotated[str, typer.Option(help="Column or key of the user.")] = Columns.user,
+    item: Annotated[str, typer.Option(help="Column or key of the item.")] = Columns.item,
     timestamp: Annotated[
         str | None, typer.Option(help="Column of the time; none: the order of the file.")
     ] = Columns.timestamp,
@@ -194,9 +194,9 @@ def prepare(
     """Read interaction logs and item texts into a data set folder.
 
     Formats: RecBole atomic files, Amazon reviews (2014, 2018, 2023), MovieLens (100K, 1M, latest),
-    CSV, Parquet and sequence text (`--formats` lists them); plain or gzip. Files larger than memory
-    are fine. And the event log of `l2rec serve`, by file or URL, with the texts of `--items` and of
-    the items put since.
+    MIND, MicroLens, Yambda, Steam, Goodreads, CSV, Parquet, JSON Lines and sequence text
+    (`--formats` lists them); plain or gzip. Files larger than memory are fine. And the event log of
+    `l2rec serve`, by file or URL, with the texts of `--items` and of the items put since.
 
     Example: `l2rec prepare movielens-100k --out data/ml-100k`, or
     `l2rec prepare runs/ml/events.db --items runs/ml/catalog.parquet --out data/served`
