@@ -176,7 +176,10 @@ def prepare(
     ties_seed: Annotated[int, _preparation("ties_seed", "Seed of --ties hash.")],
     encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = Columns.encoding,
     quotes: Annotated[
-        str, typer.Option(help="auto, or none where quotes are part of the text (CSV, TSV).")
+        str,
+        typer.Option(
+            help="auto; none: they are text; backslash: those after a backslash are text (CSV)."
+        ),
     ] = Columns.quotes,
     cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
         "~/.cache/l2rec"

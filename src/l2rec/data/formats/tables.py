@@ -19,7 +19,7 @@ from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.dates import Clock
 from l2rec.data.formats.files import File, open_text, reading
 from l2rec.data.formats.ignored import SAMPLE_ROWS, check_ignored
-from l2rec.data.formats.quotes import Watched
+from l2rec.data.formats.quotes import Doubled, Watched
 from l2rec.data.formats.source import Context, catalog_batch, event_batch
 from l2rec.errors import DataError, nearest
 
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 class Table:
     """A separated text file: its columns in file order and how they are separated.
 
-    ``quotes``: whether cells may stand in quotes. ``time``: the column of the time of an event,
-    where the rows are events. ``notes``: what a reader should know, after the table was read.
+    ``quotes``: whether cells may stand in quotes. ``escapes``: whether a backslash before a quote
+    makes it a part of the cell. ``time``: the column of the time of an event, where the rows are
+    events. ``notes``: what a reader should know, after the table was read.
     """
 
     file: File
@@ -41,13 +42,14 @@ class Table:
     quotes: bool = True
     has_header: bool = True
     encoding: str = "utf-8"
+    escapes: bool = False
     time: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @cached_property
     def quoted(self) -> bool:
         """Whether cells stand in quotes: with tabs, only if the whole file keeps to that."""
-        if not self.quotes or self.separator != "\t":
+        if not self.quotes or self.escapes or self.separator != "\t":
             return self.quotes
         with reading(self.file, self.encoding), self._text() as stream:
             first, skipped = self._skip(stream)
@@ -98,7 +100,8 @@ class Table:
             self._check_lines(watch, rows, skipped)
 
     def _text(self) -> BinaryIO:
-        return open_text(self.file, self.encoding)
+        stream = open_text(self.file, self.encoding)
+        return cast(BinaryIO, io.BufferedReader(Doubled(stream))) if self.escapes else stream
 
     def _skip(self, stream: BinaryIO) -> tuple[bytes, int]:
         """Skip the header and empty lines; return the first line of data, or nothing, and how
@@ -140,7 +143,10 @@ class Table:
                 if broken.what == "is not closed"
                 else f"{broken.what}, in line {self._line_of(skipped + broken.at)}"
             )
-            cause = ' (\\" is not a quote inside quotes, "" is)' if broken.escaped else ""
+            escaped = broken.escaped and not self.escapes
+            cause = (
+                ' (\\" is a quote inside quotes only with --quotes backslash)' if escaped else ""
+            )
             raise DataError(
                 f'{self.file}, line {line}: the cell that opens with a quote (") {where}{cause}; '
                 f"repair that line, or pass --quotes none if quotes are part of the text"
@@ -300,7 +306,15 @@ def named_table(file: File, context: Context) -> Table:
                 f"repair it, or pass --quotes none if quotes are part of the text"
             )
         names = read_header(file, separator, encoding, quotes=False)
-    return Table(file, names, separator, quotes=quotes, encoding=encoding, notes=context.notes)
+    return Table(
+        file,
+        names,
+        separator,
+        quotes=quotes,
+        encoding=encoding,
+        escapes=context.columns.quotes == "backslash",
+        notes=context.notes,
+    )
 
 
 def table_events(
