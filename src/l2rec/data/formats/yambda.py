@@ -101,7 +101,8 @@ def yambda(
             f"{path} has files of the flat and of the sequential form, which hold the same events; "
             f"give those of one form"
         )
-    left_out = [f.name for f in files.values() if f not in used and f != items]
+    tables = (f for f in files.values() if f.ends(".parquet") and f != items)
+    left_out = [f.name for f in tables if f not in used]
     if union and len(logs) > 1:
         context.notes.append(
             f"{union[0].name} has all events; the files of some of them were not read: "
