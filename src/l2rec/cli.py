@@ -170,8 +170,8 @@ def prepare(
             "duplicate_items", "Two items with one id: error, or first to keep the first."
         ),
     ],
-    user: Annotated[str, typer.Option(help="Column of the user (CSV, Parquet).")] = Columns.user,
-    item: Annotated[str, typer.Option(help="Column of the item.")] = Columns.item,
+    user: Annotated[str, typer.Option(help="Column or key of the user.")] = Columns.user,
+    item: Annotated[str, typer.Option(help="Column or key of the item.")] = Columns.item,
     timestamp: Annotated[
         str | None, typer.Option(help="Column of the time; none: the order of the file.")
     ] = Columns.timestamp,
@@ -201,7 +201,10 @@ def prepare(
     ties_seed: Annotated[int, _preparation("ties_seed", "Seed of --ties hash.")],
     encoding: Annotated[str, typer.Option(help="Text encoding of the files.")] = Columns.encoding,
     quotes: Annotated[
-        str, typer.Option(help="auto, or none where quotes are part of the text (CSV, TSV).")
+        str,
+        typer.Option(
+            help="auto; none: they are text; backslash: those after a backslash are text (CSV)."
+        ),
     ] = Columns.quotes,
     cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
         "~/.cache/l2rec"
@@ -219,7 +222,8 @@ def prepare(
     """Read interaction logs and item texts into a data set folder.
 
     Formats: RecBole atomic files, Amazon reviews (2014, 2018, 2023), MovieLens (100K, 1M, latest),
-    CSV, Parquet, sequence text (S3-Rec, P5) and JSON objects (LC-Rec, RecFormer); `--formats` lists
+    MIND, MicroLens, Yambda, Steam, Goodreads, CSV, Parquet, JSON Lines, sequence text (S3-Rec, P5),
+    JSON objects (LC-Rec, RecFormer) and splits of samples (UniSRec, MiniOneRec); `--formats` lists
     them; plain or gzip. Files larger than memory are fine. And the event log of `l2rec serve`, by
     file or URL, with the texts of `--items` and of the items put since.
 

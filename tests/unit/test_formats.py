@@ -199,7 +199,7 @@ def test_amazon_broken_line(tmp_path: Path) -> None:
 def test_amazon_wrong_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "r.json", '{"who": 1, "what": 2}\n')
     with pytest.raises(DataError, match="has the keys what, who; expected reviewerID, asin"):
-        open_source(path)
+        open_source(path, format="amazon-2018")
 
 
 def test_amazon_missing_timestamp(tmp_path: Path) -> None:
@@ -536,12 +536,25 @@ def test_missing_timestamp_column(tmp_path: Path) -> None:
         ("", "timestamp is missing"),
         ("nan", "timestamp 'nan' is not a number"),
         ("inf", "timestamp 'inf' is not a number"),
-        ("2020-01-01", "timestamp '2020-01-01' is not a number"),
     ],
 )
 def test_bad_timestamp(tmp_path: Path, value: str, says: str) -> None:
     message = csv_error(tmp_path, f"user_id,item_id,timestamp\nu,i,1\n\nu,i,{value}\nu,i,3\n")
     assert f"log.csv, line 4: {says}; give seconds since 1970" in message
+
+
+def test_times_are_all_numbers_or_all_dates(tmp_path: Path) -> None:
+    rows = ["u,i,1", "u,i,2", "u,i,2020-01-01", "u,i,2020-01-02"]
+    for order, found, first in ((rows, "'2020-01-01' is a date", "'1'"), (rows[::-1], "'2'", "")):
+        text = "user_id,item_id,timestamp\n" + "".join(f"{row}\n" for row in order)
+        for block_bytes in (16, 1 << 20):
+            path = write(tmp_path / "log.csv", text)
+            with pytest.raises(DataError) as error:
+                events_of(open_source(path, block_bytes=block_bytes))
+            message = one_line(error)
+            assert (
+                found in message and first in message and "write all times in one form" in message
+            )
 
 
 @pytest.mark.parametrize(("row", "what"), [(",i,1", "user"), ("u,,1", "item")])

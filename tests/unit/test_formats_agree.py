@@ -7,6 +7,7 @@ unit the file has them in. A log holds what its format can hold; strategies say 
 from __future__ import annotations
 
 import csv
+import datetime
 import gzip
 import json
 import tempfile
@@ -76,7 +77,11 @@ def logs(
     """Draw a log whose times are multiples of ``unit`` milliseconds, with ties."""
     items = draw(st.dictionaries(ids, texts, min_size=1, max_size=5))
     users = draw(st.lists(ids, min_size=1, max_size=3))
-    times = draw(st.lists(st.integers(-(2**31), 2**41 // unit), min_size=1, max_size=4))
+    times = draw(
+        st.lists(
+            st.integers(max(-(2**31), -(2**41) // unit), 2**41 // unit), min_size=1, max_size=4
+        )
+    )
     event = st.tuples(*map(st.sampled_from, (users, sorted(items), [t * unit for t in times])))
     return Log(draw(st.lists(event, min_size=1, max_size=12)), items)
 
@@ -126,6 +131,15 @@ FILMS = logs(
         TITLES, YEARS, CLASSES.map(lambda names: " ".join(sorted(names, key=GENRES.index)))
     ),
 )
+
+# Steam has days; its genres and tags are lists, and all its texts and those of Goodreads are clean.
+DAY = 86_400_000
+STEAM = logs(texts=st.tuples(CLEAN, CLEAN, CLEAN), unit=DAY)
+GOODREADS = logs(texts=st.tuples(CLEAN, CLEAN, st.just("")))
+BIG_NUMBERS = st.integers(1, 10**6).map(str)
+MIND = logs(ids=BIG_NUMBERS.map("N{}".format), texts=st.tuples(LINES, LINES, LINES))
+YAMBDA = logs(ids=BIG_NUMBERS)
+MICROLENS = logs(ids=BIG_NUMBERS, texts=st.tuples(LINES, st.just(""), st.just("")), unit=1)
 
 
 @st.composite
@@ -383,6 +397,85 @@ def minionerec(log: Log, folder: Path) -> Dataset:
     return from_files(folder, "train/log.csv", splits="none")  # which the other formats lack
 
 
+def json_lines(log: Log, folder: Path) -> Dataset:
+    """Prepare JSON Lines of the default keys."""
+    for name, columns in zip(("log", "goods"), log.tables(), strict=True):
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        write(folder / f"{name}.jsonl", [[json.dumps(row)] for row in rows], "")
+    return from_files(folder, "log.jsonl", "goods.jsonl")
+
+
+def moment(milliseconds: int, form: str) -> str:
+    """Write a time as a date in UTC."""
+    start = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return (start + datetime.timedelta(milliseconds=milliseconds)).strftime(form)
+
+
+def steam(log: Log, folder: Path) -> Dataset:
+    """Prepare Python literals with days."""
+    reviews = [
+        {"username": u, "product_id": i, "date": moment(t, "%Y-%m-%d")} for u, i, t in log.events
+    ]
+    games = [
+        {"id": i, "app_name": title, "genres": [genre] if genre else [], "tags": [tag]}
+        for i, (title, genre, tag) in log.items.items()
+    ]
+    for name, rows in (("steam_reviews.json", reviews), ("steam_games.json", games)):
+        write(folder / name, [[repr(row)] for row in rows], "")
+    return from_files(folder, "steam_reviews.json", "steam_games.json")
+
+
+def goodreads(log: Log, folder: Path) -> Dataset:
+    """Prepare JSON Lines with dates of another form."""
+    form = "%a %b %d %H:%M:%S +0000 %Y"
+    shelved = [
+        {"user_id": u, "book_id": i, "date_added": moment(t, form)} for u, i, t in log.events
+    ]
+    books = [
+        {"book_id": i, "title": texts[0], "description": texts[1]} for i, texts in log.items.items()
+    ]
+    for name, rows in (("log.json", shelved), ("books.json", books)):
+        write(folder / name, [[json.dumps(row)] for row in rows], "")
+    return from_files(folder, "log.json", "books.json")
+
+
+def mind(log: Log, folder: Path) -> Dataset:
+    """Prepare behaviors.tsv, with all events as clicks, and news.tsv."""
+    rows = [
+        (n, u, moment(t, "%m/%d/%Y %I:%M:%S %p"), "", f"N0-0 {i}-1")
+        for n, (u, i, t) in enumerate(log.events)
+    ]
+    write(folder / "behaviors.tsv", rows, "\t")
+    news = [(i, t[1], t[2], t[0], "", "", "[]", "[]") for i, t in log.items.items()]
+    write(folder / "news.tsv", news, "\t")
+    return from_files(folder, "behaviors.tsv")
+
+
+def yambda(sequential: bool, log: Log, folder: Path) -> Dataset:
+    """Prepare Parquet of numbers, one event or one user in each row, and a catalog of our own."""
+    events, items = log.tables()
+    pq.write_table(pa.table(items), folder / "goods.parquet")
+    frame = pl.DataFrame(
+        {"uid": events["user_id"], "item_id": events["item_id"], "timestamp": events["timestamp"]}
+    ).with_columns(pl.all().exclude("timestamp").cast(pl.UInt32), is_organic=pl.lit(1))
+    if sequential:
+        frame = frame.group_by("uid", maintain_order=True).agg(pl.all())
+    frame.write_parquet(folder / "events.parquet")
+    return from_files(folder, "events.parquet", "goods.parquet")
+
+
+def microlens(header: bool, log: Log, folder: Path) -> Dataset:
+    """Prepare pairs with milliseconds, and titles in one of two forms."""
+    write(folder / "M_pairs.csv", [("user", "item", "timestamp"), *log.events], ",")
+    titles = [(i, texts[0]) for i, texts in log.items.items()]
+    if header:
+        with (folder / "M_titles.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("item", "title"), *titles])
+    else:
+        write(folder / "M_title_en.csv", titles, ",")
+    return from_files(folder, "M_pairs.csv")
+
+
 def titled(texts: Texts) -> str:
     """Put the year behind the title, as MovieLens does."""
     return f"{texts[0]} ({texts[1]})" if texts[1] else texts[0]
@@ -414,6 +507,14 @@ FORMS: dict[str, tuple[Prepared, st.SearchStrategy[Log]]] = {
     "recformer": (recformer, THREE_EVENTS),
     "sequences": (sequence_text, SEQUENCES),
     "p5": (p5, NAMED),
+    "jsonl": (json_lines, logs(unit=1)),
+    "steam": (steam, STEAM),
+    "goodreads": (goodreads, GOODREADS),
+    "mind": (mind, MIND),
+    "yambda flat": (partial(yambda, False), YAMBDA),
+    "yambda sequential": (partial(yambda, True), YAMBDA),
+    "microlens": (partial(microlens, True), MICROLENS),
+    "microlens cut": (partial(microlens, False), MICROLENS),
 }
 
 

@@ -130,8 +130,8 @@ def test_a_map_of_another_log(tmp_path: Path) -> None:
     folder = write_splits(tmp_path, "T", by_position({"0": ["0", "1", "2"]}))
     (folder / "T.item2index").write_text("X\t0\nY\t7\n")
     assert refusal(folder) == (
-        f"{folder}/T.item2index has no raw id for '1'; fetch the files of one data set together, or "
-        "take T.item2index away to keep the numbers"
+        f"{folder}/T.item2index has no raw id for '1'; fetch the files of one data set together, "
+        "or take T.item2index away to keep the numbers"
     )
 
 

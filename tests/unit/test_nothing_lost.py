@@ -290,14 +290,6 @@ def test_one_line_of_json_is_no_object_of_ids(tmp_path: Path, row: dict[str, Any
     assert one_value(File(path), "utf-8") is None
 
 
-def test_json_lines_of_other_keys(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"n": 1, "item": 2}\n{"n": 2, "item": 3}\n')
-    message = refusal(path)
-    assert "log.jsonl has the keys item, n; expected reviewerID" in message
-    assert "write other JSON Lines as CSV or Parquet, for whose columns there are --user" in message
-
-
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_json_lines_in_other_encodings(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "log.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import re
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.support.errors import one_line
 from l2rec.data.formats import quotes
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
-from l2rec.data.formats.quotes import Watched
+from l2rec.data.formats.quotes import Doubled, Watched
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.errors import DataError
 
@@ -119,8 +120,65 @@ def test_without_quotes_every_line_is_an_event(tmp_path: Path, text: str) -> Non
 def test_a_backslash_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text(HEAD.replace(",", ";") + 'u;a;1;"The \\"x\\" files"\n')
-    with pytest.raises(DataError, match=r'\(\\" is not a quote inside quotes, "" is\)'):
+    with pytest.raises(DataError, match=r'\(\\" is a quote inside quotes only with --quotes back'):
         events(path)
+    assert events(path, quotes="backslash") == [("u", "a")]
+
+
+@pytest.mark.parametrize("block_bytes", [20, 1 << 20])
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_backslashes_before_quotes(tmp_path: Path, separator: str, block_bytes: int) -> None:
+    rows = [
+        ("a", r'"The Real \"J. Peterman\""', 'The Real "J. Peterman"'),
+        ("b", r'"\"x\";y"', '"x";y'),
+        ("c", r'"C:\\"', "C:\\"),
+        ("d", r'"a\b, ""c"" \\\"d"', 'a\\b, "c" \\"d'),
+        ("e", r'"\"' + "\n" + r'\""', '"\n"'),
+    ]
+    log, items = tmp_path / "log.csv", tmp_path / "items.csv"
+    log.write_text(
+        HEAD.replace(",", separator).replace("title", "t")
+        + "".join(separator.join(("u", item, "1", cell)) + "\n" for item, cell, _ in rows)
+    )
+    items.write_text(
+        separator.join(("item_id", "title"))
+        + "\n"
+        + "".join(f"{item}{separator}{cell}\n" for item, cell, _ in rows)
+    )
+    source = open_source(
+        log, items=items, columns=Columns(quotes="backslash"), block_bytes=block_bytes
+    )
+    found = [r["item_id"] for b in source.events() for r in b.to_pylist()]
+    assert found == [item for item, _, _ in rows]
+    assert source.catalog is not None
+    texts = [r["title"] for b in source.catalog(("title",)) for r in b.to_pylist()]
+    assert texts == [text for _, _, text in rows]
+
+
+def test_an_open_quote_after_escaped_ones(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(HEAD + 'u,a,1,"\\"x\\""\nu,b,2,"\\"y\\"\n')
+    with pytest.raises(DataError, match=r"log\.csv, line 3: the cell that opens .* not closed by"):
+        events(path, quotes="backslash")
+
+
+def test_a_stream_with_doubled_quotes_at_any_block() -> None:
+    draw = random.Random(0)
+    for _ in range(500):
+        text = "".join(draw.choices(["a", "\\", '"', "\n"], k=draw.randint(0, 12))).encode()
+        expected = re.sub(rb'\\(["\\])', lambda m: b'""' if m[1] == b'"' else b"\\", text)
+        assert Doubled(_Bits(text, draw.randint(1, 3))).readall() == expected  # type: ignore[arg-type]
+
+
+class _Bits(io.BytesIO):
+    """A stream that gives few bytes at a time."""
+
+    def __init__(self, text: bytes, most: int) -> None:
+        super().__init__(text)
+        self.most = most
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(self.most)
 
 
 @pytest.mark.parametrize("name", ["log.tsv", "log.csv"])

@@ -46,7 +46,7 @@ from l2rec.data.dataset import (
     recorded_order,
     user_blocks,
 )
-from l2rec.data.formats.columns import Columns
+from l2rec.data.formats.columns import Columns, Quotes
 from l2rec.data.formats.open import open_source
 from l2rec.data.formats.source import SPLITS, Source
 from l2rec.data.moments import moment
@@ -98,7 +98,7 @@ class PrepareConfig(BaseModel):
     timestamp: str | None = Columns.timestamp
     event_type: str | None = Columns.event_type
     encoding: str = Columns.encoding
-    quotes: Literal["auto", "none"] = Columns.quotes
+    quotes: Quotes = Columns.quotes
 
     @field_validator("timestamp", mode="before")
     @classmethod

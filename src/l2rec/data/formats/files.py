@@ -10,7 +10,7 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -102,25 +102,22 @@ def _members(path: Path) -> list[File]:
     return [File(path, n) for n in names if not n.startswith("__MACOSX")]
 
 
-def folders(path: Path, names: Collection[str]) -> dict[str, dict[str, File]]:
-    """Map the subfolders of these names that a folder or a zip has to their files by base name.
-
-    A folder that holds one other folder and nothing else stands for that.
+def folders(path: Path) -> dict[str, dict[str, File]]:
+    """Map names of subfolders of a folder (or of its only subfolder, if it holds nothing else), or
+    of folders in a zip, to their files by base name.
     """
     found: dict[str, dict[str, File]] = {}
     if path.is_dir():
-        for name in names:
-            if (path / name).is_dir():
-                files = (File(p) for p in sorted((path / name).iterdir()) if p.is_file())
-                found[name] = {file.name: file for file in files}
-        inside = [p for p in path.iterdir() if not p.name.startswith(".")]
-        if not found and len(inside) == 1:
-            return folders(inside[0], names)
+        inside = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+        if len(inside) == 1 and (deeper := folders(inside[0])):
+            return deeper
+        for folder in inside:
+            files = (File(p) for p in sorted(folder.iterdir()) if p.is_file())
+            found[folder.name] = {f.name: f for f in files if not f.name.startswith(".")}
     elif path.suffix.lower() == ".zip":
         for file in _members(path):
             name = PurePosixPath(cast(str, file.member)).parent.name
-            if name in names:
-                found.setdefault(name, {})[file.name] = file
+            found.setdefault(name, {})[file.name] = file
     return found
 
 

@@ -41,7 +41,7 @@ PAST, PAST_TITLES = "history_item_id", "history_item_title"
 
 def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
     """Tell by the header of a CSV that is given or in a folder named train, valid or test."""
-    inside = folders(path, SPLIT_FOLDERS).values()
+    inside = [files for name, files in folders(path).items() if name in SPLIT_FOLDERS]
     some = [*files.values(), *(file for folder in inside for file in folder.values())]
     return "minionerec" if any(_is_log(file, context) for file in some) else None
 
@@ -96,7 +96,7 @@ def _splits(
         return flat, None
     if given and given[0].member is None:
         path = given[0].path.absolute().parent.parent
-    inside = folders(path, (*SPLIT_FOLDERS, INFO))
+    inside = folders(path)
     parts = [inside.get(split, {}) for split in SPLIT_FOLDERS]
     logs = [file for part in parts for file in part.values() if _is_log(file, context)]
     names = list(dict.fromkeys(file.name for file in given or logs))

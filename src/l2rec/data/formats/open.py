@@ -16,7 +16,10 @@ from l2rec.data.formats import (
     amazon,
     amazon_csv,
     csv,
+    jsonl,
     lcrec,
+    microlens,
+    mind,
     minionerec,
     movielens,
     parquet,
@@ -24,7 +27,9 @@ from l2rec.data.formats import (
     recformer,
     s3rec,
     sequences,
+    ucsd,
     unisrec,
+    yambda,
 )
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import File, listing
@@ -40,10 +45,15 @@ READERS: tuple[Reader, ...] = (
     recformer.READER,
     unisrec.READER,
     minionerec.READER,
+    mind.READER,
+    microlens.READER,
     recbole.READER,
     sequences.READER,
     amazon_csv.READER,
     amazon.READER,
+    ucsd.READER,
+    jsonl.READER,
+    yambda.READER,
     parquet.READER,
     csv.READER,
 )
@@ -118,8 +128,8 @@ def _reader(
             raise told
     found = ", ".join(list(files)[:5]) or "nothing"
     raise DataError(
-        f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json or "
-        f"*.jsonl, plain or .gz (Amazon), u.data, ratings.dat or ratings.csv (MovieLens), "
+        f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json, *.jsonl "
+        f"or *.ndjson, plain or .gz, u.data, ratings.dat or ratings.csv (MovieLens), "
         f"*.parquet, *.csv, *.tsv and *.txt of lines USER ITEM ITEM ...; name its format with "
         f"--format, such as --format csv for a table with a header (l2rec prepare --formats lists "
         f"them)"
@@ -128,16 +138,18 @@ def _reader(
 
 def _open_catalog(file: File, context: Context) -> CatalogReader:
     """Open a catalog in whatever format its name says."""
-    item = context.columns.item
-    if file.ends(".json") and object_kind(file, context.columns.encoding) == "fields":
+    item, encoding = context.columns.item, context.columns.encoding
+    if file.ends(".json") and object_kind(file, encoding) == "fields":
         return object_catalog(file, context)
     if file.ends(s3rec.ATTRIBUTES):
         return s3rec.attribute_catalog(file, context)
-    if file.ends(".json", ".jsonl"):
-        return amazon.amazon_catalog(file, context)
+    if file.ends(*jsonl.ENDINGS):
+        if amazon.is_metadata(file, encoding):
+            return amazon.amazon_catalog(file, context)
+        return jsonl.line_catalog(file, item, context)
     if file.ends(".parquet"):
         return parquet.parquet_catalog(file, item)
-    atomic = recbole.is_atomic(file, context.columns.encoding)
+    atomic = recbole.is_atomic(file, encoding)
     if atomic and file.ends(".text"):
         return unisrec.text_catalog(file, context)
     if atomic or file.ends(".item"):

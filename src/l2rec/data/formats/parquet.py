@@ -36,7 +36,8 @@ from l2rec.data.formats.tables import file_order, missing_column, split_column
 from l2rec.errors import DataError
 
 
-def _parquet_file(file: File) -> pq.ParquetFile:
+def parquet_file(file: File) -> pq.ParquetFile:
+    """Open a Parquet file; DataError if it is torn or no such file."""
     try:
         return pq.ParquetFile(file.path if file.member is None else io.BytesIO(file.open().read()))
     except (pa.ArrowInvalid, OSError) as error:
@@ -68,7 +69,7 @@ def parquet(
     logs = list(splits or logs)
     columns = context.columns
     event_type = columns.event_type
-    schemas = {file: _parquet_file(file).schema_arrow for file in logs}
+    schemas = {file: parquet_file(file).schema_arrow for file in logs}
     for file in logs:
         names = schemas[file].names
         if set(names) != set(schemas[logs[0]].names):
@@ -89,7 +90,7 @@ def parquet(
         event_type = "event_type"
     used = [columns.user, columns.item, columns.timestamp, event_type]
     for file, schema in schemas.items():
-        lists = [f.name for f in schema if _is_list(f.type)]
+        lists = [f.name for f in schema if is_list(f.type)]
         check_ignored(file, [n for n in used if n is not None], _sample(file), lists, context.notes)
     if splits:
         context.notes.append(splits_note(logs))
@@ -117,7 +118,7 @@ def _parquet_events(
         for number, file in enumerate(files):
             first = 0
             with reading(file):
-                for batch in _parquet_file(file).iter_batches(batch_size=rows, columns=names):
+                for batch in parquet_file(file).iter_batches(batch_size=rows, columns=names):
                     yield event_batch(
                         batch[columns.user],
                         batch[columns.item],
@@ -134,7 +135,7 @@ def _parquet_events(
 
 def parquet_catalog(file: File, item: str) -> CatalogReader:
     """Open a catalog: text columns make the text, numbers are read when named."""
-    schema = _parquet_file(file).schema_arrow
+    schema = parquet_file(file).schema_arrow
     if item not in schema.names:
         raise missing_column(file, item, "item", schema.names)
     kinds = {f.name: f.type for f in schema if f.name != item}
@@ -145,11 +146,11 @@ def parquet_catalog(file: File, item: str) -> CatalogReader:
         first = 0
         names = list(dict.fromkeys([item, *fields]))
         with reading(file):
-            for batch in _parquet_file(file).iter_batches(batch_size=1 << 16, columns=names):
+            for batch in parquet_file(file).iter_batches(batch_size=1 << 16, columns=names):
                 yield catalog_batch(
                     batch[item],
                     {n: joined(cast(pl.Series, pl.from_arrow(batch[n])), ", ") for n in fields}
-                    if any(_is_list(kinds[n]) for n in fields if n in kinds)
+                    if any(is_list(kinds[n]) for n in fields if n in kinds)
                     else {n: batch[n] for n in fields},
                     lambda row, first=first: f"{file}, row {first + row + 1}",  # type: ignore[misc]
                 )
@@ -160,8 +161,8 @@ def parquet_catalog(file: File, item: str) -> CatalogReader:
 
 def _sample(file: File) -> dict[str, list[str]]:
     """Return the first values of the text columns by column."""
-    opened = _parquet_file(file)
-    texts = [f.name for f in opened.schema_arrow if _is_text(f.type) and not _is_list(f.type)]
+    opened = parquet_file(file)
+    texts = [f.name for f in opened.schema_arrow if _is_text(f.type) and not is_list(f.type)]
     if not texts:
         return {}
     with reading(file):
@@ -171,14 +172,15 @@ def _sample(file: File) -> dict[str, list[str]]:
     return {}
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Tell whether a type is one of Arrow's lists."""
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    if _is_list(kind):
+    if is_list(kind):
         return _is_text(kind.value_type)
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)

@@ -11,7 +11,7 @@ and the ids of the users. What may lie beside a log of sequences: see `s3rec.py`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -137,6 +137,15 @@ def sequences(
     maps = data_maps(map_file, encoding) if map_file else None
     items = items or _texts_beside(near, file)
     catalog = _catalog(items, maps, context, open_catalog) if items else None
+    used = [file, *(f for f in (map_file, items) if f)]
+    return as_source(kind, used, line_events(file, kind, context, maps), catalog)
+
+
+def line_events(
+    file: File, kind: str, context: Context, maps: DataMaps | None = None
+) -> Callable[[], Iterator[pa.RecordBatch]]:
+    """Return a reader of the events of a file of either shape; ``maps``: raw ids behind them."""
+    encoding = context.columns.encoding
 
     def events() -> Iterator[pa.RecordBatch]:
         seen, total = pl.Series("user", [], pl.String), 0
@@ -164,7 +173,7 @@ def sequences(
                     lambda row, rows=rows: f"{file}, line {rows['line'][row]}",  # type: ignore[misc]
                 )
 
-    return as_source(kind, [file, *(f for f in (map_file, items) if f)], events, catalog)
+    return events
 
 
 def _log(path: Path, files: dict[str, File], items: File | None, kind: str, encoding: str) -> File:

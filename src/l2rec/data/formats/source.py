@@ -7,14 +7,14 @@ __all__ = ["Source"]
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from l2rec.data.formats.columns import Columns
+from l2rec.data.formats.dates import Clock
 from l2rec.data.formats.files import File, Where
 from l2rec.errors import DataError
 
@@ -66,10 +66,12 @@ def event_batch(
     where: Where,
     unit: int = 1,
     splits: pa.Array | None = None,
+    clock: Clock | None = None,
 ) -> pa.RecordBatch:
     """Check ids and timestamps of one batch.
 
     ``unit``: how many of a timestamp are a second. ``splits``: int8 into `SPLITS`, of each event.
+    ``clock``: that of the batches before, where times may be texts.
     """
     columns = {"user_id": _strings(users), "item_id": _strings(items)}
     for what, ids in (("user", columns["user_id"]), ("item", columns["item_id"])):
@@ -77,67 +79,13 @@ def event_batch(
         if pc.any(missing).as_py():
             row = int(pc.index(missing, True).as_py())
             raise DataError(f"{where(row)} has no {what} id; give it one or remove the row")
-    # Divided, not times a fraction: the nearest number, as other formats read 0.288 from text.
-    seconds = _seconds(times, where) / unit
+    seconds = (clock or Clock()).seconds(times, where, unit)
     columns["timestamp"] = pa.array(seconds, type=pa.float64())
     if types is not None:
         columns["event_type"] = pc.fill_null(_strings(types), "")
     if splits is not None:
         columns["split"] = splits.cast(pa.int8())
     return pa.RecordBatch.from_pydict(columns)
-
-
-def _seconds(times: pa.Array, where: Where) -> np.ndarray[Any, np.dtype[np.float64]]:
-    column = cast(pl.Series, pl.from_arrow(times))
-    if column.dtype.is_temporal():
-        numbers = column.cast(pl.Datetime("us")).dt.epoch("us") / 1e6
-    elif column.dtype == pl.String:
-        column = column.str.strip_chars()
-        numbers = column.cast(pl.Float64, strict=False)
-        if len(column) and numbers.null_count() == len(column):
-            numbers = _seconds_of_dates(column)
-    else:
-        numbers = column.cast(pl.Float64, strict=False)
-    wrong = ~numbers.is_finite().fill_null(False)
-    if wrong.any():
-        row = cast(int, wrong.arg_max())
-        value = column[row]
-        shown = "is missing" if value is None or value == "" else f"{value!r} is not a number"
-        raise DataError(
-            f"{where(row)}: timestamp {shown}; give seconds since 1970 or, in all rows, dates such "
-            f"as 2023-11-28 or 2023-11-28T23:08:57Z (or pass --timestamp none if the events are in "
-            f"order and have no times)"
-        )
-    return numbers.to_numpy()
-
-
-_DATE = (
-    r"^(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(:\d{2}(?:\.\d+)?)?)?"
-    r" ?(Z|UTC|[+-]\d{2}:?\d{2})?$"
-)
-
-
-def _seconds_of_dates(texts: pl.Series) -> pl.Series:
-    """Turn ISO 8601 dates and times into seconds since 1970; UTC where no offset is given.
-
-    Null where a text is not a date.
-    """
-    parts = texts.to_frame("text").select(
-        pl.col("text").str.extract(_DATE, group).alias(name)
-        for group, name in enumerate(("day", "time", "second", "offset"), start=1)
-    )
-    offset = pl.col("offset").str.replace_all(r"[Z:UTC]", "")
-    minutes = offset.str.slice(1, 2).cast(pl.Float64, strict=False) * 60
-    minutes += offset.str.slice(3, 2).cast(pl.Float64, strict=False)
-    sign = pl.when(offset.str.starts_with("-")).then(-1.0).otherwise(1.0)
-    moment = pl.concat_str(
-        pl.col("day"),
-        pl.lit(" "),
-        pl.col("time").fill_null("00:00"),
-        pl.col("second").fill_null(":00"),
-    ).str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us", strict=False)
-    seconds = moment.dt.epoch("us") / 1e6 - (sign * minutes * 60).fill_null(0.0)
-    return parts.select(seconds.alias("seconds")).to_series()
 
 
 def catalog_batch(ids: Any, fields: dict[str, Any], where: Where) -> pa.RecordBatch:

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from l2rec.data.formats.columns import Columns
+from l2rec.data.formats.dates import Clock
 from l2rec.data.formats.files import File, open_text, reading
 from l2rec.data.formats.ignored import SAMPLE_ROWS, check_ignored
-from l2rec.data.formats.quotes import Watched
+from l2rec.data.formats.quotes import Doubled, Watched
 from l2rec.data.formats.source import Context, catalog_batch, event_batch
 from l2rec.errors import DataError, nearest
 
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 class Table:
     """A separated text file: its columns in file order and how they are separated.
 
-    ``quotes``: whether cells may stand in quotes. ``time``: the column of the time of an event,
-    where the rows are events. ``split``: of its rows, as a place in `SPLITS`, where the file is one
-    of the splits of a log. ``notes``: what a reader should know, after the table was read.
+    ``quotes``: whether cells may stand in quotes. ``escapes``: whether a backslash before a quote
+    makes it a part of the cell. ``time``: the column of the time of an event, where the rows are
+    events. ``split``: of its rows, as a place in `SPLITS`, where the file is one of the splits of a
+    log. ``notes``: what a reader should know, after the table was read.
     """
 
     file: File
@@ -41,6 +43,7 @@ class Table:
     quotes: bool = True
     has_header: bool = True
     encoding: str = "utf-8"
+    escapes: bool = False
     time: str | None = None
     split: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -48,7 +51,7 @@ class Table:
     @cached_property
     def quoted(self) -> bool:
         """Whether cells stand in quotes: with tabs, only if the whole file keeps to that."""
-        if not self.quotes or self.separator != "\t":
+        if not self.quotes or self.escapes or self.separator != "\t":
             return self.quotes
         with reading(self.file, self.encoding), self._text() as stream:
             first, skipped = self._skip(stream)
@@ -99,7 +102,8 @@ class Table:
             self._check_lines(watch, rows, skipped)
 
     def _text(self) -> BinaryIO:
-        return open_text(self.file, self.encoding)
+        stream = open_text(self.file, self.encoding)
+        return cast(BinaryIO, io.BufferedReader(Doubled(stream))) if self.escapes else stream
 
     def _skip(self, stream: BinaryIO) -> tuple[bytes, int]:
         """Skip the header and empty lines; return the first line of data, or nothing, and how
@@ -141,7 +145,10 @@ class Table:
                 if broken.what == "is not closed"
                 else f"{broken.what}, in line {self._line_of(skipped + broken.at)}"
             )
-            cause = ' (\\" is not a quote inside quotes, "" is)' if broken.escaped else ""
+            escaped = broken.escaped and not self.escapes
+            cause = (
+                ' (\\" is a quote inside quotes only with --quotes backslash)' if escaped else ""
+            )
             raise DataError(
                 f'{self.file}, line {line}: the cell that opens with a quote (") {where}{cause}; '
                 f"repair that line, or pass --quotes none if quotes are part of the text"
@@ -185,7 +192,8 @@ class Table:
             if len(row) != len(self.names):
                 raise DataError(
                     f"{self.file}, line {line} has {len(row)} columns, not the {len(self.names)} "
-                    f"of its header; repair or remove that line"
+                    f"{'of its header' if self.has_header else 'of this format'}; repair or remove "
+                    f"that line"
                 ) from error
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
@@ -309,15 +317,27 @@ def named_table(file: File, context: Context) -> Table:
                 f"repair it, or pass --quotes none if quotes are part of the text"
             )
         names = read_header(file, separator, encoding, quotes=False)
-    return Table(file, names, separator, quotes=quotes, encoding=encoding, notes=context.notes)
+    return Table(
+        file,
+        names,
+        separator,
+        quotes=quotes,
+        encoding=encoding,
+        escapes=context.columns.quotes == "backslash",
+        notes=context.notes,
+    )
 
 
 def table_events(
-    tables: Sequence[Table], columns: Columns, context: Context, lists: Collection[str] = ()
+    tables: Sequence[Table],
+    columns: Columns,
+    context: Context,
+    lists: Collection[str] = (),
+    unit: int = 1,
 ) -> Callable[[], Iterator[pa.RecordBatch]]:
     """Check that the columns exist; return a function that reads them.
 
-    ``lists``: columns that hold lists by their type.
+    ``lists``: columns that hold lists by their type. ``unit``: how many of a time are a second.
 
     Raises:
         DataError: a column is missing, or one that is not read holds histories.
@@ -339,7 +359,7 @@ def table_events(
         check_ignored(table.file, names, table.sample(SAMPLE_ROWS), lists, context.notes)
 
     def events() -> Iterator[pa.RecordBatch]:
-        total = 0
+        total, clock = 0, Clock()
         for table in tables:
             first = 0
             for batch in table.batches(names, context.block_bytes):
@@ -349,7 +369,9 @@ def table_events(
                     batch[columns.timestamp] if columns.timestamp else file_order(total, batch),
                     batch[event_type] if event_type else None,
                     lambda row, table=table, first=first: table.where(first + row),  # type: ignore[misc]
+                    unit if columns.timestamp else 1,
                     splits=split_column(table.split, batch),
+                    clock=clock,
                 )
                 first += batch.num_rows
                 total += batch.num_rows

@@ -1,0 +1,107 @@
+"""Times of events as seconds since 1970: numbers, Arrow's own times, and texts that are dates."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from l2rec.data.formats.files import Where
+from l2rec.errors import DataError
+
+_ISO = (
+    r"^(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(:\d{2}(?:\.\d+)?)?)?"
+    r" ?(Z|UTC|[+-]\d{2}:?\d{2})?$"
+)
+_ADVICE = (
+    "give seconds since 1970 or, in all rows, dates such as 2023-11-28 or 2023-11-28T23:08:57Z (or "
+    "pass --timestamp none if the events are in order and have no times)"
+)
+
+
+class Clock:
+    """Reader of one column of times, batch after batch, which holds it to one form."""
+
+    def __init__(self) -> None:
+        self._form: str | None = None
+        self._example = ""
+
+    def seconds(
+        self, times: pa.Array, where: Where, unit: int = 1
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return seconds. ``unit``: how many of a number are a second; dates need none.
+
+        Raises:
+            DataError: a time is neither a number nor a date, or some are numbers and some dates.
+        """
+        column = cast(pl.Series, pl.from_arrow(times))
+        if column.dtype.is_temporal():
+            seconds = column.cast(pl.Datetime("us")).dt.epoch("us") / 1e6
+            self._check_form("a date", column, seconds, where)
+        else:
+            column = column.str.strip_chars() if column.dtype == pl.String else column
+            seconds = column.cast(pl.Float64, strict=False)
+            self._check_form("a number", column, seconds, where)
+            if column.dtype == pl.String and seconds.null_count():
+                dates = seconds_of_dates(column)
+                self._check_form("a date", column, dates, where)
+                seconds = seconds.fill_null(dates)
+        wrong = ~seconds.is_finite().fill_null(False)
+        if wrong.any():
+            row = cast(int, wrong.arg_max())
+            value = column[row]
+            shown = "is missing" if value is None or value == "" else f"{value!r} is not a number"
+            if self._form == "a date" and not shown.startswith("is"):
+                shown = f"{value!r} is not a date"
+            raise DataError(f"{where(row)}: timestamp {shown}; {_ADVICE}")
+        # NumPy divides where Polars multiplies by a fraction: the nearest number, as others read
+        # 0.288 from text.
+        return seconds.to_numpy() / (unit if self._form == "a number" else 1)
+
+    def _check_form(self, form: str, column: pl.Series, seconds: pl.Series, where: Where) -> None:
+        """Raise DataError where times of this form follow others of the other form."""
+        row = seconds.is_not_null().arg_max()
+        if row is None or seconds[row] is None:
+            return
+        if self._form is None:
+            self._form, self._example = form, f"{column[row]!r} ({where(row)})"
+        elif self._form != form:
+            raise DataError(
+                f"{where(row)}: timestamp {column[row]!r} is {form}, but {self._example} is "
+                f"{self._form}; write all times in one form, as seconds since 1970 or as dates"
+            )
+
+
+def seconds_of_dates(texts: pl.Series) -> pl.Series:
+    """Turn dates and times into seconds since 1970; UTC where no offset is given.
+
+    ISO 8601, or else the form "Sun Jul 30 07:44:10 -0700 2017" (Goodreads, Twitter). Null where a
+    text is neither.
+    """
+    seconds = _iso(texts)
+    if seconds.null_count():
+        plain = texts.str.replace_all(r"\s+", " ")
+        moments = plain.str.to_datetime("%a %b %d %H:%M:%S %z %Y", time_unit="us", strict=False)
+        seconds = seconds.fill_null(moments.dt.epoch("us") / 1e6)
+    return seconds
+
+
+def _iso(texts: pl.Series) -> pl.Series:
+    parts = texts.to_frame("text").select(
+        pl.col("text").str.extract(_ISO, group).alias(name)
+        for group, name in enumerate(("day", "time", "second", "offset"), start=1)
+    )
+    offset = pl.col("offset").str.replace_all(r"[Z:UTC]", "")
+    minutes = offset.str.slice(1, 2).cast(pl.Float64, strict=False) * 60
+    minutes += offset.str.slice(3, 2).cast(pl.Float64, strict=False)
+    sign = pl.when(offset.str.starts_with("-")).then(-1.0).otherwise(1.0)
+    moment = pl.concat_str(
+        pl.col("day"),
+        pl.lit(" "),
+        pl.col("time").fill_null("00:00"),
+        pl.col("second").fill_null(":00"),
+    ).str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us", strict=False)
+    seconds = moment.dt.epoch("us") / 1e6 - (sign * minutes * 60).fill_null(0.0)
+    return parts.select(seconds.alias("seconds")).to_series()
