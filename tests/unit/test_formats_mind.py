@@ -11,6 +11,7 @@ from tests.unit.test_formats import catalog_of, events_of, write
 
 from l2rec.data.formats.open import open_source
 from l2rec.data.formats.source import Source
+from l2rec.data.moments import moment
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.errors import DataError
 
@@ -102,9 +103,16 @@ def test_all_parts(tmp_path: Path) -> None:
             "clicked"
         )
         assert (
-            "MINDsmall_dev begins at 2019-11-15 00:00:01, after all impressions before it; a split "
-            "by time there keeps MIND's parts"
+            "splits are given: MINDsmall_dev is test, all before it is train; MINDsmall_dev begins "
+            "at 2019-11-15 00:00:01"
         ) in source.notes
+        dev = moment("2019-11-15T00:00:01")
+        splits = [
+            (time >= dev, split)
+            for batch in open_source(path).events()
+            for time, split in zip(batch["timestamp"].to_pylist(), batch["split"], strict=True)
+        ]
+        assert {(late, split.as_py()) for late, split in splits} == {(False, 0), (True, 2)}
     data = prepare(folder, tmp_path / "out", PrepareConfig(drop_unknown_items=True), progress=False)
     assert data.n_events == 5  # of N1 and N2 alone
 

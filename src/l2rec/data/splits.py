@@ -10,7 +10,9 @@ first":
     time            two moments       train: events before the first; validation: the first event
                                       from there on, after all before it; test: likewise from the
                                       second moment on
-    given           as the log says   every validation and every test event after all before it
+    given           as the log says   every validation and every test event after all before it; if
+                                      no event is of validation, each user's last training event is
+                                      taken for it, of two or more
 
 Users who cannot be evaluated in the first two ways are trained on whole. Without ties, tied-day is
 leave-one-out.
@@ -258,9 +260,15 @@ def given(dataset: Dataset) -> Split:
         )
     sequences = dataset.sequences
     owners = np.repeat(np.arange(dataset.n_users, dtype=np.int64), sequences.lengths)
+    splits = np.array(dataset.splits)
+    n_train = np.bincount(owners[splits == TRAIN], minlength=dataset.n_users)
+    if not (splits == VALID).any():
+        users = np.flatnonzero(n_train > 1)
+        splits[dataset.offsets[users] + n_train[users] - 1] = VALID
+        n_train[users] -= 1
 
     def of(split: int) -> Cases:
-        at = np.flatnonzero(np.asarray(dataset.splits) == split)
+        at = np.flatnonzero(splits == split)
         before = at - dataset.offsets[owners[at]]
         at, before = at[before > 0], before[before > 0]
         if not len(at):
@@ -271,9 +279,6 @@ def given(dataset: Dataset) -> Split:
             )
         return _next_events(sequences, owners[at], before)
 
-    counts = np.bincount(owners, weights=np.asarray(dataset.splits) == TRAIN)
-    n_train = np.zeros(dataset.n_users, dtype=np.int64)
-    n_train[: len(counts)] = counts
     return Split(
         kind=GIVEN,
         protocol="the splits that the data came with, every event of them",

@@ -5,7 +5,8 @@
 
 A folder has both files, or is one of several (train, dev, test), which are read as one log in time
 order. A history stands in all rows of its user and is read once; a later one may go on from it.
-Which part an event is of is not kept: the times say it, and MIND gives no validation part.
+Where the parts follow each other in time, an event is of the split of its part: the last one (dev)
+is test. MIND's own test part does not say what was clicked, so that none is left for validation.
 
 In memory are the clicks and each user's history, not the news that were shown.
 """
@@ -21,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -37,6 +39,7 @@ from l2rec.data.formats.source import (
     event_batch,
 )
 from l2rec.data.formats.tables import Table, read_header
+from l2rec.data.splits import TEST, TRAIN, VALID
 from l2rec.errors import DataError
 
 LOG, NEWS = "behaviors.tsv", "news.tsv"
@@ -146,7 +149,7 @@ def _events(logs: Mapping[str, File], context: Context) -> Callable[[], Iterator
                 f"no row of {names} says what was clicked (N1-1 N2-0), as in MIND's test part; "
                 f"give the train or dev part"
             )
-        start = min(first for first, _ in log.spans.values())
+        start, cuts = min(first for first, _ in log.spans.values()), _cuts(log)
         clicks = pl.concat(log.clicks)
         histories = (
             pl.concat(log.histories)
@@ -156,11 +159,14 @@ def _events(logs: Mapping[str, File], context: Context) -> Callable[[], Iterator
         several = histories["user"].is_duplicated()
         once, again = histories.filter(~several), histories.filter(several)
         known = 0
-        for batch in (*_batches_of(once, start), *_merged_batches(again, clicks, start, context)):
+        for batch in (
+            *_batches_of(once, start, cuts),
+            *_merged_batches(again, clicks, start, cuts, context),
+        ):
             known += batch.num_rows
             yield batch
         for part in log.clicks:
-            yield _batch(part)
+            yield _batch(part, cuts)
         context.notes.extend(_notes(log, known, start))
 
     return events
@@ -234,19 +240,36 @@ def _rows(batch: pa.RecordBatch, where: Where) -> pl.DataFrame:
     return rows
 
 
-def _batch(events: pl.DataFrame) -> pa.RecordBatch:
+def _cuts(log: _Log) -> list[float]:
+    """Return where the parts after the first begin; nothing unless each ends before the next."""
+    spans = sorted(log.spans.values())
+    apart = all(end < first for (_, end), (first, _) in pairwise(spans))
+    return [first for first, _ in spans[1:]] if apart else []
+
+
+def _batch(events: pl.DataFrame, cuts: Sequence[float]) -> pa.RecordBatch:
+    """Make a batch; the last part is test, and the one before it, of three or more, validation."""
     users, items, times = (as_arrow(events[name]) for name in ("user", "item", "time"))
-    return event_batch(users, items, times, None, lambda row: f"{LOG}, event {row + 1}")
+    splits = None
+    if cuts:
+        split_of = np.array([TRAIN] * (len(cuts) - 1) + [VALID if cuts[1:] else TRAIN, TEST])
+        parts = np.searchsorted(cuts, events["time"].to_numpy(), side="right")
+        splits = pa.array(split_of[parts].astype(np.int8))
+    return event_batch(
+        users, items, times, None, lambda row: f"{LOG}, event {row + 1}", splits=splits
+    )
 
 
-def _batches_of(histories: pl.DataFrame, start: float) -> Iterator[pa.RecordBatch]:
+def _batches_of(
+    histories: pl.DataFrame, start: float, cuts: Sequence[float]
+) -> Iterator[pa.RecordBatch]:
     """Yield histories as events that end a second before the first impression."""
     for rows in histories.iter_slices(USERS_AT_A_TIME):
         items = rows.select("user", item=pl.col("history").str.extract_all(_WORD)).with_columns(
             time=start - pl.int_ranges(pl.col("item").list.len().cast(pl.Int64), 0, -1)
         )
         if len(items):
-            yield _batch(items.explode("item", "time"))
+            yield _batch(items.explode("item", "time"), cuts)
 
 
 # ---------------------------------------------------------------- users with several histories
@@ -256,7 +279,11 @@ Known = list[tuple[str, float | None]]
 
 
 def _merged_batches(
-    histories: pl.DataFrame, clicks: pl.DataFrame, start: float, context: Context
+    histories: pl.DataFrame,
+    clicks: pl.DataFrame,
+    start: float,
+    cuts: Sequence[float],
+    context: Context,
 ) -> Iterator[pa.RecordBatch]:
     """Yield the histories of users who have several as one each, with the events new in a later
     one where its order says.
@@ -281,7 +308,7 @@ def _merged_batches(
             new, turned = new + added, turned + back
         rows += [(user, item, time) for item, time in _timed(known, start)]
     if rows:
-        yield _batch(pl.DataFrame(rows, schema=["user", "item", "time"], orient="row"))
+        yield _batch(pl.DataFrame(rows, schema=["user", "item", "time"], orient="row"), cuts)
     if new:
         context.notes.append(
             f"{new:,} events stand in a later history of their user alone; they were put after "
@@ -350,13 +377,19 @@ def _notes(log: _Log, known: int, start: float) -> list[str]:
             f"the times of {known:,} events are made up: MIND's histories have an order and no "
             f"times, and were put before the first impression ({_moment(start)})"
         )
-    parts = sorted(log.spans.items(), key=lambda part: part[1])
-    for (_, (_, end)), (name, (first, _)) in pairwise(parts):
-        if end < first:
-            notes.append(
-                f"{name} begins at {_moment(first)}, after all impressions before it; a split by "
-                f"time there keeps MIND's parts"
-            )
+    parts = sorted(log.spans, key=lambda name: log.spans[name])
+    if _cuts(log):
+        named = " and ".join(
+            f"{name} is {split}"
+            for name, split in zip(reversed(parts[1:]), ("test", "valid"), strict=False)
+        )
+        notes.append(
+            f"splits are given: {named}, all before "
+            f"{'them' if len(parts) > 2 else 'it'} is train; "
+            f"{parts[-1]} begins at {_moment(log.spans[parts[-1]][0])}"
+        )
+    elif len(parts) > 1:
+        notes.append(f"{', '.join(parts)} overlap in time, so that they are no splits")
     return notes
 
 
