@@ -1,4 +1,5 @@
-"""Keep the results of finished runs here, and write them into the README and results/README.md.
+"""Keep the results of finished runs here, and write them into the README, results/README.md and
+docs/ties.md.
 
     python results/collect.py NAME=RUN [NAME=RUN ...]     copy what runs found
     python results/collect.py                             write the tables again from what is here
@@ -6,8 +7,9 @@
 
 NAME is <data set>/<recipe>, and <data set>/<recipe>-s1, -s2 ... for its other seeds, which are one
 row of means. The README gets one table for each data set, results/README.md also how every run was
-made. Only the recipe, scores, counts and ranks are kept: nothing of the data set, no texts, no ids.
-Ranks are in the order of the data set's test users, which only those who have the data can name.
+made; docs/ties.md gets the floors of results/floors, which `l2rec floors` wrote. Only the recipe,
+scores, counts and ranks are kept: nothing of the data set, no texts, no ids. Ranks are in the order
+of the data set's test users, which only those who have the data can name.
 """
 
 import json
@@ -23,12 +25,16 @@ import pyarrow.parquet as pq
 import yaml
 
 from l2rec.data.dataset import open_dataset
-from l2rec.data.splits import leave_one_out
+from l2rec.runs.folder import load_run_config, split_of
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 DETAILS = HERE / "README.md"
+TIES = HERE.parent / "docs" / "ties.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+WAYS = ("leave-one-out", "leave-one-out-hash", "tied-day", "time")
+TIED, ORDERED = ("beauty", "games-days", "steam"), ("scientific", "games", "yelp")
+"""Data sets with times, and those of which only the order is left."""
 COLUMNS = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
 FLOORS = ["popularity", "last item neighbour", "co-occurrence"]
 
@@ -48,11 +54,12 @@ def keep(name: str, run: Path) -> None:
     identity["dataset"]["path"] = f"data/{dataset.name}"
     (folder / "config.yaml").write_text(yaml.safe_dump(identity, sort_keys=False))
     ranks = pq.ParquetFile(run / "ranks.parquet").read()
-    users = leave_one_out(dataset.sequences).test.users
+    users = split_of(load_run_config(run)[0], dataset).test.users
     if ranks["user"].to_pylist() != dataset.user_ids.take(pa.array(users)).to_pylist():
         raise SystemExit(f"{run} did not rank the test users of {dataset.path} in their order")
     # A rank is a half integer, which float32 holds exactly.
-    columns = {name: ranks[name].cast(pa.float32()) for name in ("rank", "rank_masked")}
+    half = pa.list_(pa.float32()) if pa.types.is_list(ranks["rank"].type) else pa.float32()
+    columns = {name: ranks[name].cast(half) for name in ("rank", "rank_masked")}
     kept = pa.table(columns).replace_schema_metadata(ranks.schema.metadata)
     pq.write_table(kept, folder / "ranks.parquet", compression="zstd", compression_level=19)
 
@@ -145,6 +152,46 @@ def untrained(report: Report) -> float:
     return score
 
 
+def floors_table() -> str:
+    """Return what needs no training, by the ways to split: recall@10 / ndcg@10, history masked."""
+    lines = [
+        "| data set | floor | leave-one-out, file | leave-one-out, hash | ndcg@10, file to hash "
+        "| tied-day | time |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    reports = {path.stem: json.loads(path.read_text()) for path in (HERE / "floors").glob("*.json")}
+    for data in (*TIED, *ORDERED):
+        by_way = {way: reports.get(f"{data}-{way}") for way in WAYS}
+        found = [by_way[way] and by_way[way]["scores"] for way in WAYS]
+        for floor in found[0]:
+            cells = [_pair(scores and scores[floor]) for scores in found]
+            change = "–"
+            if found[1]:
+                file, hashed = (scores[floor]["ndcg@10_masked"] for scores in found[:2])
+                change = f"{hashed / file - 1:+.0%}"
+            lines.append(f"| {data} | {floor} | {' | '.join([*cells[:2], change, *cells[2:]])} |")
+        users = [report and f"{report['users_tested']:,}" for report in by_way.values()]
+        shown = [count or "–" for count in users]
+        lines.append(
+            f"| {data} | *users tested* | {shown[0]} | {shown[1]} |  | {shown[2]} | {shown[3]} |"
+        )
+    machines = {f"{r['hardware']}, {r['date']}" for r in reports.values()}
+    return "\n".join([*lines, "", f"Measured on {'; '.join(sorted(machines))}."])
+
+
+def _pair(scores: dict[str, float] | None) -> str:
+    if not scores:
+        return "–"
+    return f"{scores['recall@10_masked']:.4f} / {scores['ndcg@10_masked']:.4f}"
+
+
+def between_marks(path: Path, text: str) -> None:
+    """Replace what stands between the marks of a document."""
+    before, _, rest = path.read_text().partition(BEGIN)
+    after = rest.partition(END)[2] if END in rest else rest
+    path.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
+
+
 def main() -> None:
     """Copy what is named, then write the tables."""
     for argument in sys.argv[1:]:
@@ -155,10 +202,8 @@ def main() -> None:
     # Data sets whose runs were trained out come first.
     sets = sorted(collected().values(), key=lambda runs: sum(map(cut, runs.values())))
     tables = [table(runs) for runs in sets]
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2] if END in rest else rest
-    README.write_text(before + BEGIN + "\n" + "\n\n".join(tables) + "\n" + END + after)
+    between_marks(README, "\n\n".join(tables))
+    between_marks(TIES, floors_table())
     details = [
         f"{table(runs)}\n\n" + "\n".join(made(name, report) for name, report in runs.items())
         for runs in sets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import yaml
@@ -21,6 +22,13 @@ def test_every_option_of_l2rec_is_in_the_table_with_its_default() -> None:
     assert documented == defaults
     assert list(documented) == list(defaults), "in the order of the code"
     assert len(defaults) <= 32, "options that no kept result needs go"
+
+
+def test_the_floors_in_the_document_are_those_that_were_measured() -> None:
+    path = ROOT / "results" / "collect.py"
+    module = module_from_spec(spec := spec_from_file_location("collect", path))  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    assert module.floors_table() in (ROOT / "docs" / "ties.md").read_text()
 
 
 def test_files_that_documents_name_exist() -> None:
