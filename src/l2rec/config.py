@@ -112,7 +112,7 @@ class SplitConfig(_Closed):
     @model_validator(mode="after")
     def _consistent(self) -> SplitConfig:
         if self.kind != "time" and (self.valid_from, self.test_from) != (None, None):
-            raise ValueError("valid_from and test_from need split.kind=time")
+            raise ValueError("valid_from and test_from need split.kind=time (--split time)")
         return self
 
 

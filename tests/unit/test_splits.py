@@ -179,7 +179,36 @@ def test_moments_are_dates_numbers_or_shares() -> None:
         assert cases_of(split.test) == [(0, [0, 1, 2, 3, 4, 5], [6])]
 
 
+@pytest.mark.parametrize(("unit", "per_second"), [("milliseconds", 1e3), ("nanoseconds", 1e9)])
+def test_dates_are_in_the_unit_of_the_data(unit: str, per_second: float) -> None:
+    day = 86_400.0
+    rows: Timed = [[(n * day * per_second, n) for n in range(10)]]
+    split = split_events(timed(rows, unit=unit), "time", "1970-01-05", str(6 * day * per_second))
+    assert cases_of(split.valid) == [(0, [0, 1, 2, 3], [4])]
+    assert cases_of(split.test) == [(0, [0, 1, 2, 3, 4, 5], [6])]
+    assert "validation from 1970-01-05, test from 1970-01-07" in split.protocol
+
+
+@pytest.mark.parametrize("unit", ["seconds", "unknown", "milliseconds"])
+def test_other_moments_are_another_protocol(unit: str) -> None:
+    dataset = timed([[(12_345_670.0 + n / 2, n) for n in range(10)]], unit=unit)
+    protocols = {
+        split_events(dataset, "time", 12_345_672.0, 12_345_672.5 + n).protocol for n in (0, 0.5, 1)
+    }
+    assert len(protocols) == 3
+
+
+@pytest.mark.parametrize("moment", ["nan", "inf", float("nan"), float("-inf")])
+def test_moments_are_finite(moment: str | float) -> None:
+    with pytest.raises(DataError, match="is no time; write a date such as"):
+        split_events(timed([[(0, 1), (1, 2), (2, 3)]]), "time", moment)
+    with pytest.raises(DataError, match="choose moments inside the log's time span"):
+        split_events(timed([[(0, 1), (1, 2), (2, 3)]]), "time", 1e300, 1e301)
+
+
 def test_a_split_by_time_wants_times_in_order() -> None:
+    with pytest.raises(DataError, match="has times of several units"):
+        split_events(timed([[(0, 1), (1, 2), (2, 3)]], unit="mixed"), "time")
     with pytest.raises(DataError, match="test from 1970-01-01T00:00:04Z on, which is not later"):
         splits.global_time(timed([]), 7, 4)
     with pytest.raises(DataError, match="has positions instead of times"):
@@ -229,6 +258,10 @@ def test_what_cannot_be_split_is_refused() -> None:
         split_events(timed(rows), "given")
     with pytest.raises(DataError, match="no user has three events: one to learn from"):
         split_events(timed(rows))
+    told = timed(rows)
+    told.meta["splits"] = "leave-one-out"
+    with pytest.raises(DataError, match="no user has three events: one to learn from"):
+        split_events(told, "given")
     with pytest.raises(DataError, match="no user has events of three different times"):
         split_events(timed([[(0, 1), (0, 2), (0, 3)]]), "tied-day")
 

@@ -51,6 +51,9 @@ LEAVE_ONE_OUT, TIED_DAY, TIME, GIVEN = "leave-one-out", "tied-day", "time", "giv
 TRAIN, VALID, TEST = 0, 1, 2
 """Values of ``Dataset.splits``."""
 
+WITHOUT_TIMES = {"order only": "positions instead of times", "mixed": "times of several units"}
+"""Units of time by which nothing can be split."""
+
 QUANTILES = (0.8, 0.9)
 """Shares of all events before validation and before test, where no moments are named."""
 
@@ -127,9 +130,9 @@ def split_events(
     """
     if kind == "auto":
         kind = "leave-one-out" if dataset.splits is None else "given"
+    if kind == GIVEN and dataset.meta.get("splits") == LEAVE_ONE_OUT:
+        kind = LEAVE_ONE_OUT
     if kind == GIVEN:
-        if dataset.meta.get("splits") == LEAVE_ONE_OUT:
-            return leave_one_out(dataset.sequences)
         return given(dataset)
     if kind == TIME:
         return global_time(dataset, *_moments(dataset, valid_from, test_from))
@@ -146,13 +149,14 @@ def _moments(
     dataset: Dataset, valid_from: float | str | None, test_from: float | str | None
 ) -> tuple[float, float]:
     """Turn what names the two moments into times."""
-    if dataset.order.unit == "order only":
+    order = dataset.order
+    if order.unit in WITHOUT_TIMES:
         raise DataError(
-            f"{dataset.path} has positions instead of times, and those of different users have "
+            f"{dataset.path} has {WITHOUT_TIMES[order.unit]}, and those of different users have "
             f"nothing to do with each other; choose leave-one-out, or prepare a log with times"
         )
     values = [
-        moment(value) if isinstance(value, str) else float(value)
+        moment(str(value), order.per_second or 1.0)
         for value in (
             QUANTILES[0] if valid_from is None else valid_from,
             QUANTILES[1] if test_from is None else test_from,
@@ -220,12 +224,15 @@ def global_time(dataset: Dataset, valid_from: float, test_from: float) -> Split:
         DataError: the moments are not in order, times are only positions, or nobody can be
             validated or tested.
     """
-    seconds = dataset.order.unit == "seconds"
-    names = [shown(at) if seconds else f"{at:g}" for at in (valid_from, test_from)]
+    per_second = dataset.order.per_second
+    names = [
+        f"{at:.15g}" if per_second is None else shown(at / per_second)
+        for at in (valid_from, test_from)
+    ]
     if not valid_from < test_from:
         raise DataError(
             f"validation from {names[0]} on, and test from {names[1]} on, which is not later; "
-            f"choose two moments in order (split.valid_from, split.test_from)"
+            f"choose two moments in order (--valid-from, --test-from)"
         )
     sequences = dataset.sequences
     n_train = _counts_before(dataset, valid_from)

@@ -32,6 +32,8 @@ UNITS = (
 )
 """Unit, its smallest time after 1973, and how many make a second."""
 STEPS = (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
+MIXED = "mixed"
+"""Unit, resolution or rule of merged parts that differ in it."""
 RESOLUTION_SHARE = 0.99
 """Share of times that must be whole steps apart: public files hold times that were filled in."""
 SAMPLE_EVENTS, SAMPLE_SHARE = 1024, 0.9
@@ -88,8 +90,13 @@ class EventOrder:
             if isinstance(value, int):
                 mine[name] += value
             elif mine[name] != value:
-                mine[name] = "mixed"
+                mine[name] = MIXED
         return EventOrder(**mine)
+
+    @property
+    def per_second(self) -> float | None:
+        """How many of the unit of time are a second; None where it is not known."""
+        return next((per_second for name, _, per_second in UNITS if name == self.unit), None)
 
     @property
     def warning(self) -> str | None:
