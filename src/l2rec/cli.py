@@ -113,16 +113,20 @@ def _next(*words: object) -> str:
 
 def _next_of(data: Path, dataset: Dataset) -> str:
     """Return what to do next with a data set: train a recipe that it has enough for."""
-    from l2rec.data.splits import MIN_EVENTS
+    from l2rec.data.splits import LEAVE_ONE_OUT, MIN_EVENTS, users_tested
 
-    if not (dataset.sequences.lengths >= MIN_EVENTS).any():
-        return (
-            f"next: prepare a log with more events; a training needs users with {MIN_EVENTS} or "
-            f"more, and here there are none"
-        )
+    others = []
+    if not users_tested(dataset):
+        if not (dataset.sequences.lengths >= MIN_EVENTS).any():
+            return (
+                f"next: prepare a log with more events; a training needs users with {MIN_EVENTS} "
+                f"or more, and here there are none"
+            )
+        others = ["--split", LEAVE_ONE_OUT]  # since the log's own splits leave nobody
     textless = dataset.meta["counters"]["items_without_text"] == dataset.n_items
     recipe = "sasrec" if textless else "l2rec-plus"  # without texts, ids alone are learned from
-    return _next("l2rec", "train", recipe, "--data", data, "--out", Path("runs") / data.name)
+    out = Path("runs") / data.name
+    return _next("l2rec", "train", recipe, "--data", data, "--out", out, *others)
 
 
 def _must_be_folder(out: Path) -> None:

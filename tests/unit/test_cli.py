@@ -464,6 +464,31 @@ def test_the_next_line_fits_the_data(call: Call, tmp_path: Path) -> None:
     assert "a training needs users with 3 or more" in last
 
 
+@pytest.mark.parametrize(
+    ("train", "valid", "test", "options"),
+    [
+        (["u,a,1", "u,b,2", "u,c,3"], [], ["v,a,9"], ["--split", "leave-one-out"]),
+        (["u,a,1", "u,b,2", "u,c,3"], [], ["u,d,9"], []),
+        (["u,a,1", "v,a,1"], [], ["u,d,9", "u,e,9"], ["--split", "leave-one-out"]),
+        (["u,a,1", "u,b,2", "u,c,3"], ["v,a,1"], ["u,d,9"], ["--split", "leave-one-out"]),
+        (["u,a,1", "v,a,1"], ["u,b,2"], ["v,b,2"], []),
+    ],
+)
+def test_the_next_line_fits_the_splits(
+    call: Call, tmp_path: Path, train: Rows, valid: Rows, test: Rows, options: Rows
+) -> None:
+    (tmp_path / "log").mkdir()
+    for name, rows in (("train", train), ("valid", valid), ("test", test)):
+        lines = ["user_id,item_id,timestamp", *rows, ""]
+        (tmp_path / "log" / f"{name}.csv").write_text("\n".join(lines))
+    data = tmp_path / "data"
+    *_, last = call("prepare", tmp_path / "log", "--out", data).out.splitlines()
+    assert last.split()[8:] == options
+    assert call("floors", data, "--backbone", "none", *options).code == 0
+    tested = only_json(call("describe", data, "--json"))["users_evaluated"]
+    assert bool(tested) == (not options)
+
+
 def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Path) -> None:
     overrides = [f"model.{key}={json.dumps(value)}" for key, value in runs.SMALL.items()] + [
         "training.max_steps=1",
@@ -480,6 +505,9 @@ def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Pa
 def test_recipes(call: Call) -> None:
     names = call("recipes").out.split()
     assert {"l2rec", "l2rec-table", "scientific/l2rec", "movielens-100k/l2rec-plus"} <= set(names)
+
+
+Rows = list[str]
 
 
 def only_json(outcome: Outcome) -> dict[str, Any]:

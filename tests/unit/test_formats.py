@@ -648,3 +648,16 @@ def test_catalog_row_without_id(tmp_path: Path) -> None:
     write(tmp_path / "tiny.item", "item_id:token\ttitle:token_seq\na\tA\n\tB\n")
     with pytest.raises(DataError, match=r"tiny\.item, line 3 has no item id"):
         catalog_of(open_source(tmp_path))
+
+
+def test_a_format_that_the_files_do_not_have_is_refused(tmp_path: Path) -> None:
+    recbole(tmp_path)
+    with pytest.raises(DataError, match=r"has no u\.data, no ratings\.dat and no ratings\.csv"):
+        open_source(tmp_path, format="movielens")
+
+
+def test_folders_of_folders_are_named(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / name / "a.csv", "user_id,item_id\n")
+    with pytest.raises(DataError, match=r"found only folders \(test, train\); looked for"):
+        open_source(tmp_path)

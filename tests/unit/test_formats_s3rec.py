@@ -227,3 +227,20 @@ def test_last_items_and_other_users_are_no_random_split(tmp_path: Path, test: st
     train = write(tmp_path / "train.txt", "0 5 1 9\n1 4 2 5 7\n2 3 1\n")
     write(tmp_path / "test.txt", test)
     assert "train.txt is one split" in open_source(train).notes[0]
+
+
+def test_lines_of_one_length_are_sequences_beside_their_attributes(tmp_path: Path) -> None:
+    log = write(tmp_path / "Beauty.txt", "1 1 2 3 4 5\n2 3 1 6 2 7\n")
+    write(tmp_path / "Beauty_sample.txt", "1 9 8 7 6 5\n2 9 8 6 5 4\n")
+    assert "--format sequences for a user" in refusal(log)
+    attributes = write(tmp_path / "Beauty_item2attributes.json", {str(n): [n] for n in range(1, 8)})
+    for path in (tmp_path, log):
+        source = open_source(path)
+        assert (source.format, list(source.files)) == ("sequences", [log, attributes])
+        assert [item for _, item, _ in events_of(source)] == list("1234531627")
+
+
+def test_attributes_are_not_taken_for_the_log(tmp_path: Path) -> None:
+    write(tmp_path / "log.txt", "1 2 3\n2 3 4\n")
+    write(tmp_path / "Beauty_item2attributes.json", ATTRIBUTES)
+    assert "no known format" in refusal(tmp_path)

@@ -139,6 +139,8 @@ def test_several_sizes_or_forms(tmp_path: Path) -> None:
     write(tmp_path / "y" / "README.md", "x")
     message = refusal(tmp_path / "y")
     assert "y has flat/500m, flat/50m, sequential/50m; give the folder of one size and" in message
+    pq.write_table(pa.table({"item_id": [7], "embed": [[0.1]]}), tmp_path / "y" / "e.parquet")
+    assert refusal(tmp_path / "y") == message
     folder = yambda(tmp_path / "z", sequential=False, union=False)
     pq.write_table(table(("like",), False, True), folder / "likes.parquet")
     assert "has files of the flat and of the sequential form" in refusal(folder)

@@ -106,6 +106,8 @@ def test_splits_can_be_left_aside(tmp_path: Path) -> None:
     dataset = prepared(LOG, tmp_path / "none", splits="none")
     assert dataset.splits is None and dataset.meta["splits"] is None
     assert split_events(dataset).kind == "leave-one-out"
+    assert dataset.meta["notes"][-1].startswith("the splits that the log came with are left aside")
+    assert "left aside" not in str(prepared(LOG, tmp_path / "given").meta["notes"])
 
 
 def test_leave_one_out_is_told_and_nothing_more_is_stored(tmp_path: Path) -> None:

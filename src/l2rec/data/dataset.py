@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from l2rec.data.ragged import Ragged
-from l2rec.data.splits import MIN_EVENTS
+from l2rec.data.splits import users_tested
 from l2rec.data.ties import EventOrder, measure_order
 from l2rec.errors import DataError, nearest
 
@@ -198,7 +198,7 @@ class Dataset:
             "text_characters": _quantiles(pc.utf8_length(texts).to_numpy()),
             "text_words": _quantiles(words.to_numpy()),
             "items_without_text": self.n_items - int(pc.sum(has_text).as_py() or 0),
-            "users_evaluated": int((lengths >= MIN_EVENTS).sum()),
+            "users_evaluated": users_tested(self),
             "repeats_share": self._repeats() / self.n_events if self.n_events else 0.0,
             "event_types": self._event_type_counts(),
             "order": self.order.to_json(),

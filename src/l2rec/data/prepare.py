@@ -189,6 +189,7 @@ class _State:
     notes: list[str] = field(default_factory=list)
     event_types: list[str] = field(default_factory=list)
     splits: str | None = None
+    splits_left_aside: bool = False
 
 
 # ---------------------------------------------------------------- the catalog
@@ -386,9 +387,11 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
                         f"{types.values[-1].as_py()!r}; name another column"
                     )
                 _append(files["types"], codes.astype(np.int8))
-            if "split" in table.column_names and state.config.splits == "given":
-                has_splits = True
-                _append(files["splits"], _one(table["split"]).to_numpy())
+            if "split" in table.column_names:
+                has_splits = state.config.splits == "given"
+                state.splits_left_aside = not has_splits
+                if has_splits:
+                    _append(files["splits"], _one(table["split"]).to_numpy())
             total += len(item_ints)
     wanted.check(source)
     if not total:
@@ -848,6 +851,9 @@ def _write_meta(
             f"{textless:,} items have no text; they can be read in a history but only their id "
             f"is known; use --drop-textless to drop them"
         )
+    notes = [*state.notes, *dict.fromkeys(source.notes)]
+    if state.splits_left_aside:
+        notes.append("the splits that the log came with are left aside (--splits none)")
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -868,7 +874,7 @@ def _write_meta(
         },
         "options": state.config.model_dump(mode="json"),
         "counters": state.counters,
-        "notes": [*state.notes, *dict.fromkeys(source.notes)],
+        "notes": notes,
     }
     offsets, items, times = arrays[:3]
     order = order or recorded_order(meta, offsets, items, times, table["item_id"])

@@ -29,6 +29,7 @@ __all__ = [
     "leave_one_out",
     "split_events",
     "tied_day",
+    "users_tested",
     "with_fewer_users",
 ]
 
@@ -143,6 +144,23 @@ def split_events(
             f"{dataset.path}: no user has {what}: one to learn from, two to be tested on"
         )
     return split
+
+
+def users_tested(dataset: Dataset) -> int:
+    """Count the users who are tested where no split is named; 0 if there is nobody to validate."""
+    if dataset.splits is None:
+        return int((dataset.sequences.lengths >= MIN_EVENTS).sum())
+    splits, offsets = np.asarray(dataset.splits), dataset.offsets
+
+    def of(split: int) -> int:
+        at = np.flatnonzero(splits == split)
+        users = np.searchsorted(offsets, at, side="right") - 1
+        return len(np.unique(users[at > offsets[users]]))
+
+    if (splits == VALID).any():
+        return of(TEST) if of(VALID) else 0
+    seconds = offsets[:-1][np.diff(offsets) > 1] + 1
+    return of(TEST) if (splits[seconds] == TRAIN).any() else 0
 
 
 def _moments(

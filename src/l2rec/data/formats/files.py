@@ -37,6 +37,11 @@ class File:
         name = PurePosixPath(self.member).name if self.member else self.path.name
         return name[:-3] if name.lower().endswith(".gz") else name
 
+    @property
+    def folder(self) -> str:
+        """Base name of the folder that holds it."""
+        return PurePosixPath(self.member or self.path.absolute().as_posix()).parent.name
+
     def ends(self, *suffixes: str) -> bool:
         """Tell whether the name ends in one of the suffixes, in small letters or capitals."""
         return self.name.lower().endswith(suffixes)
@@ -176,7 +181,9 @@ def given_splits(files: Iterable[File], suffixes: tuple[str, ...]) -> tuple[File
 
 def splits_note(files: Iterable[File]) -> str:
     """Say that files were read as the splits of one log."""
-    names = ", ".join(file.name for file in files)
+    files = list(files)
+    alike = len({file.name for file in files}) < len(files)  # then their folders tell them apart
+    names = ", ".join(f"{file.folder}/{file.name}" if alike else file.name for file in files)
     return f"read as one log whose splits are given: {names} (train, valid, test)"
 
 

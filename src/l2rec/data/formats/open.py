@@ -115,6 +115,11 @@ def _reader(
         inside = path.is_dir() or path.suffix.lower() == ".zip"
         files = files if inside else listing(path.parent)
         format = movielens.detect(path, files, items, context)
+        if format is None:
+            raise DataError(
+                f"{path} has no u.data, no ratings.dat and no ratings.csv with a column userId, as "
+                f"MovieLens has; choose another --format"
+            )
     if format == "amazon":
         format = amazon_csv.detect(path, files, items, context) or format
     if format is not None:
@@ -125,15 +130,23 @@ def _reader(
             return reader, kind
     for file in files.values():
         if file.ends(".json") and (told := one_value(file, context.columns.encoding)):
+            if any(other.ends(".txt") for other in files.values()):
+                break  # which may well be the log
             raise told
-    found = ", ".join(list(files)[:5]) or "nothing"
+    found = ", ".join(list(files)[:5]) or _folders_in(path)
     raise DataError(
         f"no known format in {path}: found {found}; looked for *.inter (RecBole), *.json, *.jsonl "
         f"or *.ndjson, plain or .gz, u.data, ratings.dat or ratings.csv (MovieLens), "
         f"*.parquet, *.csv, *.tsv and *.txt of lines USER ITEM ITEM ...; name its format with "
-        f"--format, such as --format csv for a table with a header (l2rec prepare --formats lists "
-        f"them)"
+        f"--format, such as --format csv for a table with a header or --format sequences for a "
+        f"user and all their items in each line (l2rec prepare --formats lists them)"
     )
+
+
+def _folders_in(path: Path) -> str:
+    """Say what a folder without files holds."""
+    names = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+    return f"only folders ({', '.join(names[:5])})" if names else "nothing"
 
 
 def _open_catalog(file: File, context: Context) -> CatalogReader:

@@ -60,8 +60,11 @@ _NO_ID = re.compile(r'[,;|:"]|[.!?]$')
 _DIGIT = re.compile(r"\d")
 
 
-def shape(file: File, encoding: str) -> str | None:
-    """Tell whether the first lines of a .txt file are sequences or pairs; None if neither."""
+def shape(file: File, encoding: str, *, attributed: bool = False) -> str | None:
+    """Tell whether the first lines of a .txt file are sequences or pairs; None if neither.
+
+    ``attributed``: attributes of the items lie beside it, so lines of one length are no table.
+    """
     rows = _head(file, encoding) if file.ends(".txt") else []
     if len(rows) < 2 or _has_header(rows):
         return None
@@ -73,7 +76,7 @@ def shape(file: File, encoding: str) -> str | None:
         return None
     if sizes == {2} and len(users) < len(rows):
         return "pairs"
-    if min(sizes) > 2 and len(sizes) > 1 and len(users) == len(rows):
+    if min(sizes) > 2 and (len(sizes) > 1 or attributed) and len(users) == len(rows):
         return "sequences"
     return None
 
@@ -93,7 +96,13 @@ def detect(path: Path, files: dict[str, File], items: File | None, context: Cont
     texts = _texts(files, items)
     if any(name in texts for name in LOGS):
         return "sequences"
-    return next((told for f in texts.values() if (told := shape(f, encoding))), None)
+    near = beside(path, files)
+    return next((told for f in texts.values() if (told := _shape(f, near, encoding))), None)
+
+
+def _shape(file: File, near: dict[str, File], encoding: str) -> str | None:
+    """Tell the shape of a file by its lines and by what lies beside it."""
+    return shape(file, encoding, attributed=_attributes_of(file) in near)
 
 
 def _texts(files: dict[str, File], items: File | None) -> dict[str, File]:
@@ -184,7 +193,7 @@ def _log(path: Path, files: dict[str, File], items: File | None, kind: str, enco
     named = [texts[name] for name in LOGS if name in texts and kind == "sequences"]
     if len(named) == 1:
         return named[0]
-    told = {name: f for name, f in texts.items() if shape(f, encoding) == kind} or texts
+    told = {name: f for name, f in texts.items() if _shape(f, files, encoding) == kind} or texts
     return only_file(path, told, (".txt",), ".txt")
 
 

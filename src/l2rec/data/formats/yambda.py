@@ -72,9 +72,15 @@ def detect(path: Path, files: dict[str, File], items: File | None, context: Cont
     """Tell by the columns of a file, or by the names of files in subfolders."""
     if any(_is_yambda(file) for file in files.values() if file != items):
         return "yambda"
-    return (
-        "yambda" if not any(f.ends(".parquet") for f in files.values()) and _logs_in(path) else None
-    )
+    # Its root has tables of embeddings, albums and artists beside the folders.
+    tables = [file for file in files.values() if file.ends(".parquet") and file != items]
+    return "yambda" if all(map(_is_of_items, tables)) and _logs_in(path) else None
+
+
+def _is_of_items(file: File) -> bool:
+    """Tell whether a table says something of items and of no user, so that it is no log."""
+    names = set(parquet_file(file).schema_arrow.names)
+    return ITEM in names and USER not in names and TIME not in names
 
 
 def yambda(
