@@ -102,6 +102,15 @@ def test_parquet_files_that_are_no_parts_of_one_log(tmp_path: Path) -> None:
     assert "different columns, such as likes.parquet and multi_event.parquet" in refusal(tmp_path)
 
 
+def test_splits_in_several_parquet_files_follow_each_other(tmp_path: Path) -> None:
+    for item, name in enumerate(("train-0-of-2", "train-1-of-2", "validation", "test")):
+        rows = pa.table({"user_id": ["u"], "item_id": [str(item)]})
+        pq.write_table(rows, tmp_path / f"{name}.parquet")
+    source = opened(tmp_path, timestamp=None)
+    assert [item for _, item, _ in events_of(source)] == list("0123")
+    assert source.notes[1].startswith("splits that the names of these files tell were not kept")
+
+
 @pytest.mark.parametrize("ending", ["inter", "csv"])
 def test_splits_are_named(tmp_path: Path, ending: str) -> None:
     typed = "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t1\n"

@@ -369,7 +369,8 @@ def _is_catalog(file: File) -> bool:
 def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
     """Tell by the end of a file's name, unless all such files are one value and others are not."""
     logs = _logs(files, items)
-    others = any(f.ends(".parquet", ".csv", ".tsv") for f in files.values() if f != items)
+    tables = (".parquet", ".csv", ".tsv", ".txt")
+    others = any(f.ends(*tables) for f in files.values() if f != items)
     if others and all(one_value(f, context.columns.encoding) for f in logs):
         return None
     return "jsonl" if logs else None

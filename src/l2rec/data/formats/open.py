@@ -129,9 +129,9 @@ def _reader(
         if (kind := reader.detect(path, files, items, context)) is not None:
             return reader, kind
     for file in files.values():
+        if any(other.ends(".txt") for other in files.values()):
+            break  # which may well be the log
         if file.ends(".json") and (told := one_value(file, context.columns.encoding)):
-            if any(other.ends(".txt") for other in files.values()):
-                break  # which may well be the log
             raise told
     found = ", ".join(list(files)[:5]) or _folders_in(path)
     raise DataError(

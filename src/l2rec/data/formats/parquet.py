@@ -19,6 +19,7 @@ from l2rec.data.formats.files import (
     given_splits,
     reading,
     split_note,
+    split_of,
     splits_note,
 )
 from l2rec.data.formats.ignored import SAMPLE_ROWS, check_ignored
@@ -95,9 +96,15 @@ def parquet(
     if splits:
         context.notes.append(splits_note(logs))
     elif len(logs) > 1:
+        logs = sorted(logs, key=lambda file: split_of(file) or (-1, ""))  # as they follow in time
         context.notes.append(
             f"{len(logs)} files were read as parts of one log: {', '.join(f.name for f in logs)}"
         )
+        if len({told[0] for file in logs if (told := split_of(file))}) > 1:
+            context.notes.append(
+                "splits that the names of these files tell were not kept; they are where train, "
+                "valid and test are one file each"
+            )
     else:
         context.notes.extend(split_note(logs[0]))
     events = _parquet_events(logs, columns, event_type, context, given=splits is not None)
