@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from l2rec.cli import app
 from l2rec.config import RunConfig, resolve
 from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.merge import merge
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import split_events
 from l2rec.disk import read_json
@@ -352,6 +353,38 @@ def test_a_start_that_may_have_seen_the_test_is_refused(
             init=tied_run,
         )
     train_run(recipe(), tied.path, tmp_path / "y", progress=Quiet(), init=tied_run)
+
+
+def test_a_start_that_saw_the_test_among_other_data_is_refused(
+    tied: Dataset, tied_run: Path, tmp_path: Path
+) -> None:
+    other = Dataset.from_frames(
+        log_of([walk(user) for user in range(9)]), out=tmp_path / "other", progress=False
+    )
+    once = merge([tied.path, other.path], tmp_path / "once", progress=False)
+    again = Dataset.from_frames(
+        log_of([walk(user) for user in range(5)]), out=tmp_path / "more", progress=False
+    )
+    twice = merge([once.path, again.path], tmp_path / "twice", progress=False)
+    last = recipe("tied-day")
+    train_run(recipe(), twice.path, tmp_path / "merged", progress=Quiet())
+    train_run(recipe(), other.path, tmp_path / "through", progress=Quiet(), init=tied_run)
+    for init in (tmp_path / "merged", tmp_path / "through"):
+        with pytest.raises(CheckpointError, match="so it may have seen the test"):
+            train_run(last, tied.path, tmp_path / "x", progress=Quiet(), init=init)
+        out = tmp_path / f"from-{init.name}"
+        train_run(recipe(), tied.path, out, progress=Quiet(), init=init)
+
+
+def test_a_start_on_the_same_log_in_another_order_is_told(
+    tied: Dataset, tied_run: Path, tmp_path: Path
+) -> None:
+    log = log_of([walk(user) for user in range(36)])
+    hashed = Dataset.from_frames(log, out=tmp_path / "hash", ties="hash", progress=False)
+    progress = Quiet()
+    train_run(recipe(), hashed.path, tmp_path / "x", progress=progress, init=tied_run)
+    told = [line for line in progress.lines if "it may have seen the test" in line]
+    assert len(told) == 1 and "data of the same users and items" in told[0]
 
 
 def test_moments_need_a_split_by_time() -> None:

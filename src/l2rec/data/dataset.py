@@ -120,6 +120,11 @@ class Dataset:
         return list(self.meta.get("event_types", []))
 
     @property
+    def parts(self) -> dict[str, str]:
+        """Fingerprints of the data sets that it was merged from, by name."""
+        return dict((self.meta.get("source") or {}).get("parts", {}))
+
+    @property
     def sequences(self) -> Ragged:
         """Item ints of each user, oldest first: ``Ragged(items, offsets)`` with U rows."""
         return Ragged(self.items, self.offsets)

@@ -58,11 +58,23 @@ def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True
         events=events,
         catalog=catalog,
         fields=("text",),
+        parts={
+            name: fingerprint
+            for dataset in datasets
+            for name, fingerprint in _parts(dataset).items()
+        },
     )
     config = PrepareConfig(keep_all_items=True)
     order = functools.reduce(operator.add, (dataset.order for dataset in datasets))
     origin = " + ".join(names)
     return build(source, Path(out), config, origin=origin, progress=progress, order=order)
+
+
+def _parts(dataset: Dataset) -> dict[str, str]:
+    """Return the fingerprints of a data set and of those that it was merged from, by name."""
+    return {dataset.name: dataset.fingerprint} | {
+        f"{dataset.name}/{name}": fingerprint for name, fingerprint in dataset.parts.items()
+    }
 
 
 def _prefixed(name: str, ids: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:

@@ -871,6 +871,7 @@ def _write_meta(
             "origin": origin,
             "format": source.format,
             "files": [{"name": f.name, "bytes": f.stat().st_size} for f in source.files],
+            **({"parts": dict(source.parts)} if source.parts else {}),
         },
         "options": state.config.model_dump(mode="json"),
         "counters": state.counters,

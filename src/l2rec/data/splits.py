@@ -132,7 +132,7 @@ def split_events(
     if kind == "auto":
         kind = "leave-one-out" if dataset.splits is None else "given"
     if kind == GIVEN and dataset.meta.get("splits") == LEAVE_ONE_OUT:
-        kind = LEAVE_ONE_OUT
+        kind = "leave-one-out"
     if kind == GIVEN:
         return given(dataset)
     if kind == TIME:

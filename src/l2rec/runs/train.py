@@ -23,9 +23,9 @@ import torch
 from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
-from l2rec.data.splits import LEAVE_ONE_OUT, Cases, Split
+from l2rec.data.splits import GIVEN, LEAVE_ONE_OUT, Cases, Split
 from l2rec.disk import working_on, write_json
-from l2rec.errors import CheckpointError, ConfigError
+from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranks import protocol_of
 from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
 from l2rec.evaluation.tied_day import beside_leave_one_out
@@ -189,7 +189,7 @@ def _fit(
     if (out / START).is_file():
         load_trained(model, load_tensors(out / START)[0], str(out / START))
     elif init is not None:
-        _check_start(init, dataset, split)
+        _check_start(init, dataset, split, progress)
         progress.line(_start_from(model, init))
     write_identity(out, config, dataset, backbone, init)
     clear_partial(out)
@@ -214,21 +214,63 @@ def _fit(
     return _Fitted(split, backbone, model, trained, result)
 
 
-def _check_start(init: Path, dataset: Dataset, split: Split) -> None:
+def _check_start(init: Path, dataset: Dataset, split: Split, progress: Progress) -> None:
     """Refuse a start that was trained on other events of this very data set: on its test, perhaps.
+
+    Its own start counts too. Warn of one whose data are the same log, prepared in another way.
 
     Raises:
         CheckpointError: it was.
     """
-    config, identity = load_run_config(init)
-    if identity["dataset"]["fingerprint"] != dataset.fingerprint:
-        return
-    theirs = split_of(config, dataset)
-    if theirs.protocol != split.protocol:
-        raise CheckpointError(
-            f"--init {init} was trained on this data by another split ({theirs.protocol}, not "
-            f"{split.protocol}), so it may have seen the test; pre-train with the same split"
-        )
+    start: Path | None = init
+    while start is not None and (start / "config.yaml").is_file():
+        config, identity = load_run_config(start)
+        theirs = _protocol_there(config, identity, dataset)
+        if theirs is not None and theirs != split.protocol:
+            raise CheckpointError(
+                f"--init {start} was trained on this data by another split ({theirs}, not "
+                f"{split.protocol}), so it may have seen the test; pre-train with the same split"
+            )
+        if theirs is None and _same_ids(_trained_on(identity), dataset):
+            progress.line(
+                f"warning: --init {start} was trained on data of the same users and items "
+                f"({identity['dataset']['path']}); if they are the same events in another order, "
+                f"or were split in another way, it may have seen the test"
+            )
+        start = None if identity.get("init") is None else Path(identity["init"])
+
+
+def _protocol_there(config: RunConfig, identity: Mapping[str, Any], dataset: Dataset) -> str | None:
+    """Return by which protocol a run was trained on a data set, alone or merged with others; None
+    if it was not, as far as can be told.
+    """
+    if identity["dataset"]["fingerprint"] == dataset.fingerprint:
+        return split_of(config, dataset).protocol
+    whole = _trained_on(identity)
+    if whole is None or dataset.fingerprint not in whole.parts.values():
+        return None
+    theirs = split_of(config, whole)
+    if theirs.kind == GIVEN and dataset.splits is None:
+        return LEAVE_ONE_OUT  # what `merge` gives to parts without splits
+    return theirs.protocol
+
+
+def _trained_on(identity: Mapping[str, Any]) -> Dataset | None:
+    """Open the data set of a run; None if it is no longer there."""
+    try:
+        dataset = open_dataset(Path(identity["dataset"]["path"]))
+    except DataError:
+        return None
+    return dataset if dataset.fingerprint == identity["dataset"]["fingerprint"] else None
+
+
+def _same_ids(one: Dataset | None, other: Dataset) -> bool:
+    return (
+        one is not None
+        and (one.n_users, one.n_items) == (other.n_users, other.n_items)
+        and set(one.item_ids.to_pylist()) == set(other.item_ids.to_pylist())
+        and set(one.user_ids.to_pylist()) == set(other.user_ids.to_pylist())
+    )
 
 
 def _start_from(model: Any, init: Path) -> str:

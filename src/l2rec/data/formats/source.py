@@ -33,7 +33,8 @@ class Source:
     ``catalog(fields)``: batches of ``item_id`` and the named fields, all strings, none null;
     None without a catalog. ``fields`` are always stored and make the default text;
     ``more_fields`` are read only when a text template names them. ``files``: the files read.
-    ``notes``: what the user should know of the files, complete when all was read.
+    ``notes``: what the user should know of the files, complete when all was read. ``parts``:
+    fingerprints of the data sets that were merged, by name.
     """
 
     format: str
@@ -43,6 +44,7 @@ class Source:
     fields: tuple[str, ...] = ()
     more_fields: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    parts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
