@@ -398,7 +398,7 @@ def floors(
     with Console(quiet=as_json) as console:
         report = score_floors(
             data,
-            from_options(SplitConfig, options),
+            from_options(SplitConfig, options, kind="split"),
             backbone=backbone,
             progress=console,
             command=shlex.join(["l2rec", *sys.argv[1:]]),

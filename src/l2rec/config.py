@@ -142,8 +142,10 @@ class RunConfig(_Closed):
         return values
 
 
-def from_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
+def from_options(kind: type[Options], options: Mapping[str, Any], /, **flags: str) -> Options:
     """Build a configuration from options of the command line; None stands for the default.
+
+    ``flags``: names of options that are not those of the fields.
 
     Raises:
         ConfigError: a value that is not allowed, by the name of its option.
@@ -152,8 +154,12 @@ def from_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
         return kind(**{name: value for name, value in options.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{name} {first['input']}: {first['msg']}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # of several options together
+            raise ConfigError(message) from None
+        field = str(first["loc"][0])
+        name = flags.get(field, field).replace("_", "-")
+        raise ConfigError(f"--{name} {first['input']}: {message}") from None
 
 
 def method_class(path: str) -> Any:

@@ -489,6 +489,25 @@ def test_the_next_line_fits_the_splits(
     assert bool(tested) == (not options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--valid-from", "0.5"), r"^l2rec: valid_from and test_from need .* \(--split time\)$"),
+        (("--split", "loo"), r"^l2rec: --split loo: Input should be 'auto', 'leave-one-out'"),
+    ],
+)
+def test_split_options_that_are_refused(
+    call: Call, table_run: Finished, options: tuple[str, ...], message: str
+) -> None:
+    refused(call("floors", table_run.data, "--backbone", "none", *options), message)
+
+
+def test_a_moment_that_is_none_is_refused(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\nann,a,1\n")
+    outcome = call("prepare", tmp_path / "log.csv", "--out", tmp_path / "d", "--before", "nan")
+    refused(outcome, "^l2rec: --before nan: 'nan' is no time; write a date")
+
+
 def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Path) -> None:
     overrides = [f"model.{key}={json.dumps(value)}" for key, value in runs.SMALL.items()] + [
         "training.max_steps=1",

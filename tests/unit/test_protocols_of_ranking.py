@@ -282,7 +282,7 @@ def test_compare_by_both_protocols(tied: Dataset, tied_run: Path, tmp_path: Path
     shown = CliRunner().invoke(app, ["compare", str(tied_run), str(other), "--tied-day"])
     assert shown.exit_code == 0, shown.output
     (other / "ranks-tied-day.parquet").unlink()
-    with pytest.raises(DataError, match=r"has no ranks-tied-day\.parquet"):
+    with pytest.raises(DataError, match=r"has no ranks-tied-day\.parquet.*--tied-day` says"):
         compare_runs([tied_run, other], tied_day=True)
 
 

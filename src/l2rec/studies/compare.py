@@ -126,8 +126,8 @@ def read_run(path: Path, dataset: Dataset | None = None, *, tied_day: bool = Fal
     if tied_day and not (path / TIED_RANKS).is_file():
         raise DataError(
             f"{path} has no {TIED_RANKS}: no two events of a user tie at the end, the split is not "
-            "leave-one-out, or the run is of an earlier version; `l2rec evaluate` says which, and "
-            "writes it"
+            f"leave-one-out, or the run is of an earlier version; "
+            f"`l2rec evaluate {shlex.quote(str(path))} --tied-day` says which, and writes it"
         )
     users = None
     if dataset is not None and not tied_day:
