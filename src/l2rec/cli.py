@@ -1028,7 +1028,3 @@ def _interrupted(arguments: list[str]) -> str:
     }
     verb = next((argument for argument in arguments if not argument.startswith("-")), "")
     return f"l2rec: interrupted{after.get(verb, '')}\n"
-
-
-if __name__ == "__main__":
-    main()
