@@ -113,7 +113,7 @@ def _next(*words: object) -> str:
 
 def _next_of(data: Path, dataset: Dataset) -> str:
     """Return what to do next with a data set: train a recipe that it has enough for."""
-    from l2rec.data.splits import MIN_EVENTS
+    from l2rec.data.parts import MIN_EVENTS
 
     if not (dataset.sequences.lengths >= MIN_EVENTS).any():
         return (

@@ -31,8 +31,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from l2rec.data.parts import MIN_EVENTS
 from l2rec.data.ragged import Ragged
-from l2rec.data.splits import MIN_EVENTS
 from l2rec.data.ties import EventOrder, measure_order
 from l2rec.errors import DataError, nearest
 

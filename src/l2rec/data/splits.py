@@ -38,18 +38,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from l2rec.data.dataset import GIVEN, Dataset
 from l2rec.data.moments import moment, shown
+from l2rec.data.parts import MIN_EVENTS, TEST, TRAIN, VALID
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 
 if TYPE_CHECKING:
     from l2rec.config import SplitKind
-    from l2rec.data.dataset import Dataset
 
-MIN_EVENTS = 3  # one to learn from, one to validate, one to test
-LEAVE_ONE_OUT, TIED_DAY, TIME, GIVEN = "leave-one-out", "tied-day", "time", "given"
-TRAIN, VALID, TEST = 0, 1, 2
-"""Values of ``Dataset.splits``."""
+LEAVE_ONE_OUT, TIED_DAY, TIME = "leave-one-out", "tied-day", "time"
 
 QUANTILES = (0.8, 0.9)
 """Shares of all events before validation and before test, where no moments are named."""
