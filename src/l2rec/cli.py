@@ -113,16 +113,16 @@ def _next(*words: object) -> str:
 
 def _next_of(data: Path, dataset: Dataset) -> str:
     """Return what to do next with a data set: train a recipe that it has enough for."""
-    from l2rec.data.splits import LEAVE_ONE_OUT, MIN_EVENTS, users_tested
+    from l2rec.data.parts import MIN_EVENTS
 
     others = []
-    if not users_tested(dataset):
+    if not dataset.users_tested:
         if not (dataset.sequences.lengths >= MIN_EVENTS).any():
             return (
                 f"next: prepare a log with more events; a training needs users with {MIN_EVENTS} "
                 f"or more, and here there are none"
             )
-        others = ["--split", LEAVE_ONE_OUT]  # since the log's own splits leave nobody
+        others = ["--split", "leave-one-out"]  # since the log's own splits leave nobody
     textless = dataset.meta["counters"]["items_without_text"] == dataset.n_items
     recipe = "sasrec" if textless else "l2rec-plus"  # without texts, ids alone are learned from
     out = Path("runs") / data.name
@@ -1032,7 +1032,3 @@ def _interrupted(arguments: list[str]) -> str:
     }
     verb = next((argument for argument in arguments if not argument.startswith("-")), "")
     return f"l2rec: interrupted{after.get(verb, '')}\n"
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ from tests.support import runs
 from tests.support.command import Call, Outcome
 from tests.support.runs import Finished
 
-from l2rec import cli
+from l2rec import __main__, cli
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import chain_dataset
@@ -50,7 +50,8 @@ VERBS = {
         "--ties",
     ],
     "describe": ["--json"],
-    "train": ["--data", "--out", "--resume", "--init"],
+    "train": ["--data", "--out", "--split", "--valid-from", "--test-from", "--resume", "--init"],
+    "floors": ["--split", "--valid-from", "--test-from", "--backbone", "--out", "--json"],
     "tune": ["--data", "--out", "--trials", "--search", "--seed", "--json"],
     "recipes": [],
     "evaluate": ["--split", "--data", "--json"],
@@ -372,6 +373,24 @@ def test_an_interrupt_says_how_to_go_on(
     assert outcome.err.count("\n") == 1
     monkeypatch.setattr(cli, "app", interrupt)  # before typer can catch it
     assert call(*arguments) == outcome
+
+
+def test_ctrl_c_while_modules_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Pressed:
+        """Finder of modules that is interrupted."""
+
+        @staticmethod
+        def find_spec(name: str, *_: Any) -> None:
+            if name == "l2rec.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "l2rec.cli")
+    monkeypatch.setattr(sys, "meta_path", [Pressed, *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        __main__.main()
+    assert (stop.value.code, capsys.readouterr().err) == (130, "l2rec: interrupted\n")
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "x"), OSError("a\nb")])

@@ -31,8 +31,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from l2rec.data.parts import MIN_EVENTS, TEST, TRAIN, VALID
 from l2rec.data.ragged import Ragged
-from l2rec.data.splits import users_tested
 from l2rec.data.ties import EventOrder, measure_order
 from l2rec.errors import DataError, nearest
 
@@ -203,7 +203,7 @@ class Dataset:
             "text_characters": _quantiles(pc.utf8_length(texts).to_numpy()),
             "text_words": _quantiles(words.to_numpy()),
             "items_without_text": self.n_items - int(pc.sum(has_text).as_py() or 0),
-            "users_evaluated": users_tested(self),
+            "users_evaluated": self.users_tested,
             "repeats_share": self._repeats() / self.n_events if self.n_events else 0.0,
             "event_types": self._event_type_counts(),
             "order": self.order.to_json(),
@@ -214,6 +214,23 @@ class Dataset:
             "counters": self.meta.get("counters"),
             "notes": self.meta.get("notes"),
         }
+
+    @property
+    def users_tested(self) -> int:
+        """Users who are tested where no split is named; 0 if there is nobody to validate."""
+        if self.splits is None:
+            return int((np.diff(self.offsets) >= MIN_EVENTS).sum())
+        splits = np.asarray(self.splits)
+
+        def of(split: int) -> int:
+            at = np.flatnonzero(splits == split)
+            users = np.searchsorted(self.offsets, at, side="right") - 1
+            return len(np.unique(users[at > self.offsets[users]]))
+
+        if (splits == VALID).any():
+            return of(TEST) if of(VALID) else 0
+        seconds = self.offsets[:-1][np.diff(self.offsets) > 1] + 1
+        return of(TEST) if (splits[seconds] == TRAIN).any() else 0
 
     def _repeats(self) -> int:
         """Count the events whose user has an earlier event with the same item."""

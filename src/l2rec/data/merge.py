@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from l2rec.data.dataset import Dataset, open_dataset, user_blocks
 from l2rec.data.formats.source import Source
+from l2rec.data.parts import MIN_EVENTS, TEST, TRAIN, VALID
 from l2rec.data.prepare import PrepareConfig, build
-from l2rec.data.splits import MIN_EVENTS, TEST, TRAIN, VALID
 from l2rec.errors import DataError
 
 EVENTS_AT_ONCE = 1 << 20

@@ -48,9 +48,10 @@ from l2rec.data.dataset import (
 )
 from l2rec.data.formats.columns import Columns, Quotes
 from l2rec.data.formats.open import open_source
-from l2rec.data.formats.source import SPLITS, Source
+from l2rec.data.formats.source import Source
 from l2rec.data.moments import moment
-from l2rec.data.splits import LEAVE_ONE_OUT, MIN_EVENTS, TEST, VALID
+from l2rec.data.parts import MIN_EVENTS, SPLITS, TEST, VALID
+from l2rec.data.splits import LEAVE_ONE_OUT
 from l2rec.data.ties import EventOrder, TieBreaker, Ties
 from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import DataError, nearest

@@ -29,7 +29,6 @@ __all__ = [
     "leave_one_out",
     "split_events",
     "tied_day",
-    "users_tested",
     "with_fewer_users",
 ]
 
@@ -39,18 +38,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from l2rec.data.dataset import GIVEN, Dataset
 from l2rec.data.moments import moment, shown
+from l2rec.data.parts import MIN_EVENTS, TEST, TRAIN, VALID
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 
 if TYPE_CHECKING:
     from l2rec.config import SplitKind
-    from l2rec.data.dataset import Dataset
 
-MIN_EVENTS = 3  # one to learn from, one to validate, one to test
-LEAVE_ONE_OUT, TIED_DAY, TIME, GIVEN = "leave-one-out", "tied-day", "time", "given"
-TRAIN, VALID, TEST = 0, 1, 2
-"""Values of ``Dataset.splits``."""
+LEAVE_ONE_OUT, TIED_DAY, TIME = "leave-one-out", "tied-day", "time"
 
 WITHOUT_TIMES = {"order only": "positions instead of times", "mixed": "times of several units"}
 """Units of time by which nothing can be split."""
@@ -144,23 +141,6 @@ def split_events(
             f"{dataset.path}: no user has {what}: one to learn from, two to be tested on"
         )
     return split
-
-
-def users_tested(dataset: Dataset) -> int:
-    """Count the users who are tested where no split is named; 0 if there is nobody to validate."""
-    if dataset.splits is None:
-        return int((dataset.sequences.lengths >= MIN_EVENTS).sum())
-    splits, offsets = np.asarray(dataset.splits), dataset.offsets
-
-    def of(split: int) -> int:
-        at = np.flatnonzero(splits == split)
-        users = np.searchsorted(offsets, at, side="right") - 1
-        return len(np.unique(users[at > offsets[users]]))
-
-    if (splits == VALID).any():
-        return of(TEST) if of(VALID) else 0
-    seconds = offsets[:-1][np.diff(offsets) > 1] + 1
-    return of(TEST) if (splits[seconds] == TRAIN).any() else 0
 
 
 def _moments(

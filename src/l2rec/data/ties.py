@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from l2rec.data.hashing import GOLDEN, mixed
-from l2rec.data.splits import MIN_EVENTS
+from l2rec.data.parts import MIN_EVENTS
 
 Ties = Literal["file", "hash", "item"]
 

@@ -22,8 +22,8 @@ import torch
 
 from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
-from l2rec.data.dataset import Dataset, open_dataset
-from l2rec.data.splits import GIVEN, LEAVE_ONE_OUT, Cases, Split
+from l2rec.data.dataset import GIVEN, Dataset, open_dataset
+from l2rec.data.splits import LEAVE_ONE_OUT, Cases, Split
 from l2rec.disk import working_on, write_json
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranks import protocol_of

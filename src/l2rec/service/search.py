@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from l2rec.data.dataset import Dataset
-from l2rec.data.splits import MIN_EVENTS
+from l2rec.data.parts import MIN_EVENTS
 from l2rec.errors import L2RecError
 from l2rec.runs.folder import open_run_dataset
 from l2rec.service.version import Version

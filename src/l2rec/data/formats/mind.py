@@ -39,7 +39,7 @@ from l2rec.data.formats.source import (
     event_batch,
 )
 from l2rec.data.formats.tables import Table, read_header
-from l2rec.data.splits import TEST, TRAIN, VALID
+from l2rec.data.parts import TEST, TRAIN, VALID
 from l2rec.errors import DataError
 
 LOG, NEWS = "behaviors.tsv", "news.tsv"

@@ -12,7 +12,8 @@ from pathlib import Path
 from l2rec.data.formats.files import File, beside, is_folder, needed_file
 from l2rec.data.formats.names import Names, names_of
 from l2rec.data.formats.objects import kind, list_events, read_object
-from l2rec.data.formats.source import SPLITS, Context, OpenCatalog, Reader, Source, as_source
+from l2rec.data.formats.source import Context, OpenCatalog, Reader, Source, as_source
+from l2rec.data.parts import SPLITS
 
 LOGS = ("train.json", "val.json", "test.json")
 """Files of events, in the order of `SPLITS`."""

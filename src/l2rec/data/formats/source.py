@@ -19,8 +19,6 @@ from l2rec.data.formats.files import File, Where
 from l2rec.errors import DataError
 
 BLOCK_BYTES = 1 << 24
-SPLITS = ("train", "valid", "test")
-"""Splits that a log may come with, in their order in time."""
 
 
 @dataclass(frozen=True)
