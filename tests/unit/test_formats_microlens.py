@@ -102,3 +102,11 @@ def test_two_logs_and_others(tmp_path: Path) -> None:
     other = write(tmp_path / "y" / "x_pairs.tsv", "user_id\titem_id\ttimestamp\nu\ti\t1\n")
     assert open_source(other).format == "csv"
     assert "has 0 logs of MicroLens (none)" in refusal(other.parent, format="microlens")
+
+
+def test_times_that_look_like_seconds_are_told(tmp_path: Path) -> None:
+    log = write(tmp_path / "M_pairs.csv", "user,item,timestamp\n1,7,1588687728\n1,8,1588687729\n")
+    (note,) = open_source(log).notes
+    assert "the first, 1588687728, would be of the year 1973 or earlier" in note
+    columns = Columns(user="user", item="item")
+    assert events_of(open_source(log, format="csv", columns=columns))[0] == ("1", "7", 1588687728.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import zipfile
 from pathlib import Path
 
@@ -195,3 +196,22 @@ def test_without_news_and_with_other_items(tmp_path: Path) -> None:
     assert open_source(log).catalog is None
     items = write(tmp_path / "items.csv", "item_id,title\nN1,Own\n")
     assert catalog_of(open_source(log, items=items)) == {"N1": {"title": "Own"}}
+
+
+def test_parts_with_the_same_clicks_are_refused(tmp_path: Path) -> None:
+    """Read both, and every event of the smaller one counts twice."""
+    for name, text in (("small", TRAIN), ("large", TRAIN + DEV)):
+        write(tmp_path / f"MIND{name}_train" / "behaviors.tsv", text)
+    message = (
+        "MINDlarge_train and MINDsmall_train have 4 clicks in common, which would be read twice"
+    )
+    assert message in refusal(tmp_path)
+
+
+def test_a_packed_file(tmp_path: Path) -> None:
+    log = tmp_path / "behaviors.tsv.gz"
+    log.write_bytes(gzip.compress(TRAIN.encode()))
+    (tmp_path / "news.tsv.gz").write_bytes(gzip.compress(NEWS.encode()))
+    for path in (log, tmp_path):
+        source = open_source(path)
+        assert (source.format, len(source.files)) == ("mind", 2)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from l2rec.data.formats.dates import in_milliseconds
 from l2rec.data.formats.files import (
     File,
     given_splits,
@@ -42,8 +43,6 @@ from l2rec.errors import DataError
 USER, ITEM, TIME, PAST = "user_id", "parent_asin", "timestamp", "history"
 COLUMNS = [USER, ITEM, "rating", TIME]
 MILLISECONDS = 1000
-FIRST = 1e11
-"""A time from which milliseconds are meant: in seconds it is the year 5138, in these 1973."""
 
 
 def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
@@ -63,13 +62,7 @@ def _is_log(file: File, context: Context) -> bool:
         header = read_header(file, ",", context.columns.encoding)
         if header in (COLUMNS, [*COLUMNS, PAST]):
             times = named_table(file, context).sample(1)[TIME]
-            return all(_is_late(time) for time in times)
-    return False
-
-
-def _is_late(time: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return float(time) >= FIRST
+            return all(map(in_milliseconds, times))
     return False
 
 

@@ -21,6 +21,18 @@ _ADVICE = (
 )
 
 
+MILLISECONDS_FROM = 1e11
+"""A time from which milliseconds are meant: in seconds it is the year 5138, in these 1973."""
+
+
+def in_milliseconds(time: str) -> bool:
+    """Tell whether a time is a number of milliseconds since 1970, by its size."""
+    try:
+        return float(time) >= MILLISECONDS_FROM
+    except ValueError:
+        return False
+
+
 class Clock:
     """Reader of one column of times, batch after batch, which holds it to one form."""
 

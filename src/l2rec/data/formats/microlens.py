@@ -16,6 +16,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
+from l2rec.data.formats.dates import in_milliseconds
 from l2rec.data.formats.files import File, line_blocks, listing, reading
 from l2rec.data.formats.sequences import line_events
 from l2rec.data.formats.source import (
@@ -83,7 +84,14 @@ def microlens(
     else:
         time = None if context.columns.timestamp is None else "timestamp"
         columns = replace(context.columns, user="user", item="item", timestamp=time)
-        events = table_events([named_table(file, context)], columns, context, unit=1000)
+        table = named_table(file, context)
+        first = table.sample(1)["timestamp"]
+        if time and first and not in_milliseconds(first[0]):
+            context.notes.append(
+                f"times are taken for milliseconds, but the first, {first[0]}, would be of the year "
+                f"1973 or earlier; if they are seconds, pass --format csv --user user --item item"
+            )
+        events = table_events([table], columns, context, unit=1000)
     catalog = _titles(items, context, open_catalog) if items else None
     return as_source(kind, [file, *([items] if items else [])], events, catalog)
 

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import cast
 
@@ -59,9 +59,13 @@ _CLICKED = r"[^ ]+-1(?: |$)"
 
 @dataclass
 class _Log:
-    """Clicks (user, item, time) in file order, and histories (user, history, first time)."""
+    """Clicks (user, item, time) in file order, and histories (user, history, first time).
+
+    ``parts``: the part that each frame of clicks is of. ``spans``: first and last time of a part.
+    """
 
     clicks: list[pl.DataFrame] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
     histories: list[pl.DataFrame] = field(default_factory=list)
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -72,7 +76,7 @@ class _Log:
 def _parts(path: Path, files: dict[str, File]) -> dict[str, dict[str, File]]:
     """Return the files of each part by the name of its folder."""
     if path.is_file() and path.suffix.lower() != ".zip":
-        beside = listing(path.parent) if path.name == LOG else {}
+        beside = listing(path.parent) if File(path).name == LOG else {}
         return {path.resolve().parent.name: beside | {LOG: File(path)}}
     inside = {name: found for name, found in folders(path).items() if LOG in found}
     if LOG in files and len(inside) < 2:
@@ -82,7 +86,7 @@ def _parts(path: Path, files: dict[str, File]) -> dict[str, dict[str, File]]:
 
 def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
     """Tell by the name of the log and by the time in its first line."""
-    if path.is_file() and path.suffix.lower() != ".zip" and path.name != LOG:
+    if path.is_file() and path.suffix.lower() != ".zip" and File(path).name != LOG:
         return None
     for part in _parts(path, files).values():
         cells = read_header(part[LOG], "\t", context.columns.encoding, quotes=False)
@@ -151,6 +155,8 @@ def _events(logs: Mapping[str, File], context: Context) -> Callable[[], Iterator
             )
         start, cuts = min(first for first, _ in log.spans.values()), _cuts(log)
         clicks = pl.concat(log.clicks)
+        if not cuts:
+            _check_apart(log)
         histories = (
             pl.concat(log.histories)
             .group_by("user", "history", maintain_order=True)
@@ -193,6 +199,7 @@ def _read(name: str, file: File, log: _Log, context: Context) -> None:
                 .group_by("user", "history", maintain_order=True)
                 .agg(pl.col("time").min())
             )
+            log.parts.append(name)
             log.clicks.append(
                 labelled.select("user", "time", item="clicks")
                 .filter(pl.col("item").list.len() > 0)
@@ -245,6 +252,22 @@ def _cuts(log: _Log) -> list[float]:
     spans = sorted(log.spans.values())
     apart = all(end < first for (_, end), (first, _) in pairwise(spans))
     return [first for first, _ in spans[1:]] if apart else []
+
+
+def _check_apart(log: _Log) -> None:
+    """Refuse parts of which one has the clicks of another, as MINDsmall and MINDlarge have."""
+    clicks: dict[str, list[pl.DataFrame]] = {}
+    for name, frame in zip(log.parts, log.clicks, strict=True):
+        clicks.setdefault(name, []).append(frame)
+    whole = {name: pl.concat(frames).unique() for name, frames in clicks.items()}
+    for one, other in combinations(whole, 2):
+        small, large = sorted((whole[one], whole[other]), key=len)
+        twice = len(small.join(large, on=small.columns, how="semi"))
+        if twice * 2 > len(small) > 0:
+            raise DataError(
+                f"{one} and {other} have {twice:,} clicks in common, which would be read twice; "
+                f"give one of them, or a folder of parts that follow each other in time"
+            )
 
 
 def _batch(events: pl.DataFrame, cuts: Sequence[float]) -> pa.RecordBatch:
