@@ -202,10 +202,8 @@ def test_parts_with_the_same_clicks_are_refused(tmp_path: Path) -> None:
     """Read both, and every event of the smaller one counts twice."""
     for name, text in (("small", TRAIN), ("large", TRAIN + DEV)):
         write(tmp_path / f"MIND{name}_train" / "behaviors.tsv", text)
-    message = (
-        "MINDlarge_train and MINDsmall_train have 4 clicks in common, which would be read twice"
-    )
-    assert message in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert "MINDlarge_train and MINDsmall_train have 4 clicks in common, which would be" in message
 
 
 def test_a_packed_file(tmp_path: Path) -> None:

@@ -88,8 +88,9 @@ def microlens(
         first = table.sample(1)["timestamp"]
         if time and first and not in_milliseconds(first[0]):
             context.notes.append(
-                f"times are taken for milliseconds, but the first, {first[0]}, would be of the year "
-                f"1973 or earlier; if they are seconds, pass --format csv --user user --item item"
+                f"times are taken for milliseconds, but the first, {first[0]}, would be of the "
+                f"year 1973 or earlier; if they are seconds, pass --format csv --user user --item "
+                f"item"
             )
         events = table_events([table], columns, context, unit=1000)
     catalog = _titles(items, context, open_catalog) if items else None
