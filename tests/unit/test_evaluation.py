@@ -25,7 +25,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
 from l2rec.evaluation.ranking import Evaluation, evaluate, evaluate_each, top_k
 from l2rec.evaluation.ranks import Ranks, aligned, aligned_ranks, read_ranks, write_ranks
-from l2rec.evaluation.significance import by_segment, paired_test
+from l2rec.evaluation.significance import by_segment, paired_test, paired_values_test
 from l2rec.metrics import expected_ranks, rank_values, ranking_metrics
 from l2rec.protocols import Scorer
 
@@ -514,3 +514,18 @@ def test_segments() -> None:
     assert got["old"]["mrr"] == pytest.approx((1 / 2 + 1 / 4) / 2)
     with pytest.raises(DataError, match=r"labels \[1\] for 4 users"):
         by_segment(result, ["x"])
+
+
+def test_values_of_one_user_are_not_independent() -> None:
+    """Repeat each user's value: nothing more is known, so nothing may become more certain."""
+    rng = np.random.default_rng(0)
+    a, b = rng.random(30), rng.random(30) - 0.1
+    once = paired_values_test(a, b, np.arange(30))
+    plain, shuffled = paired_values_test(a, b), rng.permutation(120)
+    repeated = [np.repeat(values, 4)[shuffled] for values in (a, b, np.arange(30))]
+    again = paired_values_test(repeated[0], repeated[1], repeated[2].astype(int))
+    for test in (once, again):
+        found = (test.difference, test.standard_error, test.t, test.p)
+        assert found == pytest.approx((plain.difference, plain.standard_error, plain.t, plain.p))
+    with pytest.raises(DataError, match="needs 2 or more users"):
+        paired_values_test(a, b, np.zeros(30, dtype=int))

@@ -42,27 +42,35 @@ def paired_test(ranks_a: FloatArray, ranks_b: FloatArray, metric: str = "ndcg@10
     return paired_values_test(rank_values(ranks_a, metric), rank_values(ranks_b, metric))
 
 
-def paired_values_test(a: FloatArray, b: FloatArray) -> PairedTest:
+def paired_values_test(
+    a: FloatArray, b: FloatArray, users: npt.NDArray[np.integer] | None = None
+) -> PairedTest:
     """Compute a paired two-sided t-test.
 
-    ``a``, ``b``: [M] values of the same users in the same order, M from 2. Identical values give
-    t = 0 and p = 1.
+    ``a``, ``b``: [M] values of the same users in the same order, of 2 or more. Identical values
+    give t = 0 and p = 1. ``users``: [M] ints, where a user may have several values: these are not
+    independent, so what varies is each user's sum (the standard error is clustered by user); with
+    one value each, it is the same test.
 
     Raises:
-        DataError: lengths that differ or are below 2.
+        DataError: lengths that differ, or fewer than 2 users.
     """
-    if len(a) != len(b) or len(a) < 2:
+    differences = a - b if len(a) == len(b) else np.empty(0)
+    n = len(differences)
+    difference = float(differences.mean()) if n else 0.0
+    off = differences - difference
+    if users is not None and n:
+        off = np.bincount(np.unique(users, return_inverse=True)[1], weights=off)
+    if len(off) < 2:
         raise DataError(f"{len(a)} and {len(b)} ranks; a paired test needs 2 or more users in both")
     from scipy.special import stdtr  # scipy is slow to import and only tests need it
 
-    differences = a - b
-    difference = float(differences.mean())
-    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    error = math.sqrt(float(off @ off) * len(off) / (len(off) - 1)) / n
     if error > 0:
         t = difference / error
     else:  # every user differs by the same amount: by nothing, or surely by something
         t = math.copysign(math.inf, difference) if difference else 0.0
-    p = 2.0 * float(stdtr(len(differences) - 1, -abs(t)))
+    p = 2.0 * float(stdtr(len(off) - 1, -abs(t)))
     return PairedTest(float(a.mean()), float(b.mean()), difference, error, t, p)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from l2rec.data.dataset import Dataset
 from l2rec.data.splits import Cases, Split
 from l2rec.evaluation.ranking import Evaluation, evaluate
@@ -77,9 +79,11 @@ def compared(name: str, scores: Scores, floors: Mapping[str, Scores]) -> dict[st
 
 def _tested(name: str, ours: Evaluation, floors: Mapping[str, Evaluation]) -> dict[str, Any]:
     # One user's difference has no variance: there is nothing to test.
-    tested = floors if len(ours) > 1 else {}
+    tested = floors if len(np.unique(ours.users)) > 1 else {}
     values = ours.values(MAIN)
-    tests = {floor: paired_values_test(values, e.values(MAIN)) for floor, e in tested.items()}
+    tests = {
+        floor: paired_values_test(values, e.values(MAIN), ours.users) for floor, e in tested.items()
+    }
     return {
         "users_tested": len(ours),
         "scores": {name: ours.metrics(), **{f: e.metrics() for f, e in floors.items()}},

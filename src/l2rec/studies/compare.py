@@ -370,7 +370,8 @@ def compare(
         (label for label, seeds in recipes.items() if against in [run.path for run in seeds]), None
     )
     first = runs[0]
-    segments = {EVERYONE: np.ones(len(first.ranks.users), dtype=bool)}
+    users = np.unique(first.ranks.users, return_inverse=True)[1]
+    segments = {EVERYONE: np.ones(len(users), dtype=bool)}
     segments |= {} if known is None else known.segments
     data = first.report["dataset"]
     return Comparison(
@@ -379,7 +380,7 @@ def compare(
         protocol=first.ranks.protocol,
         entries=[_entry(label, seeds) for label, seeds in recipes.items()],
         blocks=[
-            _block(recipes, segment, rows, masked, known, int(data["items"]), reference)
+            _block(recipes, segment, rows, users, masked, known, int(data["items"]), reference)
             for masked in (False, True)
             for segment, rows in segments.items()
         ],
@@ -478,12 +479,13 @@ def _block(
     recipes: Mapping[str, Sequence[FinishedRun]],
     segment: str,
     rows: Rows,
+    users: npt.NDArray[np.int64],
     masked: bool,
     known: Population | None,
     n_items: int,
     reference: str | None,
 ) -> Block:
-    """Score and test every row on the users ``rows`` [M] bool."""
+    """Score and test every row on the users ``rows`` [M] bool; ``users``: [M] ints, each's."""
     scores: dict[str, dict[str, Score]] = {}
     tested: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
     for label, seeds in recipes.items():
@@ -499,10 +501,10 @@ def _block(
     rival = others[0] if others else None
     reference = reference or best
     lines = {
-        label: Line(by_metric, _tests(tested, label, reference))
+        label: Line(by_metric, _tests(tested, label, reference, users[rows]))
         for label, by_metric in scores.items()
     }
-    lead = {} if rival is None else _tests(tested, best, rival)
+    lead = {} if rival is None else _tests(tested, best, rival, users[rows])
     return Block(segment, masked, int(rows.sum()), best, rival, lead, reference, lines)
 
 
@@ -530,14 +532,17 @@ def _list_scores(
 
 
 def _tests(
-    tested: Mapping[str, Mapping[str, npt.NDArray[np.float64]]], label: str, reference: str
+    tested: Mapping[str, Mapping[str, npt.NDArray[np.float64]]],
+    label: str,
+    reference: str,
+    users: npt.NDArray[np.int64],
 ) -> dict[str, Difference]:
     """Test ``label`` minus ``reference``; a row is not tested with itself, nor on a single user."""
     tests = {}
     for metric in TESTED:
         a, b = tested[label][metric], tested[reference][metric]
-        if label != reference and len(a) > 1:
-            test = paired_values_test(a, b)
+        if label != reference and len(np.unique(users)) > 1:
+            test = paired_values_test(a, b, users)
             tests[metric] = Difference(test.difference, test.p)
     return tests
 
