@@ -60,7 +60,8 @@ def paired_values_test(
     difference = float(differences.mean()) if n else 0.0
     off = differences - difference
     if users is not None and n:
-        off = np.bincount(np.unique(users, return_inverse=True)[1], weights=off)
+        of_users = np.unique(users, return_inverse=True)[1]
+        off = np.bincount(of_users, weights=off).astype(np.float64)
     if len(off) < 2:
         raise DataError(f"{len(a)} and {len(b)} ranks; a paired test needs 2 or more users in both")
     from scipy.special import stdtr  # scipy is slow to import and only tests need it
