@@ -310,3 +310,25 @@ def test_json_samples_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "log.json"
     path.write_text(json.dumps(REVIEW | {"history": ["b"]}))
     assert "log.json has samples, not events: column 'history' holds" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("read", "left"),
+    [("x.inter", "y.csv"), ("b.jsonl", "y.csv"), ("b.jsonl", "x.inter"), ("p.parquet", "y.csv")],
+)
+def test_logs_of_two_formats_in_a_folder_are_told(tmp_path: Path, read: str, left: str) -> None:
+    contents = {
+        "x.inter": b"user_id:token\titem_id:token\ttimestamp:float\nu\ta\t1\n",
+        "y.csv": b"user_id,item_id,timestamp\nu,a,1\n",
+        "b.jsonl": b'{"user_id": "u", "item_id": "a", "timestamp": 1}\n',
+        "p.parquet": b"",
+    }
+    for name in (read, left):
+        (tmp_path / name).write_bytes(contents[name])
+    if read.endswith(".parquet"):
+        rows = {"user_id": ["u"], "item_id": ["a"], "timestamp": [1.0]}
+        pq.write_table(pa.table(rows), tmp_path / read)
+    source = opened(tmp_path)
+    used, unread = source.files[0].name, {read, left} - {source.files[0].name}
+    assert source.notes[-1].startswith(f"read as {source.format}; not read: {unread.pop()}; give")
+    assert opened(tmp_path / used).notes == []

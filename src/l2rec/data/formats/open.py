@@ -62,6 +62,9 @@ READERS: tuple[Reader, ...] = (
 FORMATS = {name: looks for reader in READERS for name, looks in reader.formats.items()}
 """Names for ``--format``, each with what it looks like and whose data has it."""
 
+LOG_ENDINGS = (".inter", ".csv", ".tsv", ".parquet", *jsonl.ENDINGS)
+"""Ends of files that are logs in some format or other."""
+
 FAMILIES = {"amazon": amazon.READER, "movielens": movielens.READER}
 """Names for ``--format`` that leave the year or the size to the reader."""
 
@@ -84,7 +87,26 @@ def open_source(
     """
     context = Context(columns or Columns(), block_bytes)
     opened = _open_source(Path(source), items, format, context)
+    if format is None and Path(source).is_dir():
+        context.notes.extend(_unread(Path(source), opened, context))
     return replace(opened, notes=context.notes)
+
+
+def _unread(folder: Path, opened: Source, context: Context) -> list[str]:
+    """Name the files of a folder that may be logs too, and of which no note speaks."""
+    told = " ".join(context.notes)
+    left = [
+        name
+        for name, file in listing(folder).items()
+        if file.ends(*LOG_ENDINGS)
+        and not file.ends(s3rec.ATTRIBUTES)
+        and file.path not in opened.files
+        and name not in told
+    ]
+    if not left:
+        return []
+    shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+    return [f"read as {opened.format}; not read: {shown}; give the path of a file to read it alone"]
 
 
 def _open_source(
