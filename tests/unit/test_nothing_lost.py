@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,11 @@ def test_logs_of_two_formats_in_a_folder_are_told(tmp_path: Path, read: str, lef
     used, unread = source.files[0].name, {read, left} - {source.files[0].name}
     assert source.notes[-1].startswith(f"read as {source.format}; not read: {unread.pop()}; give")
     assert opened(tmp_path / used).notes == []
+
+
+def test_files_of_one_name_in_a_zip_do_not_hide_each_other(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "log.zip", "w") as archive:
+        for name, item in (("x/a.csv", "a"), ("y/a.csv", "b")):
+            archive.writestr(name, f"user_id,item_id,timestamp\nu,{item},1\n")
+    message = refusal(tmp_path / "log.zip")
+    assert "has 2 .csv or .tsv files (a.csv, y/a.csv), not one; unpack it and" in message

@@ -62,7 +62,7 @@ class File:
 
 def listing(path: Path) -> dict[str, File]:
     """Map base names to files: the file itself, a folder's files (or those of its only subfolder,
-    if it holds nothing else), or the members of a zip.
+    if it holds nothing else), or the members of a zip (with their folder, where a name is taken).
 
     Raises:
         DataError: the path does not exist, or the zip is torn.
@@ -78,7 +78,11 @@ def listing(path: Path) -> dict[str, File]:
         files = _members(path)
     else:
         files = [File(path)]
-    return {f.name: f for f in files}
+    found: dict[str, File] = {}
+    for file in files:
+        taken = file.name in found and file.member is not None
+        found[str(file.member) if taken else file.name] = file
+    return found
 
 
 def is_folder(path: Path) -> bool:
@@ -128,10 +132,12 @@ def folders(path: Path) -> dict[str, dict[str, File]]:
 
 def only_file(path: Path, files: dict[str, File], suffixes: tuple[str, ...], what: str) -> File:
     """Return the one file with one of the suffixes; DataError if there is none or several."""
-    found = [f for f in files.values() if f.ends(*suffixes)]
+    named = {name: f for name, f in files.items() if f.ends(*suffixes)}
+    found = list(named.values())
     if len(found) != 1:
-        names = ", ".join(f.name for f in found[:5]) or "none"
-        advice = "give the path of the file"
+        names = ", ".join(list(named)[:5]) or "none"
+        packed = "unpack it and " if path.suffix.lower() == ".zip" else ""
+        advice = f"{packed}give the path of the file" + ("" if found else ", or another --format")
         if sum(split_of(f) is not None for f in found) > 1:
             advice = (
                 "these look like the splits of one log, and each alone is a part of it: give the "
