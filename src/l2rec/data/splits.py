@@ -92,7 +92,7 @@ class Split:
     """Training sequences, and the cases of validation and test.
 
     ``kind``: which of the four ways. ``protocol``: the same in words, with its moments. ``train``:
-    U rows, aligned with user ints.
+    a row for each user who has a training event, in the order of users; none is empty.
     """
 
     kind: str
@@ -246,7 +246,7 @@ def global_time(dataset: Dataset, valid_from: float, test_from: float) -> Split:
         kind=TIME,
         protocol=f"time: validation from {names[0]}, test from {names[1]}, a user's first event of "
         f"each",
-        train=_heads(sequences, n_train),
+        train=_not_empty(_heads(sequences, n_train)),
         valid=_next_events(sequences, valid, n_train[valid]),
         test=_next_events(sequences, test, n_valid[test]),
     )
@@ -287,17 +287,14 @@ def given(dataset: Dataset) -> Split:
     return Split(
         kind=GIVEN,
         protocol="the splits that the data came with, every event of them",
-        train=_heads(sequences, n_train),
+        train=_not_empty(_heads(sequences, n_train)),
         valid=of(VALID),
         test=of(TEST),
     )
 
 
 def with_fewer_users(split: Split, share: float, seed: int) -> Split:
-    """Keep the training sequences of a random share of the users; evaluate everybody as before.
-
-    Rows of ``train`` are no longer aligned with user ints.
-    """
+    """Keep the training sequences of a random share of the users; evaluate everybody as before."""
     users = len(split.train)
     drawn = np.random.default_rng(seed).permutation(users)[: max(1, round(share * users))]
     return replace(split, train=split.train.take(np.sort(drawn)))
@@ -352,6 +349,10 @@ def _heads(sequences: Ragged, keep: Longs, users: Longs | None = None) -> Ragged
     offsets = np.zeros(len(kept) + 1, dtype=np.int64)
     np.cumsum(kept, out=offsets[1:])
     return Ragged(np.asarray(sequences.values)[mask], offsets)
+
+
+def _not_empty(rows: Ragged) -> Ragged:
+    return rows.take(np.flatnonzero(rows.lengths > 0))
 
 
 def _counts_before(dataset: Dataset, moment: float) -> Longs:

@@ -13,18 +13,22 @@ papers compare with:
 - The loss is the full softmax. ``loss=bce`` is the paper's binary cross-entropy with one sampled
   negative a position, ``loss=sampled`` a softmax over the next item and ``negatives`` sampled ones.
   (With equal losses SASRec beats BERT4Rec: Klenitskiy, Vasilev, RecSys '23.)
+
+``from_newest`` and ``item_dropout`` are RecTools' (as in Tikhonovich et al., RecSys '25).
 """
 
 from __future__ import annotations
 
 __all__ = ["SASRec", "SASRecConfig"]
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
@@ -62,6 +66,10 @@ class SASRecConfig(BaseModel):
     """Sampled negatives of a position, for ``loss=bce`` and ``loss=sampled``."""
     share_negatives: bool = False
     """One draw of negatives for a batch, instead of one for each position."""
+    from_newest: bool = False
+    """Positions count from the newest item of a row."""
+    item_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout rate of item vectors, those of inputs and of scored items alike."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SASRecConfig:
@@ -89,12 +97,18 @@ class SASRec(ItemTable):
         self.batches = next_item_batches(len(catalog), config.max_items)
         self.items = nn.Embedding(len(catalog), config.dim)
         self.items.apply(initialize)
-        self.encoder = SequenceEncoder.from_config(config, dim=config.dim)
+        self.encoder = SequenceEncoder.from_config(
+            config, dim=config.dim, from_newest=config.from_newest
+        )
 
-    def forward(self, histories: Ragged) -> tuple[Tensor, Tensor]:
-        """Encode rows of at most ``max_items`` items: states [B, T, h], which are real [B, T]."""
+    def forward(self, histories: Ragged, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode rows of at most ``max_items`` items: states [B, T, h], which are real [B, T].
+
+        table: [N, h], replaces E.
+        """
         items, real = pad(histories, self.items.weight.device)
-        return self.encoder(self.items(items), real), real
+        vectors = F.embedding(items, self.items.weight if table is None else table)
+        return self.encoder(vectors, real), real
 
     # -- training --------------------------------------------------------------------------------
 
@@ -105,9 +119,11 @@ class SASRec(ItemTable):
 
     def loss(self, batch: Batch) -> Losses:
         """Compute the next-item loss, mean over all positions of the batch."""
-        return self.next_item_loss(batch, None if self.config.loss == "ce" else self._sampled)
+        table = self.dropped(self.config.item_dropout)
+        sampled = partial(self._sampled, table=table)
+        return self.next_item_loss(batch, None if self.config.loss == "ce" else sampled, table)
 
-    def _sampled(self, users: Tensor, targets: Tensor) -> Tensor:
+    def _sampled(self, users: Tensor, targets: Tensor, table: Tensor) -> Tensor:
         """Compute ``bce`` or ``sampled`` for states [P, h] and their next items [P].
 
         Negatives are uniform over the catalog; a position's next item is none of its negatives.
@@ -115,8 +131,8 @@ class SASRec(ItemTable):
         k = self.config.negatives
         shape = (k,) if self.config.share_negatives else (len(users), k)
         drawn = torch.randint(self.n_items, shape, device=users.device)
-        positive = (users * self.items(targets)).sum(-1)
-        negative = negative_scores(users, self.items, drawn)
+        positive = (users * F.embedding(targets, table)).sum(-1)
+        negative = negative_scores(users, table, drawn)
         negative = negative.masked_fill(drawn == targets[:, None], float("-inf"))
         loss = binary_loss if self.config.loss == "bce" else sampled_softmax_loss
         return loss(positive, negative)

@@ -15,6 +15,7 @@ __all__ = [
     "in_length_groups",
     "initialize",
     "length_groups",
+    "places",
     "self_attention",
 ]
 
@@ -69,6 +70,15 @@ def self_attention(qkv: Tensor, heads: int, hidden: Tensor | None, dropout: floa
     batch, length, width = qkv.shape
     q, k, v = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
     return attention(q, k, v, hidden, dropout).transpose(1, 2).reshape(batch, length, width // 3)
+
+
+def places(real: Tensor, *, from_newest: bool) -> Tensor:
+    """Count the positions of rows: [T] from the oldest item, or [B, T] from the newest.
+
+    real: [B, T] bool, padding on the right; its places have no meaning.
+    """
+    at = torch.arange(real.shape[1], device=real.device)
+    return (real.sum(1, keepdim=True) - 1 - at).clamp(min=0) if from_newest else at
 
 
 def causal_mask(length: int, device: torch.device) -> Tensor:
@@ -177,7 +187,8 @@ class SequenceEncoder(nn.Module):
         layers: number of layers.
         heads: attention heads; they divide ``dim``.
         inner: width of the feed-forward part.
-        max_items: longest row; positions count from the oldest item of a row.
+        max_items: longest row.
+        from_newest: positions count from the newest item of a row, instead of the oldest.
         dropout: rate for the embedded inputs and for what each layer adds.
         attention_dropout: rate for attention weights.
         causal: whether a position sees itself and what came before it alone, or the whole row.
@@ -196,9 +207,10 @@ class SequenceEncoder(nn.Module):
         attention_dropout: float = 0.5,
         causal: bool = True,
         eps: float = 1e-12,
+        from_newest: bool = False,
     ) -> None:
         super().__init__()
-        self.causal = causal
+        self.causal, self.from_newest = causal, from_newest
         self.positions = nn.Embedding(max_items, dim)
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.dropout = nn.Dropout(dropout)
@@ -215,6 +227,7 @@ class SequenceEncoder(nn.Module):
         dim: int,
         max_items: int | None = None,
         causal: bool = True,
+        from_newest: bool = False,
     ) -> SequenceEncoder:
         """Build the encoder that a method's options ask for.
 
@@ -222,7 +235,7 @@ class SequenceEncoder(nn.Module):
             config: the method's options.
             dim: h, width of item vectors and states.
             max_items: longest row, where it is not ``config.max_items``.
-            causal: as of the class.
+            causal, from_newest: as of the class.
         """
         return cls(
             dim,
@@ -233,6 +246,7 @@ class SequenceEncoder(nn.Module):
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             causal=causal,
+            from_newest=from_newest,
         )
 
     def forward(self, x: Tensor, real: Tensor, causal: bool | None = None) -> Tensor:
@@ -247,7 +261,8 @@ class SequenceEncoder(nn.Module):
         return in_length_groups(lambda x, real: self._read(x, real, look), x, real)
 
     def _read(self, x: Tensor, real: Tensor, causal: bool) -> Tensor:
-        x = self.dropout(self.norm(x + self.positions.weight[: x.shape[1]]))
+        at = places(real, from_newest=self.from_newest)
+        x = self.dropout(self.norm(x + self.positions(at)))
         hidden = self._hidden(real, causal)
         for layer in self.layers:
             x = layer(x, hidden)

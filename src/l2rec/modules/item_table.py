@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from l2rec.data.batches import Batch
 from l2rec.data.ragged import Ragged
@@ -34,8 +35,16 @@ class ItemTable(nn.Module):
         """N, number of catalog items."""
         return self.items.num_embeddings
 
+    def dropped(self, rate: float) -> Tensor:
+        """Return E [N, h], in training with dropout: one draw for inputs and scored items alike."""
+        weight: Tensor = self.items.weight
+        return F.dropout(weight, rate) if rate and self.training else weight
+
     def next_item_loss(
-        self, batch: Batch, sampled: Callable[[Tensor, Tensor], Tensor] | None = None
+        self,
+        batch: Batch,
+        sampled: Callable[[Tensor, Tensor], Tensor] | None = None,
+        table: Tensor | None = None,
     ) -> Losses:
         """Compute the loss of every position's next item, mean over the batch.
 
@@ -43,12 +52,13 @@ class ItemTable(nn.Module):
             batch: rows with a target at every position.
             sampled: loss of states [P, h] with their next items [P]; by default the cross-entropy
                 over the whole catalog.
+            table: [N, h], replaces E in `forward`, which then takes it, and in the cross-entropy.
         """
-        states, real = self(batch.histories)
+        states, real = self(batch.histories) if table is None else self(batch.histories, table)
         users = states[real]  # [P, h], in the order of the flat histories and targets
         targets = as_index(batch.targets, users.device)
         if sampled is None:
-            total = catalog_loss(users @ self.items.weight.T, targets)
+            total = catalog_loss(users @ (self.items.weight if table is None else table).T, targets)
         else:
             total = sampled(users, targets)
         return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))

@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = ["binary_loss", "in_batch_loss", "negative_scores", "sampled_softmax_loss"]
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -20,13 +20,13 @@ def binary_loss(positive: Tensor, negative: Tensor) -> Tensor:
     return (F.softplus(-positive) + F.softplus(negative).sum(-1)).mean()
 
 
-def negative_scores(users: Tensor, items: nn.Embedding, drawn: Tensor) -> Tensor:
+def negative_scores(users: Tensor, table: Tensor, drawn: Tensor) -> Tensor:
     """Score the sampled items of each position: [P, k].
 
-    users: [P, h] states. drawn: [P, k] item ints, or [k] for all positions together, which is one
-    product of matrices.
+    users: [P, h] states. table: [N, h] item vectors. drawn: [P, k] item ints, or [k] for all
+    positions together, which is one product of matrices.
     """
-    vectors: Tensor = items(drawn)
+    vectors = F.embedding(drawn, table)
     return users @ vectors.T if drawn.ndim == 1 else torch.einsum("ph,pkh->pk", users, vectors)
 
 

@@ -197,7 +197,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 READER = Reader(
-    {"parquet": "such a table as Parquet, one file or a folder of parts (yours)"},
+    {"parquet": "a table as Parquet, one file or a folder of parts; --user, ... (yours)"},
     detect,
     parquet,
 )
