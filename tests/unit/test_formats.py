@@ -6,7 +6,6 @@ import datetime
 import gzip
 import json
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.support.errors import one_line
+from tests.support.logs import catalog_of, events_of, lines, write
 
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import FORMATS, open_source
-from l2rec.data.formats.source import Source
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.errors import DataError
 
 Event = tuple[str, str, float]
-
-
-def events_of(source: Source) -> list[Event]:
-    rows = [row for batch in source.events() for row in batch.to_pylist()]
-    return [(r["user_id"], r["item_id"], r["timestamp"]) for r in rows]
-
-
-def catalog_of(source: Source, *fields: str) -> dict[str, dict[str, str]]:
-    assert source.catalog is not None
-    batches = source.catalog(fields or source.fields)
-    return {row.pop("item_id"): row for batch in batches for row in batch.to_pylist()}
-
-
-def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode(encoding))
-    return path
-
-
-def lines(path: Path, rows: list[dict[str, Any]], write_row: Callable[[Any], str]) -> Path:
-    text = "".join(write_row(row) + "\n" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
 
 
 # ---------------------------------------------------------------- RecBole

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.support.errors import one_line
-from tests.unit.test_formats import catalog_of, events_of, lines, write
+from tests.support.logs import catalog_of, events_of, lines, write
 
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.support.errors import one_line
-from tests.unit.test_formats import events_of, write
+from tests.support.logs import events_of, write
 
 from l2rec.data.formats.open import open_source
 from l2rec.data.formats.source import Source
