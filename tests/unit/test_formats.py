@@ -20,7 +20,6 @@ from l2rec.data.formats.open import FORMATS, open_source
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.errors import DataError
 
-
 # ---------------------------------------------------------------- RecBole
 
 
