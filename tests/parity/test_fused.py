@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "n_inner": 24, "vocab_size": 40}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 4}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     # name of the case: model type, shape, the parts that it has
     "gpt2": ("gpt2", GPT, PLAIN),
@@ -50,6 +52,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "phi3": ("phi3", SHAPE | {"num_key_value_heads": 2}, GATED),
     "glm": ("glm", SHAPE | {"num_key_value_heads": 2, "head_dim": 4}, GATED),
     "glm4": ("glm4", SHAPE | {"num_key_value_heads": 2, "head_dim": 4}, GATED),
+    "glm4v_text": ("glm4v_text", SHAPE | {"num_key_value_heads": 2} | ROPE, GATED),
+    "glm_ocr_text": (
+        "glm_ocr_text",
+        SHAPE | {"num_key_value_heads": 2, "head_dim": 4} | ROPE,
+        GATED,
+    ),
+    "dbrx": (
+        "dbrx",
+        {
+            **{"vocab_size": 40, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 32},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+        ("q", "k", "v", "o"),
+    ),
+    "jetmoe": (
+        "jetmoe",
+        SHAPE | EXPERTS | {"num_key_value_heads": 2, "kv_channels": 4, "num_local_experts": 4},
+        ("k", "v"),
+    ),
     "modernbert": ("modernbert", SHAPE, GATED),
     "modernbert-decoder": ("modernbert-decoder", SHAPE, GATED),
     "bert": ("bert", SHAPE, PLAIN),
@@ -67,13 +89,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         SHAPE | EXPERTS | {"num_experts": 4, "num_key_value_heads": 2, "head_dim": 4},
         ("q", "k", "v", "o"),
     ),
-    "olmoe": ("olmoe", SHAPE | {"num_experts": 4}, ("q", "k", "v", "o")),
+    "olmoe": ("olmoe", SHAPE | EXPERTS | {"num_experts": 4}, ("q", "k", "v", "o")),
 }
 FUSED = [
     *("gpt2", "gpt_bigcode", "gpt_bigcode-heads", "gpt_neox", "persimmon", "bloom"),
-    *("falcon-heads", "falcon-7b", "falcon-40b", "mpt", "phi3", "modernbert"),
+    *("falcon-heads", "falcon-7b", "falcon-40b", "mpt", "phi3", "modernbert", "dbrx", "jetmoe"),
 ]
 """Families with q, k and v in one matrix."""
+GATES = ("phi3", "glm", "glm4", "glm4v_text", "glm_ocr_text", "modernbert", "modernbert-decoder")
+"""Families with gate and up in one matrix."""
 OWN_SPLIT = {"bloom": "_reshape", "falcon": "_split_heads"}
 """Model types that take no attention functions: their method that takes the matrix apart."""
 
@@ -83,7 +107,9 @@ def model_of(case: str) -> nn.Module:
     kind, shape, _ = FAMILIES[case]
     torch.manual_seed(0)
     model: nn.Module = AutoModel.from_config(
-        AutoConfig.for_model(kind, **shape), attn_implementation="eager"
+        AutoConfig.for_model(kind, **shape),
+        attn_implementation="eager",
+        experts_implementation="eager",
     )
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -124,14 +150,20 @@ def read_by_the_model(case: str, model: nn.Module, module: nn.Module) -> dict[st
     states(model, torch.tensor([7]))
     handle.remove()
     model.set_attn_implementation("eager")
-    return {part: (seen[part][:, None] == seen["y"]).nonzero()[:, 1] for part in ATTENTION}
+    read = {}
+    for part in [p for p in ATTENTION if p in FAMILIES[case][2]]:
+        gap, row = (seen[part][:, None] - seen["y"]).abs().min(1)
+        assert gap.max() < 1e-6, part  # some rotate in float32
+        read[part] = torch.tensor(list(dict.fromkeys(row.tolist())))  # JetMoE repeats keys
+    return read
 
 
 @pytest.mark.parametrize("case", FUSED)
 def test_rows_are_those_that_the_model_reads(case: str) -> None:
     model = model_of(case)
-    found = find_linears(model, ATTENTION)
-    assert len(found) == 3 * 2
+    parts = [part for part in FAMILIES[case][2] if part in ATTENTION]
+    found = find_linears(model, parts)
+    assert len(found) == len(parts) * 2
     for name, part in found.items():
         assert isinstance(part, Part)
         read = read_by_the_model(case, model, part.module)[name.rpartition(".")[2]]
@@ -140,7 +172,7 @@ def test_rows_are_those_that_the_model_reads(case: str) -> None:
         assert len(ours) == part.out_features
 
 
-@pytest.mark.parametrize("case", ["phi3", "glm", "glm4", "modernbert", "modernbert-decoder"])
+@pytest.mark.parametrize("case", GATES)
 def test_the_gate_is_what_is_activated(case: str) -> None:
     model = model_of(case)
     seen: dict[str, Tensor] = {}
@@ -255,7 +287,7 @@ def test_lora_on_rows_is_that_of_merged_weights(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "phi3", "modernbert"])
 def test_untrained_experts_leave_a_packed_backbone_as_it_is(case: str) -> None:
-    """Rows attend side by side, in float32; q and v alone share a module with a k that is frozen."""
+    """Rows attend side by side, in float32; q and v share a module with a k that is frozen."""
     backbone = Backbone(
         model_of(case).float(), tiny.tokenizer(), name=case, source="", revision=None
     )
@@ -311,6 +343,16 @@ def test_a_mixture_of_experts_says_what_is_left_out(caplog: pytest.LogCaptureFix
         "note: the backbone (qwen2_moe) is a mixture of experts: adapted are 2 q, 2 up, in "
         "attention, dense layers and shared experts; its routed experts are left out"
     ]
+
+
+def test_the_packed_matrix_of_baichuan_is_three_in_a_row() -> None:
+    """Its own code: ``proj.unflatten(-1, (3, D))`` and then q, k, v = proj[0], proj[1], proj[2]."""
+    packed = nn.Linear(16, 48, bias=False)
+    config = SimpleNamespace(model_type="baichuan", num_attention_heads=4)
+    y = torch.randn(5, 48)
+    parts = fused_parts(config, "layers.0.self_attn.W_pack", packed)
+    for i, part in enumerate(("q", "k", "v")):
+        assert torch.equal(parts[part].of(y), y.unflatten(-1, (3, 16))[:, i])
 
 
 def test_a_layout_that_is_not_known_is_no_part() -> None:

@@ -106,13 +106,13 @@ FUSED: dict[str, tuple[str, ...]] = {
     "kv_proj": KV,
 }
 """Last names of fused matrices, and their parts."""
-IN_A_ROW = ("gpt2", "phi3", "phi4_multimodal", "modernbert", "mpt", "dbrx", "baichuan")
+IN_A_ROW = ("gpt2", "phi3", "modernbert", "mpt", "dbrx", "baichuan")
 """Model types whose matrix is [q | k | v]."""
 BY_HEAD = ("gpt_neox", "bloom", "persimmon")
 """Model types whose matrix is [q | k | v] head by head."""
 HALVES = (
-    *("phi3", "phi4_multimodal", "glm", "glm4", "glm4v_text", "glm_ocr_text", "glm_image_text"),
-    *("minimax_m3_vl_text", "modernbert", "modernbert_decoder", "jetmoe"),
+    *("phi3", "glm", "glm4", "glm4v_text", "glm_ocr_text"),
+    *("modernbert", "modernbert-decoder", "jetmoe"),
 )
 """Model types whose other fused matrices are [gate | up], or [k | v], in halves. The gate is what
 goes through the activation.
