@@ -35,7 +35,8 @@ ALIBI_WIDTH = 5120
 def register() -> None:
     """Teach the Auto classes of Hugging Face what ``model_type: baichuan`` is; done once.
 
-    They then load such a checkpoint as any other, whatever its ``auto_map`` says.
+    They then load such a checkpoint as any other, whatever its ``auto_map`` says; where remote code
+    is trusted, that of the tokenizer still runs, and is the user's wish.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaConfig, LlamaModel
     from transformers import PreTrainedTokenizerFast as Fast
