@@ -79,7 +79,7 @@ def routers_of(matrix: reference.Matrix) -> Routers:
 
 def update(moe: DPMoE, j: int, x: Tensor, routing: Routing) -> Tensor:
     """Return alpha/r dW_j x alone."""
-    linear = moe._linears[j].to(x.dtype)
+    linear = moe._parts[j].module.to(x.dtype)
     [adapted] = moe.adapted(j, x, routing)  # every matrix is a group of its own
     return adapted - linear(x)
 
@@ -304,7 +304,7 @@ def test_matrices_that_read_the_same_are_a_group(family: str) -> None:
     gated = family in ("qwen3", "llama")
     parts = ["q", "k", "v", "o", "up", *(["gate", "down"] * gated)]
     linears = find_linears(random_backbone(family).model, parts)
-    groups = [[list(linears)[j] for j in group] for group in side_by_side(list(linears))]
+    groups = [[list(linears)[j] for j in group] for group in side_by_side(linears)]
     sizes = [3, 1, 2, 1] if gated else [3, 1, 1]
     assert [len(group) for group in groups] == sizes * 2
     assert len({name for group in groups for name in group}) == len(linears)
@@ -443,7 +443,9 @@ def test_find_linears() -> None:
     assert all("attention" in name for name in find_linears(bert, ("o",)))
     with pytest.raises(ConfigError, match="unknown 'w'; choose from q, k, v, o"):
         find_linears(bert, ("w",))
-    with pytest.raises(BackboneError, match=r"no .gate. matrix; change model\.matrices"):
+    with pytest.raises(
+        BackboneError, match=r"\(bert\) has no .gate. matrix, but q k v o up down; change"
+    ):
         find_linears(bert, ("gate",))
 
 

@@ -117,6 +117,8 @@ def test_variants_and_effects() -> None:
 def test_short_names_of_matrices() -> None:
     assert label("encoder.layer.3.attention.self.query") == "4 q"
     assert label("model.layers.27.self_attn.v_proj") == "28 v"
-    assert label("layers.0.mlp.Wi") == "1 up"
+    assert label("layers.0.mlp.Wi.up") == "1 up"
+    assert label("h.2.attn.c_attn.k") == "3 k"
+    assert label("encoder.layer.0.output.dense") == "1 down"
     assert label("encoder.layer.0.attention.output.dense") == "1 o"
     assert label("something.else") == "else"

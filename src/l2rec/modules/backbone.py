@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
+from l2rec.modules import baichuan
 
 ATTENTION = "l2rec_packed"
 """Name under which Hugging Face models find `packed_attention`."""
@@ -462,6 +463,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    baichuan.register()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     source = minilm_source() if config.name == "minilm" else config.name
     dtype = {

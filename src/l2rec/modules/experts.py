@@ -47,6 +47,7 @@ from torch.nn import functional as F
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import Adapter, Forward, side_by_side
 from l2rec.modules.backbone import split
+from l2rec.modules.fused import Matrix, Part
 
 Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 """Experts: B_i [d_out, R] and A_i [R, d_in] of each."""
@@ -99,8 +100,8 @@ class Routing:
         u-half of R1^f [u; x]), and g^u, [U, G, E]. Empty where the router does not know the user.
     chosen: per slice, of each group that was passed: g_hat [G, n, E] float32 and the chosen
         experts [G, n, E] bool. Emptied by `finish`.
-    ready: by matrix, the input of its group and the output that was computed with it, until the
-        matrix is called.
+    ready: by module, the input of its group and the output that was computed with it, until the
+        module is called.
     balance: per view, the load-balancing term of each matrix that was passed, [J] float32.
     load: per view, for each of them the share of choices that each expert received, [J, E]
         float32, detached.
@@ -163,8 +164,9 @@ def _gates(hidden: Tensor, out: Tensor, bias: Tensor) -> Tensor:
 class _Products(torch.autograd.Function):
     """Products of x with the frozen matrices of a group, W x + b, and with each view's stack.
 
-    x: [N, d_in], the rows of each view one after the other. sizes: rows of each view. stacks: one
-    of each view, [rows of the stack, d_in]. Returns [N, d_out] of each matrix, then
+    x: [N, d_in], the rows of each view one after the other. frozen: one `Part` of each module.
+    sizes: rows of each view. stacks: one of each view, [rows of the stack, d_in]. Returns
+    [N, rows of the module] of each module, then
     [n, rows of the stack] of each view.
 
     One function, so that all gradients of x meet inside the products: autograd would add them up
@@ -173,13 +175,16 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: list[nn.Linear], sizes: list[int], *stacks: Tensor
+        ctx: Any, x: Tensor, frozen: list[Part], sizes: list[int], *stacks: Tensor
     ) -> tuple[Tensor, ...]:
-        weights = [linear.weight for linear in frozen]
+        weights = [part.weight for part in frozen]
         ctx.save_for_backward(x, *weights, *stacks)
         ctx.sizes = sizes
         views = zip(split(x, sizes), stacks, strict=True)
-        plain = [F.linear(x, linear.weight, linear.bias) for linear in frozen]
+        plain = [
+            F.linear(x, weight, part.module.bias)  # type: ignore[arg-type]
+            for weight, part in zip(weights, frozen, strict=True)
+        ]
         return *plain, *(F.linear(part, stack) for part, stack in views)
 
     @staticmethod
@@ -202,26 +207,27 @@ class _Products(torch.autograd.Function):
 class _AddLowRank(torch.autograd.Function):
     """In-place sum y += low B of each view's rows: the experts' part of Eq. 3.
 
-    y: [N, d_out]. sizes: rows of each view. factors: low [n, (S + E) R] and B [(S + E) R, d_out]
-    of every view in turn.
+    y: [N, rows of the module]. part: those of the matrix. sizes: rows of each view. factors: low
+    [n, (S + E) R] and B [(S + E) R, d_out] of every view in turn.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, sizes: list[int], *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, part: Part, sizes: list[int], *factors: Tensor) -> Tensor:
         ctx.save_for_backward(*factors)
-        ctx.sizes = sizes
+        ctx.part, ctx.sizes = part, sizes
         ctx.mark_dirty(y)
-        for part, low, b in zip(split(y, sizes), factors[::2], factors[1::2], strict=True):
-            part.addmm_(low, b)
+        for rows, low, b in zip(split(y, sizes), factors[::2], factors[1::2], strict=True):
+            part.add_(rows, low, b)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factors = ctx.saved_tensors
         g_factors: list[Tensor] = []
-        for g, low, b in zip(split(grads[0], ctx.sizes), factors[::2], factors[1::2], strict=True):
+        shares = split(ctx.part.of(grads[0]), ctx.sizes)
+        for g, low, b in zip(shares, factors[::2], factors[1::2], strict=True):
             g_factors += (g @ b.t(), low.t() @ g)
-        return grads[0], None, *g_factors
+        return grads[0], None, None, *g_factors
 
 
 class _View(NamedTuple):
@@ -304,7 +310,7 @@ class DPMoE(Adapter[Routing]):
     """Experts and three-signal routers for the adapted matrices of one backbone.
 
     Args:
-        linears: the frozen modules to adapt, by name (`find_linears`).
+        linears: the frozen matrices to adapt, by name (`find_linears`).
         dim: size D of the user vectors.
         views: number of views V; each uses the shared experts and its own.
         shared_experts, view_experts: S and E, experts shared by all views and of each view.
@@ -320,7 +326,7 @@ class DPMoE(Adapter[Routing]):
 
     def __init__(
         self,
-        linears: dict[str, nn.Linear],
+        linears: Mapping[str, Matrix],
         dim: int,
         *,
         views: int = 2,
@@ -335,8 +341,9 @@ class DPMoE(Adapter[Routing]):
         super().__init__(linears)
         if not 1 <= top <= view_experts:
             raise ConfigError(f"top_n={top} must lie between 1 and view_experts={view_experts}")
-        self.groups = side_by_side(self.names)
-        self._group_of = [n for n, group in enumerate(self.groups) for _ in group]
+        self.groups = side_by_side(linears)
+        self._modules_in = [sorted({self._module_of[j] for j in group}) for group in self.groups]
+        self._group_of = [n for n, modules in enumerate(self._modules_in) for _ in modules]
         self.shared_experts, self.view_experts = shared_experts, view_experts
         self.rank, self.scaling, self.top, self.width = rank, alpha / rank, top, width
         self.personalized = personalized
@@ -351,7 +358,7 @@ class DPMoE(Adapter[Routing]):
                 width=width,
                 signals=2 if personalized else 1,
             )
-            for m in linears.values()
+            for m in self._parts
         )
         if personalized:
             matrices = len(self.names)
@@ -387,19 +394,22 @@ class DPMoE(Adapter[Routing]):
             yield routing
         routing.finish()
 
-    def _output(self, j: int, x: Tensor, plain: Forward, state: Routing) -> Tensor:
-        """Return (W_j + alpha/r dW_j) x + b: x [1, N, d_in] -> [1, N, d_out].
+    def _output(self, number: int, x: Tensor, plain: Forward, state: Routing) -> Tensor:
+        """Return (W_j + alpha/r dW_j) x + b: x [..., N, d_in] -> [..., N, rows of the module].
 
         The first of a group to be called computes for all of it; a neighbour that reads another
         input computes anew. ``plain`` is not called, because `adapted` multiplies by W_j itself: an
         adapter that was attached before this one has no effect here.
         """
-        read, y = state.ready.pop(j, (None, x))
+        read, y = state.ready.pop(number, (None, x))
         if read is not x:
-            group = self._group_of[j]
-            outputs = zip(self.groups[group], self.adapted(group, x.squeeze(0), state), strict=True)
-            ready = {i: (x, output[None]) for i, output in outputs}
-            _, y = ready.pop(j)
+            group = self._group_of[number]
+            outputs = self.adapted(group, x.flatten(end_dim=-2), state)
+            ready = {
+                i: (x, output.view(*x.shape[:-1], -1))
+                for i, output in zip(self._modules_in[group], outputs, strict=True)
+            }
+            _, y = ready.pop(number)
             state.ready |= ready
         return y
 
@@ -427,10 +437,12 @@ class DPMoE(Adapter[Routing]):
     def adapted(self, group: int, x: Tensor, routing: Routing) -> list[Tensor]:
         """Compute (W_j + alpha/r dW_j) x + b, Eq. 3, for every matrix j of a group.
 
-        x: [N, d_in], a whole packed batch. Returns [N, d_out] of each matrix, in the dtype of x.
+        x: [N, d_in], a whole packed batch. Returns [N, rows of the module] of each module, in the
+        dtype of x.
         """
         members = self.groups[group]
-        frozen = [self._linears[j] for j in members]
+        modules = self._modules_in[group]
+        frozen = [Part.whole(self._modules_of[number]) for number in modules]
         mixtures: list[_Mixture] = [self.mixtures[j] for j in members]  # type: ignore[misc]
         sizes = [part.stop - part.start for part in routing.slices]
         of_member = [mixture.views() for mixture in mixtures]
@@ -442,19 +454,20 @@ class DPMoE(Adapter[Routing]):
             a = [matrix for mixture, v in pairs for matrix in (mixture.shared_a, v.a)]
             stacks.append(torch.cat([*a, *(v.router_x for v in views)]).to(x.dtype))
         results = _Products.apply(x, frozen, sizes, *stacks)  # type: ignore[no-untyped-call]
-        plain, products = results[: len(members)], results[len(members) :]
+        ys, products = dict(zip(modules, results, strict=False)), results[len(modules) :]
         low = [
             self._gated(group, of_slice[k], product, k, routing)
             for k, product in enumerate(products)
         ]
-        ys: list[Tensor] = []
-        for m, (mixture, y) in enumerate(zip(mixtures, plain, strict=True)):
+        for m, (j, mixture) in enumerate(zip(members, mixtures, strict=True)):
             factors: list[Tensor] = []
             for of_view, views in zip(low, of_slice, strict=True):
                 b = torch.cat((mixture.shared_b, views[m].b)).to(x.dtype)
                 factors += (of_view[m], b)
-            ys.append(_AddLowRank.apply(y, sizes, *factors))  # type: ignore[no-untyped-call]
-        return ys
+            number = self._module_of[j]
+            y, part = ys[number], self._parts[j]
+            ys[number] = _AddLowRank.apply(y, part, sizes, *factors)  # type: ignore[no-untyped-call]
+        return list(ys.values())
 
     def _gated(
         self, group: int, views: Sequence[_View], product: Tensor, k: int, routing: Routing

@@ -12,7 +12,7 @@ from __future__ import annotations
 __all__ = ["LoRA"]
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -21,30 +21,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rec.modules.adapters import Adapter, Forward
+from l2rec.modules.fused import Matrix
 
 
 class LoRA(Adapter[Literal[True]]):
     """Low-rank updates, one pair A [R, d_in] and B [d_out, R] for each adapted matrix.
 
     Args:
-        linears: the frozen modules to adapt, by name (`find_linears`).
+        linears: the frozen matrices to adapt, by name (`find_linears`).
         rank, alpha: R, and the scale: the update is multiplied by alpha / rank.
         dropout: share of the inputs of A that is dropped in training.
     """
 
     def __init__(
         self,
-        linears: dict[str, nn.Linear],
+        linears: Mapping[str, Matrix],
         *,
         rank: int = 8,
         alpha: float = 16.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(linears)
+        self._places: list[list[int]] = [[] for _ in self._modules_of]
+        for j, number in enumerate(self._module_of):
+            self._places[number].append(j)
         self.scaling = alpha / rank
         self.dropout = nn.Dropout(dropout)
-        self.a = nn.ParameterList(torch.empty(rank, m.in_features) for m in linears.values())
-        self.b = nn.ParameterList(torch.empty(m.out_features, rank) for m in linears.values())
+        self.a = nn.ParameterList(torch.empty(rank, m.in_features) for m in self._parts)
+        self.b = nn.ParameterList(torch.empty(m.out_features, rank) for m in self._parts)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -66,5 +70,8 @@ class LoRA(Adapter[Literal[True]]):
         low = F.linear(self.dropout(x), self.a[j].to(x.dtype))
         return F.linear(low * self.scaling, self.b[j].to(x.dtype))
 
-    def _output(self, j: int, x: Tensor, plain: Forward, state: Literal[True]) -> Tensor:
-        return plain(x) + self.update(j, x)
+    def _output(self, number: int, x: Tensor, plain: Forward, state: Literal[True]) -> Tensor:
+        y = plain(x)
+        for j in self._places[number]:
+            y = y + self._parts[j].spread(self.update(j, x))
+        return y

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from l2rec.errors import DataError
-from l2rec.modules.adapters import MATRIX_NAMES
+from l2rec.modules.adapters import part_of
 from l2rec.protocols import Inspectable
 from l2rec.runs.predictor import Predictor
 
@@ -93,9 +93,7 @@ def label(matrix: str) -> str:
     the query matrix of the fourth layer.
     """
     layer = re.search(r"\.(\d+)\.", matrix)
-    ends = {end: part for part, names in MATRIX_NAMES.items() for end in names}
-    hits = [end for end in ends if matrix == end or matrix.endswith(f".{end}")]
-    part = ends[max(hits, key=len)] if hits else matrix.rpartition(".")[2]
+    part = part_of(matrix) or matrix.rpartition(".")[2]
     return part if layer is None else f"{int(layer[1]) + 1} {part}"
 
 
