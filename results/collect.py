@@ -199,8 +199,11 @@ def main() -> None:
         if not run:
             raise SystemExit(__doc__)
         keep(name, Path(run))
-    # Data sets whose runs were trained out come first.
-    sets = sorted(collected().values(), key=lambda runs: sum(map(cut, runs.values())))
+    # Data sets with runs of L2Rec come first, then those whose runs were trained out.
+    sets = sorted(
+        collected().values(),
+        key=lambda runs: (not any("l2rec" in name for name in runs), sum(map(cut, runs.values()))),
+    )
     tables = [table(runs) for runs in sets]
     between_marks(README, "\n\n".join(tables))
     between_marks(TIES, floors_table())
