@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+from tests.support import tiny
 from tests.support.errors import one_line
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel
 
+from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
-from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import Attend, Backbone, Packing, load_backbone, pack
 
 ENCODER: dict[str, Any] = {
     "vocab_size": 60,
@@ -323,3 +326,60 @@ def test_bfloat16_is_no_reason_to_refuse(name: str) -> None:
         parameter.data = parameter.data.bfloat16()
     with pytest.raises(BackboneError, match=LEAKS):
         backbone_of(broken, "broken")
+
+
+# ------------------------------------------------------------------------------- bfloat16
+
+
+def saved(folder: Path, family: str, changes: dict[str, Any], draw: float) -> Path:
+    """Write a random model with a tokenizer."""
+    torch.manual_seed(0)
+    model: Any = AutoModel.from_config(CONFIG_MAPPING[family](**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, draw)
+        for name, buffer in model.named_buffers():
+            if "bias" in name:
+                buffer.normal_()
+    model.save_pretrained(folder)
+    tiny.tokenizer("qwen").save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, dtype: Literal["float32", "bfloat16"], **changes: Any) -> Backbone:
+    return load_backbone(BackboneConfig(name=str(folder), dtype=dtype, **changes))
+
+
+@torch.no_grad()
+def test_bfloat16_errs_as_hugging_face_s_own_does_at_far_positions(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "head_dim": 128, "num_attention_heads": 2, "vocab_size": 200}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    changes = DECODER | shape | rope | {"max_position_embeddings": 1024, "num_hidden_layers": 3}
+    folder = saved(tmp_path, "qwen3", changes, 0.25)
+    row = torch.randint(8, 200, (1024,), generator=torch.Generator().manual_seed(1))
+    exact = packed(loaded(folder, "float32"), [row])
+    ours = packed(loaded(folder, "bfloat16"), [row])
+    theirs = alone(AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval(), [row])
+    for part in (slice(0, 64), slice(512, 1024)):
+        error, bound = (
+            float((1 - nn.functional.cosine_similarity(x[part].float(), exact[part])).mean())
+            for x in (ours, theirs)
+        )
+        assert 0 < error < 1.25 * bound < 0.1, (part, error, bound)
+
+
+@pytest.mark.parametrize("random", [False, True], ids=["saved", "random"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3", "gemma", "modernbert"])
+def test_bfloat16_keeps_what_is_float32_and_the_hash_of_earlier_runs(
+    name: str, random: bool, tmp_path: Path
+) -> None:
+    family, changes, _, _ = EXACT[name]
+    folder = saved(tmp_path, family, changes | {"vocab_size": 200}, 0.1)
+    backbone = loaded(folder, "bfloat16", random_weights=random)
+    assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16}
+    kept = {n: b for n, b in backbone.model.named_buffers() if "inv_freq" in n or "bias" in n}
+    assert kept and {b.dtype for b in kept.values()} == {torch.float32}
+    earlier = loaded(folder, "float32", random_weights=random)
+    earlier.model.to(torch.bfloat16)  # how they were loaded, frequencies and all
+    assert backbone.weight_hash() == earlier.weight_hash()

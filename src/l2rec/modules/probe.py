@@ -159,7 +159,8 @@ def _random_ids(n: int, words: Tensor, config: Any, seed: int = 0) -> Tensor:
     }
     plain = torch.tensor([i for i in range(len(words)) if i not in special] or [0])
     generator = torch.Generator().manual_seed(seed)
-    return plain[torch.randint(len(plain), (n,), generator=generator)].to(words.device)
+    ids: Tensor = plain[torch.randint(len(plain), (n,), generator=generator)]
+    return ids.to(words.device)
 
 
 def _packed(backbone: Backbone, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -176,8 +177,8 @@ def _packed(backbone: Backbone, rows: Sequence[Tensor]) -> list[Tensor]:
 def _own(model: nn.Module, **inputs: Tensor) -> Tensor:
     """Run one row by the model's own eager attention: states [n, D]."""
     with _attention(model, "eager"), torch.no_grad():
-        states: Tensor = model(**inputs, use_cache=False).last_hidden_state
-    return states[0]
+        states: Tensor = model(**inputs, use_cache=False).last_hidden_state.squeeze(0)
+    return states
 
 
 @contextmanager
@@ -215,7 +216,8 @@ def _failed(name: str, family: str, what: str, error: Exception) -> str:
 def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
     """Return the difference of each token's states, relative to them: [n] float64 on the CPU."""
     a, b = (torch.cat(list(rows)).double().cpu() for rows in (found, expected))
-    return (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-12)
+    error: Tensor = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-12)
+    return error
 
 
 def _same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
