@@ -384,8 +384,32 @@ def test_a_backbone_that_cannot_be_loaded_is_one_line_with_its_name(
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "/no/such/folder"])
 def test_unknown_names(name: str) -> None:
-    with pytest.raises(BackboneError, match="cannot be loaded"):
+    with pytest.raises(BackboneError, match=f"cannot be loaded: there is no folder '{name}'"):
         load_backbone(BackboneConfig(name=name))
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    change_config(folder, vocab_size=50)
+    weights = load_file(folder / "model.safetensors")
+    key = "embeddings.word_embeddings.weight"
+    last = len(tiny.VOCABULARY) - 1
+    save_file(
+        weights | {key: weights[key][:50].clone()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(BackboneError, match=rf"has ids up to {last}, the weights 50 word vectors"):
+        load(folder)
+
+
+def test_a_tokenizer_that_reads_nothing_is_refused(folder: Path) -> None:
+    """Words split at spaces, in a folder that says otherwise."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"] = {"type": "BPE", "vocab": {"zz": 0}, "merges": []}
+    path.write_text(json.dumps(values))
+    with pytest.raises(BackboneError, match="turns words into nothing; give the files"):
+        load(folder)
 
 
 def test_pickled_weights_are_not_opened(folder: Path) -> None:
