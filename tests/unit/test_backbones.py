@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
+from l2rec.modules import backbone as backbone_module
 from l2rec.modules.backbone import Attend, Backbone, Packing, load_backbone, pack
 
 ENCODER: dict[str, Any] = {
@@ -112,6 +113,15 @@ EXACT: dict[str, tuple[str, dict[str, Any], bool, int]] = {
         False,
         8,
     ),
+    "t5, its encoder": (
+        "t5",
+        {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+        False,
+        0,
+    ),
+    "mpnet": ("mpnet", ENCODER | {"pad_token_id": 1, "max_position_embeddings": 66}, False, 64),
+    "nemotron": ("nemotron", DECODER, True, 64),
+    "stablelm": ("stablelm", DECODER, True, 64),
     "gemma3 with images": (
         "gemma3",
         IMAGES | {"text_config": DECODER | WINDOW | LAYERS, "vision_config": SEES},
@@ -161,7 +171,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "read token ids",
     ),
-    "keywords lost": ("nemotron", DECODER, "cannot run packed: TypeError"),
+    "positions of its own": (
+        "bart",
+        ENCODER | {"d_model": 32, "encoder_ffn_dim": 32, "encoder_attention_heads": 4},
+        LEAKS,
+    ),
     "two opinions": ("gemma", DECODER | {"use_bidirectional_attention": True}, "sees the future"),
     "sparse indexer": (
         "deepseek_v32",
@@ -170,7 +184,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "text of images": ("clip_text_model", ENCODER, "specify input_ids"),
     "no words": ("vit", ENCODER | {"image_size": 28, "patch_size": 14}, "word embeddings"),
-    "recurrent": ("mamba", ENCODER, "attention functions by name"),
+    "recurrent": ("mamba", ENCODER, LEAKS),
+    "attention without a name": ("deberta-v2", ENCODER, "attention functions by name"),
 }
 
 
@@ -207,12 +222,34 @@ def test_packed_rows_are_those_of_the_model_alone(name: str) -> None:
     family, changes, causal, longest = EXACT[name]
     model = model_of(family, changes)
     backbone = backbone_of(model, name)
-    assert (backbone.causal, backbone.max_positions) == (causal, longest)
+    assert (backbone.causal, backbone.max_positions or 0) == (causal, longest)
+    longest = longest or 64
     torch.manual_seed(1)
     rows = [torch.randint(8, 60, (n,)) for n in (3, min(40, longest), 1, min(29, longest))]
     ours = packed(backbone, rows)
-    whole = model.get_encoder() if family == "t5gemma" else model  # type: ignore[operator]
+    whole = model.get_encoder() if family in ("t5", "t5gemma") else model  # type: ignore[operator]
     torch.testing.assert_close(ours, alone(whole, rows), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5, its encoder", "mpnet", "gemma2", "gpt-oss"])
+@torch.no_grad()
+def test_other_formulas_are_the_same_with_gradients_and_for_every_length(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, changes, _, _ = EXACT[name]
+    backbone = backbone_of(model_of(family, changes), name)
+    rows = [torch.arange(8, 8 + n) for n in (3, 40, 1, 29)]
+    fused = packed(backbone, rows)
+    for longest in (0, 1000):  # the two ways of `_attend`
+        monkeypatch.setattr(backbone_module, "LONG_ROW", {torch.float32: longest})
+        with torch.enable_grad():
+            torch.testing.assert_close(packed(backbone, rows), fused, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_longer_than_the_model_takes_are_refused() -> None:
+    backbone = backbone_of(model_of(*EXACT["llama4, in chunks"][:2]), "chunks")
+    with pytest.raises(BackboneError, match="a row of 17 tokens: backbone 'chunks' takes 16; low"):
+        packed(backbone, [torch.arange(8, 25)])
 
 
 @pytest.mark.parametrize("name", REFUSED)

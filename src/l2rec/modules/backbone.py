@@ -31,6 +31,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
+from l2rec.modules.families import lead_to_packed
 from l2rec.modules.probe import check_exact, check_text_part, sees_future
 
 ATTENTION = "l2rec_packed"
@@ -129,6 +131,15 @@ class Packing:
     def computed(self) -> int:
         """Number of tokens that attention computes, padding included."""
         return sum(b.rows * b.width for group in self.groups for b in group.buckets)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row."""
+        return max((b.width for group in self.groups for b in group.buckets), default=0)
+
+
+_PACKING: ContextVar[Packing | None] = ContextVar("l2rec_packing", default=None)
+"""The packing of the pass that is under way, for models that do not hand keywords on."""
 
 
 def pack(
@@ -286,12 +297,13 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each row of a packed batch; called by Hugging Face models.
@@ -299,7 +311,10 @@ def packed_attention(
     query: [1, H, N, d]; key, value: [1, H_kv, N, d]. Returns [1, N, H, d] and no weights.
     sliding_window: see `Bucket.mask_within`. softcap: c of scores c tanh(s / c) (Gemma 2). s_aux:
     [H] score of a sink, which takes its share of the softmax and gives nothing (gpt-oss).
+    position_bias: [1, H, W, W] added to the scores, W at least the longest row (T5, MPNet).
     """
+    packing = _PACKING.get() if packing is None else packing
+    assert packing is not None, "packed attention outside of Backbone.forward"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, d]
     sizes = [group.stop - group.start for group in packing.groups]
@@ -314,6 +329,7 @@ def packed_attention(
                 scale,
                 softcap=softcap,
                 sinks=s_aux,
+                bias=position_bias,
             )
             for grid, bucket in zip(grids, group.buckets, strict=True)
         ]
@@ -338,15 +354,23 @@ def _attend(
     *,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    """Compute softmax(q k^T scale) v; [rows, H, width, d] each. softcap, sinks: as there."""
+    """Compute softmax(q k^T scale) v; [rows, H, width, d] each. softcap, sinks, bias: as there."""
+    if bias is not None:
+        bias = bias[..., : q.shape[2], : q.shape[2]].to(q.dtype)
     short = q.shape[2] <= LONG_ROW.get(q.dtype, 256)
     fused = q.device.type != "cpu" or not torch.is_grad_enabled() or not short
     if fused and softcap is None and sinks is None:
+        if bias is not None:
+            hidden = torch.finfo(q.dtype).min
+            mask = bias if mask is None else bias.masked_fill(~mask, hidden)
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = (q * scale) @ k.transpose(2, 3)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:  # adding is faster than filling, and so is its backward
         hidden = torch.finfo(q.dtype).min
         scores += torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, hidden)
@@ -382,7 +406,10 @@ class Backbone(nn.Module):
         model.eval().requires_grad_(False)
         whole, model = model, _text_part(model)
         config: Any = model.config
-        if not getattr(model, "_supports_attention_backend", False):
+        by_hand = lead_to_packed(model, _PACKING.get, packed_attention)
+        # Not all that take attention functions by name say so: `check_exact` tells.
+        says = getattr(model, "_supports_attention_backend", False)
+        if not (by_hand or says or model._can_set_attn_implementation()):  # type: ignore[operator]
             raise BackboneError(
                 f"backbone {name!r} ({config.model_type}) does not take attention functions by "
                 "name, which packed batches need; choose BERT, RoBERTa, Qwen, Llama, Mistral, "
@@ -398,7 +425,10 @@ class Backbone(nn.Module):
                 "embeddings; choose a language model"
             )
         AttentionInterface.register(ATTENTION, packed_attention)
-        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        if by_hand:  # no masks [N, N] are made
+            config._attn_implementation = ATTENTION
+        else:
+            model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.model = model
         self.tokenizer = tokenizer
         self.name, self.source, self.revision = name, source, revision
@@ -409,7 +439,7 @@ class Backbone(nn.Module):
                 f"backbone {name!r} has word vectors of {words.weight.shape[1]} and "
                 f"hidden states of {self.dim} dimensions; choose one where they agree"
             )
-        self.causal = _is_causal(model)
+        self.causal = _is_causal(model, name)
         self._position_offset = _position_offset(model)
         self.max_positions = _longest_row(config, self._position_offset)
         exact = check_exact(self) if _has_data(model) else None
@@ -445,13 +475,25 @@ class Backbone(nn.Module):
         """Run the transformer: packed inputs [N, D] -> last hidden states [N, D].
 
         Inputs are cast to the backbone's dtype, which is that of the states.
+
+        Raises:
+            BackboneError: a row is longer than ``max_positions``.
         """
-        output = self.model(
-            inputs_embeds=inputs_embeds[None].to(self.dtype),
-            position_ids=(packing.positions + self._position_offset)[None],
-            packing=packing,
-            use_cache=False,
-        )
+        if self.max_positions is not None and packing.longest > self.max_positions:
+            raise BackboneError(
+                f"a row of {packing.longest} tokens: backbone {self.name!r} takes "
+                f"{self.max_positions}; lower max_tokens or text_tokens"
+            )
+        token = _PACKING.set(packing)
+        try:
+            output = self.model(
+                inputs_embeds=inputs_embeds[None].to(self.dtype),
+                position_ids=(packing.positions + self._position_offset)[None],
+                packing=packing,
+                use_cache=False,
+            )
+        finally:
+            _PACKING.reset(token)
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
     def weight_hash(self) -> str:
@@ -492,21 +534,21 @@ def _has_data(model: nn.Module) -> bool:
     return next(model.parameters()).device.type != "meta"
 
 
-def _is_causal(model: nn.Module) -> bool:
+def _is_causal(model: nn.Module, name: str) -> bool:
     """Return True for decoders: what the config says, else the attention modules, else a trial."""
     config: Any = model.config
     if getattr(config, "is_causal", None) is False:  # makes encoders of decoders
         return False
     attentions = [
         m.is_causal
-        for name, m in model.named_modules()
-        if isinstance(getattr(m, "is_causal", None), bool) and "cross" not in name.lower()
+        for path, m in model.named_modules()
+        if isinstance(getattr(m, "is_causal", None), bool) and "cross" not in path.lower()
     ]
     if attentions:
         return all(attentions)
     if not _has_data(model):
-        return any("CausalLM" in name for name in config.architectures or ())
-    return not sees_future(model)
+        return any("CausalLM" in kind for kind in config.architectures or ())
+    return not sees_future(model, name)
 
 
 def _longest_row(config: Any, offset: int) -> int | None:
@@ -634,8 +676,9 @@ def _load_model(
         output_loading_info=True,
         **common,
     )
-    # A pooler comes after the last hidden states, and its output is not read.
-    missing = sorted(k for k in loading["missing_keys"] if "pooler" not in k)
+    # What comes after the last hidden states is not read.
+    unread = ("pooler", "decoder.") if _is_encoder_decoder(model) else ("pooler",)
+    missing = sorted(k for k in loading["missing_keys"] if not any(part in k for part in unread))
     if missing:
         raise BackboneError(
             f"backbone {config.name!r}: its weights lack {missing[0]} ({len(missing)} "

@@ -50,7 +50,7 @@ def check_exact(backbone: Backbone) -> int | None:
     lengths = [min(n, limit, *windows) for n in ROWS]
     if not _agrees(backbone, lengths):
         raise BackboneError(
-            f"backbone {backbone.name!r} ({_family(backbone)}) is another model when it runs "
+            f"backbone {backbone.name!r} ({_family(backbone.model)}) is another model when it runs "
             f"packed: {_what_differs(backbone, lengths)}; choose another one"
         )
     if not windows:
@@ -89,7 +89,10 @@ def _windows(backbone: Backbone) -> set[int]:
 
     name = f"{ATTENTION}_probe"
     AttentionInterface.register(name, recording)
-    with _attention(backbone.model, name), _one_line(backbone, "cannot run packed"):
+    with (
+        _attention(backbone.model, name),
+        _one_line(backbone.name, backbone.model, "cannot run packed"),
+    ):
         _packed(backbone, _random_rows(backbone, [2, 1]))
     return windows
 
@@ -101,7 +104,7 @@ def _declared_window(config: Any) -> int | None:
 
 
 def _reference(backbone: Backbone, rows: Sequence[Tensor]) -> list[Tensor]:
-    with _one_line(backbone, "does not run on token ids"):
+    with _one_line(backbone.name, backbone.model, "does not run on token ids"):
         return [_own(backbone.model, input_ids=row[None]) for row in rows]
 
 
@@ -113,25 +116,25 @@ def check_text_part(model: nn.Module, part: nn.Module, name: str) -> None:
     """
     words: Tensor = part.get_input_embeddings().weight  # type: ignore[operator]
     ids = _random_ids(ROWS[-1], words, part.config)[None]
-    family: Any = model.config
-    try:
+    with _one_line(name, model, "does not run on text"):
         same = _same([_own(part, input_ids=ids)], [_own(model, input_ids=ids)])
-    except Exception as error:  # whatever the code of any model raises
-        raise BackboneError(_failed(name, family.model_type, "does not run on text", error)) from (
-            error
-        )
     if not same:
         raise BackboneError(
-            f"backbone {name!r} ({family.model_type}) is more than its text part, even on text; "
+            f"backbone {name!r} ({_family(model)}) is more than its text part, even on text; "
             "choose another one"
         )
 
 
 @torch.no_grad()
-def sees_future(model: nn.Module) -> bool:
-    """Return True if the states of a row depend on tokens that follow, in the model's own code."""
+def sees_future(model: nn.Module, name: str) -> bool:
+    """Return True if the states of a row depend on tokens that follow, in the model's own code.
+
+    Raises:
+        BackboneError: the model, called ``name``, does not run on token ids.
+    """
     words: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    return _moves(lambda row: _own(model, input_ids=row[None]), words, model.config)
+    with _one_line(name, model, "does not run on token ids"):
+        return _moves(lambda row: _own(model, input_ids=row[None]), words, model.config)
 
 
 def _moves(run: Any, words: Tensor, config: Any) -> bool:
@@ -184,6 +187,9 @@ def _own(model: nn.Module, **inputs: Tensor) -> Tensor:
 @contextmanager
 def _attention(model: Any, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
+    if not model._can_set_attn_implementation():  # led by hand, see `families`
+        yield
+        return
     model.set_attn_implementation(name)
     try:
         yield
@@ -192,25 +198,22 @@ def _attention(model: Any, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(backbone: Backbone, what: str) -> Iterator[None]:
+def _one_line(name: str, model: nn.Module, what: str) -> Iterator[None]:
     try:
         yield
     except BackboneError:
         raise
     except Exception as error:  # whatever the code of any model raises
-        raise BackboneError(_failed(backbone.name, _family(backbone), what, error)) from error
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(
+            f"backbone {name!r} ({_family(model)}) {what}: {type(error).__name__}: {reason}; "
+            "choose another one"
+        ) from error
 
 
-def _family(backbone: Backbone) -> str:
-    config: Any = backbone.model.config
+def _family(model: nn.Module) -> str:
+    config: Any = model.config
     return str(config.model_type)
-
-
-def _failed(name: str, family: str, what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    return (
-        f"backbone {name!r} ({family}) {what}: {type(error).__name__}: {reason}; choose another one"
-    )
 
 
 def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
@@ -228,7 +231,8 @@ def _what_differs(backbone: Backbone, lengths: Sequence[int]) -> str:
     """Say in words what a difference comes from, as far as further runs can tell."""
     model, rows = backbone.model, _random_rows(backbone, lengths)
     expected = _reference(backbone, rows)
-    vectors = [_own(model, inputs_embeds=backbone.embed(row)[None]) for row in rows]
+    with _one_line(backbone.name, model, "does not run on word vectors"):
+        vectors = [_own(model, inputs_embeds=backbone.embed(row)[None]) for row in rows]
     if not _same(vectors, expected):
         return "its layers read token ids, not only word vectors"
     if _same([_packed(backbone, [row])[0] for row in rows], expected):
@@ -236,6 +240,6 @@ def _what_differs(backbone: Backbone, lengths: Sequence[int]) -> str:
     ours = _moves(
         lambda row: _packed(backbone, [row])[0], backbone.word_embeddings.weight, model.config
     )
-    if ours != sees_future(model):
+    if ours != sees_future(model, backbone.name):
         return f"it {'sees' if ours else 'does not see'} the future"
     return "its attention is another formula or has another mask"
