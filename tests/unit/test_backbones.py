@@ -90,6 +90,7 @@ EXACT: dict[str, tuple[str, dict[str, Any], bool, int]] = {
         64,
     ),
     "qwen3-moe": ("qwen3_moe", DECODER | EXPERTS, True, 64),
+    "phi-moe, window in the mask alone": ("phimoe", DECODER | EXPERTS | WINDOW, True, 8),
     "gemma": ("gemma", DECODER, True, 64),
     "gemma2": ("gemma2", DECODER | WINDOW | LAYERS | {"attn_logit_softcapping": 2.0}, True, 64),
     "gemma3": ("gemma3_text", DECODER | WINDOW | LAYERS, True, 64),
@@ -183,6 +184,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "cannot run packed",
     ),
     "text of images": ("clip_text_model", ENCODER, "specify input_ids"),
+    "no words at all": (
+        "convnext",
+        {"hidden_sizes": [8] * 4, "depths": [1] * 4},
+        "word embeddings",
+    ),
     "no words": ("vit", ENCODER | {"image_size": 28, "patch_size": 14}, "word embeddings"),
     "recurrent": ("mamba", ENCODER, LEAKS),
     "attention without a name": ("deberta-v2", ENCODER, "attention functions by name"),
@@ -420,3 +426,19 @@ def test_bfloat16_keeps_what_is_float32_and_the_hash_of_earlier_runs(
     earlier = loaded(folder, "float32", random_weights=random)
     earlier.model.to(torch.bfloat16)  # how they were loaded, frequencies and all
     assert backbone.weight_hash() == earlier.weight_hash()
+
+
+@pytest.mark.parametrize("name", ["gemma3 with images", "qwen3-vl", "t5, its encoder", "mpnet"])
+@torch.no_grad()
+def test_parts_of_a_saved_model_load(name: str, tmp_path: Path) -> None:
+    family, changes, _, _ = EXACT[name]
+    words = {"vocab_size": 200}
+    if "text_config" in changes:
+        changes = changes | {"text_config": changes["text_config"] | words}
+    folder = saved(tmp_path, family, changes | words, 0.3)
+    backbone = loaded(folder, "float32")
+    model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = [torch.arange(8, 8 + n) for n in (3, 20, 1)]
+    whole = model.get_encoder() if family == "t5" else model
+    torch.testing.assert_close(packed(backbone, rows), alone(whole, rows), rtol=1e-3, atol=1e-4)
+    assert loaded(folder, "bfloat16").dtype is torch.bfloat16

@@ -415,7 +415,10 @@ class Backbone(nn.Module):
                 "name, which packed batches need; choose BERT, RoBERTa, Qwen, Llama, Mistral, "
                 "or another model that does"
             )
-        words = model.get_input_embeddings()  # type: ignore[operator]
+        try:
+            words = model.get_input_embeddings()  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):  # models of images or sounds
+            words = None
         if model is not whole and not _is_encoder_decoder(whole) and _has_data(model):
             check_text_part(whole, model, name)
         dim = getattr(config, "hidden_size", None)

@@ -47,14 +47,15 @@ def check_exact(backbone: Backbone) -> int | None:
     """
     windows = _windows(backbone)
     limit = backbone.max_positions or LONGEST
-    lengths = [min(n, limit, *windows) for n in ROWS]
+    declared = _declared_window(backbone.model.config)
+    lengths = [min(n, limit, declared or limit, *windows) for n in ROWS]
     if not _agrees(backbone, lengths):
         raise BackboneError(
             f"backbone {backbone.name!r} ({_family(backbone.model)}) is another model when it runs "
             f"packed: {_what_differs(backbone, lengths)}; choose another one"
         )
     if not windows:
-        return _declared_window(backbone.model.config)
+        return declared
     long = [min(w + 3, limit) for w in windows if w + 3 <= LONGEST]
     tried = len(long) == len(windows) or backbone.causal  # causal windows are one thing everywhere
     return None if tried and _agrees(backbone, [*long, ROWS[0]]) else min(windows)
