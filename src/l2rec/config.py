@@ -54,7 +54,8 @@ class BackboneConfig(_Closed):
     """``minilm`` (the real pretrained all-MiniLM-L6-v2), a Hugging Face hub id, or a folder."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``auto``: bfloat16 where the processor multiplies it natively, else float32."""
+    """``auto``: bfloat16 where the processor multiplies it natively, else float32. Weights saved in
+    float16 are rounded to bfloat16 by the former; ``float32`` keeps them as they are."""
     trust_remote_code: bool = False
     random_weights: bool = False
     """Seeded random weights instead of the pretrained ones: for tests and timings."""

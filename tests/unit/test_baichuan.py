@@ -23,7 +23,7 @@ from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import Attend, Backbone, Packing, load_backbone, pack
 from l2rec.modules.baichuan import convert_sentencepiece
 
-DIM, HEADS, LAYERS, WORDS, WIDE = 16, 4, 2, 48, 24
+DIM, HEADS, LAYERS, WORDS, WIDE = 16, 4, 2, 280, 24
 # The fields of config.json of Baichuan2-7B-Base, at the size of a test.
 CONFIG: dict[str, Any] = {
     "architectures": ["BaichuanForCausalLM"],

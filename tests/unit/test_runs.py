@@ -29,7 +29,7 @@ from l2rec.data.dataset import Dataset
 from l2rec.data.prepare import prepare
 from l2rec.data.synthetic import chain_dataset
 from l2rec.disk import read_json
-from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
+from l2rec.errors import BackboneError, CheckpointError, ConfigError, DataError, L2RecError
 from l2rec.evaluation.ranks import read_ranks
 from l2rec.runs import folder, scoring
 from l2rec.runs import train as training
@@ -266,7 +266,8 @@ def test_one_training_at_a_time(
     train_run(config, table_run.data, run, progress=Quiet())
     assert len(refused) == 2 and all(str(run) in line for line in refused)
     assert_same_run(table_run.run, run)
-    assert {p.name for p in run.iterdir()} == {p.name for p in table_run.run.iterdir()}
+    served = {"events.db"}  # of tests that serve the other run
+    assert {p.name for p in run.iterdir()} == {p.name for p in table_run.run.iterdir()} - served
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
@@ -455,6 +456,31 @@ def test_load_gives_the_scores_of_the_report(
         found = predictor.recommend(history, 30, exclude_seen=False)
         place = [item["id"] for item in found.items].index(f"i{user[-1]}")
         assert place + 1 == pytest.approx(stored.ranks[row], abs=0.5)
+
+
+def test_a_run_finds_a_backbone_folder_that_moved_with_it(
+    chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    there.mkdir()
+    monkeypatch.chdir(there)
+    runs.save_backbone(Path("models/tiny"))
+    options = runs.config(Path("models/tiny"), epochs=1)
+    runs.finished(options, chains.path, Path("runs/a"))
+    expected = load("runs/a").recommend(["i1", "i2"], 3).items
+    monkeypatch.chdir(tmp_path)  # where `models/tiny` is no folder
+    assert load(there / "runs/a").recommend(["i1", "i2"], 3).items == expected
+    shutil.copytree(there / "runs/a", tmp_path / "alone")
+    assert load(tmp_path / "alone").recommend(["i1", "i2"], 3).items == expected
+    there.rename(elsewhere)
+    assert load(elsewhere / "runs/a").recommend(["i1", "i2"], 3).items == expected
+    with pytest.raises(BackboneError, match="/there/models/tiny, which is gone; put that folder"):
+        load(tmp_path / "alone")
+    text = (tmp_path / "alone/config.yaml").read_text()
+    assert text.count("name: models/tiny") == 2  # of the recipe, and of what was loaded
+    edited = text.replace("name: models/tiny", "name: elsewhere/models/tiny", 1)
+    (tmp_path / "alone/config.yaml").write_text(edited)
+    assert load(tmp_path / "alone").recommend(["i1", "i2"], 3).items == expected
 
 
 def test_stored_vectors_are_those_of_the_model(moved: Path, predictor: Predictor) -> None:

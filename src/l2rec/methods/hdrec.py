@@ -287,7 +287,7 @@ class HDRec(nn.Module):
             adapter.attach()  # type: ignore[operator]
         dim, n_items = backbone.dim, len(catalog)
         self.ipl = nn.ModuleList(ItemProjection(dim, n_items) for _ in range(config.heads))
-        scale = float(backbone.word_embeddings.weight.float().square().mean().sqrt())
+        scale = float(backbone.word_scale())
         self.seq = nn.Parameter(scale * torch.randn(dim))
         if "text" in self.sides:
             self.align = nn.Parameter(scale * torch.randn(dim))

@@ -432,7 +432,7 @@ class L2Rec(nn.Module):
         # Registered here, so that it moves, trains and is saved with the model.
         self.table = self.items.table if isinstance(self.items, TableItems) else None
         if "behavioral" in config.views and backbone.device.type != "meta":
-            words = backbone.word_embeddings.weight.float().square().mean().sqrt()
+            words = backbone.word_scale()
             with torch.no_grad():
                 rows = self.items.rows
             projector = self.projector.to(backbone.device)

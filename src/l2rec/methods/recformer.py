@@ -210,7 +210,7 @@ class RecFormer(nn.Module):
         self.types = nn.Parameter(torch.zeros(3, backbone.dim))
         self.positions = nn.Parameter(torch.zeros(1 + config.max_items, backbone.dim))
         if backbone.causal:
-            scale = backbone.word_embeddings.weight.float().square().mean().sqrt()
+            scale = backbone.word_scale()
             self.seq = nn.Parameter(torch.randn(backbone.dim) * scale.cpu())
         fields = [catalog.texts if key == TEXT else catalog.field(key) for key in config.keys]
         if config.keys == (TEXT,):

@@ -31,7 +31,8 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from torch import Tensor, nn
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules import baichuan
+from l2rec.modules.families import lead_to_packed
+from l2rec.modules.probe import check_exact, check_text_part, sees_future
 
 ATTENTION = "l2rec_packed"
 """Name under which Hugging Face models find `packed_attention`."""
@@ -80,6 +83,22 @@ class Bucket:
     rows: int
     width: int
     mask: Tensor | None
+    _banded: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def mask_within(self, window: int | None, device: torch.device) -> Tensor | None:
+        """Return the mask for layers that see a band alone: of what ``mask`` allows, tokens less
+        than ``window`` places away, to either side. That is Hugging Face's rule, for causal
+        attention too; a block of BLOCK_CAUSAL that is longer is not seen whole.
+        """
+        if window is None or self.width <= window:
+            return self.mask
+        if window not in self._banded:  # made once for all layers
+            place = torch.arange(self.width, device=device)
+            apart = (place[:, None] - place[None, :]).abs()[None, None]
+            band = apart < window if self.mask is None else self.mask & (apart < window)
+            # Padding far behind its row would see nothing at all, and be NaN: let it see itself.
+            self._banded[window] = band | (apart == 0)
+        return self._banded[window]
 
 
 @dataclass(frozen=True)
@@ -113,6 +132,15 @@ class Packing:
     def computed(self) -> int:
         """Number of tokens that attention computes, padding included."""
         return sum(b.rows * b.width for group in self.groups for b in group.buckets)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row."""
+        return max((b.width for group in self.groups for b in group.buckets), default=0)
+
+
+_PACKING: ContextVar[Packing | None] = ContextVar("l2rec_packing", default=None)
+"""The packing of the pass that is under way, for models that do not hand keywords on."""
 
 
 def pack(
@@ -270,30 +298,24 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each row of a packed batch; called by Hugging Face models.
 
     query: [1, H, N, d]; key, value: [1, H_kv, N, d]. Returns [1, N, H, d] and no weights.
-
-    Raises:
-        BackboneError: the model's attention is another formula, or a row is longer than its
-            sliding window.
+    sliding_window: see `Bucket.mask_within`. softcap: c of scores c tanh(s / c) (Gemma 2). s_aux:
+    [H] score of a sink, which takes its share of the softmax and gives nothing (gpt-oss).
+    position_bias: [1, H, W, W] added to the scores, W at least the longest row (T5, MPNet).
     """
-    for name in ("softcap", "s_aux"):  # Gemma 2 and gpt-oss: another formula than softmax(q k^T) v
-        if extra.get(name) is not None:
-            raise BackboneError(f"packed attention has no {name!r}; choose another backbone")
-    if sliding_window is not None and packing.positions.numel():
-        longest = max(bucket.width for group in packing.groups for bucket in group.buckets)
-        if longest > sliding_window:
-            raise BackboneError(
-                f"rows of {longest} tokens exceed the backbone's sliding window of "
-                f"{sliding_window}; lower max_tokens"
-            )
+    packing = _PACKING.get() if packing is None else packing
+    assert packing is not None, "packed attention outside of Backbone.forward"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, d]
     sizes = [group.stop - group.start for group in packing.groups]
@@ -302,7 +324,14 @@ def packed_attention(
     for group, part in zip(packing.groups, parts, strict=True):
         grids = zip(*(_to_grids(x, group) for x in part), strict=True)
         attended = [
-            _attend(*_repeated(*grid), bucket.mask, scale)
+            _attend(
+                *_repeated(*grid),
+                bucket.mask_within(sliding_window, query.device),
+                scale,
+                softcap=softcap,
+                sinks=s_aux,
+                bias=position_bias,
+            )
             for grid, bucket in zip(grids, group.buckets, strict=True)
         ]
         outputs.append(_from_grids(attended, group))
@@ -317,16 +346,39 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Compute softmax(q k^T scale) v; [rows, H, width, d] each."""
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Compute softmax(q k^T scale) v; [rows, H, width, d] each. softcap, sinks, bias: as there."""
+    if bias is not None:
+        bias = bias[..., : q.shape[2], : q.shape[2]].to(q.dtype)
     short = q.shape[2] <= LONG_ROW.get(q.dtype, 256)
-    if q.device.type != "cpu" or not torch.is_grad_enabled() or not short:
+    fused = q.device.type != "cpu" or not torch.is_grad_enabled() or not short
+    if fused and softcap is None and sinks is None:
+        if bias is not None:
+            hidden = torch.finfo(q.dtype).min
+            mask = bias if mask is None else bias.masked_fill(~mask, hidden)
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = (q * scale) @ k.transpose(2, 3)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:  # adding is faster than filling, and so is its backward
         hidden = torch.finfo(q.dtype).min
         scores += torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, hidden)
-    return torch.softmax(scores, dim=-1) @ v
+    if sinks is None:
+        return torch.softmax(scores, dim=-1) @ v
+    sink = sinks.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1] @ v
 
 
 class Backbone(nn.Module):
@@ -339,7 +391,8 @@ class Backbone(nn.Module):
             config, or else the commit hash of the hub, or None.
         causal: True for decoders.
         dim: hidden size D.
-        max_positions: most tokens of a row, or None if the model sets no limit.
+        max_positions: most tokens of a row, or None if the model sets no limit: its positions, a
+            chunk of its attention, or the window up to which it is known to be exact.
 
     Raises:
         BackboneError: the model cannot run packed.
@@ -351,30 +404,51 @@ class Backbone(nn.Module):
         super().__init__()
         from transformers import AttentionInterface
 
+        model.eval().requires_grad_(False)
+        whole, model = model, _text_part(model)
         config: Any = model.config
-        if not getattr(model, "_supports_attention_backend", False):
+        by_hand = lead_to_packed(model, _PACKING.get, packed_attention)
+        # Not all that take attention functions by name say so: `check_exact` tells.
+        says = getattr(model, "_supports_attention_backend", False)
+        if not (by_hand or says or model._can_set_attn_implementation()):  # type: ignore[operator]
             raise BackboneError(
                 f"backbone {name!r} ({config.model_type}) does not take attention functions by "
                 "name, which packed batches need; choose BERT, RoBERTa, Qwen, Llama, Mistral, "
                 "or another model that does"
             )
+        try:
+            words = model.get_input_embeddings()  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):  # models of images or sounds
+            words = None
+        if model is not whole and not _is_encoder_decoder(whole) and _has_data(model):
+            check_text_part(whole, model, name)
+        dim = getattr(config, "hidden_size", None)
+        if dim is None or getattr(words, "weight", None) is None:
+            raise BackboneError(
+                f"backbone {name!r} ({config.model_type}) has no hidden_size or no word "
+                "embeddings; choose a language model"
+            )
         AttentionInterface.register(ATTENTION, packed_attention)
-        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-        model.eval().requires_grad_(False)
+        if by_hand:  # no masks [N, N] are made
+            config._attn_implementation = ATTENTION
+        else:
+            model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.model = model
         self.tokenizer = tokenizer
         self.name, self.source, self.revision = name, source, revision
-        self.dim = int(config.hidden_size)
-        self.causal = _is_causal(model)
-        self.word_embeddings: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
-        if self.word_embeddings.embedding_dim != self.dim:
+        self.dim = int(dim)
+        self.word_embeddings: nn.Embedding = words
+        if words.weight.shape[1] != self.dim:
             raise BackboneError(
-                f"backbone {name!r} has word vectors of {self.word_embeddings.embedding_dim} and "
+                f"backbone {name!r} has word vectors of {words.weight.shape[1]} and "
                 f"hidden states of {self.dim} dimensions; choose one where they agree"
             )
+        self.causal = _is_causal(model, name)
         self._position_offset = _position_offset(model)
-        limit = getattr(config, "max_position_embeddings", None)
-        self.max_positions = None if limit is None else int(limit) - self._position_offset
+        self.max_positions = _longest_row(config, self._position_offset)
+        exact = check_exact(self) if _has_data(model) else None
+        if exact is not None:
+            self.max_positions = min(exact, self.max_positions or exact)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, whatever ``mode``: the backbone is frozen, dropout included."""
@@ -389,40 +463,107 @@ class Backbone(nn.Module):
         return self.word_embeddings.weight.device
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Look up the word vectors [..., D] of token ids [...] int64, in the backbone's dtype."""
-        scale = getattr(self.word_embeddings, "embed_scale", None)
-        vectors = nn.functional.embedding(ids, self.word_embeddings.weight)
-        return vectors if scale is None else vectors * scale
+        """Return the word vectors [..., D] of token ids [...] int64, in the backbone's dtype.
+
+        They are those that the model's own embedding module makes, scaled or normed if it does so.
+        """
+        return self.word_embeddings(ids)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def word_scale(self) -> Tensor:
+        """Return the root mean square [] float32 of all word vectors, as `embed` gives them."""
+        ids = torch.arange(len(self.word_embeddings.weight), device=self.device)
+        return self.embed(ids).float().square().mean().sqrt()
 
     def forward(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
         """Run the transformer: packed inputs [N, D] -> last hidden states [N, D].
 
         Inputs are cast to the backbone's dtype, which is that of the states.
+
+        Raises:
+            BackboneError: a row is longer than ``max_positions``.
         """
-        output = self.model(
-            inputs_embeds=inputs_embeds[None].to(self.dtype),
-            position_ids=(packing.positions + self._position_offset)[None],
-            packing=packing,
-            use_cache=False,
-        )
+        if self.max_positions is not None and packing.longest > self.max_positions:
+            raise BackboneError(
+                f"a row of {packing.longest} tokens: backbone {self.name!r} takes "
+                f"{self.max_positions}; lower max_tokens or text_tokens"
+            )
+        token = _PACKING.set(packing)
+        try:
+            output = self.model(
+                inputs_embeds=inputs_embeds[None].to(self.dtype),
+                position_ids=(packing.positions + self._position_offset)[None],
+                packing=packing,
+                use_cache=False,
+            )
+        finally:
+            _PACKING.reset(token)
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
     def weight_hash(self) -> str:
-        """Hash samples of every frozen tensor: 16 hex digits of SHA-256 that identify the model."""
+        """Hash samples of every frozen tensor: 16 hex digits of SHA-256 that identify the model.
+
+        Tensors that are kept in float32 are hashed in the backbone's dtype.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 4096)]
+            if sample.is_floating_point():
+                sample = sample.to(self.dtype)
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(sample.to(torch.float32).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
-def _is_causal(model: nn.Module) -> bool:
+def _text_part(model: nn.Module) -> nn.Module:
+    """Return the language model inside a model of text and images, the encoder before a decoder, or
+    the model itself.
+    """
+    config: Any = model.config
+    if _is_encoder_decoder(model):
+        part = model.get_encoder()  # type: ignore[operator]
+    elif hasattr(config, "text_config"):
+        part = getattr(model, "language_model", None)
+    else:
+        return model
+    return part if isinstance(part, nn.Module) and hasattr(part, "config") else model
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _has_data(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type != "meta"
+
+
+def _is_causal(model: nn.Module, name: str) -> bool:
+    """Return True for decoders: what the config says, else the attention modules, else a trial."""
+    config: Any = model.config
+    if getattr(config, "is_causal", None) is False:  # makes encoders of decoders
+        return False
     attentions = [
-        m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)
+        m.is_causal
+        for path, m in model.named_modules()
+        if isinstance(getattr(m, "is_causal", None), bool) and "cross" not in path.lower()
     ]
-    return bool(attentions) and all(attentions)
+    if attentions:
+        return all(attentions)
+    if not _has_data(model):
+        return any("CausalLM" in kind for kind in config.architectures or ())
+    return not sees_future(model, name)
+
+
+def _longest_row(config: Any, offset: int) -> int | None:
+    """Return the most tokens of a row, or None; offset: number of the first position."""
+    limits = []
+    if getattr(config, "max_position_embeddings", None) is not None:
+        limits.append(int(config.max_position_embeddings) - offset)
+    # Chunks are in Hugging Face's masks alone: rows of one chunk do not meet them.
+    if getattr(config, "attention_chunk_size", None) is not None:
+        limits.append(int(config.attention_chunk_size))
+    return min(limits, default=None)
 
 
 def _position_offset(model: nn.Module) -> int:
@@ -456,21 +597,16 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     """Load the backbone that a config names, and freeze it.
 
     Raises:
-        BackboneError: unknown model, no or incomplete weights, no tokenizer, remote code needed but
-            not allowed, or a model whose attention cannot run packed.
+        BackboneError: unknown model, no or incomplete weights, no or another tokenizer, remote code
+            needed but not allowed, or a model that is not itself when it runs packed.
     """
     import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig
 
     baichuan.register()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     source = minilm_source() if config.name == "minilm" else config.name
-    dtype = {
-        "auto": torch.bfloat16 if native_bfloat16() else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }[config.dtype]
     common: dict[str, Any] = {
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
@@ -480,46 +616,109 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     transformers.logging.disable_progress_bar()
     try:
         settings = AutoConfig.from_pretrained(source, **common)
-        if config.random_weights:
-            torch.manual_seed(0)
-            model = AutoModel.from_config(settings, trust_remote_code=config.trust_remote_code)
-        else:
-            model, loading = AutoModel.from_pretrained(
-                source,
-                config=settings,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-                **common,
-            )
-            # A pooler comes after the last hidden states, and its output is not read.
-            missing = sorted(k for k in loading["missing_keys"] if "pooler" not in k)
-            if missing:
-                raise BackboneError(
-                    f"backbone {config.name!r}: its weights lack {missing[0]} ({len(missing)} "
-                    "missing); give the weights that belong to its config.json"
-                )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **common)
-        except (OSError, ValueError) as error:
-            raise BackboneError(
-                f"backbone {config.name!r} has no usable tokenizer: {error}"
-            ) from error
-        if len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise BackboneError(
-                f"backbone {config.name!r} has no tokenizer files beside its weights"
-            )
+        model = _load_model(config, source, settings, common).to(device)
+        tokenizer = _load_tokenizer(config, source, common)
+        backbone = Backbone(
+            model,
+            tokenizer,
+            name=config.name,
+            source=source,
+            revision=config.revision or getattr(settings, "_commit_hash", None),
+        )
     except BackboneError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        missing = "" if Path(source).exists() else f"there is no folder {source!r}, and the hub: "
         raise BackboneError(
-            f"backbone {config.name!r} cannot be loaded: {reason} (give 'minilm', a hub id, or a "
-            "folder with config.json, safetensors weights and a tokenizer)"
+            f"backbone {config.name!r} cannot be loaded: {missing}{reason} (give 'minilm', a hub "
+            "id, or a folder with config.json, safetensors weights and a tokenizer)"
         ) from error
     finally:
         transformers.logging.set_verbosity(level)
         transformers.logging.enable_progress_bar()
-    revision = config.revision or getattr(settings, "_commit_hash", None)
-    model = model.to(device=device, dtype=dtype)
-    return Backbone(model, tokenizer, name=config.name, source=source, revision=revision)
+    _check_tokenizer(backbone)
+    return backbone
+
+
+def _load_model(
+    config: BackboneConfig, source: str, settings: Any, common: dict[str, Any]
+) -> nn.Module:
+    """Load the weights in the wanted dtype; they stay mapped to their file if that has the same.
+
+    Buffers that Hugging Face keeps in float32 stay so: rotary frequencies above all, which bfloat16
+    rounds to one part in 256, a whole turn off at far positions.
+    """
+    from transformers import AutoModel
+
+    dtype = {
+        "auto": torch.bfloat16 if native_bfloat16() else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }[config.dtype]
+    if config.random_weights:
+        torch.manual_seed(0)
+        drawn: nn.Module = AutoModel.from_config(
+            settings, trust_remote_code=config.trust_remote_code
+        )
+        for parameter in drawn.parameters():  # buffers stay as they are
+            parameter.data = parameter.data.to(dtype)
+        return drawn
+    model: nn.Module
+    model, loading = AutoModel.from_pretrained(
+        source,
+        config=settings,
+        use_safetensors=True,
+        dtype=dtype,
+        output_loading_info=True,
+        **common,
+    )
+    # What comes after the last hidden states is not read.
+    unread = ("pooler", "decoder.") if _is_encoder_decoder(model) else ("pooler",)
+    missing = sorted(k for k in loading["missing_keys"] if not any(part in k for part in unread))
+    if missing:
+        raise BackboneError(
+            f"backbone {config.name!r}: its weights lack {missing[0]} ({len(missing)} "
+            "missing); give the weights that belong to its config.json"
+        )
+    return model
+
+
+def _load_tokenizer(config: BackboneConfig, source: str, common: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **common)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"backbone {config.name!r} has no usable tokenizer: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise BackboneError(f"backbone {config.name!r} has no tokenizer files beside its weights")
+    return tokenizer
+
+
+def _check_tokenizer(backbone: Backbone) -> None:
+    """Refuse a tokenizer of another model: one that reads nothing, or has more words."""
+    tokenizer, rows = backbone.tokenizer, len(backbone.word_embeddings.weight)
+    if not tokenizer("a red lamp, 42 cm", add_special_tokens=False)["input_ids"]:
+        raise BackboneError(
+            f"the tokenizer of backbone {backbone.name!r} ({type(tokenizer).__name__}) turns words "
+            "into nothing; give the files and the tokenizer_class that belong to its weights"
+        )
+    if len(tokenizer) <= rows:
+        return
+    # Tokens added for images and the like may have no row (Gemma 3); those of texts must.
+    added = tokenizer.added_tokens_decoder
+    beyond = [i for i in tokenizer.get_vocab().values() if i >= rows and i not in added]
+    if beyond:
+        raise BackboneError(
+            f"the tokenizer of backbone {backbone.name!r} has ids up to {max(beyond)}, the weights "
+            f"{rows} word vectors; give the tokenizer that belongs to them"
+        )

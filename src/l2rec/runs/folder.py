@@ -31,6 +31,7 @@ __all__ = [
     "check_backbone",
     "claim",
     "clear_partial",
+    "find_backbone",
     "finished_report",
     "load_run_config",
     "open_run_dataset",
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 import hashlib
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +69,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split, split_events, with_fewer_users
 from l2rec.disk import LOCK, read_json, replacing, write_text
-from l2rec.errors import CheckpointError
+from l2rec.errors import BackboneError, CheckpointError
 from l2rec.modules.backbone import Backbone
 from l2rec.runs.checkpoint import load_tensors, save_tensors
 
@@ -183,6 +185,38 @@ def check_backbone(
         )
 
 
+def _places(run: Path, backbone: Backbone | None) -> list[str]:
+    """List where a backbone that is a folder lies: seen from the run, and from anywhere."""
+    if backbone is None or backbone.source != backbone.name or not Path(backbone.name).is_dir():
+        return []
+    folder = Path(backbone.name).resolve()
+    try:
+        return [os.path.relpath(folder, run.resolve()), str(folder)]
+    except ValueError:  # on another drive
+        return [str(folder)]
+
+
+def find_backbone(run: Path, config: RunConfig, identity: Mapping[str, Any]) -> RunConfig:
+    """Return a run's config with the folder of its backbone where that lies now: beside the run as
+    it did, where it lay, or what ``backbone.name`` says from here.
+
+    Raises:
+        BackboneError: it is in none of these places.
+    """
+    places, name = identity.get("backbone_folder") or [], config.backbone.name
+    if not places or name != identity["backbone"]["name"]:  # a hub id, or edited since
+        return config
+    folders = [run.resolve() / places[0], *map(Path, places[1:]), Path(name)]
+    for folder in folders:
+        if folder.is_dir():
+            backbone = config.backbone.model_copy(update={"name": os.path.normpath(folder)})
+            return config.model_copy(update={"backbone": backbone})
+    raise BackboneError(
+        f"{run} was trained on the backbone in {places[-1]}, which is gone; put that folder back, "
+        f"or give its new place as backbone.name in {run / 'config.yaml'}"
+    )
+
+
 def clear_partial(out: Path) -> None:
     """Delete partial files of a killed run and the results about to be replaced."""
     for partial in (*out.glob(".*.part"), *out.glob("state/.*.part")):
@@ -212,6 +246,7 @@ def write_identity(
             "weight_hash": backbone.weight_hash(),
             "dtype": str(backbone.dtype).removeprefix("torch."),
         },
+        "backbone_folder": _places(out, backbone),
     }
     write_text(out / "config.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
     with replacing(out / "catalog.parquet") as partial:

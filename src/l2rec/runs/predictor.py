@@ -46,7 +46,7 @@ from l2rec.protocols import (
     TakesNewItems,
 )
 from l2rec.runs.checkpoint import load_tensors, load_trained
-from l2rec.runs.folder import MODEL, RunFolder, check_backbone, read_run, unfinished
+from l2rec.runs.folder import MODEL, RunFolder, check_backbone, find_backbone, read_run, unfinished
 from l2rec.runs.machine import device
 
 logger = logging.getLogger("l2rec")
@@ -338,7 +338,7 @@ def load(run: str | Path) -> Predictor:
 
     Raises:
         CheckpointError: missing or torn files, another backbone than the run was made on, or
-            tensors that do not fit.
+            tensors that do not fit. BackboneError: its backbone is gone or cannot be loaded.
     """
     folder = read_run(Path(run))
     if unfinished(folder.path):
@@ -353,7 +353,7 @@ def load(run: str | Path) -> Predictor:
 def load_folder(folder: RunFolder) -> Predictor:
     """Build the model of a run that was read; raises as `load`."""
     run, catalog = folder.path, folder.catalog
-    backbone = backbone_of(folder.config)
+    backbone = backbone_of(find_backbone(run, folder.config, folder.identity))
     check_backbone(run, folder.identity, backbone)
     # A run on a read-only disk can be used; its texts are then read anew.
     cache = run / "cache" if os.access(run, os.W_OK) else None

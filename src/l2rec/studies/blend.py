@@ -31,6 +31,7 @@ from l2rec.protocols import Progress
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
     MODEL,
+    find_backbone,
     load_run_config,
     open_run_dataset,
     read_report,
@@ -76,7 +77,7 @@ def blend_run(
         predictor.scorer(),
         split.train,
         *split.valid.pairs(),
-        texts=_alike(config, predictor.texts),
+        texts=_alike(find_backbone(run, config, identity), predictor.texts),
         progress=progress.validating,
     )
     weights = blend.weights
