@@ -65,6 +65,7 @@ VERBS = {
     "deploy": ["--to", "--shadow", "--stop-shadow"],
     "rollback": [],
     "downstream": ["--run", "--vectors", "--until", "--seeds", "--out", "--json"],
+    "doctor": ["--data", "--backbone", "--gpu-memory", "--no-measure", "--json"],
     "demo": ["--out", "--data", "--minutes"],
 }
 

@@ -66,7 +66,7 @@ class StepShape:
 
 
 def step_shape(stage: Stage, batch: Batch) -> StepShape:
-    """Take two steps of a stage on the same batch: gradients of the first meet the second.
+    """Take a step of a stage.
 
     The model must be one of shapes alone, in training mode, its parameters outside of ``stage``
     without gradients.
@@ -75,23 +75,23 @@ def step_shape(stage: Stage, batch: Batch) -> StepShape:
         NumbersNeeded: which rows or tokens are read depends on what was computed.
     """
     parameters = [p for group in stage.groups for p in group.parameters]
-    tokens = 0
+    tokens, first = 0, None
     try:
         with ShapesOnly() as seen:
-            for _ in range(2):
-                seen.operations, tokens = 0.0, 0
-                for losses in updates(stage.loss(batch)):
-                    for parameter in parameters:  # here the training loop frees them
-                        parameter.grad = None
-                    losses.total.backward()
-                    tokens += losses.computed_tokens
-                del losses
+            for losses in updates(stage.loss(batch)):
+                if first is None:  # so far, the gradients of the step before were held too
+                    first = seen.peak + bytes_of(parameters)
+                for parameter in parameters:  # here the training loop frees them
+                    parameter.grad = None
+                losses.total.backward()
+                tokens += losses.computed_tokens
+            del losses
     except (RuntimeError, TypeError) as error:
         raise NumbersNeeded(str(error).splitlines()[0]) from error
     finally:
         for parameter in parameters:
             parameter.grad = None
-    return StepShape(seen.peak, tokens, seen.operations)
+    return StepShape(max(seen.peak, first or 0), tokens, seen.operations)
 
 
 class ShapesOnly:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from l2rec.config import RunConfig, method_class
+from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split
@@ -33,7 +34,7 @@ from l2rec.runs.checkpoint import KEEP_STATES, trained_tensors
 from l2rec.runs.folder import training_split
 from l2rec.runs.loop import gradients_only_for
 from l2rec.studies.doctor.backbones import shape_backbone, weights_at_hand
-from l2rec.studies.doctor.measure import cost_of, epoch_of, largest, measured
+from l2rec.studies.doctor.measure import epoch_of, largest, measured
 from l2rec.studies.doctor.shapes import (
     NumbersNeeded,
     ShapesOnly,
@@ -217,7 +218,7 @@ def _shapes(config: RunConfig, dataset: Dataset, split: Split, card: float) -> d
         "parts": parts_of(model),
         "memory": memory,
         "disk": _disk(patient, dataset),
-        "stages": {s.name: _epoch(patient, s) for s in stages},
+        "stages": {s.name: _epoch(patient, s, step_of) for s in stages},
     }
 
 
@@ -249,7 +250,7 @@ class _Steps:
     def __init__(self, patient: _Patient) -> None:
         self._patient = patient
         self._known: dict[int, StepShape] = {}
-        self._by_cost: dict[tuple[int, ...], StepShape] = {}
+        self._by_batch: dict[tuple[str, bytes, bytes], StepShape] = {}
 
     def __call__(self, batch_tokens: int) -> StepShape:
         if batch_tokens not in self._known:
@@ -261,18 +262,18 @@ class _Steps:
         steps = []
         for stage in patient.stages:
             batches = epoch_of(patient.config, patient.split, stage, batch_tokens)
-            batch, _ = largest(patient.model, batches)
-            key = (patient.stages.index(stage), *batch.users.tolist())
-            if key not in self._by_cost:
-                self._by_cost[key] = _step(patient, stage, batch)
-            steps.append(self._by_cost[key])
+            steps.append(self.of(stage, largest(patient.model, batches)[0]))
         return max(steps, key=lambda step: step.bytes)
 
-
-def _step(patient: _Patient, stage: Stage, batch: Any) -> StepShape:
-    patient.model.train()
-    with gradients_only_for(patient.model, stage):
-        return step_shape(stage, batch)
+    def of(self, stage: Stage, batch: Batch) -> StepShape:
+        """Take a step on a batch, once."""
+        patient = self._patient
+        key = (stage.name, batch.users.tobytes(), batch.histories.values.tobytes())
+        if key not in self._by_batch:
+            patient.model.train()
+            with gradients_only_for(patient.model, stage):
+                self._by_batch[key] = step_shape(stage, batch)
+        return self._by_batch[key]
 
 
 def _largest_batch(step_of: Callable[[int], StepShape], tokens: int, room: int) -> dict[str, Any]:
@@ -302,17 +303,15 @@ def _largest_batch(step_of: Callable[[int], StepShape], tokens: int, room: int) 
     return {"largest_batch_tokens": low, "unlimited": False}
 
 
-def _epoch(patient: _Patient, stage: Stage) -> dict[str, Any]:
-    """Count steps, tokens and operations of an epoch of a stage, from those of one mean batch."""
+def _epoch(patient: _Patient, stage: Stage, step_of: _Steps) -> dict[str, Any]:
+    """Count steps, tokens and operations of an epoch of a stage by those of its largest batch."""
     batches = epoch_of(patient.config, patient.split, stage)
-    _, costs = largest(patient.model, batches)
-    typical = int(np.argsort(costs)[len(costs) // 2])
-    batch = next(iter(batches.iterate(typical)))
+    batch, costs = largest(patient.model, batches)
     try:
-        step = _step(patient, stage, batch)
+        step = step_of.of(stage, batch)
     except NumbersNeeded:
         return {"steps": len(batches)}
-    share = float(costs.sum()) / max(1, cost_of(patient.model, batch.histories))
+    share = float(costs.sum() / costs.max())
     return {
         "steps": len(batches),
         "tokens": round(step.tokens * share),
