@@ -373,6 +373,59 @@ def train(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="Shipped recipe, YAML file, or method name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as training.batch_tokens=4096")
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Data set folder.")] = ...,  # type: ignore[assignment]
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of the recipe's: a folder (config.json is enough), a hub id, or one of "
+            "Qwen3-0.6B, Qwen3-8B, Llama-2-7B, R1-Distill-Llama-8B, Baichuan2-7B. Repeatable."
+        ),
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="GB of the card that it should fit.")] = 80.0,
+    measure: Annotated[
+        bool,
+        typer.Option(help="Also take a few real steps, where the backbone's weights are here."),
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Say what a training would take before it is begun: parameters, memory, disk, time, and the
+    largest batch that fits.
+
+    From shapes alone, without weights and in seconds: what is trained and what is frozen, the
+    memory of the largest batch on a card (weights in bfloat16, and in 8 bits), the largest
+    `training.batch_tokens` that fits, the run folder. And, where the weights are on this machine,
+    from a few real steps in a process of their own: the time of an epoch and of a validation, and
+    the peak memory, here.
+
+    Example: `l2rec doctor l2rec --data data/ml-100k --backbone Qwen3-0.6B --backbone Llama-2-7B`
+    """
+    from l2rec.config import load_recipe
+    from l2rec.console import Console, print_doctor
+    from l2rec.studies.doctor.study import doctor as run_doctor
+
+    config = load_recipe(recipe, overrides or ())
+    with Console(quiet=as_json) as console:
+        report = run_doctor(
+            config,
+            data,
+            backbones=backbone or (),
+            gpu_memory=gpu_memory,
+            measure=measure,
+            progress=console,
+        )
+    report = {"recipe": recipe, **report}
+    if as_json:
+        _print_json(report)
+    else:
+        print_doctor(report)
+
+
+@app.command()
 def floors(
     data: Annotated[Path, typer.Argument(help="Data set folder.", show_default=False)],
     split: SplitKind = None,

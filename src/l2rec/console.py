@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "Console",
     "print_comparison",
+    "print_doctor",
     "print_recommendations",
     "print_rows",
     "print_table",
@@ -261,6 +262,94 @@ def print_downstream(report: Mapping[str, Any]) -> None:
             cells += [f"{result['p']:.2g}", f"{result['p_holm']:.2g}"]
         table.add_row(metric, *cells)
     out.print(table)
+
+
+def print_doctor(report: Mapping[str, Any]) -> None:
+    """Print what a training takes on standard output: by shapes for a card, then as measured."""
+    out = _out()
+    if not out.is_terminal:
+        out.width = max(out.width, WIDE)
+    card = f"{report['gpu_memory']:g} GB"
+    table = Table(title=escape(f"{report['recipe']} on {report['dataset']['name']}, by shapes"))
+    table.add_column("backbone", no_wrap=True)
+    sizes = ("frozen", "trained_with_moments", "item_vectors", "activations", "total")
+    heads = ("frozen", "trained + Adam", "item vectors", "activations", "total")
+    for head in ("weights", *heads, f"fits {card}", "largest batch_tokens", "run folder"):
+        table.add_column(head, justify="left" if head == "weights" else "right")
+    for patient in report["backbones"]:
+        shapes = patient["shapes"]
+        for row in shapes["memory"]:
+            cells = [_size(row.get(size)) for size in sizes]
+            fits = {True: "yes", False: "no", None: "–"}[row.get("fits")]
+            disk = _size(shapes["disk"]["run"])
+            name = escape(patient["backbone"])
+            table.add_row(name, row["weights"], *cells, fits, _batch(row), disk)
+    out.print(table)
+    for patient in report["backbones"]:
+        for line in _about(patient):
+            out.print(f"{patient['backbone']}: {line}", soft_wrap=True, markup=False)
+
+
+def _batch(row: Mapping[str, Any]) -> str:
+    """Say how large a batch may be."""
+    if "total" not in row:
+        return "–"
+    if row["unlimited"]:
+        return "any (batch_users ends it)"
+    return "none" if row["largest_batch_tokens"] is None else f"{row['largest_batch_tokens']:,}"
+
+
+def _about(patient: Mapping[str, Any]) -> list[str]:
+    """Put into words what is known of one backbone."""
+    shapes, measured = patient["shapes"], patient["measured"]
+    parts = ", ".join(f"{name} {_count(n)}" for name, n in shapes["parts"].items() if n > 99)
+    lines = [
+        f"{_count(shapes['frozen_parameters'])} parameters frozen, "
+        f"{_count(shapes['trained_parameters'])} trained ({parts})"
+    ]
+    for name, stage in shapes["stages"].items():
+        if "operations" in stage:
+            lines.append(
+                f"{name}: {stage['steps']:,} steps and {_count(stage['tokens'])} tokens an epoch "
+                f"({shapes['tokens_are']}), {stage['operations'] / 1e12:,.3g} TFLOP: "
+                f"{_time(stage['seconds_on_a_card'])} at 200 TFLOP/s"
+            )
+    if measured is None:
+        return [*lines, "nothing was measured"]
+    for name, stage in measured["stages"].items():
+        lines.append(
+            f"{name}, measured: {stage['seconds_step']:.3g} s a step, an epoch of "
+            f"{stage['steps_an_epoch']:,} steps {_time(stage['seconds_epoch'])}"
+        )
+    return [
+        *lines,
+        f"measured: a validation {_time(measured['seconds_validation'])}, peak memory "
+        f"{measured['peak_memory_mb']:,.0f} MB, the whole training at most "
+        f"{_time(measured['seconds_at_most'])} ({measured['hardware']})",
+    ]
+
+
+def _size(count: float | None) -> str:
+    """Show bytes as GB, or as MB where they are few."""
+    if count is None:
+        return "–"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _count(number: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return (
+                f"{number / size:.2f}{letter}" if letter == "B" else f"{number / size:.1f}{letter}"
+            )
+    return f"{number:,.0f}"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def _shown(value: Any) -> str:

@@ -66,6 +66,8 @@ VERBS = {
     "deploy": ["--to", "--shadow", "--stop-shadow"],
     "rollback": [],
     "downstream": ["--run", "--vectors", "--until", "--seeds", "--out", "--json"],
+    "doctor": ["--data", "--backbone", "--gpu-memory", "--no-measure", "--json"],
+    "floors": ["--split", "--backbone", "--out", "--json"],
     "demo": ["--out", "--data", "--minutes"],
 }
 

@@ -38,6 +38,8 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
 
     tokens: n rows of token ids without special tokens, each cut to ``max_tokens``.
     """
+    if backbone.device.type == "meta":  # shapes alone
+        return torch.empty(len(tokens), backbone.dim, device="meta")
     before, after = separators(backbone)
     out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
     lengths = np.minimum(tokens.lengths, max_tokens)

@@ -2,6 +2,7 @@
 
     train          all stages in turn, each from the best weights so far
     _train_stage   the loop itself: step, log, validate, save
+    try_steps      some steps and nothing else, to see what they take
 
 Methods are known through `l2rec.protocols` alone. All randomness is a function of
 (seed, epoch, batch) or of the random state saved in each checkpoint, so a run that is killed and
@@ -10,12 +11,12 @@ resumed ends with the same weights as one that is not.
 
 from __future__ import annotations
 
-__all__ = ["TrainingResult", "train"]
+__all__ = ["TrainingResult", "gradients_only_for", "train", "try_steps", "validation_of"]
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from l2rec.data.batches import Batch
 from l2rec.data.splits import Split
 from l2rec.disk import write_text
 from l2rec.errors import CheckpointError, TrainingError
-from l2rec.evaluation.ranking import evaluate
+from l2rec.evaluation.ranking import Evaluation, evaluate
 from l2rec.protocols import (
     Calibrated,
     EpochBatches,
@@ -224,7 +225,7 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
         stage = stages[number]
         if number > first:
             _begin_stage(run, number, stage, stages[number - 1])
-        with _gradients_only_for(run.model, stage):
+        with gradients_only_for(run.model, stage):
             stopped = _train_stage(run, stage, state if number == first else None)
         if stopped in ("max_minutes", "pruned"):
             break
@@ -281,7 +282,7 @@ def _begin_stage(run: _Run, number: int, stage: Stage, before: Stage) -> None:
 
 
 @contextmanager
-def _gradients_only_for(model: nn.Module, stage: Stage) -> Iterator[None]:
+def gradients_only_for(model: nn.Module, stage: Stage) -> Iterator[None]:
     """Freeze all parameters that the stage does not train; restore their flags at the end."""
     trained = {p for group in stage.groups for p in group.parameters}
     before = {p: p.requires_grad for p in model.parameters()}
@@ -414,6 +415,27 @@ def _step(
     run.window.add(done, seconds)
 
 
+def try_steps(
+    model: Trainable,
+    split: Split,
+    config: TrainingConfig,
+    stage: Stage,
+    batches: Iterable[Batch],
+    *,
+    progress: Progress,
+) -> Iterator[float]:
+    """Take one step of a stage with each batch, and yield its seconds; nothing is written."""
+    run = _Run(model, split, config, 0, Path(), progress, lambda *_: None, lambda _: False)
+    optimizer = _optimizer(stage)
+    planned = _planned_steps(run, stage)
+    with gradients_only_for(run.model, stage):
+        run.model.train()
+        for batch in batches:
+            before = run.counters.seconds
+            _step(run, stage, batch, optimizer, planned)
+            yield run.counters.seconds - before
+
+
 def _update(run: _Run, losses: Losses, optimizer: torch.optim.Optimizer) -> None:
     """Make one update of the weights, gradients clipped to ``training.clip``."""
     optimizer.zero_grad(set_to_none=True)
@@ -495,19 +517,28 @@ def _validate(run: _Run, position: float, validated: Recommender | None = None) 
     if not len(split.valid):
         raise TrainingError("there is nothing to validate on: no user has enough events")
     ranked = run.model if validated is None else validated
-    if isinstance(ranked, Calibrated):
-        ranked.calibrate(split.train, *split.valid.pairs())
-    result = evaluate(
-        ranked,
-        split.valid.histories,
-        split.valid.targets,
-        users=split.valid.users,
-        progress=lambda done: run.progress.validating(done, len(split.valid)),
+    result = validation_of(
+        ranked, split, lambda done: run.progress.validating(done, len(split.valid))
     )
     c.eval_seconds += time.monotonic() - started
     metrics = result.metrics()
     _log_validation(run, position, metrics)
     return metrics
+
+
+def validation_of(
+    ranked: Recommender, split: Split, progress: Callable[[int], None] | None = None
+) -> Evaluation:
+    """Calibrate what is calibrated on validation, and rank every validation item."""
+    if isinstance(ranked, Calibrated):
+        ranked.calibrate(split.train, *split.valid.pairs())
+    return evaluate(
+        ranked,
+        split.valid.histories,
+        split.valid.targets,
+        users=split.valid.users,
+        progress=progress,
+    )
 
 
 # -- save ----------------------------------------------------------------------------------------
