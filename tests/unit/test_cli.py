@@ -67,7 +67,6 @@ VERBS = {
     "rollback": [],
     "downstream": ["--run", "--vectors", "--until", "--seeds", "--out", "--json"],
     "doctor": ["--data", "--backbone", "--gpu-memory", "--no-measure", "--json"],
-    "floors": ["--split", "--backbone", "--out", "--json"],
     "demo": ["--out", "--data", "--minutes"],
 }
 
