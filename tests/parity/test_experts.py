@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.support import reference
+from tests.support.mixtures import RANK, WIDTH, matrix_of
 from tests.support.tiny import random_backbone
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from l2rec.modules.experts import (
 )
 from l2rec.modules.lora import LoRA
 
-DIM, WIDTH, RANK = 5, 3, 2
+DIM = 5
 SHAPES = [(DIM, DIM), (4, 6)]  # of the adapted matrices: d_in, d_out
 
 
@@ -44,31 +45,6 @@ def mixture_of(seed: int, shared: int, experts: int, top: int, personalized: boo
     for parameter in moe.parameters():
         nn.init.normal_(parameter, std=0.7)
     return moe
-
-
-def matrix_of(moe: DPMoE, j: int, v: int) -> reference.Matrix:
-    """Take the stacked parameters apart, expert by expert; gradients reach the parameters."""
-    m = moe.mixtures[j]
-
-    def pairs(b: Tensor, a: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [
-            (b[i * RANK : (i + 1) * RANK].T, a[i * RANK : (i + 1) * RANK])
-            for i in range(len(a) // RANK)
-        ]
-
-    bias, out, out_bias = m.router_x_bias[v], m.router_out[v], m.router_out_bias[v]
-    context = reference.Router(m.router_x[v][:WIDTH], bias[:WIDTH], out[0], out_bias[0])
-    user = interaction = None
-    if moe.personalized:
-        r1_u = moe.router_u[v, j]
-        user = reference.Router(
-            r1_u[:WIDTH], moe.router_u_bias[v, j], moe.user_out[v, j], moe.user_out_bias[v, j]
-        )
-        r1_f = torch.cat((r1_u[WIDTH:], m.router_x[v][WIDTH:]), dim=1)  # on [u; x]
-        interaction = reference.Router(r1_f, bias[WIDTH:], out[1], out_bias[1])
-    return reference.Matrix(
-        pairs(m.shared_b, m.shared_a), pairs(m.b[v], m.a[v]), context, user, interaction
-    )
 
 
 def routers_of(matrix: reference.Matrix) -> Routers:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.parity.test_experts import matrix_of
 from tests.support import reference, tiny
+from tests.support.mixtures import matrix_of
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel
 
