@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from l2rec.data.parts import MIN_EVENTS, TEST, TRAIN, VALID
+from l2rec.data.parts import MIN_EVENTS, TEST, VALID, with_validation
 from l2rec.data.ragged import Ragged
 from l2rec.data.ties import EventOrder, measure_order
 from l2rec.errors import DataError, nearest
@@ -101,6 +101,17 @@ class Dataset:
 
         folder = None if out is None else Path(out)
         return prepare_frames(events, items, folder, options, progress=progress)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a report says of the data it is about: name, fingerprint, counts."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "users": self.n_users,
+            "items": self.n_items,
+            "events": self.n_events,
+        }
 
     @property
     def n_users(self) -> int:
@@ -181,7 +192,7 @@ class Dataset:
         """Facts about the order of events; measured where an earlier version wrote none."""
         if "order" in self.meta:
             return EventOrder.of_json(self.meta["order"])
-        return recorded_order(
+        return order_of(
             self.meta, self.offsets, self.items, self.timestamps, self.catalog["item_id"]
         )
 
@@ -220,17 +231,14 @@ class Dataset:
         """Users who are tested where no split is named; 0 if there is nobody to validate."""
         if self.splits is None:
             return int((np.diff(self.offsets) >= MIN_EVENTS).sum())
-        splits = np.asarray(self.splits)
+        splits = with_validation(self.splits, self.offsets)
 
         def of(split: int) -> int:
             at = np.flatnonzero(splits == split)
             users = np.searchsorted(self.offsets, at, side="right") - 1
             return len(np.unique(users[at > self.offsets[users]]))
 
-        if (splits == VALID).any():
-            return of(TEST) if of(VALID) else 0
-        seconds = self.offsets[:-1][np.diff(self.offsets) > 1] + 1
-        return of(TEST) if (splits[seconds] == TRAIN).any() else 0
+        return of(TEST) if of(VALID) else 0
 
     def _repeats(self) -> int:
         """Count the events whose user has an earlier event with the same item."""
@@ -334,16 +342,14 @@ def content_fingerprint(
     return digest.hexdigest()[:16]
 
 
-def recorded_order(
+def order_of(
     meta: dict[str, Any],
     offsets: npt.NDArray[np.int64],
     items: npt.NDArray[np.int32],
     timestamps: npt.NDArray[np.float64],
     item_ids: pa.ChunkedArray,
 ) -> EventOrder:
-    """Return the facts about the order that ``meta`` holds; measure them if it holds none."""
-    if "order" in meta:
-        return EventOrder.of_json(meta["order"])
+    """Measure the facts about the order of events; ``meta``: dataset.json, without them."""
     counters = meta.get("counters", {})
     read = counters.get("events_read", len(items)) + counters.get("events_left_out", 0)
     return measure_order(

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from l2rec.data.dataset import Dataset, open_dataset, user_blocks
 from l2rec.data.formats.source import Source
-from l2rec.data.parts import MIN_EVENTS, TEST, TRAIN, VALID
+from l2rec.data.parts import leave_one_out_marks
 from l2rec.data.prepare import PrepareConfig, build
 from l2rec.errors import DataError
 
@@ -100,9 +100,4 @@ def _events(dataset: Dataset, *, with_splits: bool) -> Iterator[pa.RecordBatch]:
 
 def _splits(dataset: Dataset) -> npt.NDArray[np.int8]:
     """Return the split of each event, [E]: as given, or leave-one-out."""
-    if dataset.splits is not None:
-        return dataset.splits
-    splits = np.full(dataset.n_events, TRAIN, dtype=np.int8)
-    ends = dataset.offsets[1:][np.diff(dataset.offsets) >= MIN_EVENTS]
-    splits[ends - 2], splits[ends - 1] = VALID, TEST
-    return splits
+    return leave_one_out_marks(dataset.offsets) if dataset.splits is None else dataset.splits

@@ -43,14 +43,14 @@ from l2rec.data.dataset import (
     Dataset,
     content_fingerprint,
     open_dataset,
-    recorded_order,
+    order_of,
     user_blocks,
 )
 from l2rec.data.formats.columns import Columns, Quotes
 from l2rec.data.formats.open import open_source
 from l2rec.data.formats.source import Source
 from l2rec.data.moments import moment
-from l2rec.data.parts import MIN_EVENTS, SPLITS, TEST, VALID
+from l2rec.data.parts import MIN_EVENTS, SPLITS, leave_one_out_marks
 from l2rec.data.splits import LEAVE_ONE_OUT
 from l2rec.data.ties import EventOrder, TieBreaker, Ties
 from l2rec.disk import replacing_folder, write_json
@@ -637,7 +637,7 @@ def _write_events(
     if log.splits is not None:
         users = log.user_ids.filter(pa.array(remaining.users))
         _check_splits(written["splits"], final, users, state)
-        if _are_leave_one_out(written["splits"], final):
+        if np.array_equal(written["splits"], leave_one_out_marks(final)):
             state.splits = LEAVE_ONE_OUT
             (folder / "splits.npy").unlink()
         else:
@@ -682,18 +682,6 @@ def _check_splits(
                 f"of sequences would be trained on what comes after its test; pass --splits none "
                 f"to leave them aside, and split leave-one-out or by time"
             )
-
-
-def _are_leave_one_out(splits: npt.NDArray[np.int8], offsets: npt.NDArray[np.int64]) -> bool:
-    """Tell whether the splits are what `splits.leave_one_out` makes of the same events."""
-    lengths = np.diff(offsets)
-    ends = offsets[1:][lengths >= MIN_EVENTS]
-    expected = {VALID: ends - 2, TEST: ends - 1}
-    counts = np.bincount(splits, minlength=len(SPLITS))
-    return all(
-        counts[split] == len(at) and bool((splits[at] == split).all())
-        for split, at in expected.items()
-    )
 
 
 def _group_by_user(
@@ -879,7 +867,7 @@ def _write_meta(
         "notes": notes,
     }
     offsets, items, times = arrays[:3]
-    order = order or recorded_order(meta, offsets, items, times, table["item_id"])
+    order = order or order_of(meta, offsets, items, times, table["item_id"])
     meta["order"] = order.to_json()
     write_json(folder / "dataset.json", meta, error=DataError, remedy=ROOM)
 

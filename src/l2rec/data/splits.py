@@ -40,7 +40,7 @@ import numpy.typing as npt
 
 from l2rec.data.dataset import GIVEN, Dataset
 from l2rec.data.moments import moment, shown
-from l2rec.data.parts import MIN_EVENTS, TEST, TRAIN, VALID
+from l2rec.data.parts import MIN_EVENTS, TEST, TRAIN, VALID, with_validation
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
 
@@ -265,12 +265,8 @@ def given(dataset: Dataset) -> Split:
         )
     sequences = dataset.sequences
     owners = np.repeat(np.arange(dataset.n_users, dtype=np.int64), sequences.lengths)
-    splits = np.array(dataset.splits)
+    splits = with_validation(dataset.splits, dataset.offsets)
     n_train = np.bincount(owners[splits == TRAIN], minlength=dataset.n_users)
-    if not (splits == VALID).any():
-        users = np.flatnonzero(n_train > 1)
-        splits[dataset.offsets[users] + n_train[users] - 1] = VALID
-        n_train[users] -= 1
 
     def of(split: int) -> Cases:
         at = np.flatnonzero(splits == split)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Scores", "compared", "rank", "score"]
+__all__ = ["Scores", "compared", "rank", "score", "summed_up"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,26 +66,40 @@ def compared(name: str, scores: Scores, floors: Mapping[str, Scores]) -> dict[st
     """Return what a report says of a model and the floors: scores, and paired tests between them;
     under ``tied_day`` the same by that protocol, where there is one.
     """
-    found = _tested(name, scores.own, {floor: each.own for floor, each in floors.items()})
+    found = summed_up({name: scores, **floors})
+    found["significance"] = _tests(scores.own, {f: each.own for f, each in floors.items()})
     if scores.tied is not None:
-        tied = {floor: each.tied for floor, each in floors.items() if each.tied is not None}
-        found["tied_day"] = {
-            "protocol": TIED_DAY,
-            "users_left_out": len(scores.own) - len(scores.tied),
-            **_tested(name, scores.tied, tied),
-        }
+        tied = {f: each.tied for f, each in floors.items() if each.tied is not None}
+        found["tied_day"]["significance"] = _tests(scores.tied, tied)
     return found
 
 
-def _tested(name: str, ours: Evaluation, floors: Mapping[str, Evaluation]) -> dict[str, Any]:
-    # One user's difference has no variance: there is nothing to test.
-    tested = floors if len(np.unique(ours.users)) > 1 else {}
+def summed_up(scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """Return the metrics of all that was scored, by name; under ``tied_day`` the same by that
+    protocol, where there is one.
+    """
+    own = {name: each.own for name, each in scores.items()}
+    tied = {name: each.tied for name, each in scores.items() if each.tied is not None}
+    found = _metrics(own)
+    if tied:
+        of_sets = _metrics(tied)
+        left_out = found["users_tested"] - of_sets["users_tested"]
+        found["tied_day"] = {"protocol": TIED_DAY, "users_left_out": left_out, **of_sets}
+    return found
+
+
+def _metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return scores by name, and how many users they are of: the same for all."""
+    tested = len(next(iter(evaluations.values())))
+    return {"users_tested": tested, "scores": {n: e.metrics() for n, e in evaluations.items()}}
+
+
+def _tests(ours: Evaluation, floors: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Test a model against each floor; nothing where there is one user, whose difference has no
+    variance.
+    """
+    if len(np.unique(ours.users)) < 2:
+        return {}
     values = ours.values(MAIN)
-    tests = {
-        floor: paired_values_test(values, e.values(MAIN), ours.users) for floor, e in tested.items()
-    }
-    return {
-        "users_tested": len(ours),
-        "scores": {name: ours.metrics(), **{f: e.metrics() for f, e in floors.items()}},
-        "significance": {f: {"difference": t.difference, "p": t.p} for f, t in tests.items()},
-    }
+    tests = {f: paired_values_test(values, e.values(MAIN), ours.users) for f, e in floors.items()}
+    return {f: {"difference": t.difference, "p": t.p} for f, t in tests.items()}

@@ -324,13 +324,7 @@ def _report(
     return {
         "method": name,
         "seed": config.seed,
-        "dataset": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "users": dataset.n_users,
-            "items": dataset.n_items,
-            "events": dataset.n_events,
-        },
+        "dataset": dataset.identity,
         "backbone": {
             "name": "none" if backbone is None else backbone.name,
             "parameters": 0 if backbone is None else sum(p.numel() for p in backbone.parameters()),

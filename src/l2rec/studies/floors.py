@@ -13,14 +13,13 @@ from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import split_events
 from l2rec.data.text import tokenize
 from l2rec.evaluation.ranks import protocol_of
-from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
 from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.methods.floors import TextNeighbour, floors_of
 from l2rec.modules.backbone import load_backbone
 from l2rec.modules.item_text import catalog_vectors
 from l2rec.protocols import Progress
 from l2rec.runs.machine import device, hardware, versions
-from l2rec.runs.scoring import score
+from l2rec.runs.scoring import score, summed_up
 
 NO_BACKBONE = "none"
 TEXT_TOKENS = 128
@@ -57,33 +56,20 @@ def score_floors(
     for name, floor in floors.items():
         progress.line(f"scoring {name}")
         scores[name] = score(floor, found, sets, progress)
-    report: dict[str, Any] = {
+    return {
         "dataset": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "users": dataset.n_users,
-            "items": dataset.n_items,
-            "events": dataset.n_events,
+            **dataset.identity,
             "ties": dataset.order.ties,
         },
         "split": found.kind,
         "protocol": protocol_of(found.protocol),
-        "users_tested": len(found.test),
-        "scores": {name: each.own.metrics() for name, each in scores.items()},
+        **summed_up(scores),
         "backbone": backbone if UNTRAINED in floors else NO_BACKBONE,
         "hardware": hardware(),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "command": command,
     }
-    if sets is not None:
-        report["tied_day"] = {
-            "protocol": TIED_DAY,
-            "users_tested": len(sets),
-            "users_left_out": len(found.test) - len(sets),
-            "scores": {n: e.tied.metrics() for n, e in scores.items() if e.tied is not None},
-        }
-    return report
 
 
 def _untrained(dataset: Dataset, name: str) -> TextNeighbour:

@@ -21,6 +21,7 @@ from l2rec.data.formats.dates import in_milliseconds
 from l2rec.data.formats.files import (
     File,
     given_splits,
+    is_folder,
     listing,
     only_file,
     other_splits,
@@ -81,8 +82,7 @@ def amazon_csv(
         tables = split_tables([named_table(file, context) for file in splits])
         context.notes.append(splits_note(splits))
     else:
-        lone = path.is_file() and path.suffix.lower() != ".zip"
-        file = File(path) if lone else only_file(path, logs, (".csv",), ".csv")
+        file = only_file(path, logs, (".csv",), ".csv") if is_folder(path) else File(path)
         tables = [named_table(file, context)]
         context.notes.extend(split_note(file))
         sample = tables[0].sample(SAMPLE_ROWS)

@@ -336,14 +336,18 @@ def open_text(file: File, encoding: str) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_AsUtf8(file.open(), encoding, returns), 1 << 20))
 
 
-class _AsUtf8(io.RawIOBase):
-    """A stream of text in any encoding, as UTF-8."""
+class Rewritten(io.RawIOBase):
+    """A stream whose blocks are rewritten as they are read: ``rewrite`` gets each, at the end b"",
+    and keeps to itself what it cannot tell yet.
+    """
 
-    def __init__(self, stream: BinaryIO, encoding: str, returns: bool) -> None:
-        decoder = codecs.getincrementaldecoder(encoding)()
-        self._decoder = io.IncrementalNewlineDecoder(decoder, True) if returns else decoder
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._ready = memoryview(b"")
+
+    def rewrite(self, block: bytes) -> bytes:
+        """Return what stands in place of the next block."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -351,7 +355,7 @@ class _AsUtf8(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             block = self._stream.read(1 << 20)
-            self._ready = memoryview(self._decoder.decode(block, final=not block).encode())
+            self._ready = memoryview(self.rewrite(block))
             if not block:
                 break
         size = min(len(buffer), len(self._ready))
@@ -362,6 +366,19 @@ class _AsUtf8(io.RawIOBase):
     def close(self) -> None:
         self._stream.close()
         super().close()
+
+
+class _AsUtf8(Rewritten):
+    """A stream of text in any encoding, as UTF-8."""
+
+    def __init__(self, stream: BinaryIO, encoding: str, returns: bool) -> None:
+        super().__init__(stream)
+        decoder = codecs.getincrementaldecoder(encoding)()
+        self._decoder = io.IncrementalNewlineDecoder(decoder, True) if returns else decoder
+
+    def rewrite(self, block: bytes) -> bytes:
+        text: str = self._decoder.decode(block, final=not block)
+        return text.encode()
 
 
 def line_blocks(

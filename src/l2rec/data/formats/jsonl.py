@@ -25,6 +25,7 @@ from l2rec.data.formats.fields import clean, flat
 from l2rec.data.formats.files import (
     CATALOG_NAMES,
     File,
+    is_folder,
     line_blocks,
     line_in_block,
     only_file,
@@ -386,7 +387,7 @@ def lines(
 ) -> Source:
     """Open a log by the keys that the options name, and the catalog given or beside it."""
     encoding = context.columns.encoding
-    if path.is_file() and path.suffix.lower() != ".zip":
+    if not is_folder(path):
         file = File(path)
     else:
         logs = _logs(files, items)

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 
 from l2rec.data.formats.dates import in_milliseconds
-from l2rec.data.formats.files import File, line_blocks, listing, reading
+from l2rec.data.formats.files import File, beside, is_folder, line_blocks, reading
 from l2rec.data.formats.sequences import line_events
 from l2rec.data.formats.source import (
     CatalogReader,
@@ -64,10 +64,8 @@ def microlens(
 ) -> Source:
     """Open the log with times, or else the one without, and the titles given or beside it."""
     encoding = context.columns.encoding
-    if path.is_file() and path.suffix.lower() != ".zip":
-        file, files = File(path), listing(path.parent)
-    else:
-        file = _log(path, files, items, encoding)
+    file = _log(path, files, items, encoding) if is_folder(path) else File(path)
+    files = beside(path, files)
     if not file.ends(TABLE, SEQUENCES) or not _is_log(file, encoding):
         raise DataError(
             f"{file} is not MicroLens: expected NAME{TABLE} with the header {','.join(COLUMNS)}, "
@@ -76,9 +74,9 @@ def microlens(
         )
     name = file.name[: -len(TABLE)]
     items = items or next((f for end in TITLES if (f := files.get(name + end))), None)
-    beside = sorted(n for n, f in files.items() if n.startswith(name) and f not in (file, items))
-    if beside:
-        context.notes.append(f"not read beside {file.name}: {', '.join(beside)}")
+    others = sorted(n for n, f in files.items() if n.startswith(name) and f not in (file, items))
+    if others:
+        context.notes.append(f"not read beside {file.name}: {', '.join(others)}")
     if file.ends(SEQUENCES):
         events = line_events(file, "sequences", context)
     else:

@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from l2rec.data.formats.files import File, Where, folders, listing, reading
+from l2rec.data.formats.files import File, Where, folders, is_folder, listing, reading
 from l2rec.data.formats.source import (
     CatalogReader,
     Context,
@@ -75,7 +75,7 @@ class _Log:
 
 def _parts(path: Path, files: dict[str, File]) -> dict[str, dict[str, File]]:
     """Return the files of each part by the name of its folder."""
-    if path.is_file() and path.suffix.lower() != ".zip":
+    if not is_folder(path):
         beside = listing(path.parent) if File(path).name == LOG else {}
         return {path.resolve().parent.name: beside | {LOG: File(path)}}
     inside = {name: found for name, found in folders(path).items() if LOG in found}
@@ -86,7 +86,7 @@ def _parts(path: Path, files: dict[str, File]) -> dict[str, dict[str, File]]:
 
 def detect(path: Path, files: dict[str, File], items: File | None, context: Context) -> str | None:
     """Tell by the name of the log and by the time in its first line."""
-    if path.is_file() and path.suffix.lower() != ".zip" and File(path).name != LOG:
+    if not is_folder(path) and File(path).name != LOG:
         return None
     for part in _parts(path, files).values():
         cells = read_header(part[LOG], "\t", context.columns.encoding, quotes=False)

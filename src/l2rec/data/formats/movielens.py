@@ -15,9 +15,9 @@ from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.files import (
     File,
     Where,
+    beside,
     line_blocks,
     line_in_block,
-    listing,
     needed_file,
     reading,
 )
@@ -62,8 +62,7 @@ def movielens(
     open_catalog: OpenCatalog,
 ) -> Source:
     """Open one of the three layouts, by its name; a catalog that is given replaces the films."""
-    if path.is_file() and path.suffix.lower() != ".zip":
-        files = listing(path.parent)
+    files = beside(path, files)
     names = ["user_id", "item_id", "rating", "timestamp"]
     columns = Columns()
     if kind == "movielens-100k":

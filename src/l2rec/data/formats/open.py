@@ -32,7 +32,7 @@ from l2rec.data.formats import (
     yambda,
 )
 from l2rec.data.formats.columns import Columns
-from l2rec.data.formats.files import File, listing
+from l2rec.data.formats.files import File, beside, listing
 from l2rec.data.formats.objects import kind as object_kind
 from l2rec.data.formats.objects import object_catalog, one_value
 from l2rec.data.formats.source import BLOCK_BYTES, CatalogReader, Context, Reader, Source
@@ -134,8 +134,7 @@ def _reader(
 ) -> tuple[Reader, str]:
     """Find the reader and the name of the format, by name or by looking."""
     if format == "movielens":
-        inside = path.is_dir() or path.suffix.lower() == ".zip"
-        files = files if inside else listing(path.parent)
+        files = beside(path, files)
         format = movielens.detect(path, files, items, context)
         if format is None:
             raise DataError(

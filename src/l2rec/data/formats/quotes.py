@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from l2rec.data.formats.files import Rewritten
+
 Places = npt.NDArray[np.int64]
 QUOTE, LINE_FEED, RETURN = b'"'[0], b"\n"[0], b"\r"[0]
 PIECE_BYTES = 1 << 16
@@ -36,37 +38,21 @@ class BrokenQuote:
     escaped: bool = False
 
 
-class Doubled(io.RawIOBase):
+class Doubled(Rewritten):
     r"""A stream of separated text in which backslashes escape quotes, with doubled quotes instead:
     ``\"`` becomes ``""`` and ``\\`` a single backslash; all others stay.
     """
 
     def __init__(self, rest: BinaryIO) -> None:
-        self._rest = rest
+        super().__init__(rest)
         self._waiting = b""  # a backslash at the end of a block, until the next character
-        self._ready = memoryview(b"")
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            block = self._rest.read(1 << 20)
-            text = self._waiting + block
-            ends = len(text) - len(text.rstrip(b"\\"))
-            cut = len(text) - ends % 2 if block else len(text)
-            self._waiting = text[cut:]
-            self._ready = memoryview(_ESCAPED.sub(_doubled, text[:cut]))
-            if not block:
-                break
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._rest.close()
-        super().close()
+    def rewrite(self, block: bytes) -> bytes:
+        text = self._waiting + block
+        ends = len(text) - len(text.rstrip(b"\\"))
+        cut = len(text) - ends % 2 if block else len(text)
+        self._waiting = text[cut:]
+        return _ESCAPED.sub(_doubled, text[:cut])
 
 
 _ESCAPED = re.compile(rb'\\(["\\])')

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from l2rec.data.formats.files import File, given_splits, only_file, split_note, splits_note, stem
+from l2rec.data.formats.files import (
+    File,
+    given_splits,
+    is_folder,
+    only_file,
+    split_note,
+    splits_note,
+    stem,
+)
 from l2rec.data.formats.source import (
     CatalogReader,
     Context,
@@ -80,7 +88,7 @@ def recbole(
         logs, beside = list(splits), f"{stem(splits[0])}.item"
         context.notes.append(splits_note(logs))
     else:
-        file = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
+        file = None if is_folder(path) else File(path)
         logs = [file or only_file(path, files, (".inter",), ".inter")]
         beside = logs[0].name.removesuffix(".inter") + ".item"
         context.notes.extend(split_note(logs[0]))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2rec.data.formats.columns import Columns
-from l2rec.data.formats.files import File, only_file, split_note
+from l2rec.data.formats.files import File, is_folder, only_file, split_note
 from l2rec.data.formats.jsonl import Keys, keys_of, line_catalog, line_events
 from l2rec.data.formats.source import (
     CatalogReader,
@@ -112,7 +112,7 @@ def ucsd(
 ) -> Source:
     """Open the events of either, and the catalog that is given or lies in the same folder."""
     encoding, dump = context.columns.encoding, DUMPS[kind]
-    if path.is_file() and path.suffix.lower() != ".zip":
+    if not is_folder(path):
         file = File(path)
         if (told := _no_log(file, context)) is not None:
             raise told

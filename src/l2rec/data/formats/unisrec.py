@@ -24,9 +24,10 @@ import pyarrow as pa
 from l2rec.data.formats.fields import clean
 from l2rec.data.formats.files import (
     File,
+    beside,
+    is_folder,
     line_blocks,
     line_in_block,
-    listing,
     only_file,
     open_text,
     other_splits,
@@ -107,8 +108,8 @@ def unisrec(
         yield from sequences(samples, lambda split, row: tables[split].where(row), context)
 
     catalog: CatalogReader | None = None
-    beside = [files.get(name + end) for end in (".text", ".data_maps", ".item", ".item.json")]
-    items = items or next((file for file in beside if file), None)
+    catalogs = [files.get(name + end) for end in (".text", ".data_maps", ".item", ".item.json")]
+    items = items or next((file for file in catalogs if file), None)
     if items is not None and items.ends(".data_maps"):
         catalog = _maps_catalog(items, context)
     elif items is not None and items.ends(".item.json"):
@@ -125,8 +126,8 @@ def _splits(path: Path, files: dict[str, File]) -> tuple[tuple[File, ...], dict[
     Raises:
         DataError: one of the three is missing, or there are several logs.
     """
-    given = File(path) if path.is_file() and path.suffix.lower() != ".zip" else None
-    files = files if given is None else listing(path.parent)
+    given = None if is_folder(path) else File(path)
+    files = beside(path, files)
     logs = [file for file in files.values() if file.ends(SUFFIX)]
     found = split_logs(logs)
     if given is not None:

@@ -114,13 +114,7 @@ def doctor(
         patients.append(patient)
     return {
         "method": config.method.rpartition(":")[2],
-        "dataset": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "users": dataset.n_users,
-            "items": dataset.n_items,
-            "events": dataset.n_events,
-        },
+        "dataset": dataset.identity,
         "gpu_memory": gpu_memory,
         "batch_users": config.training.batch_users,
         "backbones": patients,
@@ -325,7 +319,7 @@ def _disk(patient: _Patient, dataset: Dataset) -> dict[str, int]:
     with ShapesOnly():
         tensors = list(trained_tensors(patient.model).values())
     weights, catalog = bytes_of(tensors), dataset.catalog.nbytes
-    states = min(KEEP_STATES, 1 if not patient.stages else KEEP_STATES)
+    states = KEEP_STATES if patient.stages else 1
     moments = 2 * bytes_of(patient.trained)
     cached = 0 if patient.backbone is None else 4 * patient.backbone.dim * dataset.n_items
     ranks = RANKED_USER * len(patient.split.test)

@@ -255,11 +255,7 @@ def _report(table: Table, dataset: Dataset, results: Results, seeds: int) -> dic
     return {
         "kind": REPORT,
         "dataset": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "users": dataset.n_users,
-            "items": dataset.n_items,
-            "events": dataset.n_events,
+            **dataset.identity,
             "origin": (dataset.meta.get("source") or {}).get("origin"),
         },
         "vectors": {**table.frozen.about, "dim": table.item_vectors.shape[1]},
