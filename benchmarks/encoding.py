@@ -39,9 +39,10 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import N_TEXTS, simple_text
+from l2rec.data.text import tokenize
 from l2rec.methods.l2rec import L2Rec
 from l2rec.modules.backbone import load_backbone, minilm_source, native_bfloat16
-from l2rec.modules.item_text import text_vectors
+from l2rec.modules.item_text import separators, text_vectors
 from l2rec.modules.views import semantic_tokens
 from l2rec.runs.predictor import build_model
 
@@ -117,17 +118,18 @@ def peer(dtype: str, max_tokens: int) -> Any:
     return model
 
 
-def user_texts(model: L2Rec, histories: Ragged) -> list[str]:
+def user_texts(model: L2Rec, sample: Sample) -> list[str]:
     """Write the text of each row of the semantic view, whose tokens are the row's tokens."""
     config = model.config
+    before, after = separators(model.backbone)
     read = semantic_tokens(
-        histories.tail(config.max_items),
-        model.tokens,
+        sample.histories.tail(config.max_items),
+        tokenize(sample.texts, model.backbone.tokenizer, config.item_tokens),
         item_tokens=config.item_tokens,
         max_tokens=config.max_tokens,
         max_items=config.semantic_items,
-        before=model.before,
-        after=model.after,
+        before=before,
+        after=after,
     )
     rows = read.ids.split(read.segments.lengths.tolist())
     # The first and the last token the peer's tokenizer puts there itself.
@@ -141,9 +143,9 @@ def contenders(what: What, sample: Sample, dtype: str) -> dict[str, Callable[[],
     items = np.arange(len(sample.texts))
     if what == "items":
         texts = sample.texts
-        limit = both.config.item_tokens + len(both.before) + len(both.after)
+        limit = both.config.item_tokens + sum(map(len, separators(both.backbone)))
     else:
-        texts, limit = user_texts(both, sample.histories), both.config.max_tokens
+        texts, limit = user_texts(both, sample), both.config.max_tokens
     rival = peer(dtype, limit)
     found: dict[str, Callable[[], object]] = {
         f"{PEER}, {size}": partial(rival.encode, texts, batch_size=size, show_progress_bar=False)

@@ -75,6 +75,7 @@ from l2rec.modules.backbone import (
     split,
 )
 from l2rec.modules.cooccurrence import CoOccurrence, Prior, text_neighbors
+from l2rec.modules.entry import Entry, LayerEntry, WordEntry
 from l2rec.modules.experts import DPMoE, Routing, ViewSlice
 from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_side import EncodedItems, ItemSide, TableItems
@@ -86,7 +87,6 @@ from l2rec.modules.sequences import (
     evaluating,
     in_batches,
     raw_texts,
-    stacked,
 )
 from l2rec.modules.views import (
     BehavioralProjector,
@@ -96,7 +96,6 @@ from l2rec.modules.views import (
     mean_of,
     pack_views,
     prefix_mean,
-    semantic_tokens,
 )
 from l2rec.protocols import ExpertLoad, Losses, ParameterGroup, Scorer, Stage
 
@@ -105,8 +104,9 @@ Kept = TypeVar("Kept")
 
 ALL = slice(None)
 BEHAVIORAL_BOOST = 16.0
-"""Scale at which item vectors enter, in units of the word embeddings' RMS. Small values drown in
-position and type embeddings: on MiniLM all single-item outputs coincide below 4."""
+"""Scale at which item vectors enter at the words, in units of the word embeddings' RMS. Small
+values drown in position and type embeddings: on MiniLM all single-item outputs coincide below 4.
+Nothing is added at a later layer: there the scale is that of its states."""
 REPEAT_LR = 0.1
 """Learning rate of `repeat`; high, because its optimum may lie near plus or minus 5."""
 
@@ -158,6 +158,9 @@ class L2RecConfig(BaseModel):
     """Ours: most items of the semantic view."""
     item_tokens: int = Field(32, ge=1)
     """Ours: most tokens of one item's text inside a view."""
+    item_layers: int = Field(0, ge=0)
+    """Ours: lowest layers of the backbone that read each item's text by itself, once; the views and
+    all experts stand above them. 0 is the paper's."""
     behavioral_pool: Literal["embeddings", "encoder"] = "embeddings"
     """Paper: an item's vector is the mean of its token embeddings; ours: of the frozen backbone's
     outputs. Of the paper's form alone."""
@@ -272,9 +275,10 @@ class L2RecConfig(BaseModel):
         return self
 
 
-def _check_lengths(config: L2RecConfig, backbone: Backbone, before: int, after: int) -> None:
-    """Refuse rows that the backbone cannot hold; before, after: tokens around a row and an item."""
+def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
+    """Refuse rows that the backbone cannot hold."""
     limit = backbone.max_positions
+    before, after = map(len, separators(backbone))
     needed = config.max_tokens if "semantic" in config.views else 0
     needed = max(needed, config.max_items if "behavioral" in config.views else 0)
     if config.form == "table" or config.behavioral_pool == "encoder":
@@ -290,6 +294,8 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone, before: int, after: 
         # still reads.
         items = min(config.max_items, config.semantic_items)
         longest = before + items * (config.item_tokens + after)
+        if config.item_layers:  # every item with the start of a row
+            longest = items * (before + config.item_tokens + after)
         if longest > config.max_tokens:
             raise ConfigError(
                 f"form=table: {items} items of {config.item_tokens} tokens may need {longest} "
@@ -298,10 +304,17 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone, before: int, after: 
             )
 
 
+def _entry(config: L2RecConfig, backbone: Backbone, tokens: Ragged, cache: Path | None) -> Entry:
+    if config.item_layers:
+        return LayerEntry(backbone, tokens, config.item_tokens, config.item_layers, cache)
+    return WordEntry(backbone, tokens, config.item_tokens)
+
+
 def _item_side(
     config: L2RecConfig,
     backbone: Backbone,
     tokens: Ragged,
+    entry: Entry,
     skip: nn.Parameter,
     cache: Path | None,
 ) -> ItemSide:
@@ -317,8 +330,8 @@ def _item_side(
     return EncodedItems(
         backbone,
         tokens,
+        entry,
         pool=config.behavioral_pool if "behavioral" in config.views else None,
-        item_tokens=config.item_tokens,
         text_tokens=config.text_tokens,
         share_negatives=config.share_negatives,
         normalize_views=config.normalize_views,
@@ -399,9 +412,14 @@ class L2Rec(nn.Module):
         self.config = config
         self.backbone = backbone
         self._every = config.form == "table"  # every position predicts, not the last alone
-        self.before, self.after = separators(backbone)
-        _check_lengths(config, backbone, len(self.before), len(self.after))
+        _check_lengths(config, backbone)
+        texts = catalog.require_texts("L2Rec")
+        tokens = self._tokenize(texts, cache) if len(texts) else Ragged.from_rows([])
+        self.entry = _entry(config, backbone, tokens, cache)
         self.linears = find_linears(backbone.model, config.matrices)
+        if config.item_layers:
+            below = backbone.is_cut.is_below
+            self.linears = {name: m for name, m in self.linears.items() if not below(name)}
         self.experts = DPMoE(
             self.linears,
             backbone.dim,
@@ -417,6 +435,11 @@ class L2Rec(nn.Module):
         self.experts.attach()
         self.projector = BehavioralProjector(backbone.dim)
         self.fusion = AdaptiveFusion(backbone.dim)
+        # The place of an item in its row, where the layers that know places are below the views.
+        self.places: nn.Parameter | None = None
+        if config.item_layers:
+            places = torch.zeros(len(config.views), config.max_items, backbone.dim)
+            self.places = nn.Parameter(places)
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(config.temperature)), requires_grad=False
         )
@@ -426,21 +449,21 @@ class L2Rec(nn.Module):
         self.together = CoOccurrence(len(catalog)) if config.cooccurrence else None
         self.near: Tensor | None  # w
         self.register_buffer("near", torch.tensor(0.0) if config.cooccurrence else None)
-        texts = catalog.require_texts("L2Rec")
-        self.tokens = self._tokenize(texts, cache) if len(texts) else Ragged.from_rows([])
-        self.items = _item_side(config, backbone, self.tokens, self.skip, cache)
+        self.items = _item_side(config, backbone, tokens, self.entry, self.skip, cache)
         # Registered here, so that it moves, trains and is saved with the model.
         self.table = self.items.table if isinstance(self.items, TableItems) else None
         if "behavioral" in config.views and backbone.device.type != "meta":
-            words = backbone.word_scale()
-            with torch.no_grad():
-                rows = self.items.rows
-            projector = self.projector.to(backbone.device)
-            projector.calibrate(rows, BEHAVIORAL_BOOST * float(words))
+            self._calibrate_projector()
         for unused in self._unused(config.views):
             unused.requires_grad_(False)
 
     # -- construction ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _calibrate_projector(self) -> None:
+        projector = self.projector.to(self.backbone.device)
+        boost = 1.0 if self.config.item_layers else BEHAVIORAL_BOOST
+        projector.calibrate(self.items.rows, boost * self.entry.scale)
 
     def _unused(self, views: Views) -> list[nn.Parameter]:
         """Return the parameters that are not trained: switched off, or not part of these views."""
@@ -462,7 +485,7 @@ class L2Rec(nn.Module):
     @property
     def cached(self) -> Sequence[Path]:
         """Cache entries this model was built from."""
-        return self.items.cached
+        return [*self.entry.cached, *self.items.cached]
 
     def freeze(self) -> None:
         """Switch to evaluation mode and compute once what no history changes."""
@@ -477,8 +500,8 @@ class L2Rec(nn.Module):
         """
         check_new_texts(texts)
         tokens, first = self._tokenize(texts), self.n_items
+        self.entry.add(tokens)
         self.items.add(tokens)
-        self.tokens = stacked(self.tokens, tokens)
         return np.arange(first, self.n_items, dtype=np.int32)
 
     # -- the pipeline ----------------------------------------------------------------------------
@@ -486,7 +509,7 @@ class L2Rec(nn.Module):
     @property
     def n_items(self) -> int:
         """N, items of the catalog, those added later included."""
-        return len(self.tokens)
+        return len(self.entry)
 
     @property
     def temperature(self) -> Tensor:
@@ -548,20 +571,13 @@ class L2Rec(nn.Module):
         """Build a view by Eq. 1 or 2, and u of Eq. 6."""
         config = self.config
         if view == "semantic":
-            read = semantic_tokens(
-                items,
-                self.tokens,
-                item_tokens=config.item_tokens,
-                max_tokens=config.max_tokens,
-                max_items=config.semantic_items,
-                before=self.before,
-                after=self.after,
-                device=self.backbone.device,
-            )
-            x, segments = self.backbone.embed(read.ids), read.segments
+            x, segments = self.entry.read(items, config.max_tokens, config.semantic_items)
         else:
             x = self.projector(rows.index_select(0, as_index(items.values, rows.device)))
             segments = Segments.of_items(torch.from_numpy(items.lengths).to(x.device))
+        if self.places is not None:
+            place = segments.place[segments.block]
+            x = x + self.places[config.views.index(view)].index_select(0, place)
         if self._every:
             return ViewInput(view, x, segments, prefix_mean(x, segments), segments.block)
         row = segments.row[segments.block]
@@ -579,9 +595,9 @@ class L2Rec(nn.Module):
                 for part, start in zip(inputs, starts, strict=True)
             ]
             with self.experts.routed(slices) as routing:
-                states = self.backbone(packed, packing)
+                states = self.entry.run(packed, packing)
         else:
-            routing, states = None, self.backbone(packed, packing)
+            routing, states = None, self.entry.run(packed, packing)
         return list(split(states, [len(part.x) for part in inputs])), routing, packing
 
     def _attend(self) -> Attend:
@@ -685,8 +701,7 @@ class L2Rec(nn.Module):
         self, views: Views, items: npt.NDArray[np.integer] | slice = ALL
     ) -> npt.NDArray[np.int64]:
         """Return how many tokens items, by default all, add to a row in these views, [n]."""
-        starts, ends = self.tokens.offsets[:-1][items], self.tokens.offsets[1:][items]
-        text = np.minimum(ends - starts, self.config.item_tokens) + len(self.after)
+        text = self.entry.costs(items)
         costs: npt.NDArray[np.int64] = text * ("semantic" in views) + ("behavioral" in views)
         return costs
 
@@ -810,12 +825,12 @@ class L2Rec(nn.Module):
         return self.items.vectors(items, rows, partial(self._unit_users, views=views, rows=rows))
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
-        tokens = self.tokens
+        count = self.n_items
         try:
             return self.encode_items(self.add_items(texts))
         finally:
-            self.tokens = tokens
-            self.items.shrink(len(tokens))
+            self.entry.shrink(count)
+            self.items.shrink(count)
 
     def _cosines(self, views: Views | None = None) -> Scorer:
         """Encode the catalog; return histories -> cosines with all its items [B, N] float32."""

@@ -7,6 +7,7 @@ attention function registered here by name, with the packing as a keyword.
 
     backbone.embed(ids)                  word vectors of token ids (Embed of L2Rec, Eq. 1-2)
     backbone(inputs_embeds, packing)     last hidden states (TRM, below Eq. 6)
+    backbone.cut(K)                      the same in two parts, `lower` and `upper`
 
 Legend: B rows, n tokens of a group, N of the packed batch, C cells of all grids, H heads, d size of
 a head, D hidden size.
@@ -44,7 +45,8 @@ from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules import baichuan
 from l2rec.modules.families import lead_to_packed
-from l2rec.modules.probe import check_exact, check_text_part, sees_future
+from l2rec.modules.layers import LayerCut
+from l2rec.modules.probe import check_cut, check_exact, check_text_part, sees_future
 
 ATTENTION = "l2rec_packed"
 """Name under which Hugging Face models find `packed_attention`."""
@@ -443,6 +445,7 @@ class Backbone(nn.Module):
                 f"backbone {name!r} has word vectors of {words.weight.shape[1]} and "
                 f"hidden states of {self.dim} dimensions; choose one where they agree"
             )
+        self._cut: LayerCut | None = None
         self.causal = _is_causal(model, name)
         self._position_offset = _position_offset(model)
         self.max_positions = _longest_row(config, self._position_offset)
@@ -483,6 +486,37 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: a row is longer than ``max_positions``.
         """
+        return self._run(inputs_embeds[None].to(self.dtype), packing).last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
+
+    def cut(self, below: int) -> None:
+        """Make ready to run the lowest ``below`` layers and those above them apart.
+
+        Raises:
+            BackboneError: that is not possible, or another model.
+        """
+        self._cut = LayerCut(self.model, below)
+        check_cut(self)
+
+    @property
+    def is_cut(self) -> LayerCut:
+        """The cut that was made."""
+        assert self._cut is not None, "Backbone.cut comes first"
+        return self._cut
+
+    @torch.no_grad()
+    def lower(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
+        """Run the layers below the cut: packed inputs [N, D] -> states [N, D]."""
+        x = inputs_embeds[None].to(self.dtype)
+        return self.is_cut.lower(lambda: self._run(x, packing)).squeeze(0)
+
+    def upper(self, states: Tensor, packing: Packing) -> Tensor:
+        """Run the layers above the cut: packed states [N, D] -> last hidden states [N, D]."""
+        words: Tensor = self.word_embeddings.weight
+        unread = words.new_zeros(()).expand(1, len(states), words.shape[1])
+        output = self.is_cut.upper(states[None].to(self.dtype), lambda: self._run(unread, packing))
+        return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
+
+    def _run(self, inputs_embeds: Tensor, packing: Packing) -> Any:
         if self.max_positions is not None and packing.longest > self.max_positions:
             raise BackboneError(
                 f"a row of {packing.longest} tokens: backbone {self.name!r} takes "
@@ -490,15 +524,14 @@ class Backbone(nn.Module):
             )
         token = _PACKING.set(packing)
         try:
-            output = self.model(
-                inputs_embeds=inputs_embeds[None].to(self.dtype),
+            return self.model(
+                inputs_embeds=inputs_embeds,
                 position_ids=(packing.positions + self._position_offset)[None],
                 packing=packing,
                 use_cache=False,
             )
         finally:
             _PACKING.reset(token)
-        return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
     def weight_hash(self) -> str:
         """Hash samples of every frozen tensor: 16 hex digits of SHA-256 that identify the model.

@@ -26,17 +26,16 @@ from torch.nn import functional as F
 from l2rec.data.batches import Batch
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
+from l2rec.modules.entry import Entry
 from l2rec.modules.experts import Routing
 from l2rec.modules.item_text import catalog_vectors, text_vectors
 from l2rec.modules.objectives import Added, contrastive_loss, cosine, fused_catalog_loss
 from l2rec.modules.sequences import as_index, one_each
 from l2rec.modules.text_table import TextTable
-from l2rec.modules.views import View, mean_of
+from l2rec.modules.views import View
 
 TABLE_DROPOUT = 0.2
 """Dropout of the table's free residual."""
-POOLED_TOGETHER = 4096
-"""Items whose token embeddings are pooled at once."""
 
 
 class Encoded(Protocol):
@@ -122,7 +121,7 @@ class ItemSide(Protocol):
         ...
 
     def add(self, tokens: Ragged) -> None:
-        """Add items by the token ids of their texts."""
+        """Add items by the token ids of their texts, after the entry did."""
         ...
 
     def shrink(self, count: int) -> None:
@@ -143,9 +142,10 @@ class EncodedItems:
 
     Args:
         backbone: the frozen language model. tokens: token ids of the N texts.
-        pool: ``embeddings``, pool(Embed(c_i)) of Eq. 2; or ``encoder``, the frozen backbone's text
-            vectors. None: nobody reads items as vectors.
-        item_tokens, text_tokens: most tokens of a text for either pool.
+        entry: where the views enter the backbone, of as many items.
+        pool: ``embeddings``, pool(Embed(c_i)) of Eq. 2, or of the states at layer K; or
+            ``encoder``, the frozen backbone's text vectors. None: nobody reads items as vectors.
+        text_tokens: most tokens of a text for ``encoder``.
         share_negatives: contrast users with the sampled items of the whole batch.
         normalize_views: scale h^v to unit length.
         cache: folder for text vectors; None keeps nothing.
@@ -155,40 +155,24 @@ class EncodedItems:
         self,
         backbone: Backbone,
         tokens: Ragged,
+        entry: Entry,
         *,
         pool: Literal["embeddings", "encoder"] | None,
-        item_tokens: int,
         text_tokens: int,
         share_negatives: bool,
         normalize_views: bool,
         cache: Path | None,
     ) -> None:
-        self._backbone = backbone
-        self._pool, self._item_tokens, self._text_tokens = pool, item_tokens, text_tokens
+        self._backbone, self._entry = backbone, entry
+        self._pool, self._text_tokens = pool, text_tokens
         self._share_negatives, self._normalize_views = share_negatives, normalize_views
         self.cached: list[Path] = []
         if pool == "encoder":
             self.rows, self.cached = catalog_vectors(backbone, tokens, text_tokens, cache)
+        elif pool == "embeddings":
+            self.rows = entry.pooled()
         else:
-            self.rows = self._pooled(tokens)
-
-    def _pooled(self, tokens: Ragged) -> Tensor:
-        """Return pool(Embed(c_i)) of Eq. 2, or text vectors: [n, D] float32."""
-        backbone = self._backbone
-        if self._pool is None or backbone.device.type == "meta":
-            return torch.empty(0, backbone.dim, device=backbone.device)
-        if self._pool == "encoder":
-            return text_vectors(backbone, tokens, self._text_tokens)
-        out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
-        for start in range(0, len(tokens), POOLED_TOGETHER):
-            part = Ragged(tokens.values, tokens.offsets[start : start + POOLED_TOGETHER + 1])
-            texts = part.take(np.arange(len(part))).head(self._item_tokens)
-            ids = as_index(texts.values, out.device)
-            index = np.repeat(np.arange(len(texts)), texts.lengths)
-            out[start : start + len(texts)] = mean_of(
-                backbone.embed(ids), torch.from_numpy(index).to(out.device), len(texts)
-            )
-        return out
+            self.rows = torch.empty(0, backbone.dim, device=backbone.device)
 
     def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
         """Return h itself, or at unit length."""
@@ -248,7 +232,11 @@ class EncodedItems:
     def add(self, tokens: Ragged) -> None:
         """Pool the new texts."""
         with torch.no_grad():
-            self.rows = torch.cat((self.rows, self._pooled(tokens)))
+            if self._pool == "encoder":
+                new = text_vectors(self._backbone, tokens, self._text_tokens)
+            else:
+                new = self._entry.pooled(len(self.rows)) if self._pool else self.rows[:0]
+            self.rows = torch.cat((self.rows, new))
 
     def shrink(self, count: int) -> None:
         """Cut the rows."""

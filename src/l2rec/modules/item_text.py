@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["catalog_vectors", "separators", "text_vectors"]
+__all__ = ["TextBatch", "catalog_vectors", "in_text_batches", "separators", "text_vectors"]
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,16 +35,26 @@ def separators(backbone: Backbone) -> tuple[list[int], list[int]]:
     return before, after or [tokenizer.eos_token_id or 0]
 
 
-@torch.no_grad()
-def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
-    """Average the backbone's outputs over each text, at unit length: [n, D] float32.
+@dataclass(frozen=True)
+class TextBatch:
+    """Some texts as the backbone reads each alone.
 
-    tokens: n rows of token ids without special tokens, each cut to ``max_tokens``.
+    rows: [B] which texts. ids: [n] int64 token ids, special ones included. text: [n] int64 place in
+    ``rows`` of each token. packing: how they are packed.
     """
-    if backbone.device.type == "meta":  # shapes alone
-        return torch.empty(len(tokens), backbone.dim, device="meta")
+
+    rows: npt.NDArray[np.int64]
+    ids: Tensor
+    text: Tensor
+    packing: Packing
+
+
+def in_text_batches(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Iterator[TextBatch]:
+    """Yield texts in batches of like length.
+
+    tokens: rows of token ids without special tokens, each cut to ``max_tokens``.
+    """
     before, after = separators(backbone)
-    out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
     lengths = np.minimum(tokens.lengths, max_tokens)
     attend = Attend.CAUSAL if backbone.causal else Attend.FULL
     for rows in plan_batches(lengths + 2, None, max_rows=ENCODED_ROWS, max_cost=ENCODED_TOKENS):
@@ -53,11 +66,25 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
             max_items=1,
             before=before,
             after=after,
-            device=out.device,
+            device=backbone.device,
         )
         group, positions = pack(part.segments.lengths, attend)
-        states = backbone(backbone.embed(part.ids), Packing((group,), positions))
-        out[torch.from_numpy(rows).to(out.device)] = mean_of(states, part.segments.block, len(rows))
+        yield TextBatch(rows, part.ids, part.segments.block, Packing((group,), positions))
+
+
+@torch.no_grad()
+def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
+    """Average the backbone's outputs over each text, at unit length: [n, D] float32.
+
+    tokens: n rows of token ids without special tokens, each cut to ``max_tokens``.
+    """
+    if backbone.device.type == "meta":  # shapes alone
+        return torch.empty(len(tokens), backbone.dim, device="meta")
+    out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
+    for batch in in_text_batches(backbone, tokens, max_tokens):
+        states = backbone(backbone.embed(batch.ids), batch.packing)
+        rows = torch.from_numpy(batch.rows).to(out.device)
+        out[rows] = mean_of(states, batch.text, len(rows))
     return F.normalize(out, dim=-1)
 
 

@@ -8,7 +8,7 @@ so a few random rows are run both ways.
 
 from __future__ import annotations
 
-__all__ = ["check_exact", "check_text_part", "sees_future"]
+__all__ = ["check_cut", "check_exact", "check_text_part", "sees_future"]
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from l2rec.errors import BackboneError
 
 if TYPE_CHECKING:
-    from l2rec.modules.backbone import Backbone
+    from l2rec.modules.backbone import Backbone, Packing
 
 ROWS = (6, 1, 9)
 """Tokens of the probe's rows: what leaks from a row is seen in the next ones."""
@@ -59,6 +59,26 @@ def check_exact(backbone: Backbone) -> int | None:
     long = [min(w + 3, limit) for w in windows if w + 3 <= LONGEST]
     tried = len(long) == len(windows) or backbone.causal  # causal windows are one thing everywhere
     return None if tried and _agrees(backbone, [*long, ROWS[0]]) else min(windows)
+
+
+@torch.no_grad()
+def check_cut(backbone: Backbone) -> None:
+    """Compare the two parts of a cut backbone, one after the other, with the whole of it.
+
+    Raises:
+        BackboneError: they differ by more than rounding, or do not run.
+    """
+    lengths = [min(n, backbone.max_positions or n) for n in ROWS]
+    with _one_line(backbone.name, backbone.model, "cannot be cut between layers"):
+        rows = _random_rows(backbone, lengths)
+        packing = _packing(backbone, lengths)
+        x = backbone.embed(torch.cat(rows))
+        parts, whole = backbone.upper(backbone.lower(x, packing), packing), backbone(x, packing)
+    if backbone.device.type != "meta" and not _same([parts], [whole]):
+        raise BackboneError(
+            f"backbone {backbone.name!r} ({_family(backbone.model)}) is another model when it is "
+            "cut between layers, which hand on more than states; set item_layers=0"
+        )
 
 
 def _agrees(backbone: Backbone, lengths: Sequence[int]) -> bool:
@@ -169,13 +189,17 @@ def _random_ids(n: int, words: Tensor, config: Any, seed: int = 0) -> Tensor:
 
 def _packed(backbone: Backbone, rows: Sequence[Tensor]) -> list[Tensor]:
     """Run rows of token ids packed: states [n, D] of each."""
+    lengths = [len(row) for row in rows]
+    states = backbone(backbone.embed(torch.cat(list(rows))), _packing(backbone, lengths))
+    return list(states.split(lengths))
+
+
+def _packing(backbone: Backbone, lengths: Sequence[int]) -> Packing:
     from l2rec.modules.backbone import Attend, Packing, pack
 
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     attend = Attend.CAUSAL if backbone.causal else Attend.FULL
-    group, positions = pack(lengths, attend)
-    states = backbone(backbone.embed(torch.cat(list(rows))), Packing((group,), positions))
-    return list(states.split(lengths.tolist()))
+    group, positions = pack(torch.tensor(lengths, device=backbone.device), attend)
+    return Packing((group,), positions)
 
 
 def _own(model: nn.Module, **inputs: Tensor) -> Tensor:

@@ -58,6 +58,12 @@ class Segments:
         return self.blocks.cumsum(0) - 1
 
     @property
+    def place(self) -> Tensor:
+        """Place of each block in its row, from 0, [K] int64."""
+        first = self.blocks.cumsum(0) - self.blocks
+        return torch.arange(len(self.row), device=first.device) - first[self.row]
+
+    @property
     def last_token(self) -> Tensor:
         """Last token of each block, [K] int64."""
         counts = torch.bincount(self.block, minlength=len(self.row))
@@ -244,10 +250,7 @@ def prefix_mean(x: Tensor, segments: Segments) -> Tensor:
     # Cumulate inside a padded [B, K_max] grid: a global cumulative sum would tie a row's rounding
     # to the rows before it.
     width = int(segments.blocks.max())
-    place = (
-        torch.arange(blocks, device=x.device) - (segments.blocks.cumsum(0) - segments.blocks)[row]
-    )
-    place = row * width + place
+    place = row * width + segments.place
     grid = sums.new_zeros((len(segments.blocks) * width, x.shape[-1])).index_copy(0, place, sums)
     number = counts.new_zeros(len(segments.blocks) * width).index_copy(0, place, counts)
     grid = grid.view(-1, width, x.shape[-1]).cumsum(1).flatten(0, 1)

@@ -1,0 +1,287 @@
+"""Where the views of a user enter the backbone: at the words, as in the paper, or at layer K.
+
+    WordEntry    item texts are tokens, each with its word vector (Embed of Eq. 1-2)
+    LayerEntry   ours: the lowest K layers have read each text by itself, once for the catalog, and
+                 the views are made of its tokens' states
+
+Nothing that is trained stands below layer K, so those states never change: they are computed once,
+kept on disk in the backbone's dtype and mapped to memory. Legend: N items, n tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Entry", "LayerEntry", "WordEntry"]
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from l2rec.data.ragged import Ragged, flat_index
+from l2rec.disk import replacing
+from l2rec.modules.backbone import Backbone, Packing
+from l2rec.modules.item_text import in_text_batches, separators
+from l2rec.modules.sequences import as_index, stacked
+from l2rec.modules.views import Segments, mean_of, semantic_tokens
+
+POOLED_TOGETHER = 4096
+"""Items whose tokens are pooled at once."""
+
+
+class Entry(Protocol):
+    """Item texts as the backbone is given them, for N items."""
+
+    @property
+    def cached(self) -> list[Path]:
+        """Cache entries it was built from."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """Root mean square of what the backbone is given for a token."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, histories: Ragged, max_tokens: int, max_items: int) -> tuple[Tensor, Segments]:
+        """Return all tokens of each history's newest items that fit, Eq. 1: [n, D], and whose they
+        are.
+        """
+        ...
+
+    def pooled(self, start: int = 0) -> Tensor:
+        """Return the mean over the tokens of items ``start`` and later, [N - start, D] float32."""
+        ...
+
+    def costs(self, items: npt.NDArray[np.integer] | slice) -> npt.NDArray[np.int64]:
+        """Return how many tokens each of these items adds to a row."""
+        ...
+
+    def run(self, x: Tensor, packing: Packing) -> Tensor:
+        """Run the backbone from here: packed [n, D] -> last hidden states [n, D]."""
+        ...
+
+    def add(self, tokens: Ragged) -> None:
+        """Add items by the token ids of their texts."""
+        ...
+
+    def shrink(self, count: int) -> None:
+        """Forget all items after the first ``count``."""
+        ...
+
+
+class WordEntry:
+    """The paper's entry: word vectors, special tokens around the row and after each item.
+
+    Args:
+        backbone: the frozen language model. tokens: token ids of the N texts, without special ones.
+        item_tokens: most tokens of a text.
+    """
+
+    def __init__(self, backbone: Backbone, tokens: Ragged, item_tokens: int) -> None:
+        self._backbone, self._tokens, self._item_tokens = backbone, tokens, item_tokens
+        self._before, self._after = separators(backbone)
+        self.cached: list[Path] = []
+
+    @property
+    def scale(self) -> float:
+        """Root mean square of the word vectors."""
+        return float(self._backbone.word_scale())
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, histories: Ragged, max_tokens: int, max_items: int) -> tuple[Tensor, Segments]:
+        """Embed the tokens of the newest items."""
+        read = semantic_tokens(
+            histories,
+            self._tokens,
+            item_tokens=self._item_tokens,
+            max_tokens=max_tokens,
+            max_items=max_items,
+            before=self._before,
+            after=self._after,
+            device=self._backbone.device,
+        )
+        return self._backbone.embed(read.ids), read.segments
+
+    def pooled(self, start: int = 0) -> Tensor:
+        """Average word vectors: pool(Embed(c_i)) of Eq. 2."""
+        backbone, tokens = self._backbone, self._tokens
+        out = torch.zeros(len(tokens) - start, backbone.dim, device=backbone.device)
+        if backbone.device.type == "meta":
+            return out
+        for first in range(start, len(tokens), POOLED_TOGETHER):
+            part = Ragged(tokens.values, tokens.offsets[first : first + POOLED_TOGETHER + 1])
+            texts = part.take(np.arange(len(part))).head(self._item_tokens)
+            ids = as_index(texts.values, out.device)
+            index = as_index(np.repeat(np.arange(len(texts)), texts.lengths), out.device)
+            there = slice(first - start, first - start + len(texts))
+            out[there] = mean_of(backbone.embed(ids), index, len(texts))
+        return out
+
+    def costs(self, items: npt.NDArray[np.integer] | slice) -> npt.NDArray[np.int64]:
+        """Count tokens and the special ones after them."""
+        costs: npt.NDArray[np.int64] = np.minimum(self._tokens.lengths[items], self._item_tokens)
+        return costs + len(self._after)
+
+    def run(self, x: Tensor, packing: Packing) -> Tensor:
+        """Run all of the backbone."""
+        states: Tensor = self._backbone(x, packing)
+        return states
+
+    def add(self, tokens: Ragged) -> None:
+        """Take the tokens."""
+        self._tokens = stacked(self._tokens, tokens)
+
+    def shrink(self, count: int) -> None:
+        """Cut the tokens."""
+        self._tokens = Ragged(
+            self._tokens.values[: self._tokens.offsets[count]], self._tokens.offsets[: count + 1]
+        )
+
+
+class LayerEntry:
+    """Entry at layer K: the states of each text's tokens, special ones included, read alone.
+
+    Args:
+        backbone: the frozen language model, which is cut here.
+        tokens: token ids of the N texts, without special ones. item_tokens: most of a text.
+        layers: K. cache: folder for the states; None keeps them in memory alone.
+
+    Raises:
+        BackboneError: the backbone cannot be cut. CheckpointError: the cache cannot be written.
+    """
+
+    def __init__(
+        self, backbone: Backbone, tokens: Ragged, item_tokens: int, layers: int, cache: Path | None
+    ) -> None:
+        self._backbone, self._item_tokens = backbone, item_tokens
+        backbone.cut(layers)
+        self._offsets = self._layout(tokens)
+        self.cached: list[Path] = []
+        if backbone.device.type == "meta":  # shapes alone
+            self._states = torch.empty(int(self._offsets[-1]), backbone.dim, device="meta")
+            self._states = self._states.to(backbone.dtype)
+        elif cache is None:
+            self._states = self._computed(tokens)
+        else:
+            self.cached = [self._file(tokens, layers, cache)]
+            self._states = self._mapped(self.cached[0])
+        self._added = self._states[:0]
+        """States of items that were added to the catalog."""
+
+    def _layout(self, tokens: Ragged) -> npt.NDArray[np.int64]:
+        """Return where the states of each text start, [n + 1]."""
+        special = sum(map(len, separators(self._backbone)))
+        lengths = np.minimum(tokens.lengths, self._item_tokens) + special
+        return np.concatenate(([0], np.cumsum(lengths)))
+
+    def _file(self, tokens: Ragged, layers: int, cache: Path) -> Path:
+        """Return the file of the catalog's states, bytes [n, D x size of the dtype]; write it first
+        if it is not there.
+        """
+        backbone = self._backbone
+        digest = hashlib.sha256(backbone.weight_hash().encode())
+        digest.update(f"{backbone.dtype} {layers} {self._item_tokens}".encode())
+        digest.update(np.ascontiguousarray(tokens.offsets).tobytes())
+        digest.update(np.ascontiguousarray(tokens.values).tobytes())
+        path = cache / f"states-{digest.hexdigest()[:16]}.npy"
+        if not path.is_file():
+            shape = (int(self._offsets[-1]), backbone.dim * backbone.dtype.itemsize)
+            with replacing(path, remedy="free some space, or set item_layers=0") as partial:
+                mapped = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+                self._compute(tokens, torch.from_numpy(mapped).view(backbone.dtype))
+                mapped.flush()
+        return path
+
+    def _mapped(self, path: Path) -> Tensor:
+        # Copy on write: nothing is written, but torch wants memory that could be.
+        mapped = np.load(path, mmap_mode="c", allow_pickle=False)
+        return torch.from_numpy(mapped).view(self._backbone.dtype).to(self._backbone.device)
+
+    def _computed(self, tokens: Ragged) -> Tensor:
+        backbone, total = self._backbone, int(self._layout(tokens)[-1])
+        states = torch.empty(total, backbone.dim, dtype=backbone.dtype, device=backbone.device)
+        self._compute(tokens, states)
+        return states
+
+    def _compute(self, tokens: Ragged, out: Tensor) -> None:
+        """Write the states of all tokens of texts into out [n, D]."""
+        offsets = self._layout(tokens)
+        for text in in_text_batches(self._backbone, tokens, self._item_tokens):
+            states = self._backbone.lower(self._backbone.embed(text.ids), text.packing)
+            place = flat_index(offsets[text.rows], np.diff(offsets)[text.rows])
+            out[torch.from_numpy(place).to(out.device)] = states.to(out.device)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def _take(self, index: Tensor) -> Tensor:
+        """Return the states [n, D] at the given places [n] int64."""
+        if not len(self._added):
+            return self._states.index_select(0, index)
+        known = len(self._states)
+        x = self._states.index_select(0, index.clamp_max(known - 1))
+        new = index >= known
+        x[new] = self._added[index[new] - known]
+        return x
+
+    @property
+    def scale(self) -> float:
+        """Root mean square of the states, of up to some ten thousand tokens."""
+        some = self._states[:: max(1, len(self._states) >> 15)].float()
+        return float(some.square().mean().sqrt())
+
+    def read(self, histories: Ragged, max_tokens: int, max_items: int) -> tuple[Tensor, Segments]:
+        """Look up the states of the newest items."""
+        read = semantic_tokens(
+            histories,
+            Ragged(np.arange(self._offsets[-1]), self._offsets),
+            item_tokens=max_tokens,
+            max_tokens=max_tokens,
+            max_items=max_items,
+            before=[],
+            after=[],
+            device=self._backbone.device,
+        )
+        return self._take(read.ids), read.segments
+
+    def pooled(self, start: int = 0) -> Tensor:
+        """Average the states of each text."""
+        count = len(self) - start
+        out = torch.zeros(count, self._backbone.dim, device=self._backbone.device)
+        if self._backbone.device.type == "meta":
+            return out
+        for first in range(start, len(self), POOLED_TOGETHER):
+            offsets = self._offsets[first : first + POOLED_TOGETHER + 1]
+            index = as_index(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), out.device)
+            states = self._take(torch.arange(offsets[0], offsets[-1], device=out.device))
+            there = slice(first - start, first - start + len(offsets) - 1)
+            out[there] = mean_of(states, index, len(offsets) - 1)
+        return out
+
+    def costs(self, items: npt.NDArray[np.integer] | slice) -> npt.NDArray[np.int64]:
+        """Count states."""
+        costs: npt.NDArray[np.int64] = np.diff(self._offsets)[items]
+        return costs
+
+    def run(self, x: Tensor, packing: Packing) -> Tensor:
+        """Run the layers from K on."""
+        return self._backbone.upper(x, packing)
+
+    def add(self, tokens: Ragged) -> None:
+        """Run the lowest K layers once on the new texts."""
+        self._added = torch.cat((self._added, self._computed(tokens)))
+        self._offsets = np.concatenate(
+            (self._offsets, self._offsets[-1] + self._layout(tokens)[1:])
+        )
+
+    def shrink(self, count: int) -> None:
+        """Cut the states that were added."""
+        self._offsets = self._offsets[: count + 1]
+        self._added = self._added[: max(0, int(self._offsets[-1]) - len(self._states))]

@@ -1,0 +1,135 @@
+"""Cut a Hugging Face model between two of its layers, and run either part of it alone.
+
+The lowest K layers read each item's text by itself, the layers above them read whatever a view is
+made of. Nothing of the model is copied: the forwards of its layers are led for the length of a
+pass, so that what the model does around its layers (embeddings, rotary tables, last norm) stays its
+own. The lower part ends where layer K is called; in the upper one the layers below K hand on what
+they are given, and layer K is given states instead.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LayerCut", "layers_of"]
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from l2rec.errors import BackboneError
+
+Hand = Callable[[Tensor], Tensor]
+
+
+class _Reached(Exception):
+    """Layer K was called: the lower part is done."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the layers of a transformer: their full name and the list of them.
+
+    Raises:
+        BackboneError: there is no list of as many modules as the configuration has layers.
+    """
+    config: Any = model.config
+    count = getattr(config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise BackboneError(
+        f"the backbone ({config.model_type}) has no list of {count} layers; set item_layers=0"
+    )
+
+
+class LayerCut:
+    """A model in two parts: the lowest ``below`` layers, and those above them.
+
+    Raises:
+        BackboneError: there are not more layers than ``below``.
+    """
+
+    def __init__(self, model: nn.Module, below: int) -> None:
+        self._model, self.below = model, below
+        self.name, layers = layers_of(model)
+        if not 0 < below < len(layers):
+            raise BackboneError(
+                f"item_layers={below}: the backbone has {len(layers)} layers; choose 0 to "
+                f"{len(layers) - 1}"
+            )
+        self._lower, self._first = list(layers)[:below], layers[below]
+        self._outputs: int | None = None
+        """Length of the tuple that a layer returns, 0 if it returns its states alone."""
+
+    def is_below(self, name: str) -> bool:
+        """Return True for the full name of a module in one of the lowest layers."""
+        rest = name.removeprefix(f"{self.name}.")
+        return rest != name and int(rest.partition(".")[0]) < self.below
+
+    def lower(self, run: Callable[[], object]) -> Tensor:
+        """Return what layer K is given, [1, N, D], in a pass that ``run`` starts."""
+
+        def reached(plain: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+            return forward
+
+        def seen(plain: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = plain(*args, **kwargs)
+                self._outputs = len(output) if isinstance(output, tuple) else 0
+                return output
+
+            return forward
+
+        with _led([self._lower[0]], seen), _led([self._first], reached):
+            try:
+                run()
+            except _Reached as end:
+                return end.states
+        raise BackboneError("the backbone does not run its layers in order; set item_layers=0")
+
+    def upper(self, states: Tensor, run: Callable[[], Any]) -> Any:
+        """Return the result of a pass that ``run`` starts, with states [1, N, D] given to layer K.
+
+        `lower` was called before, at least once.
+        """
+        assert self._outputs is not None
+        tail = (None,) * (self._outputs - 1)
+        as_tuple = self._outputs > 0
+
+        def skipped(plain: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                x = args[0] if args else kwargs["hidden_states"]
+                return (x, *tail) if as_tuple else x
+
+            return forward
+
+        def given(plain: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if args:
+                    return plain(states, *args[1:], **kwargs)
+                return plain(**{**kwargs, "hidden_states": states})
+
+            return forward
+
+        with _led(self._lower, skipped), _led([self._first], given):
+            return run()
+
+
+@contextmanager
+def _led(modules: list[nn.Module], lead: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace the forwards of modules within this context."""
+    plain = [module.forward for module in modules]
+    for module, forward in zip(modules, plain, strict=True):
+        module.forward = lead(forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, plain, strict=True):
+            module.forward = forward
