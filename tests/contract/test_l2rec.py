@@ -93,7 +93,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"share_negatives": True},
     {"view_loss": 0.5},
     {"max_tokens": 20, "semantic_items": 3},
+    {"item_layers": 1},
     TABLE,
+    TABLE | {"item_layers": 1, "views": ("semantic",)},
     TABLE | {"semantic_items": 2},
     TABLE | {"view_loss": 0.5},
     TABLE | {"views": ("behavioral",)},
@@ -362,9 +364,10 @@ def test_every_position_predicts_its_own_next_item(family: str, changes: dict[st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_position_reads_as_its_prefix_alone(family: str) -> None:
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_position_reads_as_its_prefix_alone(family: str, layers: int) -> None:
     """What is trained at position t is what is asked for a user whose history ends there."""
-    model = shaken(build(family, **TABLE)).eval()
+    model = shaken(build(family, item_layers=layers, **TABLE)).eval()
     rows = [HISTORIES[i].tolist()[:8] for i in range(len(HISTORIES))]
     state = model(Ragged.from_rows(rows), every=True)
     prefixes = [row[: t + 1] for row in rows for t in range(len(row))]
@@ -376,8 +379,9 @@ def test_a_position_reads_as_its_prefix_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prediction_sees_nothing_of_what_follows(family: str) -> None:
-    model = shaken(build(family, **TABLE)).eval()
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_prediction_sees_nothing_of_what_follows(family: str, layers: int) -> None:
+    model = shaken(build(family, item_layers=layers, **TABLE)).eval()
     row = [3, 1, 4, 1, 5, 9]
     base = model(Ragged.from_rows([[7, 8], row]), every=True)
     for t in range(len(row) - 1):
@@ -608,7 +612,7 @@ def test_options_of_earlier_versions_that_are_gone(options: dict[str, Any], mess
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("changes", [{}, TABLE, {"pooling": "last"}])
+@pytest.mark.parametrize("changes", [{}, TABLE, {"pooling": "last"}, {"item_layers": 1}])
 def test_users_do_not_depend_on_the_batch(
     family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -664,9 +668,9 @@ def test_nobody_and_nothing() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("pool", ["embeddings", "encoder"])
-def test_a_text_is_encoded_as_the_catalog_item_it_is(family: str, pool: str) -> None:
-    model = shaken(build(family, behavioral_pool=pool))
+@pytest.mark.parametrize("changes", [{}, {"behavioral_pool": "encoder"}, {"item_layers": 1}])
+def test_a_text_is_encoded_as_the_catalog_item_it_is(family: str, changes: dict[str, Any]) -> None:
+    model = shaken(build(family, **changes))
     items = np.array([4, 0, 13], dtype=np.int32)
     texts = [TEXTS[i] for i in items]
     torch.testing.assert_close(
@@ -705,7 +709,7 @@ def test_an_item_that_training_never_meets_is_its_text() -> None:
     assert not bool(grad[never].any()) and bool(grad[met].any(1).all())
 
 
-@pytest.mark.parametrize("changes", [{}, TABLE])
+@pytest.mark.parametrize("changes", [{}, TABLE, {"item_layers": 1}, TABLE | {"item_layers": 1}])
 def test_a_new_item_is_ranked_and_can_be_in_a_history(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes))
     before = model.scorer()(HISTORIES)
@@ -723,7 +727,7 @@ def test_a_new_item_is_ranked_and_can_be_in_a_history(changes: dict[str, Any]) -
     assert bool(losses.total.isfinite())
 
 
-@pytest.mark.parametrize("changes", [{}, TABLE])
+@pytest.mark.parametrize("changes", [{}, TABLE, {"item_layers": 1}])
 def test_encoding_texts_leaves_the_catalog_alone(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes))
     before = model.scorer()(HISTORIES)

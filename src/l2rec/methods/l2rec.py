@@ -416,10 +416,11 @@ class L2Rec(nn.Module):
         texts = catalog.require_texts("L2Rec")
         tokens = self._tokenize(texts, cache) if len(texts) else Ragged.from_rows([])
         self.entry = _entry(config, backbone, tokens, cache)
-        self.linears = find_linears(backbone.model, config.matrices)
-        if config.item_layers:
-            below = backbone.is_cut.is_below
-            self.linears = {name: m for name, m in self.linears.items() if not below(name)}
+        self.linears = {
+            name: matrix
+            for name, matrix in find_linears(backbone.model, config.matrices).items()
+            if not self.entry.is_before(name)
+        }
         self.experts = DPMoE(
             self.linears,
             backbone.dim,

@@ -7,7 +7,7 @@ attention function registered here by name, with the packing as a keyword.
 
     backbone.embed(ids)                  word vectors of token ids (Embed of L2Rec, Eq. 1-2)
     backbone(inputs_embeds, packing)     last hidden states (TRM, below Eq. 6)
-    backbone.cut(K)                      the same in two parts, `lower` and `upper`
+    backbone.cut(K)                      for the same in two parts, `lower` and `upper`
 
 Legend: B rows, n tokens of a group, N of the packed batch, C cells of all grids, H heads, d size of
 a head, D hidden size.
@@ -445,7 +445,6 @@ class Backbone(nn.Module):
                 f"backbone {name!r} has word vectors of {words.weight.shape[1]} and "
                 f"hidden states of {self.dim} dimensions; choose one where they agree"
             )
-        self._cut: LayerCut | None = None
         self.causal = _is_causal(model, name)
         self._position_offset = _position_offset(model)
         self.max_positions = _longest_row(config, self._position_offset)
@@ -488,32 +487,27 @@ class Backbone(nn.Module):
         """
         return self._run(inputs_embeds[None].to(self.dtype), packing).last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
-    def cut(self, below: int) -> None:
+    def cut(self, below: int) -> LayerCut:
         """Make ready to run the lowest ``below`` layers and those above them apart.
 
         Raises:
-            BackboneError: that is not possible, or another model.
+            BackboneError: that is not possible, or gives another model.
         """
-        self._cut = LayerCut(self.model, below)
-        check_cut(self)
-
-    @property
-    def is_cut(self) -> LayerCut:
-        """The cut that was made."""
-        assert self._cut is not None, "Backbone.cut comes first"
-        return self._cut
+        cut = LayerCut(self.model, below)
+        check_cut(self, cut)
+        return cut
 
     @torch.no_grad()
-    def lower(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
-        """Run the layers below the cut: packed inputs [N, D] -> states [N, D]."""
+    def lower(self, cut: LayerCut, inputs_embeds: Tensor, packing: Packing) -> Tensor:
+        """Run the layers below a cut: packed inputs [N, D] -> states [N, D]."""
         x = inputs_embeds[None].to(self.dtype)
-        return self.is_cut.lower(lambda: self._run(x, packing)).squeeze(0)
+        return cut.lower(lambda: self._run(x, packing)).squeeze(0)
 
-    def upper(self, states: Tensor, packing: Packing) -> Tensor:
-        """Run the layers above the cut: packed states [N, D] -> last hidden states [N, D]."""
-        words: Tensor = self.word_embeddings.weight
+    def upper(self, cut: LayerCut, states: Tensor, packing: Packing) -> Tensor:
+        """Run the layers above a cut: packed states [N, D] -> last hidden states [N, D]."""
+        words = self.word_embeddings.weight
         unread = words.new_zeros(()).expand(1, len(states), words.shape[1])
-        output = self.is_cut.upper(states[None].to(self.dtype), lambda: self._run(unread, packing))
+        output = cut.upper(states[None].to(self.dtype), lambda: self._run(unread, packing))
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
     def _run(self, inputs_embeds: Tensor, packing: Packing) -> Any:

@@ -61,6 +61,10 @@ class Entry(Protocol):
         """Return how many tokens each of these items adds to a row."""
         ...
 
+    def is_before(self, name: str) -> bool:
+        """Return True for the full name of a module of the backbone that runs before the entry."""
+        ...
+
     def run(self, x: Tensor, packing: Packing) -> Tensor:
         """Run the backbone from here: packed [n, D] -> last hidden states [n, D]."""
         ...
@@ -129,6 +133,10 @@ class WordEntry:
         costs: npt.NDArray[np.int64] = np.minimum(self._tokens.lengths[items], self._item_tokens)
         return costs + len(self._after)
 
+    def is_before(self, name: str) -> bool:
+        """Return False."""
+        return False
+
     def run(self, x: Tensor, packing: Packing) -> Tensor:
         """Run all of the backbone."""
         states: Tensor = self._backbone(x, packing)
@@ -161,7 +169,7 @@ class LayerEntry:
         self, backbone: Backbone, tokens: Ragged, item_tokens: int, layers: int, cache: Path | None
     ) -> None:
         self._backbone, self._item_tokens = backbone, item_tokens
-        backbone.cut(layers)
+        self._cut = backbone.cut(layers)
         self._offsets = self._layout(tokens)
         self.cached: list[Path] = []
         if backbone.device.type == "meta":  # shapes alone
@@ -214,7 +222,7 @@ class LayerEntry:
         """Write the states of all tokens of texts into out [n, D]."""
         offsets = self._layout(tokens)
         for text in in_text_batches(self._backbone, tokens, self._item_tokens):
-            states = self._backbone.lower(self._backbone.embed(text.ids), text.packing)
+            states = self._backbone.lower(self._cut, self._backbone.embed(text.ids), text.packing)
             place = flat_index(offsets[text.rows], np.diff(offsets)[text.rows])
             out[torch.from_numpy(place).to(out.device)] = states.to(out.device)
 
@@ -270,9 +278,13 @@ class LayerEntry:
         costs: npt.NDArray[np.int64] = np.diff(self._offsets)[items]
         return costs
 
+    def is_before(self, name: str) -> bool:
+        """Return True for modules of the lowest K layers."""
+        return self._cut.is_below(name)
+
     def run(self, x: Tensor, packing: Packing) -> Tensor:
         """Run the layers from K on."""
-        return self._backbone.upper(x, packing)
+        return self._backbone.upper(self._cut, x, packing)
 
     def add(self, tokens: Ragged) -> None:
         """Run the lowest K layers once on the new texts."""

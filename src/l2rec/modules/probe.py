@@ -21,6 +21,7 @@ from l2rec.errors import BackboneError
 
 if TYPE_CHECKING:
     from l2rec.modules.backbone import Backbone, Packing
+    from l2rec.modules.layers import LayerCut
 
 ROWS = (6, 1, 9)
 """Tokens of the probe's rows: what leaks from a row is seen in the next ones."""
@@ -62,7 +63,7 @@ def check_exact(backbone: Backbone) -> int | None:
 
 
 @torch.no_grad()
-def check_cut(backbone: Backbone) -> None:
+def check_cut(backbone: Backbone, cut: LayerCut) -> None:
     """Compare the two parts of a cut backbone, one after the other, with the whole of it.
 
     Raises:
@@ -73,7 +74,8 @@ def check_cut(backbone: Backbone) -> None:
         rows = _random_rows(backbone, lengths)
         packing = _packing(backbone, lengths)
         x = backbone.embed(torch.cat(rows))
-        parts, whole = backbone.upper(backbone.lower(x, packing), packing), backbone(x, packing)
+        whole = backbone(x, packing)
+        parts = backbone.upper(cut, backbone.lower(cut, x, packing), packing)
     if backbone.device.type != "meta" and not _same([parts], [whole]):
         raise BackboneError(
             f"backbone {backbone.name!r} ({_family(backbone.model)}) is another model when it is "
