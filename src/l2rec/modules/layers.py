@@ -3,8 +3,8 @@
 The lowest K layers read each item's text by itself, the layers above them read whatever a view is
 made of. Nothing of the model is copied: the forwards of its layers are led for the length of a
 pass, so that what the model does around its layers (embeddings, rotary tables, last norm) stays its
-own. The lower part ends where layer K is called; in the upper one the layers below K hand on what
-they are given, and layer K is given states instead.
+own. The lower part ends where layer K is called; in the upper one the layers below K return the
+states that layer K is to be given.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from l2rec.errors import BackboneError
-
-Hand = Callable[[Tensor], Tensor]
 
 
 class _Reached(Exception):
@@ -100,25 +98,12 @@ class LayerCut:
         `lower` was called before, at least once.
         """
         assert self._outputs is not None
-        tail = (None,) * (self._outputs - 1)
-        as_tuple = self._outputs > 0
+        given = (states, *(None,) * (self._outputs - 1)) if self._outputs else states
 
         def skipped(plain: Any) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                x = args[0] if args else kwargs["hidden_states"]
-                return (x, *tail) if as_tuple else x
+            return lambda *args, **kwargs: given
 
-            return forward
-
-        def given(plain: Any) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if args:
-                    return plain(states, *args[1:], **kwargs)
-                return plain(**{**kwargs, "hidden_states": states})
-
-            return forward
-
-        with _led(self._lower, skipped), _led([self._first], given):
+        with _led(self._lower, skipped):
             return run()
 
 
