@@ -2,7 +2,7 @@
 
 Pan, Zhou, Lu, Fei, Chen, Luo. SIGIR '26, https://doi.org/10.1145/3805712.3809943
 
-    Eq. 1-2   two views of a user                     l2rec.modules.views
+    Eq. 1-2   two views of a user                     l2rec.modules.views, l2rec.modules.entry
     Eq. 3-6   experts and routers (DPMoE)             l2rec.modules.experts
     Eq. 7     adaptive cross-view fusion (ACF)        l2rec.modules.fusion
     Eq. 8-9   losses                                  l2rec.modules.objectives
@@ -37,6 +37,12 @@ item's row is added to the behavioural output.
 - ``behavioral_epochs``: the behavioural view and the table are trained alone for so long, before
   both views: it is by far the cheaper one, and the semantic view then meets a table that knows
   something.
+
+- ``item_layers``: the lowest K layers of the backbone read each item's text by itself, once for the
+  catalog (`l2rec.modules.entry`). Both views enter at layer K: the semantic one as the states of
+  its items' tokens, the behavioural one as their means (or rows of T) through P_U; a trained vector
+  for the place of an item in its row, zero at the start, is added. Experts, routers and u are those
+  of the layers above.
 
 With ``repeat_bias`` or ``cooccurrence``, scores are no longer inner products of the embeddings
 alone.
