@@ -42,9 +42,10 @@ from torch import Tensor, nn
 
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
-from l2rec.modules import baichuan
+from l2rec.modules import baichuan, gguf
 from l2rec.modules.families import lead_to_packed
 from l2rec.modules.probe import check_exact, check_text_part, sees_future
+from l2rec.modules.quantized import bits_of, check_kind, quantization, take_over
 
 ATTENTION = "l2rec_packed"
 """Name under which Hugging Face models find `packed_attention`."""
@@ -462,6 +463,11 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         return self.word_embeddings.weight.device
 
+    @property
+    def quantized(self) -> str:
+        """How the matrices are held: ``none``, ``8bit`` or ``4bit``."""
+        return bits_of(self.model) or "none"
+
     def embed(self, ids: Tensor) -> Tensor:
         """Return the word vectors [..., D] of token ids [...] int64, in the backbone's dtype.
 
@@ -615,11 +621,16 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        settings = AutoConfig.from_pretrained(source, **common)
-        model = _load_model(config, source, settings, common).to(device)
-        tokenizer = _load_tokenizer(config, source, common)
+        file = gguf.find_gguf(source)
+        if file is None:
+            settings = AutoConfig.from_pretrained(source, **common)
+            check_kind(config.name, settings, config.quantize)
+            model = _load_model(config, source, settings, common)
+            tokenizer = _load_tokenizer(config, source, common)
+        else:
+            model, settings, tokenizer = _load_gguf(config, file)
         backbone = Backbone(
-            model,
+            model.to(device),
             tokenizer,
             name=config.name,
             source=source,
@@ -640,7 +651,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
         missing = "" if Path(source).exists() else f"there is no folder {source!r}, and the hub: "
         raise BackboneError(
             f"backbone {config.name!r} cannot be loaded: {missing}{reason} (give 'minilm', a hub "
-            "id, or a folder with config.json, safetensors weights and a tokenizer)"
+            "id, a folder with config.json, safetensors weights and a tokenizer, or a GGUF file)"
         ) from error
     finally:
         transformers.logging.set_verbosity(level)
@@ -653,17 +664,14 @@ def _load_model(
     config: BackboneConfig, source: str, settings: Any, common: dict[str, Any]
 ) -> nn.Module:
     """Load the weights in the wanted dtype; they stay mapped to their file if that has the same.
+    Matrices are quantised one by one, on the CPU: on any device they are the same ones.
 
     Buffers that Hugging Face keeps in float32 stay so: rotary frequencies above all, which bfloat16
     rounds to one part in 256, a whole turn off at far positions.
     """
     from transformers import AutoModel
 
-    dtype = {
-        "auto": torch.bfloat16 if native_bfloat16() else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }[config.dtype]
+    dtype = _dtype(config)
     if config.random_weights:
         torch.manual_seed(0)
         drawn: nn.Module = AutoModel.from_config(
@@ -672,6 +680,11 @@ def _load_model(
         for parameter in drawn.parameters():  # buffers stay as they are
             parameter.data = parameter.data.to(dtype)
         return drawn
+    options = dict(common)
+    if config.quantize != "none" or getattr(settings, "quantization_config", None) is not None:
+        options["device_map"] = {"": "cpu"}
+    if config.quantize != "none":
+        options["quantization_config"] = quantization(config.quantize, dtype)
     model: nn.Module
     model, loading = AutoModel.from_pretrained(
         source,
@@ -679,8 +692,46 @@ def _load_model(
         use_safetensors=True,
         dtype=dtype,
         output_loading_info=True,
-        **common,
+        **options,
     )
+    _check_complete(config, model, loading)
+    take_over(model, dtype)
+    return model
+
+
+def _load_gguf(config: BackboneConfig, file: Path) -> tuple[nn.Module, Any, Any]:
+    """Load a GGUF file as plain weights in the wanted dtype: model, settings, tokenizer."""
+    from transformers import AutoModel, GgufConfig
+
+    if config.quantize != "none" or config.random_weights:
+        raise BackboneError(
+            f"backbone {config.name!r} is a GGUF file, read as plain weights; leave out "
+            "backbone.quantize and random_weights, or give the checkpoint that it was made of"
+        )
+    source, options = str(file.parent), {"gguf_file": str(file)}
+    settings = gguf.load_settings(file)
+    model, loading = AutoModel.from_pretrained(
+        source,
+        config=settings,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=_dtype(config),
+        output_loading_info=True,
+        **options,
+    )
+    _check_complete(config, model, loading)
+    gguf.scale_rotation(model, file)
+    return model, settings, _load_tokenizer(config, source, options)
+
+
+def _dtype(config: BackboneConfig) -> torch.dtype:
+    return {
+        "auto": torch.bfloat16 if native_bfloat16() else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }[config.dtype]
+
+
+def _check_complete(config: BackboneConfig, model: nn.Module, loading: dict[str, Any]) -> None:
     # What comes after the last hidden states is not read.
     unread = ("pooler", "decoder.") if _is_encoder_decoder(model) else ("pooler",)
     missing = sorted(k for k in loading["missing_keys"] if not any(part in k for part in unread))
@@ -689,7 +740,6 @@ def _load_model(
             f"backbone {config.name!r}: its weights lack {missing[0]} ({len(missing)} "
             "missing); give the weights that belong to its config.json"
         )
-    return model
 
 
 def _load_tokenizer(config: BackboneConfig, source: str, common: dict[str, Any]) -> Any:

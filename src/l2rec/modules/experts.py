@@ -177,27 +177,26 @@ class _Products(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, frozen: list[Part], sizes: list[int], *stacks: Tensor
     ) -> tuple[Tensor, ...]:
-        weights = [part.weight for part in frozen]
-        ctx.save_for_backward(x, *weights, *stacks)
-        ctx.sizes = sizes
+        ctx.save_for_backward(x, *stacks)
+        # Not the matrices: one that is quantised is made for a product and dropped.
+        ctx.frozen, ctx.sizes = frozen, sizes
         views = zip(split(x, sizes), stacks, strict=True)
         plain = [
-            F.linear(x, weight, part.module.bias)  # type: ignore[arg-type]
-            for weight, part in zip(weights, frozen, strict=True)
+            F.linear(x, part.weight, part.module.bias)  # type: ignore[arg-type]
+            for part in frozen
         ]
         return *plain, *(F.linear(part, stack) for part, stack in views)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         views = len(ctx.sizes)
-        x, *matrices = ctx.saved_tensors
-        weights, stacks = matrices[:-views], matrices[-views:]
+        x, *stacks = ctx.saved_tensors
         g_plain, g_low = grads[:-views], grads[-views:]
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = g_plain[0] @ weights[0]
-            for g, weight in zip(g_plain[1:], weights[1:], strict=True):
-                g_x.addmm_(g, weight)
+            g_x = g_plain[0] @ ctx.frozen[0].weight
+            for g, module in zip(g_plain[1:], ctx.frozen[1:], strict=True):
+                g_x.addmm_(g, module.weight)
             for part, g, stack in zip(split(g_x, ctx.sizes), g_low, stacks, strict=True):
                 part.addmm_(g, stack)
         g_stacks = [g.t() @ part for part, g in zip(split(x, ctx.sizes), g_low, strict=True)]

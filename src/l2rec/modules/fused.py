@@ -46,20 +46,28 @@ class Part:
     @classmethod
     def whole(cls, module: nn.Module) -> Part:
         """Return all rows of a module."""
-        return cls(module, 1, 0, len(_weight(module)))
+        return cls(module, 1, 0, _shape(module)[0])
 
     @property
     def weight(self) -> Tensor:
-        """Matrix of the whole module, [rows of the module, d_in]."""
-        return _weight(self.module)
+        """Matrix of the whole module, [rows of the module, d_in]; one that is quantised is made
+        anew each time.
+        """
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight if isinstance(self.module, nn.Linear) else weight.T
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole module."""
+        return _shape(self.module)[0]
 
     @property
     def is_whole(self) -> bool:
-        return self.out_features == len(self.weight)
+        return self.out_features == self.rows
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return _shape(self.module)[1]
 
     @property
     def out_features(self) -> int:
@@ -86,8 +94,7 @@ class Part:
         """Return [..., rows of the module]: update [..., d_out] in the part's rows, else zero."""
         if self.is_whole:
             return update
-        rows = len(self.weight) // self.groups
-        padding = (self.start, rows - self.stop)
+        padding = (self.start, self.rows // self.groups - self.stop)
         return nn.functional.pad(update.unflatten(-1, (self.groups, -1)), padding).flatten(-2)
 
 
@@ -161,7 +168,7 @@ def fused_parts(config: Any, name: str, module: nn.Module) -> dict[str, Part]:
     if layout is None:
         return {}
     groups, *units = layout
-    rows = len(_weight(module))
+    rows = _shape(module)[0]
     size, rest = divmod(rows, groups * sum(units))
     if rest:
         raise BackboneError(
@@ -176,7 +183,9 @@ def fused_parts(config: Any, name: str, module: nn.Module) -> dict[str, Part]:
     }
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """Return the matrix of a module, [d_out, d_in]: a Conv1D keeps its transpose."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight if isinstance(module, nn.Linear) else weight.T
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Return d_out and d_in of a module's matrix: a Conv1D keeps its transpose."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    d_in, d_out = module.weight.shape  # type: ignore[union-attr,misc]
+    return d_out, d_in
