@@ -94,6 +94,9 @@ class TrainingConfig(_Closed):
     """Largest number of users in a batch."""
     batch_tokens: int = Field(8192, ge=1)
     """Largest number of input tokens of user histories in a batch."""
+    checkpointing: bool = False
+    """Gradient checkpointing: keep only the inputs of the backbone's blocks for the backward, and
+    compute the rest once more there. The same gradients from less memory, in more time."""
     eval_every: float = Field(1.0, gt=0)
     """Epochs between validations (all users)."""
     patience: int = Field(5, ge=1)

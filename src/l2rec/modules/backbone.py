@@ -46,6 +46,7 @@ from l2rec.modules import baichuan, gguf
 from l2rec.modules.families import lead_to_packed
 from l2rec.modules.probe import check_exact, check_text_part, sees_future
 from l2rec.modules.quantized import bits_of, check_kind, quantization, take_over
+from l2rec.modules.recompute import recompute_blocks
 
 ATTENTION = "l2rec_packed"
 """Name under which Hugging Face models find `packed_attention`."""
@@ -480,6 +481,10 @@ class Backbone(nn.Module):
         """Return the root mean square [] float32 of all word vectors, as `embed` gives them."""
         ids = torch.arange(len(self.word_embeddings.weight), device=self.device)
         return self.embed(ids).float().square().mean().sqrt()
+
+    def recompute(self) -> None:
+        """Keep only the inputs of blocks for the backward, from now on: `recompute_blocks`."""
+        recompute_blocks(self.model, _PACKING)
 
     def forward(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
         """Run the transformer: packed inputs [N, D] -> last hidden states [N, D].

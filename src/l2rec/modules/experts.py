@@ -99,7 +99,8 @@ class Routing:
         to the hidden layers of the routers, [U, G, 2 W] (context: b1^c; interaction: b1^f and the
         u-half of R1^f [u; x]), and g^u, [U, G, E]. Empty where the router does not know the user.
     chosen: per slice, of each group that was passed: g_hat [G, n, E] float32 and the chosen
-        experts [G, n, E] bool. Emptied by `finish`.
+        experts [G, n, E] bool. Emptied by `finish`; None where nothing is collected, because a
+        part of the pass is computed once more.
     ready: by module, the input of its group and the output that was computed with it, until the
         module is called.
     balance: per view, the load-balancing term of each matrix that was passed, [J] float32.
@@ -109,7 +110,7 @@ class Routing:
 
     slices: Sequence[ViewSlice]
     from_user: list[Sequence[tuple[Tensor, Tensor]]]
-    chosen: list[list[tuple[Tensor, Tensor]]]
+    chosen: list[list[tuple[Tensor, Tensor]]] | None
     ready: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     balance: dict[int, Tensor] = field(default_factory=dict)
     load: dict[int, Tensor] = field(default_factory=dict)
@@ -117,6 +118,7 @@ class Routing:
     def finish(self) -> None:
         """Compute balance and load of the whole pass, and free what it no longer needs."""
         self.ready.clear()
+        assert self.chosen is not None, "a part that is computed once more is no whole pass"
         for part, chosen in zip(self.slices, self.chosen, strict=True):
             if chosen:
                 scores, in_top = (torch.cat(of_groups) for of_groups in zip(*chosen, strict=True))
@@ -393,6 +395,9 @@ class DPMoE(Adapter[Routing]):
             yield routing
         routing.finish()
 
+    def _again(self, state: Routing) -> Routing:
+        return Routing(state.slices, state.from_user, None)
+
     def _output(self, number: int, x: Tensor, plain: Forward, state: Routing) -> Tensor:
         """Return (W_j + alpha/r dW_j) x + b: x [..., N, d_in] -> [..., N, rows of the module].
 
@@ -480,7 +485,8 @@ class DPMoE(Adapter[Routing]):
         low, hidden = product.split((product.shape[1] - routers, routers), dim=-1)
         scores = self._fused_scores(group, views, hidden.unflatten(-1, (matrices, -1)), k, routing)
         chosen = top_n(scores, self.top)
-        routing.chosen[k].append((scores, chosen))
+        if routing.chosen is not None:
+            routing.chosen[k].append((scores, chosen))
         gates = F.pad(scores * chosen, (self.shared_experts, 0), value=1.0) * self.scaling
         gates = gates.transpose(0, 1).to(product.dtype).repeat_interleave(self.rank, dim=-1)
         gated: Tensor = low.unflatten(-1, (matrices, -1)) * gates
