@@ -69,7 +69,8 @@ class Setting:
             places.append(positions)
         self.packing = Packing(tuple(groups), torch.cat(places))
         self.users = [
-            torch.repeat_interleave(torch.arange(3), torch.tensor(n)) for n in ([5, 2, 4], [1, 3, 2])
+            torch.repeat_interleave(torch.arange(3), torch.tensor(n))
+            for n in ([5, 2, 4], [1, 3, 2])
         ]
 
     def loss(self) -> Tensor:

@@ -168,8 +168,7 @@ def side_by_side(linears: Mapping[str, Matrix]) -> list[list[int]]:
 
 
 ACTIVE: ContextVar[Mapping[Adapter[Any], Any]] = ContextVar(
-    "l2rec_active",
-    default=MappingProxyType({}),  # noqa: B039
+    "l2rec_active", default=MappingProxyType({})
 )
 """Adapters that are active, and their states."""
 

@@ -713,7 +713,7 @@ def _load_gguf(config: BackboneConfig, file: Path) -> tuple[nn.Module, Any, Any]
             f"backbone {config.name!r} is a GGUF file, read as plain weights; leave out "
             "backbone.quantize and random_weights, or give the checkpoint that it was made of"
         )
-    source, options = str(file.parent), {"gguf_file": str(file)}
+    source, options = gguf.place(file)
     settings = gguf.load_settings(file)
     model, loading = AutoModel.from_pretrained(
         source,

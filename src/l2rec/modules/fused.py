@@ -187,5 +187,5 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     """Return d_out and d_in of a module's matrix: a Conv1D keeps its transpose."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    d_in, d_out = module.weight.shape  # type: ignore[union-attr,misc]
+    d_in, d_out = module.weight.shape  # type: ignore[misc]
     return d_out, d_in

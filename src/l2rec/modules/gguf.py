@@ -9,7 +9,7 @@ read here, of the second the factors that Llama 3.1 and its like come with, and 
 
 from __future__ import annotations
 
-__all__ = ["find_gguf", "load_settings", "scale_rotation"]
+__all__ = ["find_gguf", "load_settings", "place", "scale_rotation"]
 
 import importlib.util
 from pathlib import Path
@@ -50,6 +50,11 @@ def find_gguf(name: str) -> Path | None:
     return path.resolve()
 
 
+def place(file: Path) -> tuple[str, dict[str, str]]:
+    """Return where ``from_pretrained`` finds a file, and the option that names it."""
+    return str(file.parent), {"gguf_file": str(file)}
+
+
 def _reader(path: Path) -> Any:
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
@@ -81,7 +86,8 @@ def load_settings(path: Path) -> Any:
             f"{path}: its rotary positions are scaled ({scaling.contents()}), which is not read "
             "from GGUF files; give the checkpoint that it was made of"
         )
-    settings: Any = AutoConfig.from_pretrained(str(path.parent), gguf_file=str(path))
+    folder, options = place(path)
+    settings: Any = AutoConfig.from_pretrained(folder, **options)
     size = fields.get(f"{family}.attention.key_length")
     if size is not None:
         settings.head_dim = int(size.contents())

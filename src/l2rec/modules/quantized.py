@@ -12,9 +12,18 @@ would then depend on each other, and the experts' gradients on another W than th
 
 from __future__ import annotations
 
-__all__ = ["QuantizedLinear", "bits_of", "check_kind", "quantization", "take_over"]
+__all__ = [
+    "Bits",
+    "QuantizedLinear",
+    "bits_of",
+    "check_kind",
+    "held_bytes",
+    "quantization",
+    "take_over",
+]
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,6 +36,8 @@ from l2rec.errors import BackboneError
 Bits = Literal["8bit", "4bit"]
 PACKAGES = ("bitsandbytes", "accelerate")
 """What loading needs; the latter by the former's loader in transformers."""
+BLOCK = 64
+"""Weights that share a scale in 4 bits."""
 DEQUANTIZED = ("mxfp4",)
 """Kinds on disk that Hugging Face loads as plain weights by itself (gpt-oss)."""
 
@@ -56,7 +67,7 @@ class QuantizedLinear(nn.Linear):
         dtype: torch.dtype,
         shape: tuple[int, int],
         kind: str = "int8",
-        block: int = 64,
+        block: int = BLOCK,
     ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
@@ -84,7 +95,8 @@ class QuantizedLinear(nn.Linear):
         state = QuantState(
             self.scales, shape=shape, dtype=dtype, blocksize=self.block, quant_type=self.kind
         )
-        return dequantize_4bit(self.codes, state)
+        matrix: Tensor = dequantize_4bit(self.codes, state)
+        return matrix
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b: [..., d_in] -> [..., d_out], in the dtype of x."""
@@ -182,6 +194,14 @@ def _from_4bit(module: Any, dtype: torch.dtype) -> QuantizedLinear:
         kind=state.quant_type,
         block=state.blocksize,
     )
+
+
+def held_bytes(shape: tuple[int, int], bits: Bits) -> int:
+    """Return the bytes of a matrix [d_out, d_in] as it is held: codes and scales."""
+    rows, weights = shape[0], math.prod(shape)
+    if bits == "8bit":
+        return weights + 4 * rows
+    return math.ceil(weights / 2) + 4 * math.ceil(weights / BLOCK)
 
 
 def bits_of(model: nn.Module) -> Bits | None:

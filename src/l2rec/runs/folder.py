@@ -194,7 +194,7 @@ def check_backbone(
 
 
 def _places(run: Path, backbone: Backbone | None) -> list[str]:
-    """List where a backbone that is a folder or a file lies: seen from the run, and from anywhere."""
+    """List where a backbone on disk lies: seen from the run, and from anywhere."""
     if backbone is None or backbone.source != backbone.name or not Path(backbone.name).exists():
         return []
     folder = Path(backbone.name).resolve()

@@ -16,7 +16,6 @@ __all__ = [
     "ShapesOnly",
     "StepShape",
     "bytes_of",
-    "linear_weights",
     "step_shape",
 ]
 
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -238,8 +237,3 @@ class _Attention(torch.autograd.Function):
 def bytes_of(tensors: Sequence[Tensor]) -> int:
     """Add up the bytes of tensors, each once."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
-
-
-def linear_weights(model: nn.Module) -> list[Tensor]:
-    """List the weights of Linear modules: those that 8-bit loading makes small."""
-    return [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
