@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support import reference, tiny
-from tests.support.mixtures import matrix_of
+from tests.support import tiny
+from tests.support.mixtures import literal
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel
 
@@ -184,30 +184,6 @@ def test_the_gate_is_what_is_activated(case: str) -> None:
         part.module.register_forward_hook(lambda _, x, y: seen.update(y=y))
         states(model, torch.tensor([7, 3]))
         assert torch.equal(part.of(seen["y"][0]), seen["gate"][0]), name
-
-
-def literal(model: nn.Module, moe: DPMoE, rows: list[Tensor], slices: list[ViewSlice]) -> None:
-    """Hook Eq. 3-5 into an untouched model, token by token, expert by expert.
-
-    rows: of each matrix, its rows in the output of its module.
-    """
-    for j, name in enumerate(moe.names):
-        whole = dict(model.named_modules())
-        module = whole[name] if name in whole else whole[name.rpartition(".")[0]]
-
-        def hook(_: nn.Module, inputs: Any, y: Tensor, j: int = j) -> Tensor:
-            x = inputs[0].flatten(end_dim=-2)
-            added = []
-            for part in slices:
-                matrix = matrix_of(moe, j, part.view)
-                for t in range(part.start, part.stop):
-                    u = part.u[part.user[t - part.start]]
-                    update = reference.update(matrix, u, x[t], moe.top, moe.scaling)
-                    added.append(torch.zeros_like(y.flatten(end_dim=-2)[t]))
-                    added[-1] = added[-1].index_put((rows[j],), update)
-            return y + torch.stack(added).view(y.shape)
-
-        module.register_forward_hook(hook)
 
 
 def rows_of(case: str, model: nn.Module, moe: DPMoE) -> list[Tensor]:

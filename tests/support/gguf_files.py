@@ -67,11 +67,19 @@ def _stored(value: np.ndarray[Any, Any], kind: str) -> tuple[np.ndarray[Any, Any
     return blocks, quant, gguf.quants.dequantize(blocks, quant)
 
 
-def write(path: Path, model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
+def write(
+    path: Path,
+    model: nn.Module,
+    kind: str,
+    *,
+    factors: np.ndarray[Any, Any] | None = None,
+    scaling: str | None = None,
+) -> dict[str, torch.Tensor]:
     """Write a Llama, Qwen2 or Qwen3 model.
 
-    kind: of its matrices, ``F32``, ``F16``, ``Q8_0`` or ``Q4_0``. Returns its state as the file has
-    it, under the model's own names.
+    kind: of its matrices, ``F32``, ``F16``, ``Q8_0`` or ``Q4_0``. factors: by which its rotary
+    frequencies are divided. scaling: name of another way to scale them. Returns the model's state
+    as the file has it, under its own names.
     """
     config: Any = model.config
     arch = config.model_type
@@ -107,6 +115,10 @@ def write(path: Path, model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
         writer.add_token_merges(["t h"])
         writer.add_eos_token_id(257)
         writer.add_pad_token_id(257)
+    if scaling is not None:
+        writer.add_string(f"{arch}.rope.scaling.type", scaling)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     state = {}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():

@@ -59,8 +59,8 @@ def test_parameters_are_those_of_the_real_model(
     made = 2 * max(w.numel() for w in linear)  # one matrix at a time, in bfloat16
     assert [row["weights"] for row in (eight, four)] == ["8-bit", "4-bit"]
     assert eight["frozen"] == others + made + sum(w.numel() + 4 * len(w) for w in linear)
-    blocks = [-(-w.numel() // 64) for w in linear]
-    assert four["frozen"] == others + made + sum(w.numel() // 2 for w in linear) + 4 * sum(blocks)
+    blocks = sum(-(-w.numel() // 64) for w in linear)
+    assert four["frozen"] == others + made + 36 * blocks
     trained = half["trained_with_moments"]
     assert trained == 16 * shapes["trained_parameters"]
     parts = ("frozen", "trained_with_moments", "buffers", "item_vectors", "activations")

@@ -45,7 +45,7 @@ from l2rec.errors import BackboneError
 from l2rec.modules import baichuan, gguf
 from l2rec.modules.families import lead_to_packed
 from l2rec.modules.probe import check_exact, check_text_part, sees_future
-from l2rec.modules.quantized import bits_of, check_kind, quantization, take_over
+from l2rec.modules.quantized import bits_of, quantization, take_over
 from l2rec.modules.recompute import recompute_blocks
 
 ATTENTION = "l2rec_packed"
@@ -629,7 +629,6 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
         file = gguf.find_gguf(source)
         if file is None:
             settings = AutoConfig.from_pretrained(source, **common)
-            check_kind(config.name, settings, config.quantize)
             model = _load_model(config, source, settings, common)
             tokenizer = _load_tokenizer(config, source, common)
         else:
@@ -669,7 +668,6 @@ def _load_model(
     config: BackboneConfig, source: str, settings: Any, common: dict[str, Any]
 ) -> nn.Module:
     """Load the weights in the wanted dtype; they stay mapped to their file if that has the same.
-    Matrices are quantised one by one, on the CPU: on any device they are the same ones.
 
     Buffers that Hugging Face keeps in float32 stay so: rotary frequencies above all, which bfloat16
     rounds to one part in 256, a whole turn off at far positions.
@@ -685,11 +683,7 @@ def _load_model(
         for parameter in drawn.parameters():  # buffers stay as they are
             parameter.data = parameter.data.to(dtype)
         return drawn
-    options = dict(common)
-    if config.quantize != "none" or getattr(settings, "quantization_config", None) is not None:
-        options["device_map"] = {"": "cpu"}
-    if config.quantize != "none":
-        options["quantization_config"] = quantization(config.quantize, dtype)
+    options = common | quantization(config.name, settings, config.quantize, dtype)
     model: nn.Module
     model, loading = AutoModel.from_pretrained(
         source,

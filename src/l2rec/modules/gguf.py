@@ -61,7 +61,11 @@ def _reader(path: Path) -> Any:
             raise BackboneError(f"{path} needs {package}: pip install 'l2rec[quantized]'")
     from gguf import GGUFReader
 
-    return GGUFReader(path)
+    try:
+        return GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise BackboneError(f"{path} is no GGUF file, or torn: {reason}") from error
 
 
 def load_settings(path: Path) -> Any:

@@ -16,13 +16,13 @@ __all__ = [
     "Bits",
     "QuantizedLinear",
     "bits_of",
-    "check_kind",
     "held_bytes",
     "quantization",
     "take_over",
 ]
 
 import importlib.util
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -46,8 +46,8 @@ class QuantizedLinear(nn.Linear):
     """Frozen Linear whose matrix is held in 8 or 4 bits.
 
     Args:
-        codes: int8 [d_out, d_in], or uint8, two weights in each byte. scales: float32, of each row
-            [d_out], or of each block of weights. bias: [d_out] or None.
+        codes: int8 [d_out, d_in], or uint8, two weights in each byte, whole blocks.
+        scales: float32, of each row [d_out], or of each block of weights. bias: [d_out] or None.
         dtype: of ``weight``.
         shape: d_out and d_in. kind: ``int8``, ``nf4`` or ``fp4``. block: weights of a block.
 
@@ -91,12 +91,13 @@ class QuantizedLinear(nn.Linear):
             return (self.codes * self.scales[:, None]).to(dtype)
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        shape = torch.Size((self.out_features, self.in_features))
+        # Block by block: rows that end inside of a block come out wrong on a CPU (0.50.2).
+        blocks = torch.Size((len(self.scales), self.block))
         state = QuantState(
-            self.scales, shape=shape, dtype=dtype, blocksize=self.block, quant_type=self.kind
+            self.scales, shape=blocks, dtype=dtype, blocksize=self.block, quant_type=self.kind
         )
-        matrix: Tensor = dequantize_4bit(self.codes, state)
-        return matrix
+        weights: Tensor = dequantize_4bit(self.codes, state).flatten()
+        return weights[: self.out_features * self.in_features].view(self.out_features, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b: [..., d_in] -> [..., d_out], in the dtype of x."""
@@ -116,47 +117,53 @@ class _Product(torch.autograd.Function):
         return grads[0] @ ctx.module.matrix(grads[0].dtype), None
 
 
-def check_kind(name: str, settings: Any, wanted: str) -> None:
-    """Refuse weights on disk that are quantised otherwise than wanted, or than can be read.
+def quantization(name: str, settings: Any, wanted: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the options with which ``from_pretrained`` reads quantised weights, or makes them of
+    plain ones, one by one: int8 by row, or NF4. Always on the CPU: they are the same everywhere.
 
-    settings: the model's configuration. wanted: ``backbone.quantize``.
+    Args:
+        name: of the backbone. settings: the model's configuration.
+        wanted: ``backbone.quantize``. dtype: of all that is not quantised.
 
     Raises:
-        BackboneError: another kind, or the packages are missing.
+        BackboneError: the weights on disk are of another kind than wanted, or than can be read; or
+            a package is missing.
     """
-    found: Any = getattr(settings, "quantization_config", None)
-    if found is not None and not isinstance(found, Mapping):
-        found = found.to_dict()
-    kind = None if found is None else found.get("quant_method", "unknown")
-    if kind in DEQUANTIZED and wanted == "none":
-        return
-    if kind is not None and kind != "bitsandbytes":
+    stored: Any = getattr(settings, "quantization_config", None)
+    if stored is not None and not isinstance(stored, Mapping):
+        stored = stored.to_dict()
+    kind = None if stored is None else stored.get("quant_method", "an unknown method")
+    if wanted == "none" and (kind is None or kind in DEQUANTIZED):
+        return {}
+    if kind not in (None, "bitsandbytes"):
         raise BackboneError(
             f"backbone {name!r} is quantised by {kind}, which cannot be read here; give its "
             "weights as they were before that, with backbone.quantize=8bit or 4bit, or a "
             "checkpoint of bitsandbytes"
         )
-    if found is not None:
-        bits = "4bit" if found.get("load_in_4bit") else "8bit"
-        if wanted not in ("none", bits):
-            raise BackboneError(
-                f"backbone {name!r} is stored in {bits}, which backbone.quantize={wanted} cannot "
-                "change; leave it out, or give weights that are not quantised"
-            )
-    if found is None and wanted == "none":
-        return
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise BackboneError(
                 f"backbone {name!r} in 8 or 4 bits needs {package}: pip install 'l2rec[quantized]'"
             )
+    # It warns that a kernel is missing, which is not used here.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"device_map": {"": "cpu"}}
+    if stored is None:
+        return options | {"quantization_config": _settings_of(wanted, dtype)}
+    bits = "4bit" if stored.get("load_in_4bit") else "8bit"
+    if wanted not in ("none", bits):
+        raise BackboneError(
+            f"backbone {name!r} is stored in {bits}, which backbone.quantize={wanted} cannot "
+            "change; leave it out, or give weights that are not quantised"
+        )
+    return options
 
 
-def quantization(bits: Bits, dtype: torch.dtype) -> Any:
-    """Return the settings with which ``from_pretrained`` quantises: int8 by row, or NF4."""
+def _settings_of(wanted: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if bits == "8bit":
+    if wanted == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -185,8 +192,10 @@ def _from_4bit(module: Any, dtype: torch.dtype) -> QuantizedLinear:
     state, scales = module.weight.quant_state, module.weight.quant_state.absmax
     if state.nested:  # the scales are quantised too
         scales = dequantize_blockwise(scales, state.state2) + state.offset
+    codes = module.weight.data.view(torch.uint8).flatten()
+    missing = len(scales) * state.blocksize // 2 - len(codes)
     return QuantizedLinear(
-        module.weight.data.view(torch.uint8),
+        F.pad(codes, (0, missing)) if missing else codes,
         scales.float(),
         module.bias,
         dtype=dtype,
@@ -201,7 +210,7 @@ def held_bytes(shape: tuple[int, int], bits: Bits) -> int:
     rows, weights = shape[0], math.prod(shape)
     if bits == "8bit":
         return weights + 4 * rows
-    return math.ceil(weights / 2) + 4 * math.ceil(weights / BLOCK)
+    return math.ceil(weights / BLOCK) * (BLOCK // 2 + 4)
 
 
 def bits_of(model: nn.Module) -> Bits | None:
