@@ -82,7 +82,7 @@ def step_shape(stage: Stage, batch: Batch) -> StepShape:
                     first = seen.peak + bytes_of(parameters)
                 for parameter in parameters:  # here the training loop frees them
                     parameter.grad = None
-                losses.total.backward()
+                _backward(losses.total)
                 tokens += losses.computed_tokens
             del losses
     except (RuntimeError, TypeError) as error:
@@ -91,6 +91,17 @@ def step_shape(stage: Stage, batch: Batch) -> StepShape:
         for parameter in parameters:
             parameter.grad = None
     return StepShape(max(seen.peak, first or 0), tokens, seen.operations)
+
+
+def _backward(total: Tensor) -> None:
+    """Call autograd's engine itself: `Tensor.backward` leaves the context of `_Functions`, which
+    blocks that are computed once more in the backward must find as they did before.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    ones = torch.ones_like(total)
+    engine.run_backward(
+        (total,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class ShapesOnly:
