@@ -104,6 +104,7 @@ def test_matrices_are_near_and_given_back_as_the_format_says(bits: str, tmp_path
     folder = saved(tmp_path, "bert")
     plain, backbone = load(folder), load(folder, bits)
     assert backbone.quantized == bits and plain.quantized == "none"
+    assert backbone.size == plain.size == sum(p.numel() for p in plain.model.parameters())
     modules = dict(plain.model.named_modules())
     for name, module in list(held(backbone).items())[-3:]:
         matrix, exact = module.matrix(torch.float32), modules[name].weight

@@ -45,7 +45,7 @@ from l2rec.errors import BackboneError
 from l2rec.modules import baichuan, gguf
 from l2rec.modules.families import lead_to_packed
 from l2rec.modules.probe import check_exact, check_text_part, sees_future
-from l2rec.modules.quantized import bits_of, quantization, take_over
+from l2rec.modules.quantized import bits_of, packed_weights, quantization, take_over
 from l2rec.modules.recompute import recompute_blocks
 
 ATTENTION = "l2rec_packed"
@@ -468,6 +468,11 @@ class Backbone(nn.Module):
     def quantized(self) -> str:
         """How the matrices are held: ``none``, ``8bit`` or ``4bit``."""
         return bits_of(self.model) or "none"
+
+    @property
+    def size(self) -> int:
+        """Number of frozen weights, however they are held."""
+        return sum(p.numel() for p in self.parameters()) + packed_weights(self.model)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the word vectors [..., D] of token ids [...] int64, in the backbone's dtype.

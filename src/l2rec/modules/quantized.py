@@ -17,6 +17,7 @@ __all__ = [
     "QuantizedLinear",
     "bits_of",
     "held_bytes",
+    "packed_weights",
     "quantization",
     "take_over",
 ]
@@ -216,3 +217,9 @@ def held_bytes(shape: tuple[int, int], bits: Bits) -> int:
 def bits_of(model: nn.Module) -> Bits | None:
     """Return in what the matrices of a model are held, None if as plain numbers."""
     return next((m.bits for m in model.modules() if isinstance(m, QuantizedLinear)), None)
+
+
+def packed_weights(model: nn.Module) -> int:
+    """Count the weights of all matrices that are held in 8 or 4 bits."""
+    held = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    return sum(m.out_features * m.in_features for m in held)
