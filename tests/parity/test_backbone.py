@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.support import reference, tiny
 from tests.support.errors import one_line
 from torch import Tensor, nn
-from transformers import AutoModel, BertForMaskedLM, DebertaV2Config, ElectraConfig
+from transformers import AutoModel, BertForMaskedLM
 
 from l2rec.config import BackboneConfig
 from l2rec.data.catalog import Catalog
@@ -433,19 +433,3 @@ def test_remote_code_does_not_run_unless_allowed(folder: Path, tmp_path: Path, k
         with pytest.raises(BackboneError, match="custom code"):
             load(folder)
     assert not ran.exists()
-
-
-# ------------------------------------------------------------------------------- refused models
-
-
-def model_of(config: Any) -> nn.Module:
-    model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")
-    return model
-
-
-def test_models_that_cannot_run_packed_are_refused() -> None:
-    shape = {k: v for k, v in tiny._SHAPE.items()}
-    with pytest.raises(BackboneError, match=r"'tiny' \(deberta-v2\) does not take attention funct"):
-        wrapped(model_of(DebertaV2Config(**shape)))
-    with pytest.raises(BackboneError, match="word vectors of 16 and hidden states of 32"):
-        wrapped(model_of(ElectraConfig(**shape, embedding_size=16)))

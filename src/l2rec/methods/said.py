@@ -206,7 +206,7 @@ class SAID(nn.Module):
         self.projector = nn.Sequential(
             nn.Linear(config.item_dim, backbone.dim),
             nn.GELU(),
-            nn.Linear(backbone.dim, backbone.dim),
+            nn.Linear(backbone.dim, backbone.word_dim),
         )
         self.norm = float(words.float().norm(dim=-1).mean())
         self.head = WordHead(backbone, self.tokens.values)

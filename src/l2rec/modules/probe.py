@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.errors import BackboneError
+from l2rec.modules.families import accepted, own_attention
 
 if TYPE_CHECKING:
     from l2rec.modules.backbone import Backbone
@@ -79,7 +80,7 @@ def _windows(backbone: Backbone) -> set[int]:
     """Find the sliding windows that layers give to the attention function."""
     from transformers import AttentionInterface
 
-    from l2rec.modules.backbone import ATTENTION, packed_attention
+    from l2rec.modules.backbone import ATTENTION, LED, packed_attention
 
     windows: set[int] = set()
 
@@ -90,6 +91,8 @@ def _windows(backbone: Backbone) -> set[int]:
 
     name = f"{ATTENTION}_probe"
     AttentionInterface.register(name, recording)
+    if not backbone.model._can_set_attn_implementation():  # type: ignore[operator]
+        name = LED  # led by hand, to the attention function itself
     with (
         _attention(backbone.model, name),
         _one_line(backbone.name, backbone.model, "cannot run packed"),
@@ -179,23 +182,28 @@ def _packed(backbone: Backbone, rows: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _own(model: nn.Module, **inputs: Tensor) -> Tensor:
-    """Run one row by the model's own eager attention: states [n, D]."""
-    with _attention(model, "eager"), torch.no_grad():
-        states: Tensor = model(**inputs, use_cache=False).last_hidden_state.squeeze(0)
+    """Run one row by the model's own attention: states [n, D]."""
+    given = accepted(model, {**inputs, "use_cache": False})
+    with _attention(model, own_attention(model)), torch.no_grad():
+        states: Tensor = model(**given).last_hidden_state.squeeze(0)
     return states
 
 
 @contextmanager
 def _attention(model: Any, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
-    if not model._can_set_attn_implementation():  # led by hand, see `families`
-        yield
-        return
-    model.set_attn_implementation(name)
+    _set_attention(model, name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        _set_attention(model, before)
+
+
+def _set_attention(model: Any, name: str) -> None:
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(name)
+    else:  # led by hand, see `families`: the name decides on masks alone
+        model.config._attn_implementation = name
 
 
 @contextmanager
