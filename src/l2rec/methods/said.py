@@ -217,9 +217,9 @@ class SAID(nn.Module):
             self.lora.attach()
 
         self.vectors = nn.Parameter(
-            torch.zeros(len(catalog), backbone.dim), requires_grad=not config.freeze
+            torch.zeros(len(catalog), backbone.word_dim), requires_grad=not config.freeze
         )
-        self.adaptor = nn.Linear(backbone.dim, config.dim)
+        self.adaptor = nn.Linear(backbone.word_dim, config.dim)
         self.adaptor.apply(initialize)
         self.encoder = SequenceEncoder.from_config(config, dim=config.dim)
         self._take_vectors(0)

@@ -101,14 +101,15 @@ FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": QKV,
     "Wqkv": QKV,
     "W_pack": QKV,
+    "in_proj": QKV,
     "gate_up_proj": GATE_UP,
     "Wi": GATE_UP,
     "kv_proj": KV,
 }
 """Last names of fused matrices, and their parts."""
-IN_A_ROW = ("gpt2", "phi3", "modernbert", "mpt", "dbrx", "baichuan")
+IN_A_ROW = ("gpt2", "openai-gpt", "phi3", "modernbert", "mpt", "dbrx", "baichuan")
 """Model types whose matrix is [q | k | v]."""
-BY_HEAD = ("gpt_neox", "bloom", "persimmon")
+BY_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "deberta")
 """Model types whose matrix is [q | k | v] head by head."""
 HALVES = (
     *("phi3", "glm", "glm4", "glm4v_text", "glm_ocr_text"),
