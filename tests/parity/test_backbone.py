@@ -30,6 +30,7 @@ from l2rec.modules.backbone import (
 )
 
 FAMILIES = tuple(tiny.CONFIGS)
+ENCODERS = ("bert", "roberta", "electra")
 LENGTHS = {"ragged": [5, 1, 9, 3], "even": [4, 4, 4], "one": [6]}
 TEXTS = [
     "a small lamp",
@@ -42,7 +43,7 @@ TEXTS = [
 
 def close(family: str) -> dict[str, float]:
     """Return tolerances; decoders compute norms, rotations and softmax in float32 at any dtype."""
-    if family in ("bert", "roberta"):
+    if family in ENCODERS:
         return {"rtol": 1e-9, "atol": 1e-10}
     return {"rtol": 1e-4, "atol": 2e-5}
 
@@ -90,7 +91,7 @@ def run_packed(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_forward_is_the_padded_forward(family: str, lengths: list[int]) -> None:
     backbone, model = both(family)
-    assert backbone.causal is (family not in ("bert", "roberta"))
+    assert backbone.causal is (family not in ENCODERS)
     torch.manual_seed(1)
     ids = torch.randint(6, 60, (sum(lengths),))
     attend = Attend.CAUSAL if backbone.causal else Attend.FULL
