@@ -40,31 +40,36 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "backbones.md"
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
 LENGTHS = (3, 11, 1, 19, 28)
 LIMIT = 1e-3
-MOST_PARAMETERS, SECONDS = 20_000_000, 60
+MOST_PARAMETERS, SECONDS = 60_000_000, 60
+HEADS = 4
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "model_dim"), 32),
-    **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers"), 2
-    ),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("emb_dim", "out_hidden_size", "text_hidden_size", "projection_dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), HEADS),
+    **dict.fromkeys(("attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 32),
     **dict.fromkeys(("pad_token_id", "bos_token_id"), 0),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "lru_width"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim"), 8),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("vocab_size", "n_words", "vocab_size_per_layer_input"), 64),
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
+    "index_n_heads": 2,
     "head_dim": 8,
     "kv_channels": 8,
-    "vocab_size": 64,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
     "eos_token_id": 1,
-    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     "sliding_window": 8,
 }
+SEES = {"image_size": 28, "patch_size": 14, "spatial_merge_size": 1, "num_channels": 3}
+"""Sizes of what sees or hears, besides."""
 
 DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": -1}
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -78,6 +83,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "opt": {"word_embed_proj_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     **{key: {"rotary_dim": 4} for key in ("gptj", "codegen")},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
 """What checkpoints of a family have, and its default config does not."""
 
@@ -91,29 +97,85 @@ class Row:
     said: str
 
 
-def small_config(family: str) -> Any:
-    """Build the config of a family with small sizes, its text part too."""
+WAYS = [(parts_small, shared) for parts_small in (True, False) for shared in (True, False)]
+"""Ways to make a family small, of which the first that it allows is taken: parts that see or hear
+small, or of their own sizes with few layers; fewer heads for keys and values, or as many."""
+
+
+def small_config(family: str, parts_small: bool, shared: bool) -> Any:
+    """Build the config of a family with small sizes, its parts too, in one of `WAYS`."""
     kind = CONFIG_MAPPING[family]
-    sizes = _sizes(kind())
+    sizes = _small(kind().to_dict(), parts_small, shared)
     return kind(**sizes | PUBLISHED.get(family, {}))
 
 
-def _sizes(config: Any) -> dict[str, Any]:
-    names = config.to_dict()
-    sizes = _small(names)
-    if isinstance(names.get("text_config"), dict):
-        sizes["text_config"] = _small(names["text_config"])
-    return sizes
-
-
-def _small(names: dict[str, Any]) -> dict[str, Any]:
+def _small(names: dict[str, Any], parts_small: bool, shared: bool) -> dict[str, Any]:
     """Make sizes small, with a layer of each kind that there is, and two layers at least."""
-    sizes = {name: value for name, value in SMALL.items() if name in names}
+    sizes = _fitting(SMALL, names)
+    if not shared or "kv_lora_rank" in names:
+        sizes |= {"num_key_value_heads": HEADS} if "num_key_value_heads" in names else {}
     if isinstance(names.get("layer_types"), list):
         kinds = list(dict.fromkeys(names["layer_types"]))
         sizes["layer_types"] = kinds * (2 if len(kinds) == 1 else 1)
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
+    if isinstance(names.get("rope_parameters"), dict):
+        sizes["rope_parameters"] = _rope(names["rope_parameters"], sizes.get("head_dim", 8))
+    for key, part in names.items():
+        if isinstance(part, dict) and "model_type" in part:
+            reads = any(word in key for word in ("text", "llm", "language", "decoder"))
+            small = _small(part, parts_small, shared)
+            if not reads and not parts_small:
+                small = {k: v for k, v in small.items() if "layers" in k or k == "depth"}
+            elif not reads:
+                small |= _fitting(SEES, part)
+            sizes[key] = {"model_type": part["model_type"], **small}
     return sizes
+
+
+def _fitting(sizes: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
+    """Choose the sizes that a config has, as one number: lists, one a stage, stay as they are."""
+    return {
+        key: value
+        for key, value in sizes.items()
+        if key in names and (names[key] is None or isinstance(names[key], type(value)))
+    }
+
+
+def _rope(given: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """Fit the sections of rotary positions of time, height and width to small heads."""
+    if any(isinstance(value, dict) for value in given.values()):  # of each kind of layer
+        return {k: _rope(v, head_dim) if isinstance(v, dict) else v for k, v in given.items()}
+    if "mrope_section" not in given:
+        return given
+    half = int(head_dim * given.get("partial_rotary_factor", 1.0)) // 2
+    return given | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+
+
+def small_models(family: str) -> list[nn.Module]:
+    """Build the family twice, with the same weights.
+
+    Raises:
+        Exception: none of the ways makes a small model; the error of the first is raised.
+    """
+    errors: list[Exception] = []
+    for way in WAYS:
+        try:
+            config = small_config(family, *way)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in AutoModel.from_config(config).parameters())
+            if size > MOST_PARAMETERS:
+                raise ValueError(f"{size / 1e6:,.0f}M parameters with small sizes")
+            models = []
+            for _ in range(2):
+                torch.manual_seed(0)
+                # Falcon's eager attention counts ALiBi twice, in the mask as well.
+                own = "sdpa" if family == "falcon" else "eager"
+                model = AutoModel.from_config(small_config(family, *way), attn_implementation=own)
+                models.append(redrawn(model.float().eval()))
+            return models
+        except Exception as error:  # each family has its own way not to be built
+            errors.append(error)
+    raise errors[0]
 
 
 def redrawn(model: nn.Module) -> nn.Module:
@@ -171,21 +233,9 @@ def tried(family: str) -> Row:
     """Build a family twice, run one packed and the other alone."""
     try:
         with at_most(SECONDS):
-            config = small_config(family)
-            with torch.device("meta"):
-                size = sum(p.numel() for p in AutoModel.from_config(config).parameters())
-            if size > MOST_PARAMETERS:
-                return Row(family, "not tried", f"{size / 1e6:,.0f}M parameters with small sizes")
-            models = []
-            for _ in range(2):
-                torch.manual_seed(0)
-                # Falcon's eager attention counts ALiBi twice, in the mask as well.
-                own = "sdpa" if family == "falcon" else "eager"
-                model = AutoModel.from_config(small_config(family), attn_implementation=own)
-                models.append(redrawn(model.float().eval()))
-    except Exception as error:  # each family has its own way not to be built
-        return Row(family, "not tried", f"not built small: {_line(error)}")
-    packed, alone = models
+            packed, alone = small_models(family)
+    except Exception as error:
+        return _without_weights(family) or Row(family, "not tried", _line(error))
     try:
         with at_most(SECONDS):
             backbone = Backbone(packed, None, name=family, source=family, revision=None)
@@ -202,6 +252,19 @@ def tried(family: str) -> Row:
     except Exception as error:
         return Row(family, "wrong", f"traceback: {_line(error)}")
     return Row(family, "exact" if error_of < LIMIT else "wrong", f"{error_of:.0e}")
+
+
+def _without_weights(family: str) -> Row | None:
+    """Say what `Backbone` refuses at first sight, of a model in its full size without weights."""
+    try:
+        with at_most(SECONDS), torch.device("meta"):
+            model = AutoModel.from_config(CONFIG_MAPPING[family]())
+            Backbone(model, None, name=family, source=family, revision=None)
+    except BackboneError as error:
+        return Row(family, "refused", _line(error).removeprefix(f"backbone '{family}' "))
+    except Exception:
+        pass
+    return None
 
 
 def _text_part(alone: nn.Module, backbone: Backbone) -> nn.Module:

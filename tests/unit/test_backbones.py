@@ -238,9 +238,20 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sparse indexer": (
         "deepseek_v32",
         DECODER | LATENT | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
-        "cannot run packed",
+        "its layers read the attention mask themselves",
     ),
-    "text of images": ("clip_text_model", ENCODER, "specify input_ids"),
+    "text of images": ("clip_text_model", ENCODER, "takes token ids alone, not word vectors"),
+    "a pooled output": ("dpr", ENCODER, "it gives no last hidden states"),
+    "a limit on all tokens": (
+        "tipsv2_text_model",
+        ENCODER,
+        "cannot run packed: ValueError: Sequence length must be less than",
+    ),
+    "blocks": (
+        "longt5",
+        {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+        LEAKS,
+    ),
     "no words at all": (
         "convnext",
         {"hidden_sizes": [8] * 4, "depths": [1] * 4},

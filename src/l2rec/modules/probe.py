@@ -31,6 +31,8 @@ ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}
 COARSE = 0.25
 """Largest difference of a token's states, relative to them, that may be rounding: in the dtypes of
 `ROUNDING`, and in the shorter ones. Models found to be another one differ by about 1."""
+CHEAP = 2 * 10**10
+"""Most tokens times weights that are worth their time at every load, to run many tokens."""
 DRAWS = 3
 """Draws of token ids in the shorter dtypes."""
 
@@ -93,12 +95,45 @@ def _windows(backbone: Backbone) -> set[int]:
     AttentionInterface.register(name, recording)
     if not backbone.model._can_set_attn_implementation():  # type: ignore[operator]
         name = LED  # led by hand, to the attention function itself
-    with (
-        _attention(backbone.model, name),
-        _one_line(backbone.name, backbone.model, "cannot run packed"),
-    ):
-        _packed(backbone, _random_rows(backbone, [2, 1]))
+    with _attention(backbone.model, name):
+        try:
+            _packed(backbone, _random_rows(backbone, [2, 1]))
+            _packed(backbone, _random_rows(backbone, _more_than_a_row(backbone)))
+        except BackboneError:
+            raise
+        except Exception as error:  # whatever the code of any model raises
+            raise _cannot_run(backbone, error) from error
     return windows
+
+
+def _more_than_a_row(backbone: Backbone) -> list[int]:
+    """Return rows that have more tokens together than one may, or one row if that takes too long.
+
+    Some models cut or check something by the number of all tokens.
+    """
+    limit = backbone.max_positions or 0
+    weights = sum(parameter.numel() for parameter in backbone.parameters())
+    row = min(ROWS[-1], limit)
+    return [row] * (limit // row + 1) if limit and limit * weights <= CHEAP else [1]
+
+
+def _cannot_run(backbone: Backbone, error: Exception) -> BackboneError:
+    """Say in words why a model cannot run packed, as far as its own ways to run can tell."""
+    name, model, [row] = backbone.name, backbone.model, _random_rows(backbone, [ROWS[0]])
+    with _one_line(name, model, "does not run on text alone"):
+        _own(model, input_ids=row[None])
+    try:
+        _own(model, inputs_embeds=backbone.embed(row)[None])
+    except Exception:  # as above
+        reason = "takes token ids alone, not word vectors"
+    else:
+        reason = f"cannot run packed: {_short(error)}"
+        if "'NoneType'" in str(error):
+            reason = (
+                "cannot run packed: its layers read the attention mask themselves, as sparse "
+                "attention with an indexer does"
+            )
+    return BackboneError(f"backbone {name!r} ({_family(model)}) {reason}; choose another one")
 
 
 def _declared_window(config: Any) -> int | None:
@@ -185,8 +220,10 @@ def _own(model: nn.Module, **inputs: Tensor) -> Tensor:
     """Run one row by the model's own attention: states [n, D]."""
     given = accepted(model, {**inputs, "use_cache": False})
     with _attention(model, own_attention(model)), torch.no_grad():
-        states: Tensor = model(**given).last_hidden_state.squeeze(0)
-    return states
+        states: Tensor | None = getattr(model(**given), "last_hidden_state", None)
+    if states is None:
+        raise ValueError("it gives no last hidden states")
+    return states.squeeze(0)
 
 
 @contextmanager
@@ -213,11 +250,14 @@ def _one_line(name: str, model: nn.Module, what: str) -> Iterator[None]:
     except BackboneError:
         raise
     except Exception as error:  # whatever the code of any model raises
-        reason = " ".join(str(error).split())[:200]
         raise BackboneError(
-            f"backbone {name!r} ({_family(model)}) {what}: {type(error).__name__}: {reason}; "
-            "choose another one"
+            f"backbone {name!r} ({_family(model)}) {what}: {_short(error)}; choose another one"
         ) from error
+
+
+def _short(error: Exception) -> str:
+    """Return what an error of a model's code says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _family(model: nn.Module) -> str:

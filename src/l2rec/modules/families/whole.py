@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 
-def narrow(self: Any, plain: Any, rows: Any, first: Any, *_: Any, **kwargs: Any) -> Any:
+def narrow(self: Any, plain: Any, rows: Any, first: Any, *more: Any, **kwargs: Any) -> Any:
     """Make a bias for the longest row: T5 is told lengths, MPNet hidden states [1, N, D]."""
     if isinstance(first, Tensor):
         return plain(first[:, : rows.longest])
-    return plain(rows.longest, rows.longest, **kwargs)
+    lengths = [rows.longest] * 2 if more else [first]  # LongT5: of blocks
+    return plain(*lengths, **kwargs)
 
 
 def mpt_alibi(
