@@ -56,10 +56,10 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id"), 0),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "lru_width"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim"), 8),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("n_group", "num_expert_group", "topk_group", "first_k_dense_replace"), 1),
     **dict.fromkeys(("vocab_size", "n_words", "vocab_size_per_layer_input"), 64),
     "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token"), 2),
     "index_n_heads": 2,
     "head_dim": 8,
     "kv_channels": 8,
@@ -86,6 +86,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
 """What checkpoints of a family have, and its default config does not."""
+
+
+MROPE = {
+    **{f"{kind}_text": [2, 1, 1] for kind in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni")},
+    **{f"{kind}_text": [2, 1, 1] for kind in ("glm4v", "glm_image", "glm_ocr")},
+    "glm4v_moe_text": [1, 1, 0],
+    "hunyuan_vl_text": [1, 1, 1, 1],
+}
+"""Sections of rotary positions that small heads have, where the default is in the model's code."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,12 @@ def _small(names: dict[str, Any], parts_small: bool, shared: bool) -> dict[str, 
         kinds = list(dict.fromkeys(names["layer_types"]))
         sizes["layer_types"] = kinds * (2 if len(kinds) == 1 else 1)
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
+    if "qk_rope_head_dim" in names:  # the size of a head follows from it
+        sizes.pop("head_dim", None)
     if isinstance(names.get("rope_parameters"), dict):
-        sizes["rope_parameters"] = _rope(names["rope_parameters"], sizes.get("head_dim", 8))
+        sections = MROPE.get(names["model_type"])
+        more = {} if sections is None else {"mrope_section": sections}
+        sizes["rope_parameters"] = _rope(names["rope_parameters"], 8) | more
     for key, part in names.items():
         if isinstance(part, dict) and "model_type" in part:
             reads = any(word in key for word in ("text", "llm", "language", "decoder"))

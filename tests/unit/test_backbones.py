@@ -245,7 +245,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a limit on all tokens": (
         "tipsv2_text_model",
         ENCODER,
-        "cannot run packed: ValueError: Sequence length must be less than",
+        "takes no more tokens in all rows together than one row may have: ValueError: Sequence",
     ),
     "blocks": (
         "longt5",
