@@ -40,7 +40,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "backbones.md"
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
 LENGTHS = (3, 11, 1, 19, 28)
 LIMIT = 1e-3
-MOST_PARAMETERS, SECONDS = 60_000_000, 60
+MOST_PARAMETERS, SECONDS = 120_000_000, 60
 HEADS = 4
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "model_dim"), 32),
@@ -50,6 +50,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), HEADS),
     **dict.fromkeys(("attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(("ffn_hidden_size", "expert_ffn_hidden_size"), 24),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 32),
@@ -83,6 +84,25 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "opt": {"word_embed_proj_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     **{key: {"rotary_dim": 4} for key in ("gptj", "codegen")},
+    **{key: {"mamba_n_heads": 4, "mamba_d_head": 16} for key in ("bamba", "granitemoehybrid")},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "dots1": {"n_shared_experts": 1},
+    "dbrx": {
+        **{"n_heads": 4, "n_layers": 2, "max_seq_len": 32},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    **{key: {"vocabulary_map": {"<image>": 5}} for key in ("chameleon", "emu3")},
+    "longcat_flash": {"head_dim": 8},
+    "glm5_next_text": {"qk_rope_head_dim": 0},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
 """What checkpoints of a family have, and its default config does not."""

@@ -36,6 +36,11 @@ SHAPE: dict[str, Any] = {
 }
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "n_inner": 24, "vocab_size": 40}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 4}
+LATENT = {
+    **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    **{"q_lora_rank": 8, "kv_lora_rank": 8, "head_dim": 4},
+    **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5},
+}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}
 DISENTANGLED: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -101,6 +106,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         "qwen3_moe",
         SHAPE | EXPERTS | {"num_experts": 4, "num_key_value_heads": 2, "head_dim": 4},
         ("q", "k", "v", "o"),
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        SHAPE | EXPERTS | LATENT,
+        GATED,
     ),
     "olmoe": ("olmoe", SHAPE | EXPERTS | {"num_experts": 4}, ("q", "k", "v", "o")),
 }
@@ -179,8 +189,12 @@ def read_by_the_model(case: str, model: nn.Module, module: nn.Module) -> dict[st
         model.set_attn_implementation("eager")
     handle.remove()
     read = {}
-    for part in [p for p in ATTENTION if p in FAMILIES[case][2]]:
+    latent = kind == "deepseek_v3"  # queries are of another matrix, and rotary places of keys
+    for part in [p for p in ATTENTION[latent:] if p in FAMILIES[case][2]]:
         gap, row = (seen[part][:, None] - seen["y"]).abs().min(1)
+        if latent:
+            gap, row = gap[gap < 1e-6], row[gap < 1e-6]
+            assert len(row) == 4 * {"k": 6, "v": 5}[part]
         assert gap.max() < 1e-6, part  # some rotate in float32
         read[part] = torch.tensor(list(dict.fromkeys(row.tolist())))  # JetMoE repeats keys
     return read
