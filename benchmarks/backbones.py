@@ -7,9 +7,12 @@
 Every family that transformers maps to a base model is built from its own config class, with its
 sizes made small, and its weights are drawn anew, large enough that attention is sharp and norms are
 not one. Rows of 3, 11, 1, 19 and 28 tokens run packed, and alone through the model's own eager
-attention. *exact*: the largest difference, relative to the spread of the states, is below 1e-3.
-*refused*: `Backbone` raised an error of one line. *wrong*: neither. *not tried*: the family could
-not be built with small sizes. The probe that every load makes is not trusted here.
+attention.
+
+*exact*: the largest difference, relative to the spread of the states, is below 1e-3. *refused*:
+`Backbone` raised an error of one line; of a family that is not made small, its full size without
+weights, so for what is seen at first sight. *wrong*: neither. *not tried*: the family could not be
+built with small sizes. The probe that every load makes is not trusted here.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import re
 import signal
 import sys
 import warnings
@@ -308,7 +312,7 @@ def _text_part(alone: nn.Module, backbone: Backbone) -> nn.Module:
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 160 else f"{text[:157]}..."
+    return text if len(text) < 240 else f"{text[:237]}..."
 
 
 def table(rows: list[Row]) -> str:
@@ -320,13 +324,34 @@ def table(rows: list[Row]) -> str:
         + ", ".join(f"{counts[name]} {name}" for name in ("exact", "refused", "wrong", "not tried"))
         + ".",
     ]
-    for outcome, head in (("exact", "largest difference"), ("refused", "line"), ("wrong", "what")):
-        some = [row for row in rows if row.outcome == outcome]
-        if some:
-            lines += ["", f"| {outcome} | {head} |", "|---|---|"]
-            lines += [f"| {row.family} | {row.said.replace('|', '/')} |" for row in some]
-    left = ", ".join(row.family for row in rows if row.outcome == "not tried")
-    return "\n".join([*lines, "", f"Not tried: {left or 'none'}."])
+    exact = [row for row in rows if row.outcome == "exact"]
+    lines += ["", "| exact | largest difference |", "|---|---|"]
+    lines += [f"| {row.family} | {row.said} |" for row in exact]
+    for outcome in ("refused", "wrong", "not tried"):
+        by_reason: dict[str, list[str]] = {}
+        for row in rows:
+            if row.outcome == outcome:
+                by_reason.setdefault(_reason(row), []).append(row.family)
+        if by_reason:
+            lines += ["", f"| {outcome}: why | families |", "|---|---|"]
+            for why, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+                lines.append(f"| {why} | {', '.join(names)} |")
+    return "\n".join(lines)
+
+
+def _reason(row: Row) -> str:
+    """Return the line without the family's name and the advice, so that like ones stand together."""
+    said = row.said.replace("|", "/")
+    if row.outcome != "not tried":
+        said = re.sub(r"^\(\S+\) ", "", said)
+        said = re.sub(r"; choose .*|; c?h?o?o?\.\.\.$", "", said)
+        return "no language model: " + said if "word embeddings" in said else said
+    library = re.search(r"requires the (\S+) library", said)
+    if library:
+        return f"needs {library[1]}, which is not installed here"
+    if "M parameters" in said:
+        return f"more than {MOST_PARAMETERS / 1e6:.0f}M parameters with small sizes"
+    return "its code takes none of the small configs"
 
 
 def main() -> None:
