@@ -340,7 +340,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _reason(row: Row) -> str:
-    """Return the line without the family's name and the advice, so that like ones stand together."""
+    """Return the line without name and advice, so that like ones stand together."""
     said = row.said.replace("|", "/")
     if row.outcome != "not tried":
         said = re.sub(r"^\(\S+\) ", "", said)

@@ -440,7 +440,13 @@ def test_the_probe_leaves_the_random_numbers_and_the_attention_alone() -> None:
     assert not any(p.requires_grad for p in backbone.parameters())
 
 
-@pytest.mark.parametrize("name", ["bert", "gemma3", "gpt-oss", "deepseek-v3", "mistral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bert", "gemma3", "gpt-oss", "deepseek-v3", "mistral", "falcon, alibi", "mpt"),
+        *("deberta-v3", "roformer"),
+    ],
+)
 def test_bfloat16_is_no_reason_to_refuse(name: str) -> None:
     family, changes, _, longest = EXACT[name]
     model = model_of(family, changes)
@@ -511,7 +517,13 @@ def test_bfloat16_keeps_what_is_float32_and_the_hash_of_earlier_runs(
     assert backbone.weight_hash() == earlier.weight_hash()
 
 
-@pytest.mark.parametrize("name", ["gemma3 with images", "qwen3-vl", "t5, its encoder", "mpnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gemma3 with images", "qwen3-vl", "t5, its encoder", "mpnet", "bloom", "deberta-v3"),
+        *("albert, narrow words", "bart, its encoder", "m2m_100, its encoder"),
+    ],
+)
 @torch.no_grad()
 def test_parts_of_a_saved_model_load(name: str, tmp_path: Path) -> None:
     family, changes, _, _ = EXACT[name]
@@ -522,6 +534,7 @@ def test_parts_of_a_saved_model_load(name: str, tmp_path: Path) -> None:
     backbone = loaded(folder, "float32")
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     rows = [torch.arange(8, 8 + n) for n in (3, 20, 1)]
-    whole = model.get_encoder() if family == "t5" else model
+    encodes = family in ("t5", "bart", "m2m_100")
+    whole = model.get_encoder() if encodes else model
     torch.testing.assert_close(packed(backbone, rows), alone(whole, rows), rtol=1e-3, atol=1e-4)
     assert loaded(folder, "bfloat16").dtype is torch.bfloat16

@@ -31,7 +31,7 @@ ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}
 COARSE = 0.25
 """Largest difference of a token's states, relative to them, that may be rounding: in the dtypes of
 `ROUNDING`, and in the shorter ones. Models found to be another one differ by about 1."""
-CHEAP = 2 * 10**10
+CHEAP = 5 * 10**9
 """Most tokens times weights that are worth their time at every load, to run many tokens."""
 DRAWS = 3
 """Draws of token ids in the shorter dtypes."""
