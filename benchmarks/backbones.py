@@ -99,6 +99,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     **{key: {"vocabulary_map": {"<image>": 5}} for key in ("chameleon", "emu3")},
     "longcat_flash": {"head_dim": 8},
+    "deepseek_v4": {"head_dim": 16},
     "glm5_next_text": {"qk_rope_head_dim": 0},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
     "cohere_compass_text": {
@@ -114,7 +115,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 MROPE = {
     **{f"{kind}_text": [2, 1, 1] for kind in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni")},
-    **{f"{kind}_text": [2, 1, 1] for kind in ("glm4v", "glm_image", "glm_ocr")},
+    **{f"{kind}_text": [2, 1, 1] for kind in ("glm4v", "glm_image", "glm_ocr", "paddleocr_vl")},
     "glm4v_moe_text": [1, 1, 0],
     "hunyuan_vl_text": [1, 1, 1, 1],
 }
@@ -138,8 +139,7 @@ small, or of their own sizes with few layers; fewer heads for keys and values, o
 def small_config(family: str, parts_small: bool, shared: bool) -> Any:
     """Build the config of a family with small sizes, its parts too, in one of `WAYS`."""
     kind = CONFIG_MAPPING[family]
-    sizes = _small(kind().to_dict(), parts_small, shared)
-    return kind(**sizes | PUBLISHED.get(family, {}))
+    return kind(**_small(kind().to_dict(), parts_small, shared))
 
 
 def _small(names: dict[str, Any], parts_small: bool, shared: bool) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _small(names: dict[str, Any], parts_small: bool, shared: bool) -> dict[str, 
             elif not reads:
                 small |= _fitting(SEES, part)
             sizes[key] = {"model_type": part["model_type"], **small}
-    return sizes
+    return sizes | PUBLISHED.get(names["model_type"], {})
 
 
 def _fitting(sizes: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
