@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from tests.support import tiny
+from tests.support.benchmarks import FOLDER, script
 from tests.support.errors import one_line
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel
@@ -538,3 +539,32 @@ def test_parts_of_a_saved_model_load(name: str, tmp_path: Path) -> None:
     whole = model.get_encoder() if encodes else model
     torch.testing.assert_close(packed(backbone, rows), alone(whole, rows), rtol=1e-3, atol=1e-4)
     assert loaded(folder, "bfloat16").dtype is torch.bfloat16
+
+
+# ------------------------------------------------------------------------------- the sweep
+
+
+def documented() -> list[str]:
+    """Read which families docs/backbones.md has as exact."""
+    text = (FOLDER.parent / "docs" / "backbones.md").read_text(encoding="utf-8")
+    table = text.partition("| exact |")[2].partition("\n\n")[0]
+    return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+
+
+def test_the_sweep_tells_families_apart() -> None:
+    sweep = script("backbones")
+    rows = [sweep.tried(family) for family in ("llava", "fnet", "vit")]
+    assert [row.outcome for row in rows] == ["exact", "refused", "refused"]
+    rows.append(sweep.Row("seen", "not tried", "Seen requires the timm library but it was not"))
+    table = sweep.table(rows)
+    assert "1 exact, 2 refused, 0 wrong, 1 not tried." in table
+    assert "| llava | " in table and "| needs timm, which is not installed here | seen |" in table
+    assert "| no language model: has no hidden_size or no word embeddings | vit |" in table
+    assert f"{LEAKS}, for its layers mix tokens outside of attention | fnet |" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", documented())
+def test_families_of_the_document_are_exact(family: str) -> None:
+    row = script("backbones").tried(family)
+    assert row.outcome == "exact", row.said

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2rec.modules.families.attentions import Attend, heads
 
@@ -43,7 +43,8 @@ def deberta(
     for kind, name in zip(("c2p", "p2c"), names, strict=True):
         if kind in kinds:
             linear = getattr(self, name)
-            embedded = nn.functional.linear(rel_embeddings[: 2 * span], linear.weight, linear.bias)
+            frozen = type(linear).forward  # an adapter has replaced that of the instance
+            embedded = frozen(linear, rel_embeddings[: 2 * span])
             places[kind] = heads(embedded[None], size).transpose(2, 3)
 
     def bias(queries: Tensor, keys: Tensor) -> Tensor:
