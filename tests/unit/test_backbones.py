@@ -351,6 +351,15 @@ def test_another_model_when_packed_is_refused(name: str) -> None:
     assert reason in one_line(caught) and f"'tiny' ({family})" in one_line(caught)
 
 
+def test_states_of_another_size_than_the_config_says_are_refused() -> None:
+    model: Any = model_of("bert", ENCODER)
+    model.config.hidden_size = 48
+    with pytest.raises(
+        BackboneError, match=r"\(bert\) gives states of 32 dimensions, where .* 48;"
+    ):
+        backbone_of(model, "tiny")
+
+
 def test_a_model_that_is_more_than_its_text_part_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -97,11 +97,17 @@ def _windows(backbone: Backbone) -> set[int]:
         name = LED  # led by hand, to the attention function itself
     with _attention(backbone.model, name):
         try:
-            _packed(backbone, _random_rows(backbone, [2, 1]))
+            states = _packed(backbone, _random_rows(backbone, [2, 1]))[0]
         except BackboneError:
             raise
         except Exception as error:  # whatever the code of any model raises
             raise _cannot_run(backbone, error) from error
+        if states.shape[-1] != backbone.dim:
+            raise BackboneError(
+                f"backbone {backbone.name!r} ({_family(backbone.model)}) gives states of "
+                f"{states.shape[-1]} dimensions, where its config says {backbone.dim}; choose "
+                "another one"
+            )
         many = "takes no more tokens in all rows together than one row may have"
         with _one_line(backbone.name, backbone.model, many):
             _packed(backbone, _random_rows(backbone, _more_than_a_row(backbone)))
