@@ -99,6 +99,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     **{key: {"vocabulary_map": {"<image>": 5}} for key in ("chameleon", "emu3")},
     "longcat_flash": {"head_dim": 8},
+    "unlimited_ocr_text": {"num_key_value_heads": HEADS},
+    "deepseek_ocr2_text": {"num_key_value_heads": HEADS, "mlp_layer_types": ["dense", "sparse"]},
+    "qwen4_exp_text": {
+        **{"indexer_budget": 8, "indexer_compress_ratio": 4, "indexer_n_heads": 2},
+        **{"indexer_kv_heads": 1, "indexer_head_dim": 8},
+    },
+    **{
+        key: {"prediction_length": 4}
+        for key in ("autoformer", "informer", "time_series_transformer")
+    },
     "deepseek_v4": {"head_dim": 16},
     "glm5_next_text": {"qk_rope_head_dim": 0},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
