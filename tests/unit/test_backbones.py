@@ -351,13 +351,20 @@ def test_another_model_when_packed_is_refused(name: str) -> None:
     assert reason in one_line(caught) and f"'tiny' ({family})" in one_line(caught)
 
 
-def test_states_of_another_size_than_the_config_says_are_refused() -> None:
-    model: Any = model_of("bert", ENCODER)
-    model.config.hidden_size = 48
-    with pytest.raises(
-        BackboneError, match=r"\(bert\) gives states of 32 dimensions, where .* 48;"
-    ):
-        backbone_of(model, "tiny")
+@pytest.mark.parametrize("name", ["opt, narrow words", "embeddinggemma2, wide states"])
+def test_the_size_of_states_is_what_the_model_gives(name: str) -> None:
+    wide = {"embedding_dim": 48, "num_global_key_value_heads": 2, "global_head_dim": 8}
+    families = EXACT | {
+        "embeddinggemma2, wide states": (
+            "embedding_gemma2_text",
+            DECODER | LAYERS | WINDOW | {"hidden_size_per_layer_input": 8} | wide,
+            False,
+            64,
+        )
+    }
+    backbone = backbone_of(model_of(*families[name][:2]), name)
+    assert (backbone.dim, backbone.word_dim) == ((16, 16) if "opt" in name else (48, 32))
+    assert packed(backbone, [torch.arange(8, 12)]).shape == (4, backbone.dim)
 
 
 def test_a_model_that_is_more_than_its_text_part_is_refused(

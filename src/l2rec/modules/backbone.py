@@ -44,7 +44,7 @@ from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules import baichuan
 from l2rec.modules.families import accepted, lead_to_packed
-from l2rec.modules.probe import check_exact, check_text_part, sees_future
+from l2rec.modules.probe import check_exact, check_text_part, sees_future, state_size
 
 ATTENTION = "l2rec_packed"
 """Name under which Hugging Face models find `packed_attention`."""
@@ -421,8 +421,7 @@ class Backbone(nn.Module):
             words = model.get_input_embeddings()  # type: ignore[operator]
         except (NotImplementedError, AttributeError):
             words = None
-        # OPT of 350M gives its states in the size of its words.
-        dim = getattr(config, "word_embed_proj_dim", None) or getattr(config, "hidden_size", None)
+        dim = getattr(config, "hidden_size", None)
         if dim is None or not isinstance(words, nn.Embedding):  # models of images or sounds
             raise BackboneError(
                 f"backbone {name!r} ({config.model_type}) has no hidden_size or no word "
@@ -448,7 +447,8 @@ class Backbone(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.name, self.source, self.revision = name, source, revision
-        self.dim = int(dim)
+        # OPT of 350M and EmbeddingGemma 2 end in a map to another size.
+        self.dim = state_size(model, name) if _has_data(model) else int(dim)
         self.word_embeddings: nn.Embedding = words
         self.word_dim = int(words.weight.shape[-1])
         self.causal = _is_causal(model, name)
