@@ -404,7 +404,7 @@ class L2Rec(nn.Module):
         self.linears = find_linears(backbone.model, config.matrices)
         self.experts = DPMoE(
             self.linears,
-            backbone.dim,
+            backbone.word_dim,  # user vectors are means of inputs
             views=len(config.views),
             shared_experts=config.shared_experts,
             view_experts=config.view_experts,
@@ -415,7 +415,10 @@ class L2Rec(nn.Module):
             personalized=config.personalized_router,
         )
         self.experts.attach()
-        self.projector = BehavioralProjector(backbone.dim)
+        of_words = config.form != "table" and config.behavioral_pool == "embeddings"
+        self.projector = BehavioralProjector(
+            backbone.word_dim if of_words else backbone.dim, backbone.word_dim
+        )
         self.fusion = AdaptiveFusion(backbone.dim)
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(config.temperature)), requires_grad=False

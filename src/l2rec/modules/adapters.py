@@ -29,7 +29,7 @@ Forward = Callable[[Tensor], Tensor]
 State = TypeVar("State")
 
 MATRIX_NAMES = {
-    "q": ("q_proj", "query", "q_lin", "q", "Wq", "query_proj"),
+    "q": ("q_proj", "query", "q_lin", "q", "Wq", "query_proj", "q_b_proj"),
     "k": ("k_proj", "key", "k_lin", "k", "Wk", "key_proj"),
     "v": ("v_proj", "value", "v_lin", "v", "Wv", "value_proj"),
     "o": (

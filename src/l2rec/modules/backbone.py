@@ -30,7 +30,7 @@ __all__ = [
 import hashlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -43,13 +43,15 @@ from torch import Tensor, nn
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules import baichuan, gguf
-from l2rec.modules.families import lead_to_packed
-from l2rec.modules.probe import check_exact, check_text_part, sees_future
+from l2rec.modules.families import accepted, lead_to_packed
+from l2rec.modules.probe import check_exact, check_text_part, sees_future, state_size
 from l2rec.modules.quantized import bits_of, packed_weights, quantization, take_over
 from l2rec.modules.recompute import recompute_blocks
 
 ATTENTION = "l2rec_packed"
 """Name under which Hugging Face models find `packed_attention`."""
+LED = "l2rec_packed_by_hand"
+"""Name of the attention of models that are led to it, see `families`: they make tiny masks."""
 # The fused attention of a CPU pays only for rows longer than this: its backward costs several
 # times the explicit products in bfloat16, and as much in float32 (docs/log.md).
 LONG_ROW = {torch.float32: 64, torch.bfloat16: 256}
@@ -293,6 +295,10 @@ def _from_grids(grids: list[Tensor], group: Group) -> Tensor:
     return _Unpermute.apply(cells, group.unpad)  # type: ignore[no-untyped-call,no-any-return]
 
 
+PositionBias = Tensor | Callable[[Tensor, Tensor], Tensor]
+"""What is added to the scores, see `packed_attention`."""
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -306,7 +312,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: PositionBias | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each row of a packed batch; called by Hugging Face models.
@@ -314,7 +320,8 @@ def packed_attention(
     query: [1, H, N, d]; key, value: [1, H_kv, N, d]. Returns [1, N, H, d] and no weights.
     sliding_window: see `Bucket.mask_within`. softcap: c of scores c tanh(s / c) (Gemma 2). s_aux:
     [H] score of a sink, which takes its share of the softmax and gives nothing (gpt-oss).
-    position_bias: [1, H, W, W] added to the scores, W at least the longest row (T5, MPNet).
+    position_bias: [1, H, W or 1, W] added to the scores, W at least the longest row (T5, ALiBi); or
+    a function that makes it from a bucket's q and k [rows, H, width, d] (DeBERTa).
     """
     packing = _PACKING.get() if packing is None else packing
     assert packing is not None, "packed attention outside of Backbone.forward"
@@ -357,11 +364,13 @@ def _attend(
     *,
     softcap: float | None,
     sinks: Tensor | None,
-    bias: Tensor | None,
+    bias: PositionBias | None,
 ) -> Tensor:
     """Compute softmax(q k^T scale) v; [rows, H, width, d] each. softcap, sinks, bias: as there."""
-    if bias is not None:
+    if isinstance(bias, Tensor):
         bias = bias[..., : q.shape[2], : q.shape[2]].to(q.dtype)
+    elif bias is not None:
+        bias = bias(q, k)
     short = q.shape[2] <= LONG_ROW.get(q.dtype, 256)
     fused = q.device.type != "cpu" or not torch.is_grad_enabled() or not short
     if fused and softcap is None and sinks is None:
@@ -392,7 +401,8 @@ class Backbone(nn.Module):
         name: name in the config. source: hub id or folder that was loaded. revision: that of the
             config, or else the commit hash of the hub, or None.
         causal: True for decoders.
-        dim: hidden size D.
+        dim: size D of the states. word_dim: size of the word vectors, and of all that enters where
+            they do: smaller than D in ELECTRA and ALBERT, which widen them inside.
         max_positions: most tokens of a row, or None if the model sets no limit: its positions, a
             chunk of its attention, or the window up to which it is known to be exact.
 
@@ -404,11 +414,21 @@ class Backbone(nn.Module):
         self, model: nn.Module, tokenizer: Any, *, name: str, source: str, revision: str | None
     ) -> None:
         super().__init__()
-        from transformers import AttentionInterface
+        from transformers import AttentionInterface, AttentionMaskInterface
 
         model.eval().requires_grad_(False)
         whole, model = model, _text_part(model)
         config: Any = model.config
+        try:
+            words = model.get_input_embeddings()  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):
+            words = None
+        dim = getattr(config, "hidden_size", None)
+        if dim is None or not isinstance(words, nn.Embedding):  # models of images or sounds
+            raise BackboneError(
+                f"backbone {name!r} ({config.model_type}) has no hidden_size or no word "
+                "embeddings; choose a language model"
+            )
         by_hand = lead_to_packed(model, _PACKING.get, packed_attention)
         # Not all that take attention functions by name say so: `check_exact` tells.
         says = getattr(model, "_supports_attention_backend", False)
@@ -418,35 +438,25 @@ class Backbone(nn.Module):
                 "name, which packed batches need; choose BERT, RoBERTa, Qwen, Llama, Mistral, "
                 "or another model that does"
             )
-        try:
-            words = model.get_input_embeddings()  # type: ignore[operator]
-        except (NotImplementedError, AttributeError):  # models of images or sounds
-            words = None
         if model is not whole and not _is_encoder_decoder(whole) and _has_data(model):
             check_text_part(whole, model, name)
-        dim = getattr(config, "hidden_size", None)
-        if dim is None or getattr(words, "weight", None) is None:
-            raise BackboneError(
-                f"backbone {name!r} ({config.model_type}) has no hidden_size or no word "
-                "embeddings; choose a language model"
-            )
         AttentionInterface.register(ATTENTION, packed_attention)
-        if by_hand:  # no masks [N, N] are made
-            config._attn_implementation = ATTENTION
+        if by_hand:
+            AttentionMaskInterface.register(LED, _tiny_mask)
+            config._attn_implementation = LED
         else:
             model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.model = model
         self.tokenizer = tokenizer
         self.name, self.source, self.revision = name, source, revision
-        self.dim = int(dim)
+        # OPT of 350M and EmbeddingGemma 2 end in a map to another size.
+        self.dim = state_size(model, name) if _has_data(model) else int(dim)
         self.word_embeddings: nn.Embedding = words
-        if words.weight.shape[1] != self.dim:
-            raise BackboneError(
-                f"backbone {name!r} has word vectors of {words.weight.shape[1]} and "
-                f"hidden states of {self.dim} dimensions; choose one where they agree"
-            )
+        self.word_dim = int(words.weight.shape[-1])
         self.causal = _is_causal(model, name)
         self._position_offset = _position_offset(model)
+        # Left out, zeros are cut from a buffer that is as long as one row may be.
+        self._typed = any(name.endswith("token_type_ids") for name, _ in model.named_buffers())
         self.max_positions = _longest_row(config, self._position_offset)
         exact = check_exact(self) if _has_data(model) else None
         if exact is not None:
@@ -475,7 +485,7 @@ class Backbone(nn.Module):
         return sum(p.numel() for p in self.parameters()) + packed_weights(self.model)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the word vectors [..., D] of token ids [...] int64, in the backbone's dtype.
+        """Return the word vectors [..., word_dim] of token ids [...] int64, in its dtype.
 
         They are those that the model's own embedding module makes, scaled or normed if it does so.
         """
@@ -492,7 +502,7 @@ class Backbone(nn.Module):
         recompute_blocks(self.model, _PACKING)
 
     def forward(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
-        """Run the transformer: packed inputs [N, D] -> last hidden states [N, D].
+        """Run the transformer: packed inputs [N, word_dim] -> last hidden states [N, D].
 
         Inputs are cast to the backbone's dtype, which is that of the states.
 
@@ -506,12 +516,15 @@ class Backbone(nn.Module):
             )
         token = _PACKING.set(packing)
         try:
-            output = self.model(
-                inputs_embeds=inputs_embeds[None].to(self.dtype),
-                position_ids=(packing.positions + self._position_offset)[None],
-                packing=packing,
-                use_cache=False,
-            )
+            inputs: dict[str, Any] = {
+                "inputs_embeds": inputs_embeds[None].to(self.dtype),
+                "position_ids": (packing.positions + self._position_offset)[None],
+                "packing": packing,
+                "use_cache": False,
+            }
+            if self._typed:
+                inputs["token_type_ids"] = torch.zeros_like(inputs["position_ids"])
+            output = self.model(**accepted(self.model, inputs))
         finally:
             _PACKING.reset(token)
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
@@ -530,6 +543,11 @@ class Backbone(nn.Module):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(sample.to(torch.float32).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _tiny_mask(*_: Any, device: Any = None, **__: Any) -> Tensor:
+    """Make a mask [1, 1, 1, 1] that allows all: led attention has that of its packing."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def _text_part(model: nn.Module) -> nn.Module:
@@ -574,8 +592,10 @@ def _is_causal(model: nn.Module, name: str) -> bool:
 def _longest_row(config: Any, offset: int) -> int | None:
     """Return the most tokens of a row, or None; offset: number of the first position."""
     limits = []
-    if getattr(config, "max_position_embeddings", None) is not None:
-        limits.append(int(config.max_position_embeddings) - offset)
+    named = ("max_position_embeddings", "max_seq_len")  # the latter: MPT, DBRX
+    positions = next((n for key in named if (n := getattr(config, key, None)) is not None), None)
+    if positions is not None:
+        limits.append(int(positions) - offset)
     # Chunks are in Hugging Face's masks alone: rows of one chunk do not meet them.
     if getattr(config, "attention_chunk_size", None) is not None:
         limits.append(int(config.attention_chunk_size))

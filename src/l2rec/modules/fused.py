@@ -6,6 +6,7 @@ be read neither from names nor from shapes: it is in the code of the model, and 
     [q | k | v]                           GPT-2, Phi-3, ModernBERT
     [q1 | k1 | v1 | q2 | k2 | v2 | ...]   GPT-NeoX, BLOOM: head by head
     [q1 q2 | k1 | v1 | q3 q4 | ...]       Falcon: keys and values shared by some heads
+    [k1 | v1 | k2 | v2 | ...]             DeepSeek's kv_b_proj: keys without their rotary places
     [gate | up]                           Phi-3, GLM, ModernBERT
 
 All of them are groups of equally many rows, of which a part has the same ones in each: `Part`.
@@ -108,14 +109,16 @@ FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": QKV,
     "Wqkv": QKV,
     "W_pack": QKV,
+    "in_proj": QKV,
     "gate_up_proj": GATE_UP,
     "Wi": GATE_UP,
     "kv_proj": KV,
+    "kv_b_proj": KV,
 }
 """Last names of fused matrices, and their parts."""
-IN_A_ROW = ("gpt2", "phi3", "modernbert", "mpt", "dbrx", "baichuan")
+IN_A_ROW = ("gpt2", "openai-gpt", "phi3", "modernbert", "mpt", "dbrx", "baichuan")
 """Model types whose matrix is [q | k | v]."""
-BY_HEAD = ("gpt_neox", "bloom", "persimmon")
+BY_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "deberta")
 """Model types whose matrix is [q | k | v] head by head."""
 HALVES = (
     *("phi3", "glm", "glm4", "glm4v_text", "glm_ocr_text"),
@@ -163,6 +166,8 @@ def fused_parts(config: Any, name: str, module: nn.Module) -> dict[str, Part]:
     if parts == QKV and kind is not None:
         found = _heads(config)
         layout = None if found is None else (found[0], found[1], found[2], found[2])
+    elif name.endswith("kv_b_proj") and hasattr(config, "qk_nope_head_dim"):
+        layout = (config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim)
     elif parts and kind in HALVES:
         layout = (1, 1, 1)
     if layout is None:

@@ -176,10 +176,10 @@ class EncodedItems:
         """Return pool(Embed(c_i)) of Eq. 2, or text vectors: [n, D] float32."""
         backbone = self._backbone
         if self._pool is None or backbone.device.type == "meta":
-            return torch.empty(0, backbone.dim, device=backbone.device)
+            return torch.empty(0, backbone.word_dim, device=backbone.device)
         if self._pool == "encoder":
             return text_vectors(backbone, tokens, self._text_tokens)
-        out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
+        out = torch.zeros(len(tokens), backbone.word_dim, device=backbone.device)
         for start in range(0, len(tokens), POOLED_TOGETHER):
             part = Ragged(tokens.values, tokens.offsets[start : start + POOLED_TOGETHER + 1])
             texts = part.take(np.arange(len(part))).head(self._item_tokens)
