@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
-from l2rec.modules import baichuan
+from l2rec.modules import baichuan, memory
 from l2rec.modules.families import lead_to_packed
 from l2rec.modules.probe import check_exact, check_text_part, sees_future
 
@@ -445,6 +445,7 @@ class Backbone(nn.Module):
             )
         self.causal = _is_causal(model, name)
         self._position_offset = _position_offset(model)
+        self._passes = 0
         self.max_positions = _longest_row(config, self._position_offset)
         exact = check_exact(self) if _has_data(model) else None
         if exact is not None:
@@ -488,6 +489,9 @@ class Backbone(nn.Module):
                 f"a row of {packing.longest} tokens: backbone {self.name!r} takes "
                 f"{self.max_positions}; lower max_tokens or text_tokens"
             )
+        self._passes += 1
+        if self._passes % memory.PASSES == 0:  # now: what the last pass took is free
+            memory.trim()
         token = _PACKING.set(packing)
         try:
             output = self.model(
@@ -605,6 +609,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     from transformers import AutoConfig
 
     baichuan.register()
+    memory.bound_caches()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     source = minilm_source() if config.name == "minilm" else config.name
     common: dict[str, Any] = {
