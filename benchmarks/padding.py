@@ -57,7 +57,7 @@ class Counter:
 
     def __call__(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
         self.count.batches += 1
-        self.count.tokens += len(packing.positions)
+        self.count.tokens += packing.tokens
         self.count.computed += packing.computed
         return inputs_embeds
 
