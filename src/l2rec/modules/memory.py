@@ -31,8 +31,8 @@ each page: a sixth of a training step, too much for each of them."""
 
 
 RUNGS = 64
-"""Fewest rungs of the ladder between a number of tokens and its double: what is filled up to the
-next rung is less than 1 / RUNGS of a run."""
+"""Fewest rungs of the ladder between a number of tokens and its double: each view of a batch is
+filled up by less than 1 / RUNGS of the batch."""
 
 
 def rungs(tokens: int, x: Tensor) -> int:
