@@ -72,7 +72,7 @@ from l2rec.modules.backbone import (
     Attend,
     Backbone,
     Packing,
-    split,
+    split_groups,
 )
 from l2rec.modules.cooccurrence import CoOccurrence, Prior, text_neighbors
 from l2rec.modules.experts import DPMoE, Routing, ViewSlice
@@ -543,7 +543,7 @@ class L2Rec(nn.Module):
             position=torch.from_numpy(position),
             row=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
             routing=routing,
-            tokens=len(packing.positions),
+            tokens=packing.tokens,
             computed_tokens=packing.computed,
         )
 
@@ -574,18 +574,18 @@ class L2Rec(nn.Module):
         self, inputs: Sequence[ViewInput]
     ) -> tuple[list[Tensor], Routing | None, Packing]:
         """Return TRM(E^v; DPMoE), states [n, D] of each view, of one packed pass."""
-        packed, packing, starts = pack_views(inputs, self._attend(), self.backbone.dtype)
+        packed, packing = pack_views(inputs, self._attend(), self.backbone.dtype)
         if self.has_experts:
             views = self.config.views
             slices = [
-                ViewSlice(views.index(part.view), start, start + len(part.x), part.u, part.user)
-                for part, start in zip(inputs, starts, strict=True)
+                ViewSlice.of_group(views.index(part.view), group, part.u, part.user)
+                for part, group in zip(inputs, packing.groups, strict=True)
             ]
             with self.experts.routed(slices) as routing:
                 states = self.backbone(packed, packing)
         else:
             routing, states = None, self.backbone(packed, packing)
-        return list(split(states, [len(part.x) for part in inputs])), routing, packing
+        return list(split_groups(states, packing)), routing, packing
 
     def _attend(self) -> Attend:
         if self.backbone.causal:

@@ -6,6 +6,7 @@ know where a row ends, and gets it from `Packing`. The model code is Hugging Fac
 attention function registered here by name, with the packing as a keyword.
 
     backbone.embed(ids)                  word vectors of token ids (Embed of L2Rec, Eq. 1-2)
+    lay(parts, dtype)                    a packed batch of several groups of rows
     backbone(inputs_embeds, packing)     last hidden states (TRM, below Eq. 6)
 
 Legend: B rows, n tokens of a group, N of the packed batch, C cells of all grids, H heads, d size of
@@ -22,9 +23,11 @@ __all__ = [
     "Bucket",
     "Group",
     "Packing",
+    "lay",
     "load_backbone",
     "pack",
     "split",
+    "split_groups",
 ]
 
 import hashlib
@@ -32,7 +35,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,7 @@ from torch import Tensor, nn
 
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
-from l2rec.modules import baichuan, gguf
+from l2rec.modules import baichuan, gguf, memory
 from l2rec.modules.families import accepted, lead_to_packed
 from l2rec.modules.probe import check_exact, check_text_part, sees_future, state_size
 from l2rec.modules.quantized import bits_of, packed_weights, quantization, take_over
@@ -113,6 +116,7 @@ class Group:
         relative to start; padding points at token 0 and is never seen. None where the tokens lie
         in the order of the cells already.
     unpad: [n] int64, the cell of every token, or None.
+    filler: tokens from stop on that are in no row: none attends to them, nor they to any.
     """
 
     start: int
@@ -120,22 +124,34 @@ class Group:
     pad: Tensor | None
     unpad: Tensor | None
     buckets: tuple[Bucket, ...]
+    filler: int = 0
 
 
 @dataclass(frozen=True)
 class Packing:
     """Layout of a packed batch.
 
-    groups: in the order of the flat batch. positions: [N] int64, from 0 in each row.
+    groups: in the order of the flat batch. positions: [N] int64, from 0 in each row; 0 of fillers.
     """
 
     groups: tuple[Group, ...]
     positions: Tensor
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens that are in rows."""
+        return sum(group.stop - group.start for group in self.groups)
+
+    @property
     def computed(self) -> int:
-        """Number of tokens that attention computes, padding included."""
-        return sum(b.rows * b.width for group in self.groups for b in group.buckets)
+        """Number of tokens that attention computes, padding included, and of fillers."""
+        cells = sum(b.rows * b.width for group in self.groups for b in group.buckets)
+        return cells + sum(group.filler for group in self.groups)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each group and of its filler, in turn, to `split` the packed batch by."""
+        return [n for g in self.groups for n in (g.stop - g.start, g.filler)]
 
     @property
     def longest(self) -> int:
@@ -196,6 +212,31 @@ def pack(
     return Group(start, start + total, pad, unpad, tuple(buckets)), positions
 
 
+def lay(
+    parts: Sequence[tuple[Tensor, Group, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, Packing]:
+    """Lay groups behind one another, each filled up to a rung of `memory.rungs`.
+
+    parts: rows x [n, D] of each, and what `pack` returned of them.
+
+    Returns:
+        x [N, D] in ``dtype``, zero in fillers, and how it is packed.
+    """
+    rows = [x.to(dtype) for x, _, _ in parts]
+    step = memory.rungs(sum(map(len, rows)), rows[0])
+    flat: list[Tensor] = []
+    groups: list[Group] = []
+    positions: list[Tensor] = []
+    end = 0
+    for x, (_, group, position) in zip(rows, parts, strict=True):
+        start, stop, filler = end, end + len(x), -len(x) % step
+        groups.append(replace(group, start=start, stop=stop, filler=filler))
+        flat += [x, x.new_zeros(filler, x.shape[1])]
+        positions += [position, position.new_zeros(filler)]
+        end = stop + filler
+    return torch.cat(flat), Packing(tuple(groups), torch.cat(positions))
+
+
 def _bucket_sizes(lengths: Tensor) -> list[int]:
     """Choose the number of rows of each bucket; lengths: [B] int64, descending."""
     on_cpu = lengths.device.type == "cpu"
@@ -237,6 +278,13 @@ def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     An index or a slice of x instead costs a zero-filled gradient of all of x for each of them.
     """
     return (x,) if len(sizes) == 1 else x.split(list(sizes))
+
+
+def split_groups(x: Tensor, packing: Packing) -> Sequence[Tensor]:
+    """Split x [N, ...] into the tokens of each group [n, ...], without fillers."""
+    if not any(group.filler for group in packing.groups):
+        return split(x, packing.sizes[::2])
+    return split(x, packing.sizes)[::2]
 
 
 class _Permute(torch.autograd.Function):
@@ -327,8 +375,7 @@ def packed_attention(
     assert packing is not None, "packed attention outside of Backbone.forward"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, d]
-    sizes = [group.stop - group.start for group in packing.groups]
-    parts = zip(*(split(x, sizes) for x in (q, k, v)), strict=True)
+    parts = zip(*(split_groups(x, packing) for x in (q, k, v)), strict=True)
     outputs = []
     for group, part in zip(packing.groups, parts, strict=True):
         grids = zip(*(_to_grids(x, group) for x in part), strict=True)
@@ -344,6 +391,8 @@ def packed_attention(
             for grid, bucket in zip(grids, group.buckets, strict=True)
         ]
         outputs.append(_from_grids(attended, group))
+        if group.filler:
+            outputs.append(outputs[-1].new_zeros(group.filler, *outputs[-1].shape[1:]))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
@@ -457,6 +506,7 @@ class Backbone(nn.Module):
         self._position_offset = _position_offset(model)
         # Left out, zeros are cut from a buffer that is as long as one row may be.
         self._typed = any(name.endswith("token_type_ids") for name, _ in model.named_buffers())
+        self._passes = 0
         self.max_positions = _longest_row(config, self._position_offset)
         exact = check_exact(self) if _has_data(model) else None
         if exact is not None:
@@ -514,6 +564,9 @@ class Backbone(nn.Module):
                 f"a row of {packing.longest} tokens: backbone {self.name!r} takes "
                 f"{self.max_positions}; lower max_tokens or text_tokens"
             )
+        self._passes += 1
+        if self._passes % memory.PASSES == 0:  # now: what the last pass took is free
+            memory.trim()
         token = _PACKING.set(packing)
         try:
             inputs: dict[str, Any] = {
@@ -641,6 +694,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     from transformers import AutoConfig
 
     baichuan.register()
+    memory.bound_caches()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     source = minilm_source() if config.name == "minilm" else config.name
     common: dict[str, Any] = {

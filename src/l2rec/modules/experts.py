@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import Adapter, Forward, side_by_side
-from l2rec.modules.backbone import split
+from l2rec.modules.backbone import Group, split
 from l2rec.modules.fused import Matrix, Part
 
 Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
@@ -81,6 +81,7 @@ class ViewSlice:
     view: place of the view, and of its experts, 0..V-1. u: [U, D] float32 user vectors of this
     view. user: [n] int64, the row of u that each token is routed by (one per history, or one per
     prefix of it).
+    filler: how many of the last tokens are in no row, and count for no expert's load.
     """
 
     view: int
@@ -88,6 +89,13 @@ class ViewSlice:
     stop: int
     u: Tensor
     user: Tensor
+    filler: int = 0
+
+    @classmethod
+    def of_group(cls, view: int, group: Group, u: Tensor, user: Tensor) -> ViewSlice:
+        """Build the slice of a group and its filler; user: [n], of the group's tokens alone."""
+        user = F.pad(user, (0, group.filler))  # fillers need some user
+        return cls(view, group.start, group.stop + group.filler, u, user, group.filler)
 
 
 @dataclass
@@ -121,7 +129,10 @@ class Routing:
         assert self.chosen is not None, "a part that is computed once more is no whole pass"
         for part, chosen in zip(self.slices, self.chosen, strict=True):
             if chosen:
-                scores, in_top = (torch.cat(of_groups) for of_groups in zip(*chosen, strict=True))
+                real = part.stop - part.start - part.filler
+                scores, in_top = (
+                    torch.cat(of_groups)[:, :real] for of_groups in zip(*chosen, strict=True)
+                )
                 self.balance[part.view], self.load[part.view] = load_balance(scores, in_top)
                 chosen.clear()
 

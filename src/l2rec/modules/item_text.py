@@ -17,7 +17,15 @@ from l2rec.data.batches import plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import special_tokens
 from l2rec.disk import replacing
-from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import (
+    ENCODED_ROWS,
+    ENCODED_TOKENS,
+    Attend,
+    Backbone,
+    lay,
+    pack,
+    split_groups,
+)
 from l2rec.modules.views import mean_of, semantic_tokens
 
 
@@ -56,7 +64,8 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
             device=out.device,
         )
         group, positions = pack(part.segments.lengths, attend)
-        states = backbone(backbone.embed(part.ids), Packing((group,), positions))
+        packed, packing = lay([(backbone.embed(part.ids), group, positions)], backbone.dtype)
+        (states,) = split_groups(backbone(packed, packing), packing)
         out[torch.from_numpy(rows).to(out.device)] = mean_of(states, part.segments.block, len(rows))
     return F.normalize(out, dim=-1)
 

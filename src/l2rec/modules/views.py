@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.ragged import Ragged, flat_index
-from l2rec.modules.backbone import Attend, Group, Packing, pack
+from l2rec.modules.backbone import Attend, Packing, lay, pack
 
 View = Literal["semantic", "behavioral"]
 
@@ -169,24 +169,17 @@ class ViewInput:
 
 def pack_views(
     inputs: Sequence[ViewInput], attend: Attend, dtype: torch.dtype
-) -> tuple[Tensor, Packing, list[int]]:
+) -> tuple[Tensor, Packing]:
     """Lay all views behind one another, for one pass of the backbone.
 
     Returns:
-        x [n, word_dim] in ``dtype``, how its rows are packed, and where each view starts.
+        x [N, word_dim] in ``dtype``, and how its rows are packed, a group of each view.
     """
-    groups: list[Group] = []
-    positions: list[Tensor] = []
-    starts: list[int] = []
-    end = 0
-    for part in inputs:
-        starts.append(end)
-        group, position = pack(part.segments.lengths, attend, blocks=part.segments.block, start=end)
-        groups.append(group)
-        positions.append(position)
-        end = group.stop
-    packed = torch.cat([part.x.to(dtype) for part in inputs])
-    return packed, Packing(tuple(groups), torch.cat(positions)), starts
+    parts = [
+        (part.x, *pack(part.segments.lengths, attend, blocks=part.segments.block))
+        for part in inputs
+    ]
+    return lay(parts, dtype)
 
 
 class BehavioralProjector(nn.Module):
