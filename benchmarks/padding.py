@@ -5,8 +5,9 @@
 
 Everything up to the transformer is the product's own code: the batches of one epoch as training
 plans them, items and users as encoding batches them. A counter replaces the transformer, whose
-output changes no shape. Linear layers, norms and adapters see only real tokens; attention pads each
-row to the longest of its batch and view, and the tokens it computes are counted.
+output changes no shape. Attention pads each row to the longest of its bucket, and the tokens it
+computes are counted; linear layers, norms and adapters see real tokens, and the fillers that lay a
+batch on a ladder of shapes (bfloat16 on a CPU), which are counted too.
 
     text vectors  of the whole catalog, by the bare backbone, as a model is built
     training      every batch of one epoch: histories, and encoded targets and negatives
@@ -57,7 +58,7 @@ class Counter:
 
     def __call__(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
         self.count.batches += 1
-        self.count.tokens += len(packing.positions)
+        self.count.tokens += packing.tokens
         self.count.computed += packing.computed
         return inputs_embeds
 
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows=rows,
         notes=[
             "Padding is computed by attention alone; linear layers and adapters see real tokens "
-            "only. Both views of a batch are counted together."
+            "and fillers, which are counted. Both views of a batch are counted together."
         ],
         summary=[
             {

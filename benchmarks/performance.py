@@ -77,6 +77,7 @@ PARTS = (
     Part("systems", "first"),
     Part("growth"),
     Part("growth-cuda", gpu=True),
+    Part("memory", "first"),
     Part("padding", "data"),
     Part("encoding", "data"),
     Part("ranking", "data"),

@@ -397,7 +397,7 @@ def doctor(
     largest batch that fits.
 
     From shapes alone, without weights and in seconds: what is trained and what is frozen, the
-    memory of the largest batch on a card (weights in bfloat16, and in 8 bits), the largest
+    memory of the largest batch on a card (weights in bfloat16, in 8 and in 4 bits), the largest
     `training.batch_tokens` that fits, the run folder. And, where the weights are on this machine,
     from a few real steps in a process of their own: the time of an epoch and of a validation, and
     the peak memory, here.

@@ -51,14 +51,25 @@ class BackboneConfig(_Closed):
     """The frozen language model."""
 
     name: str = "minilm"
-    """``minilm`` (the real pretrained all-MiniLM-L6-v2), a Hugging Face hub id, or a folder."""
+    """``minilm`` (the real pretrained all-MiniLM-L6-v2), a Hugging Face hub id, a folder, or a GGUF
+    file of Llama or Qwen (or a folder with one), which is read as plain weights."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 where the processor multiplies it natively, else float32. Weights saved in
     float16 are rounded to bfloat16 by the former; ``float32`` keeps them as they are."""
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Hold the matrices of linear layers in 8 bits (int8, a scale for each row) or 4 (NF4), which
+    needs `pip install 'l2rec[quantized]'`. Products are made in ``dtype``. Weights that are stored
+    so by bitsandbytes are read as they are, with ``none`` too."""
     trust_remote_code: bool = False
     random_weights: bool = False
     """Seeded random weights instead of the pretrained ones: for tests and timings."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BackboneConfig:
+        if self.random_weights and self.quantize != "none":
+            raise ValueError("random_weights and quantize do not go together; choose one of them")
+        return self
 
 
 class TrainingConfig(_Closed):
@@ -83,6 +94,9 @@ class TrainingConfig(_Closed):
     """Largest number of users in a batch."""
     batch_tokens: int = Field(8192, ge=1)
     """Largest number of input tokens of user histories in a batch."""
+    checkpointing: bool = False
+    """Gradient checkpointing: keep only the inputs of the backbone's blocks for the backward, and
+    compute the rest once more there. The same gradients from less memory, in more time."""
     eval_every: float = Field(1.0, gt=0)
     """Epochs between validations (all users)."""
     patience: int = Field(5, ge=1)

@@ -109,9 +109,9 @@ def options(name: str) -> dict[str, Any]:
     return {k: v for k, v in TINY.items() if k in known} | OPTIONS.get(name, {})
 
 
-def build(name: str, catalog: Catalog, seed: int = 0) -> Any:
-    backbone = tiny.random_backbone("bert") if METHODS[name].uses_backbone else None
-    return models.build(METHODS[name], options(name), catalog, backbone, seed=seed)
+def build(name: str, catalog: Catalog, seed: int = 0, family: str = "bert", **more: Any) -> Any:
+    backbone = tiny.random_backbone(family) if METHODS[name].uses_backbone else None
+    return models.build(METHODS[name], options(name) | more, catalog, backbone, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +283,24 @@ def test_stages(name: str, chain: tuple[Catalog, Split]) -> None:
         after = model.state_dict()
         moved = {n for n in before if not torch.equal(before[n], after[n])}
         assert moved <= names, f"{stage.name}: {sorted(moved - names)} moved without a gradient"
+
+
+NARROW = [
+    *((name, {}) for name in sorted(METHODS) if METHODS[name].uses_backbone),
+    ("L2Rec", {"form": "paper"}),
+    ("L2Rec", {"form": "paper", "behavioral_pool": "encoder"}),
+]
+
+
+@pytest.mark.parametrize(("method", "more"), NARROW)
+def test_words_may_be_narrower_than_states(
+    method: str, more: dict[str, Any], chain: tuple[Catalog, Split]
+) -> None:
+    catalog, split = chain
+    model = build(method, catalog, family="electra", **more)
+    assert np.isfinite(a_few_steps(model, split.train)).all()
+    model.eval()
+    assert answers(model, split.test.histories).isfinite().all()
 
 
 def test_batches_are_a_function_of_seed_and_epoch(name: str, chain: tuple[Catalog, Split]) -> None:

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from tests.support import reference, tiny
 from tests.support.errors import one_line
 from torch import Tensor, nn
-from transformers import AutoModel, BertForMaskedLM, DebertaV2Config, ElectraConfig
+from transformers import AutoModel, BertForMaskedLM
 
 from l2rec.config import BackboneConfig
 from l2rec.data.catalog import Catalog
 from l2rec.errors import BackboneError
 from l2rec.methods.l2rec import L2Rec
+from l2rec.modules import backbone as backbone_module
 from l2rec.modules.backbone import (
     Attend,
     Backbone,
@@ -30,6 +31,7 @@ from l2rec.modules.backbone import (
 )
 
 FAMILIES = tuple(tiny.CONFIGS)
+ENCODERS = ("bert", "roberta", "electra")
 LENGTHS = {"ragged": [5, 1, 9, 3], "even": [4, 4, 4], "one": [6]}
 TEXTS = [
     "a small lamp",
@@ -42,7 +44,7 @@ TEXTS = [
 
 def close(family: str) -> dict[str, float]:
     """Return tolerances; decoders compute norms, rotations and softmax in float32 at any dtype."""
-    if family in ("bert", "roberta"):
+    if family in ENCODERS:
         return {"rtol": 1e-9, "atol": 1e-10}
     return {"rtol": 1e-4, "atol": 2e-5}
 
@@ -90,7 +92,7 @@ def run_packed(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_forward_is_the_padded_forward(family: str, lengths: list[int]) -> None:
     backbone, model = both(family)
-    assert backbone.causal is (family not in ("bert", "roberta"))
+    assert backbone.causal is (family not in ENCODERS)
     torch.manual_seed(1)
     ids = torch.randint(6, 60, (sum(lengths),))
     attend = Attend.CAUSAL if backbone.causal else Attend.FULL
@@ -231,6 +233,55 @@ def test_packed_attention_is_attention(lengths: list[int], attend: Attend) -> No
             torch.testing.assert_close(out[0, part, h], expected)
         start += length
     assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+@pytest.mark.parametrize("longest", [0, 1000], ids=["fused", "explicit"])
+@pytest.mark.parametrize("kind", ["of keys", "of pairs", "of contents"])
+@pytest.mark.parametrize("attend", Attend)
+@torch.no_grad()
+def test_biases_are_added_inside_each_row(
+    attend: Attend, kind: str, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare biases of ALiBi, T5 and DeBERTa with the scores of each row, written out."""
+    monkeypatch.setattr(backbone_module, "LONG_ROW", {torch.float64: longest})
+    torch.manual_seed(0)
+    lengths, scale = [5, 1, 9, 3, 8], 0.7
+    blocks = block_ids(lengths)
+    flat = torch.tensor([b for row in blocks for b in row])
+    group, positions = pack(torch.tensor(lengths), attend, blocks=flat)
+    q, k, v = (torch.randn(1, 2, sum(lengths), 4, dtype=torch.float64) for _ in range(3))
+    width = 1 if kind == "of keys" else 12
+    table = torch.randn(1, 2, width, 12, dtype=torch.float64)
+
+    def of_contents(queries: Tensor, keys: Tensor) -> Tensor:
+        return (queries.sin() @ keys.cos().transpose(2, 3)) ** 2
+
+    with torch.set_grad_enabled(longest > 0):
+        out, _ = packed_attention(
+            nn.Identity(),
+            *(q, k, v, None),
+            packing=Packing((group,), positions),
+            scaling=scale,
+            position_bias=of_contents if kind == "of contents" else table,
+        )
+    start = 0
+    for n, row in zip(lengths, blocks, strict=True):
+        part = slice(start, start + n)
+        a, b, c = (x[:, :, part] for x in (q, k, v))
+        bias = of_contents(a, b) if kind == "of contents" else table[..., :n, :n]
+        seen = torch.tensor(
+            [
+                [
+                    {"full": True, "causal": j <= i, "block_causal": row[j] <= row[i]}[attend.value]
+                    for j in range(n)
+                ]
+                for i in range(n)
+            ]
+        )
+        scores = (scale * a @ b.transpose(2, 3) + bias).masked_fill(~seen, -torch.inf)
+        expected = (scores.softmax(-1) @ c).transpose(1, 2)
+        torch.testing.assert_close(out[:, part], expected)
+        start += n
 
 
 @pytest.mark.parametrize("attend", Attend)
@@ -433,19 +484,3 @@ def test_remote_code_does_not_run_unless_allowed(folder: Path, tmp_path: Path, k
         with pytest.raises(BackboneError, match="custom code"):
             load(folder)
     assert not ran.exists()
-
-
-# ------------------------------------------------------------------------------- refused models
-
-
-def model_of(config: Any) -> nn.Module:
-    model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")
-    return model
-
-
-def test_models_that_cannot_run_packed_are_refused() -> None:
-    shape = {k: v for k, v in tiny._SHAPE.items()}
-    with pytest.raises(BackboneError, match=r"'tiny' \(deberta-v2\) does not take attention funct"):
-        wrapped(model_of(DebertaV2Config(**shape)))
-    with pytest.raises(BackboneError, match="word vectors of 16 and hidden states of 32"):
-        wrapped(model_of(ElectraConfig(**shape, embedding_size=16)))

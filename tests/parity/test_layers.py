@@ -85,6 +85,25 @@ def test_two_parts_are_the_whole(family: str, below: int) -> None:
     assert forwards == {name: module.forward for name, module in whole.model.named_modules()}
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_recomputed_blocks_are_given_the_same_states(family: str) -> None:
+    """Gradient checkpointing runs the layers above once more, when the cut pass is over."""
+    found = []
+    for again in (False, True):
+        ours = model(family, layers=1)
+        if again:
+            ours.backbone.recompute()
+        losses = (
+            shaken(ours, still=("backbone.",)).train().loss(one_batch(ours, Ragged.from_rows(ROWS)))
+        )
+        losses.total.backward()
+        found.append(
+            [losses.total.detach(), *(p.grad for p in ours.parameters() if p.requires_grad)]
+        )
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_gradients_reach_what_is_given_to_the_upper_part() -> None:
     whole = backbone()
     cut = whole.cut(2)
@@ -149,7 +168,7 @@ def test_states_are_kept_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     first = model(cache=tmp_path)
     (path,) = first.entry.cached
     assert path.name.startswith("states-") and path in first.cached
-    monkeypatch.setattr(entry, "in_text_batches", None)  # nothing is read again
+    monkeypatch.setattr(entry, "read_texts", None)  # nothing is read again
     again = model(cache=tmp_path)
     histories = Ragged.from_rows(ROWS)
     assert torch.equal(again.encode_users(histories), first.encode_users(histories))

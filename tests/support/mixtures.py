@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from tests.support import reference
-from torch import Tensor
+from torch import Tensor, nn
 
-from l2rec.modules.experts import DPMoE
+from l2rec.modules.experts import DPMoE, ViewSlice
 
 WIDTH, RANK = 3, 2
 """Width of the routers and rank of the experts that `matrix_of` takes apart."""
@@ -35,3 +38,31 @@ def matrix_of(moe: DPMoE, j: int, v: int) -> reference.Matrix:
     return reference.Matrix(
         pairs(m.shared_b, m.shared_a), pairs(m.b[v], m.a[v]), context, user, interaction
     )
+
+
+def literal(
+    model: nn.Module, moe: DPMoE, rows: Sequence[Tensor], slices: Sequence[ViewSlice]
+) -> None:
+    """Hook Eq. 3-5 into an untouched model, token by token, expert by expert.
+
+    rows: of each matrix, its rows in the output of its module.
+    """
+    for j, name in enumerate(moe.names):
+        whole = dict(model.named_modules())
+        module = whole[name] if name in whole else whole[name.rpartition(".")[0]]
+
+        def hook(_: nn.Module, inputs: Any, y: Tensor, j: int = j) -> Tensor:
+            x = inputs[0].flatten(end_dim=-2)
+            if len(x) != slices[-1].stop:
+                return y  # DeBERTa: places, which have no user
+            added = []
+            for part in slices:
+                matrix = matrix_of(moe, j, part.view)
+                for t in range(part.start, part.stop):
+                    u = part.u[part.user[t - part.start]]
+                    update = reference.update(matrix, u, x[t], moe.top, moe.scaling)
+                    added.append(torch.zeros_like(y.flatten(end_dim=-2)[t]))
+                    added[-1] = added[-1].index_put((rows[j],), update)
+            return y + torch.stack(added).view(y.shape)
+
+        module.register_forward_hook(hook)

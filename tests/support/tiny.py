@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     BertConfig,
+    ElectraConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -79,8 +80,14 @@ def distill_config(**changes: Any) -> PretrainedConfig:
     return llama_config(rope_parameters=rope, **changes)
 
 
+def electra_config(**changes: Any) -> PretrainedConfig:
+    """Return a tiny ELECTRA, whose word vectors are half as wide as its states."""
+    return ElectraConfig(**_SHAPE | {"embedding_size": 16} | changes)
+
+
 CONFIGS = {
     "bert": bert_config,
+    "electra": electra_config,
     "roberta": roberta_config,
     "qwen3": qwen3_config,
     "llama": llama_config,
@@ -88,6 +95,7 @@ CONFIGS = {
 }
 STYLES: dict[str, Style] = {
     "bert": "bert",
+    "electra": "bert",
     "roberta": "bert",
     "qwen3": "qwen",
     "llama": "llama",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from tests.support import tiny
+from tests.support.benchmarks import FOLDER, script
 from tests.support.errors import one_line
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel
@@ -66,6 +67,19 @@ MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1],
 IMAGES = {"image_token_id": 5, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
 SHORT: dict[str, Any] = {"local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
 
+ALIBI: dict[str, Any] = {"alibi": True, "multi_query": False, "parallel_attn": False}
+GPT: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
+MPT: dict[str, Any] = {
+    **{"vocab_size": 60, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 48},
+    "attn_config": {"clip_qkv": 2.0},
+}
+DISENTANGLED: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+BART: dict[str, Any] = {
+    **ENCODER,
+    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 48},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+}
+
 # name: model type, changes, whether it is causal, most tokens of a row
 EXACT: dict[str, tuple[str, dict[str, Any], bool, int]] = {
     "bert": ("bert", ENCODER, False, 64),
@@ -120,6 +134,55 @@ EXACT: dict[str, tuple[str, dict[str, Any], bool, int]] = {
         False,
         0,
     ),
+    "bloom": ("bloom", {"vocab_size": 60, "hidden_size": 48, "n_layer": 2, "n_head": 6}, True, 0),
+    "falcon, rotary": ("falcon", ENCODER | {"new_decoder_architecture": True}, True, 64),
+    "falcon, alibi": ("falcon", ENCODER | ALIBI, True, 64),
+    "mpt": ("mpt", MPT, True, 48),
+    "deberta": ("deberta", ENCODER | DISENTANGLED, False, 64),
+    "deberta-v3": (
+        "deberta-v2",
+        ENCODER
+        | DISENTANGLED
+        | {"position_buckets": 8, "share_att_key": True, "position_biased_input": False},
+        False,
+        64,
+    ),
+    "deberta-v2, apart": (
+        "deberta-v2",
+        ENCODER | DISENTANGLED | {"max_relative_positions": 16, "pos_att_type": ["p2c"]},
+        False,
+        64,
+    ),
+    "gpt-j": ("gptj", {"vocab_size": 60, "n_embd": 32, "rotary_dim": 4} | GPT, True, 64),
+    "gpt-neo": (
+        "gpt_neo",
+        ENCODER
+        | {"num_layers": 2, "num_heads": 4, "window_size": 8, "attention_dropout": 0.0}
+        | {"attention_types": [[["global", "local"], 1]]},
+        True,
+        64,
+    ),
+    "gpt": ("openai-gpt", {"vocab_size": 60, "n_embd": 32} | GPT, True, 64),
+    "xglm": (
+        "xglm",
+        ENCODER | {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+        True,
+        64,
+    ),
+    "roformer": ("roformer", ENCODER | {"embedding_size": 16}, False, 64),
+    "rembert": (
+        "rembert",
+        ENCODER | {"input_embedding_size": 16, "output_embedding_size": 16},
+        False,
+        64,
+    ),
+    "big_bird, in full": ("big_bird", ENCODER | {"attention_type": "original_full"}, False, 64),
+    "electra, narrow words": ("electra", ENCODER | {"embedding_size": 16}, False, 64),
+    "albert, narrow words": ("albert", ENCODER | {"embedding_size": 16}, False, 64),
+    "opt, narrow words": ("opt", ENCODER | {"ffn_dim": 48, "word_embed_proj_dim": 16}, True, 64),
+    "bart, its encoder": ("bart", BART, False, 64),
+    "pegasus, its encoder": ("pegasus", BART, False, 64),
+    "m2m_100, its encoder": ("m2m_100", BART, False, 64),
     "mpnet": ("mpnet", ENCODER | {"pad_token_id": 1, "max_position_embeddings": 66}, False, 64),
     "nemotron": ("nemotron", DECODER, True, 64),
     "stablelm": ("stablelm", DECODER, True, 64),
@@ -172,18 +235,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "read token ids",
     ),
-    "positions of its own": (
-        "bart",
-        ENCODER | {"d_model": 32, "encoder_ffn_dim": 32, "encoder_attention_heads": 4},
-        LEAKS,
-    ),
     "two opinions": ("gemma", DECODER | {"use_bidirectional_attention": True}, "sees the future"),
     "sparse indexer": (
         "deepseek_v32",
         DECODER | LATENT | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
-        "cannot run packed",
+        "its layers read the attention mask themselves",
     ),
-    "text of images": ("clip_text_model", ENCODER, "specify input_ids"),
+    "text of images": ("clip_text_model", ENCODER, "takes token ids alone, not word vectors"),
+    "a pooled output": ("dpr", ENCODER, "it gives no last hidden states"),
+    "a limit on all tokens": (
+        "tipsv2_text_model",
+        ENCODER,
+        "takes no more tokens in all rows together than one row may have: ValueError: Sequence",
+    ),
+    "blocks": (
+        "longt5",
+        {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+        LEAKS,
+    ),
     "no words at all": (
         "convnext",
         {"hidden_sizes": [8] * 4, "depths": [1] * 4},
@@ -191,7 +260,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "no words": ("vit", ENCODER | {"image_size": 28, "patch_size": 14}, "word embeddings"),
     "recurrent": ("mamba", ENCODER, LEAKS),
-    "attention without a name": ("deberta-v2", ENCODER, "attention functions by name"),
+    "attention without a name": ("big_bird", ENCODER, "attention functions by name"),
+    "a convolution beside attention": (
+        "deberta-v2",
+        ENCODER | DISENTANGLED | {"conv_kernel_size": 3},
+        LEAKS,
+    ),
 }
 
 
@@ -218,8 +292,15 @@ def packed(backbone: Backbone, rows: list[Tensor]) -> Tensor:
 
 
 def alone(model: Any, rows: list[Tensor]) -> Tensor:
-    model.set_attn_implementation("eager")
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
+    else:  # for its masks; Falcon's eager attention counts ALiBi twice
+        model.config._attn_implementation = "sdpa" if "falcon" in name_of(model) else "eager"
     return torch.cat([model(input_ids=row[None]).last_hidden_state[0] for row in rows])
+
+
+def name_of(model: Any) -> str:
+    return str(model.config.model_type)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -233,11 +314,14 @@ def test_packed_rows_are_those_of_the_model_alone(name: str) -> None:
     torch.manual_seed(1)
     rows = [torch.randint(8, 60, (n,)) for n in (3, min(40, longest), 1, min(29, longest))]
     ours = packed(backbone, rows)
-    whole = model.get_encoder() if family in ("t5", "t5gemma") else model  # type: ignore[operator]
+    encodes = bool(getattr(model.config, "is_encoder_decoder", False))
+    whole = model.get_encoder() if encodes else model  # type: ignore[operator]
     torch.testing.assert_close(ours, alone(whole, rows), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["t5, its encoder", "mpnet", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["t5, its encoder", "mpnet", "gemma2", "gpt-oss", "bloom", "deberta-v3"]
+)
 @torch.no_grad()
 def test_other_formulas_are_the_same_with_gradients_and_for_every_length(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -265,6 +349,22 @@ def test_another_model_when_packed_is_refused(name: str) -> None:
     with pytest.raises(BackboneError) as caught:
         backbone_of(model, "tiny")
     assert reason in one_line(caught) and f"'tiny' ({family})" in one_line(caught)
+
+
+@pytest.mark.parametrize("name", ["opt, narrow words", "embeddinggemma2, wide states"])
+def test_the_size_of_states_is_what_the_model_gives(name: str) -> None:
+    wide = {"embedding_dim": 48, "num_global_key_value_heads": 2, "global_head_dim": 8}
+    families = EXACT | {
+        "embeddinggemma2, wide states": (
+            "embedding_gemma2_text",
+            DECODER | LAYERS | WINDOW | {"hidden_size_per_layer_input": 8} | wide,
+            False,
+            64,
+        )
+    }
+    backbone = backbone_of(model_of(*families[name][:2]), name)
+    assert (backbone.dim, backbone.word_dim) == ((16, 16) if "opt" in name else (48, 32))
+    assert packed(backbone, [torch.arange(8, 12)]).shape == (4, backbone.dim)
 
 
 def test_a_model_that_is_more_than_its_text_part_is_refused(
@@ -357,7 +457,13 @@ def test_the_probe_leaves_the_random_numbers_and_the_attention_alone() -> None:
     assert not any(p.requires_grad for p in backbone.parameters())
 
 
-@pytest.mark.parametrize("name", ["bert", "gemma3", "gpt-oss", "deepseek-v3", "mistral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bert", "gemma3", "gpt-oss", "deepseek-v3", "mistral", "falcon, alibi", "mpt"),
+        *("deberta-v3", "roformer"),
+    ],
+)
 def test_bfloat16_is_no_reason_to_refuse(name: str) -> None:
     family, changes, _, longest = EXACT[name]
     model = model_of(family, changes)
@@ -428,7 +534,13 @@ def test_bfloat16_keeps_what_is_float32_and_the_hash_of_earlier_runs(
     assert backbone.weight_hash() == earlier.weight_hash()
 
 
-@pytest.mark.parametrize("name", ["gemma3 with images", "qwen3-vl", "t5, its encoder", "mpnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gemma3 with images", "qwen3-vl", "t5, its encoder", "mpnet", "bloom", "deberta-v3"),
+        *("albert, narrow words", "bart, its encoder", "m2m_100, its encoder"),
+    ],
+)
 @torch.no_grad()
 def test_parts_of_a_saved_model_load(name: str, tmp_path: Path) -> None:
     family, changes, _, _ = EXACT[name]
@@ -439,6 +551,36 @@ def test_parts_of_a_saved_model_load(name: str, tmp_path: Path) -> None:
     backbone = loaded(folder, "float32")
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     rows = [torch.arange(8, 8 + n) for n in (3, 20, 1)]
-    whole = model.get_encoder() if family == "t5" else model
+    encodes = family in ("t5", "bart", "m2m_100")
+    whole = model.get_encoder() if encodes else model
     torch.testing.assert_close(packed(backbone, rows), alone(whole, rows), rtol=1e-3, atol=1e-4)
     assert loaded(folder, "bfloat16").dtype is torch.bfloat16
+
+
+# ------------------------------------------------------------------------------- the sweep
+
+
+def documented() -> list[str]:
+    """Read which families docs/backbones.md has as exact."""
+    text = (FOLDER.parent / "docs" / "backbones.md").read_text(encoding="utf-8")
+    table = text.partition("| exact |")[2].partition("\n\n")[0]
+    return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+
+
+def test_the_sweep_tells_families_apart() -> None:
+    sweep = script("backbones")
+    rows = [sweep.tried(family) for family in ("llava", "fnet", "vit")]
+    assert [row.outcome for row in rows] == ["exact", "refused", "refused"]
+    rows.append(sweep.Row("seen", "not tried", "Seen requires the timm library but it was not"))
+    table = sweep.table(rows)
+    assert "1 exact, 2 refused, 0 wrong, 1 not tried." in table
+    assert "| llava | " in table and "| needs timm, which is not installed here | seen |" in table
+    assert "| no language model: has no hidden_size or no word embeddings | vit |" in table
+    assert f"{LEAKS}, for its layers mix tokens outside of attention | fnet |" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", documented())
+def test_families_of_the_document_are_exact(family: str) -> None:
+    row = script("backbones").tried(family)
+    assert row.outcome == "exact", row.said

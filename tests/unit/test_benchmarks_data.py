@@ -54,6 +54,17 @@ def test_padding_counts_what_the_model_computes(
     assert found["users"]["computed"] == states.computed_tokens
 
 
+@pytest.mark.parametrize("work", ["training", "requests", "encoding"])
+def test_memory_is_looked_at_after_every_piece(
+    work: str, chains: Dataset, backbone_folder: Path
+) -> None:
+    overrides = [*TINY_TABLE, f"backbone.name={backbone_folder}"]
+    found = script("memory").measured(work, chains.path, "scientific/l2rec-plus", 3, overrides)
+    pieces = 3 + (work == "encoding")  # the texts come first
+    assert len(found["resident_mb"]) == pieces and finite([found])
+    assert 0 < found["settled_mb"] <= found["peak_mb"] and found["cpu_ms"] > 0
+
+
 def test_a_sample_keeps_who_met_what(chains: Dataset) -> None:
     sample = script("encoding").sampled(chains.path, 25, 3)
     assert len(sample.histories) == 3 and len(sample.texts) >= 25

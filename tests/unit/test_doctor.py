@@ -52,10 +52,15 @@ def test_parameters_are_those_of_the_real_model(
     frozen = sum(p.numel() for p in real.backbone.parameters())
     assert shapes["frozen_parameters"] == frozen
     assert shapes["tokens_are"] == "estimated"
-    half, eighth = shapes["memory"]
+    half, eight, four = shapes["memory"]
     assert half["weights"] == "bfloat16" and half["frozen"] == 2 * frozen
-    linear = sum(m.weight.numel() for m in real.backbone.modules() if isinstance(m, nn.Linear))
-    assert eighth["weights"] == "8-bit" and eighth["frozen"] == 2 * frozen - linear
+    linear = [m.weight for m in real.backbone.modules() if isinstance(m, nn.Linear)]
+    others = 2 * (frozen - sum(w.numel() for w in linear))
+    made = 2 * max(w.numel() for w in linear)  # one matrix at a time, in bfloat16
+    assert [row["weights"] for row in (eight, four)] == ["8-bit", "4-bit"]
+    assert eight["frozen"] == others + made + sum(w.numel() + 4 * len(w) for w in linear)
+    blocks = sum(-(-w.numel() // 64) for w in linear)
+    assert four["frozen"] == others + made + 36 * blocks
     trained = half["trained_with_moments"]
     assert trained == 16 * shapes["trained_parameters"]
     parts = ("frozen", "trained_with_moments", "buffers", "item_vectors", "activations")

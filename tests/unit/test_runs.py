@@ -474,7 +474,7 @@ def test_a_run_finds_a_backbone_folder_that_moved_with_it(
     assert load(tmp_path / "alone").recommend(["i1", "i2"], 3).items == expected
     there.rename(elsewhere)
     assert load(elsewhere / "runs/a").recommend(["i1", "i2"], 3).items == expected
-    with pytest.raises(BackboneError, match="/there/models/tiny, which is gone; put that folder"):
+    with pytest.raises(BackboneError, match="/there/models/tiny, which is gone; put it back"):
         load(tmp_path / "alone")
     text = (tmp_path / "alone/config.yaml").read_text()
     assert text.count("name: models/tiny") == 2  # of the recipe, and of what was loaded

@@ -166,7 +166,7 @@ def test_behavioural_segments(counts: list[int]) -> None:
 def test_calibrate_centres_and_sets_the_scale() -> None:
     torch.manual_seed(0)
     vectors = 0.01 * torch.randn(50, 6) + 3  # a large common part, as pooled embeddings have
-    projector = BehavioralProjector(6)
+    projector = BehavioralProjector(6, 6)
     torch.testing.assert_close(projector(vectors), vectors)
     torch.nn.init.orthogonal_(projector.linear.weight)
     projector.calibrate(vectors, 0.25)
@@ -178,7 +178,7 @@ def test_calibrate_centres_and_sets_the_scale() -> None:
 
 @pytest.mark.parametrize("vectors", [torch.zeros(0, 6), torch.ones(1, 6), torch.ones(3, 6)])
 def test_catalogs_without_any_spread_leave_the_gain_alone(vectors: torch.Tensor) -> None:
-    projector = BehavioralProjector(6)
+    projector = BehavioralProjector(6, 6)
     projector.calibrate(vectors, 0.25)
     assert float(projector.gain.detach()) == 1
     assert bool(projector(torch.randn(2, 6)).isfinite().all())

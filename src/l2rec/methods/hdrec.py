@@ -288,14 +288,14 @@ class HDRec(nn.Module):
         dim, n_items = backbone.dim, len(catalog)
         self.ipl = nn.ModuleList(ItemProjection(dim, n_items) for _ in range(config.heads))
         scale = float(backbone.word_scale())
-        self.seq = nn.Parameter(scale * torch.randn(dim))
+        self.seq = nn.Parameter(scale * torch.randn(backbone.word_dim))
         if "text" in self.sides:
-            self.align = nn.Parameter(scale * torch.randn(dim))
+            self.align = nn.Parameter(scale * torch.randn(backbone.word_dim))
         if self._has_ids:
             self.sasrec = SASRec(SASRecConfig(dim=config.id_dim), catalog)
         if self._projects_ids:
             self.project = nn.Sequential(
-                nn.Linear(config.id_dim, dim), nn.GELU(), nn.Linear(dim, dim)
+                nn.Linear(config.id_dim, dim), nn.GELU(), nn.Linear(dim, backbone.word_dim)
             )
         # SASRec rows of items that are added after training.
         self.register_buffer("added_ids", torch.zeros(0, config.id_dim), persistent=False)

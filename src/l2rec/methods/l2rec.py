@@ -78,7 +78,7 @@ from l2rec.modules.backbone import (
     Attend,
     Backbone,
     Packing,
-    split,
+    split_groups,
 )
 from l2rec.modules.cooccurrence import CoOccurrence, Prior, text_neighbors
 from l2rec.modules.entry import Entry, LayerEntry, WordEntry
@@ -429,7 +429,7 @@ class L2Rec(nn.Module):
         }
         self.experts = DPMoE(
             self.linears,
-            backbone.dim,
+            self.entry.width,  # user vectors are means of inputs
             views=len(config.views),
             shared_experts=config.shared_experts,
             view_experts=config.view_experts,
@@ -440,12 +440,15 @@ class L2Rec(nn.Module):
             personalized=config.personalized_router,
         )
         self.experts.attach()
-        self.projector = BehavioralProjector(backbone.dim)
+        of_words = config.form != "table" and config.behavioral_pool == "embeddings"
+        self.projector = BehavioralProjector(
+            self.entry.width if of_words else backbone.dim, self.entry.width
+        )
         self.fusion = AdaptiveFusion(backbone.dim)
         # The place of an item in its row, where the layers that know places are below the views.
         self.places: nn.Parameter | None = None
         if config.item_layers:
-            places = torch.zeros(len(config.views), config.max_items, backbone.dim)
+            places = torch.zeros(len(config.views), config.max_items, self.entry.width)
             self.places = nn.Parameter(places)
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(config.temperature)), requires_grad=False
@@ -570,7 +573,7 @@ class L2Rec(nn.Module):
             position=torch.from_numpy(position),
             row=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
             routing=routing,
-            tokens=len(packing.positions),
+            tokens=packing.tokens,
             computed_tokens=packing.computed,
         )
 
@@ -594,18 +597,18 @@ class L2Rec(nn.Module):
         self, inputs: Sequence[ViewInput]
     ) -> tuple[list[Tensor], Routing | None, Packing]:
         """Return TRM(E^v; DPMoE), states [n, D] of each view, of one packed pass."""
-        packed, packing, starts = pack_views(inputs, self._attend(), self.backbone.dtype)
+        packed, packing = pack_views(inputs, self._attend(), self.backbone.dtype)
         if self.has_experts:
             views = self.config.views
             slices = [
-                ViewSlice(views.index(part.view), start, start + len(part.x), part.u, part.user)
-                for part, start in zip(inputs, starts, strict=True)
+                ViewSlice.of_group(views.index(part.view), group, part.u, part.user)
+                for part, group in zip(inputs, packing.groups, strict=True)
             ]
             with self.experts.routed(slices) as routing:
                 states = self.entry.run(packed, packing)
         else:
             routing, states = None, self.entry.run(packed, packing)
-        return list(split(states, [len(part.x) for part in inputs])), routing, packing
+        return list(split_groups(states, packing)), routing, packing
 
     def _attend(self) -> Attend:
         if self.backbone.causal:

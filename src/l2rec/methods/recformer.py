@@ -207,11 +207,11 @@ class RecFormer(nn.Module):
             linears = find_linears(backbone.model, config.matrices)
             self.lora = LoRA(linears, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
             self.lora.attach()
-        self.types = nn.Parameter(torch.zeros(3, backbone.dim))
-        self.positions = nn.Parameter(torch.zeros(1 + config.max_items, backbone.dim))
+        self.types = nn.Parameter(torch.zeros(3, backbone.word_dim))
+        self.positions = nn.Parameter(torch.zeros(1 + config.max_items, backbone.word_dim))
         if backbone.causal:
             scale = backbone.word_scale()
-            self.seq = nn.Parameter(torch.randn(backbone.dim) * scale.cpu())
+            self.seq = nn.Parameter(torch.randn(backbone.word_dim) * scale.cpu())
         fields = [catalog.texts if key == TEXT else catalog.field(key) for key in config.keys]
         if config.keys == (TEXT,):
             catalog.require_texts("RecFormer")
@@ -309,7 +309,7 @@ class RecFormer(nn.Module):
         return Reading(rows, self._run(x, packing), packing.computed)
 
     def _run(self, x: Tensor, packing: Packing) -> Tensor:
-        """Run the adapted language model: inputs [n, D] -> last hidden states [n, D]."""
+        """Run the adapted language model: inputs [n, word_dim] -> last hidden states [n, D]."""
         if self.config.tuning == "lora":
             with self.lora.enabled():
                 return self.backbone(x, packing)  # type: ignore[no-any-return]

@@ -206,7 +206,7 @@ class SAID(nn.Module):
         self.projector = nn.Sequential(
             nn.Linear(config.item_dim, backbone.dim),
             nn.GELU(),
-            nn.Linear(backbone.dim, backbone.dim),
+            nn.Linear(backbone.dim, backbone.word_dim),
         )
         self.norm = float(words.float().norm(dim=-1).mean())
         self.head = WordHead(backbone, self.tokens.values)
@@ -217,9 +217,9 @@ class SAID(nn.Module):
             self.lora.attach()
 
         self.vectors = nn.Parameter(
-            torch.zeros(len(catalog), backbone.dim), requires_grad=not config.freeze
+            torch.zeros(len(catalog), backbone.word_dim), requires_grad=not config.freeze
         )
-        self.adaptor = nn.Linear(backbone.dim, config.dim)
+        self.adaptor = nn.Linear(backbone.word_dim, config.dim)
         self.adaptor.apply(initialize)
         self.encoder = SequenceEncoder.from_config(config, dim=config.dim)
         self._take_vectors(0)

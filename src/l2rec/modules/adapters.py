@@ -7,13 +7,15 @@ parameters for them and replaces the forward of their modules.
 
 from __future__ import annotations
 
-__all__ = ["Adapter", "Forward", "find_linears", "part_of", "side_by_side"]
+__all__ = ["ACTIVE", "Adapter", "Forward", "again", "find_linears", "part_of", "side_by_side"]
 
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ Forward = Callable[[Tensor], Tensor]
 State = TypeVar("State")
 
 MATRIX_NAMES = {
-    "q": ("q_proj", "query", "q_lin", "q", "Wq", "query_proj"),
+    "q": ("q_proj", "query", "q_lin", "q", "Wq", "query_proj", "q_b_proj"),
     "k": ("k_proj", "key", "k_lin", "k", "Wk", "key_proj"),
     "v": ("v_proj", "value", "v_lin", "v", "Wv", "value_proj"),
     "o": (
@@ -165,6 +167,17 @@ def side_by_side(linears: Mapping[str, Matrix]) -> list[list[int]]:
     return [list(group) for _, group in itertools.groupby(range(len(items)), block_and_input)]
 
 
+ACTIVE: ContextVar[Mapping[Adapter[Any], Any]] = ContextVar(
+    "l2rec_active", default=MappingProxyType({})
+)
+"""Adapters that are active, and their states."""
+
+
+def again(states: Mapping[Adapter[Any], Any]) -> Mapping[Adapter[Any], Any]:
+    """Return the states in which a part of a pass is computed once more: see `Adapter._again`."""
+    return {adapter: adapter._again(state) for adapter, state in states.items()}
+
+
 class Adapter(nn.Module, Generic[State]):
     """Base of the adapters: takes over the forward of frozen modules and gives it back.
 
@@ -187,7 +200,6 @@ class Adapter(nn.Module, Generic[State]):
         self._modules_of = list(dict.fromkeys(part.module for part in self._parts))
         self._module_of = [self._modules_of.index(part.module) for part in self._parts]
         self._replaced: list[tuple[nn.Module, Forward, Forward]] = []
-        self._state: State | None = None
 
     def attach(self) -> None:
         """Take over the forward of every module, unless that is done already."""
@@ -208,15 +220,21 @@ class Adapter(nn.Module, Generic[State]):
     @contextmanager
     def active(self, state: State) -> Iterator[State]:
         """Adapt the attached modules within this context; ``state`` is handed to `_output`."""
-        before, self._state = self._state, state
+        token = ACTIVE.set({**ACTIVE.get(), self: state})
         try:
             yield state
         finally:
-            self._state = before
+            ACTIVE.reset(token)
+
+    def _again(self, state: State) -> State:
+        """Return a state for computing once more, in the backward, a part of the pass that `state`
+        is of: one that takes the same choices, collects nothing and holds none of its results.
+        """
+        return state
 
     def _forward(self, number: int, plain: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
-            state = self._state
+            state = ACTIVE.get().get(self)
             return plain(x) if state is None else self._output(number, x, plain, state)
 
         return forward

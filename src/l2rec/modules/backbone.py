@@ -6,6 +6,7 @@ know where a row ends, and gets it from `Packing`. The model code is Hugging Fac
 attention function registered here by name, with the packing as a keyword.
 
     backbone.embed(ids)                  word vectors of token ids (Embed of L2Rec, Eq. 1-2)
+    lay(parts, dtype)                    a packed batch of several groups of rows
     backbone(inputs_embeds, packing)     last hidden states (TRM, below Eq. 6)
     backbone.cut(K)                      for the same in two parts, `lower` and `upper`
 
@@ -23,17 +24,19 @@ __all__ = [
     "Bucket",
     "Group",
     "Packing",
+    "lay",
     "load_backbone",
     "pack",
     "split",
+    "split_groups",
 ]
 
 import hashlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -43,13 +46,17 @@ from torch import Tensor, nn
 
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
-from l2rec.modules import baichuan
-from l2rec.modules.families import lead_to_packed
+from l2rec.modules import baichuan, gguf, memory
+from l2rec.modules.families import accepted, lead_to_packed
 from l2rec.modules.layers import LayerCut
-from l2rec.modules.probe import check_cut, check_exact, check_text_part, sees_future
+from l2rec.modules.probe import check_cut, check_exact, check_text_part, sees_future, state_size
+from l2rec.modules.quantized import bits_of, packed_weights, quantization, take_over
+from l2rec.modules.recompute import recompute_blocks
 
 ATTENTION = "l2rec_packed"
 """Name under which Hugging Face models find `packed_attention`."""
+LED = "l2rec_packed_by_hand"
+"""Name of the attention of models that are led to it, see `families`: they make tiny masks."""
 # The fused attention of a CPU pays only for rows longer than this: its backward costs several
 # times the explicit products in bfloat16, and as much in float32 (docs/log.md).
 LONG_ROW = {torch.float32: 64, torch.bfloat16: 256}
@@ -111,6 +118,7 @@ class Group:
         relative to start; padding points at token 0 and is never seen. None where the tokens lie
         in the order of the cells already.
     unpad: [n] int64, the cell of every token, or None.
+    filler: tokens from stop on that are in no row: none attends to them, nor they to any.
     """
 
     start: int
@@ -118,22 +126,34 @@ class Group:
     pad: Tensor | None
     unpad: Tensor | None
     buckets: tuple[Bucket, ...]
+    filler: int = 0
 
 
 @dataclass(frozen=True)
 class Packing:
     """Layout of a packed batch.
 
-    groups: in the order of the flat batch. positions: [N] int64, from 0 in each row.
+    groups: in the order of the flat batch. positions: [N] int64, from 0 in each row; 0 of fillers.
     """
 
     groups: tuple[Group, ...]
     positions: Tensor
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens that are in rows."""
+        return sum(group.stop - group.start for group in self.groups)
+
+    @property
     def computed(self) -> int:
-        """Number of tokens that attention computes, padding included."""
-        return sum(b.rows * b.width for group in self.groups for b in group.buckets)
+        """Number of tokens that attention computes, padding included, and of fillers."""
+        cells = sum(b.rows * b.width for group in self.groups for b in group.buckets)
+        return cells + sum(group.filler for group in self.groups)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each group and of its filler, in turn, to `split` the packed batch by."""
+        return [n for g in self.groups for n in (g.stop - g.start, g.filler)]
 
     @property
     def longest(self) -> int:
@@ -194,6 +214,31 @@ def pack(
     return Group(start, start + total, pad, unpad, tuple(buckets)), positions
 
 
+def lay(
+    parts: Sequence[tuple[Tensor, Group, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, Packing]:
+    """Lay groups behind one another, each filled up to a rung of `memory.rungs`.
+
+    parts: rows x [n, D] of each, and what `pack` returned of them.
+
+    Returns:
+        x [N, D] in ``dtype``, zero in fillers, and how it is packed.
+    """
+    rows = [x.to(dtype) for x, _, _ in parts]
+    step = memory.rungs(sum(map(len, rows)), rows[0])
+    flat: list[Tensor] = []
+    groups: list[Group] = []
+    positions: list[Tensor] = []
+    end = 0
+    for x, (_, group, position) in zip(rows, parts, strict=True):
+        start, stop, filler = end, end + len(x), -len(x) % step
+        groups.append(replace(group, start=start, stop=stop, filler=filler))
+        flat += [x, x.new_zeros(filler, x.shape[1])]
+        positions += [position, position.new_zeros(filler)]
+        end = stop + filler
+    return torch.cat(flat), Packing(tuple(groups), torch.cat(positions))
+
+
 def _bucket_sizes(lengths: Tensor) -> list[int]:
     """Choose the number of rows of each bucket; lengths: [B] int64, descending."""
     on_cpu = lengths.device.type == "cpu"
@@ -235,6 +280,13 @@ def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     An index or a slice of x instead costs a zero-filled gradient of all of x for each of them.
     """
     return (x,) if len(sizes) == 1 else x.split(list(sizes))
+
+
+def split_groups(x: Tensor, packing: Packing) -> Sequence[Tensor]:
+    """Split x [N, ...] into the tokens of each group [n, ...], without fillers."""
+    if not any(group.filler for group in packing.groups):
+        return split(x, packing.sizes[::2])
+    return split(x, packing.sizes)[::2]
 
 
 class _Permute(torch.autograd.Function):
@@ -293,6 +345,10 @@ def _from_grids(grids: list[Tensor], group: Group) -> Tensor:
     return _Unpermute.apply(cells, group.unpad)  # type: ignore[no-untyped-call,no-any-return]
 
 
+PositionBias = Tensor | Callable[[Tensor, Tensor], Tensor]
+"""What is added to the scores, see `packed_attention`."""
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -306,7 +362,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: PositionBias | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each row of a packed batch; called by Hugging Face models.
@@ -314,14 +370,14 @@ def packed_attention(
     query: [1, H, N, d]; key, value: [1, H_kv, N, d]. Returns [1, N, H, d] and no weights.
     sliding_window: see `Bucket.mask_within`. softcap: c of scores c tanh(s / c) (Gemma 2). s_aux:
     [H] score of a sink, which takes its share of the softmax and gives nothing (gpt-oss).
-    position_bias: [1, H, W, W] added to the scores, W at least the longest row (T5, MPNet).
+    position_bias: [1, H, W or 1, W] added to the scores, W at least the longest row (T5, ALiBi); or
+    a function that makes it from a bucket's q and k [rows, H, width, d] (DeBERTa).
     """
     packing = _PACKING.get() if packing is None else packing
     assert packing is not None, "packed attention outside of Backbone.forward"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, d]
-    sizes = [group.stop - group.start for group in packing.groups]
-    parts = zip(*(split(x, sizes) for x in (q, k, v)), strict=True)
+    parts = zip(*(split_groups(x, packing) for x in (q, k, v)), strict=True)
     outputs = []
     for group, part in zip(packing.groups, parts, strict=True):
         grids = zip(*(_to_grids(x, group) for x in part), strict=True)
@@ -337,6 +393,8 @@ def packed_attention(
             for grid, bucket in zip(grids, group.buckets, strict=True)
         ]
         outputs.append(_from_grids(attended, group))
+        if group.filler:
+            outputs.append(outputs[-1].new_zeros(group.filler, *outputs[-1].shape[1:]))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
@@ -357,11 +415,13 @@ def _attend(
     *,
     softcap: float | None,
     sinks: Tensor | None,
-    bias: Tensor | None,
+    bias: PositionBias | None,
 ) -> Tensor:
     """Compute softmax(q k^T scale) v; [rows, H, width, d] each. softcap, sinks, bias: as there."""
-    if bias is not None:
+    if isinstance(bias, Tensor):
         bias = bias[..., : q.shape[2], : q.shape[2]].to(q.dtype)
+    elif bias is not None:
+        bias = bias(q, k)
     short = q.shape[2] <= LONG_ROW.get(q.dtype, 256)
     fused = q.device.type != "cpu" or not torch.is_grad_enabled() or not short
     if fused and softcap is None and sinks is None:
@@ -392,7 +452,8 @@ class Backbone(nn.Module):
         name: name in the config. source: hub id or folder that was loaded. revision: that of the
             config, or else the commit hash of the hub, or None.
         causal: True for decoders.
-        dim: hidden size D.
+        dim: size D of the states. word_dim: size of the word vectors, and of all that enters where
+            they do: smaller than D in ELECTRA and ALBERT, which widen them inside.
         max_positions: most tokens of a row, or None if the model sets no limit: its positions, a
             chunk of its attention, or the window up to which it is known to be exact.
 
@@ -404,11 +465,21 @@ class Backbone(nn.Module):
         self, model: nn.Module, tokenizer: Any, *, name: str, source: str, revision: str | None
     ) -> None:
         super().__init__()
-        from transformers import AttentionInterface
+        from transformers import AttentionInterface, AttentionMaskInterface
 
         model.eval().requires_grad_(False)
         whole, model = model, _text_part(model)
         config: Any = model.config
+        try:
+            words = model.get_input_embeddings()  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):
+            words = None
+        dim = getattr(config, "hidden_size", None)
+        if dim is None or not isinstance(words, nn.Embedding):  # models of images or sounds
+            raise BackboneError(
+                f"backbone {name!r} ({config.model_type}) has no hidden_size or no word "
+                "embeddings; choose a language model"
+            )
         by_hand = lead_to_packed(model, _PACKING.get, packed_attention)
         # Not all that take attention functions by name say so: `check_exact` tells.
         says = getattr(model, "_supports_attention_backend", False)
@@ -418,35 +489,26 @@ class Backbone(nn.Module):
                 "name, which packed batches need; choose BERT, RoBERTa, Qwen, Llama, Mistral, "
                 "or another model that does"
             )
-        try:
-            words = model.get_input_embeddings()  # type: ignore[operator]
-        except (NotImplementedError, AttributeError):  # models of images or sounds
-            words = None
         if model is not whole and not _is_encoder_decoder(whole) and _has_data(model):
             check_text_part(whole, model, name)
-        dim = getattr(config, "hidden_size", None)
-        if dim is None or getattr(words, "weight", None) is None:
-            raise BackboneError(
-                f"backbone {name!r} ({config.model_type}) has no hidden_size or no word "
-                "embeddings; choose a language model"
-            )
         AttentionInterface.register(ATTENTION, packed_attention)
-        if by_hand:  # no masks [N, N] are made
-            config._attn_implementation = ATTENTION
+        if by_hand:
+            AttentionMaskInterface.register(LED, _tiny_mask)
+            config._attn_implementation = LED
         else:
             model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.model = model
         self.tokenizer = tokenizer
         self.name, self.source, self.revision = name, source, revision
-        self.dim = int(dim)
+        # OPT of 350M and EmbeddingGemma 2 end in a map to another size.
+        self.dim = state_size(model, name) if _has_data(model) else int(dim)
         self.word_embeddings: nn.Embedding = words
-        if words.weight.shape[1] != self.dim:
-            raise BackboneError(
-                f"backbone {name!r} has word vectors of {words.weight.shape[1]} and "
-                f"hidden states of {self.dim} dimensions; choose one where they agree"
-            )
+        self.word_dim = int(words.weight.shape[-1])
         self.causal = _is_causal(model, name)
         self._position_offset = _position_offset(model)
+        # Left out, zeros are cut from a buffer that is as long as one row may be.
+        self._typed = any(name.endswith("token_type_ids") for name, _ in model.named_buffers())
+        self._passes = 0
         self.max_positions = _longest_row(config, self._position_offset)
         exact = check_exact(self) if _has_data(model) else None
         if exact is not None:
@@ -464,8 +526,18 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         return self.word_embeddings.weight.device
 
+    @property
+    def quantized(self) -> str:
+        """How the matrices are held: ``none``, ``8bit`` or ``4bit``."""
+        return bits_of(self.model) or "none"
+
+    @property
+    def size(self) -> int:
+        """Number of frozen weights, however they are held."""
+        return sum(p.numel() for p in self.parameters()) + packed_weights(self.model)
+
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the word vectors [..., D] of token ids [...] int64, in the backbone's dtype.
+        """Return the word vectors [..., word_dim] of token ids [...] int64, in its dtype.
 
         They are those that the model's own embedding module makes, scaled or normed if it does so.
         """
@@ -477,8 +549,12 @@ class Backbone(nn.Module):
         ids = torch.arange(len(self.word_embeddings.weight), device=self.device)
         return self.embed(ids).float().square().mean().sqrt()
 
+    def recompute(self) -> None:
+        """Keep only the inputs of blocks for the backward, from now on: `recompute_blocks`."""
+        recompute_blocks(self.model, _PACKING)
+
     def forward(self, inputs_embeds: Tensor, packing: Packing) -> Tensor:
-        """Run the transformer: packed inputs [N, D] -> last hidden states [N, D].
+        """Run the transformer: packed inputs [N, word_dim] -> last hidden states [N, D].
 
         Inputs are cast to the backbone's dtype, which is that of the states.
 
@@ -499,14 +575,14 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def lower(self, cut: LayerCut, inputs_embeds: Tensor, packing: Packing) -> Tensor:
-        """Run the layers below a cut: packed inputs [N, D] -> states [N, D]."""
+        """Run the layers below a cut: packed inputs [N, word_dim] -> states [N, D]."""
         x = inputs_embeds[None].to(self.dtype)
         return cut.lower(lambda: self._run(x, packing)).squeeze(0)
 
     def upper(self, cut: LayerCut, states: Tensor, packing: Packing) -> Tensor:
         """Run the layers above a cut: packed states [N, D] -> last hidden states [N, D]."""
         words = self.word_embeddings.weight
-        unread = words.new_zeros(()).expand(1, len(states), words.shape[1])
+        unread = words.new_zeros(()).expand(1, len(states), self.word_dim)
         output = cut.upper(states[None].to(self.dtype), lambda: self._run(unread, packing))
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
@@ -516,14 +592,20 @@ class Backbone(nn.Module):
                 f"a row of {packing.longest} tokens: backbone {self.name!r} takes "
                 f"{self.max_positions}; lower max_tokens or text_tokens"
             )
+        self._passes += 1
+        if self._passes % memory.PASSES == 0:  # now: what the last pass took is free
+            memory.trim()
         token = _PACKING.set(packing)
         try:
-            return self.model(
-                inputs_embeds=inputs_embeds,
-                position_ids=(packing.positions + self._position_offset)[None],
-                packing=packing,
-                use_cache=False,
-            )
+            inputs: dict[str, Any] = {
+                "inputs_embeds": inputs_embeds,
+                "position_ids": (packing.positions + self._position_offset)[None],
+                "packing": packing,
+                "use_cache": False,
+            }
+            if self._typed:
+                inputs["token_type_ids"] = torch.zeros_like(inputs["position_ids"])
+            return self.model(**accepted(self.model, inputs))
         finally:
             _PACKING.reset(token)
 
@@ -541,6 +623,11 @@ class Backbone(nn.Module):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(sample.to(torch.float32).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _tiny_mask(*_: Any, device: Any = None, **__: Any) -> Tensor:
+    """Make a mask [1, 1, 1, 1] that allows all: led attention has that of its packing."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def _text_part(model: nn.Module) -> nn.Module:
@@ -585,8 +672,10 @@ def _is_causal(model: nn.Module, name: str) -> bool:
 def _longest_row(config: Any, offset: int) -> int | None:
     """Return the most tokens of a row, or None; offset: number of the first position."""
     limits = []
-    if getattr(config, "max_position_embeddings", None) is not None:
-        limits.append(int(config.max_position_embeddings) - offset)
+    named = ("max_position_embeddings", "max_seq_len")  # the latter: MPT, DBRX
+    positions = next((n for key in named if (n := getattr(config, key, None)) is not None), None)
+    if positions is not None:
+        limits.append(int(positions) - offset)
     # Chunks are in Hugging Face's masks alone: rows of one chunk do not meet them.
     if getattr(config, "attention_chunk_size", None) is not None:
         limits.append(int(config.attention_chunk_size))
@@ -632,6 +721,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     from transformers import AutoConfig
 
     baichuan.register()
+    memory.bound_caches()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     source = minilm_source() if config.name == "minilm" else config.name
     common: dict[str, Any] = {
@@ -642,11 +732,15 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        settings = AutoConfig.from_pretrained(source, **common)
-        model = _load_model(config, source, settings, common).to(device)
-        tokenizer = _load_tokenizer(config, source, common)
+        file = gguf.find_gguf(source)
+        if file is None:
+            settings = AutoConfig.from_pretrained(source, **common)
+            model = _load_model(config, source, settings, common)
+            tokenizer = _load_tokenizer(config, source, common)
+        else:
+            model, settings, tokenizer = _load_gguf(config, file)
         backbone = Backbone(
-            model,
+            model.to(device),
             tokenizer,
             name=config.name,
             source=source,
@@ -667,7 +761,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
         missing = "" if Path(source).exists() else f"there is no folder {source!r}, and the hub: "
         raise BackboneError(
             f"backbone {config.name!r} cannot be loaded: {missing}{reason} (give 'minilm', a hub "
-            "id, or a folder with config.json, safetensors weights and a tokenizer)"
+            "id, a folder with config.json, safetensors weights and a tokenizer, or a GGUF file)"
         ) from error
     finally:
         transformers.logging.set_verbosity(level)
@@ -686,11 +780,7 @@ def _load_model(
     """
     from transformers import AutoModel
 
-    dtype = {
-        "auto": torch.bfloat16 if native_bfloat16() else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }[config.dtype]
+    dtype = _dtype(config)
     if config.random_weights:
         torch.manual_seed(0)
         drawn: nn.Module = AutoModel.from_config(
@@ -699,6 +789,7 @@ def _load_model(
         for parameter in drawn.parameters():  # buffers stay as they are
             parameter.data = parameter.data.to(dtype)
         return drawn
+    options = common | quantization(config.name, settings, config.quantize, dtype)
     model: nn.Module
     model, loading = AutoModel.from_pretrained(
         source,
@@ -706,8 +797,46 @@ def _load_model(
         use_safetensors=True,
         dtype=dtype,
         output_loading_info=True,
-        **common,
+        **options,
     )
+    _check_complete(config, model, loading)
+    take_over(model, dtype)
+    return model
+
+
+def _load_gguf(config: BackboneConfig, file: Path) -> tuple[nn.Module, Any, Any]:
+    """Load a GGUF file as plain weights in the wanted dtype: model, settings, tokenizer."""
+    from transformers import AutoModel, GgufConfig
+
+    if config.quantize != "none" or config.random_weights:
+        raise BackboneError(
+            f"backbone {config.name!r} is a GGUF file, read as plain weights; leave out "
+            "backbone.quantize and random_weights, or give the checkpoint that it was made of"
+        )
+    source, options = gguf.place(file)
+    settings = gguf.load_settings(file)
+    model, loading = AutoModel.from_pretrained(
+        source,
+        config=settings,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=_dtype(config),
+        output_loading_info=True,
+        **options,
+    )
+    _check_complete(config, model, loading)
+    gguf.scale_rotation(model, file)
+    return model, settings, _load_tokenizer(config, source, options)
+
+
+def _dtype(config: BackboneConfig) -> torch.dtype:
+    return {
+        "auto": torch.bfloat16 if native_bfloat16() else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }[config.dtype]
+
+
+def _check_complete(config: BackboneConfig, model: nn.Module, loading: dict[str, Any]) -> None:
     # What comes after the last hidden states is not read.
     unread = ("pooler", "decoder.") if _is_encoder_decoder(model) else ("pooler",)
     missing = sorted(k for k in loading["missing_keys"] if not any(part in k for part in unread))
@@ -716,7 +845,6 @@ def _load_model(
             f"backbone {config.name!r}: its weights lack {missing[0]} ({len(missing)} "
             "missing); give the weights that belong to its config.json"
         )
-    return model
 
 
 def _load_tokenizer(config: BackboneConfig, source: str, common: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = ["Entry", "LayerEntry", "WordEntry"]
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.disk import replacing
 from l2rec.modules.backbone import Backbone, Packing
-from l2rec.modules.item_text import in_text_batches, separators
+from l2rec.modules.item_text import read_texts, separators
 from l2rec.modules.sequences import as_index, stacked
 from l2rec.modules.views import Segments, mean_of, semantic_tokens
 
@@ -41,6 +42,11 @@ class Entry(Protocol):
         ...
 
     @property
+    def width(self) -> int:
+        """Size D' of what the backbone is given for a token."""
+        ...
+
+    @property
     def scale(self) -> float:
         """Root mean square of what the backbone is given for a token."""
         ...
@@ -48,13 +54,13 @@ class Entry(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, histories: Ragged, max_tokens: int, max_items: int) -> tuple[Tensor, Segments]:
-        """Return all tokens of each history's newest items that fit, Eq. 1: [n, D], and whose they
+        """Return all tokens of each history's newest items that fit, Eq. 1: [n, D'], and whose they
         are.
         """
         ...
 
     def pooled(self, start: int = 0) -> Tensor:
-        """Return the mean over the tokens of items ``start`` and later, [N - start, D] float32."""
+        """Return the mean over the tokens of items ``start`` and later, [N - start, D'] float32."""
         ...
 
     def costs(self, items: npt.NDArray[np.integer] | slice) -> npt.NDArray[np.int64]:
@@ -66,7 +72,7 @@ class Entry(Protocol):
         ...
 
     def run(self, x: Tensor, packing: Packing) -> Tensor:
-        """Run the backbone from here: packed [n, D] -> last hidden states [n, D]."""
+        """Run the backbone from here: packed [n, D'] -> last hidden states [n, D]."""
         ...
 
     def add(self, tokens: Ragged) -> None:
@@ -90,6 +96,7 @@ class WordEntry:
         self._backbone, self._tokens, self._item_tokens = backbone, tokens, item_tokens
         self._before, self._after = separators(backbone)
         self.cached: list[Path] = []
+        self.width = backbone.word_dim
 
     @property
     def scale(self) -> float:
@@ -116,7 +123,7 @@ class WordEntry:
     def pooled(self, start: int = 0) -> Tensor:
         """Average word vectors: pool(Embed(c_i)) of Eq. 2."""
         backbone, tokens = self._backbone, self._tokens
-        out = torch.zeros(len(tokens) - start, backbone.dim, device=backbone.device)
+        out = torch.zeros(len(tokens) - start, self.width, device=backbone.device)
         if backbone.device.type == "meta":
             return out
         for first in range(start, len(tokens), POOLED_TOGETHER):
@@ -169,7 +176,7 @@ class LayerEntry:
         self, backbone: Backbone, tokens: Ragged, item_tokens: int, layers: int, cache: Path | None
     ) -> None:
         self._backbone, self._item_tokens = backbone, item_tokens
-        self._cut = backbone.cut(layers)
+        self._cut, self.width = backbone.cut(layers), backbone.dim
         self._offsets = self._layout(tokens)
         self.cached: list[Path] = []
         if backbone.device.type == "meta":  # shapes alone
@@ -221,10 +228,10 @@ class LayerEntry:
     def _compute(self, tokens: Ragged, out: Tensor) -> None:
         """Write the states of all tokens of texts into out [n, D]."""
         offsets = self._layout(tokens)
-        for text in in_text_batches(self._backbone, tokens, self._item_tokens):
-            states = self._backbone.lower(self._cut, self._backbone.embed(text.ids), text.packing)
-            place = flat_index(offsets[text.rows], np.diff(offsets)[text.rows])
-            out[torch.from_numpy(place).to(out.device)] = states.to(out.device)
+        lower = partial(self._backbone.lower, self._cut)
+        for read in read_texts(self._backbone, tokens, self._item_tokens, lower):
+            place = flat_index(offsets[read.rows], np.diff(offsets)[read.rows])
+            out[torch.from_numpy(place).to(out.device)] = read.states.to(out.device)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import Adapter, Forward, side_by_side
-from l2rec.modules.backbone import split
+from l2rec.modules.backbone import Group, split
 from l2rec.modules.fused import Matrix, Part
 
 Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
@@ -81,6 +81,7 @@ class ViewSlice:
     view: place of the view, and of its experts, 0..V-1. u: [U, D] float32 user vectors of this
     view. user: [n] int64, the row of u that each token is routed by (one per history, or one per
     prefix of it).
+    filler: how many of the last tokens are in no row, and count for no expert's load.
     """
 
     view: int
@@ -88,6 +89,13 @@ class ViewSlice:
     stop: int
     u: Tensor
     user: Tensor
+    filler: int = 0
+
+    @classmethod
+    def of_group(cls, view: int, group: Group, u: Tensor, user: Tensor) -> ViewSlice:
+        """Build the slice of a group and its filler; user: [n], of the group's tokens alone."""
+        user = F.pad(user, (0, group.filler))  # fillers need some user
+        return cls(view, group.start, group.stop + group.filler, u, user, group.filler)
 
 
 @dataclass
@@ -99,7 +107,8 @@ class Routing:
         to the hidden layers of the routers, [U, G, 2 W] (context: b1^c; interaction: b1^f and the
         u-half of R1^f [u; x]), and g^u, [U, G, E]. Empty where the router does not know the user.
     chosen: per slice, of each group that was passed: g_hat [G, n, E] float32 and the chosen
-        experts [G, n, E] bool. Emptied by `finish`.
+        experts [G, n, E] bool. Emptied by `finish`; None where nothing is collected, because a
+        part of the pass is computed once more.
     ready: by module, the input of its group and the output that was computed with it, until the
         module is called.
     balance: per view, the load-balancing term of each matrix that was passed, [J] float32.
@@ -109,7 +118,7 @@ class Routing:
 
     slices: Sequence[ViewSlice]
     from_user: list[Sequence[tuple[Tensor, Tensor]]]
-    chosen: list[list[tuple[Tensor, Tensor]]]
+    chosen: list[list[tuple[Tensor, Tensor]]] | None
     ready: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     balance: dict[int, Tensor] = field(default_factory=dict)
     load: dict[int, Tensor] = field(default_factory=dict)
@@ -117,9 +126,13 @@ class Routing:
     def finish(self) -> None:
         """Compute balance and load of the whole pass, and free what it no longer needs."""
         self.ready.clear()
+        assert self.chosen is not None, "a part that is computed once more is no whole pass"
         for part, chosen in zip(self.slices, self.chosen, strict=True):
             if chosen:
-                scores, in_top = (torch.cat(of_groups) for of_groups in zip(*chosen, strict=True))
+                real = part.stop - part.start - part.filler
+                scores, in_top = (
+                    torch.cat(of_groups)[:, :real] for of_groups in zip(*chosen, strict=True)
+                )
                 self.balance[part.view], self.load[part.view] = load_balance(scores, in_top)
                 chosen.clear()
 
@@ -177,27 +190,26 @@ class _Products(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, frozen: list[Part], sizes: list[int], *stacks: Tensor
     ) -> tuple[Tensor, ...]:
-        weights = [part.weight for part in frozen]
-        ctx.save_for_backward(x, *weights, *stacks)
-        ctx.sizes = sizes
+        ctx.save_for_backward(x, *stacks)
+        # Not the matrices: one that is quantised is made for a product and dropped.
+        ctx.frozen, ctx.sizes = frozen, sizes
         views = zip(split(x, sizes), stacks, strict=True)
         plain = [
-            F.linear(x, weight, part.module.bias)  # type: ignore[arg-type]
-            for weight, part in zip(weights, frozen, strict=True)
+            F.linear(x, part.weight, part.module.bias)  # type: ignore[arg-type]
+            for part in frozen
         ]
         return *plain, *(F.linear(part, stack) for part, stack in views)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         views = len(ctx.sizes)
-        x, *matrices = ctx.saved_tensors
-        weights, stacks = matrices[:-views], matrices[-views:]
+        x, *stacks = ctx.saved_tensors
         g_plain, g_low = grads[:-views], grads[-views:]
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = g_plain[0] @ weights[0]
-            for g, weight in zip(g_plain[1:], weights[1:], strict=True):
-                g_x.addmm_(g, weight)
+            g_x = g_plain[0] @ ctx.frozen[0].weight
+            for g, module in zip(g_plain[1:], ctx.frozen[1:], strict=True):
+                g_x.addmm_(g, module.weight)
             for part, g, stack in zip(split(g_x, ctx.sizes), g_low, stacks, strict=True):
                 part.addmm_(g, stack)
         g_stacks = [g.t() @ part for part, g in zip(split(x, ctx.sizes), g_low, strict=True)]
@@ -394,6 +406,9 @@ class DPMoE(Adapter[Routing]):
             yield routing
         routing.finish()
 
+    def _again(self, state: Routing) -> Routing:
+        return Routing(state.slices, state.from_user, None)
+
     def _output(self, number: int, x: Tensor, plain: Forward, state: Routing) -> Tensor:
         """Return (W_j + alpha/r dW_j) x + b: x [..., N, d_in] -> [..., N, rows of the module].
 
@@ -481,7 +496,8 @@ class DPMoE(Adapter[Routing]):
         low, hidden = product.split((product.shape[1] - routers, routers), dim=-1)
         scores = self._fused_scores(group, views, hidden.unflatten(-1, (matrices, -1)), k, routing)
         chosen = top_n(scores, self.top)
-        routing.chosen[k].append((scores, chosen))
+        if routing.chosen is not None:
+            routing.chosen[k].append((scores, chosen))
         gates = F.pad(scores * chosen, (self.shared_experts, 0), value=1.0) * self.scaling
         gates = gates.transpose(0, 1).to(product.dtype).repeat_interleave(self.rank, dim=-1)
         gated: Tensor = low.unflatten(-1, (matrices, -1)) * gates

@@ -6,6 +6,7 @@ be read neither from names nor from shapes: it is in the code of the model, and 
     [q | k | v]                           GPT-2, Phi-3, ModernBERT
     [q1 | k1 | v1 | q2 | k2 | v2 | ...]   GPT-NeoX, BLOOM: head by head
     [q1 q2 | k1 | v1 | q3 q4 | ...]       Falcon: keys and values shared by some heads
+    [k1 | v1 | k2 | v2 | ...]             DeepSeek's kv_b_proj: keys without their rotary places
     [gate | up]                           Phi-3, GLM, ModernBERT
 
 All of them are groups of equally many rows, of which a part has the same ones in each: `Part`.
@@ -46,20 +47,28 @@ class Part:
     @classmethod
     def whole(cls, module: nn.Module) -> Part:
         """Return all rows of a module."""
-        return cls(module, 1, 0, len(_weight(module)))
+        return cls(module, 1, 0, _shape(module)[0])
 
     @property
     def weight(self) -> Tensor:
-        """Matrix of the whole module, [rows of the module, d_in]."""
-        return _weight(self.module)
+        """Matrix of the whole module, [rows of the module, d_in]; one that is quantised is made
+        anew each time.
+        """
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight if isinstance(self.module, nn.Linear) else weight.T
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole module."""
+        return _shape(self.module)[0]
 
     @property
     def is_whole(self) -> bool:
-        return self.out_features == len(self.weight)
+        return self.out_features == self.rows
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return _shape(self.module)[1]
 
     @property
     def out_features(self) -> int:
@@ -86,8 +95,7 @@ class Part:
         """Return [..., rows of the module]: update [..., d_out] in the part's rows, else zero."""
         if self.is_whole:
             return update
-        rows = len(self.weight) // self.groups
-        padding = (self.start, rows - self.stop)
+        padding = (self.start, self.rows // self.groups - self.stop)
         return nn.functional.pad(update.unflatten(-1, (self.groups, -1)), padding).flatten(-2)
 
 
@@ -101,14 +109,16 @@ FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": QKV,
     "Wqkv": QKV,
     "W_pack": QKV,
+    "in_proj": QKV,
     "gate_up_proj": GATE_UP,
     "Wi": GATE_UP,
     "kv_proj": KV,
+    "kv_b_proj": KV,
 }
 """Last names of fused matrices, and their parts."""
-IN_A_ROW = ("gpt2", "phi3", "modernbert", "mpt", "dbrx", "baichuan")
+IN_A_ROW = ("gpt2", "openai-gpt", "phi3", "modernbert", "mpt", "dbrx", "baichuan")
 """Model types whose matrix is [q | k | v]."""
-BY_HEAD = ("gpt_neox", "bloom", "persimmon")
+BY_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "deberta")
 """Model types whose matrix is [q | k | v] head by head."""
 HALVES = (
     *("phi3", "glm", "glm4", "glm4v_text", "glm_ocr_text"),
@@ -156,12 +166,14 @@ def fused_parts(config: Any, name: str, module: nn.Module) -> dict[str, Part]:
     if parts == QKV and kind is not None:
         found = _heads(config)
         layout = None if found is None else (found[0], found[1], found[2], found[2])
+    elif name.endswith("kv_b_proj") and hasattr(config, "qk_nope_head_dim"):
+        layout = (config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim)
     elif parts and kind in HALVES:
         layout = (1, 1, 1)
     if layout is None:
         return {}
     groups, *units = layout
-    rows = len(_weight(module))
+    rows = _shape(module)[0]
     size, rest = divmod(rows, groups * sum(units))
     if rest:
         raise BackboneError(
@@ -176,7 +188,9 @@ def fused_parts(config: Any, name: str, module: nn.Module) -> dict[str, Part]:
     }
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """Return the matrix of a module, [d_out, d_in]: a Conv1D keeps its transpose."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight if isinstance(module, nn.Linear) else weight.T
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Return d_out and d_in of a module's matrix: a Conv1D keeps its transpose."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    d_in, d_out = module.weight.shape  # type: ignore[misc]
+    return d_out, d_in

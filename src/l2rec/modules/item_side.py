@@ -172,7 +172,7 @@ class EncodedItems:
         elif pool == "embeddings":
             self.rows = entry.pooled()
         else:
-            self.rows = torch.empty(0, backbone.dim, device=backbone.device)
+            self.rows = torch.empty(0, entry.width, device=backbone.device)
 
     def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
         """Return h itself, or at unit length."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["TextBatch", "catalog_vectors", "in_text_batches", "separators", "text_vectors"]
+__all__ = ["TextStates", "catalog_vectors", "read_texts", "separators", "text_vectors"]
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,16 @@ from l2rec.data.batches import plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import special_tokens
 from l2rec.disk import replacing
-from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import (
+    ENCODED_ROWS,
+    ENCODED_TOKENS,
+    Attend,
+    Backbone,
+    Packing,
+    lay,
+    pack,
+    split_groups,
+)
 from l2rec.modules.views import mean_of, semantic_tokens
 
 
@@ -36,23 +45,28 @@ def separators(backbone: Backbone) -> tuple[list[int], list[int]]:
 
 
 @dataclass(frozen=True)
-class TextBatch:
-    """Some texts as the backbone reads each alone.
+class TextStates:
+    """What the backbone made of some texts, each read alone.
 
-    rows: [B] which texts. ids: [n] int64 token ids, special ones included. text: [n] int64 place in
-    ``rows`` of each token. packing: how they are packed.
+    rows: [B] which texts. states: [n, D] of their tokens, special ones included, text after text.
+    text: [n] int64 place in ``rows`` of each token.
     """
 
     rows: npt.NDArray[np.int64]
-    ids: Tensor
+    states: Tensor
     text: Tensor
-    packing: Packing
 
 
-def in_text_batches(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Iterator[TextBatch]:
-    """Yield texts in batches of like length.
+def read_texts(
+    backbone: Backbone,
+    tokens: Ragged,
+    max_tokens: int,
+    run: Callable[[Tensor, Packing], Tensor],
+) -> Iterator[TextStates]:
+    """Read texts in batches of like length.
 
-    tokens: rows of token ids without special tokens, each cut to ``max_tokens``.
+    tokens: rows of token ids without special tokens, each cut to ``max_tokens``. run: the backbone
+    or its lower layers, packed inputs -> states.
     """
     before, after = separators(backbone)
     lengths = np.minimum(tokens.lengths, max_tokens)
@@ -69,7 +83,9 @@ def in_text_batches(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Iter
             device=backbone.device,
         )
         group, positions = pack(part.segments.lengths, attend)
-        yield TextBatch(rows, part.ids, part.segments.block, Packing((group,), positions))
+        x, packing = lay([(backbone.embed(part.ids), group, positions)], backbone.dtype)
+        (states,) = split_groups(run(x, packing), packing)
+        yield TextStates(rows, states, part.segments.block)
 
 
 @torch.no_grad()
@@ -81,10 +97,9 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
     if backbone.device.type == "meta":  # shapes alone
         return torch.empty(len(tokens), backbone.dim, device="meta")
     out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
-    for batch in in_text_batches(backbone, tokens, max_tokens):
-        states = backbone(backbone.embed(batch.ids), batch.packing)
+    for batch in read_texts(backbone, tokens, max_tokens, backbone):
         rows = torch.from_numpy(batch.rows).to(out.device)
-        out[rows] = mean_of(states, batch.text, len(rows))
+        out[rows] = mean_of(batch.states, batch.text, len(rows))
     return F.normalize(out, dim=-1)
 
 

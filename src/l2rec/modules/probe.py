@@ -8,7 +8,7 @@ so a few random rows are run both ways.
 
 from __future__ import annotations
 
-__all__ = ["check_cut", "check_exact", "check_text_part", "sees_future"]
+__all__ = ["check_cut", "check_exact", "check_text_part", "sees_future", "state_size"]
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.errors import BackboneError
+from l2rec.modules.families import accepted, own_attention
 
 if TYPE_CHECKING:
     from l2rec.modules.backbone import Backbone, Packing
@@ -31,6 +32,8 @@ ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}
 COARSE = 0.25
 """Largest difference of a token's states, relative to them, that may be rounding: in the dtypes of
 `ROUNDING`, and in the shorter ones. Models found to be another one differ by about 1."""
+CHEAP = 5 * 10**9
+"""Most tokens times weights that are worth their time at every load, to run many tokens."""
 DRAWS = 3
 """Draws of token ids in the shorter dtypes."""
 
@@ -72,7 +75,7 @@ def check_cut(backbone: Backbone, cut: LayerCut) -> None:
     lengths = [min(n, backbone.max_positions or n) for n in ROWS]
     with _one_line(backbone.name, backbone.model, "cannot be cut between layers"):
         if backbone.device.type == "meta":  # nothing to compare, but what layers return is seen
-            x = torch.empty(sum(lengths), backbone.dim, device="meta")
+            x = torch.empty(sum(lengths), backbone.word_dim, device="meta")
             backbone.lower(cut, x, _packing(backbone, lengths, "cpu"))
             return
         packing = _packing(backbone, lengths)
@@ -104,7 +107,7 @@ def _windows(backbone: Backbone) -> set[int]:
     """Find the sliding windows that layers give to the attention function."""
     from transformers import AttentionInterface
 
-    from l2rec.modules.backbone import ATTENTION, packed_attention
+    from l2rec.modules.backbone import ATTENTION, LED, packed_attention
 
     windows: set[int] = set()
 
@@ -115,12 +118,49 @@ def _windows(backbone: Backbone) -> set[int]:
 
     name = f"{ATTENTION}_probe"
     AttentionInterface.register(name, recording)
-    with (
-        _attention(backbone.model, name),
-        _one_line(backbone.name, backbone.model, "cannot run packed"),
-    ):
-        _packed(backbone, _random_rows(backbone, [2, 1]))
+    if not backbone.model._can_set_attn_implementation():  # type: ignore[operator]
+        name = LED  # led by hand, to the attention function itself
+    with _attention(backbone.model, name):
+        try:
+            _packed(backbone, _random_rows(backbone, [2, 1]))
+        except BackboneError:
+            raise
+        except Exception as error:  # whatever the code of any model raises
+            raise _cannot_run(backbone, error) from error
+        many = "takes no more tokens in all rows together than one row may have"
+        with _one_line(backbone.name, backbone.model, many):
+            _packed(backbone, _random_rows(backbone, _more_than_a_row(backbone)))
     return windows
+
+
+def _more_than_a_row(backbone: Backbone) -> list[int]:
+    """Return rows that have more tokens together than one may, or one row if that takes too long.
+
+    Some models cut or check something by the number of all tokens.
+    """
+    limit = backbone.max_positions or 0
+    weights = sum(parameter.numel() for parameter in backbone.parameters())
+    row = min(ROWS[-1], limit)
+    return [row] * (limit // row + 1) if limit and limit * weights <= CHEAP else [1]
+
+
+def _cannot_run(backbone: Backbone, error: Exception) -> BackboneError:
+    """Say in words why a model cannot run packed, as far as its own ways to run can tell."""
+    name, model, [row] = backbone.name, backbone.model, _random_rows(backbone, [ROWS[0]])
+    with _one_line(name, model, "does not run on text alone"):
+        _own(model, input_ids=row[None])
+    try:
+        _own(model, inputs_embeds=backbone.embed(row)[None])
+    except Exception:  # as above
+        reason = "takes token ids alone, not word vectors"
+    else:
+        reason = f"cannot run packed: {_short(error)}"
+        if "'NoneType'" in str(error):
+            reason = (
+                "cannot run packed: its layers read the attention mask themselves, as sparse "
+                "attention with an indexer does"
+            )
+    return BackboneError(f"backbone {name!r} ({_family(model)}) {reason}; choose another one")
 
 
 def _declared_window(config: Any) -> int | None:
@@ -132,6 +172,15 @@ def _declared_window(config: Any) -> int | None:
 def _reference(backbone: Backbone, rows: Sequence[Tensor]) -> list[Tensor]:
     with _one_line(backbone.name, backbone.model, "does not run on token ids"):
         return [_own(backbone.model, input_ids=row[None]) for row in rows]
+
+
+@torch.no_grad()
+def state_size(model: nn.Module, name: str) -> int:
+    """Return the size of a model's last hidden states, which its config need not say."""
+    words: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    with _one_line(name, model, "does not run on text alone"):
+        states = _own(model, input_ids=_random_ids(1, words, model.config)[None])
+    return states.shape[-1]
 
 
 def check_text_part(model: nn.Module, part: nn.Module, name: str) -> None:
@@ -210,23 +259,30 @@ def _packing(
 
 
 def _own(model: nn.Module, **inputs: Tensor) -> Tensor:
-    """Run one row by the model's own eager attention: states [n, D]."""
-    with _attention(model, "eager"), torch.no_grad():
-        states: Tensor = model(**inputs, use_cache=False).last_hidden_state.squeeze(0)
-    return states
+    """Run one row by the model's own attention: states [n, D]."""
+    given = accepted(model, {**inputs, "use_cache": False})
+    with _attention(model, own_attention(model)), torch.no_grad():
+        states: Tensor | None = getattr(model(**given), "last_hidden_state", None)
+    if states is None:
+        raise ValueError("it gives no last hidden states")
+    return states.squeeze(0)
 
 
 @contextmanager
 def _attention(model: Any, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
-    if not model._can_set_attn_implementation():  # led by hand, see `families`
-        yield
-        return
-    model.set_attn_implementation(name)
+    _set_attention(model, name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        _set_attention(model, before)
+
+
+def _set_attention(model: Any, name: str) -> None:
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(name)
+    else:  # led by hand, see `families`: the name decides on masks alone
+        model.config._attn_implementation = name
 
 
 @contextmanager
@@ -236,11 +292,14 @@ def _one_line(name: str, model: nn.Module, what: str) -> Iterator[None]:
     except BackboneError:
         raise
     except Exception as error:  # whatever the code of any model raises
-        reason = " ".join(str(error).split())[:200]
         raise BackboneError(
-            f"backbone {name!r} ({_family(model)}) {what}: {type(error).__name__}: {reason}; "
-            "choose another one"
+            f"backbone {name!r} ({_family(model)}) {what}: {_short(error)}; choose another one"
         ) from error
+
+
+def _short(error: Exception) -> str:
+    """Return what an error of a model's code says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _family(model: nn.Module) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "View",
     "ViewInput",
     "mean_of",
+    "near_identity_",
     "pack_views",
     "prefix_mean",
     "semantic_tokens",
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.ragged import Ragged, flat_index
-from l2rec.modules.backbone import Attend, Group, Packing, pack
+from l2rec.modules.backbone import Attend, Packing, lay, pack
 
 View = Literal["semantic", "behavioral"]
 
@@ -161,7 +162,9 @@ def semantic_tokens(
 
 @dataclass(frozen=True)
 class ViewInput:
-    """One view of a batch: x [n, D] inputs, u [U, D] user vectors, user [n] their row of u."""
+    """One view of a batch: x [n, D] inputs, u [U, D] user vectors, user [n] their row of u; D as
+    word vectors have.
+    """
 
     view: View
     x: Tensor
@@ -172,40 +175,33 @@ class ViewInput:
 
 def pack_views(
     inputs: Sequence[ViewInput], attend: Attend, dtype: torch.dtype
-) -> tuple[Tensor, Packing, list[int]]:
+) -> tuple[Tensor, Packing]:
     """Lay all views behind one another, for one pass of the backbone.
 
     Returns:
-        x [n, D] in ``dtype``, how its rows are packed, and where each view starts.
+        x [N, word_dim] in ``dtype``, and how its rows are packed, a group of each view.
     """
-    groups: list[Group] = []
-    positions: list[Tensor] = []
-    starts: list[int] = []
-    end = 0
-    for part in inputs:
-        starts.append(end)
-        group, position = pack(part.segments.lengths, attend, blocks=part.segments.block, start=end)
-        groups.append(group)
-        positions.append(position)
-        end = group.stop
-    packed = torch.cat([part.x.to(dtype) for part in inputs])
-    return packed, Packing(tuple(groups), torch.cat(positions)), starts
+    parts = [
+        (part.x, *pack(part.segments.lengths, attend, blocks=part.segments.block))
+        for part in inputs
+    ]
+    return lay(parts, dtype)
 
 
 class BehavioralProjector(nn.Module):
-    """Projector P_U of Eq. 2 with a gain: item vectors [n, D] -> inputs [n, D], gain * (W x + b).
+    """Projector P_U of Eq. 2 with a gain: item vectors [n, D] -> inputs [n, D'], gain * (W x + b).
 
-    W starts at the identity and b at minus the mean item vector. Pooled token embeddings are
-    small and share a large common part: left as they are, the backbone's position and type
-    embeddings drown them and all single-item outputs coincide. `calibrate` sets the gain so that
-    item vectors enter at the scale of the backbone's own word embeddings times ``boost``.
+    W starts at the identity (`near_identity_`) and b at minus the mean item vector. Pooled token
+    embeddings are small and share a large common part: left as they are, the backbone's position
+    and type embeddings drown them and all single-item outputs coincide. `calibrate` sets the gain
+    so that item vectors enter at the scale of the backbone's own word embeddings times ``boost``.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, word_dim: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, dim)
+        self.linear = nn.Linear(dim, word_dim)
         self.gain = nn.Parameter(torch.ones(()))
-        nn.init.eye_(self.linear.weight)
+        near_identity_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     @torch.no_grad()
@@ -225,6 +221,12 @@ class BehavioralProjector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.gain * self.linear(x)
         return out
+
+
+def near_identity_(weight: Tensor) -> None:
+    """Set a matrix to the identity if it is square, else to random orthogonal rows or columns."""
+    square = weight.shape[0] == weight.shape[1]
+    (nn.init.eye_ if square else nn.init.orthogonal_)(weight)
 
 
 def mean_of(x: Tensor, index: Tensor, n: int) -> Tensor:

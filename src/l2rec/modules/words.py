@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from l2rec.errors import BackboneError
 from l2rec.modules.backbone import Backbone
+from l2rec.modules.views import near_identity_
 
 
 def mask_token(backbone: Backbone) -> int:
@@ -35,8 +36,8 @@ class WordHead(nn.Module):
     A causal language model whose output layer is tied to E, as in small Qwen and Llama models,
     needs no more: then nothing is trained here. A backbone is loaded without an output layer, so
     for any other a trained map stands in for it, (W h + b) E^T + c: BERT's head without its
-    nonlinearity. W starts at the identity, b at zero and c at the log share of each word, which a
-    bias would take thousands of steps to reach.
+    nonlinearity. W starts at the identity (`near_identity_`), b at zero and c at the log share of
+    each word, which a bias would take thousands of steps to reach.
 
     Args:
         backbone: the language model, which is not trained here.
@@ -46,13 +47,13 @@ class WordHead(nn.Module):
     def __init__(self, backbone: Backbone, texts: npt.NDArray[np.integer]) -> None:
         super().__init__()
         tied = getattr(backbone.model.config, "tie_word_embeddings", False)
-        self.trained = not (backbone.causal and tied)
+        words, word_dim = backbone.word_embeddings.weight.shape
+        self.trained = not (backbone.causal and tied and word_dim == backbone.dim)
         if self.trained:
-            words, dim = backbone.word_embeddings.weight.shape
-            self.transform = nn.Linear(dim, dim)
+            self.transform = nn.Linear(backbone.dim, word_dim)
             counts = torch.from_numpy(np.bincount(texts, minlength=words))
             self.bias = nn.Parameter(((counts + 0.1) / (counts + 0.1).sum()).float().log())
-            nn.init.eye_(self.transform.weight)
+            near_identity_(self.transform.weight)
             nn.init.zeros_(self.transform.bias)
 
     def forward(self, states: Tensor, matrix: Tensor, words: Tensor | None = None) -> Tensor:
@@ -60,7 +61,7 @@ class WordHead(nn.Module):
 
         Args:
             states: [n, D] last hidden states.
-            matrix: [V', D] the word embeddings E.
+            matrix: [V', word_dim] the word embeddings E.
             words: [V] int64 ids of the words to choose among; None for all V' of them.
         """
         rows = matrix if words is None else matrix.index_select(0, words)

@@ -76,6 +76,7 @@ from l2rec.runs.checkpoint import load_tensors, save_tensors
 RUN_VERSION = 1
 EARLIER_NAME = ("nearby items", "co-occurrence")
 """Name of a floor, and of a blend with it, in earlier run folders and now."""
+HELD = {"none": "unquantised weights", "8bit": "8-bit weights", "4bit": "4-bit weights"}
 NEVER = "was this run ever checkpointed?"
 MODEL, BLEND, ITEMS = "model.safetensors", "blend.safetensors", "items.safetensors"
 RANKS, TIED_RANKS = "ranks.parquet", "ranks-tied-day.parquet"
@@ -177,6 +178,13 @@ def check_backbone(
     if identity is None or backbone is None:
         return
     saved = identity["backbone"]
+    held = saved.get("quantized", "none")
+    if backbone.quantized != held:
+        now = HELD[backbone.quantized]
+        raise CheckpointError(
+            f"{run} was trained on {HELD[held]} of {backbone.name!r}, and these are {now}; set "
+            f"backbone.quantize={held}, and give the weights it was trained on"
+        )
     same_dtype = str(backbone.dtype).removeprefix("torch.") == saved["dtype"]
     if same_dtype and backbone.weight_hash() != saved["weight_hash"]:
         raise CheckpointError(
@@ -186,8 +194,8 @@ def check_backbone(
 
 
 def _places(run: Path, backbone: Backbone | None) -> list[str]:
-    """List where a backbone that is a folder lies: seen from the run, and from anywhere."""
-    if backbone is None or backbone.source != backbone.name or not Path(backbone.name).is_dir():
+    """List where a backbone on disk lies: seen from the run, and from anywhere."""
+    if backbone is None or backbone.source != backbone.name or not Path(backbone.name).exists():
         return []
     folder = Path(backbone.name).resolve()
     try:
@@ -197,8 +205,8 @@ def _places(run: Path, backbone: Backbone | None) -> list[str]:
 
 
 def find_backbone(run: Path, config: RunConfig, identity: Mapping[str, Any]) -> RunConfig:
-    """Return a run's config with the folder of its backbone where that lies now: beside the run as
-    it did, where it lay, or what ``backbone.name`` says from here.
+    """Return a run's config with the folder or file of its backbone where that lies now: beside the
+    run as it did, where it lay, or what ``backbone.name`` says from here.
 
     Raises:
         BackboneError: it is in none of these places.
@@ -208,12 +216,12 @@ def find_backbone(run: Path, config: RunConfig, identity: Mapping[str, Any]) -> 
         return config
     folders = [run.resolve() / places[0], *map(Path, places[1:]), Path(name)]
     for folder in folders:
-        if folder.is_dir():
+        if folder.exists():
             backbone = config.backbone.model_copy(update={"name": os.path.normpath(folder)})
             return config.model_copy(update={"backbone": backbone})
     raise BackboneError(
-        f"{run} was trained on the backbone in {places[-1]}, which is gone; put that folder back, "
-        f"or give its new place as backbone.name in {run / 'config.yaml'}"
+        f"{run} was trained on the backbone in {places[-1]}, which is gone; put it back, or "
+        f"give its new place as backbone.name in {run / 'config.yaml'}"
     )
 
 
@@ -245,6 +253,7 @@ def write_identity(
             "revision": backbone.revision,
             "weight_hash": backbone.weight_hash(),
             "dtype": str(backbone.dtype).removeprefix("torch."),
+            "quantized": backbone.quantized,
         },
         "backbone_folder": _places(out, backbone),
     }

@@ -68,7 +68,10 @@ def backbone_of(config: RunConfig) -> Backbone | None:
     """Load the backbone of a config, or None for a method that has no use for one."""
     if not method_class(config.method).uses_backbone:
         return None
-    return load_backbone(config.backbone, device())
+    backbone = load_backbone(config.backbone, device())
+    if config.training.checkpointing:
+        backbone.recompute()
+    return backbone
 
 
 def catalog_vectors(model: Any) -> Tensor | None:

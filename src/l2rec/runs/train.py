@@ -327,7 +327,7 @@ def _report(
         "dataset": dataset.identity,
         "backbone": {
             "name": "none" if backbone is None else backbone.name,
-            "parameters": 0 if backbone is None else sum(p.numel() for p in backbone.parameters()),
+            "parameters": 0 if backbone is None else backbone.size,
             "trained_parameters": fitted.trained,
             "dtype": str(torch.float32 if backbone is None else backbone.dtype)[len("torch.") :],
         },

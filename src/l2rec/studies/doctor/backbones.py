@@ -21,6 +21,7 @@ from transformers import (
 
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
+from l2rec.modules import gguf
 from l2rec.modules.backbone import Backbone, minilm_source
 
 _LLAMA: dict[str, Any] = {
@@ -75,6 +76,9 @@ def _settings(config: BackboneConfig) -> tuple[str, PretrainedConfig]:
         BackboneError: it is nowhere.
     """
     source = minilm_source() if config.name == "minilm" else config.name
+    file = gguf.find_gguf(source)
+    if file is not None:
+        return source, gguf.load_settings(file)
     built_in = {_key(name): settings for name, settings in BUILT_IN.items()}
     try:
         return source, AutoConfig.from_pretrained(
@@ -111,8 +115,12 @@ def shape_backbone(config: BackboneConfig) -> tuple[Backbone, bool]:
         model = AutoModel.from_config(
             settings, dtype=dtype, trust_remote_code=config.trust_remote_code
         )
+    file = gguf.find_gguf(source)
+    folder, options = (source, {}) if file is None else gguf.place(file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, use_fast=True, local_files_only=True, **options
+        )
         own = len(tokenizer) > len(tokenizer.all_special_ids)
     except (OSError, ValueError, KeyError):
         own = False
@@ -136,6 +144,8 @@ def weights_at_hand(config: BackboneConfig) -> bool:
     from transformers.utils.hub import cached_file
 
     source = minilm_source() if config.name == "minilm" else config.name
+    if gguf.find_gguf(source) is not None:
+        return True
     for name in ("model.safetensors", "model.safetensors.index.json"):
         found = cached_file(
             source,

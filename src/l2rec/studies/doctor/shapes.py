@@ -16,7 +16,6 @@ __all__ = [
     "ShapesOnly",
     "StepShape",
     "bytes_of",
-    "linear_weights",
     "step_shape",
 ]
 
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,7 +82,7 @@ def step_shape(stage: Stage, batch: Batch) -> StepShape:
                     first = seen.peak + bytes_of(parameters)
                 for parameter in parameters:  # here the training loop frees them
                     parameter.grad = None
-                losses.total.backward()
+                _backward(losses.total)
                 tokens += losses.computed_tokens
             del losses
     except (RuntimeError, TypeError) as error:
@@ -92,6 +91,17 @@ def step_shape(stage: Stage, batch: Batch) -> StepShape:
         for parameter in parameters:
             parameter.grad = None
     return StepShape(max(seen.peak, first or 0), tokens, seen.operations)
+
+
+def _backward(total: Tensor) -> None:
+    """Call autograd's engine itself: `Tensor.backward` leaves the context of `_Functions`, which
+    blocks that are computed once more in the backward must find as they did before.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    ones = torch.ones_like(total)
+    engine.run_backward(
+        (total,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class ShapesOnly:
@@ -238,8 +248,3 @@ class _Attention(torch.autograd.Function):
 def bytes_of(tensors: Sequence[Tensor]) -> int:
     """Add up the bytes of tensors, each once."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
-
-
-def linear_weights(model: nn.Module) -> list[Tensor]:
-    """List the weights of Linear modules: those that 8-bit loading makes small."""
-    return [m.weight for m in model.modules() if isinstance(m, nn.Linear)]

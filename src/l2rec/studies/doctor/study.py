@@ -29,6 +29,8 @@ from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split
 from l2rec.errors import ConfigError
 from l2rec.modules.backbone import Backbone
+from l2rec.modules.fused import Part, is_matrix
+from l2rec.modules.quantized import Bits, held_bytes
 from l2rec.protocols import Embedder, Progress, Stage
 from l2rec.runs.checkpoint import KEEP_STATES, trained_tensors
 from l2rec.runs.folder import training_split
@@ -40,7 +42,6 @@ from l2rec.studies.doctor.shapes import (
     ShapesOnly,
     StepShape,
     bytes_of,
-    linear_weights,
     step_shape,
 )
 
@@ -147,12 +148,20 @@ class _Patient:
         """Bytes of the backbone."""
         return 0 if self.backbone is None else bytes_of([*self.backbone.parameters()])
 
-    @property
-    def frozen_8bit(self) -> int:
-        """Bytes of the backbone with one for each weight of its linear layers."""
+    def frozen_in(self, bits: Bits) -> int:
+        """Bytes of the backbone with the matrices of its linear layers in 8 or 4 bits, and the one
+        at a time, the largest, that is made anew for a product.
+        """
         assert self.backbone is not None
-        weights = linear_weights(self.backbone)
-        return self.frozen - bytes_of(weights) + sum(w.numel() for w in weights)
+        parts = [Part.whole(m) for m in self.backbone.modules() if is_matrix(m)]
+        held = sum(held_bytes((part.rows, part.in_features), bits) for part in parts)
+        weights = [part.weight for part in parts]
+        return (
+            self.frozen
+            - bytes_of(weights)
+            + held
+            + max([bytes_of([w]) for w in weights], default=0)
+        )
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -181,6 +190,8 @@ def _shapes(config: RunConfig, dataset: Dataset, split: Split, card: float) -> d
     """Say what a training takes by its shapes alone."""
     method = method_class(config.method)
     backbone, own = shape_backbone(config.backbone) if method.uses_backbone else (None, True)
+    if backbone is not None and config.training.checkpointing:
+        backbone.recompute()
     with torch.device("meta"), ShapesOnly():
         model = method(config.model, Catalog(dataset.catalog), backbone, cache=None).to("meta")
         stages = model.stages(config.training.lr, config.training.weight_decay)
@@ -189,7 +200,7 @@ def _shapes(config: RunConfig, dataset: Dataset, split: Split, card: float) -> d
     tokens = config.training.batch_tokens
     kinds = {"none": 0} if backbone is None else {_name(backbone.dtype): patient.frozen}
     if backbone is not None:
-        kinds["8-bit"] = patient.frozen_8bit
+        kinds |= {"8-bit": patient.frozen_in("8bit"), "4-bit": patient.frozen_in("4bit")}
     trained = bytes_of(patient.trained)
     memory = []
     for kind, frozen in kinds.items():
