@@ -3,6 +3,7 @@
     python benchmarks/backbones.py                        every family; some minutes
     python benchmarks/backbones.py bert qwen3 gemma2      these
     python benchmarks/backbones.py --write                and write docs/backbones.md
+    python benchmarks/backbones.py --papers DATA          write what the papers' backbones take
 
 Every family that transformers maps to a base model is built from its own config class, with its
 sizes made small, and its weights are drawn anew, large enough that attention is sharp and norms are
@@ -37,11 +38,16 @@ from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+from l2rec.config import load_recipe
+from l2rec.console import Console
 from l2rec.errors import BackboneError
 from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.studies.doctor.study import doctor
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "backbones.md"
-BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
+PAPERS = ("Qwen3-0.6B", "Llama-2-7B", "Baichuan2-7B", "Qwen3-8B", "R1-Distill-Llama-8B")
+CARD = 80.0
+"""GB of the card that the papers' backbones should fit."""
 LENGTHS = (3, 11, 1, 19, 28)
 LIMIT = 1e-3
 MOST_PARAMETERS, SECONDS = 120_000_000, 60
@@ -364,12 +370,59 @@ def _reason(row: Row) -> str:
     return "its code takes none of the small configs"
 
 
+def papers(data: Path) -> str:
+    """Write what `l2rec` trains and takes on the papers' backbones in Markdown, from shapes."""
+    report = doctor(
+        load_recipe("l2rec"),
+        data,
+        backbones=PAPERS,
+        gpu_memory=CARD,
+        measure=False,
+        progress=Console(),
+    )
+    sizes = ("frozen", "trained_with_moments", "item_vectors", "activations", "total")
+    lines = [
+        f"`l2rec` on {report['dataset']['name']}, a card of {CARD:g} GB, sizes in GB, "
+        f"{datetime.date.today().isoformat()}. Of the largest step that the recipe's batches make.",
+        "",
+        "| backbone | trained | weights | frozen | trained + Adam | item vectors | activations "
+        "| total | fits | largest `batch_tokens` |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for patient in report["backbones"]:
+        shapes = patient["shapes"]
+        for row in shapes["memory"]:
+            most = "any" if row["unlimited"] else f"{row['largest_batch_tokens'] or 0:,}"
+            cells = [
+                patient["backbone"],
+                f"{shapes['trained_parameters'] / 1e6:.1f}M",
+                row["weights"],
+                *(f"{row[size] / 1e9:.2f}" for size in sizes),
+                "yes" if row["fits"] else "no",
+                most,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(part: str, text: str) -> None:
+    """Replace a part of the document, which stands between two comments of its name."""
+    document = DOCUMENT.read_text(encoding="utf-8")
+    before, begin, rest = document.partition(f"<!-- {part} -->")
+    _, end, after = rest.partition(f"<!-- /{part} -->")
+    DOCUMENT.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Try the families that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*")
     parser.add_argument("--write", action="store_true", help="write docs/backbones.md")
+    parser.add_argument("--papers", type=Path, help="data set folder, for the other table there")
     args = parser.parse_args()
+    if args.papers:
+        write("papers", papers(args.papers))
+        return
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     rows = []
@@ -377,10 +430,7 @@ def main() -> None:
         rows.append(tried(family))
         print(f"{family:30} {rows[-1].outcome:10} {rows[-1].said}", flush=True)
     if args.write:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        after = rest.partition(END)[2]
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+        write("sweep", table(rows))
     sys.exit(any(row.outcome == "wrong" for row in rows))
 
 

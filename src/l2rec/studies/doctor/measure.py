@@ -37,6 +37,8 @@ WARM = 2
 """Steps before the first that counts: memory is still being taken."""
 STEPS, SECONDS = (8, 150), 20.0
 """Fewest and most steps of a stage that count, and seconds after which there are enough."""
+SLOW_STEPS, SLOW_SECONDS = 4, 60.0
+"""As many are enough, if they took so long."""
 USERS, USERS_SECONDS = 128, 10.0
 """Users of the first validation; each next one is of twice as many, until it takes so long."""
 
@@ -145,6 +147,8 @@ def _stage(model: Any, split: Split, config: RunConfig, stage: Stage) -> dict[st
     for taken in itertools.islice(steps, WARM, None):
         seconds.append(taken)
         if len(seconds) >= STEPS[0] and sum(seconds) > SECONDS:
+            break
+        if len(seconds) >= SLOW_STEPS and sum(seconds) > SLOW_SECONDS:
             break
     share = float(costs[places[: len(seconds)]].mean() / costs.mean())
     step = float(np.mean(seconds)) / share
