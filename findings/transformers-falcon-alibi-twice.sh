@@ -5,16 +5,18 @@
 # (which sdpa leaves to the eager code) does not change the output.
 # Seen: with alibi=True, the bias is built into the mask, and the eager code adds it to the scores once
 # more. Its outputs are those of a literal computation with twice the slopes, sdpa's those with the
-# slopes of ALiBi. Falcon-RW 1B and 7B are such models.
+# slopes of ALiBi.
 #
 # Exits 0 while that is so, 1 when it has changed.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.4.6 transformers==5.23.0
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check \
+  torch==2.13.0 numpy==2.4.6 transformers==5.23.0
 HF_HUB_OFFLINE=1 "$work/venv/bin/python" - <<'PY'
 import math
+from copy import deepcopy
 
 import torch
 import transformers
@@ -36,8 +38,8 @@ config = FalconConfig(
     initializer_range=0.2,
 )
 ids = torch.randint(50, (1, LENGTH))
-eager = AutoModel.from_config(config, attn_implementation="eager").eval()
-sdpa = AutoModel.from_config(config, attn_implementation="sdpa").eval()
+eager = AutoModel.from_config(deepcopy(config), attn_implementation="eager").eval()
+sdpa = AutoModel.from_config(deepcopy(config), attn_implementation="sdpa").eval()
 sdpa.load_state_dict(eager.state_dict())
 
 

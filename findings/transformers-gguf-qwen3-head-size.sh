@@ -3,9 +3,9 @@
 #
 # Expected: from_pretrained(..., gguf_file=) takes head_dim from qwen3.attention.key_length, which
 # llama.cpp writes, as it does for the mixture of experts of the same family (qwen3moe).
-# Seen: the key is passed over and head_dim is the 128 of the configuration's default, also where hidden
-# size / heads is the size that the file has. A file with heads of 32 fails with a list of mismatched
-# weights, as if it were torn; with ignore_mismatched_sizes its attention would be random.
+# Seen: the key is passed over and head_dim is the 128 of the configuration's default, also where the
+# file's size is the hidden size / heads. A file with heads of 32 fails with weights that do not match,
+# as if it were torn.
 #
 # Exits 0 while that is so, 1 when it has changed.
 set -euo pipefail
@@ -15,14 +15,13 @@ python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check \
   torch==2.13.0 numpy==2.4.6 transformers==5.23.0 accelerate==1.15.0 gguf==0.19.0
 cd "$work"
-HF_HUB_OFFLINE=1 "$work/venv/bin/python" - <<'PY'
+HF_HUB_OFFLINE=1 TQDM_DISABLE=1 "$work/venv/bin/python" - <<'PY'
 import gguf
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, Qwen3Config, Qwen3Model
 
 transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 print("transformers", transformers.__version__)
 SHAPE = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
