@@ -159,7 +159,7 @@ def contenders(what: What, sample: Sample, dtype: str) -> dict[str, Callable[[],
         return found | {
             name: partial(model.encode_users, sample.histories) for name, model in models.items()
         }
-    short = both.tokens.head(both.config.item_tokens)
+    short = tokenize(texts, both.backbone.tokenizer, both.config.item_tokens)
     found["bare backbone"] = partial(text_vectors, both.backbone, short, both.config.text_tokens)
     found |= {name: partial(model.encode_items, items) for name, model in models.items()}
     found["l2rec, raw texts"] = partial(both.encode_items, texts)

@@ -279,7 +279,7 @@ def dpmoe(name: str, load: Load, work: Workload, views: int) -> Contender:
         top=min(work.top, work.experts),
     ).to(device)
     experts.attach()
-    projector = BehavioralProjector(backbone.dim).to(device)
+    projector = BehavioralProjector(backbone.dim, backbone.word_dim).to(device)
     per_view = ids.chunk(views)
     attend = Attend.CAUSAL if backbone.causal else Attend.FULL
 

@@ -81,7 +81,7 @@ def test_the_peer_reads_the_tokens_that_a_user_is_read_by(backbone_folder: Path)
     model = build_model(
         config, Catalog.of_texts(sample.texts), load_backbone(config.backbone), None
     )
-    texts = encoding.user_texts(model, sample.histories)
+    texts = encoding.user_texts(model, sample)
     tokens = model.backbone.tokenizer(texts)["input_ids"]
     semantic = model.user_states(sample.histories).tokens - len(
         sample.histories.tail(config.model.max_items).values
