@@ -21,12 +21,14 @@ ranks by the evaluator here, over the vectors that RecTools scores with.
 
 Seconds are processor time, which other processes disturb less than wall time; peak memory is that
 of the whole process. Preparation is what comes before the first epoch, imports left out; here it
-is opening a data set that `l2rec prepare` wrote, and for UniSRec loading the language model.
+is opening a data set that `l2rec prepare` wrote, and for UniSRec loading the language model and
+its cached text vectors.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -38,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from measure import arguments, median, report
 
@@ -71,6 +74,17 @@ PEERS = (
 )
 """Library, its model, and what it is measured against here."""
 METRICS = ("recall@10", "ndcg@10")
+
+
+def sample(dataset: Dataset, users: int, seed: int, folder: Path) -> Dataset:
+    """Write some users of a data set, with the items that they met, as one of its own."""
+    drawn = np.random.default_rng(seed).permutation(dataset.n_users)[:users]
+    drawn.sort()
+    rows = dataset.sequences.take(drawn)
+    names = dataset.user_ids.take(pa.array(np.repeat(drawn, rows.lengths)))
+    events = pa.table({"user_id": names, "item_id": dataset.item_ids.take(pa.array(rows.values))})
+    items = dataset.catalog.drop_columns(["text"])
+    return Dataset.from_frames(events, items, folder, timestamp=None, progress=False)
 
 
 def write_atomic(dataset: Dataset, folder: Path) -> None:
@@ -283,10 +297,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=512,
         help="most users of a batch, here and of RecTools (default %(default)s)",
     )
+    p.add_argument("--users", type=int, help="so many, drawn, and their items alone")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--ours", choices=RECIPES, help="only this one of ours, as JSON")
-    options = list(sys.argv[1:] if argv is None else argv)
-    args = p.parse_args(options)
+    args = p.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:
@@ -294,34 +308,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.ours:
         print(json.dumps(ours(args.data, args.ours, args.epochs, args.batch, args.seed)))
         return
-    pythons = {"RecBole": args.peer, "RecTools": args.rectools}
+    # Absolute, because they run in other folders; links stay, because they lead out of the venv.
+    pythons = {
+        name: path and os.path.abspath(path)
+        for name, path in (("RecBole", args.peer), ("RecTools", args.rectools))
+    }
     peers = [peer for peer in PEERS if pythons[peer[0]]]
     if not peers:
         p.error("nothing to compare with; give --peer PYTHON, --rectools PYTHON, or both")
-    mine = {
-        method: json.loads(
-            subprocess.run(
-                [sys.executable, __file__, *options, "--ours", method],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            ).stdout
-        )
-        for method in dict.fromkeys(method for _, _, method in peers)
-    }
-    given = [str(args.epochs), str(torch.get_num_threads()), str(args.seed)]
-    dataset, theirs = open_dataset(args.data), {}
+    threads = str(torch.get_num_threads())
+    given = [str(args.epochs), threads, str(args.seed)]
+    dataset, mine, theirs = open_dataset(args.data), {}, {}
     with tempfile.TemporaryDirectory() as temporary:
-        events = Path(temporary) / "events.npz"
+        data, events = args.data, Path(temporary) / "events.npz"
+        if args.users:
+            data = Path(temporary) / f"{dataset.name}-{args.users}-users"
+            dataset = sample(dataset, args.users, args.seed, data)
         if args.rectools:
-            _, model, split = prepared(args.data, "UniSRec", args.epochs, args.batch, args.seed)
-            write_events(split, len(dataset.catalog), model.text.vectors.numpy(), events)
+            _, model, split = prepared(data, "UniSRec", args.epochs, args.batch, args.seed)
+            write_events(split, dataset.n_items, model.text.vectors.numpy(), events)
+        for method in dict.fromkeys(method for _, _, method in peers):
+            own = ["--data", str(data), "--epochs", str(args.epochs), "--batch", str(args.batch)]
+            own += ["--seed", str(args.seed), "--threads", threads, "--ours", method]
+            done = subprocess.run(
+                [sys.executable, __file__, *own], check=True, stdout=subprocess.PIPE, text=True
+            )
+            mine[method] = json.loads(done.stdout)
         for library, model_name, _ in peers:
             print(f"{library}, {model_name} ...", file=sys.stderr, flush=True)
             theirs[library, model_name] = (
-                recbole(args.peer, dataset, given)
+                recbole(pythons[library], dataset, given)
                 if library == "RecBole"
-                else rectools(args.rectools, model_name, events, split, [*given, str(args.batch)])
+                else rectools(
+                    pythons[library], model_name, events, split, [*given, str(args.batch)]
+                )
             )
     table = {method: row("l2rec", method, found, found) for method, found in mine.items()}
     rows, summary = [], []
@@ -333,7 +353,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(row(library, model_name, found, mine[method]))
                 summary += goals(dataset.name, own, rows[-1])
     notes = [
-        f"Data {dataset.name}, fingerprint {dataset.fingerprint}; {args.epochs} epochs, seed "
+        f"Data {dataset.name}, {dataset.n_users:,} users and {dataset.n_items:,} items, "
+        f"fingerprint {dataset.fingerprint}; {args.epochs} epochs, seed "
         f"{args.seed}, batches of at most {args.batch} users (RecBole: 2048 prefixes); history "
         "not masked; test scores at the best validation ndcg@10. Other processes used the machine "
         "too: compare the ratios, which are of processor seconds."
