@@ -357,7 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"fingerprint {dataset.fingerprint}; {args.epochs} epochs, seed "
         f"{args.seed}, batches of at most {args.batch} users (RecBole: 2048 prefixes); history "
         "not masked; test scores at the best validation ndcg@10. Other processes used the machine "
-        "too: compare the ratios, which are of processor seconds."
+        "too: compare the ratios, which are of processor seconds.",
+        "After few epochs, test scores tell how soon a model learns, not how far it gets.",
     ]
     notes += [
         f"{library}, {model_name}: its scores are NaN in evaluation mode as shipped; those in the "
