@@ -65,11 +65,13 @@ def main() -> None:
             "checkpoint_dir": folder,
         },
     )
+    started = time.process_time()
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
     train, valid, test = data_preparation(config, dataset)
     model = SASRec(config, train.dataset)
     trainer = Trainer(config, model)
+    prepare_seconds = time.process_time() - started
     epoch_seconds, eval_seconds, scores = [], [], []
     best, best_test = -1.0, {}
     for epoch in range(int(epochs)):
@@ -86,6 +88,7 @@ def main() -> None:
     with open(result, "w", encoding="utf-8") as file:
         json.dump(
             {
+                "prepare_seconds": prepare_seconds,
                 "epoch_seconds": epoch_seconds,
                 "eval_seconds": eval_seconds,
                 "valid": scores,

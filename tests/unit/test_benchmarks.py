@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.support import runs, tiny
@@ -17,11 +18,12 @@ from tests.support.benchmarks import FOLDER, script
 
 import l2rec.modules.experts
 from l2rec.data.dataset import Dataset
+from l2rec.data.splits import leave_one_out
 from l2rec.modules.experts import top_n
 
 measure, step, growth = script("measure"), script("step"), script("growth")
 breakdown, performance, systems = script("breakdown"), script("performance"), script("systems")
-sasrec = script("sasrec")
+sasrec, rectools_child = script("sasrec"), script("rectools_child")
 
 
 # -- what all benchmarks share -------------------------------------------------------------------
@@ -395,13 +397,23 @@ def test_systems_step_on_the_same_users(
 # -- sasrec --------------------------------------------------------------------------------------
 
 
-def test_our_side_of_the_comparison_with_recbole(chains: Dataset) -> None:
-    found = sasrec.ours(chains.path, epochs=2, seed=0)
+@pytest.mark.parametrize("method", ["SASRec", "UniSRec"])
+def test_our_side_of_the_comparison(
+    method: str, chains: Dataset, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, options = sasrec.RECIPES["UniSRec"]
+    small = [f"backbone.name={backbone_folder}", "model.text_tokens=16"]
+    monkeypatch.setitem(sasrec.RECIPES, "UniSRec", (recipe, [*options, *small]))
+    found = sasrec.ours(chains.path, method, epochs=2, batch=32, seed=0)
     assert [len(found[name]) for name in ("epoch_seconds", "eval_seconds", "valid")] == [2, 2, 2]
     assert found["best_valid"] == max(found["valid"]) and found["peak_mb"] > 0
-    row = sasrec.row("x", found, found)
-    assert row["faster_epoch"] == row["faster_evaluation"] == 1
-    assert all(goal["reached"] is (at == 2) for at, goal in enumerate(sasrec.goals(row, row)))
+    assert found["prepare_seconds"] > 0
+    row = sasrec.row("l2rec", method, found, found)
+    assert row["slower_epoch"] == row["slower_evaluation"] == 1
+    goals = sasrec.goals("chains", row, row)
+    assert all(goal["reached"] is (at == 2) for at, goal in enumerate(goals))
+    nothing = {**row, "recall@10": None, "ndcg@10": None}
+    assert sasrec.goals("chains", row, nothing)[2]["measured"].endswith("against NaN")
 
 
 def test_a_data_set_as_recbole_reads_it(chains: Dataset, tmp_path: Path) -> None:
@@ -413,3 +425,111 @@ def test_a_data_set_as_recbole_reads_it(chains: Dataset, tmp_path: Path) -> None
     assert [line.split("\t") for line in lines[: len(first)]] == [
         ["0", str(item), str(place)] for place, item in enumerate(first)
     ]
+
+
+def test_a_sample_has_whole_histories_and_no_other_items(chains: Dataset, tmp_path: Path) -> None:
+    small = sasrec.sample(chains, 5, 0, tmp_path / "small")
+
+    def histories(dataset: Dataset) -> dict[str, list[str]]:
+        names, texts = dataset.user_ids.to_pylist(), dataset.texts()
+        rows = map(dataset.sequences.__getitem__, range(dataset.n_users))
+        return {name: [texts[i] for i in row] for name, row in zip(names, rows, strict=True)}
+
+    of_all, found = histories(chains), histories(small)
+    assert len(found) == 5 and found == {name: of_all[name] for name in found}
+    assert small.n_items == len(np.unique(small.items))
+    assert list(histories(sasrec.sample(chains, 5, 1, tmp_path / "other"))) != list(found)
+
+
+def test_left_padded_rows_as_rectools_reads_them() -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 40, size=n).tolist() for n in (1, 3, 50, 51, 120, 2)]
+    rows[0] = [3]
+    known = np.setdiff1d(np.arange(40), [0, 7, 8, 39])
+    users = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    found = rectools_child.left_padded((users, np.concatenate(rows)), known)
+    internal = {item: at + 1 for at, item in enumerate(known.tolist())}
+    for row, got in zip(rows, found.tolist(), strict=True):
+        newest = [internal[item] for item in row if item in internal][-rectools_child.MAX_ITEMS :]
+        assert got == [0] * (rectools_child.MAX_ITEMS - len(newest)) + newest
+
+
+def exported(split: Any, n_items: int, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    known = np.ones(n_items, dtype=bool)
+    known[:3] = False
+    users = {
+        part: rng.normal(size=(len(getattr(split, part)), 4)).astype(np.float32)
+        for part in ("valid", "test")
+    }
+    return {**users, "items": rng.normal(size=(n_items, 4)).astype(np.float32), "known": known}
+
+
+def test_scores_of_exported_vectors_are_ranked_one_by_one(chains: Dataset) -> None:
+    split = leave_one_out(chains.sequences)
+    vectors = exported(split, chains.n_items, 0)
+    hits, gains = [], []
+    for user, target in zip(vectors["test"], split.test.targets.values, strict=True):
+        scores = [
+            float(user @ item) if known else -math.inf
+            for item, known in zip(vectors["items"], vectors["known"], strict=True)
+        ]
+        others = [score for i, score in enumerate(scores) if i != target]
+        rank = 1 + sum(score > scores[target] for score in others)
+        rank += sum(score == scores[target] for score in others) / 2
+        hits.append(rank <= 10)
+        gains.append(1 / math.log2(1 + rank) if rank <= 10 else 0)
+    found = sasrec.scores_of(vectors, "test", split.test)
+    assert found["recall@10"] == pytest.approx(np.mean(hits))
+    assert found["ndcg@10"] == pytest.approx(np.mean(gains), rel=1e-5)
+    vectors["valid"][2] = math.nan
+    nothing = sasrec.scores_of(vectors, "valid", split.valid)
+    assert nothing == {"recall@10": None, "ndcg@10": None}
+
+
+FAKE_CHILD = """#!{python}
+import json, shutil, sys
+import numpy as np
+_, contender, events, epochs, threads, seed, batch, folder = sys.argv[1:]
+data = np.load(events)
+assert data["train_users"].shape == data["train_items"].shape
+for epoch in range(int(epochs)):
+    shutil.copy(f"{vectors}/{{epoch}}.npz", f"{{folder}}/epoch-{{epoch + 1}}.npz")
+with open(f"{{folder}}/result.json", "w") as file:
+    json.dump({{"contender": contender, "batch": batch}}, file)
+"""
+
+
+def test_rectools_is_scored_at_its_best_epoch(chains: Dataset, tmp_path: Path) -> None:
+    """The interpreter is one that copies vectors: of three epochs, the second is not finite."""
+    split = leave_one_out(chains.sequences)
+    made = [exported(split, chains.n_items, seed) for seed in range(3)]
+    made[1]["valid"][0] = math.inf
+    for number, vectors in enumerate(made):
+        np.savez(tmp_path / f"{number}.npz", **vectors)
+    python = tmp_path / "python"
+    python.write_text(FAKE_CHILD.format(python=sys.executable, vectors=tmp_path))
+    python.chmod(0o755)
+    texts = np.ones((chains.n_items, 2), dtype=np.float32)
+    sasrec.write_events(split, chains.n_items, texts, tmp_path / "events.npz")
+    events = np.load(tmp_path / "events.npz")
+    assert events["n_items"] == chains.n_items and (events["vectors"] == texts).all()
+    for part, rows in (("train", split.train), ("test", split.test.histories)):
+        pairs = list(zip(events[f"{part}_users"], events[f"{part}_items"], strict=True))
+        assert pairs == [(user, item) for user in range(len(rows)) for item in rows[user]]
+    given = ["3", "1", "0", "128"]
+    found = sasrec.rectools(str(python), "UniSRec", tmp_path / "events.npz", split, given)
+    assert (found["contender"], found["batch"]) == ("UniSRec", "128")
+    scores = [sasrec.scores_of(v, "valid", split.valid)["ndcg@10"] for v in made]
+    assert found["valid"] == [scores[0], -1.0, scores[2]]
+    best = max((0, 2), key=lambda epoch: scores[epoch])
+    of_best = sasrec.scores_of(made[best], "test", split.test)
+    assert found["test"] == {name: of_best[name] for name in ("recall@10", "ndcg@10")}
+
+
+def test_nothing_to_compare_with_is_said(
+    chains: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sasrec.main(["--data", str(chains.path)])
+    assert "give --peer PYTHON, --rectools PYTHON, or both" in capsys.readouterr().err
