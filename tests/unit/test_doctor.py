@@ -161,10 +161,8 @@ def test_what_it_refuses(chains: Dataset) -> None:
 def test_the_command_measures_what_can_be_loaded(
     call: Call, table_run: Finished, tmp_path: Path
 ) -> None:
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        json.dumps(config(table_run.backbone, "table").model_dump(mode="json")), encoding="utf-8"
-    )
+    recipe, chosen = tmp_path / "r.yaml", config(table_run.backbone, "table")
+    recipe.write_text(json.dumps(chosen.model_dump(mode="json")), encoding="utf-8")
     arguments = ["doctor", recipe, "--data", table_run.data]
     outcome = call(*arguments, "--json")
     assert outcome.code == 0, outcome.err
@@ -172,5 +170,9 @@ def test_the_command_measures_what_can_be_loaded(
     measured = patient["measured"]
     assert measured["stages"]["train"]["seconds_epoch"] > 0 < measured["seconds_validation"]
     assert measured["peak_memory_mb"] > 100
+    stage, one = measured["stages"]["train"], measured["seconds_validation"]
+    validations = 1 + stage["epochs"] / chosen.training.eval_every  # the untrained model
+    expected = measured["seconds_reading"] + stage["epochs"] * stage["seconds_epoch"]
+    assert measured["seconds_at_most"] == pytest.approx(expected + validations * one)
     shown = call(*arguments, "--no-measure")
     assert shown.code == 0 and "nothing was measured" in shown.out and "experts" in shown.out

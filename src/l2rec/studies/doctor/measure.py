@@ -39,7 +39,7 @@ STEPS, SECONDS = (8, 150), 20.0
 """Fewest and most steps of a stage that count, and seconds after which there are enough."""
 SLOW_STEPS, SLOW_SECONDS = 4, 60.0
 """As many are enough, if they took so long."""
-USERS, USERS_SECONDS = 128, 10.0
+USERS, USERS_SECONDS = 128, 25.0
 """Users of the first validation; each next one is of twice as many, until it takes so long."""
 
 

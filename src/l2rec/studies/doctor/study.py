@@ -339,8 +339,10 @@ def _disk(patient: _Patient, dataset: Dataset) -> dict[str, int]:
 
 
 def _course(config: RunConfig, found: dict[str, Any]) -> dict[str, Any]:
-    """Add how long the whole training takes at most: patience may end it before."""
-    seconds = 0.0
+    """Add how long the whole training takes at most: patience may end it before. The model is
+    validated before its first step, too.
+    """
+    seconds = found["seconds_validation"]
     for stage in found["stages"].values():
         validations = stage["epochs"] / config.training.eval_every if stage["validated"] else 0
         seconds += stage["epochs"] * stage["seconds_epoch"]
