@@ -46,6 +46,11 @@ class Ragged:
         """Lengths of the rows: [rows] int64."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, rows: IntArray | slice) -> npt.NDArray[np.int64]:
+        """Lengths of the given rows, [n] int64, without those of all others."""
+        lengths: npt.NDArray[np.int64] = self.offsets[1:][rows] - self.offsets[:-1][rows]
+        return lengths
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -54,8 +59,7 @@ class Ragged:
 
     def take(self, rows: IntArray) -> Ragged:
         """Copy the given rows, in the given order."""
-        lengths = self.lengths[rows]
-        return self.gather(self.offsets[:-1][rows], lengths)
+        return self.gather(self.offsets[:-1][rows], self.lengths_of(rows))
 
     def tail(self, limit: int) -> Ragged:
         """Cut each row to its newest (last) ``limit`` values."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 __all__ = ["Entry", "LayerEntry", "WordEntry"]
 
-import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,7 @@ from torch import Tensor
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.disk import replacing
 from l2rec.modules.backbone import Backbone, Packing
-from l2rec.modules.item_text import read_texts, separators
+from l2rec.modules.item_text import catalog_key, read_texts, separators
 from l2rec.modules.sequences import as_index, stacked
 from l2rec.modules.views import Segments, mean_of, semantic_tokens
 
@@ -122,23 +122,19 @@ class WordEntry:
 
     def pooled(self, start: int = 0) -> Tensor:
         """Average word vectors: pool(Embed(c_i)) of Eq. 2."""
-        backbone, tokens = self._backbone, self._tokens
-        out = torch.zeros(len(tokens) - start, self.width, device=backbone.device)
-        if backbone.device.type == "meta":
-            return out
-        for first in range(start, len(tokens), POOLED_TOGETHER):
-            part = Ragged(tokens.values, tokens.offsets[first : first + POOLED_TOGETHER + 1])
-            texts = part.take(np.arange(len(part))).head(self._item_tokens)
-            ids = as_index(texts.values, out.device)
-            index = as_index(np.repeat(np.arange(len(texts)), texts.lengths), out.device)
-            there = slice(first - start, first - start + len(texts))
-            out[there] = mean_of(backbone.embed(ids), index, len(texts))
-        return out
+        values, starts = self._tokens.values, self._tokens.offsets[start:-1]
+        lengths = np.minimum(self._tokens.lengths[start:], self._item_tokens)
+
+        def embedded(places: npt.NDArray[np.int64]) -> Tensor:
+            return self._backbone.embed(as_index(values[places], self._backbone.device))
+
+        return _means(starts, lengths, embedded, self.width, self._backbone.device)
 
     def costs(self, items: npt.NDArray[np.integer] | slice) -> npt.NDArray[np.int64]:
         """Count tokens and the special ones after them."""
-        costs: npt.NDArray[np.int64] = np.minimum(self._tokens.lengths[items], self._item_tokens)
-        return costs + len(self._after)
+        text = np.minimum(self._tokens.lengths_of(items), self._item_tokens)
+        costs: npt.NDArray[np.int64] = text + len(self._after)
+        return costs
 
     def is_before(self, name: str) -> bool:
         """Return False."""
@@ -177,11 +173,12 @@ class LayerEntry:
     ) -> None:
         self._backbone, self._item_tokens = backbone, item_tokens
         self._cut, self.width = backbone.cut(layers), backbone.dim
-        self._offsets = self._layout(tokens)
+        self._places = _numbered(self._layout(tokens))
+        """Where the states of each item are."""
         self.cached: list[Path] = []
         if backbone.device.type == "meta":  # shapes alone
-            self._states = torch.empty(int(self._offsets[-1]), backbone.dim, device="meta")
-            self._states = self._states.to(backbone.dtype)
+            shape = len(self._places.values), backbone.dim
+            self._states = torch.empty(shape, dtype=backbone.dtype, device="meta")
         elif cache is None:
             self._states = self._computed(tokens)
         else:
@@ -201,13 +198,9 @@ class LayerEntry:
         if it is not there.
         """
         backbone = self._backbone
-        digest = hashlib.sha256(backbone.weight_hash().encode())
-        digest.update(f"{backbone.dtype} {layers} {self._item_tokens}".encode())
-        digest.update(np.ascontiguousarray(tokens.offsets).tobytes())
-        digest.update(np.ascontiguousarray(tokens.values).tobytes())
-        path = cache / f"states-{digest.hexdigest()[:16]}.npy"
+        path = cache / f"states-{catalog_key(backbone, tokens, layers, self._item_tokens)}.npy"
         if not path.is_file():
-            shape = (int(self._offsets[-1]), backbone.dim * backbone.dtype.itemsize)
+            shape = len(self._places.values), backbone.dim * backbone.dtype.itemsize
             with replacing(path, remedy="free some space, or set item_layers=0") as partial:
                 mapped = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
                 self._compute(tokens, torch.from_numpy(mapped).view(backbone.dtype))
@@ -234,7 +227,7 @@ class LayerEntry:
             out[torch.from_numpy(place).to(out.device)] = read.states.to(out.device)
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._places)
 
     def _take(self, index: Tensor) -> Tensor:
         """Return the states [n, D] at the given places [n] int64."""
@@ -256,7 +249,7 @@ class LayerEntry:
         """Look up the states of the newest items."""
         read = semantic_tokens(
             histories,
-            Ragged(np.arange(self._offsets[-1]), self._offsets),
+            self._places,
             item_tokens=max_tokens,
             max_tokens=max_tokens,
             max_items=max_items,
@@ -268,22 +261,16 @@ class LayerEntry:
 
     def pooled(self, start: int = 0) -> Tensor:
         """Average the states of each text."""
-        count = len(self) - start
-        out = torch.zeros(count, self._backbone.dim, device=self._backbone.device)
-        if self._backbone.device.type == "meta":
-            return out
-        for first in range(start, len(self), POOLED_TOGETHER):
-            offsets = self._offsets[first : first + POOLED_TOGETHER + 1]
-            index = as_index(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), out.device)
-            states = self._take(torch.arange(offsets[0], offsets[-1], device=out.device))
-            there = slice(first - start, first - start + len(offsets) - 1)
-            out[there] = mean_of(states, index, len(offsets) - 1)
-        return out
+        starts, lengths = self._places.offsets[start:-1], self._places.lengths[start:]
+
+        def taken(places: npt.NDArray[np.int64]) -> Tensor:
+            return self._take(as_index(places, self._backbone.device))
+
+        return _means(starts, lengths, taken, self.width, self._backbone.device)
 
     def costs(self, items: npt.NDArray[np.integer] | slice) -> npt.NDArray[np.int64]:
         """Count states."""
-        costs: npt.NDArray[np.int64] = np.diff(self._offsets)[items]
-        return costs
+        return self._places.lengths_of(items)
 
     def is_before(self, name: str) -> bool:
         """Return True for modules of the lowest K layers."""
@@ -296,11 +283,37 @@ class LayerEntry:
     def add(self, tokens: Ragged) -> None:
         """Run the lowest K layers once on the new texts."""
         self._added = torch.cat((self._added, self._computed(tokens)))
-        self._offsets = np.concatenate(
-            (self._offsets, self._offsets[-1] + self._layout(tokens)[1:])
-        )
+        before = self._places.offsets
+        self._places = _numbered(np.concatenate((before, before[-1] + self._layout(tokens)[1:])))
 
     def shrink(self, count: int) -> None:
         """Cut the states that were added."""
-        self._offsets = self._offsets[: count + 1]
-        self._added = self._added[: max(0, int(self._offsets[-1]) - len(self._states))]
+        self._places = _numbered(self._places.offsets[: count + 1])
+        self._added = self._added[: max(0, len(self._places.values) - len(self._states))]
+
+
+def _numbered(offsets: npt.NDArray[np.int64]) -> Ragged:
+    """Return rows that start at ``offsets`` and hold their own places, 0, 1, ..."""
+    return Ragged(np.arange(offsets[-1]), offsets)
+
+
+def _means(
+    starts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    take: Callable[[npt.NDArray[np.int64]], Tensor],
+    width: int,
+    device: torch.device,
+) -> Tensor:
+    """Average runs of vectors: [n, D'] float32.
+
+    starts, lengths: [n] of the runs. take: places [m] -> vectors [m, D'].
+    """
+    out = torch.zeros(len(lengths), width, device=device)
+    if device.type == "meta":
+        return out
+    for first in range(0, len(lengths), POOLED_TOGETHER):
+        some = slice(first, first + POOLED_TOGETHER)
+        count = len(lengths[some])
+        index = as_index(np.repeat(np.arange(count), lengths[some]), device)
+        out[some] = mean_of(take(flat_index(starts[some], lengths[some])), index, count)
+    return out

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["TextStates", "catalog_vectors", "read_texts", "separators", "text_vectors"]
+__all__ = [
+    "TextStates",
+    "catalog_key",
+    "catalog_vectors",
+    "read_texts",
+    "separators",
+    "text_vectors",
+]
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -103,6 +110,15 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
     return F.normalize(out, dim=-1)
 
 
+def catalog_key(backbone: Backbone, tokens: Ragged, *settings: int) -> str:
+    """Hash a catalog, its backbone and settings: 16 hex digits for the name of a file."""
+    digest = hashlib.sha256(backbone.weight_hash().encode())
+    digest.update(" ".join(map(str, (backbone.dtype, *settings))).encode())
+    digest.update(np.ascontiguousarray(tokens.offsets).tobytes())
+    digest.update(np.ascontiguousarray(tokens.values).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def catalog_vectors(
     backbone: Backbone, tokens: Ragged, max_tokens: int, cache: Path | None
 ) -> tuple[Tensor, list[Path]]:
@@ -113,11 +129,7 @@ def catalog_vectors(
     """
     if cache is None:
         return text_vectors(backbone, tokens, max_tokens), []
-    digest = hashlib.sha256(backbone.weight_hash().encode())
-    digest.update(f"{backbone.dtype} {max_tokens}".encode())
-    digest.update(np.ascontiguousarray(tokens.offsets).tobytes())
-    digest.update(np.ascontiguousarray(tokens.values).tobytes())
-    path = cache / f"text-{digest.hexdigest()[:16]}.safetensors"
+    path = cache / f"text-{catalog_key(backbone, tokens, max_tokens)}.safetensors"
     if not path.is_file():
         vectors = text_vectors(backbone, tokens, max_tokens).cpu()
         with replacing(path, remedy="free some space") as partial:

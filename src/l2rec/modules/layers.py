@@ -9,7 +9,7 @@ states that layer K is to be given.
 
 from __future__ import annotations
 
-__all__ = ["LayerCut", "layers_of"]
+__all__ = ["LayerCut"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ class _Reached(Exception):
         self.states = states
 
 
-def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Find the layers of a transformer: their full name and the list of them.
 
     Raises:
@@ -52,8 +52,8 @@ class LayerCut:
     """
 
     def __init__(self, model: nn.Module, below: int) -> None:
-        self._model, self.below = model, below
-        self.name, layers = layers_of(model)
+        self.below = below
+        self.name, layers = _layers_of(model)
         if not 0 < below < len(layers):
             raise BackboneError(
                 f"item_layers={below}: the backbone has {len(layers)} layers; choose 0 to "
