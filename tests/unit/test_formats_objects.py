@@ -10,22 +10,11 @@ from typing import Any
 
 import pytest
 from tests.support.errors import one_line
+from tests.support.logs import catalog_of, events_of
 
 from l2rec.data.formats.open import open_source
-from l2rec.data.formats.source import Source
 from l2rec.data.prepare import prepare
 from l2rec.errors import DataError
-
-
-def events_of(source: Source) -> list[tuple[str, str, float]]:
-    rows = [row for batch in source.events() for row in batch.to_pylist()]
-    return [(r["user_id"], r["item_id"], r["timestamp"]) for r in rows]
-
-
-def catalog_of(source: Source, *fields: str) -> dict[str, dict[str, str]]:
-    assert source.catalog is not None
-    batches = source.catalog(fields or source.fields)
-    return {row.pop("item_id"): row for batch in batches for row in batch.to_pylist()}
 
 
 def refusal(path: Path, **options: Any) -> str:
