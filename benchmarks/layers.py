@@ -5,11 +5,10 @@
         --set backbone.name=FOLDER
     python benchmarks/layers.py --quick           a moment, on generated chains
 
-Every K trains the recipe twice, with the same seed: on as many targets as K = 0 (the recipe's
-epochs, here ``--epochs``), and for as many minutes as these took at K = 0, its learning rate falling
-to zero at the end of either. What is compared is validation NDCG@10 over the whole catalog; the
-test split is not looked at. Runs are kept in a folder and a study that was killed goes on from
-there.
+Every K trains the recipe twice, with the same seed: on as many targets as K = 0 (``--epochs`` of
+the recipe), and for as many minutes as these took at K = 0; the learning rate falls to zero at the
+end of either. What is compared is validation NDCG@10 over the whole catalog; the test split is not
+looked at. With ``--out`` the runs are kept, and a study that was killed goes on from there.
 """
 
 from __future__ import annotations
@@ -58,12 +57,10 @@ def measured(
     for k in layers:
         overrides = [*settings, f"model.item_layers={k}"]
         for equal in EQUAL:
-            if base is None or equal == "targets":
-                minutes = None
-            else:
-                minutes = round(base.seconds / 60, 3)
-            if base is not None and k == 0:
+            if k == 0 and base is not None:
                 break  # the same run
+            limited = base is not None and equal == "minutes"
+            minutes = round(base.seconds / 60, 3) if base is not None and limited else None
             found = trained(data, runs / f"k{k}-{equal}", recipe, overrides, minutes, epochs)
             base = base or found
             valid = found.valid

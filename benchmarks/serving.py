@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py --run runs/sci-table
     python benchmarks/serving.py --run runs/sci-table --quick     1 round of 3 seconds
+    python benchmarks/serving.py --run RUN --earlier CHECKOUT ITS_RUN
 
 Both are real processes on this machine, asked over loopback by as many clients as stand in the
 table: each sends its next request when the last was answered. A request is a history of ten items,
@@ -11,6 +12,9 @@ on whole texts, of which it reads 256 tokens of a history; and, harder to beat, 
 tokens that the run reads of an item. All servers run at once and are measured in turn, so that a
 busy neighbour hits each; with fewer threads than cores the servers keep to as many cores, and the
 clients to the rest. Rates are medians over rounds; latencies are of all rounds.
+
+``--earlier``: also an earlier build, from a checkout of it and a run that it has trained, with the
+same data and environment.
 
 Then an overload: many more clients than may wait, until most are refused, and a look at memory, at
 what is refused and how fast, and at whether everything is as before when they are gone.
@@ -47,6 +51,9 @@ ITEMS, K, POOL = 10, 10, 100
 OVERLOAD, AGAIN, RECOVERED = 700, 0.5, 0.7
 COMMAND = "from l2rec.cli import main; main()"  # what the installed script does
 OURS, WHOLE, CUT = "l2rec serve", "peer, whole texts", "peer, same tokens"
+EARLIER = "l2rec serve, earlier build"
+TIMES = 3
+"""Requests a second, by those of an earlier build whose layers all run again in every request."""
 
 Histories = Callable[[], list[str]]
 
@@ -111,16 +118,23 @@ def answers(port: int) -> bool:
 
 
 def commands(
-    run: Path, item_tokens: int | None, folder: Path
+    run: Path, item_tokens: int | None, folder: Path, earlier: Sequence[Path]
 ) -> dict[str, Callable[[int], list[str]]]:
     """Build the command that starts each server, by name."""
     peer = [sys.executable, str(Path(__file__).with_name("serving_peer.py")), str(run)]
-    ours = [sys.executable, "-c", COMMAND, "serve", str(run), "--rate", "0", "--no-access-log"]
-    ours += ["--log", f"sqlite:///{folder / 'events.db'}"]
+
+    def serve(run: Path, events: str, port: int) -> list[str]:
+        options = ["--rate", "0", "--no-access-log", "--log", f"sqlite:///{folder / events}"]
+        return [sys.executable, "-c", COMMAND, "serve", str(run), *options, "--port", str(port)]
+
     found = {
-        OURS: lambda port: [*ours, "--port", str(port)],
+        OURS: lambda port: serve(run, "events.db", port),
         WHOLE: lambda port: [*peer, str(port)],
     }
+    if earlier:
+        checkout, its_run = earlier
+        path = f"PYTHONPATH={checkout / 'src'}"
+        found[EARLIER] = lambda port: ["env", path, *serve(its_run, "earlier.db", port)]
     if item_tokens is not None:
         found[CUT] = lambda port: [*peer, str(port), str(item_tokens)]
     return found
@@ -252,6 +266,9 @@ def rates(
                         # Within rounds.
                         "ratio": against(measured, found[WHOLE]),
                         "ratio_cut": against(measured, found[CUT]) if CUT in found else None,
+                        "ratio_earlier": (
+                            against(measured, found[EARLIER]) if EARLIER in found else None
+                        ),
                     }
                 )
                 print(rows[-1], file=sys.stderr, flush=True)
@@ -260,6 +277,22 @@ def rates(
 
 def against(measured: Sequence[Measured], peer: Sequence[Measured]) -> float:
     return median([a.rate / b.rate for a, b in zip(measured, peer, strict=True)])
+
+
+def against_earlier(ours: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the goal that is set by an earlier build, if there is one."""
+    rows = [row for row in ours if row["histories"] == "distinct"]
+    ratios = {row["clients"]: row["ratio_earlier"] for row in rows}
+    if None in ratios.values():
+        return []
+    return [
+        {
+            "path": "l2rec serve, distinct histories, against an earlier build",
+            "goal": f"at least {TIMES} times its requests/s",
+            "measured": ", ".join(f"{r:.2f} x with {n} clients" for n, r in ratios.items()),
+            "reached": min(ratios.values()) >= TIMES,
+        }
+    ]
 
 
 async def ask_once(port: int, history: list[str]) -> None:
@@ -308,7 +341,14 @@ def overload(server: Server, drawn: Drawn, seconds: float) -> dict[str, Any]:
     }
 
 
-def measure(run: Path, folder: Path, threads: int, rounds: int, seconds: float) -> tuple[Any, Any]:
+def measure(
+    run: Path,
+    folder: Path,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    earlier: Sequence[Path] = (),
+) -> tuple[Any, Any]:
     config, _ = load_run_config(run)
     item_tokens = getattr(config.model, "item_tokens", None)
     ids = read_catalog(run).table["item_id"].to_pylist()
@@ -316,7 +356,7 @@ def measure(run: Path, folder: Path, threads: int, rounds: int, seconds: float) 
     mine = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         servers = []
-        for name, command in commands(run, item_tokens, folder).items():
+        for name, command in commands(run, item_tokens, folder, earlier).items():
             port = free_port()
             servers.append(stack.enter_context(started(name, command(port), port, threads)))
         if threads < len(mine):
@@ -331,6 +371,14 @@ def measure(run: Path, folder: Path, threads: int, rounds: int, seconds: float) 
 def main(argv: Sequence[str] | None = None) -> None:
     p = arguments(__file__, __doc__)
     p.add_argument("--run", type=Path, metavar="RUN", help="a finished run (default: a tiny one)")
+    p.add_argument(
+        "--earlier",
+        type=Path,
+        nargs=2,
+        default=[],
+        metavar=("CHECKOUT", "ITS_RUN"),
+        help="an earlier build to compare with",
+    )
     p.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
     p.add_argument("--seconds", type=float, default=5.0, help="of a round (default %(default)s)")
     args = p.parse_args(argv)
@@ -341,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         run = args.run or small_run(folder, "training.max_steps=1", items=400)
-        rows, loaded = measure(run, folder, threads, rounds, seconds)
+        rows, loaded = measure(run, folder, threads, rounds, seconds, args.earlier)
     ours = [row for row in rows if row["server"] == OURS]
     worst = {
         what: min(row["ratio"] for row in ours if row["histories"] == what)
@@ -376,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("p99", "p99, ms"),
             ("ratio", "ratio to the peer"),
             ("ratio_cut", "on the same tokens"),
+            ("ratio_earlier", "ratio to the earlier build"),
             ("errors", "errors"),
         ],
         rows=rows,
@@ -386,6 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         overload=loaded,
         summary=[
+            *against_earlier(ours),
             {
                 "path": "l2rec serve, distinct histories",
                 "goal": "at least the requests/s of the peer at 1, 8 and 64 clients",

@@ -761,6 +761,25 @@ def test_a_frozen_model_computes_its_table_once(monkeypatch: pytest.MonkeyPatch)
     assert not torch.equal(model.encode_items(np.arange(N)), vectors)
 
 
+@pytest.mark.parametrize("changes", [{}, {"personalized_router": False}, {"item_layers": 1}])
+def test_a_frozen_model_joins_its_experts_once(changes: dict[str, Any]) -> None:
+    model = shaken(build(**changes)).eval()
+    dtype = model.backbone.dtype
+    before = model.encode_users(HISTORIES)
+    model.freeze()
+    assert torch.equal(model.encode_users(HISTORIES), before)
+    assert model.experts._joined(0, dtype) is model.experts._joined(0, dtype)
+    # Training, and weights that are loaded, end it.
+    load_trained(model, {n: t + 0.1 for n, t in trained_tensors(model).items()}, "test")
+    loaded = model.encode_users(HISTORIES)
+    assert not torch.allclose(loaded, before, atol=1e-3)
+    model.freeze()
+    assert torch.equal(model.encode_users(HISTORIES), loaded)
+    model.train().loss(one_batch(model)).total.backward()
+    grads = [p.grad for p in model.experts.parameters() if p.requires_grad]
+    assert grads and all(grad is not None for grad in grads)
+
+
 def test_items_without_text_do_not_break_the_catalog() -> None:
     for family, changes in itertools.product(FAMILIES, ({}, TABLE)):
         model = shaken(build(family, texts=["", *TEXTS[1:-1], ""], **changes))

@@ -203,7 +203,7 @@ def test_new_routers_are_even_and_new_experts_silent() -> None:
     with moe.routed(slices) as routing:
         silent = update(moe, 0, torch.randn(n, DIM), routing)
         hidden = torch.zeros(slices[0].stop, 1, 2 * moe.width)
-        scores = moe._fused_scores(0, moe.mixtures[0].views()[:1], hidden, 0, routing)
+        scores = moe._fused_scores(0, moe._join(0, torch.float32)[0], hidden, 0, routing)
     assert not silent.any()
     # g^c = g^u = g^f = 1/E
     torch.testing.assert_close(

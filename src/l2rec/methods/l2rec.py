@@ -501,6 +501,7 @@ class L2Rec(nn.Module):
         """Switch to evaluation mode and compute once what no history changes."""
         self.eval()
         self.items.freeze()
+        self.experts.keep()
 
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
         """Add items by text alone, recommendable at once; return their item ints.

@@ -22,7 +22,8 @@ matrices.
 
 On a GPU a step of a small backbone is as long as its list of calls, so matrices that read the same
 x (q, k and v of a block; gate and up) are one *group*: one stack, one batch of routers. The first
-of them to be called computes for all. The load balance of all matrices is computed at the end.
+of them to be called computes for all. The load balance of all matrices is computed at once, after
+the pass.
 
 Legend: n tokens of a slice, N of the packed batch, U users (rows or running prefixes), J adapted
 matrices, G those of a group, S shared experts, E experts of a view, V views, R rank, W router
@@ -38,6 +39,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -100,41 +102,48 @@ class ViewSlice:
 
 @dataclass
 class Routing:
-    """State of one forward pass of the backbone, and its load balance afterwards.
+    """State of one forward pass of the backbone; afterwards, its load balance.
 
     slices: the views' tokens; together the whole packed batch, in order.
     from_user: per slice and group, the terms that depend on the user alone, float32: what is added
         to the hidden layers of the routers, [U, G, 2 W] (context: b1^c; interaction: b1^f and the
         u-half of R1^f [u; x]), and g^u, [U, G, E]. Empty where the router does not know the user.
     chosen: per slice, of each group that was passed: g_hat [G, n, E] float32 and the chosen
-        experts [G, n, E] bool. Emptied by `finish`; None where nothing is collected, because a
-        part of the pass is computed once more.
+        experts [G, n, E] bool. Emptied once they are summed up; None where nothing is collected,
+        because a part of the pass is computed once more.
     ready: by module, the input of its group and the output that was computed with it, until the
         module is called.
-    balance: per view, the load-balancing term of each matrix that was passed, [J] float32.
-    load: per view, for each of them the share of choices that each expert received, [J, E]
-        float32, detached.
     """
 
     slices: Sequence[ViewSlice]
     from_user: list[Sequence[tuple[Tensor, Tensor]]]
     chosen: list[list[tuple[Tensor, Tensor]]] | None
     ready: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    balance: dict[int, Tensor] = field(default_factory=dict)
-    load: dict[int, Tensor] = field(default_factory=dict)
 
-    def finish(self) -> None:
-        """Compute balance and load of the whole pass, and free what it no longer needs."""
-        self.ready.clear()
+    @property
+    def balance(self) -> dict[int, Tensor]:
+        """Load-balancing term of each matrix that was passed, [J] float32, by view."""
+        return {view: terms for view, (terms, _) in self._summed_up.items()}
+
+    @property
+    def load(self) -> dict[int, Tensor]:
+        """Share of choices that each expert received, [J, E] float32, detached, by view."""
+        return {view: load for view, (_, load) in self._summed_up.items()}
+
+    @cached_property
+    def _summed_up(self) -> dict[int, tuple[Tensor, Tensor]]:
+        # At the first question: nobody asks when a user is served.
         assert self.chosen is not None, "a part that is computed once more is no whole pass"
+        found = {}
         for part, chosen in zip(self.slices, self.chosen, strict=True):
             if chosen:
                 real = part.stop - part.start - part.filler
                 scores, in_top = (
                     torch.cat(of_groups)[:, :real] for of_groups in zip(*chosen, strict=True)
                 )
-                self.balance[part.view], self.load[part.view] = load_balance(scores, in_top)
+                found[part.view] = load_balance(scores, in_top)
                 chosen.clear()
+        return found
 
 
 def top_n(scores: Tensor, n: int) -> Tensor:
@@ -249,6 +258,22 @@ class _View(NamedTuple):
     b: Tensor
     router_x: Tensor
     router_x_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+
+class _Joined(NamedTuple):
+    """Parameters of one group and one view, as the products of a pass take them.
+
+    stack: [A of all experts; x-halves of the routers' first layers], [G ((S + E) R + 2 W), d_in].
+    b: [(S + E) R, d_out] of each matrix; both in the dtype of x. bias: [G, 2 W] of those first
+    layers. out, out_bias: [2 G, E, W] and [2 G, E], the second layers. (G and W where the router
+    does not know the user.)
+    """
+
+    stack: Tensor
+    b: list[Tensor]
+    bias: Tensor
     out: Tensor
     out_bias: Tensor
 
@@ -379,7 +404,22 @@ class DPMoE(Adapter[Routing]):
             self.router_u_bias = nn.Parameter(torch.empty(views, matrices, width))
             self.user_out = nn.Parameter(torch.empty(views, matrices, view_experts, width))
             self.user_out_bias = nn.Parameter(torch.empty(views, matrices, view_experts))
+        self._kept: dict[tuple[int, torch.dtype], list[_Joined]] | None = None
         self.reset_parameters()
+
+    def keep(self) -> None:
+        """Join parameters once, for weights that no longer change; training or loading ends it."""
+        self._kept = None if self.training else {}
+
+    def train(self, mode: bool = True) -> DPMoE:
+        """Switch the mode as every module does; training forgets what was joined."""
+        if mode:
+            self._kept = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args)
 
     def reset_parameters(self) -> None:
         """Draw A as Kaiming-uniform, set B to zero, start the routers near uniform: dW = 0."""
@@ -404,7 +444,7 @@ class DPMoE(Adapter[Routing]):
         from_user = [self._from_user(s, biases) for s in slices]
         with self.active(Routing(slices, from_user, [[] for _ in slices])) as routing:
             yield routing
-        routing.finish()
+        routing.ready.clear()
 
     def _again(self, state: Routing) -> Routing:
         return Routing(state.slices, state.from_user, None)
@@ -455,46 +495,62 @@ class DPMoE(Adapter[Routing]):
         x: [N, d_in], a whole packed batch. Returns [N, rows of the module] of each module, in the
         dtype of x.
         """
-        members = self.groups[group]
-        modules = self._modules_in[group]
+        members, modules = self.groups[group], self._modules_in[group]
         frozen = [Part.whole(self._modules_of[number]) for number in modules]
-        mixtures: list[_Mixture] = [self.mixtures[j] for j in members]  # type: ignore[misc]
         sizes = [part.stop - part.start for part in routing.slices]
-        of_member = [mixture.views() for mixture in mixtures]
-        of_slice = [[views[part.view] for views in of_member] for part in routing.slices]
-        # [A of all experts; x-halves of the routers' first layers], [G ((S + E) R + 2 W), d_in]
-        stacks = []
-        for views in of_slice:
-            pairs = zip(mixtures, views, strict=True)
-            a = [matrix for mixture, v in pairs for matrix in (mixture.shared_a, v.a)]
-            stacks.append(torch.cat([*a, *(v.router_x for v in views)]).to(x.dtype))
+        views = self._joined(group, x.dtype)
+        of_slice = [views[part.view] for part in routing.slices]
+        stacks = [joined.stack for joined in of_slice]
         results = _Products.apply(x, frozen, sizes, *stacks)  # type: ignore[no-untyped-call]
         ys, products = dict(zip(modules, results, strict=False)), results[len(modules) :]
         low = [
-            self._gated(group, of_slice[k], product, k, routing)
-            for k, product in enumerate(products)
+            self._gated(group, joined, product, k, routing)
+            for k, (joined, product) in enumerate(zip(of_slice, products, strict=True))
         ]
-        for m, (j, mixture) in enumerate(zip(members, mixtures, strict=True)):
+        for m, j in enumerate(members):
             factors: list[Tensor] = []
-            for of_view, views in zip(low, of_slice, strict=True):
-                b = torch.cat((mixture.shared_b, views[m].b)).to(x.dtype)
-                factors += (of_view[m], b)
+            for of_view, joined in zip(low, of_slice, strict=True):
+                factors += (of_view[m], joined.b[m])
             number = self._module_of[j]
             y, part = ys[number], self._parts[j]
             ys[number] = _AddLowRank.apply(y, part, sizes, *factors)  # type: ignore[no-untyped-call]
         return list(ys.values())
 
+    def _joined(self, group: int, dtype: torch.dtype) -> list[_Joined]:
+        """Join the parameters of a group, for each view."""
+        if self._kept is None:
+            return self._join(group, dtype)
+        if (group, dtype) not in self._kept:
+            self._kept[group, dtype] = self._join(group, dtype)
+        return self._kept[group, dtype]
+
+    def _join(self, group: int, dtype: torch.dtype) -> list[_Joined]:
+        mixtures: list[_Mixture] = [self.mixtures[j] for j in self.groups[group]]  # type: ignore[misc]
+        joined = []
+        for views in zip(*(mixture.views() for mixture in mixtures), strict=True):
+            pairs = list(zip(mixtures, views, strict=True))
+            a = [matrix for mixture, v in pairs for matrix in (mixture.shared_a, v.a)]
+            joined.append(
+                _Joined(
+                    torch.cat([*a, *(v.router_x for v in views)]).to(dtype),
+                    [torch.cat((mixture.shared_b, v.b)).to(dtype) for mixture, v in pairs],
+                    torch.stack([v.router_x_bias for v in views]),
+                    torch.cat([v.out for v in views]),
+                    torch.cat([v.out_bias for v in views]),
+                )
+            )
+        return joined
+
     def _gated(
-        self, group: int, views: Sequence[_View], product: Tensor, k: int, routing: Routing
+        self, group: int, joined: _Joined, product: Tensor, k: int, routing: Routing
     ) -> Sequence[Tensor]:
         """Compute alpha/r g_i A_i x of slice k, Eq. 5: [n, (S + E) R] for every matrix of a group.
 
-        views: the slice's view of each matrix. product: [n, G ((S + E) R + 2 W)], the view's stack
-        times x.
+        joined: of the slice's view. product: [n, G ((S + E) R + 2 W)], its stack times x.
         """
-        matrices, routers = len(views), sum(len(v.router_x) for v in views)
+        matrices, routers = len(joined.b), joined.bias.numel()
         low, hidden = product.split((product.shape[1] - routers, routers), dim=-1)
-        scores = self._fused_scores(group, views, hidden.unflatten(-1, (matrices, -1)), k, routing)
+        scores = self._fused_scores(group, joined, hidden.unflatten(-1, (matrices, -1)), k, routing)
         chosen = top_n(scores, self.top)
         if routing.chosen is not None:
             routing.chosen[k].append((scores, chosen))
@@ -504,22 +560,21 @@ class DPMoE(Adapter[Routing]):
         return gated.unbind(1)
 
     def _fused_scores(
-        self, group: int, views: Sequence[_View], hidden: Tensor, k: int, routing: Routing
+        self, group: int, joined: _Joined, hidden: Tensor, k: int, routing: Routing
     ) -> Tensor:
         """Compute g_hat of slice k, Eq. 4 and the first line of Eq. 5: [G, n, E] float32.
 
         hidden: [n, G, 2 W], R1 x of context and interaction ([n, G, W] of context alone, where the
         router does not know the user), without bias, in the dtype of x.
         """
-        out, bias = torch.cat([v.out for v in views]), torch.cat([v.out_bias for v in views])
         if not self.personalized:
-            hidden = hidden + torch.stack([v.router_x_bias for v in views])
-            return _gates(hidden.flatten(1), out, bias).transpose(1, 2)
+            hidden = hidden + joined.bias
+            return _gates(hidden.flatten(1), joined.out, joined.out_bias).transpose(1, 2)
         of_hidden, of_user = routing.from_user[k][group]
         user = routing.slices[k].user
         hidden = hidden + of_hidden.index_select(0, user)
-        gates = _gates(hidden.flatten(1), out, bias).unflatten(0, (len(views), 2))
-        g_context, g_interaction = gates.transpose(2, 3).unbind(1)
+        gates = _gates(hidden.flatten(1), joined.out, joined.out_bias)
+        g_context, g_interaction = gates.unflatten(0, (-1, 2)).transpose(2, 3).unbind(1)
         g_user = of_user.index_select(0, user).transpose(0, 1)
         fused: Tensor = g_context + (g_user + g_interaction) * g_context
         return fused

@@ -17,8 +17,8 @@ from __future__ import annotations
 __all__ = ["accepted", "lead_to_packed", "own_attention"]
 
 import inspect
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -121,7 +121,12 @@ def own_attention(model: nn.Module) -> str:
 
 def accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the inputs that a model's forward takes: not all know ``use_cache``, say."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = _parameters(type(model).forward)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return inputs
     return {name: value for name, value in inputs.items() if name in parameters}
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
