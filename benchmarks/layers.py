@@ -60,7 +60,7 @@ def measured(
             if k == 0 and base is not None:
                 break  # the same run
             limited = base is not None and equal == "minutes"
-            minutes = round(base.seconds / 60, 3) if base is not None and limited else None
+            minutes = base.seconds / 60 if base is not None and limited else None
             found = trained(data, runs / f"k{k}-{equal}", recipe, overrides, minutes, epochs)
             base = base or found
             valid = found.valid

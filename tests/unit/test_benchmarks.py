@@ -24,6 +24,7 @@ from l2rec.modules.experts import top_n
 measure, step, growth = script("measure"), script("step"), script("growth")
 breakdown, performance, systems = script("breakdown"), script("performance"), script("systems")
 sasrec, rectools_child = script("sasrec"), script("rectools_child")
+layers, earlier = script("layers"), script("earlier")
 
 
 # -- what all benchmarks share -------------------------------------------------------------------
@@ -357,7 +358,7 @@ def test_parts_that_need_data_ask_for_it(capsys: pytest.CaptureFixture[str]) -> 
     assert "--data DIR" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [step, growth, breakdown, performance])
+@pytest.mark.parametrize("script", [step, growth, breakdown, performance, layers, earlier])
 def test_help_teaches(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         script.main(["--help"])
@@ -392,6 +393,52 @@ def test_systems_step_on_the_same_users(
     monkeypatch.setattr(systems, "from_child", lambda *command: [*command])
     command = systems.memory("HDRec, text alone", chains.path, 3, "float32")
     assert command[command.index("--child") + 1] == "HDRec, text alone"
+
+
+# -- items that are read once --------------------------------------------------------------------
+
+SMALL = [f"model.{option}={value}" for option, value in runs.SMALL.items()]
+
+
+def test_every_k_trains_on_as_many_targets_and_as_long(
+    backbone_folder: Path, chains: Dataset, tmp_path: Path
+) -> None:
+    options = [*SMALL, f"backbone.name={backbone_folder}"]
+    rows = list(layers.measured(chains.path, tmp_path, "l2rec-table", [0, 1], options, 1))
+    assert [(row["k"], row["equal"]) for row in rows] == [
+        (0, ""),
+        (1, "as many targets"),
+        (1, "as many minutes"),
+    ]
+    base, targets, minutes = rows
+    assert targets["steps"] == base["steps"] > 0 and base["by_base"] == 0
+    # The limit is met after a step, of at least one that was begun before it.
+    assert minutes["minutes"] >= base["minutes"] - 0.001
+    assert minutes["by_base"] == minutes["ndcg@10"] / base["ndcg@10"] - 1
+    again = layers.measured(chains.path, tmp_path, "l2rec-table", [0, 1], options, 1)
+    assert [row["ndcg@10"] for row in again] == [row["ndcg@10"] for row in rows]
+    for row, goal in zip(rows[1:], layers.goals(rows, "chains"), strict=True):
+        least = -0.02 if row["equal"] == "as many targets" else 0
+        assert goal["reached"] is (row["by_base"] >= least)
+
+
+def test_an_earlier_build_takes_the_same_steps(
+    backbone_folder: Path, chains: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = [*SMALL, "model.negatives=2", f"backbone.name={backbone_folder}"]
+    work = earlier.Work("scientific/l2rec", options, 8, (1,), 1000.0)
+    monkeypatch.setattr(earlier, "WORK", {"tiny": work})
+    file = tmp_path / "earlier.json"
+    given = ["--earlier", str(FOLDER.parent), "--data", str(chains.path), "--only", "tiny"]
+    earlier.main(["--quick", *given, "--json", str(file)])
+    document = json.loads(file.read_text())
+    before, now = document["rows"]
+    assert (before["contender"], now["contender"]) == (earlier.BEFORE, "K = 1")
+    assert before["targets"] == now["targets"] == 8 and before["faster"] == 1
+    assert now["faster"] > 0 and now["items_faster"] > 0
+    assert [goal["reached"] for goal in document["summary"]] == [False]
+    with pytest.raises(SystemExit):
+        earlier.main(["--earlier", str(FOLDER.parent), "--only", "other"])
 
 
 # -- sasrec --------------------------------------------------------------------------------------
