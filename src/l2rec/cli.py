@@ -755,6 +755,38 @@ def embed(
 
 
 @app.command()
+def onnx(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+) -> None:
+    """Write the user encoder of a run as an ONNX graph, with the item vectors it is scored with.
+
+    For methods that read ids and stored item vectors; scores are inner products. The graph is
+    compared with the model before it is kept. Needs `pip install 'l2rec[onnx]'`; docs/serving.md
+    describes the files.
+
+    Example: `l2rec onnx runs/sasrec --out exported`
+    """
+    from l2rec.console import Console
+    from l2rec.runs.onnx import COMPARED, GRAPH, onnx_run
+
+    _must_be_folder(out)
+    with Console() as console:
+        export = onnx_run(run, out, data)
+        facts = export.manifest
+        console.line(
+            f"{out / GRAPH}: {facts['method']}, {facts['items']:,} items, up to "
+            f"{facts['max_items']} of a history, vectors of {facts['dim']} numbers"
+        )
+        console.line(
+            "not compared with the model: onnxruntime is not installed"
+            if export.difference is None
+            else f"compared with the model on up to {COMPARED} users: {export.difference:.1g} apart"
+        )
+
+
+@app.command()
 def index(
     vectors: Annotated[Path, typer.Argument(help="items.parquet of `l2rec embed`.")],
     out: Annotated[Path, typer.Option(help="Index folder to write.")],

@@ -15,6 +15,7 @@ are inner products. The other protocols are optional abilities, asked for with `
     Freezable       freeze          something can be computed once for a model that no longer learns
     Cached          cached          cache entries that travel with a run
     SizedByData     sized_by_data   tensors whose length is that of the data
+    Exportable      user_encoder    users are a function of stored vectors of their items
 
 Evaluation, runs and the service read no other attribute of a method.
 Shapes: B histories (users), N catalog items, D embedding size.
@@ -30,6 +31,7 @@ __all__ = [
     "Embedder",
     "EpochBatches",
     "ExpertLoad",
+    "Exportable",
     "Freezable",
     "Inspectable",
     "Losses",
@@ -44,6 +46,7 @@ __all__ = [
     "TakesNewItems",
     "TopK",
     "Trainable",
+    "UserEncoder",
     "decayed",
     "inner_product_scorer",
     "updates",
@@ -335,6 +338,34 @@ class SizedByData(Protocol):
 
     sized_by_data: ClassVar[frozenset[str]]
     """Names of the buffers; loading gives them the length they were saved with."""
+
+
+@dataclass(frozen=True)
+class UserEncoder:
+    """User vectors as a function of vectors that are stored for the items, and of nothing else.
+
+    items: [N, h] float32, what is read of each item. encode: vectors of rows' items [B, T, h],
+    oldest first, and which are real [B, T] bool, padding on the right -> user vectors [B, D]. It
+    computes the whole grid, without a step that depends on values, so that it can be traced.
+    max_items: T at most.
+    """
+
+    items: Tensor
+    encode: Callable[[Tensor, Tensor], Tensor]
+    max_items: int
+
+
+@runtime_checkable
+class Exportable(Protocol):
+    """An embedder that reads a stored vector of each item and no text, and adds no prior: what can
+    run without it.
+    """
+
+    def user_encoder(self) -> UserEncoder:
+        """Return what `Embedder.encode_users` computes, as one function of the model's weights and
+        of item vectors in evaluation mode.
+        """
+        ...
 
 
 # -- helpers -------------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.objectives import catalog_loss
-from l2rec.modules.sequences import catalog_rows, encode_rows, pad, sequence_batches
-from l2rec.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
+from l2rec.modules.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
+from l2rec.protocols import Losses, Scorer, Stage, UserEncoder, decayed, inner_product_scorer
 
 
 class BERT4RecConfig(BaseModel):
@@ -175,9 +175,27 @@ class BERT4Rec(nn.Module):
     def _next(self, rows: Ragged) -> Tensor:
         """Compute the user vectors [B, h + 1] of rows, at a mask right after each row."""
         items, real = pad(rows, self.items.weight.device)
+        x, longer = self._asked(self.items(items), real)
+        return self._answers(self.encoder(x, longer), longer)
+
+    def _asked(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a mask right after each row: [B, T, h], [B, T] -> [B, T + 1, h], [B, T + 1]."""
         longer = F.pad(real, (1, 0), value=True)
-        users = self(F.pad(items, (0, 1)), longer, longer & ~F.pad(real, (0, 1)))
-        return F.pad(users, (0, 1), value=1.0)
+        mask = longer & ~F.pad(real, (0, 1))
+        return torch.where(mask[..., None], self.mask, F.pad(x, (0, 0, 0, 1))), longer
+
+    def _answers(self, states: Tensor, real: Tensor) -> Tensor:
+        """Return user vectors [B, h + 1] by the states of `_asked` rows; 1 meets an item's bias."""
+        return F.pad(self.head(last_of(states, real)), (0, 1), value=1.0)
+
+    def user_encoder(self) -> UserEncoder:
+        """Return the outputs at a mask after each row as a function of rows of E."""
+
+        def encode(x: Tensor, real: Tensor) -> Tensor:
+            x, longer = self._asked(x, real)
+            return self._answers(self.encoder.whole(x, longer), longer)
+
+        return UserEncoder(self.items.weight.detach(), encode, self.config.max_items)
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
         """Return item vectors [n, h + 1] float32 of catalog ints.

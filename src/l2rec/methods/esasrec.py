@@ -56,8 +56,8 @@ from l2rec.modules.encoder import (
 )
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.losses import negative_scores, sampled_softmax_loss
-from l2rec.modules.sequences import pad, sequence_batches
-from l2rec.protocols import Losses, Stage, decayed
+from l2rec.modules.sequences import last_of, pad, sequence_batches
+from l2rec.protocols import Losses, Stage, UserEncoder, decayed
 
 
 class ESASRecConfig(BaseModel):
@@ -169,16 +169,28 @@ class ESASRec(ItemTable):
         Padding is on the right, where no real position looks. table: [N, h], replaces E.
         """
         items, real = pad(histories, self.items.weight.device)
-        at = places(real, from_newest=self.config.from_newest)
         vectors = F.embedding(items, self.items.weight if table is None else table)
-        x = self.dropout(vectors + self.positions(at))
-        return in_length_groups(self._read, x, real), real
+        return in_length_groups(self._read, self._placed(vectors, real), real), real
+
+    def _placed(self, vectors: Tensor, real: Tensor) -> Tensor:
+        """Add positions to item vectors: [B, T, h]."""
+        at = places(real, from_newest=self.config.from_newest)
+        placed: Tensor = self.dropout(vectors + self.positions(at))
+        return placed
 
     def _read(self, x: Tensor, real: Tensor) -> Tensor:
         hidden = causal_mask(real.shape[1], real.device)
         for layer in self.layers:
             x = layer(x, hidden)
         return x
+
+    def user_encoder(self) -> UserEncoder:
+        """Return the states after the newest items as a function of rows of E."""
+        return UserEncoder(
+            self.items.weight.detach(),
+            lambda x, real: last_of(self._read(self._placed(x, real), real), real),
+            self.config.max_items,
+        )
 
     # -- training --------------------------------------------------------------------------------
 

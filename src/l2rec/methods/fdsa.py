@@ -45,8 +45,8 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.frozen_text import FrozenText
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.sequences import as_index, next_item_batches, pad
-from l2rec.protocols import Stage, decayed
+from l2rec.modules.sequences import as_index, evaluating, last_of, next_item_batches, pad
+from l2rec.protocols import Stage, UserEncoder, decayed
 
 
 class FDSAConfig(BaseModel):
@@ -197,8 +197,29 @@ class FDSA(ItemTable):
         embedded = self.items(items)
         features = torch.zeros_like(embedded)
         features[real] = self.features(histories.values)
-        states = (self.item_encoder(embedded, real), self.feature_encoder(features, real))
-        return self.dropout(self.norm(self.join(torch.cat(states, -1)))), real
+        states = self.item_encoder(embedded, real), self.feature_encoder(features, real)
+        return self._joined(*states), real
+
+    def _joined(self, items: Tensor, features: Tensor) -> Tensor:
+        """Join the states of both encoders [B, T, h] to u [B, T, h]."""
+        users: Tensor = self.dropout(self.norm(self.join(torch.cat((items, features), -1))))
+        return users
+
+    def user_encoder(self) -> UserEncoder:
+        """Return u after the newest items as a function of rows of [E; f]: [N, 2 h]."""
+        with evaluating(self):
+            features = self.features(np.arange(self.n_items))
+
+        def encode(x: Tensor, real: Tensor) -> Tensor:
+            items, features = x.chunk(2, -1)
+            states = (
+                self.item_encoder.whole(items, real),
+                self.feature_encoder.whole(features, real),
+            )
+            return last_of(self._joined(*states), real)
+
+        items = self.items.weight.detach()
+        return UserEncoder(torch.cat((items, features), 1), encode, self.config.max_items)
 
     # -- training --------------------------------------------------------------------------------
 

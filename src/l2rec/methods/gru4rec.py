@@ -40,8 +40,8 @@ from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import in_length_groups
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.sequences import next_item_batches, pad
-from l2rec.protocols import Losses, Stage, decayed
+from l2rec.modules.sequences import last_of, next_item_batches, pad
+from l2rec.protocols import Losses, Stage, UserEncoder, decayed
 
 Loss = Literal["ce", "bpr", "top1", "bpr-max"]
 
@@ -103,6 +103,14 @@ class GRU4Rec(ItemTable):
         items, real = pad(histories, self.items.weight.device)
         x = self.dropout(self.items(items))
         return self.out(in_length_groups(lambda part, _: self.gru(part)[0], x, real)), real
+
+    def user_encoder(self) -> UserEncoder:
+        """Return the states after the newest items as a function of rows of E."""
+        return UserEncoder(
+            self.items.weight.detach(),
+            lambda x, real: last_of(self.out(self.gru(self.dropout(x))[0]), real),
+            self.config.max_items,
+        )
 
     # -- training --------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ from l2rec.modules.sequences import (
     raw_texts,
     sequence_batches,
 )
-from l2rec.protocols import Losses, Scorer, Stage, decayed, inner_product_scorer
+from l2rec.protocols import Losses, Scorer, Stage, UserEncoder, decayed, inner_product_scorer
 
 
 class LEARNConfig(BaseModel):
@@ -241,6 +241,16 @@ class LEARN(nn.Module):
             max_items=self.config.max_items,
             max_rows=FEW_ROWS,
         )
+
+    def user_encoder(self) -> UserEncoder:
+        """Return unit user vectors as a function of the items' text vectors on PAL's entry."""
+
+        def encode(x: Tensor, real: Tensor) -> Tensor:
+            states = self.leave(self.encoder.whole(x, real))
+            return F.normalize(last_of(states, real), dim=-1)
+
+        entered = self.enter(self.text.vectors).detach()
+        return UserEncoder(entered, encode, self.config.max_items)
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
         """Return unit item vectors [n, out] float32 of catalog ints or of raw texts."""

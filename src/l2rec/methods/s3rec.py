@@ -57,7 +57,7 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.sequences import last_of, next_item_batches, pad, sequence_batches
-from l2rec.protocols import Losses, Stage, decayed
+from l2rec.protocols import Losses, Stage, UserEncoder, decayed
 
 WORD = r"[^\W\d_]{3,}"
 """Pattern of a word that may be an attribute: three letters or more."""
@@ -203,6 +203,14 @@ class S3Rec(ItemTable):
         """Encode rows of at most ``max_items`` items: states [B, T, h], which are real [B, T]."""
         items, real = pad(histories, self.items.weight.device)
         return self.encoder(self.items(items), real), real
+
+    def user_encoder(self) -> UserEncoder:
+        """Return the states after the newest items as a function of rows of E."""
+        return UserEncoder(
+            self.items.weight.detach(),
+            lambda x, real: last_of(self.encoder.whole(x, real), real),
+            self.config.max_items,
+        )
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         """Return pre-training, unless it has no epochs, and fine-tuning."""

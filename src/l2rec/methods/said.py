@@ -69,6 +69,7 @@ from l2rec.protocols import (
     ParameterGroup,
     Scorer,
     Stage,
+    UserEncoder,
     decayed,
     inner_product_scorer,
 )
@@ -369,6 +370,14 @@ class SAID(nn.Module):
             histories,
             lambda batch: last_of(*self(batch, rows)),
             max_items=self.config.max_items,
+        )
+
+    def user_encoder(self) -> UserEncoder:
+        """Return the states after the newest items as a function of `item_rows`."""
+        return UserEncoder(
+            self.item_rows().detach(),
+            lambda x, real: last_of(self.encoder.whole(x, real), real),
+            self.config.max_items,
         )
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:

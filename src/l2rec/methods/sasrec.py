@@ -37,8 +37,8 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.losses import binary_loss, negative_scores, sampled_softmax_loss
-from l2rec.modules.sequences import next_item_batches, pad
-from l2rec.protocols import Losses, Stage, decayed
+from l2rec.modules.sequences import last_of, next_item_batches, pad
+from l2rec.protocols import Losses, Stage, UserEncoder, decayed
 
 
 class SASRecConfig(BaseModel):
@@ -109,6 +109,14 @@ class SASRec(ItemTable):
         items, real = pad(histories, self.items.weight.device)
         vectors = F.embedding(items, self.items.weight if table is None else table)
         return self.encoder(vectors, real), real
+
+    def user_encoder(self) -> UserEncoder:
+        """Return the states after the newest items as a function of rows of E."""
+        return UserEncoder(
+            self.items.weight.detach(),
+            lambda x, real: last_of(self.encoder.whole(x, real), real),
+            self.config.max_items,
+        )
 
     # -- training --------------------------------------------------------------------------------
 

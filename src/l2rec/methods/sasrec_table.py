@@ -44,7 +44,7 @@ from l2rec.modules.sequences import (
     raw_texts,
 )
 from l2rec.modules.text_table import TextTable
-from l2rec.protocols import Losses, ParameterGroup, Scorer, Stage, decayed
+from l2rec.protocols import Losses, ParameterGroup, Scorer, Stage, UserEncoder, decayed
 
 
 class SASRecTableConfig(BaseModel):
@@ -126,9 +126,16 @@ class SASRecTable(nn.Module):
         """
         items, real = pad(histories, table.device)
         rows = table[items]
-        states = self.encoder(rows * table.shape[-1] ** 0.5, real)
+        return self._skipped(self.encoder(self._entered(rows), real), rows), real
+
+    def _entered(self, rows: Tensor) -> Tensor:
+        """Scale rows of T [B, T, D] to what the encoder reads."""
+        return rows * rows.shape[-1] ** 0.5
+
+    def _skipped(self, states: Tensor, rows: Tensor) -> Tensor:
+        """Add rows of T to the encoder's states: u [B, T, D]."""
         users = 0.5 * F.normalize(states, dim=-1) + self.skip * rows
-        return F.normalize(users, dim=-1), real
+        return F.normalize(users, dim=-1)
 
     # -- training --------------------------------------------------------------------------------
 
@@ -180,6 +187,15 @@ class SASRecTable(nn.Module):
             DataError: an empty history.
         """
         return self._users(histories, self._items())
+
+    def user_encoder(self) -> UserEncoder:
+        """Return u after the newest items as a function of rows of T."""
+
+        def encode(rows: Tensor, real: Tensor) -> Tensor:
+            states = self.encoder.whole(self._entered(rows), real)
+            return last_of(self._skipped(states, rows), real)
+
+        return UserEncoder(self._items(), encode, self.config.max_items)
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
         """Return unit item vectors [n, D] float32 of catalog ints or of raw texts."""

@@ -68,7 +68,7 @@ from l2rec.modules.sequences import (
     pad,
     raw_texts,
 )
-from l2rec.protocols import Losses, Scorer, Stage, decayed
+from l2rec.protocols import Losses, Scorer, Stage, UserEncoder, decayed
 
 WORD_SEED = 0
 """Seed of the dropped words: one for all runs, so that these share the cached text vectors."""
@@ -336,6 +336,14 @@ class UniSRec(nn.Module):
         if not len(items):  # no users, or an error that `encode_rows` raises
             items = np.zeros(1, dtype=np.int64)
         return self._users(Ragged(columns, recent.offsets), self._evaluated(items))
+
+    def user_encoder(self) -> UserEncoder:
+        """Return unit user vectors as a function of `item_states`."""
+        return UserEncoder(
+            self._evaluated(np.arange(self.n_items)),
+            lambda x, real: F.normalize(last_of(self.encoder.whole(x, real), real), dim=-1),
+            self.config.max_items,
+        )
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
         """Return unit item vectors [n, h] float32 of catalog ints or of raw texts."""

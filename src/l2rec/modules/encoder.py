@@ -258,22 +258,33 @@ class SequenceEncoder(nn.Module):
             causal: replaces the encoder's ``causal`` in this call, unless it is None.
         """
         look = self.causal if causal is None else causal
-        return in_length_groups(lambda x, real: self._read(x, real, look), x, real)
 
-    def _read(self, x: Tensor, real: Tensor, causal: bool) -> Tensor:
+        def read(x: Tensor, real: Tensor) -> Tensor:
+            all_seen = not look and bool(real.all())
+            return self._read(x, real, None if all_seen else self._hidden(real, look))
+
+        return in_length_groups(read, x, real)
+
+    def whole(self, x: Tensor, real: Tensor) -> Tensor:
+        """Encode rows as `forward` does, the grid at once: what is computed depends on no length.
+
+        For `l2rec.protocols.UserEncoder`; padding makes it slower.
+        """
+        return self._read(x, real, self._hidden(real, self.causal))
+
+    def _read(self, x: Tensor, real: Tensor, hidden: Tensor | None) -> Tensor:
         at = places(real, from_newest=self.from_newest)
         x = self.dropout(self.norm(x + self.positions(at)))
-        hidden = self._hidden(real, causal)
         for layer in self.layers:
             x = layer(x, hidden)
         return x
 
-    def _hidden(self, real: Tensor, causal: bool) -> Tensor | None:
-        """Return ``hidden`` of `attention` [B or 1, 1, T, T] bool, None if all positions are seen.
+    def _hidden(self, real: Tensor, causal: bool) -> Tensor:
+        """Return ``hidden`` of `attention`: [B or 1, 1, T, T] bool.
 
         A causal row needs nothing for its padding, which comes after every real position.
         """
         length = real.shape[1]
         if causal:
             return causal_mask(length, real.device)
-        return None if bool(real.all()) else ~real[:, None, None, :].expand(-1, 1, length, -1)
+        return ~real[:, None, None, :].expand(-1, 1, length, -1)

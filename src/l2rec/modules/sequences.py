@@ -76,7 +76,7 @@ def pad(histories: Ragged, device: torch.device | str = "cpu") -> tuple[Tensor, 
 def last_of(states: Tensor, real: Tensor) -> Tensor:
     """Select the states [B, T, D] at the newest real position of each row: [B, D]."""
     last = real.sum(1) - 1
-    return states[torch.arange(len(states), device=states.device), last]
+    return states[torch.arange(states.shape[0], device=states.device), last]
 
 
 @contextmanager
