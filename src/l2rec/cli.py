@@ -782,7 +782,7 @@ def onnx(
         console.line(
             "not compared with the model: onnxruntime is not installed"
             if export.difference is None
-            else f"compared with the model on up to {COMPARED} users: {export.difference:.1g} apart"
+            else f"compared with the model on up to {COMPARED} users: at most {export.difference:.1g} apart"
         )
 
 

@@ -59,6 +59,7 @@ VERBS = {
     "fusion": ["--alpha", "--dominant", "--split", "--data", "--json"],
     "recommend": ["--history", "--user", "--new-item", "--include-seen", "--json"],
     "embed": ["--out", "--users", "--data"],
+    "onnx": ["--out", "--data"],
     "blend": ["--out", "--data"],
     "index": ["--out", "--kind", "--queries", "--json"],
     "abtest": ["--experiment", "--treatment", "--simulate", "--json"],

@@ -130,11 +130,12 @@ class SASRecTable(nn.Module):
 
     def _entered(self, rows: Tensor) -> Tensor:
         """Scale rows of T [B, T, D] to what the encoder reads."""
-        return rows * rows.shape[-1] ** 0.5
+        entered: Tensor = rows * rows.shape[-1] ** 0.5
+        return entered
 
     def _skipped(self, states: Tensor, rows: Tensor) -> Tensor:
         """Add rows of T to the encoder's states: u [B, T, D]."""
-        users = 0.5 * F.normalize(states, dim=-1) + self.skip * rows
+        users: Tensor = 0.5 * F.normalize(states, dim=-1) + self.skip * rows
         return F.normalize(users, dim=-1)
 
     # -- training --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ says how many of a row are real. T is at most max_items: the caller cuts histori
 
 from __future__ import annotations
 
-__all__ = ["Export", "onnx_run"]
+__all__ = ["Export", "onnx_run", "write_graph"]
 
 import hashlib
 import json
@@ -96,7 +96,7 @@ def onnx_run(run: Path, out: Path, data: Path | None = None) -> Export:
     with torch.inference_mode():
         users = predictor.model.encode_users(rows).cpu().numpy()
     with replacing_folder(out, remedy="free some space") as folder:
-        opset = _write_graph(predictor.model, encoder, folder / GRAPH)
+        opset = write_graph(predictor.model, encoder, folder / GRAPH)
         difference = _largest_difference(folder / GRAPH, rows, users)
         _write_items(predictor, folder)
         manifest = {
@@ -163,8 +163,17 @@ class _Graph(nn.Module):
         return self.encode(F.embedding(items, self.items), real).float()
 
 
-def _write_graph(model: nn.Module, encoder: UserEncoder, path: Path) -> int:
-    """Trace and write the graph, in which B and T are free; return its opset."""
+def write_graph(model: nn.Module, encoder: UserEncoder, path: Path) -> int:
+    """Trace and write the graph of a model's user encoder, in which B and T are free.
+
+    The model is moved to the CPU and put in evaluation mode.
+
+    Returns:
+        The opset of the graph.
+
+    Raises:
+        ConfigError: the installed versions of torch and onnxscript cannot export it.
+    """
     import onnx_ir
 
     graph = _Graph(model, encoder).cpu().eval()
@@ -187,9 +196,10 @@ def _write_graph(model: nn.Module, encoder: UserEncoder, path: Path) -> int:
         ) from error
     assert program is not None
     # Every node has a stack trace, with the paths of this machine; half of a small file.
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
+    written = program.model
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(written)
     program.save(path)
-    return program.model.opset_imports[""]
+    return written.opset_imports[""]
 
 
 @contextmanager
