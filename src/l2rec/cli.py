@@ -779,11 +779,11 @@ def onnx(
             f"{out / GRAPH}: {facts['method']}, {facts['items']:,} items, up to "
             f"{facts['max_items']} of a history, vectors of {facts['dim']} numbers"
         )
-        console.line(
-            "not compared with the model: onnxruntime is not installed"
-            if export.difference is None
-            else f"compared with the model on up to {COMPARED} users: at most {export.difference:.1g} apart"
-        )
+        if export.difference is None:
+            console.line("not compared with the model: onnxruntime is not installed")
+        else:
+            apart = f"at most {export.difference:.1g} apart"
+            console.line(f"compared with the model on up to {COMPARED} users: {apart}")
 
 
 @app.command()

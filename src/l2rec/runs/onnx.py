@@ -35,7 +35,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.disk import read_json, replacing_folder, write_json, write_text
 from l2rec.errors import CheckpointError, ConfigError
 from l2rec.modules.sequences import pad, stacked
-from l2rec.protocols import Exportable, UserEncoder
+from l2rec.protocols import Exportable, Freezable, UserEncoder
 from l2rec.runs.checkpoint import save_tensors
 from l2rec.runs.folder import load_run_config, open_run_dataset
 from l2rec.runs.predictor import Predictor, load
@@ -91,17 +91,19 @@ def onnx_run(run: Path, out: Path, data: Path | None = None) -> Export:
             f"{run} is blended: its co-occurrence and repeats are no inner products; export the "
             "run it was made of, or use `l2rec serve`"
         )
-    encoder = predictor.model.user_encoder()
+    model = predictor.model.cpu()  # a GPU may round more: its GRU multiplies in TF32
+    if isinstance(model, Freezable):
+        model.freeze()
+    encoder = model.user_encoder()
     rows = _some_histories(dataset, encoder.max_items)
-    with torch.inference_mode():
-        users = predictor.model.encode_users(rows).cpu().numpy()
+    users = model.encode_users(rows).numpy()
     with replacing_folder(out, remedy="free some space") as folder:
-        opset = write_graph(predictor.model, encoder, folder / GRAPH)
+        opset = write_graph(model, encoder, folder / GRAPH)
         difference = _largest_difference(folder / GRAPH, rows, users)
         _write_items(predictor, folder)
         manifest = {
             "kind": KIND,
-            "method": type(predictor.model).__name__,
+            "method": type(model).__name__,
             "version": predictor.version,
             "data": dataset.fingerprint,
             "items": len(predictor.ids),
@@ -166,7 +168,10 @@ class _Graph(nn.Module):
 def write_graph(model: nn.Module, encoder: UserEncoder, path: Path) -> int:
     """Trace and write the graph of a model's user encoder, in which B and T are free.
 
-    The model is moved to the CPU and put in evaluation mode.
+    Args:
+        model: on the CPU and in evaluation mode; it holds the weights of ``encoder``.
+        encoder: of the model.
+        path: file to write.
 
     Returns:
         The opset of the graph.
@@ -176,11 +181,10 @@ def write_graph(model: nn.Module, encoder: UserEncoder, path: Path) -> int:
     """
     import onnx_ir
 
-    graph = _Graph(model, encoder).cpu().eval()
     try:
         with _quiet():
             program = torch.onnx.export(
-                graph,
+                _Graph(model, encoder),
                 (torch.zeros(3, 2, dtype=torch.int64), torch.tensor([1, 2, 1])),
                 verbose=False,
                 opset_version=OPSET,
