@@ -182,12 +182,17 @@ def test_an_export_replaces_an_export_and_nothing_else(
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    refused(call("onnx", sasrec_run, "--out", out), "is not empty and not an export of l2rec")
-    (out / "manifest.json").write_text('{"kind": "another"}')
-    refused(call("onnx", sasrec_run, "--out", out), "is not empty and not an export of l2rec")
-    (out / "manifest.json").write_text('{"kind": "l2rec onnx"}')
+    refused(call("onnx", sasrec_run, "--out", out), "holds something else than an export")
+    (out / "manifest.json").write_text('{"kind": "another", "sha256": {"notes.txt": ""}}')
+    refused(call("onnx", sasrec_run, "--out", out), "holds something else than an export")
+    earlier = '{"kind": "l2rec onnx", "sha256": {"user_encoder.onnx": ""}}'
+    (out / "manifest.json").write_text(earlier)
+    refused(call("onnx", sasrec_run, "--out", out), "holds something else than an export")
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").rename(out / "user_encoder.onnx")
     assert call("onnx", sasrec_run, "--out", out).code == 0
-    assert not (out / "notes.txt").exists() and (out / "user_encoder.onnx").is_file()
+    assert (out / "manifest.json").read_text() != earlier
+    assert (out / "user_encoder.onnx").read_bytes() != b"mine"
     refused(call("onnx", sasrec_run, "--out", out / "manifest.json"), "is a file; give a folder")
     refused(call("onnx", tmp_path, "--out", tmp_path / "new"), "not a run folder")
     assert not (tmp_path / "new").exists()

@@ -129,11 +129,12 @@ def _require_packages() -> None:
 
 
 def _require_free(out: Path) -> None:
-    """Refuse to replace a folder that no export has written."""
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not (out / MANIFEST).is_file() or read_json(out / MANIFEST).get("kind") != KIND:
-        raise ConfigError(f"{out} is not empty and not an export of l2rec; choose another --out")
+    """Refuse to replace a folder that holds anything but an export."""
+    held = {path.name for path in out.iterdir()} if out.exists() else set()
+    manifest = read_json(out / MANIFEST) if MANIFEST in held else {}
+    ours = {MANIFEST, *manifest["sha256"]} if manifest.get("kind") == KIND else set()
+    if not held <= ours:
+        raise ConfigError(f"{out} holds something else than an export; choose another --out")
 
 
 def _require_exportable(run: Path) -> None:
