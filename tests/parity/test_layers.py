@@ -202,10 +202,18 @@ def test_states_of_many_items_and_of_added_ones() -> None:
     assert len(grown) == 1
 
 
-@pytest.mark.parametrize(("layers", "message"), [(3, "has 3 layers; choose 0 to 2")])
-def test_too_many_layers_are_refused(layers: int, message: str) -> None:
-    with pytest.raises(BackboneError, match=message):
+@pytest.mark.parametrize("layers", [3, -3, 9, -9])
+def test_too_many_layers_are_refused(layers: int) -> None:
+    with pytest.raises(BackboneError, match="has 3 layers; choose 0 to 2, or -1 to -2 for"):
         model(layers=layers)
+
+
+def test_layers_are_counted_from_the_top_too(tmp_path: Path) -> None:
+    histories = Ragged.from_rows(ROWS)
+    first, again = (shaken(model(layers=k, cache=tmp_path)).eval() for k in (2, -1))
+    assert torch.equal(first.encode_users(histories), again.encode_users(histories))
+    assert first.entry.cached == again.entry.cached
+    assert len(list(tmp_path.glob("states-*.npy"))) == 1
 
 
 def test_layers_that_hand_on_more_than_states_are_refused() -> None:

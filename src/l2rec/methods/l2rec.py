@@ -164,9 +164,9 @@ class L2RecConfig(BaseModel):
     """Ours: most items of the semantic view."""
     item_tokens: int = Field(32, ge=1)
     """Ours: most tokens of one item's text inside a view."""
-    item_layers: int = Field(0, ge=0)
+    item_layers: int = 0
     """Ours: lowest layers of the backbone that read each item's text by itself, once; the views and
-    all experts stand above them. 0 is the paper's."""
+    all experts stand above them. -1 is all layers but the topmost, 0 is the paper's."""
     behavioral_pool: Literal["embeddings", "encoder"] = "embeddings"
     """Paper: an item's vector is the mean of its token embeddings; ours: of the frozen backbone's
     outputs. Of the paper's form alone."""

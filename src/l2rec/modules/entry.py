@@ -162,7 +162,7 @@ class LayerEntry:
     Args:
         backbone: the frozen language model, which is cut here.
         tokens: token ids of the N texts, without special ones. item_tokens: most of a text.
-        layers: K. cache: folder for the states; None keeps them in memory alone.
+        layers: K, see `LayerCut`. cache: folder for the states; None keeps them in memory alone.
 
     Raises:
         BackboneError: the backbone cannot be cut. CheckpointError: the cache cannot be written.
@@ -182,7 +182,7 @@ class LayerEntry:
         elif cache is None:
             self._states = self._computed(tokens)
         else:
-            self.cached = [self._file(tokens, layers, cache)]
+            self.cached = [self._file(tokens, cache)]
             self._states = self._mapped(self.cached[0])
         self._added = self._states[:0]
         """States of items that were added to the catalog."""
@@ -193,12 +193,13 @@ class LayerEntry:
         lengths = np.minimum(tokens.lengths, self._item_tokens) + special
         return np.concatenate(([0], np.cumsum(lengths)))
 
-    def _file(self, tokens: Ragged, layers: int, cache: Path) -> Path:
+    def _file(self, tokens: Ragged, cache: Path) -> Path:
         """Return the file of the catalog's states, bytes [n, D x size of the dtype]; write it first
         if it is not there.
         """
         backbone = self._backbone
-        path = cache / f"states-{catalog_key(backbone, tokens, layers, self._item_tokens)}.npy"
+        key = catalog_key(backbone, tokens, self._cut.below, self._item_tokens)
+        path = cache / f"states-{key}.npy"
         if not path.is_file():
             shape = len(self._places.values), backbone.dim * backbone.dtype.itemsize
             with replacing(path, remedy="free some space, or set item_layers=0") as partial:

@@ -47,19 +47,24 @@ def _layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
 class LayerCut:
     """A model in two parts: the lowest ``below`` layers, and those above them.
 
+    Args:
+        model: a Hugging Face transformer.
+        below: K, or how many layers less than all of them: -1 is all but the topmost.
+
     Raises:
-        BackboneError: there are not more layers than ``below``.
+        BackboneError: one of the parts would have no layer.
     """
 
     def __init__(self, model: nn.Module, below: int) -> None:
-        self.below = below
         self.name, layers = _layers_of(model)
-        if not 0 < below < len(layers):
+        self.below = below if below > 0 else len(layers) + below
+        if not 0 < self.below < len(layers):
+            most = len(layers) - 1
             raise BackboneError(
-                f"item_layers={below}: the backbone has {len(layers)} layers; choose 0 to "
-                f"{len(layers) - 1}"
+                f"item_layers={below}: the backbone has {len(layers)} layers; choose 0 to {most}, "
+                f"or -1 to -{most} for as many less than all"
             )
-        self._lower, self._first = list(layers)[:below], layers[below]
+        self._lower, self._first = list(layers)[: self.below], layers[self.below]
         self._outputs: int | None = None
         """Length of the tuple that a layer returns, 0 if it returns its states alone."""
 
