@@ -59,8 +59,9 @@ def measured(
         for equal in EQUAL:
             if k == 0 and base is not None:
                 break  # the same run
-            limited = base is not None and equal == "minutes"
-            minutes = base.seconds / 60 if base is not None and limited else None
+            minutes = None
+            if base is not None and equal == "minutes":
+                minutes = max(0.001, round(base.seconds / 60, 3))
             found = trained(data, runs / f"k{k}-{equal}", recipe, overrides, minutes, epochs)
             base = base or found
             valid = found.valid

@@ -1,7 +1,8 @@
 """Memory and processor time of a training, of requests and of encoding: do they stay flat?
 
     python benchmarks/memory.py --data data/scientific
-    python benchmarks/memory.py --data data/ml-100k --recipe movielens-100k/l2rec-plus
+    python benchmarks/memory.py --data data/scientific data/ml-100k \
+        --recipe scientific/l2rec-plus movielens-100k/l2rec-plus
     python benchmarks/memory.py --quick           few steps, on generated chains
 
 Everything is the product's own code, in a process of its own for each line, in bfloat16 where the
@@ -138,12 +139,19 @@ def in_child(work: str, contender: str, data: Path, recipe: str, count: int, thr
 
 
 def rows(
-    datasets: Sequence[Path], recipe: str, counts: dict[str, int], threads: int
+    given: Sequence[tuple[Path, str]], counts: dict[str, int], threads: int
 ) -> list[dict[str, Any]]:
+    """Measure every kind of work on each data set with its recipe."""
     found: list[dict[str, Any]] = []
-    for data, (work, count) in itertools.product(datasets, counts.items()):
+    for (data, recipe), (work, count) in itertools.product(given, counts.items()):
         ours, theirs = (
-            {"data": data.name, "work": work, "contender": contender, "pieces": count}
+            {
+                "data": data.name,
+                "recipe": recipe,
+                "work": work,
+                "contender": contender,
+                "pieces": count,
+            }
             | in_child(work, contender, data, recipe, count, threads)
             for contender in CONTENDERS
         )
@@ -154,7 +162,12 @@ def rows(
 def main(argv: Sequence[str] | None = None) -> None:
     p = arguments(__file__, __doc__)
     p.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="prepared data sets")
-    p.add_argument("--recipe", default=RECIPE, help="of L2Rec (default %(default)s)")
+    p.add_argument(
+        "--recipe",
+        nargs="+",
+        default=[RECIPE],
+        help=f"of L2Rec, for all data sets or for each of them (default {RECIPE})",
+    )
     p.add_argument("--steps", type=int, default=200, help="of training (default %(default)s)")
     p.add_argument("--child", nargs=3, help="one line alone, in this process")
     args = p.parse_args(argv)
@@ -164,20 +177,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         work, contender, count = args.child
         if contender == "unbounded":
             unbound()
-        print(json.dumps(measured(work, args.data[0], args.recipe, int(count))))
+        print(json.dumps(measured(work, args.data[0], args.recipe[0], int(count))))
         return
     counts = {"training": args.steps, "requests": 500, "encoding": 50}
     if args.quick:
         counts = dict.fromkeys(counts, 4)
     with tempfile.TemporaryDirectory() as folder:
         datasets = args.data or [chain_dataset(Path(folder) / "chains", 200, 100, 12, seed=0).path]
-        lines = rows(datasets, args.recipe, counts, args.threads)
+        if len(args.recipe) not in (1, len(datasets)):
+            p.error("--recipe: one for all data sets, or one for each of them")
+        recipes = args.recipe * (len(datasets) // len(args.recipe))
+        lines = rows(list(zip(datasets, recipes, strict=True)), counts, args.threads)
     report(
         "memory",
         args.json,
         goal=f"a training takes at most {GOAL_MB:,} MB, and nothing grows once it has settled",
         columns=[
             ("data", "data"),
+            ("recipe", "recipe"),
             ("work", "work"),
             ("contender", "contender"),
             ("dtype", "dtype"),
@@ -196,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         summary=[
             {
-                "path": f"memory: {line['work']} ({line['data']})",
+                "path": f"memory: {line['work']} ({line['data']}, {line['recipe']})",
                 "goal": f"peak at most {GOAL_MB:,} MB; later at most {GROWTH} times as at first",
                 "measured": f"peak {line['peak_mb']:,.0f} MB; {line['settled_mb']:,.0f} -> "
                 f"{line['later_mb']:,.0f} MB; CPU {line['ratio']:.2f} of unbounded",
