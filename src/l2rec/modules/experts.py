@@ -50,6 +50,7 @@ from l2rec.errors import ConfigError
 from l2rec.modules.adapters import Adapter, Forward, side_by_side
 from l2rec.modules.backbone import Group, split
 from l2rec.modules.fused import Matrix, Part
+from l2rec.modules.kept import Keeps
 
 Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 """Experts: B_i [d_out, R] and A_i [R, d_in] of each."""
@@ -343,7 +344,7 @@ def _init_router_out(weight: Tensor, bias: Tensor) -> None:
     nn.init.zeros_(bias)
 
 
-class DPMoE(Adapter[Routing]):
+class DPMoE(Keeps, Adapter[Routing]):
     """Experts and three-signal routers for the adapted matrices of one backbone.
 
     Args:
@@ -360,6 +361,8 @@ class DPMoE(Adapter[Routing]):
     Raises:
         ConfigError: ``top`` is not between 1 and ``view_experts``.
     """
+
+    _kept: dict[tuple[int, torch.dtype], list[_Joined]] | None
 
     def __init__(
         self,
@@ -404,22 +407,11 @@ class DPMoE(Adapter[Routing]):
             self.router_u_bias = nn.Parameter(torch.empty(views, matrices, width))
             self.user_out = nn.Parameter(torch.empty(views, matrices, view_experts, width))
             self.user_out_bias = nn.Parameter(torch.empty(views, matrices, view_experts))
-        self._kept: dict[tuple[int, torch.dtype], list[_Joined]] | None = None
         self.reset_parameters()
 
     def keep(self) -> None:
         """Join parameters once, for weights that no longer change; training or loading ends it."""
         self._kept = None if self.training else {}
-
-    def train(self, mode: bool = True) -> DPMoE:
-        """Switch the mode as every module does; training forgets what was joined."""
-        if mode:
-            self._kept = None
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._kept = None
-        super()._load_from_state_dict(*args)
 
     def reset_parameters(self) -> None:
         """Draw A as Kaiming-uniform, set B to zero, start the routers near uniform: dW = 0."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 __all__ = ["TextTable"]
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rec.data.ragged import IntArray
+from l2rec.modules.kept import Keeps
 
 
-class TextTable(nn.Module):
+class TextTable(Keeps):
     """T = norm(E + E L + R), rows of unit length.
 
     E: [N, D] the backbone's text vectors, centred and normalised, frozen. L: [D, D] and R: [N, D]
@@ -22,6 +21,8 @@ class TextTable(nn.Module):
     that training does not hold (`restrict`): negatives in every step and never a target, their rows
     would sink below everything.
     """
+
+    _kept: Tensor | None
 
     def __init__(self, text: Tensor, dropout: float, text_dropout: float = 0.0) -> None:
         super().__init__()
@@ -35,7 +36,6 @@ class TextTable(nn.Module):
         self.register_buffer("held", torch.ones(len(text), 1))  # 0: no row of R
         self.held: Tensor
         self.dropout, self.text_dropout = dropout, text_dropout
-        self._kept: Tensor | None = None
 
     def keep(self) -> None:
         """Compute T once, for weights that no longer change; training or loading ends it."""
@@ -43,16 +43,6 @@ class TextTable(nn.Module):
         if not self.training:
             with torch.inference_mode():
                 self._kept = self()
-
-    def train(self, mode: bool = True) -> TextTable:
-        """Switch the mode as every module does; training forgets the T that was computed."""
-        if mode:
-            self._kept = None
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._kept = None
-        super()._load_from_state_dict(*args)
 
     @torch.no_grad()
     def restrict(self, items: IntArray) -> None:
