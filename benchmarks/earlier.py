@@ -9,8 +9,7 @@ A step is the loss of one batch of users of both views, its backward and the opt
 earlier build runs all layers of the backbone on every token; this one does (K = 0), or reads items
 once and runs the layers from K on. Each is a process of its own, and they take their steps in turn
 (A B C A B C ...), so that a machine that gets slower affects all of them; what is compared is
-processor seconds, within rounds. Batches follow the seed, so that all steps of a round have the
-same users and targets.
+processor seconds, within rounds. All steps of a round have the same users and targets.
 
     minilm          recipe scientific/l2rec-table as it is: 16 tokens of an item
     minilm-whole    the same with texts up to 46 tokens, of the 10 newest items
@@ -21,7 +20,6 @@ same users and targets.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -90,17 +88,9 @@ def child(recipe: str, data: Path, users: int, overrides: Sequence[str]) -> None
     stage = model.stages(config.training.lr, config.training.weight_decay)[-1]
     trained = [p for group in stage.groups for p in group.parameters]
     optimizer = torch.optim.AdamW(trained, lr=config.training.lr)
-    batches = itertools.chain.from_iterable(
-        stage.batches(
-            leave_one_out(dataset.sequences).train,
-            seed=0,
-            epoch=epoch,
-            batch_users=users,
-            batch_tokens=1 << 30,
-        ).iterate()
-        for epoch in itertools.count()
-    )
-    first = 0
+    train = leave_one_out(dataset.sequences).train
+    able = np.flatnonzero(train.lengths > 1)
+    first = steps = 0
     for line in sys.stdin:
         if line.strip() == "encode":
             items = np.arange(first, first + ITEMS, dtype=np.int32) % model.n_items
@@ -110,7 +100,12 @@ def child(recipe: str, data: Path, users: int, overrides: Sequence[str]) -> None
             model.encode_items(items)
             found = {"seconds": time.process_time() - began}
         else:
-            batch = next(batches)
+            # Not batches of the whole log: these are drawn up by what items cost, which K changes.
+            some = np.arange(steps * users, (steps + 1) * users) % len(able)
+            steps += 1
+            (batch,) = stage.batches(
+                train.take(able[some]), seed=0, epoch=0, batch_users=1 << 20, batch_tokens=1 << 40
+            ).iterate()
             model.train()
             began = time.process_time()
             losses = stage.loss(batch)
@@ -120,7 +115,7 @@ def child(recipe: str, data: Path, users: int, overrides: Sequence[str]) -> None
             found = {
                 "seconds": time.process_time() - began,
                 "targets": int(batch.targets.size),
-                "users": int(batch.users.sum()),
+                "met": int(batch.histories.values.sum()),
                 "tokens": int(losses.tokens),
             }
         print(json.dumps(found), flush=True)
@@ -204,11 +199,11 @@ def measured(
                     rival.steps.append(step)
                     rival.encoded += [] if encoded is None else [encoded]
         base = rivals[BEFORE]
-        same = [[(s["targets"], s["users"]) for s in rival.steps] for rival in rivals.values()]
-        assert all(one == same[0] for one in same), "steps of other users"
+        same = [[(s["targets"], s["met"]) for s in rival.steps] for rival in rivals.values()]
+        assert all(one == same[0] for one in same), "steps of other histories"
         for rival, contender in rivals.items():
             seconds = [s["seconds"] for s in contender.steps]
-            yield {
+            row = {
                 "work": name,
                 "contender": rival,
                 "users": work.users,
@@ -221,6 +216,8 @@ def measured(
                     ratio(base.encoded, contender.encoded) if contender.encoded else None
                 ),
             }
+            print(row, file=sys.stderr, flush=True)
+            yield row
 
 
 def main(argv: Sequence[str] | None = None) -> None:
