@@ -780,6 +780,20 @@ def test_a_frozen_model_joins_its_experts_once(changes: dict[str, Any]) -> None:
     assert grads and all(grad is not None for grad in grads)
 
 
+def test_the_load_of_many_histories_is_that_of_all_their_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = shaken(build(item_layers=1)).eval()
+    with torch.no_grad():
+        whole = model(HISTORIES).routing
+    monkeypatch.setattr("l2rec.methods.l2rec.ENCODED_TOKENS", 12)
+    found = model.expert_load(HISTORIES)
+    assert whole is not None and found is not None and found.matrices == model.experts.names
+    for view, load in whole.load.items():
+        shares = torch.tensor(found.experts[model.config.views[view]])
+        torch.testing.assert_close(shares, load, rtol=0, atol=1e-6)
+
+
 def test_items_without_text_do_not_break_the_catalog() -> None:
     for family, changes in itertools.product(FAMILIES, ({}, TABLE)):
         model = shaken(build(family, texts=["", *TEXTS[1:-1], ""], **changes))

@@ -911,12 +911,19 @@ class L2Rec(nn.Module):
         """Return where the tokens of these histories went; None without experts."""
         if not self.has_experts or not len(histories):
             return None
-        with evaluating(self):
-            routing = self(histories).routing
-        shares = {
-            self.config.views[view]: [[float(x) for x in share] for share in loads]
-            for view, loads in sorted(routing.load.items())
-        }
+
+        def chosen(state: UserState) -> dict[int, tuple[Tensor, int]]:
+            routing = state.routing
+            assert routing is not None
+            tokens = {s.view: s.stop - s.start - s.filler for s in routing.slices}
+            return {view: (load, tokens[view]) for view, load in routing.load.items()}
+
+        parts, _ = self._in_batches(histories, chosen)
+        shares: dict[str, list[list[float]]] = {}
+        for view in sorted(parts[0]):
+            loads, tokens = zip(*(part[view] for part in parts), strict=True)
+            share = sum(load * n for load, n in zip(loads, tokens, strict=True)) / sum(tokens)
+            shares[self.config.views[view]] = share.tolist()
         return ExpertLoad(list(self.experts.names), shares)
 
 
