@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "LOCK",
+    "digest_of",
     "move_into_place",
     "read_json",
     "replacing",
@@ -20,6 +21,7 @@ __all__ = [
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import secrets
@@ -40,6 +42,12 @@ LOCK = ".l2rec.lock"
 
 
 # -- files ---------------------------------------------------------------------------------------
+
+
+def digest_of(path: Path, kind: str = "sha256") -> str:
+    """Hash a file, by default with SHA-256: hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 @contextmanager

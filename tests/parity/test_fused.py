@@ -245,21 +245,33 @@ def rows_of(case: str, model: nn.Module, moe: DPMoE) -> list[Tensor]:
     return rows
 
 
+def with_experts(case: str) -> tuple[Any, Any, DPMoE]:
+    """Build a model, a copy of it that stays as it is, and experts for every part it has."""
+    model = model_of(case)
+    untouched = copy.deepcopy(model)
+    linears = find_linears(model, FAMILIES[case][2])
+    moe = DPMoE(linears, 5, view_experts=3, rank=2, alpha=3.0, top=2, width=3).double()
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model, untouched, moe
+
+
+def two_views() -> tuple[list[torch.Tensor], list[ViewSlice]]:
+    """Draw two users for each of two views, and route five tokens by them."""
+    us = [torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    users = (torch.tensor([0, 1, 1]), torch.tensor([0, 1]))
+    return us, [ViewSlice(0, 0, 3, us[0], users[0]), ViewSlice(1, 3, 5, us[1], users[1])]
+
+
 @pytest.mark.parametrize("case", [case for case in FAMILIES if case != "deberta-v3"])
 def test_experts_on_rows_are_eq_3_to_5(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare outputs and all gradients; two views, float64, every part that the family has."""
     monkeypatch.setattr("tests.parity.test_experts.WIDTH", 3)
-    model, parts = model_of(case), FAMILIES[case][2]
-    untouched = copy.deepcopy(model)
-    moe = DPMoE(
-        find_linears(model, parts), 5, view_experts=3, rank=2, alpha=3.0, top=2, width=3
-    ).double()
-    for parameter in moe.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    assert {part_of(name) or name.rpartition(".")[2] for name in moe.names} == set(parts)
-    us = [torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    users = (torch.tensor([0, 1, 1]), torch.tensor([0, 1]))
-    slices = [ViewSlice(0, 0, 3, us[0], users[0]), ViewSlice(1, 3, 5, us[1], users[1])]
+    model, untouched, moe = with_experts(case)
+    assert {part_of(name) or name.rpartition(".")[2] for name in moe.names} == set(
+        FAMILIES[case][2]
+    )
+    us, slices = two_views()
     literal(untouched, moe, rows_of(case, model, moe), slices)
     ids = torch.tensor([7, 3, 11, 7, 20])
     bare = states(model, ids)
@@ -289,16 +301,8 @@ def test_experts_on_rows_are_eq_3_to_5(case: str, monkeypatch: pytest.MonkeyPatc
 def test_experts_in_led_attention_are_eq_3_to_5(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare a packed row with the row alone, in Hugging Face's code with Eq. 3-5 hooked in."""
     monkeypatch.setattr("tests.parity.test_experts.WIDTH", 3)
-    model, parts = model_of(case), FAMILIES[case][2]
-    untouched = copy.deepcopy(model)
-    moe = DPMoE(
-        find_linears(model, parts), 5, view_experts=3, rank=2, alpha=3.0, top=2, width=3
-    ).double()
-    for parameter in moe.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    us = [torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    users = (torch.tensor([0, 1, 1]), torch.tensor([0, 1]))
-    slices = [ViewSlice(0, 0, 3, us[0], users[0]), ViewSlice(1, 3, 5, us[1], users[1])]
+    model, untouched, moe = with_experts(case)
+    us, slices = two_views()
     literal(untouched, moe, rows_of(case, model, moe), slices)
     ids = torch.tensor([7, 3, 11, 7, 20])
     backbone = Backbone(model, tiny.tokenizer(), name=case, source="", revision=None)

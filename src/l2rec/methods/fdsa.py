@@ -45,7 +45,13 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.frozen_text import FrozenText
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.sequences import as_index, evaluating, last_of, next_item_batches, pad
+from l2rec.modules.sequences import (
+    as_index,
+    evaluating,
+    newest_state,
+    next_item_batches,
+    pad,
+)
 from l2rec.protocols import Stage, UserEncoder, decayed
 
 
@@ -210,16 +216,16 @@ class FDSA(ItemTable):
         with evaluating(self):
             features = self.features(np.arange(self.n_items))
 
-        def encode(x: Tensor, real: Tensor) -> Tensor:
+        def users(x: Tensor, real: Tensor) -> Tensor:
             items, features = x.chunk(2, -1)
             states = (
                 self.item_encoder.whole(items, real),
                 self.feature_encoder.whole(features, real),
             )
-            return last_of(self._joined(*states), real)
+            return self._joined(*states)
 
         items = self.items.weight.detach()
-        return UserEncoder(torch.cat((items, features), 1), encode, self.config.max_items)
+        return newest_state(torch.cat((items, features), 1), users, self.config.max_items)
 
     # -- training --------------------------------------------------------------------------------
 

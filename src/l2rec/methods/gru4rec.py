@@ -40,7 +40,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import in_length_groups
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.sequences import last_of, next_item_batches, pad
+from l2rec.modules.sequences import newest_state, next_item_batches, pad
 from l2rec.protocols import Losses, Stage, UserEncoder, decayed
 
 Loss = Literal["ce", "bpr", "top1", "bpr-max"]
@@ -106,9 +106,9 @@ class GRU4Rec(ItemTable):
 
     def user_encoder(self) -> UserEncoder:
         """Return the states after the newest items as a function of rows of E."""
-        return UserEncoder(
+        return newest_state(
             self.items.weight.detach(),
-            lambda x, real: last_of(self.out(self.gru(self.dropout(x))[0]), real),
+            lambda x, _: self.out(self.gru(self.dropout(x))[0]),
             self.config.max_items,
         )
 

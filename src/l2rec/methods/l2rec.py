@@ -915,8 +915,7 @@ class L2Rec(nn.Module):
         def chosen(state: UserState) -> dict[int, tuple[Tensor, int]]:
             routing = state.routing
             assert routing is not None
-            tokens = {s.view: s.stop - s.start - s.filler for s in routing.slices}
-            return {view: (load, tokens[view]) for view, load in routing.load.items()}
+            return {part.view: (routing.load[part.view], part.tokens) for part in routing.slices}
 
         parts, _ = self._in_batches(histories, chosen)
         shares: dict[str, list[list[float]]] = {}

@@ -56,7 +56,7 @@ from l2rec.errors import DataError
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.sequences import last_of, next_item_batches, pad, sequence_batches
+from l2rec.modules.sequences import last_of, newest_state, next_item_batches, pad, sequence_batches
 from l2rec.protocols import Losses, Stage, UserEncoder, decayed
 
 WORD = r"[^\W\d_]{3,}"
@@ -206,11 +206,7 @@ class S3Rec(ItemTable):
 
     def user_encoder(self) -> UserEncoder:
         """Return the states after the newest items as a function of rows of E."""
-        return UserEncoder(
-            self.items.weight.detach(),
-            lambda x, real: last_of(self.encoder.whole(x, real), real),
-            self.config.max_items,
-        )
+        return newest_state(self.items.weight.detach(), self.encoder.whole, self.config.max_items)
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         """Return pre-training, unless it has no epochs, and fine-tuning."""

@@ -58,6 +58,7 @@ from l2rec.modules.sequences import (
     catalog_rows,
     encode_rows,
     last_of,
+    newest_state,
     next_item_batches,
     one_each,
     pad,
@@ -374,11 +375,7 @@ class SAID(nn.Module):
 
     def user_encoder(self) -> UserEncoder:
         """Return the states after the newest items as a function of `item_rows`."""
-        return UserEncoder(
-            self.item_rows().detach(),
-            lambda x, real: last_of(self.encoder.whole(x, real), real),
-            self.config.max_items,
-        )
+        return newest_state(self.item_rows().detach(), self.encoder.whole, self.config.max_items)
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
         """Return item vectors [n, h] float32 of catalog ints.

@@ -37,7 +37,7 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.losses import binary_loss, negative_scores, sampled_softmax_loss
-from l2rec.modules.sequences import last_of, next_item_batches, pad
+from l2rec.modules.sequences import newest_state, next_item_batches, pad
 from l2rec.protocols import Losses, Stage, UserEncoder, decayed
 
 
@@ -112,11 +112,7 @@ class SASRec(ItemTable):
 
     def user_encoder(self) -> UserEncoder:
         """Return the states after the newest items as a function of rows of E."""
-        return UserEncoder(
-            self.items.weight.detach(),
-            lambda x, real: last_of(self.encoder.whole(x, real), real),
-            self.config.max_items,
-        )
+        return newest_state(self.items.weight.detach(), self.encoder.whole, self.config.max_items)
 
     # -- training --------------------------------------------------------------------------------
 

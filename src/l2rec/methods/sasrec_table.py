@@ -39,6 +39,7 @@ from l2rec.modules.sequences import (
     encode_rows,
     evaluating,
     last_of,
+    newest_state,
     next_item_batches,
     pad,
     raw_texts,
@@ -192,11 +193,10 @@ class SASRecTable(nn.Module):
     def user_encoder(self) -> UserEncoder:
         """Return u after the newest items as a function of rows of T."""
 
-        def encode(rows: Tensor, real: Tensor) -> Tensor:
-            states = self.encoder.whole(self._entered(rows), real)
-            return last_of(self._skipped(states, rows), real)
+        def users(rows: Tensor, real: Tensor) -> Tensor:
+            return self._skipped(self.encoder.whole(self._entered(rows), real), rows)
 
-        return UserEncoder(self._items(), encode, self.config.max_items)
+        return newest_state(self._items(), users, self.config.max_items)
 
     def encode_items(self, items: npt.NDArray[np.integer] | Sequence[str]) -> Tensor:
         """Return unit item vectors [n, D] float32 of catalog ints or of raw texts."""

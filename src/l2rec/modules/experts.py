@@ -94,6 +94,11 @@ class ViewSlice:
     user: Tensor
     filler: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are in rows."""
+        return self.stop - self.start - self.filler
+
     @classmethod
     def of_group(cls, view: int, group: Group, u: Tensor, user: Tensor) -> ViewSlice:
         """Build the slice of a group and its filler; user: [n], of the group's tokens alone."""
@@ -138,9 +143,9 @@ class Routing:
         found = {}
         for part, chosen in zip(self.slices, self.chosen, strict=True):
             if chosen:
-                real = part.stop - part.start - part.filler
                 scores, in_top = (
-                    torch.cat(of_groups)[:, :real] for of_groups in zip(*chosen, strict=True)
+                    torch.cat(of_groups)[:, : part.tokens]
+                    for of_groups in zip(*chosen, strict=True)
                 )
                 found[part.view] = load_balance(scores, in_top)
                 chosen.clear()

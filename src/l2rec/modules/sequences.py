@@ -11,6 +11,7 @@ __all__ = [
     "evaluating",
     "in_batches",
     "last_of",
+    "newest_state",
     "next_item_batches",
     "one_each",
     "pad",
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from l2rec.data.batches import TrainingBatches, plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.errors import DataError
-from l2rec.protocols import MakeBatches
+from l2rec.protocols import MakeBatches, UserEncoder
 
 T = TypeVar("T")
 
@@ -77,6 +78,16 @@ def last_of(states: Tensor, real: Tensor) -> Tensor:
     """Select the states [B, T, D] at the newest real position of each row: [B, D]."""
     last = real.sum(1) - 1
     return states[torch.arange(states.shape[0], device=states.device), last]
+
+
+def newest_state(
+    items: Tensor, states: Callable[[Tensor, Tensor], Tensor], max_items: int
+) -> UserEncoder:
+    """Build the `UserEncoder` whose users are the states after their newest items.
+
+    states: item vectors [B, T, h] and which are real [B, T] -> states [B, T, D], of the whole grid.
+    """
+    return UserEncoder(items, lambda x, real: last_of(states(x, real), real), max_items)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 __all__ = ["Export", "onnx_run", "write_graph"]
 
-import hashlib
 import json
 import logging
 import warnings
@@ -32,7 +31,7 @@ from torch.nn import functional as F
 from l2rec.config import method_class
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
-from l2rec.disk import read_json, replacing_folder, write_json, write_text
+from l2rec.disk import digest_of, read_json, replacing_folder, write_json, write_text
 from l2rec.errors import CheckpointError, ConfigError
 from l2rec.modules.sequences import pad, stacked
 from l2rec.protocols import Exportable, Freezable, UserEncoder
@@ -110,7 +109,7 @@ def onnx_run(run: Path, out: Path, data: Path | None = None) -> Export:
             "max_items": encoder.max_items,
             "dim": users.shape[1],
             "opset": opset,
-            "sha256": {p.name: _sha256(p) for p in sorted(folder.iterdir())},
+            "sha256": {p.name: digest_of(p) for p in sorted(folder.iterdir())},
         }
         write_json(folder / MANIFEST, manifest)
     return Export(manifest, difference)
@@ -267,9 +266,3 @@ def _write_items(predictor: Predictor, folder: Path) -> None:
     vectors = predictor.vectors.float()
     save_tensors(folder / ITEMS, {"vectors": vectors}, model=predictor.version)
     write_text(folder / IDS, json.dumps(predictor.ids, ensure_ascii=False) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
