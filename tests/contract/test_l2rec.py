@@ -37,6 +37,7 @@ HISTORIES = Ragged.from_rows(
 )
 FAMILIES = ("bert", "qwen3")
 TABLE = {"form": "table"}
+CATALOG = {"form": "catalog", "item_residual": True}
 
 
 def build(family: str = "bert", seed: int = 0, texts: list[str] = TEXTS, **changes: Any) -> L2Rec:
@@ -65,6 +66,13 @@ def one_batch(model: L2Rec, sequences: Ragged = HISTORIES, **options: Any) -> Ba
     )
     assert len(made) == 1
     return next(made.iterate())
+
+
+def begin(model: L2Rec) -> None:
+    """Do what the training loop does before an epoch."""
+    (stage,) = model.stages(1e-3, 0.1)
+    assert stage.begin_epoch is not None
+    stage.begin_epoch(0)
 
 
 def trained_names(model: L2Rec) -> set[str]:
@@ -104,6 +112,11 @@ OPTIONS: list[dict[str, Any]] = [
     TABLE | {"matrices": ()},
     TABLE | {"repeat_bias": True},
     TABLE | {"repeat_bias": True, "view_loss": 0.5},
+    {"user_norm": True, "gate_norm": True},
+    CATALOG,
+    CATALOG | {"item_layers": 1, "user_norm": True, "view_loss": 0.5},
+    CATALOG | {"views": ("behavioral",), "item_residual": False},
+    CATALOG | {"views": ("semantic",), "text_dropout": 0.3},
 ]
 PRIOR = TABLE | {"repeat_bias": True, "cooccurrence": True}
 
@@ -117,6 +130,7 @@ def test_loss_and_gradients(family: str, options: dict[str, Any]) -> None:
     assert isinstance(model, Recommender) and isinstance(model, Embedder)
     assert isinstance(model, Trainable)
     batch = one_batch(model)
+    begin(model)
     losses = model.loss(batch)
     assert losses.total.shape == () and bool(losses.total.isfinite())
     assert losses.tokens > 0 and losses.computed_tokens >= losses.tokens
@@ -150,7 +164,9 @@ def test_loss_and_gradients(family: str, options: dict[str, Any]) -> None:
         allowed |= {f"fusion.project_{view}.{p}" for view in unused for p in ("weight", "bias")}
     if "behavioral" in unused:
         allowed |= {"projector.linear.weight", "projector.linear.bias", "projector.gain"}
-    if model.config.form == "table":
+    if model.config.form == "catalog" and "behavioral" in unused:
+        allowed |= {"items.table.residual"}
+    if model.config.form != "paper":
         allowed |= {"blend"} if "semantic" in unused else set()
         allowed |= {"skip"} if "behavioral" in unused else set()
     if not model.config.shared_experts:
@@ -245,7 +261,7 @@ def test_without_adaptation_nothing_is_trained_and_experts_are_silent() -> None:
     assert torch.equal(model.user_states(HISTORIES).fused, state.fused)
 
 
-@pytest.mark.parametrize("changes", [{}, TABLE], ids=["paper", "table"])
+@pytest.mark.parametrize("changes", [{}, TABLE, CATALOG], ids=["paper", "table", "catalog"])
 def test_untrained_and_unadapted_are_the_same_point(changes: dict[str, Any]) -> None:
     """B = 0, P_v = 0, the gate at one half: training starts at the zero-shot backbone."""
     ours, bare = (build(adapt=adapt, **changes).user_states(HISTORIES) for adapt in (True, False))
@@ -394,12 +410,12 @@ def test_a_prediction_sees_nothing_of_what_follows(family: str, layers: int) -> 
             assert not torch.allclose(a[until:], b[until:], atol=1e-4), f"{name} sees its own item"
 
 
-@pytest.mark.parametrize("form", ["paper", "table"])
+@pytest.mark.parametrize("form", ["paper", "table", "catalog"])
 def test_what_follows_would_leak_through_the_router_of_the_mean(form: str) -> None:
     """Check that the guard guards something: with u = mean, late items change early positions."""
     model = shaken(build("qwen3", form=form)).eval()
     a, b = (model(Ragged.from_rows([[3, 1, 4, x]]), every=True).fused[:3] for x in (5, 17))
-    assert torch.allclose(a, b, atol=1e-6) is (form == "table")
+    assert torch.allclose(a, b, atol=1e-6) is (form != "paper")
 
 
 def test_all_positions_that_may_not_fit_are_refused() -> None:
@@ -408,7 +424,9 @@ def test_all_positions_that_may_not_fit_are_refused() -> None:
         build(**TABLE | {"max_tokens": 22})
 
 
-@pytest.mark.parametrize("changes", [{}, TABLE, PRIOR], ids=["paper", "table", "prior"])
+@pytest.mark.parametrize(
+    "changes", [{}, TABLE, PRIOR, CATALOG], ids=["paper", "table", "prior", "catalog"]
+)
 def test_training_does_not_see_the_last_two_items(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes)).eval()
     altered = HISTORIES.values.copy()
@@ -612,7 +630,7 @@ def test_options_of_earlier_versions_that_are_gone(options: dict[str, Any], mess
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("changes", [{}, TABLE, {"pooling": "last"}, {"item_layers": 1}])
+@pytest.mark.parametrize("changes", [{}, TABLE, CATALOG, {"pooling": "last"}, {"item_layers": 1}])
 def test_users_do_not_depend_on_the_batch(
     family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -709,7 +727,9 @@ def test_an_item_that_training_never_meets_is_its_text() -> None:
     assert not bool(grad[never].any()) and bool(grad[met].any(1).all())
 
 
-@pytest.mark.parametrize("changes", [{}, TABLE, {"item_layers": 1}, TABLE | {"item_layers": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, TABLE, {"item_layers": 1}, TABLE | {"item_layers": 1}, CATALOG]
+)
 def test_a_new_item_is_ranked_and_can_be_in_a_history(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes))
     before = model.scorer()(HISTORIES)
@@ -727,7 +747,7 @@ def test_a_new_item_is_ranked_and_can_be_in_a_history(changes: dict[str, Any]) -
     assert bool(losses.total.isfinite())
 
 
-@pytest.mark.parametrize("changes", [{}, TABLE, {"item_layers": 1}])
+@pytest.mark.parametrize("changes", [{}, TABLE, CATALOG, {"item_layers": 1}])
 def test_encoding_texts_leaves_the_catalog_alone(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes))
     before = model.scorer()(HISTORIES)
@@ -869,3 +889,90 @@ def test_the_paper_s_32_million_parameters() -> None:
     assert 0.98 * 32e6 <= count <= 1.02 * 32e6
     frozen = sum(p.numel() for p in backbone.parameters())
     assert 0.045 <= count / frozen <= 0.06, "roughly 5% of the backbone"
+
+
+# ------------------------------------------------------------------------------- form=catalog
+
+
+@pytest.mark.parametrize("views", [("semantic", "behavioral"), ("behavioral",), ("semantic",)])
+def test_the_loss_of_the_catalog_by_the_book(views: tuple[str, ...]) -> None:
+    """Every position against the pipeline's own vector of every item, but for those of its prefix;
+    float64, position by position.
+    """
+    options = CATALOG | {"views": views, "balance": 0.0, "bpc": 0.0}
+    model = shaken(build(**options)).eval()
+    rows = Ragged.from_rows([[3, 1, 4, 1, 5, 9], [6, 5, 3, 6, 5], [2, 8]])  # targets that repeat
+    batch = one_batch(model, rows)
+    begin(model)
+    with torch.no_grad():
+        items = model.encode_items(np.arange(N)).double()
+        state = model(batch.histories, every=True)
+        users = F.normalize(state.fused.double(), dim=-1)
+        each = []
+        for p, end in enumerate(state.position.tolist()):
+            start = int(batch.histories.offsets[int(state.row[p])])
+            target = int(batch.targets[end])
+            held = set(batch.histories.values[start : end + 1].tolist()) - {target}
+            r = users[p] @ items.T / model.config.temperature
+            others = torch.stack([r[i] for i in range(N) if i not in held])
+            each.append(float(torch.logsumexp(others, 0) - r[target]))
+        total = float(model.loss(batch).total)
+    assert len(each) == len(batch.targets)
+    assert total == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_items_of_the_catalog_are_histories_of_one() -> None:
+    model = shaken(build(**CATALOG)).eval()
+    alone = Ragged.from_rows([[i] for i in range(N)])
+    torch.testing.assert_close(model.encode_items(np.arange(N)), model.encode_users(alone))
+
+
+def test_semantic_vectors_are_those_of_the_start_of_the_epoch() -> None:
+    """They are saved, so that a run that is resumed in the middle of an epoch has the same."""
+    model = shaken(build(**CATALOG)).train()
+    alone = Ragged.from_rows([[i] for i in range(N)])
+    begin(model)
+    stale = model.items.semantic.clone()
+    with torch.no_grad():
+        for parameter in model.experts.parameters():
+            parameter += 0.1
+        now = model.eval()(alone, views=("semantic",)).outputs["semantic"]
+    assert torch.equal(model.items.semantic, stale) and not torch.allclose(now, stale, atol=1e-4)
+    begin(model)
+    torch.testing.assert_close(model.items.semantic, now, rtol=1e-4, atol=1e-5)
+    assert "items.semantic" in trained_tensors(model)
+    again = build(seed=3, **CATALOG)
+    load_trained(again, trained_tensors(model), "here")
+    assert torch.equal(again.items.semantic, model.items.semantic)
+
+
+def test_an_item_of_the_catalog_that_training_never_meets_is_its_text() -> None:
+    model = shaken(build(**CATALOG)).eval()
+    before = model.encode_items(np.arange(N))
+    model.calibrate(Ragged.from_rows([[0, 1, 2]]), HISTORIES, VALID)
+    after = model.encode_items(np.arange(N))
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.isclose(before[3:], after[3:]).all(1).any()
+    new = model.encode_items([TEXTS[7]])
+    torch.testing.assert_close(new, after[7:8], rtol=1e-4, atol=1e-5)
+
+
+def test_a_residual_carries_a_gradient_from_both_sides() -> None:
+    model = shaken(build(**CATALOG, views=("behavioral",))).train()
+    model.calibrate(Ragged.from_rows([[*range(N - 1)]]), HISTORIES, VALID)
+    model.loss(one_batch(model, Ragged.from_rows([[3, 1, 4]]))).total.backward()
+    grad = model.items.table.residual.grad
+    assert grad is not None
+    # Every item is compared with; the last has no residual.
+    assert bool(grad[: N - 1].any(1).all()) and not grad[N - 1].any()
+
+
+def test_the_user_enters_the_routers_at_the_scale_of_what_is_processed() -> None:
+    alone = HISTORIES
+    plain, scaled = build(), build(user_norm=True)
+    for model, wanted in ((plain, False), (scaled, True)):
+        rows = model.items.rows
+        for view in model.config.views:
+            u = model._input(view, alone, rows).u
+            unit = torch.allclose(u.square().mean(-1), torch.ones(len(u)), rtol=1e-3)
+            assert unit is wanted

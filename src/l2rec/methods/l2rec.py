@@ -28,6 +28,12 @@ attention is causal over items and u is the mean up to each item, so that no pre
 follows it. The semantic output is the newest item plus a learned share of the mean; the newest
 item's row is added to the behavioural output.
 
+``form=catalog`` keeps the paper's items, histories of one through the same pipeline, and compares
+every position with the whole catalog: behavioural item vectors are computed in every step, semantic
+ones once an epoch. What the prefix holds already is no negative. u has RMS 1 (``user_norm``), since
+it enters the routers beside inputs of that scale; with ``item_residual`` an item has a trained r_i
+beside its text, E^B = P_U(norm(e_i + r_i)), none if training never meets it.
+
 - ``view_loss``: each view is also trained on the recommendation loss alone.
 - ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
 - ``repeat_bias``: a learned scalar is added to r_{u,i} of every item of the user's history.
@@ -68,7 +74,7 @@ from torch.nn import functional as F
 
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
-from l2rec.data.ragged import Ragged, flat_index
+from l2rec.data.ragged import IntArray, Ragged, flat_index
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import find_linears
@@ -84,13 +90,14 @@ from l2rec.modules.cooccurrence import CoOccurrence, Prior, text_neighbors
 from l2rec.modules.entry import Entry, LayerEntry, WordEntry
 from l2rec.modules.experts import DPMoE, Routing, ViewSlice
 from l2rec.modules.fusion import AdaptiveFusion
-from l2rec.modules.item_side import EncodedItems, ItemSide, TableItems
+from l2rec.modules.item_side import CatalogItems, EncodedItems, ItemSide, TableItems
 from l2rec.modules.item_text import separators
-from l2rec.modules.objectives import bpc_loss
+from l2rec.modules.objectives import Added, bpc_loss
 from l2rec.modules.sequences import (
     as_index,
     check_new_texts,
     evaluating,
+    history_cells,
     in_batches,
     raw_texts,
 )
@@ -132,6 +139,17 @@ FORMS: dict[str, dict[str, Any]] = {
     },
 }
 """Options of earlier versions that ``form`` stands for."""
+OPTIONS_OF_FORMS = {
+    "text_dropout": ("table", "catalog"),
+    "item_residual": ("catalog",),
+    "repeat_bias": ("table",),
+    "cooccurrence": ("table",),
+    "behavioral_epochs": ("paper", "table"),
+    "pooling": ("paper",),
+    "behavioral_pool": ("paper",),
+    "normalize_views": ("paper",),
+}
+"""Forms that have an option; the others have their own way."""
 CONSTANTS = {
     "gate": "vector",
     "learn_temperature": False,
@@ -150,8 +168,9 @@ class L2RecConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    form: Literal["paper", "table"] = "paper"
-    """Ours: items as a trained table, every position a target."""
+    form: Literal["paper", "table", "catalog"] = "paper"
+    """Ours: every position a target against the whole catalog, items as a trained table or, with
+    catalog, encoded as in the paper."""
 
     # Eq. 1-2: the views
     views: Views = ("semantic", "behavioral")
@@ -194,6 +213,11 @@ class L2RecConfig(BaseModel):
     """Ours: hidden width of the routers, which the paper does not give."""
     personalized_router: bool = True
     """Ablation: False is g = g^c, a router that does not know the user ("w/o PR")."""
+    user_norm: bool = False
+    """Ours: RMSNorm on u. As a mean of inputs it can be far smaller than the x beside it."""
+    gate_norm: bool = False
+    """Ours: gates of the chosen experts add up to 1. By Eq. 5 those of E near-equal experts are
+    about 1.25 / E each."""
 
     # outputs and Eq. 7
     pooling: Literal["auto", "mean", "last"] = "auto"
@@ -203,9 +227,12 @@ class L2RecConfig(BaseModel):
     """Ours: both h^v at unit length before Eq. 7, so that neither view drowns the other at the
     start. Of the paper's form alone; a table has its own way."""
 
-    # the table
+    # the table, and the catalog's items
+    item_residual: bool = False
+    """Ours: a trained r_i beside the text of every item that training holds. Of form=catalog alone;
+    a table always has one."""
     table_lr: float = Field(2e-4, gt=0)
-    """Ours: learning rate of R."""
+    """Ours: learning rate of R, or of r_i."""
     text_dropout: float = Field(0.0, ge=0, lt=1)
     """Ours: dropout of E in training."""
 
@@ -270,12 +297,10 @@ class L2RecConfig(BaseModel):
             raise ValueError(f"top_n={self.top_n} exceeds view_experts={self.view_experts}")
         if self.item_tokens + 8 > self.max_tokens:
             raise ValueError(f"item_tokens={self.item_tokens} leaves no room in {self.max_tokens=}")
-        for option in ("text_dropout", "repeat_bias", "cooccurrence"):
-            if getattr(self, option) and self.form != "table":
-                raise ValueError(f"{option} needs form=table")
-        for option, default in (("pooling", "auto"), ("behavioral_pool", "embeddings")):
-            if getattr(self, option) != default and self.form == "table":
-                raise ValueError(f"{option} needs form=paper: a table has its own")
+        for option, forms in OPTIONS_OF_FORMS.items():
+            default = type(self).model_fields[option].default
+            if self.form not in forms and getattr(self, option) != default:
+                raise ValueError(f"{option} needs form={' or '.join(forms)}")
         if self.text_neighbors and not self.cooccurrence:
             raise ValueError("text_neighbors needs cooccurrence=true")
         return self
@@ -287,7 +312,7 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
     before, after = map(len, separators(backbone))
     needed = config.max_tokens if "semantic" in config.views else 0
     needed = max(needed, config.max_items if "behavioral" in config.views else 0)
-    if config.form == "table" or config.behavioral_pool == "encoder":
+    if config.form != "paper" or config.behavioral_pool == "encoder":
         needed = max(needed, config.text_tokens + before + after)
     if limit is not None and needed > limit:
         raise ConfigError(
@@ -295,7 +320,7 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
             f"text_tokens={config.text_tokens}: backbone {backbone.name!r} has {limit} "
             f"positions; lower them to at most {limit}, special tokens included"
         )
-    if config.form == "table" and "semantic" in config.views:
+    if config.form != "paper" and "semantic" in config.views:
         # Otherwise the length of a later text would decide which old items an earlier position
         # still reads.
         items = min(config.max_items, config.semantic_items)
@@ -304,9 +329,9 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
             longest = items * (before + config.item_tokens + after)
         if longest > config.max_tokens:
             raise ConfigError(
-                f"form=table: {items} items of {config.item_tokens} tokens may need {longest} "
-                f"tokens, max_tokens={config.max_tokens}; raise it, or lower semantic_items or "
-                "item_tokens"
+                f"form={config.form}: {items} items of {config.item_tokens} tokens may need "
+                f"{longest} tokens, max_tokens={config.max_tokens}; raise it, or lower "
+                "semantic_items or item_tokens"
             )
 
 
@@ -321,9 +346,20 @@ def _item_side(
     backbone: Backbone,
     tokens: Ragged,
     entry: Entry,
+    fusion: AdaptiveFusion,
     skip: nn.Parameter,
     cache: Path | None,
 ) -> ItemSide:
+    if config.form == "catalog":
+        return CatalogItems(
+            backbone,
+            tokens,
+            text_tokens=config.text_tokens,
+            text_dropout=config.text_dropout,
+            residual=config.item_residual,
+            fusion=fusion,
+            cache=cache,
+        )
     if config.form == "table":
         return TableItems(
             backbone,
@@ -349,11 +385,13 @@ def _item_side(
 class UserState:
     """Both views and their fusion for P predictions (one per row, or one per position).
 
+    outputs: h^v [P, D] of the views that were read, before Eq. 7.
     behavioral, semantic: h~^B, h~^S [P, D], or None where the view is not read.
     fused: h^F [P, D]. delta: [P, D], None with one view. position: [P] index into the histories'
     flat items of the newest item that each prediction has seen. row: [P].
     """
 
+    outputs: Mapping[View, Tensor]
     behavioral: Tensor | None
     semantic: Tensor | None
     fused: Tensor
@@ -373,6 +411,7 @@ class UserState:
             return None if values[0] is None else torch.cat(values)[order.to(values[0].device)]
 
         return cls(
+            outputs={},
             behavioral=join("behavioral"),
             semantic=join("semantic"),
             fused=join("fused"),
@@ -387,7 +426,7 @@ class UserState:
 
 def without_routing(state: UserState) -> UserState:
     """Drop what only a loss reads, so that many states fit."""
-    return replace(state, routing=None)
+    return replace(state, outputs={}, routing=None)
 
 
 class L2Rec(nn.Module):
@@ -401,7 +440,12 @@ class L2Rec(nn.Module):
     Config = L2RecConfig
     uses_backbone = True
     item_tensors = frozenset(
-        {"table.residual", "table.mean", "table.held"}
+        {
+            f"{where}table.{name}"
+            for name in ("residual", "mean", "held")
+            for where in ("", "items.")
+        }
+        | {"items.semantic"}
         | {f"together.{name}" for name in ("offsets", *CoOccurrence.sized_by_data)}
     )
     sized_by_data = frozenset(f"together.{name}" for name in CoOccurrence.sized_by_data)
@@ -417,7 +461,7 @@ class L2Rec(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self._every = config.form == "table"  # every position predicts, not the last alone
+        self._every = config.form != "paper"  # every position predicts, not the last alone
         _check_lengths(config, backbone)
         texts = catalog.require_texts("L2Rec")
         tokens = self._tokenize(texts, cache) if len(texts) else Ragged.from_rows([])
@@ -438,9 +482,10 @@ class L2Rec(nn.Module):
             top=config.top_n,
             width=config.router_width,
             personalized=config.personalized_router,
+            gate_norm=config.gate_norm,
         )
         self.experts.attach()
-        of_words = config.form != "table" and config.behavioral_pool == "embeddings"
+        of_words = config.form == "paper" and config.behavioral_pool == "embeddings"
         self.projector = BehavioralProjector(
             self.entry.width if of_words else backbone.dim, self.entry.width
         )
@@ -454,12 +499,12 @@ class L2Rec(nn.Module):
             torch.tensor(math.log(config.temperature)), requires_grad=False
         )
         self.blend = nn.Parameter(torch.tensor(0.5), requires_grad=self._every)
-        self.skip = nn.Parameter(torch.tensor(1.0), requires_grad=self._every)
+        self.skip = nn.Parameter(torch.tensor(1.0), requires_grad=config.form == "table")
         self.repeat = nn.Parameter(torch.tensor(0.0)) if config.repeat_bias else None
         self.together = CoOccurrence(len(catalog)) if config.cooccurrence else None
         self.near: Tensor | None  # w
         self.register_buffer("near", torch.tensor(0.0) if config.cooccurrence else None)
-        self.items = _item_side(config, backbone, tokens, self.entry, self.skip, cache)
+        self.items = _item_side(config, backbone, tokens, self.entry, self.fusion, self.skip, cache)
         # Registered here, so that it moves, trains and is saved with the model.
         self.table = self.items.table if isinstance(self.items, TableItems) else None
         if "behavioral" in config.views and backbone.device.type != "meta":
@@ -557,7 +602,7 @@ class L2Rec(nn.Module):
         counts = np.minimum(held, self._window(views)) if every else np.ones_like(held)
         position = recent.gather(recent.offsets[1:] - counts, counts).values
         last = as_index(histories.values[position], self.backbone.device)
-        outputs: dict[str, Tensor] = {}
+        outputs: dict[View, Tensor] = {}
         for part, h in zip(inputs, states, strict=True):
             ends = np.cumsum(part.segments.blocks.cpu().numpy())
             newest = torch.from_numpy(flat_index(ends - counts, counts)).to(h.device)
@@ -567,6 +612,7 @@ class L2Rec(nn.Module):
             outputs.get("behavioral"), outputs.get("semantic")
         )
         return UserState(
+            outputs=outputs,
             behavioral=behavioral,
             semantic=semantic,
             fused=fused,
@@ -590,9 +636,13 @@ class L2Rec(nn.Module):
             place = segments.place[segments.block]
             x = x + self.places[config.views.index(view)].index_select(0, place)
         if self._every:
-            return ViewInput(view, x, segments, prefix_mean(x, segments), segments.block)
-        row = segments.row[segments.block]
-        return ViewInput(view, x, segments, mean_of(x, row, len(segments.lengths)), row)
+            u, user = prefix_mean(x, segments), segments.block
+        else:
+            user = segments.row[segments.block]
+            u = mean_of(x, user, len(segments.lengths))
+        if config.user_norm:
+            u = F.rms_norm(u, u.shape[-1:])
+        return ViewInput(view, x, segments, u, user)
 
     def _transform(
         self, inputs: Sequence[ViewInput]
@@ -640,7 +690,7 @@ class L2Rec(nn.Module):
         views = self.config.views
         if not (groups := self._groups(views, lr, weight_decay)):
             return []
-        stages = [Stage("train", groups, self.batches, self.loss)]
+        stages = [Stage("train", groups, self.batches, self.loss, begin_epoch=self._begin_epoch)]
         if self.config.behavioral_epochs and len(views) > 1:
             alone: Views = ("behavioral",)
             first = Stage(
@@ -655,14 +705,27 @@ class L2Rec(nn.Module):
             stages.insert(0, first)
         return stages
 
+    def _begin_epoch(self, epoch: int) -> None:
+        """Compute anew what the item side keeps for an epoch."""
+        if isinstance(self.items, CatalogItems) and "semantic" in self.config.views:
+            rows = self._rows()
+
+            def encode(items: Ragged) -> Tensor:
+                parts, order = self._in_batches(
+                    items, lambda state: state.outputs["semantic"], views=("semantic",), rows=rows
+                )
+                return torch.cat(parts)[order.to(parts[0].device)]
+
+            self.items.refresh(encode)
+
     def _groups(self, views: Views, lr: float, weight_decay: float) -> list[ParameterGroup]:
         """Return all parameters that are trained with these views."""
         unused = set(self._unused(views))
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad and p not in unused]
         repeat = [p for n, p in named if n == "repeat"]
         plain = [p for n, p in named if p.ndim < 2 and n != "repeat"]
-        slow = [p for n, p in named if n == "table.residual"]
-        rest = [p for n, p in named if p.ndim >= 2 and n != "table.residual"]
+        slow = [p for n, p in named if n.endswith("table.residual")]
+        rest = [p for n, p in named if p.ndim >= 2 and not n.endswith("table.residual")]
         groups = [
             ParameterGroup("matrices", rest, lr, weight_decay),
             ParameterGroup("vectors", plain, lr, 0.0),
@@ -728,8 +791,9 @@ class L2Rec(nn.Module):
             state.row,
             rows,
             self.temperature,
-            partial(self, views=views, rows=rows),
-            self._prior.in_loss(batch.histories, state.position.numpy(), self.n_items),
+            self.config.views if views is None else views,
+            lambda items, of: self(items, views=of, rows=rows),
+            self._added(batch.histories, state.position.numpy(), targets),
         )
         total = items.rec(state.fused, "fused")
         parts = {"rec": total}
@@ -760,6 +824,20 @@ class L2Rec(nn.Module):
             tokens=state.tokens + items.tokens,
             computed_tokens=state.computed_tokens + items.computed_tokens,
         )
+
+    def _added(
+        self, histories: Ragged, ends: IntArray, targets: npt.NDArray[np.integer]
+    ) -> Added | None:
+        """Return what is added to scores in the loss: nothing, a learned scalar for items of the
+        history (``repeat_bias``), or minus infinity, but for the target (``form=catalog``).
+        """
+        if self.config.form != "catalog":
+            return self._prior.in_loss(histories, ends, self.n_items)
+        row, column = history_cells(histories, ends, self.n_items)
+        other = column != torch.from_numpy(targets.astype(np.int64))[row]
+        device = self.backbone.device
+        value = torch.tensor(-math.inf, device=device)
+        return Added(value, row[other].to(device), column[other].to(device))
 
     # -- inference -------------------------------------------------------------------------------
 

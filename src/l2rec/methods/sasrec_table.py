@@ -144,6 +144,7 @@ class SASRecTable(nn.Module):
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         """Return the one stage, in which the table's residual R has a learning rate of its own."""
         residual = self.table.residual
+        assert residual is not None
         rest = [p for p in self.parameters() if p is not residual]
         table = ParameterGroup("table", [residual], self.config.table_lr, 0.0)
         groups = [*decayed(rest, lr, weight_decay), table]

@@ -43,9 +43,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from l2rec.data.ragged import IntArray, Ragged, flat_index
+from l2rec.data.ragged import IntArray, Ragged
 from l2rec.metrics import expected_ranks, rank_values
 from l2rec.modules.objectives import Added
+from l2rec.modules.sequences import history_cells
 from l2rec.protocols import Recommender, Scorer
 
 Sparse = Any
@@ -265,15 +266,8 @@ class Prior:
         """
         if self.repeat is None:
             return None
-        starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
-        counts = ends - starts + 1
-        rows = np.repeat(np.arange(len(ends)), counts)
-        cells = np.unique(rows * n_items + histories.values[flat_index(starts, counts)])
-        row_and_item = (
-            torch.from_numpy(part.astype(np.int64)).to(self.repeat.device)
-            for part in divmod(cells, n_items)
-        )
-        return Added(self.repeat, *row_and_item)
+        cells = history_cells(histories, ends, n_items)
+        return Added(self.repeat, *(part.to(self.repeat.device) for part in cells))
 
     @torch.no_grad()  # not inference mode: near is loaded into later
     def choose(self, scorer: Scorer, histories: Ragged, targets: IntArray) -> None:

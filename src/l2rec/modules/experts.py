@@ -362,6 +362,7 @@ class DPMoE(Keeps, Adapter[Routing]):
         top: N of Eq. 5, experts of a view that are active for a token.
         width: hidden width W of the routers.
         personalized: False removes the user from the router: g_hat = g^c (the paper's "w/o PR").
+        gate_norm: gates of the chosen experts are divided by their sum (ours).
 
     Raises:
         ConfigError: ``top`` is not between 1 and ``view_experts``.
@@ -382,6 +383,7 @@ class DPMoE(Keeps, Adapter[Routing]):
         top: int = 2,
         width: int = 16,
         personalized: bool = True,
+        gate_norm: bool = False,
     ) -> None:
         super().__init__(linears)
         if not 1 <= top <= view_experts:
@@ -391,7 +393,7 @@ class DPMoE(Keeps, Adapter[Routing]):
         self._group_of = [n for n, modules in enumerate(self._modules_in) for _ in modules]
         self.shared_experts, self.view_experts = shared_experts, view_experts
         self.rank, self.scaling, self.top, self.width = rank, alpha / rank, top, width
-        self.personalized = personalized
+        self.personalized, self.gate_norm = personalized, gate_norm
         self.mixtures = nn.ModuleList(
             _Mixture(
                 m.in_features,
@@ -551,7 +553,10 @@ class DPMoE(Keeps, Adapter[Routing]):
         chosen = top_n(scores, self.top)
         if routing.chosen is not None:
             routing.chosen[k].append((scores, chosen))
-        gates = F.pad(scores * chosen, (self.shared_experts, 0), value=1.0) * self.scaling
+        gates = scores * chosen
+        if self.gate_norm:
+            gates = gates / gates.sum(-1, keepdim=True)
+        gates = F.pad(gates, (self.shared_experts, 0), value=1.0) * self.scaling
         gates = gates.transpose(0, 1).to(product.dtype).repeat_interleave(self.rank, dim=-1)
         gated: Tensor = low.unflatten(-1, (matrices, -1)) * gates
         return gated.unbind(1)

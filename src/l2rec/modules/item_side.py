@@ -2,6 +2,8 @@
 
     EncodedItems   the paper: an item is a history of one item through the same pipeline; the loss
                    compares users with the items of the batch (Eq. 8)
+    CatalogItems   ours: the same pipeline, but the loss compares users with the whole catalog, and
+                   an item may have a free residual r_i beside its text
     TableItems     ours: a trained table of item vectors that starts at their texts
                    (`l2rec.modules.text_table`); the loss compares users with the whole catalog
 
@@ -10,7 +12,7 @@ Legend: B rows, P predictions, N items, n distinct items of a batch, D hidden si
 
 from __future__ import annotations
 
-__all__ = ["Comparison", "EncodedItems", "ItemSide", "TableItems"]
+__all__ = ["CatalogItems", "Comparison", "EncodedItems", "ItemSide", "TableItems"]
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.entry import Entry
 from l2rec.modules.experts import Routing
+from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_text import catalog_vectors, text_vectors
 from l2rec.modules.objectives import Added, contrastive_loss, cosine, fused_catalog_loss
 from l2rec.modules.sequences import as_index, one_each
@@ -36,6 +39,8 @@ from l2rec.modules.views import View
 
 TABLE_DROPOUT = 0.2
 """Dropout of the table's free residual."""
+RESIDUAL_DROPOUT = 0.5
+"""Dropout of r_i of `CatalogItems`."""
 
 
 class Encoded(Protocol):
@@ -53,6 +58,11 @@ class Encoded(Protocol):
     def tokens(self) -> int: ...
     @property
     def computed_tokens(self) -> int: ...
+
+
+Views = tuple[View, ...]
+Encode = Callable[[Ragged, Views], Encoded]
+"""Histories of one item, and the views to read -> their encoding."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +110,14 @@ class ItemSide(Protocol):
         row: Tensor,
         rows: Tensor,
         temperature: Tensor,
-        encode: Callable[[Ragged], Encoded],
+        views: Views,
+        encode: Encode,
         added: Added | None,
     ) -> Comparison:
         """Compare the users of a batch with items.
 
         targets: [P] items to predict. row: [P] int64, row of the batch of each prediction.
-        encode: histories of one item -> their encoding. added: what is added to scores over the
-        whole catalog.
+        views: those that are trained. added: what is added to scores over the whole catalog.
         """
         ...
 
@@ -185,13 +195,14 @@ class EncodedItems:
         row: Tensor,
         rows: Tensor,
         temperature: Tensor,
-        encode: Callable[[Ragged], Encoded],
+        views: Views,
+        encode: Encode,
         added: Added | None,
     ) -> Comparison:
         """Contrast with the positives of the batch and each user's sampled items, encoded once."""
         assert added is None
         distinct = np.unique(np.concatenate((targets, batch.negatives.reshape(-1))))
-        encoded = encode(one_each(distinct))
+        encoded = encode(one_each(distinct), views)
         sides = {
             "fused": encoded.fused,
             "behavioral": encoded.behavioral,
@@ -249,6 +260,119 @@ class EncodedItems:
         """Do nothing: rows are computed already."""
 
 
+class CatalogItems(nn.Module):
+    """The paper's item side for a loss over the whole catalog, every position a target.
+
+    An item is a history of one through the pipeline, E^B = P_U(norm(e_i + r_i)). The behavioural
+    vectors of the catalog are one token an item and are computed in every step, with gradient. The
+    semantic ones are h^S as the weights were when the epoch began (`refresh`): from there gradients
+    reach P_S and the gate alone.
+
+    Args:
+        backbone: the frozen language model. tokens: token ids of the N texts.
+        text_tokens: most tokens of a text. text_dropout: dropout of the text vectors in training.
+        residual: a trained r_i, zero at the start, for the items that training holds.
+        fusion: ACF, the users' own.
+        cache: folder for text vectors; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokens: Ragged,
+        *,
+        text_tokens: int,
+        text_dropout: float,
+        residual: bool,
+        fusion: AdaptiveFusion,
+        cache: Path | None,
+    ) -> None:
+        super().__init__()
+        self._of_model = (backbone, fusion)  # in a tuple: they are the model's, not registered here
+        self._text_tokens = text_tokens
+        vectors, self.cached = catalog_vectors(backbone, tokens, text_tokens, cache)
+        self.table = TextTable(
+            vectors, RESIDUAL_DROPOUT, text_dropout, linear=False, residual=residual
+        ).to(backbone.device)
+        self.register_buffer("semantic", torch.zeros_like(vectors))
+        self.semantic: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """norm(e_i + r_i) [N, D] float32."""
+        rows: Tensor = self.table()
+        return rows
+
+    def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
+        """Return h at unit length; the semantic one centred as the texts are."""
+        h = F.normalize(h, dim=-1)
+        return F.normalize(h - self.table.mean, dim=-1) if view == "semantic" else h
+
+    def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
+        """Compute the semantic vectors anew. encode: histories -> h^S [B, D], without gradient."""
+        self.semantic.copy_(encode(one_each(np.arange(len(self.semantic), dtype=np.int32))))
+
+    def compare(
+        self,
+        batch: Batch,
+        targets: npt.NDArray[np.integer],
+        row: Tensor,
+        rows: Tensor,
+        temperature: Tensor,
+        views: Views,
+        encode: Encode,
+        added: Added | None,
+    ) -> Comparison:
+        """Compare with the whole catalog."""
+        backbone, fusion = self._of_model
+        positive = as_index(targets, rows.device)
+        encoded, sides = None, {}
+        if "behavioral" in views:
+            every = one_each(np.arange(len(self.semantic), dtype=np.int32))
+            encoded = encode(every, ("behavioral",))
+            assert encoded.behavioral is not None
+            sides["fused"] = sides["behavioral"] = encoded.behavioral
+        if "semantic" in views:
+            semantic = self.semantic + fusion.project_semantic(self.semantic)
+            sides["fused"] = sides["semantic"] = semantic
+        if len(views) > 1:
+            sides["fused"], _ = fusion.fuse(sides["behavioral"], sides["semantic"])
+        items = {side: F.normalize(vectors.float(), dim=-1) for side, vectors in sides.items()}
+
+        def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
+            scaled = F.normalize(users.float(), dim=-1) / temperature
+            return fused_catalog_loss(
+                scaled, items[side], positive, added=added, dtype=backbone.dtype
+            )
+
+        if encoded is None:
+            return Comparison(rec)
+        routings = [] if encoded.routing is None else [encoded.routing]
+        return Comparison(rec, routings, encoded.tokens, encoded.computed_tokens)
+
+    def vectors(
+        self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
+    ) -> Tensor:
+        """Encode histories of one item."""
+        return encode(one_each(items))
+
+    def add(self, tokens: Ragged) -> None:
+        """Add items that are their texts alone."""
+        self.table.extend(text_vectors(self._of_model[0], tokens, self._text_tokens))
+
+    def shrink(self, count: int) -> None:
+        """Cut the rows."""
+        self.table.shrink(count)
+
+    def restrict(self, items: npt.NDArray[np.integer]) -> None:
+        """Give r_i to the items that training holds, and to no others."""
+        self.table.restrict(items)
+
+    def freeze(self) -> None:
+        """Compute the rows once."""
+        self.table.keep()
+
+
 class TableItems:
     """The item side as a trained table T: read, compared with, and nothing to encode in a step.
 
@@ -294,7 +418,8 @@ class TableItems:
         row: Tensor,
         rows: Tensor,
         temperature: Tensor,
-        encode: Callable[[Ragged], Encoded],
+        views: Views,
+        encode: Encode,
         added: Added | None,
     ) -> Comparison:
         """Compare with the whole catalog."""

@@ -9,6 +9,7 @@ __all__ = [
     "check_new_texts",
     "encode_rows",
     "evaluating",
+    "history_cells",
     "in_batches",
     "last_of",
     "newest_state",
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.batches import TrainingBatches, plan_batches
-from l2rec.data.ragged import Ragged
+from l2rec.data.ragged import Ragged, flat_index
 from l2rec.errors import DataError
 from l2rec.protocols import MakeBatches, UserEncoder
 
@@ -88,6 +89,22 @@ def newest_state(
     states: item vectors [B, T, h] and which are real [B, T] -> states [B, T, D], of the whole grid.
     """
     return UserEncoder(items, lambda x, real: last_of(states(x, real), real), max_items)
+
+
+def history_cells(
+    histories: Ragged, ends: npt.NDArray[np.integer], n_items: int
+) -> tuple[Tensor, Tensor]:
+    """Return the cells of scores [P, n_items] whose items a prefix holds: rows, ascending, and
+    columns, int64.
+
+    ends: [P] positions in the histories' flat items of the newest item of each prefix.
+    """
+    starts = histories.offsets[np.searchsorted(histories.offsets, ends, side="right") - 1]
+    counts = ends - starts + 1
+    rows = np.repeat(np.arange(len(ends)), counts)
+    cells = np.unique(rows * n_items + histories.values[flat_index(starts, counts)])
+    row, column = (torch.from_numpy(part.astype(np.int64)) for part in divmod(cells, n_items))
+    return row, column
 
 
 @contextmanager

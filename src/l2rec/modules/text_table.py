@@ -20,19 +20,31 @@ class TextTable(Keeps):
     start at zero. Items added after training have no row of R: norm(e + e L). Neither have items
     that training does not hold (`restrict`): negatives in every step and never a target, their rows
     would sink below everything.
+
+    Args:
+        text: [N, D] the backbone's text vectors. dropout: of R in training.
+        text_dropout: of E in training. linear: False leaves L out. residual: False leaves R out.
     """
 
     _kept: Tensor | None
 
-    def __init__(self, text: Tensor, dropout: float, text_dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        text: Tensor,
+        dropout: float,
+        text_dropout: float = 0.0,
+        *,
+        linear: bool = True,
+        residual: bool = True,
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", text.mean(0), persistent=True)
         self.text: Tensor
         self.mean: Tensor
         self.register_buffer("text", F.normalize(text - self.mean, dim=-1), persistent=False)
         dim = text.shape[-1]
-        self.linear = nn.Parameter(torch.zeros(dim, dim))
-        self.residual = nn.Parameter(torch.zeros_like(text))
+        self.linear = nn.Parameter(torch.zeros(dim, dim)) if linear else None
+        self.residual = nn.Parameter(torch.zeros_like(text)) if residual else None
         self.register_buffer("held", torch.ones(len(text), 1))  # 0: no row of R
         self.held: Tensor
         self.dropout, self.text_dropout = dropout, text_dropout
@@ -50,7 +62,7 @@ class TextTable(Keeps):
         not. Call it before the first step, since it changes T.
         """
         self._kept = None
-        often = np.bincount(items, minlength=len(self.residual))
+        often = np.bincount(items, minlength=len(self.held))
         self.held.copy_(torch.from_numpy(often > 0)[:, None])
 
     @torch.no_grad()
@@ -63,7 +75,10 @@ class TextTable(Keeps):
     def of_text(self, text: Tensor) -> Tensor:
         """Return rows [n, D] of items that were not trained on, by their text vectors [n, D]."""
         added = F.normalize(text - self.mean, dim=-1)
-        return F.normalize(added + added @ self.linear, dim=-1)
+        return F.normalize(self._adapted(added), dim=-1)
+
+    def _adapted(self, text: Tensor) -> Tensor:
+        return text if self.linear is None else text + text @ self.linear
 
     def shrink(self, count: int) -> None:
         """Undo `extend`: keep the first ``count`` items."""
@@ -76,9 +91,10 @@ class TextTable(Keeps):
         if self._kept is not None:
             return self._kept
         text = F.dropout(self.text, self.text_dropout, self.training)
-        rows = text + text @ self.linear
-        residual = F.dropout(self.residual, self.dropout, self.training)
-        trained = len(self.residual)
-        own = torch.addcmul(rows[:trained], residual, self.held)
-        rows = torch.cat((own, rows[trained:]))
+        rows = self._adapted(text)
+        if self.residual is not None:
+            residual = F.dropout(self.residual, self.dropout, self.training)
+            trained = len(self.residual)
+            own = torch.addcmul(rows[:trained], residual, self.held)
+            rows = torch.cat((own, rows[trained:]))
         return F.normalize(rows, dim=-1)
