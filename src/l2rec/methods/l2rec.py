@@ -312,6 +312,8 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
     before, after = map(len, separators(backbone))
     needed = config.max_tokens if "semantic" in config.views else 0
     needed = max(needed, config.max_items if "behavioral" in config.views else 0)
+    if config.item_layers and backbone.positions_in_words:  # only single texts have positions
+        needed = config.item_tokens + before + after
     if config.form != "paper" or config.behavioral_pool == "encoder":
         needed = max(needed, config.text_tokens + before + after)
     if limit is not None and needed > limit:

@@ -161,6 +161,9 @@ class Packing:
         return max((b.width for group in self.groups for b in group.buckets), default=0)
 
 
+BERT_LIKE = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
+"""Families whose layers know no positions: they are learned vectors beside the words."""
+
 _PACKING: ContextVar[Packing | None] = ContextVar("l2rec_packing", default=None)
 """The packing of the pass that is under way, for models that do not hand keywords on."""
 
@@ -510,6 +513,8 @@ class Backbone(nn.Module):
         self._typed = any(name.endswith("token_type_ids") for name, _ in model.named_buffers())
         self._passes = 0
         self.max_positions = _longest_row(config, self._position_offset)
+        self.positions_in_words = _positions_in_words(model)
+        """Positions are added to the words alone: layers do not know them."""
         exact = check_exact(self) if _has_data(model) else None
         if exact is not None:
             self.max_positions = min(exact, self.max_positions or exact)
@@ -561,6 +566,7 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: a row is longer than ``max_positions``.
         """
+        self._check_length(packing)
         return self._run(inputs_embeds[None].to(self.dtype), packing).last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
     def cut(self, below: int) -> LayerCut:
@@ -576,22 +582,32 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def lower(self, cut: LayerCut, inputs_embeds: Tensor, packing: Packing) -> Tensor:
         """Run the layers below a cut: packed inputs [N, word_dim] -> states [N, D]."""
+        self._check_length(packing)
         x = inputs_embeds[None].to(self.dtype)
         return cut.lower(lambda: self._run(x, packing)).squeeze(0)
 
     def upper(self, cut: LayerCut, states: Tensor, packing: Packing) -> Tensor:
-        """Run the layers above a cut: packed states [N, D] -> last hidden states [N, D]."""
+        """Run the layers above a cut: packed states [N, D] -> last hidden states [N, D].
+
+        Rows may be longer than ``max_positions`` where ``positions_in_words``.
+        """
+        if self.positions_in_words:  # they are below the cut, and nothing above it reads these
+            packing = replace(packing, positions=torch.zeros_like(packing.positions))
+        else:
+            self._check_length(packing)
         words = self.word_embeddings.weight
         unread = words.new_zeros(()).expand(1, len(states), self.word_dim)
         output = cut.upper(states[None].to(self.dtype), lambda: self._run(unread, packing))
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
-    def _run(self, inputs_embeds: Tensor, packing: Packing) -> Any:
+    def _check_length(self, packing: Packing) -> None:
         if self.max_positions is not None and packing.longest > self.max_positions:
             raise BackboneError(
                 f"a row of {packing.longest} tokens: backbone {self.name!r} takes "
                 f"{self.max_positions}; lower max_tokens or text_tokens"
             )
+
+    def _run(self, inputs_embeds: Tensor, packing: Packing) -> Any:
         self._passes += 1
         if self._passes % memory.PASSES == 0:  # now: what the last pass took is free
             memory.trim()
@@ -688,6 +704,13 @@ def _position_offset(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else int(module.padding_idx) + 1
     return 0
+
+
+def _positions_in_words(model: nn.Module) -> bool:
+    """Return True for a model whose only positions are learned vectors beside the words."""
+    config: Any = model.config
+    kind = getattr(config, "position_embedding_type", None) or "absolute"
+    return config.model_type in BERT_LIKE and kind == "absolute"
 
 
 def minilm_source() -> str:
