@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -273,10 +273,13 @@ class ExpertLoad:
     """Share of the tokens' choices that each of E experts received, in J adapted matrices.
 
     ``matrices``: [J] names. ``experts``: by view, [J][E] shares; those of a matrix add up to 1.
+    ``user``: by view, [J] the user's share, 0 to 1, in what the routers decide by; empty where they
+    do not know the user.
     """
 
     matrices: list[str]
     experts: dict[str, list[list[float]]]
+    user: dict[str, list[float]] = field(default_factory=dict)
 
 
 @runtime_checkable

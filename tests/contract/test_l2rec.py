@@ -976,3 +976,24 @@ def test_the_user_enters_the_routers_at_the_scale_of_what_is_processed() -> None
             u = model._input(view, alone, rows).u
             unit = torch.allclose(u.square().mean(-1), torch.ones(len(u)), rtol=1e-3)
             assert unit is wanted
+
+
+def test_rows_above_the_cut_may_be_longer_than_the_positions_of_a_bert() -> None:
+    """Above layer K nobody reads positions: only single texts must fit."""
+    long = Ragged.from_rows([[i % N for i in range(40)]])
+    options = CATALOG | {"views": ("semantic",), "item_layers": 1, "max_items": 60}
+    options |= {"semantic_items": 60, "max_tokens": 4000, "text_tokens": 8, "item_tokens": 8}
+    short = shaken(build("bert", **options)).eval()
+    limit = short.backbone.max_positions
+    assert limit is not None and short.backbone.positions_in_words
+    assert short.costs(long)[0] > limit
+    users = short.encode_users(long)
+    fits = Ragged.from_rows([[3, 1, 4, 1], [5]])
+    without = short.encode_users(fits)
+    short.backbone.positions_in_words = False
+    torch.testing.assert_close(short.encode_users(fits), without)
+    assert bool(users.isfinite().all())
+    with pytest.raises(ConfigError, match="positions; lower them"):
+        build("bert", **options | {"item_layers": 0})
+    with pytest.raises(ConfigError, match="positions; lower them"):
+        build("qwen3", **options | {"max_tokens": 10**6})

@@ -20,6 +20,7 @@ from l2rec.modules.experts import (
     load_balance,
     plain_update,
     top_n,
+    user_share,
 )
 from l2rec.modules.lora import LoRA
 
@@ -27,7 +28,9 @@ DIM = 5
 SHAPES = [(DIM, DIM), (4, 6)]  # of the adapted matrices: d_in, d_out
 
 
-def mixture_of(seed: int, shared: int, experts: int, top: int, personalized: bool) -> DPMoE:
+def mixture_of(
+    seed: int, shared: int, experts: int, top: int, personalized: bool, norm: bool = False
+) -> DPMoE:
     """Build a float64 mixture and draw every parameter: none is at its neutral start."""
     torch.manual_seed(seed)
     linears = {f"m{j}": nn.Linear(i, o) for j, (i, o) in enumerate(SHAPES)}
@@ -41,6 +44,7 @@ def mixture_of(seed: int, shared: int, experts: int, top: int, personalized: boo
         top=top,
         width=WIDTH,
         personalized=personalized,
+        gate_norm=norm,
     ).double()
     for parameter in moe.parameters():
         nn.init.normal_(parameter, std=0.7)
@@ -131,6 +135,45 @@ def test_update_is_eq_3_to_5(
                 rtol=1e-9,
                 atol=1e-11,
             )
+
+
+def test_gates_that_add_up_to_one() -> None:
+    moe = mixture_of(0, 1, 4, 2, True, norm=True)
+    slices, _, n = packed(False)
+    for j, (d_in, _) in enumerate(SHAPES):
+        x = torch.randn(n, d_in, dtype=torch.float64)
+        with moe.routed(slices) as routing:
+            ours = update(moe, j, x, routing)
+        theirs = [
+            reference.update(
+                matrix_of(moe, j, part.view), part.u[user], x[t], 2, 3.0 / RANK, norm=True
+            )
+            for part in slices
+            for t, user in enumerate(part.user.tolist(), start=part.start)
+        ]
+        torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-10, atol=1e-12)
+
+
+def test_the_user_s_share_of_what_a_router_decides_by() -> None:
+    """sd(u-half) / (sd(u-half) + sd(x-half)) of the interaction router's hidden layer, by hand."""
+    moe = mixture_of(0, 1, 4, 2, True)
+    slices, us, n = packed(False)
+    inputs = [torch.randn(n, d_in, dtype=torch.float64) for d_in, _ in SHAPES]
+    with moe.watched() as signals, moe.routed(slices) as routing:
+        for j, x in enumerate(inputs):
+            update(moe, j, x, routing)
+    for part, u in zip(slices, us, strict=True):
+        shares = user_share([s for s in signals if s.view == part.view])
+        for j, x in enumerate(inputs):
+            router = matrix_of(moe, j, part.view).interaction
+            assert router is not None
+            of_user = torch.stack([router.r1[:, :DIM] @ u[k] for k in part.user])
+            of_x = x[part.start : part.stop] @ router.r1[:, DIM:].T
+            sd = [h.detach().var(0, correction=0).mean().sqrt() for h in (of_user, of_x)]
+            assert shares[j] == pytest.approx(float(sd[0] / sum(sd)), rel=1e-5)
+    with moe.routed(slices) as routing:
+        update(moe, 0, inputs[0], routing)
+    assert len(signals) == len(SHAPES) * len(slices), "nothing is collected outside the context"
 
 
 def test_every_parameter_is_trained() -> None:

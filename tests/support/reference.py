@@ -102,13 +102,23 @@ def chosen(scores: Sequence[Tensor], n: int) -> list[bool]:
     return [i in order[:n] for i in range(len(scores))]
 
 
-def update(matrix: Matrix, u: Tensor, x: Tensor, top: int, scaling: float) -> Tensor:
-    """Compute dW_j x of Eq. 3 for one token, times ``scaling``."""
+def update(
+    matrix: Matrix, u: Tensor, x: Tensor, top: int, scaling: float, norm: bool = False
+) -> Tensor:
+    """Compute dW_j x of Eq. 3 for one token, times ``scaling``.
+
+    norm: gates of the chosen experts are divided by their sum.
+    """
     total = torch.zeros(matrix.experts[0][0].shape[0], dtype=x.dtype)
     for b, a in matrix.shared:
         total = total + b @ (a @ x)
     scores = fused_gates(matrix, u, x)
     active = chosen(scores, top)
+    if norm:
+        total_gate = sum(
+            score for score, is_active in zip(scores, active, strict=True) if is_active
+        )
+        scores = [score / total_gate for score in scores]
     for (b, a), score, is_active in zip(matrix.experts, scores, active, strict=True):
         if is_active:
             total = total + score * (b @ (a @ x))

@@ -88,7 +88,7 @@ from l2rec.modules.backbone import (
 )
 from l2rec.modules.cooccurrence import CoOccurrence, Prior, text_neighbors
 from l2rec.modules.entry import Entry, LayerEntry, WordEntry
-from l2rec.modules.experts import DPMoE, Routing, ViewSlice
+from l2rec.modules.experts import DPMoE, Routing, ViewSlice, user_share
 from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_side import CatalogItems, EncodedItems, ItemSide, TableItems
 from l2rec.modules.item_text import separators
@@ -997,13 +997,19 @@ class L2Rec(nn.Module):
             assert routing is not None
             return {part.view: (routing.load[part.view], part.tokens) for part in routing.slices}
 
-        parts, _ = self._in_batches(histories, chosen)
+        with self.experts.watched() as signals:
+            parts, _ = self._in_batches(histories, chosen)
         shares: dict[str, list[list[float]]] = {}
         for view in sorted(parts[0]):
             loads, tokens = zip(*(part[view] for part in parts), strict=True)
             share = sum(load * n for load, n in zip(loads, tokens, strict=True)) / sum(tokens)
             shares[self.config.views[view]] = share.tolist()
-        return ExpertLoad(list(self.experts.names), shares)
+        user: dict[str, list[float]] = {
+            view: user_share([s for s in signals if s.view == number])
+            for number, view in enumerate(self.config.views)
+            if self.config.personalized_router
+        }
+        return ExpertLoad(list(self.experts.names), shares, user)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,16 @@ gates in float32.
 
 from __future__ import annotations
 
-__all__ = ["DPMoE", "Routing", "ViewSlice", "load_balance", "plain_update", "top_n"]
+__all__ = [
+    "DPMoE",
+    "Routing",
+    "Signal",
+    "ViewSlice",
+    "load_balance",
+    "plain_update",
+    "top_n",
+    "user_share",
+]
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -257,6 +266,42 @@ class _AddLowRank(torch.autograd.Function):
         return grads[0], None, None, *g_factors
 
 
+class Signal(NamedTuple):
+    """Spread over the tokens of a slice of what enters R1^f [u; x]: which half decides.
+
+    view, group: of the slice, and of the matrices. tokens: of the slice.
+    user, context: [G] float32, variance of the u-half and of the x-half of the hidden layer, mean
+    over its width.
+    """
+
+    view: int
+    group: int
+    tokens: int
+    user: Tensor
+    context: Tensor
+
+
+def _spread(hidden: Tensor) -> Tensor:
+    """Return the variance over tokens of [n, G, W], mean over W: [G] float32."""
+    return hidden.detach().float().var(0, correction=0).mean(-1)
+
+
+def user_share(signals: Sequence[Signal]) -> list[float]:
+    """Return, of each matrix in order, the share of the user in the interaction router's hidden
+    layer: sd(u-half) / (sd(u-half) + sd(x-half)), over all signals of one view.
+    """
+    shares: list[float] = []
+    for group in sorted({signal.group for signal in signals}):
+        some = [signal for signal in signals if signal.group == group]
+        tokens = sum(signal.tokens for signal in some)
+        user, context = (
+            (sum(s.tokens * getattr(s, half) for s in some) / tokens).sqrt()
+            for half in ("user", "context")
+        )
+        shares += (user / (user + context).clamp_min(1e-12)).tolist()
+    return shares
+
+
 class _View(NamedTuple):
     """Parameters of one view in a `_Mixture`."""
 
@@ -414,6 +459,7 @@ class DPMoE(Keeps, Adapter[Routing]):
             self.router_u_bias = nn.Parameter(torch.empty(views, matrices, width))
             self.user_out = nn.Parameter(torch.empty(views, matrices, view_experts, width))
             self.user_out_bias = nn.Parameter(torch.empty(views, matrices, view_experts))
+        self._watched: list[Signal] | None = None
         self.reset_parameters()
 
     def keep(self) -> None:
@@ -429,6 +475,15 @@ class DPMoE(Keeps, Adapter[Routing]):
             nn.init.uniform_(self.router_u, -bound, bound)
             nn.init.zeros_(self.router_u_bias)
             _init_router_out(self.user_out, self.user_out_bias)
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Signal]]:
+        """Collect, within this context, how far the routers' inputs spread; empty without users."""
+        self._watched = []
+        try:
+            yield self._watched
+        finally:
+            self._watched = None
 
     @contextmanager
     def routed(self, slices: Sequence[ViewSlice]) -> Iterator[Routing]:
@@ -574,7 +629,19 @@ class DPMoE(Keeps, Adapter[Routing]):
             return _gates(hidden.flatten(1), joined.out, joined.out_bias).transpose(1, 2)
         of_hidden, of_user = routing.from_user[k][group]
         user = routing.slices[k].user
-        hidden = hidden + of_hidden.index_select(0, user)
+        of_user_hidden = of_hidden.index_select(0, user)
+        if self._watched is not None:
+            part = routing.slices[k]
+            self._watched.append(
+                Signal(
+                    part.view,
+                    group,
+                    part.tokens,
+                    _spread(of_user_hidden[: part.tokens, :, self.width :]),
+                    _spread(hidden[: part.tokens, :, self.width :]),
+                )
+            )
+        hidden = hidden + of_user_hidden
         gates = _gates(hidden.flatten(1), joined.out, joined.out_bias)
         g_context, g_interaction = gates.unflatten(0, (-1, 2)).transpose(2, 3).unbind(1)
         g_user = of_user.index_select(0, user).transpose(0, 1)

@@ -34,8 +34,8 @@ def gate_histogram(gates: npt.NDArray[np.floating]) -> dict[str, Any]:
 def diagnose(predictor: Predictor, split: Split, dataset: Dataset) -> dict[str, Any]:
     """Look into a model with test histories: what diagnostics.json holds.
 
-    ``matrices``, ``experts``: `ExpertLoad`, of a model with experts. ``gate``: `gate_histogram`, of
-    a model with a gate. ``examples``: recommendations.
+    ``matrices``, ``experts``, ``user_share``: `ExpertLoad`, of a model with experts. ``gate``:
+    `gate_histogram`, of a model with a gate. ``examples``: recommendations.
     """
     model = predictor.model
     cases = split.test
@@ -49,6 +49,9 @@ def diagnose(predictor: Predictor, split: Split, dataset: Dataset) -> dict[str, 
             result["experts"] = {
                 view: [[round(share, 4) for share in shares] for shares in by_matrix]
                 for view, by_matrix in load.experts.items()
+            }
+            result["user_share"] = {
+                view: [round(share, 4) for share in shares] for view, shares in load.user.items()
             }
         _, gates = model.users_and_gates(histories)
         if gates is not None:

@@ -247,6 +247,8 @@ class Heat:
     uniform: str
     uniform_at: float
     top: str
+    user: str
+    """What the routers know of the user, in words; empty where it is not known."""
     summary: str
 
 
@@ -616,7 +618,12 @@ def _mark(frame: Frame, point: Point, text: str, style: str) -> Mark:
 def _heats(diagnostics: Json) -> list[Heat]:
     experts: Json = diagnostics.get("experts") or {}
     names = [str(name) for name in diagnostics.get("matrices") or []]
-    return [_heat(str(view), shares, names) for view, shares in experts.items() if shares]
+    users: Json = diagnostics.get("user_share") or {}
+    return [
+        _heat(str(view), shares, names, users.get(view) or [])
+        for view, shares in experts.items()
+        if shares
+    ]
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
@@ -631,7 +638,19 @@ def _short_names(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _heat(view: str, shares: Sequence[Sequence[float]], names: Sequence[str]) -> Heat:
+def _user_share(shares: Sequence[float]) -> str:
+    if not shares:
+        return ""
+    mean = sum(shares) / len(shares)
+    return (
+        f"In what the routers decide by, the user's share is {as_percent(mean)} on average "
+        f"({as_percent(min(shares))} to {as_percent(max(shares))}), the token's is the rest."
+    )
+
+
+def _heat(
+    view: str, shares: Sequence[Sequence[float]], names: Sequence[str], users: Sequence[float]
+) -> Heat:
     experts = max(len(row) for row in shares)
     uniform = 1 / experts
     top = max(2 * uniform, *(share for row in shares for share in row))
@@ -674,6 +693,7 @@ def _heat(view: str, shares: Sequence[Sequence[float]], names: Sequence[str]) ->
         uniform=f"{100 * uniform:.3g}%",
         uniform_at=round(uniform / top, 3),
         top=as_percent(top),
+        user=_user_share(users),
         summary=f"Expert load of the {view} view: {len(shares)} matrices by {experts} experts. "
         f"Largest: {peak.title}.",
     )
