@@ -741,8 +741,8 @@ def embed(
 ) -> None:
     """Write item vectors and user vectors as Parquet: id, vector, version.
 
-    Scores are their inner products. A run with `repeat_bias` or `cooccurrence`, or one of `l2rec
-    blend`, adds more to them, which `l2rec recommend` and `l2rec serve` do.
+    Scores are their inner products. A run of `l2rec blend` adds more to them, which `l2rec
+    recommend` and `l2rec serve` do.
     """
     from l2rec.console import Console
     from l2rec.runs.embed import embed_run

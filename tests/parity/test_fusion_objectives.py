@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from l2rec.modules import objectives
 from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.objectives import (
-    Added,
+    Cells,
     bpc_loss,
     catalog_loss,
     contrastive_loss,
