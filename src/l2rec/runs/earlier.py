@@ -24,14 +24,14 @@ OPTIONS = ("repeat_bias", "cooccurrence", "text_neighbors")
 def without_options(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Move the options that were set from the config of an identity to its key `EARLIER`."""
     config = identity["config"]
-    model = config.get("model") if isinstance(config, Mapping) else None
-    if not isinstance(model, Mapping) or config.get("method") != METHOD:
+    given = config.get("model") if isinstance(config, Mapping) else None
+    if not isinstance(given, Mapping) or config.get("method") != METHOD:
         return dict(identity)
-    options = {name: model[name] for name in OPTIONS if model.get(name)}
+    options = {name: given[name] for name in OPTIONS if given.get(name)}
     if not options:
         return dict(identity)
-    model = {name: value for name, value in model.items() if name not in OPTIONS}
-    return {**identity, "config": {**config, "model": model}, EARLIER: options}
+    kept = {name: value for name, value in given.items() if name not in OPTIONS}
+    return {**identity, "config": {**config, "model": kept}, EARLIER: options}
 
 
 def _is_of_options(name: str) -> bool:
@@ -53,9 +53,9 @@ def split_tensors(
     """Return the tensors of the model, and those of the blend that stands for the options; None
     without any. n_items: N, items of the run's catalog.
     """
-    model = of_model(tensors, identity)
+    kept = of_model(tensors, identity)
     if EARLIER not in identity:
-        return model, None
+        return kept, None
     nothing = {  # where the options were the repeats alone, or the counts alone
         "together.offsets": torch.zeros(n_items + 1, dtype=torch.int64),
         "together.items": torch.zeros(0, dtype=torch.int32),
@@ -64,7 +64,7 @@ def split_tensors(
         "repeat": torch.tensor(0.0),
     }
     own = {name: tensor for name, tensor in tensors.items() if _is_of_options(name)}
-    return model, {**nothing, **own, "spread": tensors["log_temperature"].exp()}
+    return kept, {**nothing, **own, "spread": tensors["log_temperature"].exp()}
 
 
 def completed(blend: Mapping[str, Tensor]) -> dict[str, Tensor]:
