@@ -948,7 +948,7 @@ def demo(
     data: Annotated[Path, typer.Option(help="Folder for the data set.")] = Path("data/ml-100k"),
     minutes: Annotated[float, typer.Option(help="Training time at most.")] = 4.0,
 ) -> None:
-    """Show every step on MovieLens-100K in minutes: prepare, train, score, recommend, report."""
+    """Show every step on MovieLens-100K in minutes: prepare, train, blend, score, recommend."""
     from l2rec.demo import run_demo
 
     run_demo(out, data, minutes)
