@@ -16,7 +16,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## MovieLens-100K in minutes: prepare, train, score, recommend, report
+demo: $(READY)  ## MovieLens-100K in minutes: prepare, train, blend, score, recommend, report
 	$(OFFLINE) $(BIN)/l2rec demo --out runs/demo
 
 test: $(READY)  ## the whole test suite: offline, no GPU

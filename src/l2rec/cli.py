@@ -741,8 +741,8 @@ def embed(
 ) -> None:
     """Write item vectors and user vectors as Parquet: id, vector, version.
 
-    Scores are their inner products. A run with `repeat_bias` or `cooccurrence`, or one of `l2rec
-    blend`, adds more to them, which `l2rec recommend` and `l2rec serve` do.
+    Scores are their inner products. A run of `l2rec blend` adds more to them, which `l2rec
+    recommend` and `l2rec serve` do.
     """
     from l2rec.console import Console
     from l2rec.runs.embed import embed_run
@@ -948,7 +948,7 @@ def demo(
     data: Annotated[Path, typer.Option(help="Folder for the data set.")] = Path("data/ml-100k"),
     minutes: Annotated[float, typer.Option(help="Training time at most.")] = 4.0,
 ) -> None:
-    """Show every step on MovieLens-100K in minutes: prepare, train, score, recommend, report."""
+    """Show every step on MovieLens-100K in minutes: prepare, train, blend, score, recommend."""
     from l2rec.demo import run_demo
 
     run_demo(out, data, minutes)

@@ -100,7 +100,9 @@ class TrainingConfig(_Closed):
     eval_every: float = Field(1.0, gt=0)
     """Epochs between validations (all users)."""
     patience: int = Field(5, ge=1)
-    """Validations without a better NDCG@10 before training stops."""
+    """Validations without a better NDCG@10, the history masked, before training stops. It chooses
+    the best step of every method: what a method that compares vectors says of items the user has
+    already hides what it knows of the next one, and repeats are the business of ``l2rec blend``."""
     checkpoint_minutes: float = Field(3.0, ge=0)
     """Minutes between checkpoints within an epoch."""
     log_every: int = Field(10, ge=1)

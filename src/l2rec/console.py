@@ -140,7 +140,7 @@ def print_table(title: str, facts: Mapping[str, Any]) -> None:
 def print_trials(trials: Sequence[Trial]) -> None:
     """Print the trials of a search on standard output, best first."""
     table = Table(title="validation, best first")
-    for name in ("trial", "ndcg@10", "ended by"):
+    for name in ("trial", "ndcg@10 masked", "ended by"):
         table.add_column(name, justify="left" if name == "ended by" else "right")
     keys = list(trials[0].options)
     for key in keys:

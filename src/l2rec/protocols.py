@@ -7,9 +7,8 @@ are inner products. The other protocols are optional abilities, asked for with `
     Recommender     n_items, scorer                          evaluation
     Trainable       stages                                   training
     Embedder        encode_users, encode_items               embeddings, indexes, the service
-    Calibrated      calibrate       values that are chosen on validation, not by gradient
+    Calibrated      calibrate       what is taken from the training sequences, not by gradient
     TakesNewItems   add_items       an item is its text
-    AddsPrior       prior           scores are inner products plus something
     Inspectable     users_and_gates, expert_load, has_gate, has_experts
     Costed          costs           histories differ in what they cost to encode
     Freezable       freeze          something can be computed once for a model that no longer learns
@@ -24,7 +23,6 @@ Shapes: B histories (users), N catalog items, D embedding size.
 from __future__ import annotations
 
 __all__ = [
-    "AddsPrior",
     "Cached",
     "Calibrated",
     "Costed",
@@ -209,12 +207,14 @@ class Trainable(Recommender, Protocol):
 
 @runtime_checkable
 class Calibrated(Protocol):
-    """A method with values that are chosen on validation, not by gradient."""
+    """A method that takes something from the training sequences, or chooses something on
+    validation, not by gradient.
+    """
 
     def calibrate(
         self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
     ) -> None:
-        """Choose them by the training sequences, and validation's histories and targets [B].
+        """Do so, by the training sequences, and validation's histories and targets [B].
 
         Called before each validation, the first of which comes before the first step. What is
         chosen must be part of the model's state, and what validation chooses must not change what
@@ -253,17 +253,6 @@ class TakesNewItems(Protocol):
 
         Raises:
             DataError: an empty text.
-        """
-        ...
-
-
-@runtime_checkable
-class AddsPrior(Protocol):
-    """An embedder whose scores are inner products plus something that vectors cannot hold."""
-
-    def prior(self, histories: Ragged) -> Tensor | None:
-        """Return what is added to the inner products of user and item vectors, [B, N] float32;
-        None where nothing is.
         """
         ...
 
@@ -337,7 +326,7 @@ class Cached(Protocol):
 
 @runtime_checkable
 class SizedByData(Protocol):
-    """A method with buffers whose length is that of the data, not of the options."""
+    """A module with buffers whose length is that of the data, not of the options."""
 
     sized_by_data: ClassVar[frozenset[str]]
     """Names of the buffers; loading gives them the length they were saved with."""
@@ -360,9 +349,7 @@ class UserEncoder:
 
 @runtime_checkable
 class Exportable(Protocol):
-    """An embedder that reads a stored vector of each item and no text, and adds no prior: what can
-    run without it.
-    """
+    """An embedder that reads a stored vector of each item and no text: what can run without it."""
 
     def user_encoder(self) -> UserEncoder:
         """Return what `Embedder.encode_users` computes, as one function of the model's weights and

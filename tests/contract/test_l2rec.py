@@ -22,7 +22,6 @@ from l2rec.data.synthetic import simple_text
 from l2rec.errors import ConfigError, DataError
 from l2rec.methods import l2rec
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
-from l2rec.metrics import expected_ranks, rank_values
 from l2rec.modules import item_text
 from l2rec.modules.backbone import Backbone
 from l2rec.protocols import Calibrated, Embedder, Losses, Recommender, Trainable
@@ -110,15 +109,12 @@ OPTIONS: list[dict[str, Any]] = [
     TABLE | {"views": ("semantic",), "personalized_router": False},
     TABLE | {"text_dropout": 0.3},
     TABLE | {"matrices": ()},
-    TABLE | {"repeat_bias": True},
-    TABLE | {"repeat_bias": True, "view_loss": 0.5},
     {"user_norm": True, "gate_norm": True},
     CATALOG,
     CATALOG | {"item_layers": 1, "user_norm": True, "view_loss": 0.5},
     CATALOG | {"views": ("behavioral",), "item_residual": False},
     CATALOG | {"views": ("semantic",), "text_dropout": 0.3},
 ]
-PRIOR = TABLE | {"repeat_bias": True, "cooccurrence": True}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -189,7 +185,7 @@ def test_stages_hold_every_trained_tensor_once(family: str) -> None:
     assert not {"skip", "blend", "log_temperature"} & trained_names(build(family))
 
 
-@pytest.mark.parametrize("options", [{}, PRIOR | {"view_loss": 0.5}], ids=["paper", "table"])
+@pytest.mark.parametrize("options", [{}, TABLE | {"view_loss": 0.5}], ids=["paper", "table"])
 def test_the_behavioral_view_can_be_trained_first(options: dict[str, Any]) -> None:
     model = shaken(build(**options, behavioral_epochs=3)).train()
     model.calibrate(HISTORIES, HISTORIES, VALID)
@@ -209,7 +205,7 @@ def test_the_behavioral_view_can_be_trained_first(options: dict[str, Any]) -> No
     assert own == [None, None]
     assert all(g[semantic].count_nonzero() == 0 < g[1 - semantic].count_nonzero() for g in of_views)
 
-    # It is ranked by that view alone too, with a weight of the counts of its own.
+    # It is ranked by that view alone too.
     alone = first.validates
     assert isinstance(alone, Calibrated) and isinstance(alone, Recommender)
     assert alone.n_items == model.n_items
@@ -424,9 +420,7 @@ def test_all_positions_that_may_not_fit_are_refused() -> None:
         build(**TABLE | {"max_tokens": 22})
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, TABLE, PRIOR, CATALOG], ids=["paper", "table", "prior", "catalog"]
-)
+@pytest.mark.parametrize("changes", [{}, TABLE, CATALOG], ids=["paper", "table", "catalog"])
 def test_training_does_not_see_the_last_two_items(changes: dict[str, Any]) -> None:
     model = shaken(build(**changes)).eval()
     altered = HISTORIES.values.copy()
@@ -441,145 +435,15 @@ def test_training_does_not_see_the_last_two_items(changes: dict[str, Any]) -> No
     assert losses[0] == losses[1]
 
 
-# ------------------------------------------------------------------------------- what is added to r
+# ------------------------------------------------------------------------------- its options
 
 
 VALID = np.array([[7, 3, 11, 2, 5, 1, 9, 4][i % 8] for i in range(len(HISTORIES))])
 
 
-def calibrated(model: L2Rec) -> L2Rec:
-    """Counts taken of HISTORIES, with a weight that is not among those tried."""
-    model.calibrate(HISTORIES, HISTORIES, VALID)
-    assert model.near is not None
-    model.near.fill_(0.7)
-    return model
-
-
-def literal_prior(model: L2Rec, history: list[int], everyone: list[list[int]]) -> Tensor:
-    """repeat_bias, cooccurrence and text_neighbors for one history, a pair at a time."""
-    assert model.near is not None and model.repeat is not None and model.together is not None
-    rule, met = model.together, [0.0] * N
-    if model.config.text_neighbors:
-        assert model.table is not None
-        text = model.table.text
-        for k, item in enumerate(history[::-1][: rule.newest]):
-            others = [j for j in range(N) if j != item]
-            cosines = torch.tensor([float(text[item] @ text[j]) for j in others])
-            nearest = cosines.argsort(descending=True)[:20]
-            for j, weight in zip(nearest, torch.softmax(cosines[nearest] / 0.05, 0), strict=True):
-                met[others[int(j)]] += 0.2 * rule.fade**k * float(weight)
-    often = [(HISTORIES.values == item).sum() for item in range(N)]
-    for k, item in enumerate(history[::-1][: rule.newest]):
-        for row in everyone:
-            for p, i in enumerate(row):
-                for q, j in enumerate(row):
-                    distance = abs(p - q)
-                    if i == item and 0 < distance <= rule.window:
-                        weight = rule.fade**k * rule.decay ** (distance - 1)
-                        met[j] += weight / often[i] ** 0.5 / often[j] ** rule.rarity
-    prior = [float(model.near) * float(m) for m in met]
-    for item in history:
-        prior[item] = float(model.repeat.detach())
-    return torch.tensor(prior)
-
-
-@pytest.mark.parametrize("texts", [False, True])
-def test_the_prior_is_as_written_down(texts: bool) -> None:
-    model = calibrated(shaken(build(**PRIOR | {"text_neighbors": texts})).eval())
-    sequences = [HISTORIES[i].tolist() for i in range(len(HISTORIES))]
-    found = model.prior(HISTORIES)
-    assert found is not None
-    for n, history in enumerate(sequences):
-        expected = literal_prior(model, history, sequences) * model.config.temperature
-        torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_repeats_are_a_term_of_the_loss_and_counts_are_not() -> None:
-    """The views learn as if there were no counts, whatever these were found to be worth."""
-    found = []
-    for option in (False, True):
-        model = shaken(build(**PRIOR | {"cooccurrence": option})).eval()
-        model.calibrate(HISTORIES, HISTORIES, VALID)
-        losses = model.loss(one_batch(model))
-        losses.total.backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    without, with_counts = found
-    assert with_counts.keys() == without.keys() and "repeat" in without
-    for name, grad in without.items():
-        torch.testing.assert_close(with_counts[name], grad, rtol=1e-4, atol=1e-6)
-    # r + rho for what each prefix holds, position by position.
-    model = shaken(build(**TABLE | {"repeat_bias": True, "balance": 0.0, "bpc": 0.0})).eval()
-    batch = one_batch(model)
-    assert model.repeat is not None
-    with torch.no_grad():
-        state = model(batch.histories, every=True)
-        scores = torch.nn.functional.normalize(state.fused, dim=-1)
-        scores = scores @ model.encode_items(np.arange(N)).T / model.config.temperature
-        each = []
-        for p, (end, row) in enumerate(zip(state.position, state.row, strict=True)):
-            start = int(batch.histories.offsets[int(row)])
-            held = set(batch.histories.values[start : int(end) + 1].tolist())
-            r = scores[p] + torch.tensor([float(model.repeat) * (i in held) for i in range(N)])
-            each.append(float(torch.logsumexp(r, 0) - r[int(batch.targets[int(end)])]))
-        total = float(model.loss(batch).total)
-    assert total == pytest.approx(np.mean(each), rel=1e-4)
-
-
-def test_the_weight_is_chosen_on_validation() -> None:
-    """Where the counts tell the target they weigh much, and never more than they are worth."""
-    model = shaken(build(**PRIOR)).eval()
-    assert model.near is not None and float(model.near) == 0.0
-    rows = Ragged.from_rows([[i, (i + 1) % N] for i in range(N)] * 3)
-    one = Ragged.from_rows([[i] for i in range(N)])
-    model.calibrate(rows, one, np.array([(i + 1) % N for i in range(N)]))
-    assert float(model.near) > 1
-    best = model.scorer()(one)
-    apart = best.argmin(1).numpy()
-    model.calibrate(rows, one, apart)
-    scores = model.scorer()(one)
-    model.near.fill_(256.0)
-    wanted = torch.from_numpy(apart)
-    assert float(ndcg(scores, wanted)) >= float(ndcg(model.scorer()(one), wanted))
-    plain = build(**TABLE)
-    plain.calibrate(rows, one, apart)
-    assert plain.prior(one) is None
-
-
-def ndcg(scores: Tensor, targets: Tensor) -> Tensor:
-    return torch.from_numpy(rank_values(expected_ranks(scores, targets).numpy(), "ndcg@10")).mean()
-
-
-def test_the_prior_is_part_of_scores_and_of_the_saved_model() -> None:
-    model = calibrated(shaken(build(**PRIOR)).eval())
-    users, items = model.encode_users(HISTORIES), model.encode_items(np.arange(N, dtype=np.int32))
-    prior = model.prior(HISTORIES)
-    assert prior is not None
-    scores = model.scorer()(HISTORIES)
-    torch.testing.assert_close(scores, (users @ items.T + prior) / model.config.temperature)
-    load_trained(model, trained_tensors(model), "the best, when training ends")
-    again = build(seed=5, **PRIOR).eval()
-    load_trained(again, trained_tensors(model), "here")  # counts of another length than its own
-    torch.testing.assert_close(again.scorer()(HISTORIES), scores)
-    assert build(**TABLE).prior(HISTORIES) is None
-
-
-def test_a_new_item_has_no_evidence_yet() -> None:
-    model = calibrated(shaken(build(**PRIOR)).eval())
-    model.add_items(["a red lamp"])
-    found = model.prior(Ragged.from_rows([[3, N], [N]]))
-    assert found is not None and found.shape == (2, N + 1)
-    assert float(found[1, :N].abs().max()) == 0.0 and float(found[1, N]) != 0.0
-
-
-def test_text_neighbors_are_among_the_counts() -> None:
-    with pytest.raises(ValidationError, match="text_neighbors needs cooccurrence"):
-        tiny.small(**TABLE | {"text_neighbors": True})
-
-
-@pytest.mark.parametrize("option", ["text_dropout", "repeat_bias", "cooccurrence"])
-def test_options_of_the_table_need_it(option: str) -> None:
-    with pytest.raises(ValidationError, match=f"{option} needs form=table"):
-        tiny.small(**{option: 0.5 if option == "text_dropout" else True})
+def test_options_of_the_table_need_it() -> None:
+    with pytest.raises(ValidationError, match="text_dropout needs form=table"):
+        tiny.small(text_dropout=0.5)
 
 
 @pytest.mark.parametrize("option", [{"pooling": "mean"}, {"behavioral_pool": "encoder"}])
@@ -604,6 +468,8 @@ def test_options_of_earlier_versions_are_read() -> None:
     paper = {"items": "encode", "supervision": "last", "user_pooling": "mean", "pooling": "last"}
     assert L2RecConfig(**paper) == L2RecConfig(pooling="last")
     assert L2RecConfig(table_dropout=0.2, behavioral_boost=16.0) == L2RecConfig()
+    of_blend = {"repeat_bias": False, "cooccurrence": False, "text_neighbors": False}
+    assert L2RecConfig(**of_blend) == L2RecConfig()
 
 
 @pytest.mark.parametrize(
@@ -615,6 +481,9 @@ def test_options_of_earlier_versions_are_read() -> None:
         ({"gate": "scalar"}, "gate is always vector; take it out"),
         ({"table_dropout": 0.5}, "table_dropout is always 0.2; take it out"),
         ({"form": "table", "gate": "scalar"}, "gate is always vector; take it out"),
+        ({"repeat_bias": True}, "train without it, then l2rec blend RUN --out OUT puts"),
+        (EARLIER | {"cooccurrence": True}, "cooccurrence is no option any more: train without it"),
+        ({"form": "table", "text_neighbors": True}, "text_neighbors is no option any more"),
         (
             {"form": "table", "supervision": "last"},
             "supervision=last: form=table stands for these now; take them out",

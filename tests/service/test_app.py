@@ -41,7 +41,7 @@ def metric(client: TestClient, name: str, /, **labels: str) -> float:
 # -- recommend -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", ["table", "paper", "prior", "blended"])
+@pytest.mark.parametrize("items", ["table", "paper", "blended"])
 def test_recommends_what_the_library_does(
     items: str, serve: Serve, request: pytest.FixtureRequest
 ) -> None:

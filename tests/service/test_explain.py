@@ -22,7 +22,7 @@ def scored(predictor: Predictor, history: list[str], item: str) -> float:
     return float(next(i["score"] for i in ranked.items if i["id"] == item))
 
 
-@pytest.mark.parametrize("items", ["table", "paper", "prior", "blended"])
+@pytest.mark.parametrize("items", ["table", "paper", "blended"])
 def test_without_an_item_is_a_history_without_it(
     items: str, request: pytest.FixtureRequest
 ) -> None:
@@ -38,8 +38,8 @@ def test_without_an_item_is_a_history_without_it(
     assert len({round(score, 6) for score in found.without if score is not None}) > 1
 
 
-def test_what_is_added_to_the_inner_product(prior_run: Finished, table_run: Finished) -> None:
-    predictor = load(prior_run.run)
+def test_what_is_added_to_the_inner_product(blended_run: Finished, table_run: Finished) -> None:
+    predictor = load(blended_run.run)
     found = explain(predictor, HISTORY, "i10")
     assert predictor.vectors is not None and found.added is not None
     encoded = predictor.encode(predictor.rows([HISTORY]))

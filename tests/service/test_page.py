@@ -274,7 +274,7 @@ def test_the_data_set_is_gone(serve: Serve, table_run: Finished, tmp_path: Path)
 # -- reasons -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", ["table", "prior"])
+@pytest.mark.parametrize("items", ["table", "blended"])
 def test_reasons_are_those_of_the_library(
     items: str, serve: Serve, request: pytest.FixtureRequest
 ) -> None:
@@ -355,10 +355,10 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(prior_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(blended_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = EventLog(f"sqlite:///{tmp_path_factory.mktemp('log') / 'events.db'}")
     log.append([Event(f"e{n}", "walter", f"i{n}", "click", float(n)) for n in (4, 5, 6)])
-    made = Server(prior_run.run, log, experiment=Experiment(name="plus"))
+    made = Server(blended_run.run, log, experiment=Experiment(name="plus"))
     yield made
     made.close()
 

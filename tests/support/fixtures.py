@@ -65,16 +65,6 @@ def paper_run(
 
 
 @pytest.fixture(scope="session")
-def prior_run(
-    backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
-) -> Finished:
-    """Train a model whose scores are not inner products alone. Copy before changing anything."""
-    prior = {"repeat_bias": True, "cooccurrence": True}
-    config = runs.config(backbone_folder, "table", model=prior)
-    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "prior")
-
-
-@pytest.fixture(scope="session")
 def sasrec_run(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a method of ids alone, without a gate and without experts."""
     run = tmp_path_factory.mktemp("runs") / "sasrec"

@@ -51,20 +51,26 @@ def test_the_demo(
     run, data = tmp_path / "run", tmp_path / "data"
     demo.run_demo(run, data, 3.5)
     assert asked == ["movielens-100k", (demo.RECIPE, ["training.max_minutes=3.5"])]
-    out = capsys.readouterr().out
-    assert (run / "report.html").is_file() and f"{run}/report.html" in out
+    out, blended = capsys.readouterr().out, tmp_path / "run-blended"
+    assert (blended / "report.html").is_file() and f"{blended}/report.html" in out
+    assert "L2Rec + co-occurrence │" in out and "L2Rec                 │" in out
     assert out.count("recommended") == 3 and "untrained backbone" in out
     assert "(1990), Drama" in out  # the texts are made by the template of the source
-    assert f"l2rec recommend {run} --user 0" in out
+    assert f"l2rec recommend {blended} --user 0" in out
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("trained or fetched again")
 
     monkeypatch.setattr(demo, "train_run", never)
+    monkeypatch.setattr(demo, "blend_run", never)
     monkeypatch.setattr(demo, "fetch", never)
     demo.run_demo(run, data, 3.5)
     captured = capsys.readouterr()
     assert "is trained already" in captured.err and captured.out == out
+
+    (blended / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(DataError, match=r"run-blended was not made of .*run; delete it, or"):
+        demo.run_demo(run, data, 3.5)
 
 
 def test_a_killed_demo_goes_on(

@@ -206,9 +206,9 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def test_trains_logs_step_0_and_keeps_the_best(tmp_run: Path) -> None:
     result, model = fit(tmp_run, epochs=15, lr=0.1)
-    valid = {r["step"]: r["ndcg@10"] for r in log(tmp_run, "valid")}
-    assert next(iter(valid)) == 0 and result.untrained["ndcg@10"] == valid[0]
-    assert result.valid["ndcg@10"] == max(valid.values()) > valid[0]
+    valid = {r["step"]: r["ndcg@10_masked"] for r in log(tmp_run, "valid")}
+    assert next(iter(valid)) == 0 and result.untrained["ndcg@10_masked"] == valid[0]
+    assert result.valid["ndcg@10_masked"] == max(valid.values()) > valid[0]
     best = min(step for step, score in valid.items() if score == max(valid.values()))
     assert result.best_step == best > 0
     tensors, metadata = load_tensors(tmp_run / "model.safetensors")
@@ -239,6 +239,29 @@ def test_patience_stops_and_the_best_is_restored(tmp_run: Path) -> None:
     assert len(steps) == 6 and result.best_step == steps[2] and result.steps == steps[5]
     assert load_tensors(tmp_run / "model.safetensors")[1] == {"step": str(steps[2])}
     assert result.valid["mrr"] == pytest.approx(1 / 2)
+
+
+def test_repeats_hide_nothing_from_the_choice(tmp_run: Path) -> None:
+    """The best step is that of the best masked score, though all that it ranks first is repeats."""
+    data = unique_histories()
+
+    class Repeats(Scripted):
+        def scorer(self) -> Scorer:
+            last, score = self.validations == 2, super().scorer()
+
+            def marked(histories: Ragged) -> Tensor:
+                scores = score(histories)
+                for row, history in enumerate(rows_of(histories) if last else []):
+                    scores[row, list(history)] = 3.0
+                return scores
+
+            return marked
+
+    result, _ = fit(tmp_run, Repeats([4, 2, 1], data), data, epochs=2)
+    plain, masked = ([r[k] for r in log(tmp_run, "valid")] for k in ("ndcg@10", "ndcg@10_masked"))
+    assert np.argmax(plain) == 1 and np.argmax(masked) == 2
+    assert result.best_step == result.steps and result.valid["ndcg@10"] == plain[2]
+    assert result.selected_by == "ndcg@10_masked"
 
 
 def test_equal_scores_keep_the_earlier_model(tmp_run: Path) -> None:

@@ -46,7 +46,7 @@ def test_the_best_becomes_a_recipe(chains: Dataset, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["best.yaml", "study.db"]
     # Trained alone, it is what the search said it is.
     alone = training.validate_run(config, chains.path, tmp_path / "alone", progress=runs.Quiet())
-    assert alone.valid["ndcg@10"] == found.trials[0].score
+    assert alone.valid["ndcg@10_masked"] == found.trials[0].score
 
 
 def test_more_trials_go_on_with_what_is_there(chains: Dataset, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_trial_that_trails_is_stopped(
         score = 0.9 - 0.1 * number
         stopped = next((at for at in range(10) if hopeless(score)), None)
         ended = "epochs" if stopped is None else f"pruned at {stopped}"
-        return TrainingResult(1, 1, {"ndcg@10": score}, {}, 0, 0, 0, ended)
+        return TrainingResult(1, 1, {"ndcg@10_masked": score}, {}, 0, 0, 0, ended)
 
     monkeypatch.setattr(tune, "validate_run", scripted)
     found = search(chains.path, tmp_path / "s", tune.STARTUP + 1)
@@ -203,7 +203,7 @@ def test_of_the_recipe_what_the_spaces_hold(chains: Dataset, tmp_path: Path) -> 
 def test_the_first_trials_cover_the_spaces(
     chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = TrainingResult(1, 1, {"ndcg@10": 0.1}, {}, 0, 0, 0, "epochs")
+    ended = TrainingResult(1, 1, {"ndcg@10_masked": 0.1}, {}, 0, 0, 0, "epochs")
     monkeypatch.setattr(tune, "validate_run", lambda *arguments, **named: ended)
     spaces = [
         "model.dropout=[0.0, 0.8]",

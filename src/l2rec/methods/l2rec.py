@@ -36,10 +36,6 @@ beside its text, E^B = P_U(norm(e_i + r_i)), none if training never meets it.
 
 - ``view_loss``: each view is also trained on the recommendation loss alone.
 - ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
-- ``repeat_bias``: a learned scalar is added to r_{u,i} of every item of the user's history.
-- ``cooccurrence``: w m_{u,i} is added to r_{u,i} of every other item, with m the co-occurrence with
-  the user's newest items (`l2rec.modules.cooccurrence`), ``text_neighbors`` among it. The views are
-  trained without it; w is chosen by NDCG@10 before each validation.
 - ``behavioral_epochs``: the behavioural view and the table are trained alone for so long, before
   both views: it is by far the cheaper one, and the semantic view then meets a table that knows
   something.
@@ -50,8 +46,8 @@ beside its text, E^B = P_U(norm(e_i + r_i)), none if training never meets it.
   for the place of an item in its row, zero at the start, is added. Experts, routers and u are those
   of the layers above.
 
-With ``repeat_bias`` or ``cooccurrence``, scores are no longer inner products of the embeddings
-alone.
+Co-occurrence counts and a term for items that the user has already are no part of the method:
+``l2rec blend`` puts them beside any run.
 """
 
 from __future__ import annotations
@@ -61,7 +57,7 @@ __all__ = ["L2Rec", "L2RecConfig", "UserState"]
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -86,13 +82,12 @@ from l2rec.modules.backbone import (
     Packing,
     split_groups,
 )
-from l2rec.modules.cooccurrence import CoOccurrence, Prior, text_neighbors
 from l2rec.modules.entry import Entry, LayerEntry, WordEntry
 from l2rec.modules.experts import DPMoE, Routing, ViewSlice, user_share
 from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_side import CatalogItems, EncodedItems, ItemSide, TableItems
 from l2rec.modules.item_text import separators
-from l2rec.modules.objectives import Added, bpc_loss
+from l2rec.modules.objectives import Cells, bpc_loss
 from l2rec.modules.sequences import (
     as_index,
     check_new_texts,
@@ -120,8 +115,6 @@ BEHAVIORAL_BOOST = 16.0
 """Scale at which item vectors enter at the words, in units of the word embeddings' RMS. Small
 values drown in position and type embeddings: on MiniLM all single-item outputs coincide below 4.
 Nothing is added at a later layer: there the scale is that of its states."""
-REPEAT_LR = 0.1
-"""Learning rate of `repeat`; high, because its optimum may lie near plus or minus 5."""
 
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -142,8 +135,6 @@ FORMS: dict[str, dict[str, Any]] = {
 OPTIONS_OF_FORMS = {
     "text_dropout": ("table", "catalog"),
     "item_residual": ("catalog",),
-    "repeat_bias": ("table",),
-    "cooccurrence": ("table",),
     "behavioral_epochs": ("paper", "table"),
     "pooling": ("paper",),
     "behavioral_pool": ("paper",),
@@ -158,6 +149,9 @@ CONSTANTS = {
     "table_dropout": 0.2,
 }
 """Options of earlier versions that are constants now."""
+OF_BLEND = ("repeat_bias", "cooccurrence", "text_neighbors")
+"""Options of earlier versions for what ``l2rec blend`` puts beside any method now. Run folders that
+were trained with them are read by `l2rec.runs.earlier`."""
 
 
 class L2RecConfig(BaseModel):
@@ -236,14 +230,6 @@ class L2RecConfig(BaseModel):
     text_dropout: float = Field(0.0, ge=0, lt=1)
     """Ours: dropout of E in training."""
 
-    # added to r_{u,i}, with a table
-    repeat_bias: bool = False
-    """Ours: learned scalar for items of the history."""
-    cooccurrence: bool = False
-    """Ours: co-occurrence with the newest items, weighed on validation."""
-    text_neighbors: bool = False
-    """Ours: items that read alike among the co-occurrence."""
-
     # Eq. 8-9
     temperature: float = Field(0.05, gt=0)
     """Paper: tau, whose value it does not give."""
@@ -273,6 +259,12 @@ class L2RecConfig(BaseModel):
         for option, constant in CONSTANTS.items():
             if values.pop(option, constant) != constant:
                 raise ValueError(f"{option} is always {constant}; take it out")
+        for option in OF_BLEND:
+            if values.pop(option, False):
+                raise ValueError(
+                    f"{option} is no option any more: train without it, then "
+                    "l2rec blend RUN --out OUT puts co-occurrence and repeats beside the run"
+                )
         given = {option: values[option] for option in FORMS["table"] if option in values}
         named = ", ".join(f"{option}={value}" for option, value in given.items())
         if "form" in values:
@@ -301,8 +293,6 @@ class L2RecConfig(BaseModel):
             default = type(self).model_fields[option].default
             if self.form not in forms and getattr(self, option) != default:
                 raise ValueError(f"{option} needs form={' or '.join(forms)}")
-        if self.text_neighbors and not self.cooccurrence:
-            raise ValueError("text_neighbors needs cooccurrence=true")
         return self
 
 
@@ -448,9 +438,7 @@ class L2Rec(nn.Module):
             for where in ("", "items.")
         }
         | {"items.semantic"}
-        | {f"together.{name}" for name in ("offsets", *CoOccurrence.sized_by_data)}
     )
-    sized_by_data = frozenset(f"together.{name}" for name in CoOccurrence.sized_by_data)
 
     def __init__(
         self,
@@ -502,10 +490,6 @@ class L2Rec(nn.Module):
         )
         self.blend = nn.Parameter(torch.tensor(0.5), requires_grad=self._every)
         self.skip = nn.Parameter(torch.tensor(1.0), requires_grad=config.form == "table")
-        self.repeat = nn.Parameter(torch.tensor(0.0)) if config.repeat_bias else None
-        self.together = CoOccurrence(len(catalog)) if config.cooccurrence else None
-        self.near: Tensor | None  # w
-        self.register_buffer("near", torch.tensor(0.0) if config.cooccurrence else None)
         self.items = _item_side(config, backbone, tokens, self.entry, self.fusion, self.skip, cache)
         # Registered here, so that it moves, trains and is saved with the model.
         self.table = self.items.table if isinstance(self.items, TableItems) else None
@@ -724,15 +708,13 @@ class L2Rec(nn.Module):
         """Return all parameters that are trained with these views."""
         unused = set(self._unused(views))
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad and p not in unused]
-        repeat = [p for n, p in named if n == "repeat"]
-        plain = [p for n, p in named if p.ndim < 2 and n != "repeat"]
+        plain = [p for n, p in named if p.ndim < 2]
         slow = [p for n, p in named if n.endswith("table.residual")]
         rest = [p for n, p in named if p.ndim >= 2 and not n.endswith("table.residual")]
         groups = [
             ParameterGroup("matrices", rest, lr, weight_decay),
             ParameterGroup("vectors", plain, lr, 0.0),
             ParameterGroup("table", slow, self.config.table_lr, 0.0),
-            ParameterGroup("repeat", repeat, REPEAT_LR, 0.0),
         ]
         return [g for g in groups if g.parameters]
 
@@ -795,7 +777,7 @@ class L2Rec(nn.Module):
             self.temperature,
             self.config.views if views is None else views,
             lambda items, of: self(items, views=of, rows=rows),
-            self._added(batch.histories, state.position.numpy(), targets),
+            self._without(batch.histories, state.position.numpy(), targets),
         )
         total = items.rec(state.fused, "fused")
         parts = {"rec": total}
@@ -827,19 +809,18 @@ class L2Rec(nn.Module):
             computed_tokens=state.computed_tokens + items.computed_tokens,
         )
 
-    def _added(
+    def _without(
         self, histories: Ragged, ends: IntArray, targets: npt.NDArray[np.integer]
-    ) -> Added | None:
-        """Return what is added to scores in the loss: nothing, a learned scalar for items of the
-        history (``repeat_bias``), or minus infinity, but for the target (``form=catalog``).
+    ) -> Cells | None:
+        """Return the scores that the loss leaves out: with ``form=catalog`` those of what a prefix
+        holds, but for its target; else None.
         """
         if self.config.form != "catalog":
-            return self._prior.in_loss(histories, ends, self.n_items)
+            return None
         row, column = history_cells(histories, ends, self.n_items)
         other = column != torch.from_numpy(targets.astype(np.int64))[row]
         device = self.backbone.device
-        value = torch.tensor(-math.inf, device=device)
-        return Added(value, row[other].to(device), column[other].to(device))
+        return Cells(row[other].to(device), column[other].to(device))
 
     # -- inference -------------------------------------------------------------------------------
 
@@ -923,57 +904,20 @@ class L2Rec(nn.Module):
             self.entry.shrink(count)
             self.items.shrink(count)
 
-    def _cosines(self, views: Views | None = None) -> Scorer:
-        """Encode the catalog; return histories -> cosines with all its items [B, N] float32."""
+    def scorer(self, views: Views | None = None) -> Scorer:
+        """Encode the catalog; return histories -> r_{u,i} [B, N] = cosine / tau."""
         rows = self._rows()
         vectors = self._item_vectors(np.arange(self.n_items, dtype=np.int32), rows, views)
-        return lambda histories: self._unit_users(histories, views=views, rows=rows) @ vectors.T
-
-    def scorer(self, views: Views | None = None) -> Scorer:
-        """Encode the catalog; return histories -> r_{u,i} [B, N] = (cosine + prior) / tau."""
-        cosine_of = self._cosines(views)
         temperature = float(self.temperature.detach())
-
-        def score(histories: Ragged) -> Tensor:
-            cosines, prior = cosine_of(histories), self.prior(histories)
-            return (cosines if prior is None else cosines + prior) / temperature
-
-        return score
-
-    def prior(self, histories: Ragged) -> Tensor | None:
-        """Return what ``repeat_bias`` and ``cooccurrence`` add to the cosines, [B, N] float32; None
-        without them.
-        """
-        added = self._prior.added(histories, self.n_items, self.backbone.device)
-        return None if added is None else added * self.temperature.detach()
-
-    @property
-    def _prior(self) -> Prior:
-        return Prior(self.together, self.near, self.repeat)
+        return lambda histories: (
+            self._unit_users(histories, views=views, rows=rows) @ vectors.T / temperature
+        )
 
     def calibrate(
-        self,
-        sequences: Ragged,
-        histories: Ragged,
-        targets: npt.NDArray[np.integer],
-        views: Views | None = None,
+        self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
     ) -> None:
-        """Choose w of ``cooccurrence`` for the views as they are now, and tell the item side which
-        items training holds.
-
-        sequences: of training, counted. histories, targets: of validation.
-        """
+        """Tell the item side which items the training ``sequences`` hold."""
         self.items.restrict(sequences.values)
-        if self.together is not None:
-            self.together.count(sequences, self._alike if self.config.text_neighbors else None)
-            cosine_of = self._cosines(views)
-            self._prior.choose(lambda rows: cosine_of(rows) / self.temperature, histories, targets)
-
-    @cached_property
-    def _alike(self) -> Any:
-        """K of ``text_neighbors`` [N, N], sparse: the texts do not change."""
-        assert self.table is not None and self.together is not None
-        return text_neighbors(self.table.text[: self.together.n_items])
 
     # -- what it did -----------------------------------------------------------------------------
 
@@ -1029,4 +973,4 @@ class _WithViews:
     def calibrate(
         self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
     ) -> None:
-        self.model.calibrate(sequences, histories, targets, self.views)
+        self.model.calibrate(sequences, histories, targets)

@@ -13,9 +13,8 @@ texts speak for what is rare or new, and counts for the rest.
 
 In small data these counts say what no embedding of the same data has learned to say. Used alone
 they are a floor (`l2rec.methods.floors`). Beside a method's scores they are a term that knows what
-the method does not (`Blend` for any method, `Prior` for options of one): a method is trained
-without them, or it would leave to the counts what it could learn; their weight is chosen on
-validation.
+the method does not (`Blend`, for any method): a method is trained without them, or it would leave
+to the counts what it could learn; their weight is chosen on validation.
 
 Rows of sparse matrices throughout; nothing of size N x N is made dense here.
 """
@@ -26,10 +25,8 @@ __all__ = [
     "NEAR",
     "Blend",
     "CoOccurrence",
-    "Prior",
     "Weights",
     "choose",
-    "seen_items",
     "text_neighbors",
 ]
 
@@ -45,8 +42,6 @@ from torch import Tensor, nn
 
 from l2rec.data.ragged import IntArray, Ragged
 from l2rec.metrics import expected_ranks, rank_values
-from l2rec.modules.objectives import Added
-from l2rec.modules.sequences import history_cells
 from l2rec.protocols import Recommender, Scorer
 
 Sparse = Any
@@ -234,55 +229,6 @@ def choose(
     return tried[int(totals.argmax())]
 
 
-@dataclass(frozen=True)
-class Prior:
-    """The terms w m and rho as parts of a method that is trained, over tensors that it holds.
-
-    together: the counts, near: w, a scalar buffer chosen on validation; None without co-occurrence.
-    repeat: rho, a scalar parameter that is trained with the method; None without it.
-    """
-
-    together: CoOccurrence | None
-    near: Tensor | None
-    repeat: nn.Parameter | None
-
-    def _weights(self, near: float) -> Weights:
-        return Weights(near, 0.0 if self.repeat is None else float(self.repeat.detach()))
-
-    @torch.inference_mode()
-    def added(self, histories: Ragged, n_items: int, device: torch.device | str) -> Tensor | None:
-        """Return what is added to scores, [B, n_items] float32; None where nothing is."""
-        if self.together is not None and self.near is not None:
-            weights = self._weights(float(self.near))
-            return weights.added(*self.together.dense(histories, n_items))
-        if self.repeat is None:
-            return None
-        seen = seen_items(histories, n_items, device)
-        return self._weights(0.0).added(torch.zeros(seen.shape, device=device), seen)
-
-    def in_loss(self, histories: Ragged, ends: IntArray, n_items: int) -> Added | None:
-        """Return rho in the cells of the items that each prefix up to ``ends`` [P], positions in
-        the histories' flat items, holds. Counts have no part in a loss.
-        """
-        if self.repeat is None:
-            return None
-        cells = history_cells(histories, ends, n_items)
-        return Added(self.repeat, *(part.to(self.repeat.device) for part in cells))
-
-    @torch.no_grad()  # not inference mode: near is loaded into later
-    def choose(self, scorer: Scorer, histories: Ragged, targets: IntArray) -> None:
-        """Set w to the value with the best NDCG@10 beside a scorer without these terms."""
-        together, near = self.together, self.near
-        assert together is not None and near is not None
-
-        def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
-            scores = scorer(rows)
-            return scores, *together.dense(rows, scores.shape[1])
-
-        tried = [self._weights(value) for value in NEAR]
-        near.fill_(choose(parts, together.n_items, histories, targets, tried).near)
-
-
 class Blend(nn.Module):
     """Co-occurrence and repeats beside the scores of any method, weighed on validation.
 
@@ -293,6 +239,9 @@ class Blend(nn.Module):
     of its own, beside a model that knows nothing of it.
 
     n_items: N, items of the catalog that was counted.
+    spread: a buffer, 0 in every blend that is made now. In those that stand for options of L2Rec
+    in earlier versions it is tau: z is then cosine / tau, its scores as they are, and tau what a
+    unit of z is in the cosines, for every user.
     """
 
     sized_by_data = frozenset(f"together.{name}" for name in CoOccurrence.sized_by_data)
@@ -302,8 +251,10 @@ class Blend(nn.Module):
         self.together = CoOccurrence(n_items)
         self.register_buffer("near", torch.tensor(0.0))
         self.register_buffer("repeat", torch.tensor(0.0))
+        self.register_buffer("spread", torch.tensor(0.0))
         self.near: Tensor
         self.repeat: Tensor
+        self.spread: Tensor
 
     @property
     def weights(self) -> Weights:
@@ -317,12 +268,16 @@ class Blend(nn.Module):
 
     def _spread(self, scores: Tensor) -> Tensor:
         """Return each user's deviation [B, 1] of scores over the counted catalog, so that items
-        added later change nothing.
+        added later change nothing; or ``spread``, where there is one.
         """
+        if self.spread:
+            return self.spread
         return scores[:, : self.together.n_items].std(1, keepdim=True).clamp(min=1e-12)
 
     def _standard(self, scores: Tensor) -> Tensor:
         """Return z [B, N]."""
+        if self.spread:
+            return scores
         mean = scores[:, : self.together.n_items].mean(1, keepdim=True)
         return (scores - mean) / self._spread(scores)
 
@@ -337,8 +292,8 @@ class Blend(nn.Module):
         return blended
 
     def prior(self, scores: Tensor, histories: Ragged) -> Tensor:
-        """Return what to add to scores [B, N] so that they rank as s does: sigma (s - z), with
-        sigma each user's deviation.
+        """Return what to add to scores [B, N] (``spread``: to cosines) so that they rank as s does:
+        sigma (s - z), with sigma each user's deviation, or ``spread``.
         """
         return self._spread(scores) * self._term(histories, scores)
 

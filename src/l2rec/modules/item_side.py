@@ -32,7 +32,7 @@ from l2rec.modules.entry import Entry
 from l2rec.modules.experts import Routing
 from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_text import catalog_vectors, text_vectors
-from l2rec.modules.objectives import Added, contrastive_loss, cosine, fused_catalog_loss
+from l2rec.modules.objectives import Cells, contrastive_loss, cosine, fused_catalog_loss
 from l2rec.modules.sequences import as_index, one_each
 from l2rec.modules.text_table import TextTable
 from l2rec.modules.views import View
@@ -112,12 +112,12 @@ class ItemSide(Protocol):
         temperature: Tensor,
         views: Views,
         encode: Encode,
-        added: Added | None,
+        without: Cells | None,
     ) -> Comparison:
         """Compare the users of a batch with items.
 
         targets: [P] items to predict. row: [P] int64, row of the batch of each prediction.
-        views: those that are trained. added: what is added to scores over the whole catalog.
+        views: those that are trained. without: scores over the whole catalog that are left out.
         """
         ...
 
@@ -197,10 +197,10 @@ class EncodedItems:
         temperature: Tensor,
         views: Views,
         encode: Encode,
-        added: Added | None,
+        without: Cells | None,
     ) -> Comparison:
         """Contrast with the positives of the batch and each user's sampled items, encoded once."""
-        assert added is None
+        assert without is None
         distinct = np.unique(np.concatenate((targets, batch.negatives.reshape(-1))))
         encoded = encode(one_each(distinct), views)
         sides = {
@@ -321,7 +321,7 @@ class CatalogItems(nn.Module):
         temperature: Tensor,
         views: Views,
         encode: Encode,
-        added: Added | None,
+        without: Cells | None,
     ) -> Comparison:
         """Compare with the whole catalog."""
         backbone, fusion = self._of_model
@@ -342,7 +342,7 @@ class CatalogItems(nn.Module):
         def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
             scaled = F.normalize(users.float(), dim=-1) / temperature
             return fused_catalog_loss(
-                scaled, items[side], positive, added=added, dtype=backbone.dtype
+                scaled, items[side], positive, without=without, dtype=backbone.dtype
             )
 
         if encoded is None:
@@ -420,7 +420,7 @@ class TableItems:
         temperature: Tensor,
         views: Views,
         encode: Encode,
-        added: Added | None,
+        without: Cells | None,
     ) -> Comparison:
         """Compare with the whole catalog."""
         positive = as_index(targets, rows.device)
@@ -428,7 +428,7 @@ class TableItems:
         def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
             scaled = F.normalize(users.float(), dim=-1) / temperature  # rows have unit length
             return fused_catalog_loss(
-                scaled, rows, positive, added=added, dtype=self._backbone.dtype
+                scaled, rows, positive, without=without, dtype=self._backbone.dtype
             )
 
         return Comparison(rec)

@@ -12,7 +12,7 @@ N items of the catalog, D size of vectors.
 from __future__ import annotations
 
 __all__ = [
-    "Added",
+    "Cells",
     "bpc_loss",
     "catalog_loss",
     "contrastive_loss",
@@ -57,13 +57,9 @@ def catalog_loss(scores: Tensor, positive: Tensor) -> Tensor:
     return F.cross_entropy(scores, positive)
 
 
-class Added(NamedTuple):
-    """Term of chosen cells of a matrix of scores.
+class Cells(NamedTuple):
+    """Chosen cells of a matrix of scores. rows, columns: [cells] int64, rows ascending."""
 
-    value: scalar, the same for all cells. rows, columns: [cells] int64, rows ascending.
-    """
-
-    value: Tensor
     rows: Tensor
     columns: Tensor
 
@@ -73,24 +69,23 @@ def fused_catalog_loss(
     items: Tensor,
     positive: Tensor,
     *,
-    added: Added | None = None,
+    without: Cells | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Compute `catalog_loss` of users @ items.T (+ ``added``), some rows at a time.
+    """Compute `catalog_loss` of users @ items.T, some rows at a time.
 
     No [P, N] is stored for the backward pass: the forward pass computes the gradients.
 
     Args:
         users: [P, D] float32, divided by tau. items: [N, D] float32.
         positive: [P] int64, next item of each position.
-        added: a term of some of the scores, or None.
+        without: scores that are left out, none of them a positive's; or None.
         dtype: of the matrix products; softmax and sums are float32.
     """
-    if added is None:
-        nowhere = positive[:0]
-        added = Added(users.new_zeros(()), nowhere, nowhere)
+    if without is None:
+        without = Cells(positive[:0], positive[:0])
     apply: Any = _FusedCatalogLoss.apply
-    loss: Tensor = apply(users, items, positive, *added, dtype)
+    loss: Tensor = apply(users, items, positive, *without, dtype)
     return loss
 
 
@@ -103,7 +98,6 @@ class _FusedCatalogLoss(torch.autograd.Function):
         users: Tensor,
         items: Tensor,
         positive: Tensor,
-        value: Tensor,
         rows: Tensor,
         columns: Tensor,
         dtype: torch.dtype,
@@ -114,15 +108,13 @@ class _FusedCatalogLoss(torch.autograd.Function):
         low_users, low_items = users.to(dtype), items.to(dtype)
         to_users, to_items = torch.empty_like(users), torch.zeros_like(items)
         total = users.new_zeros(())
-        to_value = torch.zeros_like(value)
         edges = torch.tensor([*starts, count], device=rows.device)
         cells = torch.searchsorted(rows.contiguous(), edges).tolist()
         for number, start in enumerate(starts):
             part = low_users[start : start + size]
             scores = (part @ low_items.T).to(users.dtype)
             some = slice(cells[number], cells[number + 1])
-            where = (rows[some] - start, columns[some])
-            scores[where] += value
+            scores[rows[some] - start, columns[some]] = float("-inf")
             wanted = positive[start : start + size, None]
             # Softmax in place, one exponential per score; less 1 at the positive: the gradient.
             scores.sub_(scores.amax(dim=1, keepdim=True))
@@ -131,11 +123,10 @@ class _FusedCatalogLoss(torch.autograd.Function):
             total += norm.log().sum()
             grad = scores.div_(norm)
             grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
-            to_value += grad[where].sum()
             low = grad.to(dtype)
             to_users[start : start + size] = low @ low_items
             to_items += low.T @ part
-        ctx.save_for_backward(to_users, to_items, to_value)
+        ctx.save_for_backward(to_users, to_items)
         ctx.count = count
         return total / count
 
@@ -143,8 +134,8 @@ class _FusedCatalogLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         scale = grad / ctx.count
-        to_users, to_items, to_value = ctx.saved_tensors
-        return scale * to_users, scale * to_items, None, scale * to_value, None, None, None
+        to_users, to_items = ctx.saved_tensors
+        return scale * to_users, scale * to_items, None, None, None, None
 
 
 def bpc_loss(

@@ -71,6 +71,7 @@ from l2rec.data.splits import Split, split_events, with_fewer_users
 from l2rec.disk import LOCK, read_json, replacing, write_text
 from l2rec.errors import BackboneError, CheckpointError
 from l2rec.modules.backbone import Backbone
+from l2rec.runs import earlier
 from l2rec.runs.checkpoint import load_tensors, save_tensors
 
 RUN_VERSION = 1
@@ -139,6 +140,12 @@ def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[
             f"{out} holds a run already; add --resume to go on, or choose another --out"
         )
     saved, identity = load_run_config(out)  # resolved: options added since have their defaults
+    if earlier.EARLIER in identity:
+        options = ", ".join(f"{name}=true" for name in identity[earlier.EARLIER])
+        raise CheckpointError(
+            f"{out} was begun by an earlier version, with {options}: it can be used as it is, but "
+            "not trained on; choose another --out, and l2rec blend for co-occurrence and repeats"
+        )
     if "blend" in identity or (out / BLEND).exists():
         raise CheckpointError(
             f"{out} is blended: there is nothing to resume; train the run it was made of and blend "
@@ -306,8 +313,9 @@ class RunFolder:
     """A run, each of its files read once.
 
     config, identity: of config.yaml. tensors: of the model. blend: tensors of a `Blend`, None
-    without. vectors: [N, D] of the catalog, None if there are none. vectors_version: of the
-    tensors that these were made with. version: `version_of` the run.
+    without; those of earlier versions as `l2rec.runs.earlier` reads them. vectors: [N, D] of the
+    catalog, None if there are none. vectors_version: of the tensors that these were made with.
+    version: `version_of` the run.
     """
 
     path: Path
@@ -336,10 +344,18 @@ def read_run(run: Path) -> RunFolder:
         CheckpointError: not a run folder, or a file that is missing or torn.
     """
     config, identity = load_run_config(run)
+    catalog = read_catalog(run)
     content, tensors = _read_tensors(run / MODEL)
-    digest, blend = hashlib.sha256(content), None
+    digest = hashlib.sha256(content)
+    tensors, blend = earlier.split_tensors(tensors, identity, len(catalog))
     if "blend" in identity or (run / BLEND).exists():
+        if blend is not None:
+            raise CheckpointError(
+                f"{run} was blended by an earlier version, beside co-occurrence or repeats that "
+                "the model had itself; use the run it was made of"
+            )
         content, blend = _read_tensors(run / BLEND)
+        blend = earlier.completed(blend)
         if identity.get("blend", _short_hash(content)) != _short_hash(content):
             raise CheckpointError(
                 f"{run / BLEND}: not the one that this run was blended with; blend again the run "
@@ -354,7 +370,7 @@ def read_run(run: Path) -> RunFolder:
         path=run,
         config=config,
         identity=identity,
-        catalog=read_catalog(run),
+        catalog=catalog,
         tensors=tensors,
         blend=blend,
         vectors=vectors.get("vectors"),
@@ -376,7 +392,8 @@ def _read_tensors(path: Path) -> tuple[bytes, dict[str, Tensor]]:
 
 
 def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """Read the recipe of a run folder and its identity (data set, backbone).
+    """Read the recipe of a run folder and its identity (data set, backbone, and under
+    `earlier.EARLIER` what earlier versions had as options).
 
     Raises:
         CheckpointError: not a run folder, or torn.
@@ -389,6 +406,7 @@ def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
         absent = {"config", "dataset", "backbone"} - identity.keys()
         if absent:
             raise CheckpointError(f"{path}: torn or edited: it has no {min(absent)!r}")
+        identity = earlier.without_options(identity)
         return resolve(identity["config"], where=str(path)), identity
     except FileNotFoundError:
         raise CheckpointError(f"{run} is not a run folder: it has no config.yaml") from None

@@ -7,11 +7,23 @@
 Methods are known through `l2rec.protocols` alone. All randomness is a function of
 (seed, epoch, batch) or of the random state saved in each checkpoint, so a run that is killed and
 resumed ends with the same weights as one that is not.
+
+One rule chooses the best step of every method: NDCG@10 on validation, the history masked
+(`SELECT`). What a method that compares vectors says of items the user already has hides what it
+knows of the next one; repeats are the business of a blend (`l2rec.modules.cooccurrence.Blend`).
+Validations print NDCG@10 of both kinds.
 """
 
 from __future__ import annotations
 
-__all__ = ["TrainingResult", "gradients_only_for", "train", "try_steps", "validation_of"]
+__all__ = [
+    "SELECT",
+    "TrainingResult",
+    "gradients_only_for",
+    "train",
+    "try_steps",
+    "validation_of",
+]
 
 import json
 import math
@@ -54,8 +66,10 @@ from l2rec.runs.checkpoint import (
 )
 from l2rec.runs.machine import peak_memory_mb
 
-SELECT = "ndcg@10"
+SELECT = "ndcg@10_masked"
 """Validation metric that chooses the best step."""
+SELECT_EARLIER = "ndcg@10"
+"""The metric of runs that earlier versions began: they go on with it."""
 
 Points = Callable[[str, int, dict[str, float]], None]
 """Writer of TensorBoard points: kind, step, values by name."""
@@ -78,8 +92,10 @@ class _Counters:
     """Batches done in this epoch."""
     next_eval: float = 0.0
     """Epochs of this stage at which the next validation is due."""
+    select: str = SELECT
+    """Metric that chooses the best step of this run."""
     best: float = -math.inf
-    """Highest ``SELECT`` score so far."""
+    """Highest score in ``select`` so far."""
     best_step: int = 0
     bad: int = 0
     """Validations of this stage since the best one."""
@@ -110,6 +126,8 @@ class TrainingResult:
     """Tokens passed through the backbone, without padding."""
     stopped: str
     """Reason of the end: epochs, patience, max_steps, max_minutes, pruned or untrained."""
+    selected_by: str = SELECT
+    """Validation metric that chose the best step."""
 
 
 @dataclass
@@ -169,8 +187,8 @@ def train(
 ) -> TrainingResult:
     """Train to early stopping; the model and RUN/model.safetensors then hold the best step.
 
-    ``hopeless`` receives the NDCG@10 of each validation of a stage that selects; if it returns
-    True, the run ends ("pruned").
+    ``hopeless`` receives the score that selects (`SELECT`) of each validation of a stage that
+    does; if it returns True, the run ends ("pruned").
 
     Raises:
         TrainingError: the loss became NaN or infinite (step and cause are named; the last good
@@ -233,7 +251,15 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
         _load_best(run)
     c = run.counters
     return TrainingResult(
-        c.step, c.best_step, run.best, run.untrained, c.seconds, c.eval_seconds, c.tokens, stopped
+        steps=c.step,
+        best_step=c.best_step,
+        valid=run.best,
+        untrained=run.untrained,
+        seconds=c.seconds,
+        eval_seconds=c.eval_seconds,
+        tokens=c.tokens,
+        stopped=stopped,
+        selected_by=c.select,
     )
 
 
@@ -241,7 +267,7 @@ def _start(run: _Run) -> None:
     """Validate the untrained model: the score to beat."""
     (run.folder / "metrics.jsonl").unlink(missing_ok=True)
     run.untrained = run.best = _validate(run, 0.0)
-    run.counters.best = run.untrained[SELECT]
+    run.counters.best = run.untrained[run.counters.select]
     run.counters.next_eval = run.config.eval_every
     _save_best(run)
 
@@ -252,7 +278,7 @@ def _resume(run: _Run, state: State) -> None:
     try:
         run.untrained, run.best = saved.pop("untrained"), saved.pop("best_metrics")
         run.window = _Window(**saved.pop("window"))
-        run.counters = c = _Counters(**saved)
+        run.counters = c = _Counters(**{"select": SELECT_EARLIER} | saved)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{run.folder}/state was written by another version of l2rec ({error}); resume it "
@@ -500,7 +526,8 @@ def _validate_stage(run: _Run, stage: Stage, position: float) -> bool:
     _print_cost(run, position)
     metrics = _validate(run, position, stage.validates)
     run.model.train()
-    c, score = run.counters, metrics[SELECT]
+    c = run.counters
+    score = metrics[c.select]
     c.next_eval = position + run.config.eval_every
     run.pruned = stage.select and run.hopeless(score)
     if score > c.best or not stage.select:
@@ -629,8 +656,8 @@ def _log_validation(run: _Run, position: float, metrics: dict[str, float]) -> No
     run.points("valid", step, metrics)
     run.progress.line(
         f"validation at step {step} (epoch {position:.2f}): "
-        f"recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics[SELECT]:.4f}  "
-        f"ndcg@10 masked {metrics[SELECT + '_masked']:.4f}" + ("  (untrained)" if step == 0 else "")
+        f"recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics['ndcg@10']:.4f}  "
+        f"ndcg@10 masked {metrics['ndcg@10_masked']:.4f}" + ("  (untrained)" if step == 0 else "")
     )
 
 

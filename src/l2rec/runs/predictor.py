@@ -1,7 +1,8 @@
 """A run as a model that recommends: histories of external ids in, ranked items out.
 
-The scoring rule stands here, once: inner products of user and item vectors plus a prior where there
-is one; or, for a method that only ranks, its scores. `Predictor.encode` and `Predictor.scores`.
+The scoring rule stands here, once: inner products of user and item vectors, plus a prior where the
+run is blended; or, for a method that only ranks, its scores. `Predictor.encode` and
+`Predictor.scores`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from l2rec.evaluation.ranking import top_k
 from l2rec.modules.backbone import Backbone, load_backbone
 from l2rec.modules.cooccurrence import Blend
 from l2rec.protocols import (
-    AddsPrior,
     Costed,
     Embedder,
     Freezable,
@@ -160,12 +160,9 @@ class Predictor:
                 gates = [float(x) for x in gate]
         else:
             users = self.model.encode_users(rows)
-        prior = self.model.prior(rows) if isinstance(self.model, AddsPrior) else None
-        if prior is not None:  # of a model whose catalog has grown since
-            prior = prior[:, : len(self.vectors)]
-        if self.blend is not None:
-            added = self.blend.prior(self.scores(Encoded(users, gates, prior)), rows)
-            prior = added if prior is None else prior + added
+        if self.blend is None:
+            return Encoded(users, gates)
+        prior = self.blend.prior(self.scores(Encoded(users, gates)), rows)
         return Encoded(users, gates, prior)
 
     @torch.inference_mode()

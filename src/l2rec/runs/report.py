@@ -342,7 +342,7 @@ def _page(run: Path) -> Page:
         sets=_set_scores(report.get("tied_day")),
         compared=bool(report.get("significance")),
         loss=_loss_chart(events),
-        validation=_validation_chart(events, report.get("best_step")),
+        validation=_validation_chart(events, report),
         heats=_heats(diagnostics),
         gate=_histogram(diagnostics.get("gate") or {}),
         examples=[_example(example) for example in diagnostics.get("examples") or []],
@@ -563,30 +563,37 @@ def _parts_note(events: Sequence[Json]) -> str:
     )
 
 
-def _validation_chart(events: Sequence[Json], best_step: Any) -> Chart | None:
+def _validation_chart(events: Sequence[Json], report: Json) -> Chart | None:
     plain = _curve(events, "valid", MAIN)
     masked = _curve(events, "valid", f"{MAIN}_masked")
-    if not plain:
+    # Runs of earlier versions do not say what chose: it was the score that is not masked.
+    by_masked = report.get("selected_by") == f"{MAIN}_masked"
+    chosen, other = (masked, plain) if by_masked else (plain, masked)
+    if not chosen:
         return None
     frame = Frame(
-        (min(0.0, plain[0][0]), max(plain[-1][0], 1.0)), _padded([y for _, y in plain + masked])
+        (min(0.0, chosen[0][0]), max(chosen[-1][0], 1.0)), _padded([y for _, y in chosen + other])
     )
     x_ticks, y_ticks = _axes(frame)
-    best = next((p for p in plain if p[0] == best_step), max(plain, key=lambda p: p[1]))
-    lines = [Line(frame.path(plain), "main", "history not masked")]
-    if masked:
-        lines.append(Line(frame.path(masked), "second", "history masked"))
-    start = f" from {plain[0][1]:.4f} untrained" if plain[0][0] == 0 else ""
+    best = next(
+        (p for p in chosen if p[0] == report.get("best_step")), max(chosen, key=lambda p: p[1])
+    )
+    names = ("history masked", "history not masked")
+    by, beside = names if by_masked else names[::-1]
+    lines = [Line(frame.path(chosen), "main", by)]
+    if other:
+        lines.append(Line(frame.path(other), "second", beside))
+    start = f" from {chosen[0][1]:.4f} untrained" if chosen[0][0] == 0 else ""
     return Chart(
         title="Validation NDCG@10",
-        summary=f"Validation NDCG@10 over steps,{start} to {best[1]:.4f} at step {best[0]:,.0f}.",
-        note="Step 0 is the untrained model, with what validation chooses for it, such as the "
-        "weight of co-occurrence, chosen. The best step is chosen by the unmasked score.",
+        summary=f"Validation NDCG@10, {by}, over steps,{start} to {best[1]:.4f} at step "
+        f"{best[0]:,.0f}.",
+        note=f"Step 0 is the untrained model. The best step is chosen by the score with the {by}.",
         frame=frame,
         x_ticks=x_ticks,
         y_ticks=y_ticks,
         lines=lines,
-        marks=_validation_marks(frame, plain, best),
+        marks=_validation_marks(frame, chosen, best),
     )
 
 

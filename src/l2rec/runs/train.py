@@ -32,6 +32,7 @@ from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.methods.floors import floors_of
 from l2rec.modules.backbone import Backbone
 from l2rec.protocols import Cached, Progress
+from l2rec.runs import earlier
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
@@ -277,8 +278,8 @@ def _start_from(model: Any, init: Path) -> str:
     """Load the trained tensors of another run that are not rows of its items; return a line that
     says so.
     """
-    load_run_config(init)
-    tensors, _ = load_tensors(init / "model.safetensors")
+    _, identity = load_run_config(init)
+    tensors = earlier.of_model(load_tensors(init / "model.safetensors")[0], identity)
     own = trained_tensors(model)
     of_items = type(model).item_tensors
     shared = {n: t for n, t in tensors.items() if n not in of_items}
@@ -338,6 +339,7 @@ def _report(
         "protocol": protocol_of(fitted.split.protocol),
         "steps": result.steps,
         "best_step": result.best_step,
+        "selected_by": result.selected_by,
         "stopped": result.stopped,
         "training_seconds": round(result.seconds, 1),
         "validation_seconds": round(result.eval_seconds, 1),

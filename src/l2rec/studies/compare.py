@@ -49,6 +49,7 @@ from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import paired_values_test
 from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.metrics import coverage, popularity_bias
+from l2rec.runs.earlier import EARLIER
 from l2rec.runs.folder import (
     RANKS,
     TIED_RANKS,
@@ -449,6 +450,7 @@ def _recipe_key(config: RunConfig, identity: Mapping[str, Any], stopped: str | N
     if training["schedule"] == "constant" and stopped not in (None, "max_minutes"):
         training["max_minutes"] = None
     trained_on = [identity["dataset"]["fingerprint"], identity["backbone"], start]
+    trained_on += [identity[EARLIER]] if EARLIER in identity else []
     return json.dumps([options, trained_on], sort_keys=True)
 
 

@@ -1,10 +1,11 @@
 """Search for the options of a recipe on validation: `l2rec tune`.
 
-A trial is a training with sampled options, judged by validation NDCG@10 over all users; the test
-split is never used. The first trial is the recipe itself, if the search spaces contain it, so a
-search ends no worse than it began. The next ones cover the spaces evenly (a Sobol sequence); after
-that, options are sampled by TPE, and a trial below the median of the others at the same validation
-is stopped (Optuna's `TPESampler` and `MedianPruner`).
+A trial is a training with sampled options, judged as a training judges its steps: by validation
+NDCG@10 over all users, the history masked; the test split is never used. The first trial is the
+recipe itself, if the search spaces contain it, so a search ends no worse than it began. The next
+ones cover the spaces evenly (a Sobol sequence); after that, options are sampled by TPE, and a trial
+below the median of the others at the same validation is stopped (Optuna's `TPESampler` and
+`MedianPruner`).
 
 The folder holds the study (``study.db``), a folder for each trial while it runs, and ``best.yaml``,
 a recipe. A search that was killed can be resumed: finished trials count, and the trial that was
@@ -32,11 +33,14 @@ from l2rec.data.dataset import open_dataset
 from l2rec.disk import LOCK, working_on, write_text
 from l2rec.errors import CheckpointError, ConfigError, TrainingError
 from l2rec.protocols import Progress
+from l2rec.runs.loop import SELECT
 from l2rec.runs.train import validate_run
 
 if TYPE_CHECKING:
     import optuna
 
+NAME = SELECT.replace("_", " ")
+"""The objective, as it is printed."""
 STUDY = "l2rec"
 """Name of the study in the database."""
 STARTUP = 5
@@ -48,7 +52,8 @@ class Trial:
     """One trial of a search.
 
     ``number``: its place in the search, from 1. ``options``: the sampled values by option.
-    ``score``: best validation NDCG@10, None if it failed. ``state``: why its training ended.
+    ``score``: best validation NDCG@10, the history masked, None if it failed. ``state``: why its
+    training ended.
     """
 
     number: int
@@ -106,6 +111,7 @@ def tune(
         "search": spaces,
         "seed": seed,
         "data": open_dataset(data).fingerprint,
+        "metric": SELECT,
     }
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with working_on(out):
@@ -160,8 +166,8 @@ def _run(
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
     else:
         trial.set_user_attr("stopped", result.stopped)
-        study.tell(trial, result.valid["ndcg@10"])
-        progress.line(f"validation ndcg@10 {result.valid['ndcg@10']:.4f} ({result.stopped})")
+        study.tell(trial, result.valid[SELECT])
+        progress.line(f"validation {NAME} {result.valid[SELECT]:.4f} ({result.stopped})")
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -379,6 +385,6 @@ def _write_best(out: Path, recipe: str, overrides: Sequence[str], best: Trial) -
     values = override_values([*overrides, *_assignments(best.options)])
     base = str(find_recipe(recipe).resolve()) if recipe.endswith((".yaml", ".yml")) else recipe
     path = out / "best.yaml"
-    head = f"# The best of a search: validation ndcg@10 {best.score:.4f}.\n"
+    head = f"# The best of a search: validation {NAME} {best.score:.4f}.\n"
     write_text(path, head + yaml.safe_dump({"extends": base, **values}, sort_keys=False))
     return path
