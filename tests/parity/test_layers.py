@@ -78,7 +78,7 @@ def test_two_parts_are_the_whole(family: str, below: int) -> None:
         alone = states_of(tiny.random_model(family, num_hidden_layers=LAYERS), row.tolist(), below)
         torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        whole.upper(cut, lower, packing), whole(x, packing), rtol=1e-5, atol=1e-6
+        whole.upper(cut, lower, packing), whole(x, packing), rtol=1e-5, atol=5e-6
     )
     forwards = {name: module.forward for name, module in whole.model.named_modules()}
     whole.upper(cut, lower, packing)
