@@ -36,6 +36,7 @@ WAYS = ("leave-one-out", "leave-one-out-hash", "tied-day", "time")
 TIED, ORDERED = ("beauty", "games-days", "steam"), ("scientific", "games", "yelp")
 """Data sets with times, and those of which only the order is left."""
 COLUMNS = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
+MAIN = "ndcg@10_masked"
 FLOORS = ["popularity", "last item neighbour", "co-occurrence"]
 
 Report = dict[str, Any]
@@ -65,16 +66,25 @@ def keep(name: str, run: Path) -> None:
 
 
 def collected() -> dict[str, dict[str, Report]]:
-    """Read reports by fingerprint, then by name; the best by ndcg@10 first."""
+    """Read reports by fingerprint, then by name; the best by `MAIN` first."""
     found: dict[str, dict[str, Report]] = {}
     for path in sorted(HERE.glob("*/*/report.json")):
         report = json.loads(path.read_text())
+        report["blended"] = "blend" in report or _has_counts(path.parent / "config.yaml")
         name = path.parent.relative_to(HERE).as_posix()
         found.setdefault(report["dataset"]["fingerprint"], {})[name] = report
     return {
-        fingerprint: dict(sorted(runs.items(), key=lambda item: -own(item[1])["ndcg@10"]))
+        fingerprint: dict(sorted(runs.items(), key=lambda item: -own(item[1])[MAIN]))
         for fingerprint, runs in found.items()
     }
+
+
+def _has_counts(config: Path) -> bool:
+    """Whether the method itself had them, as L2Rec of earlier versions could."""
+    if not config.is_file():
+        return False
+    model = yaml.safe_load(config.read_text())["config"]["model"]
+    return bool(model.get("cooccurrence") or model.get("repeat_bias"))
 
 
 def own(report: Report) -> dict[str, float]:
@@ -84,7 +94,9 @@ def own(report: Report) -> dict[str, float]:
 
 
 def table(runs: dict[str, Report]) -> str:
-    """All runs on one data set, and the floors, which are the same for all."""
+    """Write all runs on one data set in two parts, methods as they are and those with
+    co-occurrence and repeats beside them; the floors are the same for all.
+    """
     reports = list(runs.values())
     data = reports[0]["dataset"]
     head = " | ".join(c.replace("_masked", " masked") for c in COLUMNS)
@@ -100,15 +112,23 @@ def table(runs: dict[str, Report]) -> str:
         values = " | ".join(f"{scores[c]:.4f}" for c in COLUMNS)
         return f"| {name} | {seeds} | {values} | {minutes} |"
 
-    rows = []
+    parts: dict[bool, list[tuple[float, str]]] = {False: [], True: []}
     for name, seeds in of_recipes(runs).items():
         scores = {c: mean(own(report)[c] for report in seeds) for c in COLUMNS}
         minutes = f"{mean(report['training_seconds'] for report in seeds) / 60:.0f}"
         label = f"`{name}`{' †' * any(map(cut, seeds))}"
-        rows.append((scores["ndcg@10"], line(label, str(len(seeds)), scores, minutes)))
-    lines += [row for _, row in sorted(rows, reverse=True)]
+        row = line(label, str(len(seeds)), scores, minutes)
+        parts[seeds[0]["blended"]].append((scores[MAIN], row))
+    as_it_is, blended = ([row for _, row in sorted(rows, reverse=True)] for rows in parts.values())
+    if as_it_is and blended:
+        empty = " |" * (len(COLUMNS) + 2)
+        as_it_is = [f"| *as it is* |{empty}", *as_it_is]
+        blended = [f"| *blended: co-occurrence and repeats beside it* |{empty}", *blended]
+    lines += as_it_is + blended
     # Reports from before a floor was known lack it; it is the same in all that have it.
     known = {n: r["scores"][n] for r in reports for n in FLOORS if n in r["scores"]}
+    if known:
+        lines.append(f"| *nothing trained* |{' |' * (len(COLUMNS) + 2)}")
     lines += [line(name, "–", known[name], "") for name in FLOORS if name in known]
     if any(map(cut, reports)):
         lines += ["", "† cut by its time budget while it still got better"]
