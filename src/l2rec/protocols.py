@@ -14,6 +14,7 @@ are inner products. The other protocols are optional abilities, asked for with `
     Freezable       freeze          something can be computed once for a model that no longer learns
     Cached          cached          cache entries that travel with a run
     SizedByData     sized_by_data   tensors whose length is that of the data
+    ReadsTexts      text_tokens     texts longer than a limit are cut
     Exportable      user_encoder    users are a function of stored vectors of their items
 
 Evaluation, runs and the service read no other attribute of a method.
@@ -37,6 +38,7 @@ __all__ = [
     "Method",
     "ParameterGroup",
     "Progress",
+    "ReadsTexts",
     "Recommender",
     "Scorer",
     "SizedByData",
@@ -321,6 +323,16 @@ class Cached(Protocol):
     @property
     def cached(self) -> Sequence[Path]:
         """Paths of the entries this model was built from; a run takes a copy of each."""
+        ...
+
+
+@runtime_checkable
+class ReadsTexts(Protocol):
+    """A method that reads item texts, each up to a limit."""
+
+    @property
+    def text_tokens(self) -> int:
+        """Most tokens of an item's text that are read."""
         ...
 
 

@@ -65,6 +65,15 @@ def paper_run(
 
 
 @pytest.fixture(scope="session")
+def catalog_run(
+    backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """Train a run with form=catalog. Copy the folder before changing anything in it."""
+    config = runs.config(backbone_folder, "catalog")
+    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "catalog")
+
+
+@pytest.fixture(scope="session")
 def sasrec_run(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a method of ids alone, without a gate and without experts."""
     run = tmp_path_factory.mktemp("runs") / "sasrec"

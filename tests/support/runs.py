@@ -18,6 +18,7 @@ from l2rec.runs.train import train_run
 MODEL: dict[str, dict[str, Any]] = {
     "table": {"form": "table", "view_loss": 0.5},
     "paper": {"form": "paper", "negatives": 3},
+    "catalog": {"form": "catalog", "item_residual": True, "user_norm": True},
 }
 SMALL: dict[str, Any] = {
     "max_items": 6,

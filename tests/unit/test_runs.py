@@ -22,7 +22,7 @@ import yaml
 from tests.support import runs
 from tests.support.command import PROGRAM, Call
 from tests.support.errors import one_line
-from tests.support.runs import Finished, Quiet, assert_same_training, log
+from tests.support.runs import SMALL, Finished, Quiet, assert_same_training, log
 
 from l2rec.config import resolve
 from l2rec.data.dataset import Dataset
@@ -77,6 +77,8 @@ def test_what_a_run_leaves(table_run: Finished, chains: Dataset) -> None:
     assert report["scores"]["L2Rec"]["ndcg@10"] > report["scores"]["untrained backbone"]["ndcg@10"]
     best = max(r["ndcg@10_masked"] for r in log(run, "valid"))
     assert (report["selected_by"], report["valid"]["ndcg@10_masked"]) == ("ndcg@10_masked", best)
+    texts = report["texts"]
+    assert texts["limit"] == SMALL["item_tokens"] and 0 < texts["tokens_read"] <= 1
     assert report["backbone"]["trained_parameters"] > 0 and report["wall_seconds"] > 0
     names = {p.name for p in run.iterdir()}
     assert {"report.html", "diagnostics.json", "items.safetensors", "catalog.parquet"} <= names
@@ -101,7 +103,7 @@ def test_no_score_of_the_test_split_before_training_ends(
     assert order == ["train", *["test"] * 5]  # the method, three floors, the untrained model
 
 
-@pytest.mark.parametrize("items", ["table", "paper"])
+@pytest.mark.parametrize("items", ["table", "paper", "catalog"])
 def test_sigkill_and_resume_is_exact(
     items: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from l2rec.data import text as module
-from l2rec.data.text import special_tokens, tokenize
+from l2rec.data.text import share_read, special_tokens, tokenize
 
 TEXTS = ["small red lamp", "", "lamp", "zzz blue", "red red red red red red"]
 
@@ -167,3 +167,22 @@ def test_odd_characters_are_hashed(tmp_path: Path) -> None:
     with_cache = tokenize([t for t in texts if t.isprintable() or "\0" in t], tiny.tokenizer(), 4)
     assert len(with_cache) == 2
     assert len(module._content_hash(texts, tiny.tokenizer(), 4)) == 16
+
+
+def test_the_share_of_the_texts_that_a_limit_lets_through() -> None:
+    tokenizer = tiny.tokenizer()
+    assert share_read(TEXTS, tokenizer, 3) == pytest.approx((9 / 12, 1 / 5))
+    assert share_read(TEXTS, tokenizer, 6) == (1.0, 0.0)
+    assert share_read(TEXTS, tokenizer, 1) == pytest.approx((4 / 12, 3 / 5))
+
+
+def test_of_many_texts_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COUNTED", 3)
+    texts = [
+        "lamp",
+        "red red red",
+        "lamp lamp",
+        "red",
+        "blue blue blue blue",
+    ]  # first, middle, last
+    assert share_read(texts, tiny.tokenizer(), 2) == pytest.approx((5 / 7, 1 / 3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TokenTable", "special_tokens", "tokenize"]
+__all__ = ["TokenTable", "share_read", "special_tokens", "tokenize"]
 
 import hashlib
 import json
@@ -16,6 +16,8 @@ import numpy.typing as npt
 from l2rec.data.ragged import Ragged
 from l2rec.disk import replacing
 
+COUNTED, LONGEST = 10_000, 100_000
+"""Texts that `share_read` looks at, and most tokens of one that it counts."""
 TokenTable = Ragged
 """Token ids of item texts: row i has those of item i, int32, without special tokens."""
 
@@ -58,6 +60,18 @@ def tokenize(
             with replacing(file, remedy="free some space") as partial, partial.open("wb") as stream:
                 np.save(stream, array)
     return Ragged(np.load(values, mmap_mode="r"), np.load(offsets, mmap_mode="r"))
+
+
+def share_read(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> tuple[float, float]:
+    """Return the share of all tokens of the texts that stand within ``max_tokens`` of each, and the
+    share of texts that are longer.
+
+    Of more than `COUNTED` texts so many are looked at, evenly spread.
+    """
+    some = np.unique(np.linspace(0, len(texts) - 1, min(COUNTED, len(texts))).astype(np.int64))
+    lengths = _tokenize([texts[i] for i in some], tokenizer, LONGEST).lengths
+    read = np.minimum(lengths, max_tokens)
+    return float(read.sum() / max(1, lengths.sum())), float((lengths > max_tokens).mean())
 
 
 def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int, chunk: int = 4096) -> Ragged:

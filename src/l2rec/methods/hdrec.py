@@ -342,6 +342,11 @@ class HDRec(nn.Module):
         return 2 if self.config.design == "early" else 1
 
     @property
+    def text_tokens(self) -> int:
+        """Most tokens of an item's text that are read."""
+        return self.config.item_tokens
+
+    @property
     def n_items(self) -> int:
         """N, number of items, with those added later."""
         return len(self.tokens)

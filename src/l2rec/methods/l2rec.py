@@ -175,8 +175,9 @@ class L2RecConfig(BaseModel):
     """Paper: T, most tokens of the semantic view."""
     semantic_items: int = Field(50, ge=1)
     """Ours: most items of the semantic view."""
-    item_tokens: int = Field(32, ge=1)
-    """Ours: most tokens of one item's text inside a view."""
+    item_tokens: int = Field(128, ge=1)
+    """Ours: most tokens of one item's text inside a view, a limit for giants: what does not fit
+    into T is dropped by whole items, oldest first."""
     item_layers: int = 0
     """Ours: lowest layers of the backbone that read each item's text by itself, once; the views and
     all experts stand above them. -1 is all layers but the topmost, 0 is the paper's."""
@@ -527,6 +528,12 @@ class L2Rec(nn.Module):
     def cached(self) -> Sequence[Path]:
         """Cache entries this model was built from."""
         return [*self.entry.cached, *self.items.cached]
+
+    @property
+    def text_tokens(self) -> int:
+        """Most tokens of an item's text that are read, by the semantic view where there is one."""
+        config = self.config
+        return config.item_tokens if "semantic" in config.views else config.text_tokens
 
     def freeze(self) -> None:
         """Switch to evaluation mode and compute once what no history changes."""

@@ -147,6 +147,11 @@ class LEARN(nn.Module):
         """log q [N], the log share of each item in the training sequences."""
 
     @property
+    def text_tokens(self) -> int:
+        """Most tokens of an item's text that are read."""
+        return self.config.text_tokens
+
+    @property
     def n_items(self) -> int:
         """N, number of items, with those added later."""
         return len(self.text)

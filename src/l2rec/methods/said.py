@@ -237,6 +237,11 @@ class SAID(nn.Module):
             )
 
     @property
+    def text_tokens(self) -> int:
+        """Most tokens of an item's text that are read."""
+        return self.config.item_tokens
+
+    @property
     def n_items(self) -> int:
         return self.table.num_embeddings
 

@@ -116,6 +116,11 @@ class SASRecTable(nn.Module):
         self.skip = nn.Parameter(torch.tensor(1.0))
 
     @property
+    def text_tokens(self) -> int:
+        """Most tokens of an item's text that are read."""
+        return self.config.text_tokens
+
+    @property
     def n_items(self) -> int:
         """N, number of items, with those added later."""
         return len(self.text)

@@ -201,6 +201,11 @@ class UniSRec(nn.Module):
             self.items.apply(initialize)
 
     @property
+    def text_tokens(self) -> int:
+        """Most tokens of an item's text that are read."""
+        return self.config.text_tokens
+
+    @property
     def n_items(self) -> int:
         """N, number of items, with those added later."""
         return len(self.text)

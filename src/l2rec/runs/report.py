@@ -401,6 +401,7 @@ def _tiles(report: Json) -> list[tuple[str, str]]:
         ("MRR", as_score(trained.get("mrr"))),
         ("NDCG@10, history masked", as_score(trained.get(f"{MAIN}_masked"))),
         ("catalog coverage@10", as_percent(trained.get("coverage@10"))),
+        ("item texts read", as_percent((report.get("texts") or {}).get("tokens_read"))),
         ("trained parameters", as_large(backbone.get("trained_parameters"))),
         ("wall time", as_duration(report.get("wall_seconds"))),
         ("peak memory", as_memory(report.get("peak_memory_mb"))),

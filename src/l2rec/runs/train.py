@@ -24,6 +24,7 @@ from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import GIVEN, Dataset, open_dataset
 from l2rec.data.splits import LEAVE_ONE_OUT, Cases, Split
+from l2rec.data.text import share_read
 from l2rec.disk import working_on, write_json
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranks import protocol_of
@@ -31,7 +32,7 @@ from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
 from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.methods.floors import floors_of
 from l2rec.modules.backbone import Backbone
-from l2rec.protocols import Cached, Progress
+from l2rec.protocols import Cached, Progress, ReadsTexts
 from l2rec.runs import earlier
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.diagnostics import diagnose
@@ -163,6 +164,8 @@ class _Fitted:
     model: Any
     trained: int
     """Parameters that were trained."""
+    texts: dict[str, Any]
+    """What is read of the item texts."""
     result: TrainingResult
 
 
@@ -198,6 +201,13 @@ def _fit(
         save_tensors(out / START, trained_tensors(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = "" if backbone is None else "; the backbone is frozen"
+    texts = _texts_read(model, backbone, dataset)
+    if texts:
+        cut = f"; {texts['items_cut']:.1%} of the items are cut at {texts['limit']} tokens"
+        progress.line(
+            f"item texts: {texts['tokens_read']:.1%} of their tokens are read"
+            + cut * (texts["items_cut"] > 0)
+        )
     progress.line(f"training {trained:,} parameters{frozen}")
     result = train(
         model,
@@ -212,7 +222,17 @@ def _fit(
     progress.line(
         f"stopped ({result.stopped}) after {result.steps} steps; best step {result.best_step}"
     )
-    return _Fitted(split, backbone, model, trained, result)
+    return _Fitted(split, backbone, model, trained, texts, result)
+
+
+def _texts_read(model: Any, backbone: Backbone | None, dataset: Dataset) -> dict[str, Any]:
+    """Return the limit of a method that reads texts and what of these it lets through; empty for
+    others.
+    """
+    if not isinstance(model, ReadsTexts) or backbone is None or backbone.tokenizer is None:
+        return {}
+    read, cut = share_read(dataset.texts(), backbone.tokenizer, model.text_tokens)
+    return {"limit": model.text_tokens, "tokens_read": round(read, 4), "items_cut": round(cut, 4)}
 
 
 def _check_start(init: Path, dataset: Dataset, split: Split, progress: Progress) -> None:
@@ -340,6 +360,7 @@ def _report(
         "steps": result.steps,
         "best_step": result.best_step,
         "selected_by": result.selected_by,
+        "texts": fitted.texts,
         "stopped": result.stopped,
         "training_seconds": round(result.seconds, 1),
         "validation_seconds": round(result.eval_seconds, 1),
