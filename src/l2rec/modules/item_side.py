@@ -260,7 +260,37 @@ class EncodedItems:
         """Do nothing: rows are computed already."""
 
 
-class CatalogItems(nn.Module):
+class _TableRows:
+    """Rows of a `TextTable` as what the behavioural view reads: a part of two item sides."""
+
+    table: TextTable
+    _backbone: Backbone
+    _text_tokens: int
+
+    @property
+    def rows(self) -> Tensor:
+        """T [N, D] float32, rows of unit length."""
+        table: Tensor = self.table()
+        return table
+
+    def add(self, tokens: Ragged) -> None:
+        """Add rows that are their texts alone."""
+        self.table.extend(text_vectors(self._backbone, tokens, self._text_tokens))
+
+    def shrink(self, count: int) -> None:
+        """Cut the table."""
+        self.table.shrink(count)
+
+    def restrict(self, items: npt.NDArray[np.integer]) -> None:
+        """Give a free residual to the items that training holds, and to no others."""
+        self.table.restrict(items)
+
+    def freeze(self) -> None:
+        """Compute T once."""
+        self.table.keep()
+
+
+class CatalogItems(_TableRows, nn.Module):
     """The paper's item side for a loss over the whole catalog, every position a target.
 
     An item is a history of one through the pipeline, E^B = P_U(norm(e_i + r_i)). The behavioural
@@ -276,6 +306,8 @@ class CatalogItems(nn.Module):
         cache: folder for text vectors; None keeps nothing.
     """
 
+    _fusion: AdaptiveFusion
+
     def __init__(
         self,
         backbone: Backbone,
@@ -288,7 +320,9 @@ class CatalogItems(nn.Module):
         cache: Path | None,
     ) -> None:
         super().__init__()
-        self._of_model = (backbone, fusion)  # in a tuple: they are the model's, not registered here
+        # The model's own: not registered here, or they would be saved twice.
+        object.__setattr__(self, "_backbone", backbone)
+        object.__setattr__(self, "_fusion", fusion)
         self._text_tokens = text_tokens
         vectors, self.cached = catalog_vectors(backbone, tokens, text_tokens, cache)
         self.table = TextTable(
@@ -296,12 +330,6 @@ class CatalogItems(nn.Module):
         ).to(backbone.device)
         self.register_buffer("semantic", torch.zeros_like(vectors))
         self.semantic: Tensor
-
-    @property
-    def rows(self) -> Tensor:
-        """norm(e_i + r_i) [N, D] float32."""
-        rows: Tensor = self.table()
-        return rows
 
     def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
         """Return h at unit length; the semantic one centred as the texts are."""
@@ -324,7 +352,7 @@ class CatalogItems(nn.Module):
         without: Cells | None,
     ) -> Comparison:
         """Compare with the whole catalog."""
-        backbone, fusion = self._of_model
+        backbone, fusion = self._backbone, self._fusion
         positive = as_index(targets, rows.device)
         encoded, sides = None, {}
         if "behavioral" in views:
@@ -356,24 +384,8 @@ class CatalogItems(nn.Module):
         """Encode histories of one item."""
         return encode(one_each(items))
 
-    def add(self, tokens: Ragged) -> None:
-        """Add items that are their texts alone."""
-        self.table.extend(text_vectors(self._of_model[0], tokens, self._text_tokens))
 
-    def shrink(self, count: int) -> None:
-        """Cut the rows."""
-        self.table.shrink(count)
-
-    def restrict(self, items: npt.NDArray[np.integer]) -> None:
-        """Give r_i to the items that training holds, and to no others."""
-        self.table.restrict(items)
-
-    def freeze(self) -> None:
-        """Compute the rows once."""
-        self.table.keep()
-
-
-class TableItems:
+class TableItems(_TableRows):
     """The item side as a trained table T: read, compared with, and nothing to encode in a step.
 
     Args:
@@ -396,12 +408,6 @@ class TableItems:
         self._backbone, self._text_tokens, self._skip = backbone, text_tokens, skip
         vectors, self.cached = catalog_vectors(backbone, tokens, text_tokens, cache)
         self.table = TextTable(vectors, TABLE_DROPOUT, text_dropout).to(backbone.device)
-
-    @property
-    def rows(self) -> Tensor:
-        """T [N, D] float32, rows of unit length."""
-        table: Tensor = self.table()
-        return table
 
     def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
         """Centre the semantic output as the texts are; add the newest item's row to half the
@@ -438,19 +444,3 @@ class TableItems:
     ) -> Tensor:
         """Return rows of T."""
         return rows.index_select(0, as_index(items, rows.device))
-
-    def add(self, tokens: Ragged) -> None:
-        """Add rows that are their texts alone."""
-        self.table.extend(text_vectors(self._backbone, tokens, self._text_tokens))
-
-    def shrink(self, count: int) -> None:
-        """Cut the table."""
-        self.table.shrink(count)
-
-    def restrict(self, items: npt.NDArray[np.integer]) -> None:
-        """Give a free residual to the items that training holds, and to no others."""
-        self.table.restrict(items)
-
-    def freeze(self) -> None:
-        """Compute T once."""
-        self.table.keep()
