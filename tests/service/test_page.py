@@ -645,7 +645,7 @@ def test_neighbours(visit: Open, server: Server) -> None:
 def test_what_is_around(visit: Open, server: Server) -> None:
     page, version = visit(), server.app.state.live.current()
     page.wait_for_selector("#facts dt")
-    scores = version.report["scores"]["L2Rec"]
+    scores = version.report["scores"][version.report["method"]]
     assert page.inner_text("#live b") == version.name
     assert f"recall@10 {scores['recall@10']:.4f}" in page.inner_text("#headline")
     facts = page.inner_text("#facts")
