@@ -699,17 +699,17 @@ class L2Rec(nn.Module):
         return stages
 
     def _begin_epoch(self, epoch: int) -> None:
-        """Compute anew what the item side keeps for an epoch."""
-        if isinstance(self.items, CatalogItems) and "semantic" in self.config.views:
-            rows = self._rows()
+        """Let the item side compute anew what it keeps for an epoch."""
+        if "semantic" not in self.config.views:
+            return
 
-            def encode(items: Ragged) -> Tensor:
-                parts, order = self._in_batches(
-                    items, lambda state: state.outputs["semantic"], views=("semantic",), rows=rows
-                )
-                return torch.cat(parts)[order.to(parts[0].device)]
+        def encode(items: Ragged) -> Tensor:
+            parts, order = self._in_batches(
+                items, lambda state: state.outputs["semantic"], views=("semantic",)
+            )
+            return torch.cat(parts)[order.to(parts[0].device)]
 
-            self.items.refresh(encode)
+        self.items.refresh(encode)
 
     def _groups(self, views: Views, lr: float, weight_decay: float) -> list[ParameterGroup]:
         """Return all parameters that are trained with these views."""

@@ -142,6 +142,10 @@ class ItemSide(Protocol):
         """Take note of the items that training holds, in any order, repeated or not."""
         ...
 
+    def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
+        """Compute anew what is kept for an epoch. encode: histories -> h^S [B, D], no gradient."""
+        ...
+
     def freeze(self) -> None:
         """Compute once what no history changes, until training or loading ends it."""
         ...
@@ -256,6 +260,9 @@ class EncodedItems:
     def restrict(self, items: npt.NDArray[np.integer]) -> None:
         """Do nothing: no item has parameters of its own."""
 
+    def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
+        """Do nothing: items are encoded in every step."""
+
     def freeze(self) -> None:
         """Do nothing: rows are computed already."""
 
@@ -272,6 +279,25 @@ class _TableRows:
         """T [N, D] float32, rows of unit length."""
         table: Tensor = self.table()
         return table
+
+    def _centred(self, h: Tensor) -> Tensor:
+        """Return h [P, D] centred as the texts are, at unit length."""
+        return F.normalize(F.normalize(h, dim=-1) - self.table.mean, dim=-1)
+
+    def _loss(
+        self,
+        users: Tensor,
+        items: Tensor,
+        targets: npt.NDArray[np.integer],
+        temperature: Tensor,
+        without: Cells | None,
+    ) -> Tensor:
+        """Compute L_Rec of user vectors [P, D] against unit vectors [N, D] of the whole catalog."""
+        scaled = F.normalize(users.float(), dim=-1) / temperature
+        positive = as_index(targets, items.device)
+        return fused_catalog_loss(
+            scaled, items, positive, without=without, dtype=self._backbone.dtype
+        )
 
     def add(self, tokens: Ragged) -> None:
         """Add rows that are their texts alone."""
@@ -333,12 +359,15 @@ class CatalogItems(_TableRows, nn.Module):
 
     def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
         """Return h at unit length; the semantic one centred as the texts are."""
-        h = F.normalize(h, dim=-1)
-        return F.normalize(h - self.table.mean, dim=-1) if view == "semantic" else h
+        return self._centred(h) if view == "semantic" else F.normalize(h, dim=-1)
+
+    def _every(self) -> Ragged:
+        """Return a history of one for each item of the catalog that is trained on."""
+        return one_each(np.arange(len(self.semantic), dtype=np.int32))
 
     def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
-        """Compute the semantic vectors anew. encode: histories -> h^S [B, D], without gradient."""
-        self.semantic.copy_(encode(one_each(np.arange(len(self.semantic), dtype=np.int32))))
+        """Compute the semantic vectors anew."""
+        self.semantic.copy_(encode(self._every()))
 
     def compare(
         self,
@@ -352,12 +381,10 @@ class CatalogItems(_TableRows, nn.Module):
         without: Cells | None,
     ) -> Comparison:
         """Compare with the whole catalog."""
-        backbone, fusion = self._backbone, self._fusion
-        positive = as_index(targets, rows.device)
+        fusion = self._fusion
         encoded, sides = None, {}
         if "behavioral" in views:
-            every = one_each(np.arange(len(self.semantic), dtype=np.int32))
-            encoded = encode(every, ("behavioral",))
+            encoded = encode(self._every(), ("behavioral",))
             assert encoded.behavioral is not None
             sides["fused"] = sides["behavioral"] = encoded.behavioral
         if "semantic" in views:
@@ -368,10 +395,7 @@ class CatalogItems(_TableRows, nn.Module):
         items = {side: F.normalize(vectors.float(), dim=-1) for side, vectors in sides.items()}
 
         def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
-            scaled = F.normalize(users.float(), dim=-1) / temperature
-            return fused_catalog_loss(
-                scaled, items[side], positive, without=without, dtype=backbone.dtype
-            )
+            return self._loss(users, items[side], targets, temperature, without)
 
         if encoded is None:
             return Comparison(rec)
@@ -414,7 +438,7 @@ class TableItems(_TableRows):
         behavioural one.
         """
         if view == "semantic":
-            return F.normalize(F.normalize(h, dim=-1) - self.table.mean, dim=-1)
+            return self._centred(h)
         return 0.5 * F.normalize(h, dim=-1) + self._skip * rows.index_select(0, newest)
 
     def compare(
@@ -429,15 +453,14 @@ class TableItems(_TableRows):
         without: Cells | None,
     ) -> Comparison:
         """Compare with the whole catalog."""
-        positive = as_index(targets, rows.device)
 
         def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
-            scaled = F.normalize(users.float(), dim=-1) / temperature  # rows have unit length
-            return fused_catalog_loss(
-                scaled, rows, positive, without=without, dtype=self._backbone.dtype
-            )
+            return self._loss(users, rows, targets, temperature, without)
 
         return Comparison(rec)
+
+    def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
+        """Do nothing: the rows are those that are trained."""
 
     def vectors(
         self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
