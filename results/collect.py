@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from l2rec.data.dataset import open_dataset
-from l2rec.runs.earlier import EARLIER, without_options
+from l2rec.runs.earlier import counts_in_scores, without_options
 from l2rec.runs.folder import load_run_config, split_of
 
 HERE = Path(__file__).parent
@@ -84,7 +84,7 @@ def _has_counts(config: Path) -> bool:
     """Whether the method itself had them, as L2Rec of earlier versions could."""
     if not config.is_file():
         return False
-    return EARLIER in without_options(yaml.safe_load(config.read_text()))
+    return counts_in_scores(without_options(yaml.safe_load(config.read_text())))
 
 
 def own(report: Report) -> dict[str, float]:

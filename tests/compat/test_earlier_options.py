@@ -1,4 +1,4 @@
-"""Runs of an L2Rec with options for counts and repeats: read as a model with a blend beside it."""
+"""Runs of an L2Rec with options that are gone: counts and repeats are read as a blend beside it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COUNTED = Ragged.from_rows([[0, 1, 2], [1, 3], [2, 1, 7]])
 BOTH = {"repeat_bias": True, "cooccurrence": True}
 
 
-def as_earlier(run: Path, to: Path, near: float, repeat: float, **options: bool) -> Path:
+def as_earlier(run: Path, to: Path, near: float, repeat: float, **options: int) -> Path:
     """Write a run as an earlier version did that was trained with these options."""
     shutil.copytree(run, to)
     identity = yaml.safe_load((to / "config.yaml").read_text())
@@ -122,6 +122,18 @@ def test_a_blend_beside_the_options_is_refused(table_run: Finished, tmp_path: Pa
     write_blend(run, {"near": torch.tensor(1.0)}, identity)
     with pytest.raises(CheckpointError, match="was blended by an earlier version, beside"):
         load(run)
+
+
+def test_a_view_that_was_trained_first_changes_no_score(
+    table_run: Finished, tmp_path: Path
+) -> None:
+    run = as_earlier(table_run.run, tmp_path / "run", 0.0, 0.0, behavioral_epochs=4)
+    rows = Ragged.from_rows(HISTORIES)
+    assert load(run).blend is None
+    assert torch.equal(load(run).scorer()(rows), load(table_run.run).scorer()(rows))
+    assert len(compare_runs([table_run.run, run]).entries) == 2
+    with pytest.raises(CheckpointError, match=r"with behavioral_epochs=4: .* another --out$"):
+        train_run(load_run_config(run)[0], table_run.data, run, progress=Quiet(), resume=True)
 
 
 def test_a_blend_without_a_spread_is_read(blended_run: Finished, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from l2rec.methods import l2rec
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
 from l2rec.modules import item_text
 from l2rec.modules.backbone import Backbone
-from l2rec.protocols import Calibrated, Embedder, Losses, Recommender, Trainable
+from l2rec.protocols import Embedder, Recommender, Trainable
 from l2rec.runs.checkpoint import load_trained, trained_tensors
 
 N = 20
@@ -183,46 +183,6 @@ def test_stages_hold_every_trained_tensor_once(family: str) -> None:
     assert rates == {"matrices": (1e-3, 0.1), "vectors": (1e-3, 0.0), "table": (2e-4, 0.0)}
     assert {"skip", "blend"} <= trained_names(model)
     assert not {"skip", "blend", "log_temperature"} & trained_names(build(family))
-
-
-@pytest.mark.parametrize("options", [{}, TABLE | {"view_loss": 0.5}], ids=["paper", "table"])
-def test_the_behavioral_view_can_be_trained_first(options: dict[str, Any]) -> None:
-    model = shaken(build(**options, behavioral_epochs=3)).train()
-    model.calibrate(HISTORIES, HISTORIES, VALID)
-    first, then = model.stages(1e-3, 0.1)
-    assert (first.epochs, first.select, then.epochs, then.select) == (3, False, None, True)
-    sizes = {"seed": 0, "epoch": 0, "batch_users": 99, "batch_tokens": 40}
-    assert len(first.batches(HISTORIES, **sizes)) < len(then.batches(HISTORIES, **sizes))
-
-    batch = next(first.batches(HISTORIES, **sizes | {"batch_tokens": 10**6}).iterate())
-    torch.manual_seed(0)
-    losses = first.loss(batch)
-    assert isinstance(losses, Losses) and set(losses.parts) == {"rec", "balance"}
-    losses.total.backward()
-    semantic = model.config.views.index("semantic")
-    own = [model.fusion.project_semantic.weight.grad, model.fusion.gate.weight.grad]
-    of_views = [getattr(m, name).grad for m in model.experts.mixtures for name in ("a", "b")]
-    assert own == [None, None]
-    assert all(g[semantic].count_nonzero() == 0 < g[1 - semantic].count_nonzero() for g in of_views)
-
-    # It is ranked by that view alone too.
-    alone = first.validates
-    assert isinstance(alone, Calibrated) and isinstance(alone, Recommender)
-    assert alone.n_items == model.n_items
-    alone.calibrate(HISTORIES, HISTORIES, VALID)
-    before, both = alone.scorer()(HISTORIES), model.scorer()(HISTORIES)
-    assert not torch.allclose(before, both)
-    with torch.no_grad():
-        model.fusion.project_semantic.weight += torch.rand(32, 32)
-    assert torch.equal(alone.scorer()(HISTORIES), before)
-    assert not torch.allclose(model.scorer()(HISTORIES), both)
-    torch.manual_seed(0)
-    assert float(first.loss(batch).total.detach()) == float(losses.total.detach())
-
-
-def test_one_view_has_nothing_to_come_first() -> None:
-    (stage,) = build(views=("behavioral",), behavioral_epochs=3).stages(1e-3, 0.1)
-    assert stage.name == "train"
 
 
 def test_same_seed_same_losses() -> None:
@@ -484,6 +444,7 @@ def test_options_of_earlier_versions_are_read() -> None:
         ({"repeat_bias": True}, "train without it, then l2rec blend RUN --out OUT puts"),
         (EARLIER | {"cooccurrence": True}, "cooccurrence is no option any more: train without it"),
         ({"form": "table", "text_neighbors": True}, "text_neighbors is no option any more"),
+        ({"behavioral_epochs": 4}, "behavioral_epochs is no option any more: take it out"),
         (
             {"form": "table", "supervision": "last"},
             "supervision=last: form=table stands for these now; take them out",

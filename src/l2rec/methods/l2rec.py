@@ -36,10 +36,6 @@ beside its text, E^B = P_U(norm(e_i + r_i)), none if training never meets it.
 
 - ``view_loss``: each view is also trained on the recommendation loss alone.
 - ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
-- ``behavioral_epochs``: the behavioural view and the table are trained alone for so long, before
-  both views: it is by far the cheaper one, and the semantic view then meets a table that knows
-  something.
-
 - ``item_layers``: the lowest K layers of the backbone read each item's text by itself, once for the
   catalog (`l2rec.modules.entry`). Both views enter at layer K: the semantic one as the states of
   its items' tokens, the behavioural one as their means (or rows of T) through P_U; a trained vector
@@ -135,7 +131,6 @@ FORMS: dict[str, dict[str, Any]] = {
 OPTIONS_OF_FORMS = {
     "text_dropout": ("table", "catalog"),
     "item_residual": ("catalog",),
-    "behavioral_epochs": ("paper", "table"),
     "pooling": ("paper",),
     "behavioral_pool": ("paper",),
     "normalize_views": ("paper",),
@@ -149,9 +144,16 @@ CONSTANTS = {
     "table_dropout": 0.2,
 }
 """Options of earlier versions that are constants now."""
-OF_BLEND = ("repeat_bias", "cooccurrence", "text_neighbors")
-"""Options of earlier versions for what ``l2rec blend`` puts beside any method now. Run folders that
-were trained with them are read by `l2rec.runs.earlier`."""
+GONE = {
+    **dict.fromkeys(
+        ("repeat_bias", "cooccurrence", "text_neighbors"),
+        "train without it, then l2rec blend RUN --out OUT puts co-occurrence and repeats beside "
+        "the run",
+    ),
+    "behavioral_epochs": "take it out: both views are trained together",
+}
+"""Options of earlier versions that are none any more, and what to do instead. Run folders that were
+trained with them are read by `l2rec.runs.earlier`."""
 
 
 class L2RecConfig(BaseModel):
@@ -246,9 +248,6 @@ class L2RecConfig(BaseModel):
     """Paper: beta."""
     view_loss: float = Field(0.0, ge=0)
     """Ours: weight of each view's own L_Rec."""
-    behavioral_epochs: int = Field(0, ge=0)
-    """Ours: epochs of the behavioural view alone before both; ignored when only one view is
-    configured."""
 
     @model_validator(mode="before")
     @classmethod
@@ -260,12 +259,9 @@ class L2RecConfig(BaseModel):
         for option, constant in CONSTANTS.items():
             if values.pop(option, constant) != constant:
                 raise ValueError(f"{option} is always {constant}; take it out")
-        for option in OF_BLEND:
+        for option, instead in GONE.items():
             if values.pop(option, False):
-                raise ValueError(
-                    f"{option} is no option any more: train without it, then "
-                    "l2rec blend RUN --out OUT puts co-occurrence and repeats beside the run"
-                )
+                raise ValueError(f"{option} is no option any more: {instead}")
         given = {option: values[option] for option in FORMS["table"] if option in values}
         named = ", ".join(f"{option}={value}" for option, value in given.items())
         if "form" in values:
@@ -496,7 +492,7 @@ class L2Rec(nn.Module):
         self.table = self.items.table if isinstance(self.items, TableItems) else None
         if "behavioral" in config.views and backbone.device.type != "meta":
             self._calibrate_projector()
-        for unused in self._unused(config.views):
+        for unused in self._unused():
             unused.requires_grad_(False)
 
     # -- construction ----------------------------------------------------------------------------
@@ -507,16 +503,16 @@ class L2Rec(nn.Module):
         boost = 1.0 if self.config.item_layers else BEHAVIORAL_BOOST
         projector.calibrate(self.items.rows, boost * self.entry.scale)
 
-    def _unused(self, views: Views) -> list[nn.Parameter]:
-        """Return the parameters that are not trained: switched off, or not part of these views."""
+    def _unused(self) -> list[nn.Parameter]:
+        """Return the parameters that are not trained: switched off, or of a view not read."""
         if not self.config.adapt:
             return list(self.parameters())
         off: list[nn.Module] = [] if self.linears else [self.experts]
         blend: list[nn.Parameter] = []
-        if "semantic" not in views:
+        if "semantic" not in self.config.views:
             off += [self.fusion.project_semantic, self.fusion.gate]
             blend = [self.blend]
-        if "behavioral" not in views:
+        if "behavioral" not in self.config.views:
             off += [self.fusion.project_behavioral, self.fusion.gate, self.projector]
         return [parameter for module in off for parameter in module.parameters()] + blend
 
@@ -592,7 +588,7 @@ class L2Rec(nn.Module):
 
         # Predictions: every newest position that all views hold, or the last of each row.
         held = np.minimum.reduce([part.segments.blocks.cpu().numpy() for part in inputs])
-        counts = np.minimum(held, self._window(views)) if every else np.ones_like(held)
+        counts = np.minimum(held, self._window) if every else np.ones_like(held)
         position = recent.gather(recent.offsets[1:] - counts, counts).values
         last = as_index(histories.values[position], self.backbone.device)
         outputs: dict[View, Tensor] = {}
@@ -677,26 +673,22 @@ class L2Rec(nn.Module):
     # -- training --------------------------------------------------------------------------------
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
-        """Return a stage of all views, and before it one of the behavioural view alone
-        (``behavioral_epochs``). The free residual of the table has a learning rate of its own.
+        """Return one stage; none where nothing is trained. The free residual of items has a
+        learning rate of its own.
         """
-        views = self.config.views
-        if not (groups := self._groups(views, lr, weight_decay)):
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        plain = [p for n, p in named if p.ndim < 2]
+        slow = [p for n, p in named if n.endswith("table.residual")]
+        rest = [p for n, p in named if p.ndim >= 2 and not n.endswith("table.residual")]
+        groups = [
+            ParameterGroup("matrices", rest, lr, weight_decay),
+            ParameterGroup("vectors", plain, lr, 0.0),
+            ParameterGroup("table", slow, self.config.table_lr, 0.0),
+        ]
+        groups = [g for g in groups if g.parameters]
+        if not groups:
             return []
-        stages = [Stage("train", groups, self.batches, self.loss, begin_epoch=self._begin_epoch)]
-        if self.config.behavioral_epochs and len(views) > 1:
-            alone: Views = ("behavioral",)
-            first = Stage(
-                "behavioral",
-                self._groups(alone, lr, weight_decay),
-                partial(self.batches, views=alone),
-                partial(self.loss, views=alone),
-                select=False,
-                validates=_WithViews(self, alone),
-                epochs=self.config.behavioral_epochs,
-            )
-            stages.insert(0, first)
-        return stages
+        return [Stage("train", groups, self.batches, self.loss, begin_epoch=self._begin_epoch)]
 
     def _begin_epoch(self, epoch: int) -> None:
         """Let the item side compute anew what it keeps for an epoch."""
@@ -711,20 +703,6 @@ class L2Rec(nn.Module):
 
         self.items.refresh(encode)
 
-    def _groups(self, views: Views, lr: float, weight_decay: float) -> list[ParameterGroup]:
-        """Return all parameters that are trained with these views."""
-        unused = set(self._unused(views))
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad and p not in unused]
-        plain = [p for n, p in named if p.ndim < 2]
-        slow = [p for n, p in named if n.endswith("table.residual")]
-        rest = [p for n, p in named if p.ndim >= 2 and not n.endswith("table.residual")]
-        groups = [
-            ParameterGroup("matrices", rest, lr, weight_decay),
-            ParameterGroup("vectors", plain, lr, 0.0),
-            ParameterGroup("table", slow, self.config.table_lr, 0.0),
-        ]
-        return [g for g in groups if g.parameters]
-
     def batches(
         self,
         sequences: Ragged,
@@ -733,48 +711,46 @@ class L2Rec(nn.Module):
         epoch: int,
         batch_users: int,
         batch_tokens: int,
-        views: Views | None = None,
     ) -> TrainingBatches:
-        """Return the batches of one epoch over training prefixes, as large as these views need."""
-        config, views = self.config, self.config.views if views is None else views
+        """Return the batches of one epoch over training prefixes."""
+        config = self.config
         return TrainingBatches(
             sequences,
             supervision="all" if self._every else "last",
             max_items=config.max_items,
             negatives=0 if self._every else config.negatives,
-            item_costs=self._item_costs(views),
+            item_costs=self._item_costs(),
             batch_users=batch_users,
             batch_tokens=batch_tokens,
             seed=seed,
             epoch=epoch,
-            window=self._window(views),
+            window=self._window,
         )
 
-    def _window(self, views: Views) -> int:
-        """Return how many newest positions of a row are targets with ``form=table``."""
-        semantic = "semantic" in views
+    @property
+    def _window(self) -> int:
+        """How many newest positions of a row are targets where all are."""
+        semantic = "semantic" in self.config.views
         return min(self.config.max_items, self.config.semantic_items if semantic else 10**9)
 
     def costs(self, histories: Ragged) -> npt.NDArray[np.int64]:
         """Return about how many tokens each history takes in the backbone, all views, [B]."""
-        costs = self._item_costs(self.config.views, histories.values)
+        costs = self._item_costs(histories.values)
         total = np.concatenate(([0], np.cumsum(costs)))
         tokens: npt.NDArray[np.int64] = total[histories.offsets[1:]] - total[histories.offsets[:-1]]
         return np.minimum(tokens, self.config.max_tokens)
 
-    def _item_costs(
-        self, views: Views, items: npt.NDArray[np.integer] | slice = ALL
-    ) -> npt.NDArray[np.int64]:
-        """Return how many tokens items, by default all, add to a row in these views, [n]."""
-        text = self.entry.costs(items)
+    def _item_costs(self, items: npt.NDArray[np.integer] | slice = ALL) -> npt.NDArray[np.int64]:
+        """Return how many tokens items, by default all, add to a row, [n]."""
+        text, views = self.entry.costs(items), self.config.views
         costs: npt.NDArray[np.int64] = text * ("semantic" in views) + ("behavioral" in views)
         return costs
 
-    def loss(self, batch: Batch, *, views: Views | None = None) -> Losses:
+    def loss(self, batch: Batch) -> Losses:
         """Return L = L_Rec + gamma L_BPC + beta L_LB (and, as an option, each view's own L_Rec)."""
         config = self.config
         rows = self.items.rows
-        state = self(batch.histories, views=views, every=self._every, rows=rows)
+        state = self(batch.histories, every=self._every, rows=rows)
         targets = batch.targets[state.position.numpy()] if self._every else batch.targets
         items = self.items.compare(
             batch,
@@ -782,7 +758,7 @@ class L2Rec(nn.Module):
             state.row,
             rows,
             self.temperature,
-            self.config.views if views is None else views,
+            config.views,
             lambda items, of: self(items, views=of, rows=rows),
             self._without(batch.histories, state.position.numpy(), targets),
         )
@@ -835,16 +811,14 @@ class L2Rec(nn.Module):
         """Return unit user vectors [B, D] float32; scores are inner products with items'."""
         return self._unit_users(histories)
 
-    def _unit_users(
-        self, histories: Ragged, *, views: Views | None = None, rows: Tensor | None = None
-    ) -> Tensor:
+    def _unit_users(self, histories: Ragged, *, rows: Tensor | None = None) -> Tensor:
         if not len(histories):
             return torch.zeros(0, self.backbone.dim, device=self.backbone.device)
 
         def unit(state: UserState) -> Tensor:
             return F.normalize(state.fused.float(), dim=-1)
 
-        parts, order = self._in_batches(histories, unit, views=views, rows=rows)
+        parts, order = self._in_batches(histories, unit, rows=rows)
         return torch.cat(parts)[order.to(parts[0].device)]
 
     def users_and_gates(self, histories: Ragged) -> tuple[Tensor, Tensor | None]:
@@ -898,10 +872,8 @@ class L2Rec(nn.Module):
             return self.items.rows
 
     @torch.inference_mode()
-    def _item_vectors(
-        self, items: npt.NDArray[np.integer], rows: Tensor, views: Views | None = None
-    ) -> Tensor:
-        return self.items.vectors(items, rows, partial(self._unit_users, views=views, rows=rows))
+    def _item_vectors(self, items: npt.NDArray[np.integer], rows: Tensor) -> Tensor:
+        return self.items.vectors(items, rows, partial(self._unit_users, rows=rows))
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         count = self.n_items
@@ -911,14 +883,12 @@ class L2Rec(nn.Module):
             self.entry.shrink(count)
             self.items.shrink(count)
 
-    def scorer(self, views: Views | None = None) -> Scorer:
+    def scorer(self) -> Scorer:
         """Encode the catalog; return histories -> r_{u,i} [B, N] = cosine / tau."""
         rows = self._rows()
-        vectors = self._item_vectors(np.arange(self.n_items, dtype=np.int32), rows, views)
+        vectors = self._item_vectors(np.arange(self.n_items, dtype=np.int32), rows)
         temperature = float(self.temperature.detach())
-        return lambda histories: (
-            self._unit_users(histories, views=views, rows=rows) @ vectors.T / temperature
-        )
+        return lambda histories: self._unit_users(histories, rows=rows) @ vectors.T / temperature
 
     def calibrate(
         self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
@@ -961,23 +931,3 @@ class L2Rec(nn.Module):
             if self.config.personalized_router
         }
         return ExpertLoad(list(self.experts.names), shares, user)
-
-
-@dataclass(frozen=True)
-class _WithViews:
-    """The method as ranked by some of its views, to validate the stage that trains these."""
-
-    model: L2Rec
-    views: Views
-
-    @property
-    def n_items(self) -> int:
-        return self.model.n_items
-
-    def scorer(self) -> Scorer:
-        return self.model.scorer(self.views)
-
-    def calibrate(
-        self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]
-    ) -> None:
-        self.model.calibrate(sequences, histories, targets)

@@ -1,13 +1,21 @@
-"""Runs of earlier versions, whose L2Rec had options for what a blend puts beside every method now.
+"""Runs of earlier versions, whose L2Rec had options that are none any more.
 
-``repeat_bias``, ``cooccurrence`` and ``text_neighbors`` stood in config.yaml, their tensors in
-model.safetensors. Such a run is read as a model without them and a `Blend` beside it that gives the
-same scores: cosine / tau + w m for items outside of the history, + rho for those within it.
+``repeat_bias``, ``cooccurrence`` and ``text_neighbors``, for what a blend puts beside every method
+now, stood in config.yaml, their tensors in model.safetensors. Such a run is read as a model without
+them and a `Blend` beside it that gives the same scores: cosine / tau + w m for items outside of the
+history, + rho for those within it. ``behavioral_epochs`` changed the course of a training alone.
 """
 
 from __future__ import annotations
 
-__all__ = ["EARLIER", "completed", "of_model", "split_tensors", "without_options"]
+__all__ = [
+    "EARLIER",
+    "completed",
+    "counts_in_scores",
+    "of_model",
+    "split_tensors",
+    "without_options",
+]
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +26,8 @@ from torch import Tensor
 EARLIER = "earlier"
 """Key of a run's identity, as it was read: its options that are none any more, by name."""
 METHOD = "l2rec.methods.l2rec:L2Rec"
-OPTIONS = ("repeat_bias", "cooccurrence", "text_neighbors")
+OF_SCORES = ("repeat_bias", "cooccurrence", "text_neighbors")
+OPTIONS = (*OF_SCORES, "behavioral_epochs")
 
 
 def without_options(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,6 +43,11 @@ def without_options(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "config": {**config, "model": kept}, EARLIER: options}
 
 
+def counts_in_scores(identity: Mapping[str, Any]) -> bool:
+    """Whether a run had co-occurrence or repeats of its own."""
+    return any(option in identity.get(EARLIER, {}) for option in OF_SCORES)
+
+
 def _is_of_options(name: str) -> bool:
     return name in ("near", "repeat") or name.startswith("together.")
 
@@ -43,7 +57,7 @@ def of_model(tensors: Mapping[str, Tensor], identity: Mapping[str, Any]) -> dict
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if EARLIER not in identity or not _is_of_options(name)
+        if not (counts_in_scores(identity) and _is_of_options(name))
     }
 
 
@@ -54,7 +68,7 @@ def split_tensors(
     without any. n_items: N, items of the run's catalog.
     """
     kept = of_model(tensors, identity)
-    if EARLIER not in identity:
+    if not counts_in_scores(identity):
         return kept, None
     nothing = {  # where the options were the repeats alone, or the counts alone
         "together.offsets": torch.zeros(n_items + 1, dtype=torch.int64),

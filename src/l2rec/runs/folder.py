@@ -141,10 +141,13 @@ def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[
         )
     saved, identity = load_run_config(out)  # resolved: options added since have their defaults
     if earlier.EARLIER in identity:
-        options = ", ".join(f"{name}=true" for name in identity[earlier.EARLIER])
+        options = ", ".join(
+            f"{name}={str(value).lower()}" for name, value in identity[earlier.EARLIER].items()
+        )
+        blend = ", and l2rec blend for co-occurrence and repeats"
         raise CheckpointError(
             f"{out} was begun by an earlier version, with {options}: it can be used as it is, but "
-            "not trained on; choose another --out, and l2rec blend for co-occurrence and repeats"
+            f"not trained on; choose another --out{blend * earlier.counts_in_scores(identity)}"
         )
     if "blend" in identity or (out / BLEND).exists():
         raise CheckpointError(
