@@ -4,8 +4,9 @@
 
 Two seeds of one recipe, averaged, score better than either. A method with two parts has to beat
 that, not one of its parts alone. Scores are averaged as the runs give them (of one recipe they are
-on one scale). ``--against``: finished runs of the same data, as a rule the seeds of one recipe;
-each user's mean over them is tested against the average (paired t-test over users, two-sided).
+on one scale). ``--against``: finished runs of the same data, or what is kept of them here, as a rule
+the seeds of one recipe; each user's mean over them is tested against the average (paired t-test
+over users, two-sided).
 """
 
 import argparse
@@ -18,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from l2rec.data.ragged import Ragged
-from l2rec.evaluation.ranking import Evaluation, evaluate
+from l2rec.evaluation.ranking import evaluate
 from l2rec.evaluation.significance import paired_values_test
 from l2rec.protocols import Scorer
 from l2rec.runs.folder import load_run_config, open_run_dataset, training_split
 from l2rec.runs.predictor import load
+from l2rec.studies.compare import read_run
 
 METRICS = ("recall@10", "ndcg@10")
 MASKED = "_masked"
@@ -56,10 +58,9 @@ def main() -> None:
     dataset = open_run_dataset(args.runs[0], None)
     cases = training_split(load_run_config(args.runs[0])[0], dataset).test
 
-    def ranked(runs: Sequence[Path]) -> Evaluation:
-        return evaluate(Average(runs), cases.histories, cases.targets, users=cases.users)
-
-    average = ranked(args.runs)
+    model = Average(args.runs)
+    average = evaluate(model, cases.histories, cases.targets, users=cases.users)
+    others = [read_run(run, dataset).ranks for run in args.against]  # in the order of the cases
     found: dict[str, Any] = {
         "runs": [run.name for run in args.runs],
         "fingerprint": dataset.fingerprint,
@@ -68,7 +69,6 @@ def main() -> None:
         "against_scores": {},
         "p": {},
     }
-    others = [ranked([run]) for run in args.against]
     for metric, masked in product(METRICS, (True, False)):
         name = metric + MASKED * masked
         ours = average.values(metric, masked=masked)
