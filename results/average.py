@@ -4,9 +4,9 @@
 
 Two seeds of one recipe, averaged, score better than either. A method with two parts has to beat
 that, not one of its parts alone. Scores are averaged as the runs give them (of one recipe they are
-on one scale). ``--against``: finished runs of the same data, or what is kept of them here, as a rule
-the seeds of one recipe; each user's mean over them is tested against the average (paired t-test
-over users, two-sided).
+on one scale). ``--against``: finished runs of the same data, or what is kept of them, as a rule the
+seeds of one recipe; each user's mean over them is tested against the average (paired t-test over
+users, two-sided).
 """
 
 import argparse
