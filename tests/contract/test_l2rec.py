@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from l2rec.methods import l2rec
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
 from l2rec.modules import item_text
 from l2rec.modules.backbone import Backbone
+from l2rec.modules.item_side import CatalogItems
 from l2rec.protocols import Embedder, Recommender, Trainable
 from l2rec.runs.checkpoint import load_trained, trained_tensors
 
@@ -749,6 +751,62 @@ def test_the_loss_of_the_catalog_by_the_book(views: tuple[str, ...]) -> None:
         total = float(model.loss(batch).total)
     assert len(each) == len(batch.targets)
     assert total == pytest.approx(np.mean(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("views", [("semantic", "behavioral"), ("behavioral",), ("semantic",)])
+def test_the_loss_of_a_sample_by_the_book(views: tuple[str, ...]) -> None:
+    """The same over a few items, those that were drawn counted for all that were not."""
+    options = CATALOG | {"views": views, "balance": 0.0, "bpc": 0.0, "sampled_items": 3}
+    model = shaken(build(**options)).eval()
+    assert isinstance(model.items, CatalogItems)
+    batch = one_batch(model, Ragged.from_rows([[3, 1, 4, 1], [6, 5, 3], [2, 4]]))
+    begin(model)
+    torch.manual_seed(3)
+    chosen, log = model.items._compared(batch.targets)
+    wanted = set(batch.targets.tolist())
+    assert wanted < set(chosen.tolist()) and len(chosen) < N
+    many = (N - len(wanted)) / (len(chosen) - len(wanted))
+    expected = [1.0 if item in wanted else many for item in chosen.tolist()]
+    assert log.exp().flatten().tolist() == pytest.approx(expected)
+    with torch.no_grad():
+        items = model.encode_items(np.arange(N)).double()
+        state = model(batch.histories, every=True)
+        users = F.normalize(state.fused.double(), dim=-1)
+        each = []
+        for p, end in enumerate(state.position.tolist()):
+            start = int(batch.histories.offsets[int(state.row[p])])
+            target = int(batch.targets[end])
+            held = set(batch.histories.values[start : end + 1].tolist()) - {target}
+            r = (users[p] @ items.T / model.config.temperature).tolist()
+            kept = [(i, n) for i, n in zip(chosen.tolist(), expected, strict=True) if i not in held]
+            high = max(r)
+            total = sum(n * math.exp(r[i] - high) for i, n in kept)
+            each.append(high + math.log(total) - r[target])
+        torch.manual_seed(3)
+        found = float(model.loss(batch).total)
+    assert found == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_a_sample_stands_for_the_catalog_on_average() -> None:
+    model = build(**CATALOG | {"sampled_items": 4})
+    assert isinstance(model.items, CatalogItems)
+    values, targets = torch.rand(N).double(), np.array([2, 7, 2])
+    torch.manual_seed(0)
+    sums = []
+    for _ in range(4000):
+        chosen, log = model.items._compared(targets)
+        sums.append(float((values[chosen] * log.double().exp().flatten()).sum()))
+    assert np.mean(sums) == pytest.approx(float(values.sum()), rel=0.01)
+
+
+def test_a_sample_of_everything_is_everything() -> None:
+    losses = []
+    for sampled in (0, N):
+        model = shaken(build(**CATALOG | {"sampled_items": sampled})).eval()
+        batch = one_batch(model, Ragged.from_rows([[3, 1, 4, 1], [6, 5, 3], [2, 4]]))
+        begin(model)
+        losses.append(float(model.loss(batch).total.detach()))
+    assert losses[0] == losses[1]
 
 
 def test_items_of_the_catalog_are_histories_of_one() -> None:

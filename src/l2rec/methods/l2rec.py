@@ -131,6 +131,7 @@ FORMS: dict[str, dict[str, Any]] = {
 OPTIONS_OF_FORMS = {
     "text_dropout": ("table", "catalog"),
     "item_residual": ("catalog",),
+    "sampled_items": ("catalog",),
     "pooling": ("paper",),
     "behavioral_pool": ("paper",),
     "normalize_views": ("paper",),
@@ -228,6 +229,9 @@ class L2RecConfig(BaseModel):
     item_residual: bool = False
     """Ours: a trained r_i beside the text of every item that training holds. Of form=catalog alone;
     a table always has one."""
+    sampled_items: int = Field(0, ge=0)
+    """Ours: items, beside those to predict, that a step compares with, for catalogs too large to
+    encode in every step; 0: all. Of form=catalog alone."""
     table_lr: float = Field(2e-4, gt=0)
     """Ours: learning rate of R, or of r_i."""
     text_dropout: float = Field(0.0, ge=0, lt=1)
@@ -346,6 +350,7 @@ def _item_side(
             text_tokens=config.text_tokens,
             text_dropout=config.text_dropout,
             residual=config.item_residual,
+            sampled=config.sampled_items,
             fusion=fusion,
             cache=cache,
         )

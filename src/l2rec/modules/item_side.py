@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rec.data.batches import Batch
-from l2rec.data.ragged import Ragged
+from l2rec.data.ragged import IntArray, Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.entry import Entry
 from l2rec.modules.experts import Routing
@@ -291,9 +291,16 @@ class _TableRows:
         targets: npt.NDArray[np.integer],
         temperature: Tensor,
         without: Cells | None,
+        log: Tensor | None = None,
     ) -> Tensor:
-        """Compute L_Rec of user vectors [P, D] against unit vectors [N, D] of the whole catalog."""
+        """Compute L_Rec of user vectors [P, D] against unit vectors [N, D] of the whole catalog.
+
+        log: [N, 1], added to the scores of each item.
+        """
         scaled = F.normalize(users.float(), dim=-1) / temperature
+        if log is not None and bool(log.any()):  # as one more dimension of the inner product
+            scaled = torch.cat((scaled, scaled.new_ones(len(scaled), 1)), dim=1)
+            items = torch.cat((items, log), dim=1)
         positive = as_index(targets, items.device)
         return fused_catalog_loss(
             scaled, items, positive, without=without, dtype=self._backbone.dtype
@@ -324,11 +331,14 @@ class CatalogItems(_TableRows, nn.Module):
     semantic ones are h^S as the weights were when the epoch began (`refresh`): from there gradients
     reach P_S and the gate alone.
 
+    With ``sampled`` items a step compares with the items to predict and so many others, drawn
+    uniformly; each of these stands for as many as were left out, in the sum under Eq. 8.
+
     Args:
         backbone: the frozen language model. tokens: token ids of the N texts.
         text_tokens: most tokens of a text. text_dropout: dropout of the text vectors in training.
         residual: a trained r_i, zero at the start, for the items that training holds.
-        fusion: ACF, the users' own.
+        sampled: most other items that a step compares with; 0: all. fusion: ACF, the users' own.
         cache: folder for text vectors; None keeps nothing.
     """
 
@@ -342,6 +352,7 @@ class CatalogItems(_TableRows, nn.Module):
         text_tokens: int,
         text_dropout: float,
         residual: bool,
+        sampled: int,
         fusion: AdaptiveFusion,
         cache: Path | None,
     ) -> None:
@@ -349,7 +360,7 @@ class CatalogItems(_TableRows, nn.Module):
         # The model's own: not registered here, or they would be saved twice.
         object.__setattr__(self, "_backbone", backbone)
         object.__setattr__(self, "_fusion", fusion)
-        self._text_tokens = text_tokens
+        self._text_tokens, self._sampled = text_tokens, sampled
         vectors, self.cached = catalog_vectors(backbone, tokens, text_tokens, cache)
         self.table = TextTable(
             vectors, RESIDUAL_DROPOUT, text_dropout, linear=False, residual=residual
@@ -361,13 +372,22 @@ class CatalogItems(_TableRows, nn.Module):
         """Return h at unit length; the semantic one centred as the texts are."""
         return self._centred(h) if view == "semantic" else F.normalize(h, dim=-1)
 
-    def _every(self) -> Ragged:
-        """Return a history of one for each item of the catalog that is trained on."""
-        return one_each(np.arange(len(self.semantic), dtype=np.int32))
-
     def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
         """Compute the semantic vectors anew."""
-        self.semantic.copy_(encode(self._every()))
+        self.semantic.copy_(encode(one_each(np.arange(len(self.semantic), dtype=np.int32))))
+
+    def _compared(self, targets: npt.NDArray[np.integer]) -> tuple[IntArray, Tensor]:
+        """Return the items that a step compares with, ascending [n], and the log of how many each
+        of them stands for [n, 1] float32.
+        """
+        count, wanted = len(self.semantic), np.unique(targets)
+        items = np.arange(count)
+        if self._sampled and len(wanted) + self._sampled < count:
+            items = np.union1d(wanted, torch.randperm(count)[: self._sampled].numpy())
+        others = len(items) - len(wanted)
+        stands_for = np.where(np.isin(items, wanted), 1.0, (count - len(wanted)) / max(1, others))
+        log = torch.from_numpy(np.log(stands_for)).float()
+        return items, log[:, None].to(self.semantic.device)
 
     def compare(
         self,
@@ -380,22 +400,26 @@ class CatalogItems(_TableRows, nn.Module):
         encode: Encode,
         without: Cells | None,
     ) -> Comparison:
-        """Compare with the whole catalog."""
+        """Compare with the whole catalog, or with a sample of it."""
         fusion = self._fusion
+        chosen, log = self._compared(targets)
+        wanted = np.searchsorted(chosen, targets)
+        without = None if without is None else _among(without, chosen)
         encoded, sides = None, {}
         if "behavioral" in views:
-            encoded = encode(self._every(), ("behavioral",))
+            encoded = encode(one_each(chosen), ("behavioral",))
             assert encoded.behavioral is not None
             sides["fused"] = sides["behavioral"] = encoded.behavioral
         if "semantic" in views:
-            semantic = self.semantic + fusion.project_semantic(self.semantic)
+            semantic = self.semantic.index_select(0, as_index(chosen, self.semantic.device))
+            semantic = semantic + fusion.project_semantic(semantic)
             sides["fused"] = sides["semantic"] = semantic
         if len(views) > 1:
             sides["fused"], _ = fusion.fuse(sides["behavioral"], sides["semantic"])
         items = {side: F.normalize(vectors.float(), dim=-1) for side, vectors in sides.items()}
 
         def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
-            return self._loss(users, items[side], targets, temperature, without)
+            return self._loss(users, items[side], wanted, temperature, without, log)
 
         if encoded is None:
             return Comparison(rec)
@@ -407,6 +431,14 @@ class CatalogItems(_TableRows, nn.Module):
     ) -> Tensor:
         """Encode histories of one item."""
         return encode(one_each(items))
+
+
+def _among(cells: Cells, chosen: IntArray) -> Cells:
+    """Return the cells whose columns are chosen, ascending, as cells of these columns alone."""
+    kept = torch.from_numpy(chosen).to(cells.columns)
+    place = torch.searchsorted(kept, cells.columns).clamp_max(len(kept) - 1)
+    found = kept[place] == cells.columns
+    return Cells(cells.rows[found], place[found])
 
 
 class TableItems(_TableRows):
