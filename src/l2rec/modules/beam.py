@@ -60,8 +60,7 @@ class Beams:
 def beam_search(decoder: Decoder, trie: Trie, beams: int, users: int) -> Beams:
     """Search for the ``beams`` most probable codes of each of ``users``.
 
-    Exact if no depth has more nodes than there are beams. Of equal scores, the node that comes
-    first stays.
+    Exact if no depth has more nodes than there are beams.
     """
     logits = decoder.start()
     nodes = torch.zeros((users, 1), dtype=torch.int64, device=logits.device)
@@ -74,20 +73,12 @@ def beam_search(decoder: Decoder, trie: Trie, beams: int, users: int) -> Beams:
         total = scores[..., None] + gain.masked_fill(said == END, 0.0)
         total = total.masked_fill(~real, FORBIDDEN).flatten(1)
         # Every beam has a child, so that no more are asked for than there are.
-        scores, best = _best(total, min(beams, len(tokens)))
+        scores, best = total.topk(min(beams, len(tokens)))
         parents = best // real.shape[-1]
         nodes = children.flatten(1).gather(1, best)
         if depth + 1 < trie.depth:
             logits = decoder.extend(said.flatten(1).gather(1, best), parents)
     return Beams(nodes, scores)
-
-
-def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` largest of each row and where they stand, the earlier of equal ones
-    first: topk alone leaves that to the size of the batch.
-    """
-    values, order = scores.sort(dim=-1, descending=True, stable=True)
-    return values[:, :count], order[:, :count]
 
 
 def item_scores(beams: Beams, trie: Trie) -> Tensor:
@@ -139,7 +130,7 @@ class Seq2SeqDecoder:
             use_cache=True,
         ).last_hidden_state.view(users, beams, length, -1)[:, :, -1]
         self._cross = cache.cross_attention_cache
-        if self._model.config.tie_word_embeddings and self._model.config.model_type == "t5":
+        if getattr(self._model.config, "scale_decoder_outputs", False):  # T5
             states = states * self._model.config.d_model**-0.5
         logits: Tensor = self._model.get_output_embeddings()(states)
         return logits
@@ -185,7 +176,8 @@ class CausalDecoder:
             logits_to_keep=1,
         )
         self._seen = self._real[:, None, :0]
-        return found.logits[:, -1:]
+        logits: Tensor = found.logits[:, -1:]
+        return logits
 
     def extend(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """Read one token of each beam, all in one row."""
