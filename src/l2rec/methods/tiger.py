@@ -5,6 +5,7 @@ Rajput et al. NeurIPS '23, https://arxiv.org/abs/2305.05065
     1. semantic ids: a residual quantiser turns each text vector into codes, coarse to fine; one
        more code tells items apart that share them              l2rec.modules.quantizer
     2. a T5, trained from nothing, reads the codes of a history and says those of the next item
+                                                                l2rec.modules.code_generator
     3. ranking: beam search among the codes of the catalog      l2rec.modules.beam
 
 Deviations:
@@ -32,23 +33,16 @@ import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import T5Config, T5ForConditionalGeneration
 
-from l2rec.data.batches import Batch, TrainingBatches
+from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.beam import Seq2SeqDecoder, beam_search, item_scores
+from l2rec.modules.code_generator import CodeGenerator
 from l2rec.modules.frozen_text import FrozenText
-from l2rec.modules.quantizer import ResidualQuantizer, Usage, usage
-from l2rec.modules.sequences import ItemBatches, as_index, evaluating, in_batches
-from l2rec.modules.trie import Trie
-from l2rec.protocols import Losses, Scorer, Stage, decayed
-
-PAD = 0
-SEARCHED = 64
-"""Histories whose beams are searched at once."""
+from l2rec.modules.quantizer import ResidualQuantizer, usage
+from l2rec.modules.sequences import ItemBatches, as_index
+from l2rec.protocols import CodeUsage, Losses, Scorer, Stage, decayed
 
 
 class TIGERConfig(BaseModel):
@@ -104,7 +98,7 @@ class TIGER(nn.Module):
 
     Config = TIGERConfig
     uses_backbone = True
-    item_tensors = frozenset({"codes"})
+    item_tensors = frozenset({"generator.codes"})
 
     def __init__(
         self,
@@ -128,23 +122,21 @@ class TIGER(nn.Module):
             codes=config.codes,
             commitment=config.commitment,
         )
-        self.generator = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=1 + (config.levels + 1) * config.codes,
-                d_model=config.dim,
-                d_kv=config.head_dim,
-                d_ff=config.inner,
-                num_layers=config.layers,
-                num_heads=config.heads,
-                dropout_rate=config.dropout,
-                feed_forward_proj="relu",
-                pad_token_id=PAD,
-                eos_token_id=None,
-            )
+        self.generator = CodeGenerator(
+            len(texts),
+            width=config.levels + 1,
+            codes=config.codes,
+            dim=config.dim,
+            layers=config.layers,
+            heads=config.heads,
+            head_dim=config.head_dim,
+            inner=config.inner,
+            dropout=config.dropout,
+            max_items=config.max_items,
+            targets_per_user=config.targets_per_user,
+            beams=config.beams,
+            dtype=backbone.dtype,
         )
-        self.generator.config.decoder_start_token_id = PAD
-        self.register_buffer("codes", torch.zeros(len(texts), config.levels + 1, dtype=torch.int64))
-        self.codes: Tensor
         if backbone.device.type != "meta":
             self.quantizer.fill(self.text.vectors, int(torch.randint(2**31, ())))
             self._take_codes(0)
@@ -152,16 +144,16 @@ class TIGER(nn.Module):
     @property
     def n_items(self) -> int:
         """N, number of items, with those added later."""
-        return len(self.codes)
+        return len(self.generator)
 
     @property
     def text_tokens(self) -> int:
         """Most tokens of an item's text that are read."""
         return self.config.text_tokens
 
-    def code_usage(self) -> Usage:
+    def code_usage(self) -> CodeUsage:
         """Describe how the catalog uses the codes of the quantiser."""
-        return usage(self.codes[:, :-1], self.config.codes)
+        return usage(self.generator.codes[:, :-1], self.config.codes)
 
     # -- training --------------------------------------------------------------------------------
 
@@ -181,8 +173,8 @@ class TIGER(nn.Module):
             Stage(
                 "generator",
                 decayed(self.generator.parameters(), lr, weight_decay),
-                self.batches,
-                self.loss,
+                self.generator.batches,
+                self.generator.loss,
                 begin_epoch=self._take_codes,
             ),
         ]
@@ -192,7 +184,7 @@ class TIGER(nn.Module):
     ) -> ItemBatches:
         """Return the items, several times over; no event is read."""
         return ItemBatches(
-            np.ones(len(self.codes), dtype=np.int64),
+            np.ones(len(self.text), dtype=np.int64),
             batch_items=self.config.code_batch,
             batch_tokens=self.config.code_batch,
             seed=seed,
@@ -202,66 +194,19 @@ class TIGER(nn.Module):
 
     def code_loss(self, batch: Batch) -> Losses:
         """Compute the quantiser's loss of a batch of items."""
-        _, _, parts = self.quantizer(self.text(as_index(batch.users, self.codes.device)))
-        total = torch.stack(list(parts.values())).sum()
-        count = len(batch.users)
+        _, _, parts = self.quantizer(self.text(as_index(batch.users, self.text.vectors.device)))
+        total, count = torch.stack(list(parts.values())).sum(), len(batch.users)
         return Losses(total, {name: part.detach() for name, part in parts.items()}, count, count)
 
     def _revive(self, epoch: int) -> None:
         if 0 < epoch < 0.9 * self.config.code_epochs:
             self.quantizer.revive(self.text.vectors)
 
-    @torch.no_grad()
     def _take_codes(self, epoch: int) -> None:
         """Give every item its codes, before the first epoch of the T5."""
         if epoch == 0:
-            self.codes.copy_(told_apart(self.quantizer.codes(self.text.vectors), self.config.codes))
-
-    def batches(
-        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> TrainingBatches:
-        """Return prefixes, each with the item after it, in batches of like length."""
-        return TrainingBatches(
-            sequences,
-            supervision="last",
-            max_items=self.config.max_items,
-            negatives=0,
-            item_costs=np.full(self.n_items, self.codes.shape[1]),
-            batch_users=batch_users,
-            batch_tokens=batch_tokens,
-            seed=seed,
-            epoch=epoch,
-            targets_per_user=self.config.targets_per_user,
-        )
-
-    def tokens(self, items: Tensor) -> Tensor:
-        """Return the tokens of items [n]: [n, L + 1]. Every level has tokens of its own."""
-        levels = torch.arange(self.codes.shape[1], device=items.device)
-        return 1 + levels * self.config.codes + self.codes[items]
-
-    def read(self, histories: Ragged) -> tuple[Tensor, Tensor]:
-        """Return the tokens of histories of at most ``max_items`` items, padded on the right:
-        [B, S], and which are real, alike, 1 or 0.
-        """
-        width = self.codes.shape[1]
-        lengths = torch.from_numpy(histories.lengths * width).to(self.codes.device)
-        real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        flat = self.tokens(as_index(histories.values, self.codes.device)).flatten()
-        ids = real.new_full(real.shape, PAD, dtype=torch.int64).masked_scatter(real, flat)
-        return ids, real.long()
-
-    def loss(self, batch: Batch) -> Losses:
-        """Compute the cross-entropy of the next item's tokens, mean over all of them."""
-        ids, real = self.read(batch.histories)
-        said = self.tokens(as_index(batch.targets, ids.device))
-        with torch.autocast(ids.device.type, self.text.dtype, self.text.dtype != torch.float32):
-            found = self.generator(
-                input_ids=ids,
-                attention_mask=real,
-                decoder_input_ids=F.pad(said[:, :-1], (1, 0), value=PAD),
-            )
-        total = F.cross_entropy(found.logits.float().flatten(0, 1), said.flatten())
-        return Losses(total, {"next": total.detach()}, int(real.sum()), real.numel())
+            codes = self.quantizer.codes(self.text.vectors)
+            self.generator.codes.copy_(told_apart(codes, self.config.codes))
 
     # -- inference -------------------------------------------------------------------------------
 
@@ -269,22 +214,7 @@ class TIGER(nn.Module):
         """Return histories -> log-probabilities [B, N] float32 of what the beam found, -inf for all
         other items.
         """
-        tokens = self.tokens(torch.arange(self.n_items, device=self.codes.device)).cpu().numpy()
-        trie = Trie.of(Ragged.from_rows(tokens), self.codes.device)
-
-        def search(rows: Ragged) -> Tensor:
-            decoder = Seq2SeqDecoder(self.generator, *self.read(rows))
-            return item_scores(beam_search(decoder, trie, self.config.beams, len(rows)), trie)
-
-        def score(histories: Ragged) -> Tensor:
-            recent = histories.tail(self.config.max_items)
-            with evaluating(self):
-                parts, order = in_batches(
-                    recent, recent.lengths, search, max_rows=SEARCHED, max_cost=2**15
-                )
-            return torch.cat(parts)[order.to(parts[0].device)]
-
-        return score
+        return self.generator.scorer()
 
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
         """Add items by text alone, recommendable at once, and return their item ints.
@@ -293,8 +223,9 @@ class TIGER(nn.Module):
             DataError: an empty text.
         """
         added = self.text.add(texts)
-        new = self.quantizer.codes(self.text(as_index(added, self.codes.device)))
-        self.codes = told_apart(torch.cat((self.codes[:, :-1], new)), self.config.codes)
+        codes = self.generator.codes[:, :-1]
+        new = self.quantizer.codes(self.text(as_index(added, codes.device)))
+        self.generator.codes = told_apart(torch.cat((codes, new)), self.config.codes)
         return added
 
 

@@ -15,7 +15,7 @@ codes of a level, w size of a code.
 
 from __future__ import annotations
 
-__all__ = ["Quantized", "ResidualQuantizer", "Usage", "balanced", "usage"]
+__all__ = ["Quantized", "ResidualQuantizer", "balanced", "usage"]
 
 import itertools
 import warnings
@@ -27,6 +27,8 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from l2rec.protocols import CodeUsage
 
 KMEANS_ROUNDS = 30
 SINKHORN_ROUNDS = 50
@@ -182,21 +184,7 @@ def balanced(distances: Tensor, epsilon: float) -> Tensor:
     return logits.argmax(-1)
 
 
-@dataclass(frozen=True)
-class Usage:
-    """How N items use their codes.
-
-    used: share of the codes of each level that some item has. perplexity: exp of the entropy of
-    each level, K where all are used alike. collisions: share of the items that share all codes with
-    another.
-    """
-
-    used: list[float]
-    perplexity: list[float]
-    collisions: float
-
-
-def usage(codes: Tensor, count: int) -> Usage:
+def usage(codes: Tensor, count: int) -> CodeUsage:
     """Describe codes [N, L] of ``count`` a level."""
     used, perplexity = [], []
     for level in codes.T:
@@ -204,4 +192,4 @@ def usage(codes: Tensor, count: int) -> Usage:
         used.append(float((share > 0).double().mean()))
         perplexity.append(float(torch.special.entr(share).sum().exp()))
     _, which, sizes = codes.unique(dim=0, return_inverse=True, return_counts=True)
-    return Usage(used, perplexity, float((sizes[which] > 1).double().mean()))
+    return CodeUsage(used, perplexity, float((sizes[which] > 1).double().mean()))
