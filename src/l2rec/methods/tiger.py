@@ -99,6 +99,10 @@ class TIGER(nn.Module):
     Config = TIGERConfig
     uses_backbone = True
     item_tensors = frozenset({"generator.codes"})
+    counts = True
+    """Whether one more code tells items apart that share the quantiser's."""
+    sinkhorn = 0.0
+    """Epsilon of a balanced last level in the quantiser's training; 0: each takes the nearest."""
 
     def __init__(
         self,
@@ -121,10 +125,11 @@ class TIGER(nn.Module):
             levels=config.levels,
             codes=config.codes,
             commitment=config.commitment,
+            sinkhorn=self.sinkhorn,
         )
         self.generator = CodeGenerator(
             len(texts),
-            width=config.levels + 1,
+            width=config.levels + self.counts,
             codes=config.codes,
             dim=config.dim,
             layers=config.layers,
@@ -153,7 +158,7 @@ class TIGER(nn.Module):
 
     def code_usage(self) -> CodeUsage:
         """Describe how the catalog uses the codes of the quantiser."""
-        return usage(self.generator.codes[:, :-1], self.config.codes)
+        return usage(self.generator.codes[:, : self.config.levels], self.config.codes)
 
     # -- training --------------------------------------------------------------------------------
 
@@ -206,7 +211,13 @@ class TIGER(nn.Module):
         """Give every item its codes, before the first epoch of the T5."""
         if epoch == 0:
             codes = self.quantizer.codes(self.text.vectors)
-            self.generator.codes.copy_(told_apart(codes, self.config.codes))
+            self.generator.codes.copy_(self._told_apart(codes, 0))
+
+    def _told_apart(self, codes: Tensor, known: int) -> Tensor:
+        """Return codes [N, width] of items with these of the quantiser [N, L], of which the first
+        ``known`` are in use already.
+        """
+        return told_apart(codes, self.config.codes)
 
     # -- inference -------------------------------------------------------------------------------
 
@@ -223,9 +234,9 @@ class TIGER(nn.Module):
             DataError: an empty text.
         """
         added = self.text.add(texts)
-        codes = self.generator.codes[:, :-1]
+        codes = self.generator.codes[:, : self.config.levels]
         new = self.quantizer.codes(self.text(as_index(added, codes.device)))
-        self.generator.codes = told_apart(torch.cat((codes, new)), self.config.codes)
+        self.generator.codes = self._told_apart(torch.cat((codes, new)), len(codes))
         return added
 
 

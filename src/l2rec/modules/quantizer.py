@@ -15,7 +15,7 @@ codes of a level, w size of a code.
 
 from __future__ import annotations
 
-__all__ = ["Quantized", "ResidualQuantizer", "balanced", "usage"]
+__all__ = ["Quantized", "ResidualQuantizer", "balanced", "centres", "usage"]
 
 import itertools
 import warnings
@@ -82,8 +82,7 @@ class ResidualQuantizer(nn.Module):
         """
         residual = self.encoder(x)
         for level, book in enumerate(self.codebooks):
-            rng = np.random.default_rng([seed, level])
-            book.copy_(_centres(residual, len(book), rng))
+            book.copy_(centres(residual, len(book), seed=[seed, level]))
             residual = residual - book[_nearest(residual, book)]
 
     @torch.no_grad()
@@ -131,12 +130,19 @@ class ResidualQuantizer(nn.Module):
         }
         return straight, found, parts
 
-    @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Return the codes [n, L] int64 of vectors x [n, d], each the nearest."""
+        return self._found(x).codes
+
+    def residuals(self, x: Tensor) -> Tensor:
+        """Return r_{l-1} [n, L, w] of vectors x [n, d]."""
+        return self._found(x).residuals
+
+    @torch.no_grad()
+    def _found(self, x: Tensor) -> Quantized:
         mode = self.training
         try:
-            return self.eval().quantize(self.encoder(x)).codes
+            return self.eval().quantize(self.encoder(x))
         finally:
             self.train(mode)
 
@@ -155,7 +161,11 @@ def _nearest(x: Tensor, book: Tensor) -> Tensor:
         return (book.square().sum(-1) - 2 * x @ book.T).argmin(-1)
 
 
-def _centres(x: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+def centres(x: Tensor, count: int, *, seed: int | Sequence[int]) -> Tensor:
+    """Return ``count`` centres of k-means over x [n, w]. With fewer vectors than centres, the
+    vectors and some drawn around them.
+    """
+    rng = np.random.default_rng(seed)
     points = x.double().cpu().numpy()
     if len(points) <= count:
         spread = points.std(0) + 1e-3
@@ -165,8 +175,8 @@ def _centres(x: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     start = points[rng.choice(len(points), count, replace=False)]
     with warnings.catch_warnings():  # a centre that loses all points stays where it is
         warnings.filterwarnings("ignore", message="One of the clusters is empty")
-        centres, _ = kmeans2(points, start, iter=KMEANS_ROUNDS, minit="matrix", missing="warn")
-    return torch.from_numpy(centres).to(x)
+        found, _ = kmeans2(points, start, iter=KMEANS_ROUNDS, minit="matrix", missing="warn")
+    return torch.from_numpy(found).to(x)
 
 
 def balanced(distances: Tensor, epsilon: float) -> Tensor:
