@@ -3,7 +3,7 @@
     encoder: codes of the newest items, one token each    decoder: the codes of the next item
     score of an item: log-probability of its codes, by beam search in the trie of the catalog
 
-Every level of a code has tokens of its own. Legend: B users, N items, L codes of an item, K codes
+Legend: B users, N items, L codes of an item, K codes
 of a level, S tokens of a history.
 """
 
@@ -37,7 +37,8 @@ class CodeGenerator(nn.Module):
             layers of the encoder and as many of the decoder.
         max_items: most items of a history that are read. targets_per_user: positions of a sequence
             that are predicted in an epoch, drawn anew in each. beams: codes kept while searching.
-        dtype: of matrix products in training.
+        dtype: of matrix products in training. own_tokens: every level of a code has tokens of its
+            own. whole_words: tokens of one item share a vector, by its place in the history.
     """
 
     def __init__(
@@ -56,14 +57,19 @@ class CodeGenerator(nn.Module):
         targets_per_user: int,
         beams: int,
         dtype: torch.dtype,
+        own_tokens: bool = True,
+        whole_words: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("codes", torch.zeros(items, width, dtype=torch.int64))
         self.codes: Tensor
-        self._per_level, self._max_items, self._beams = codes, max_items, beams
+        self._max_items, self._beams = max_items, beams
+        shifts = torch.arange(width) * codes * own_tokens
+        self.register_buffer("shifts", shifts, persistent=False)
+        self.shifts: Tensor
         self._targets_per_user, self._dtype = targets_per_user, dtype
         config = T5Config(
-            vocab_size=1 + width * codes,
+            vocab_size=1 + codes + int(shifts[-1]),
             d_model=dim,
             d_kv=head_dim,
             d_ff=inner,
@@ -76,24 +82,28 @@ class CodeGenerator(nn.Module):
         )
         config.decoder_start_token_id = PAD
         self.t5 = T5ForConditionalGeneration(config)
+        self.words = nn.Embedding(max_items, dim) if whole_words else None
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def tokens(self, items: Tensor) -> Tensor:
         """Return the tokens of items [n]: [n, L] int64."""
-        levels = torch.arange(self.codes.shape[1], device=items.device)
-        return 1 + levels * self._per_level + self.codes[items]
+        return 1 + self.shifts + self.codes[items]
 
     def read(self, histories: Ragged) -> tuple[Tensor, Tensor]:
-        """Return the tokens of histories, padded on the right: [B, S] int64, and which are real,
-        alike, 1 or 0.
+        """Return the prompts of histories, padded on the right: tokens [B, S] int64 or, with whole
+        words, vectors [B, S, dim]; and which are real, [B, S], 1 or 0.
         """
-        lengths = torch.from_numpy(histories.lengths * self.codes.shape[1]).to(self.codes.device)
+        width = self.codes.shape[1]
+        lengths = torch.from_numpy(histories.lengths * width).to(self.codes.device)
         real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
         flat = self.tokens(as_index(histories.values, self.codes.device)).flatten()
         ids = real.new_full(real.shape, PAD, dtype=torch.int64).masked_scatter(real, flat)
-        return ids, real.long()
+        if self.words is None:
+            return ids, real.long()
+        place = torch.arange(real.shape[1], device=ids.device) // width
+        return self.t5.shared(ids) + self.words(place), real.long()
 
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
@@ -114,11 +124,12 @@ class CodeGenerator(nn.Module):
 
     def loss(self, batch: Batch) -> Losses:
         """Compute the cross-entropy of the next item's tokens, mean over all of them."""
-        ids, real = self.read(batch.histories)
-        said = self.tokens(as_index(batch.targets, ids.device))
-        with torch.autocast(ids.device.type, self._dtype, self._dtype != torch.float32):
+        prompts, real = self.read(batch.histories)
+        said = self.tokens(as_index(batch.targets, real.device))
+        given = "input_ids" if self.words is None else "inputs_embeds"
+        with torch.autocast(real.device.type, self._dtype, self._dtype != torch.float32):
             found = self.t5(
-                input_ids=ids,
+                **{given: prompts},
                 attention_mask=real,
                 decoder_input_ids=F.pad(said[:, :-1], (1, 0), value=PAD),
             )
