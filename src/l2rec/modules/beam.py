@@ -5,13 +5,12 @@ normalised over the whole vocabulary: what Transformers' ``generate`` computes w
 ``prefix_allowed_tokens_fn`` and a length penalty of 0. Nothing outside of the catalog can come out,
 and no beam is lost on it.
 
-    Seq2SeqDecoder   T5 and its like: the prompt's keys and values are computed once for a user and
-                     shared by all beams
-    CausalDecoder    decoder-only models: the prompt is read once, each beam's token attends to the
-                     prompt and to its own ancestors
+    Seq2SeqDecoder   T5
+    CausalDecoder    decoder-only models
 
-In both all beams of a user stand in one row, so that neither the prompt nor its keys are copied for
-every beam, and a step of all beams is one pass. Legend: B users, K beams, V vocabulary, N items.
+In both the prompt is read once, and all beams of a user stand in one row: a step is one token of
+each, which sees the prompt and its own ancestors. Neither the prompt's keys and values nor those of
+a beam are ever copied. Legend: B users, K beams, V vocabulary, N items.
 """
 
 from __future__ import annotations
@@ -90,61 +89,86 @@ def item_scores(beams: Beams, trie: Trie) -> Tensor:
     return found[:, trie.leaf]
 
 
+class _Ancestors:
+    """Which tokens each beam goes on from: the tokens of all beams, step by step, in one row.
+
+    seen: [B, K, tokens so far] bool, which of them a beam sees: its ancestors and itself.
+    """
+
+    def __init__(self, users: int, device: torch.device) -> None:
+        self.seen = torch.empty(users, 1, 0, dtype=torch.bool, device=device)
+
+    def follow(self, parents: Tensor) -> Tensor:
+        """Add one token of each beam, that goes on from the beams ``parents`` [B, K] of the step
+        before; return ``seen``.
+        """
+        users, beams = parents.shape
+        before = self.seen.gather(1, parents[..., None].expand(-1, -1, self.seen.shape[-1]))
+        itself = torch.eye(beams, dtype=torch.bool, device=parents.device)
+        self.seen = torch.cat((before, itself.expand(users, -1, -1)), dim=-1)
+        return self.seen
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what attention adds to scores for what may be seen, alike: 0, or the least number."""
+    added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return added.masked_fill(~seen, torch.finfo(dtype).min)
+
+
 class Seq2SeqDecoder:
-    """Beams of an encoder-decoder model with positions relative to one another (T5).
+    """Beams of a T5.
+
+    Its positions are distances between places in a row, which are not those of tokens that stand
+    beside each other's: the blocks are called one by one, with the bias of the true distances.
 
     Args:
-        model: with ``encoder``, ``decoder`` and ``lm_head``. prompts: [B, S] token ids or vectors
-            [B, S, d]. real: [B, S], 1 where a prompt has a token.
+        model: a T5 with ``lm_head``. prompts: [B, S] token ids or vectors [B, S, d]. real: [B, S],
+            1 where a prompt has a token.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Tensor, real: Tensor) -> None:
-        self._model, self._real = model, real
+        self._model, self._decoder = model, model.get_decoder()
         given = "input_ids" if prompts.ndim == 2 else "inputs_embeds"
         read = model.get_encoder()(**{given: prompts}, attention_mask=real)
         self._states = read.last_hidden_state
-        self._cross: Any = DynamicCache()
-        begin = model.config.decoder_start_token_id
-        self._rows = prompts.new_full((len(prompts), 1, 1), begin, dtype=torch.int64)
+        self._prompt_seen = _added(real.bool()[:, None, None], self._states.dtype)
+        self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self._ancestors = _Ancestors(len(real), real.device)
+        self._depths = torch.empty(0, dtype=torch.int64, device=real.device)
 
     def start(self) -> Tensor:
         """Read the token that every answer begins with."""
-        return self._last()
+        first = torch.zeros_like(self._prompt_seen[:, 0, 0, :1], dtype=torch.int64)
+        return self._read(first + self._model.config.decoder_start_token_id, first)
 
     def extend(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Read all beams anew, a few tokens each: cheaper than to move their keys about."""
-        rows = self._rows.gather(1, parents[..., None].expand(-1, -1, self._rows.shape[-1]))
-        self._rows = torch.cat((rows, tokens.clamp_min(0)[..., None]), dim=-1)
-        return self._last()
+        """Read one token of each beam."""
+        return self._read(tokens.clamp_min(0), parents)
 
-    def _last(self) -> Tensor:
-        """Return the logits after the last token of every beam, [B, K, V]."""
-        users, beams, length = self._rows.shape
-        cache = EncoderDecoderCache(DynamicCache(), self._cross)
-        states = self._model.get_decoder()(
-            input_ids=self._rows.flatten(1),
-            attention_mask=_apart(beams, length, self._states).expand(users, -1, -1, -1),
-            encoder_hidden_states=self._states,
-            encoder_attention_mask=self._real,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state.view(users, beams, length, -1)[:, :, -1]
-        self._cross = cache.cross_attention_cache
-        if getattr(self._model.config, "scale_decoder_outputs", False):  # T5
+    def _read(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        seen = _added(self._ancestors.follow(parents)[:, None], self._states.dtype)
+        depth = int(self._depths[-1]) + 1 if len(self._depths) else 0
+        self._depths = torch.cat((self._depths, self._depths.new_full(tokens.shape[1:], depth)))
+        blocks: Any = self._decoder.block
+        distances = blocks[0].layer[0].SelfAttention.compute_bias(depth + 1, depth + 1)
+        bias = distances[:, :, -1:].index_select(-1, self._depths)
+        states = self._decoder.embed_tokens(tokens)
+        across = None
+        for block in blocks:
+            states, _, across = block(
+                states,
+                seen,
+                bias,
+                self._states,
+                self._prompt_seen,
+                across,
+                past_key_values=self._cache,
+            )
+        states = self._decoder.final_layer_norm(states)
+        if getattr(self._model.config, "scale_decoder_outputs", False):
             states = states * self._model.config.d_model**-0.5
         logits: Tensor = self._model.get_output_embeddings()(states)
         return logits
-
-
-def _apart(beams: int, length: int, like: Tensor) -> Tensor:
-    """Return what attention adds for beams that stand one after the other, [1, 1, K t, K t]: each
-    token sees those of its own beam up to itself. Positions count from key to query, and are right
-    within a beam wherever it stands.
-    """
-    own = torch.ones(length, length, dtype=torch.bool, device=like.device).tril()
-    seen = torch.block_diag(*[own] * beams)
-    added = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
-    return added.masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]
 
 
 class CausalDecoder:
@@ -159,43 +183,35 @@ class CausalDecoder:
         self._model, self._real = model, real.bool()
         self._prompts = prompts
         self._cache = DynamicCache()
-        self._length = real.sum(-1)  # place of the next token
-        # Who sees whom among the tokens after the prompt, [B, K, tokens so far].
-        self._seen = torch.empty(0)
+        self._ancestors = _Ancestors(len(real), real.device)
+        self._place = real.sum(-1)  # of the next token
 
     def start(self) -> Tensor:
         """Read the prompts."""
-        place = (self._real.cumsum(-1) - 1).clamp_min(0)
         given = "input_ids" if self._prompts.ndim == 2 else "inputs_embeds"
         found = self._model(
             **{given: self._prompts},
             attention_mask=self._real.long(),
-            position_ids=place,
+            position_ids=(self._real.cumsum(-1) - 1).clamp_min(0),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self._seen = self._real[:, None, :0]
         logits: Tensor = found.logits[:, -1:]
         return logits
 
     def extend(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Read one token of each beam, all in one row."""
-        users, beams = tokens.shape
-        before = self._seen.gather(1, parents[..., None].expand(-1, -1, self._seen.shape[-1]))
-        itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(users, -1, -1)
-        self._seen = torch.cat((before, itself), dim=-1)
+        """Read one token of each beam."""
+        beams = tokens.shape[1]
         prompt = self._real[:, None].expand(-1, beams, -1)
-        seen = torch.cat((prompt, self._seen), dim=-1)[:, None]
-        dtype = self._model.dtype
-        added = torch.zeros(seen.shape, dtype=dtype, device=tokens.device)
+        seen = torch.cat((prompt, self._ancestors.follow(parents)), dim=-1)[:, None]
         found = self._model(
             input_ids=tokens.clamp_min(0),
-            attention_mask=added.masked_fill(~seen, torch.finfo(dtype).min),
-            position_ids=self._length[:, None].expand(-1, beams),
+            attention_mask=_added(seen, self._model.dtype),
+            position_ids=self._place[:, None].expand(-1, beams),
             past_key_values=self._cache,
             use_cache=True,
         )
-        self._length = self._length + 1
+        self._place = self._place + 1
         logits: Tensor = found.logits
         return logits
