@@ -32,7 +32,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.evaluation.ranking import top_k
 from l2rec.methods.sasrec import SASRec, SASRecConfig
 from l2rec.modules.beam import Seq2SeqDecoder, beam_search
-from l2rec.modules.code_generator import PAD, SEARCHED, CodeGenerator
+from l2rec.modules.code_generator import PAD, SEARCHED, CodeGenerator, GeneratorConfig
 from l2rec.modules.trie import Trie
 from l2rec.protocols import inner_product_scorer
 
@@ -55,19 +55,7 @@ class Task:
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
         model = CodeGenerator(
-            n_items,
-            width=4,
-            codes=CODES,
-            dim=128,
-            layers=4,
-            heads=6,
-            head_dim=64,
-            inner=1024,
-            dropout=0.1,
-            max_items=20,
-            targets_per_user=1,
-            beams=BEAMS,
-            dtype=torch.float32,
+            GeneratorConfig(beams=BEAMS), n_items, width=4, codes=CODES, dtype=torch.float32
         ).eval()
         found = rng.integers(CODES, size=(n_items, 3))
         model.codes.copy_(torch.from_numpy(np.column_stack((found, np.arange(n_items) % CODES))))

@@ -37,13 +37,12 @@ from torch.nn import functional as F
 
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
-from l2rec.data.ragged import Ragged
 from l2rec.methods.sasrec import SASRec, SASRecConfig
 from l2rec.methods.tiger import TIGER, TIGERConfig
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.quantizer import centres
 from l2rec.modules.sequences import as_index
-from l2rec.protocols import EpochBatches, Losses, Stage, decayed
+from l2rec.protocols import Losses, Stage
 
 
 class LETTERConfig(TIGERConfig):
@@ -90,24 +89,8 @@ class LETTER(TIGER):
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
         """Return SASRec's stage, then TIGER's two."""
-        sasrec = Stage(
-            "SASRec, for its item vectors",
-            decayed(self.sasrec.parameters(), self.config.sasrec_lr, 0.0),
-            self._sasrec_batches,
-            self.sasrec.loss,
-            validates=self.sasrec,
-            epochs=self.config.sasrec_epochs,
-        )
+        sasrec = self.sasrec.for_vectors(self.config.sasrec_lr, self.config.sasrec_epochs)
         return [sasrec, *super().stages(lr, weight_decay)]
-
-    def _sasrec_batches(
-        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> EpochBatches:
-        """Return batches of a size for SASRec."""
-        del batch_users, batch_tokens
-        return self.sasrec.batches(
-            sequences, seed=seed, epoch=epoch, batch_users=1024, batch_tokens=16384
-        )
 
     def _revive(self, epoch: int) -> None:
         super()._revive(epoch)

@@ -41,46 +41,26 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.code_generator import CodeGenerator
+from l2rec.modules.code_generator import CodeGenerator, GeneratorConfig
 from l2rec.modules.sequences import stacked
 from l2rec.protocols import Scorer, Stage, decayed
 
 logger = logging.getLogger("l2rec")
 
 
-class P5Config(BaseModel):
+class P5Config(GeneratorConfig):
     """Options of P5."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     index: Literal["sequential", "random", "leaky"] = "sequential"
     """How items are numbered."""
     digits: int = Field(100, ge=2)
     """Values of one token of a number: 100 are two decimal digits, as a word piece often has."""
-    dim: int = Field(128, ge=1)
-    """Width of the T5's states."""
-    layers: int = Field(4, ge=1)
-    """Layers of its encoder, and of its decoder."""
-    heads: int = Field(6, ge=1)
-    """Attention heads."""
-    head_dim: int = Field(64, ge=1)
-    """Width of a head."""
-    inner: int = Field(1024, ge=1)
-    """Width of its feed-forward parts."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout rate."""
-    max_items: int = Field(20, ge=1)
-    """Most items of a history that are read, the newest."""
-    targets_per_user: int = Field(1, ge=1)
-    """Positions of a user's sequence that are predicted in an epoch, drawn anew in each."""
-    beams: int = Field(50, ge=1)
-    """Numbers that are kept while searching, and items that are ranked at the end."""
 
 
 class P5(nn.Module):
@@ -104,18 +84,10 @@ class P5(nn.Module):
         while config.digits**width < count:
             width += 1
         self.generator = CodeGenerator(
+            config,
             count,
             width=width,
             codes=config.digits,
-            dim=config.dim,
-            layers=config.layers,
-            heads=config.heads,
-            head_dim=config.head_dim,
-            inner=config.inner,
-            dropout=config.dropout,
-            max_items=config.max_items,
-            targets_per_user=config.targets_per_user,
-            beams=config.beams,
             dtype=torch.float32,
             own_tokens=False,
             whole_words=True,

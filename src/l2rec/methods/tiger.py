@@ -31,24 +31,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.code_generator import CodeGenerator
+from l2rec.modules.code_generator import CodeGenerator, GeneratorConfig
 from l2rec.modules.frozen_text import FrozenText
 from l2rec.modules.quantizer import ResidualQuantizer, usage
 from l2rec.modules.sequences import ItemBatches, as_index
 from l2rec.protocols import CodeUsage, Losses, Scorer, Stage, decayed
 
 
-class TIGERConfig(BaseModel):
+class TIGERConfig(GeneratorConfig):
     """Options of TIGER."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     # semantic ids
     text_tokens: int = Field(128, ge=1)
@@ -71,26 +69,6 @@ class TIGERConfig(BaseModel):
     """Most items of its batches."""
     code_lr: float = Field(1e-3, gt=0)
     """Learning rate of the quantiser."""
-
-    # the T5
-    dim: int = Field(128, ge=1)
-    """Width of its states."""
-    layers: int = Field(4, ge=1)
-    """Layers of its encoder, and of its decoder."""
-    heads: int = Field(6, ge=1)
-    """Attention heads."""
-    head_dim: int = Field(64, ge=1)
-    """Width of a head."""
-    inner: int = Field(1024, ge=1)
-    """Width of its feed-forward parts."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout rate."""
-    max_items: int = Field(20, ge=1)
-    """Most items of a history that are read, the newest."""
-    targets_per_user: int = Field(1, ge=1)
-    """Positions of a user's sequence that are predicted in an epoch, drawn anew in each."""
-    beams: int = Field(50, ge=1)
-    """Codes that are kept while searching, and items that are ranked at the end."""
 
 
 class TIGER(nn.Module):
@@ -128,18 +106,10 @@ class TIGER(nn.Module):
             sinkhorn=self.sinkhorn,
         )
         self.generator = CodeGenerator(
+            config,
             len(texts),
             width=config.levels + self.counts,
             codes=config.codes,
-            dim=config.dim,
-            layers=config.layers,
-            heads=config.heads,
-            head_dim=config.head_dim,
-            inner=config.inner,
-            dropout=config.dropout,
-            max_items=config.max_items,
-            targets_per_user=config.targets_per_user,
-            beams=config.beams,
             dtype=backbone.dtype,
         )
         if backbone.device.type != "meta":

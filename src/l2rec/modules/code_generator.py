@@ -9,10 +9,11 @@ of a level, S tokens of a history.
 
 from __future__ import annotations
 
-__all__ = ["CodeGenerator"]
+__all__ = ["CodeGenerator", "GeneratorConfig"]
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
@@ -29,33 +30,47 @@ SEARCHED = 64
 """Histories whose beams are searched at once."""
 
 
+class GeneratorConfig(BaseModel):
+    """Options of the T5, for the methods that have one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dim: int = Field(128, ge=1)
+    """Width of the T5's states."""
+    layers: int = Field(4, ge=1)
+    """Layers of its encoder, and of its decoder."""
+    heads: int = Field(6, ge=1)
+    """Attention heads."""
+    head_dim: int = Field(64, ge=1)
+    """Width of a head."""
+    inner: int = Field(1024, ge=1)
+    """Width of its feed-forward parts."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout rate."""
+    max_items: int = Field(20, ge=1)
+    """Most items of a history that are read, the newest."""
+    targets_per_user: int = Field(1, ge=1)
+    """Positions of a user's sequence that are predicted in an epoch, drawn anew in each."""
+    beams: int = Field(50, ge=1)
+    """Codes that are kept while searching, and items that are ranked at the end."""
+
+
 class CodeGenerator(nn.Module):
     """Codes of the catalog, ``codes`` [N, L] int64, and the T5 on them.
 
     Args:
-        items: N. width: L. codes: K. dim, layers, heads, head_dim, inner, dropout: of the T5,
-            layers of the encoder and as many of the decoder.
-        max_items: most items of a history that are read. targets_per_user: positions of a sequence
-            that are predicted in an epoch, drawn anew in each. beams: codes kept while searching.
+        config: options. items: N. width: L. codes: K.
         dtype: of matrix products in training. own_tokens: every level of a code has tokens of its
             own. whole_words: tokens of one item share a vector, by its place in the history.
     """
 
     def __init__(
         self,
+        config: GeneratorConfig,
         items: int,
         *,
         width: int,
         codes: int,
-        dim: int,
-        layers: int,
-        heads: int,
-        head_dim: int,
-        inner: int,
-        dropout: float,
-        max_items: int,
-        targets_per_user: int,
-        beams: int,
         dtype: torch.dtype,
         own_tokens: bool = True,
         whole_words: bool = False,
@@ -63,26 +78,25 @@ class CodeGenerator(nn.Module):
         super().__init__()
         self.register_buffer("codes", torch.zeros(items, width, dtype=torch.int64))
         self.codes: Tensor
-        self._max_items, self._beams = max_items, beams
+        self._config, self._dtype = config, dtype
         shifts = torch.arange(width) * codes * own_tokens
         self.register_buffer("shifts", shifts, persistent=False)
         self.shifts: Tensor
-        self._targets_per_user, self._dtype = targets_per_user, dtype
-        config = T5Config(
+        t5 = T5Config(
             vocab_size=1 + codes + int(shifts[-1]),
-            d_model=dim,
-            d_kv=head_dim,
-            d_ff=inner,
-            num_layers=layers,
-            num_heads=heads,
-            dropout_rate=dropout,
+            d_model=config.dim,
+            d_kv=config.head_dim,
+            d_ff=config.inner,
+            num_layers=config.layers,
+            num_heads=config.heads,
+            dropout_rate=config.dropout,
             feed_forward_proj="relu",
             pad_token_id=PAD,
             eos_token_id=None,
         )
-        config.decoder_start_token_id = PAD
-        self.t5 = T5ForConditionalGeneration(config)
-        self.words = nn.Embedding(max_items, dim) if whole_words else None
+        t5.decoder_start_token_id = PAD
+        self.t5 = T5ForConditionalGeneration(t5)
+        self.words = nn.Embedding(config.max_items, config.dim) if whole_words else None
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -112,14 +126,14 @@ class CodeGenerator(nn.Module):
         return TrainingBatches(
             sequences,
             supervision="last",
-            max_items=self._max_items,
+            max_items=self._config.max_items,
             negatives=0,
             item_costs=np.full(len(self), self.codes.shape[1]),
             batch_users=batch_users,
             batch_tokens=batch_tokens,
             seed=seed,
             epoch=epoch,
-            targets_per_user=self._targets_per_user,
+            targets_per_user=self._config.targets_per_user,
         )
 
     def loss(self, batch: Batch) -> Losses:
@@ -145,10 +159,10 @@ class CodeGenerator(nn.Module):
 
         def search(rows: Ragged) -> Tensor:
             decoder = Seq2SeqDecoder(self.t5, *self.read(rows))
-            return item_scores(beam_search(decoder, trie, self._beams, len(rows)), trie)
+            return item_scores(beam_search(decoder, trie, self._config.beams, len(rows)), trie)
 
         def score(histories: Ragged) -> Tensor:
-            recent = histories.tail(self._max_items)
+            recent = histories.tail(self._config.max_items)
             with evaluating(self):
                 parts, order = in_batches(
                     recent, recent.lengths, search, max_rows=SEARCHED, max_cost=2**15
