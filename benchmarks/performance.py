@@ -81,6 +81,7 @@ PARTS = (
     Part("padding", "data"),
     Part("encoding", "data"),
     Part("ranking", "data"),
+    Part("decoding"),
     Part("preparation"),
     Part("startup"),
     Part("precision", "runs"),

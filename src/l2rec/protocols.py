@@ -26,6 +26,8 @@ from __future__ import annotations
 __all__ = [
     "Cached",
     "Calibrated",
+    "CodeUsage",
+    "Coded",
     "Costed",
     "Embedder",
     "EpochBatches",
@@ -295,6 +297,29 @@ class Inspectable(Protocol):
 
     def expert_load(self, histories: Ragged) -> ExpertLoad | None:
         """Return where the tokens of these histories went; None without experts."""
+        ...
+
+
+@dataclass(frozen=True)
+class CodeUsage:
+    """How N items use the codes that a quantiser gave them.
+
+    used: share of the codes of each level that some item has. perplexity: exp of the entropy of
+    each level, the number of its codes where all are used alike. collisions: share of the items
+    that share all codes with another.
+    """
+
+    used: list[float]
+    perplexity: list[float]
+    collisions: float
+
+
+@runtime_checkable
+class Coded(Protocol):
+    """A method to which an item is a few codes."""
+
+    def code_usage(self) -> CodeUsage:
+        """Return how the catalog uses the codes."""
         ...
 
 

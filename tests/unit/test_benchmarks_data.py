@@ -127,6 +127,16 @@ def test_the_peer_of_ranking_finds_the_same_items() -> None:
     assert len(ranking.goals(rows[1])) == 2
 
 
+def test_the_peer_of_decoding_finds_the_same_items() -> None:
+    decoding = script("decoding")
+    task = decoding.Task.random(60, 3)
+    theirs, ours = (found() for found in decoding.contenders(task).values())
+    assert torch.equal(theirs, ours) and ours.shape == (3, decoding.BEAMS, 4)
+    for rivals in (decoding.contenders(task), decoding.lists(task)):
+        rows = decoding.measure(rivals, 3, 1, lambda name: 1.0)
+        assert finite(rows) and rows[0]["ratio"] == 1.0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peer_of_the_loss_has_the_same_gradients(dtype: str) -> None:
     loss = script("loss")

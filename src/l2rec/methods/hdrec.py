@@ -80,7 +80,7 @@ from l2rec.modules.sequences import (
     stacked,
 )
 from l2rec.modules.views import Segments, semantic_tokens
-from l2rec.protocols import EpochBatches, Losses, Scorer, Stage, decayed
+from l2rec.protocols import Losses, Scorer, Stage, decayed
 
 Side = Literal["text", "id"]
 DOMINANT = ("text", "id", "both")
@@ -475,16 +475,7 @@ class HDRec(nn.Module):
         stages = []
         frozen: set[nn.Parameter] = set()
         if self._has_ids and self.config.pretrained_id:
-            stages.append(
-                Stage(
-                    "SASRec, for its item vectors",
-                    decayed(self.sasrec.parameters(), self.config.sasrec_lr, 0.0),
-                    self._sasrec_batches,
-                    self.sasrec.loss,
-                    validates=self.sasrec,
-                    epochs=self.config.sasrec_epochs,
-                )
-            )
+            stages.append(self.sasrec.for_vectors(self.config.sasrec_lr, self.config.sasrec_epochs))
         if self._has_ids and self.config.design != "late":
             frozen |= set(self.sasrec.encoder.parameters())
             if self.config.pretrained_id:
@@ -494,15 +485,6 @@ class HDRec(nn.Module):
             rest = [p for p in rest if p is not self.align]
         stages.append(Stage("adapters", decayed(rest, lr, weight_decay), self.batches, self.loss))
         return stages
-
-    def _sasrec_batches(
-        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
-    ) -> EpochBatches:
-        """Return batches of a size for SASRec; those of the language model are too small for it."""
-        del batch_users, batch_tokens
-        return self.sasrec.batches(
-            sequences, seed=seed, epoch=epoch, batch_users=1024, batch_tokens=16384
-        )
 
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int

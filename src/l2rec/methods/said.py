@@ -30,7 +30,7 @@ from __future__ import annotations
 
 __all__ = ["SAID", "SAIDConfig", "standardised"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rec.data.batches import Batch, plan_batches
+from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import tokenize
@@ -54,13 +54,13 @@ from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.objectives import catalog_loss
 from l2rec.modules.sequences import (
+    ItemBatches,
     as_index,
     catalog_rows,
     encode_rows,
     last_of,
     newest_state,
     next_item_batches,
-    one_each,
     pad,
 )
 from l2rec.modules.views import semantic_tokens
@@ -127,44 +127,6 @@ class SAIDConfig(BaseModel):
     def _consistent(self) -> SAIDConfig:
         check_heads(self.dim, self.heads)
         return self
-
-
-class ItemBatches:
-    """Batches of one epoch of stage 1: every item that has a text, once.
-
-    A batch has the items as its ``users`` and as its ``histories`` of one item each.
-
-    Args:
-        lengths: [N] int64 tokens of each item.
-        batch_items: most items of a batch.
-        batch_tokens: most tokens of a batch.
-        seed, epoch: of the order.
-    """
-
-    def __init__(
-        self,
-        lengths: npt.NDArray[np.int64],
-        *,
-        batch_items: int,
-        batch_tokens: int,
-        seed: int,
-        epoch: int,
-    ) -> None:
-        self._items = np.flatnonzero(lengths)
-        rng = np.random.default_rng([seed, epoch])
-        self._plan = plan_batches(
-            lengths[self._items], rng, max_rows=batch_items, max_cost=batch_tokens
-        )
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Yield batches ``start``, ``start + 1``, ... of the epoch."""
-        for rows in self._plan[start:]:
-            items = self._items[rows]
-            no_negatives = np.zeros((len(items), 0), dtype=np.int32)
-            yield Batch(items, one_each(items), items[:0], no_negatives)
 
 
 class SAID(nn.Module):

@@ -38,7 +38,7 @@ from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.losses import binary_loss, negative_scores, sampled_softmax_loss
 from l2rec.modules.sequences import newest_state, next_item_batches, pad
-from l2rec.protocols import Losses, Stage, UserEncoder, decayed
+from l2rec.protocols import EpochBatches, Losses, Stage, UserEncoder, decayed
 
 
 class SASRecConfig(BaseModel):
@@ -120,6 +120,28 @@ class SASRec(ItemTable):
         return [
             Stage("train", decayed(self.parameters(), lr, weight_decay), self.batches, self.loss)
         ]
+
+    def for_vectors(self, lr: float, epochs: int) -> Stage:
+        """Return a stage of a method that only wants the item vectors, with batches of a size for
+        SASRec, whatever that of the method is.
+        """
+
+        def batches(
+            sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+        ) -> EpochBatches:
+            del batch_users, batch_tokens
+            return self.batches(
+                sequences, seed=seed, epoch=epoch, batch_users=1024, batch_tokens=16384
+            )
+
+        return Stage(
+            "SASRec, for its item vectors",
+            decayed(self.parameters(), lr, 0.0),
+            batches,
+            self.loss,
+            validates=self,
+            epochs=epochs,
+        )
 
     def loss(self, batch: Batch) -> Losses:
         """Compute the next-item loss, mean over all positions of the batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "FEW_ROWS",
+    "ItemBatches",
     "as_index",
     "catalog_rows",
     "check_new_texts",
@@ -31,7 +32,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from l2rec.data.batches import TrainingBatches, plan_batches
+from l2rec.data.batches import Batch, TrainingBatches, plan_batches
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.errors import DataError
 from l2rec.protocols import MakeBatches, UserEncoder
@@ -105,6 +106,50 @@ def history_cells(
     cells = np.unique(rows * n_items + histories.values[flat_index(starts, counts)])
     row, column = (torch.from_numpy(part.astype(np.int64)) for part in divmod(cells, n_items))
     return row, column
+
+
+class ItemBatches:
+    """Batches of one epoch of a stage that learns from items, not from events.
+
+    A batch has the items as its ``users`` and as its ``histories`` of one item each.
+
+    Args:
+        lengths: [N] int64 tokens of each item; one without any is left out.
+        batch_items: most items of a batch.
+        batch_tokens: most tokens of a batch.
+        seed, epoch: of the order.
+        passes: over the items, each in an order of its own.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int64],
+        *,
+        batch_items: int,
+        batch_tokens: int,
+        seed: int,
+        epoch: int,
+        passes: int = 1,
+    ) -> None:
+        self._items = np.flatnonzero(lengths)
+        rng = np.random.default_rng([seed, epoch])
+        self._plan = [
+            rows
+            for _ in range(passes)
+            for rows in plan_batches(
+                lengths[self._items], rng, max_rows=batch_items, max_cost=batch_tokens
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """Yield batches ``start``, ``start + 1``, ... of the epoch."""
+        for rows in self._plan[start:]:
+            items = self._items[rows]
+            no_negatives = np.zeros((len(items), 0), dtype=np.int32)
+            yield Batch(items, one_each(items), items[:0], no_negatives)
 
 
 @contextmanager

@@ -70,8 +70,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the model's state without those of the frozen backbone."""
-    return {n: t for n, t in model.state_dict().items() if not n.startswith("backbone.")}
+    """Return the tensors of the model's state without those of the frozen backbone, each once
+    where several modules share it.
+    """
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name in once and not name.startswith("backbone.")
+    }
 
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

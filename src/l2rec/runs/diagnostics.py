@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["diagnose", "gate_histogram"]
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from l2rec.data.dataset import Dataset
 from l2rec.data.splits import Cases, Split
 from l2rec.evaluation.ranking import top_k
-from l2rec.protocols import Inspectable
+from l2rec.protocols import Coded, Inspectable
 from l2rec.runs.predictor import Predictor
 
 BINS = 20
@@ -35,7 +36,8 @@ def diagnose(predictor: Predictor, split: Split, dataset: Dataset) -> dict[str, 
     """Look into a model with test histories: what diagnostics.json holds.
 
     ``matrices``, ``experts``, ``user_share``: `ExpertLoad`, of a model with experts. ``gate``:
-    `gate_histogram`, of a model with a gate. ``examples``: recommendations.
+    `gate_histogram`, of a model with a gate. ``codes``: `CodeUsage`, of one whose items are codes.
+    ``examples``: recommendations.
     """
     model = predictor.model
     cases = split.test
@@ -56,6 +58,8 @@ def diagnose(predictor: Predictor, split: Split, dataset: Dataset) -> dict[str, 
         _, gates = model.users_and_gates(histories)
         if gates is not None:
             result["gate"] = gate_histogram(gates.cpu().numpy())
+    if isinstance(model, Coded):
+        result["codes"] = asdict(model.code_usage())
     some = sample[:: max(1, len(sample) // EXAMPLES)][:EXAMPLES]
     result["examples"] = _examples(predictor, cases, dataset, some)
     return result

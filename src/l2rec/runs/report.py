@@ -278,6 +278,16 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """What a quantiser's codes are used for: of each level its name, the share of its codes that
+    items have, and its perplexity; and the share of items that share all codes with another.
+    """
+
+    levels: list[tuple[str, str, str]]
+    collisions: str
+
+
+@dataclass(frozen=True)
 class Recommended:
     """One item of a recommendation list; ``hit``: it is the held-out item."""
 
@@ -319,6 +329,7 @@ class Page:
     validation: Chart | None
     heats: list[Heat]
     gate: Histogram | None
+    codes: Codes | None
     examples: list[Example]
     command: str
     facts: list[tuple[str, str]]
@@ -345,6 +356,7 @@ def _page(run: Path) -> Page:
         validation=_validation_chart(events, report),
         heats=_heats(diagnostics),
         gate=_histogram(diagnostics.get("gate") or {}),
+        codes=_codes(diagnostics.get("codes") or {}),
         examples=[_example(example) for example in diagnostics.get("examples") or []],
         command=str(report.get("command") or ""),
         facts=_facts(report),
@@ -728,6 +740,23 @@ def _histogram(gate: Json) -> Histogram | None:
         mean_anchor="end" if mean_at > (frame.left + frame.right) / 2 else "start",
         summary=f"Histogram of the fusion gate over {as_count(total)} users, "
         f"mean {formatted(mean, lambda v: f'{v:.2f}')}.",
+    )
+
+
+def _codes(codes: Json) -> Codes | None:
+    levels = list(zip(codes.get("used") or [], codes.get("perplexity") or [], strict=False))
+    if not levels:
+        return None
+    return Codes(
+        [
+            (
+                str(number),
+                formatted(used, lambda v: f"{v:.1%}"),
+                formatted(perplexity, lambda v: f"{v:.1f}"),
+            )
+            for number, (used, perplexity) in enumerate(levels, 1)
+        ],
+        formatted(codes.get("collisions"), lambda v: f"{v:.1%}"),
     )
 
 

@@ -1,0 +1,172 @@
+"""A small T5, trained from nothing, that reads the codes of a history and says the next item's.
+
+    encoder: codes of the newest items, one token each    decoder: the codes of the next item
+    score of an item: log-probability of its codes, by beam search in the trie of the catalog
+
+Legend: B users, N items, L codes of an item, K codes
+of a level, S tokens of a history.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CodeGenerator", "GeneratorConfig"]
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import T5Config, T5ForConditionalGeneration
+
+from l2rec.data.batches import Batch, TrainingBatches
+from l2rec.data.ragged import Ragged
+from l2rec.modules.beam import Seq2SeqDecoder, beam_search, item_scores
+from l2rec.modules.sequences import as_index, evaluating, in_batches
+from l2rec.modules.trie import Trie
+from l2rec.protocols import Losses, Scorer
+
+PAD = 0
+SEARCHED = 64
+"""Histories whose beams are searched at once."""
+
+
+class GeneratorConfig(BaseModel):
+    """Options of the T5, for the methods that have one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dim: int = Field(128, ge=1)
+    """Width of the T5's states."""
+    layers: int = Field(4, ge=1)
+    """Layers of its encoder, and of its decoder."""
+    heads: int = Field(6, ge=1)
+    """Attention heads."""
+    head_dim: int = Field(64, ge=1)
+    """Width of a head."""
+    inner: int = Field(1024, ge=1)
+    """Width of its feed-forward parts."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout rate."""
+    max_items: int = Field(20, ge=1)
+    """Most items of a history that are read, the newest."""
+    targets_per_user: int = Field(1, ge=1)
+    """Positions of a user's sequence that are predicted in an epoch, drawn anew in each."""
+    beams: int = Field(50, ge=1)
+    """Codes that are kept while searching, and items that are ranked at the end."""
+
+
+class CodeGenerator(nn.Module):
+    """Codes of the catalog, ``codes`` [N, L] int64, and the T5 on them.
+
+    Args:
+        config: options. items: N. width: L. codes: K.
+        dtype: of matrix products in training. own_tokens: every level of a code has tokens of its
+            own. whole_words: tokens of one item share a vector, by its place in the history.
+    """
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        items: int,
+        *,
+        width: int,
+        codes: int,
+        dtype: torch.dtype,
+        own_tokens: bool = True,
+        whole_words: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(items, width, dtype=torch.int64))
+        self.codes: Tensor
+        self._config, self._dtype = config, dtype
+        shifts = torch.arange(width) * codes * own_tokens
+        self.register_buffer("shifts", shifts, persistent=False)
+        self.shifts: Tensor
+        t5 = T5Config(
+            vocab_size=1 + codes + int(shifts[-1]),
+            d_model=config.dim,
+            d_kv=config.head_dim,
+            d_ff=config.inner,
+            num_layers=config.layers,
+            num_heads=config.heads,
+            dropout_rate=config.dropout,
+            feed_forward_proj="relu",
+            pad_token_id=PAD,
+            eos_token_id=None,
+        )
+        t5.decoder_start_token_id = PAD
+        self.t5 = T5ForConditionalGeneration(t5)
+        self.words = nn.Embedding(config.max_items, config.dim) if whole_words else None
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def tokens(self, items: Tensor) -> Tensor:
+        """Return the tokens of items [n]: [n, L] int64."""
+        return 1 + self.shifts + self.codes[items]
+
+    def read(self, histories: Ragged) -> tuple[Tensor, Tensor]:
+        """Return the prompts of histories, padded on the right: tokens [B, S] int64 or, with whole
+        words, vectors [B, S, dim]; and which are real, [B, S], 1 or 0.
+        """
+        width = self.codes.shape[1]
+        lengths = torch.from_numpy(histories.lengths * width).to(self.codes.device)
+        real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        flat = self.tokens(as_index(histories.values, self.codes.device)).flatten()
+        ids = real.new_full(real.shape, PAD, dtype=torch.int64).masked_scatter(real, flat)
+        if self.words is None:
+            return ids, real.long()
+        place = torch.arange(real.shape[1], device=ids.device) // width
+        return self.t5.shared(ids) + self.words(place), real.long()
+
+    def batches(
+        self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
+    ) -> TrainingBatches:
+        """Return prefixes, each with the item after it, in batches of like length."""
+        return TrainingBatches(
+            sequences,
+            supervision="last",
+            max_items=self._config.max_items,
+            negatives=0,
+            item_costs=np.full(len(self), self.codes.shape[1]),
+            batch_users=batch_users,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            epoch=epoch,
+            targets_per_user=self._config.targets_per_user,
+        )
+
+    def loss(self, batch: Batch) -> Losses:
+        """Compute the cross-entropy of the next item's tokens, mean over all of them."""
+        prompts, real = self.read(batch.histories)
+        said = self.tokens(as_index(batch.targets, real.device))
+        given = "input_ids" if self.words is None else "inputs_embeds"
+        with torch.autocast(real.device.type, self._dtype, self._dtype != torch.float32):
+            found = self.t5(
+                **{given: prompts},
+                attention_mask=real,
+                decoder_input_ids=F.pad(said[:, :-1], (1, 0), value=PAD),
+            )
+        total = F.cross_entropy(found.logits.float().flatten(0, 1), said.flatten())
+        return Losses(total, {"next": total.detach()}, int(real.sum()), real.numel())
+
+    def scorer(self) -> Scorer:
+        """Return histories -> log-probabilities [B, N] float32 of what the beam found, -inf for all
+        other items.
+        """
+        tokens = self.tokens(torch.arange(len(self), device=self.codes.device)).cpu().numpy()
+        trie = Trie.of(Ragged.from_rows(tokens), self.codes.device)
+
+        def search(rows: Ragged) -> Tensor:
+            decoder = Seq2SeqDecoder(self.t5, *self.read(rows))
+            return item_scores(beam_search(decoder, trie, self._config.beams, len(rows)), trie)
+
+        def score(histories: Ragged) -> Tensor:
+            recent = histories.tail(self._config.max_items)
+            with evaluating(self):
+                parts, order = in_batches(
+                    recent, recent.lengths, search, max_rows=SEARCHED, max_cost=2**15
+                )
+            return torch.cat(parts)[order.to(parts[0].device)]
+
+        return score
