@@ -411,14 +411,16 @@ def print_recommendations(history: Sequence[tuple[str, str]], result: Recommenda
 
 
 def print_new_items(ranking: Sequence[str], new: Sequence[str]) -> None:
-    """Print where items that training never met stand in a whole ranking of ids, best first."""
+    """Print where items that training never met stand in a whole ranking of ids, best first. A
+    method that searches with beams ranks only what they reach.
+    """
     place = {item: rank for rank, item in enumerate(ranking, 1)}
     for item in new:
-        _out().print(
-            f"  {escape(item)} is rank {place[item]:,} of {len(ranking):,} (new: known by its text "
-            "alone)",
-            soft_wrap=True,
-        )
+        if item in place:
+            where = f"is rank {place[item]:,} of {len(ranking):,}"
+        else:
+            where = f"is not among the {len(ranking):,} items that were found"
+        _out().print(f"  {escape(item)} {where} (new: known by its text alone)", soft_wrap=True)
 
 
 def _short(text: str, limit: int = 90) -> str:

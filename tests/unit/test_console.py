@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from l2rec import console
-from l2rec.console import Console, print_recommendations, print_table
+from l2rec.console import Console, print_new_items, print_recommendations, print_table
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +132,12 @@ def test_recommendations(capsys: pytest.CaptureFixture[str]) -> None:
     assert "δ = 0.26" in out
     print_recommendations([], SimpleNamespace(items=[], gate=None))
     assert "δ" not in capsys.readouterr().out
+
+
+def test_new_items_have_a_rank_or_were_not_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """A beam search ranks only what it reaches."""
+    print_new_items(["a", "new1", "b"], ["new1", "new2"])
+    assert capsys.readouterr().out.splitlines() == [
+        "  new1 is rank 2 of 3 (new: known by its text alone)",
+        "  new2 is not among the 3 items that were found (new: known by its text alone)",
+    ]
