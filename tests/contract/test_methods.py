@@ -202,8 +202,9 @@ def answers(model: Any, histories: Ragged) -> Tensor:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, each by one name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Return the tensors of the model's state, each by one name where modules share it."""
+    once = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in once}
 
 
 def content(batch: Batch) -> list[Any]:

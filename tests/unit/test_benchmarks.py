@@ -307,7 +307,7 @@ def test_parts_are_chosen() -> None:
     def names(only: str, gpu: bool, *given: str) -> list[str]:
         return [p.name for p in performance.chosen_parts(only, {"nothing", *given}, gpu)]
 
-    assert names("", False) == ["step", "loss", "growth", "preparation", "startup"]
+    assert names("", False) == ["step", "loss", "growth", "decoding", "preparation", "startup"]
     assert {"breakdown", "padding", "encoding", "ranking"} <= set(names("", False, "data", "first"))
     assert "precision" in names("", False, "runs")
     assert {"step-cuda", "growth-cuda"} <= set(names("", True))

@@ -44,7 +44,7 @@ def without_options(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def counts_in_scores(identity: Mapping[str, Any]) -> bool:
-    """Whether a run had co-occurrence or repeats of its own."""
+    """Return whether a run had co-occurrence or repeats of its own."""
     return any(option in identity.get(EARLIER, {}) for option in OF_SCORES)
 
 
