@@ -229,6 +229,16 @@ def test_missing_parts_are_noted(tmp_run: Path, present: str | None) -> None:
     assert ("No gate histogram" in text) == (present != "diagnostics")
 
 
+def test_codes_are_shown_where_items_have_some(tmp_run: Path) -> None:
+    codes = {"used": [1.0, 0.984], "perplexity": [240.26, 177.0], "collisions": 0.133}
+    fill(tmp_run, report=report(), diagnostics=diagnostics() | {"codes": codes})
+    text = " ".join(outline(tmp_run).text.split())
+    assert "13.3% of the items share all their codes" in text
+    assert all(value in text for value in ("100.0%", "240.3", "98.4%", "177.0"))
+    fill(tmp_run, diagnostics=diagnostics())
+    assert "Codes" not in outline(tmp_run).text
+
+
 def test_torn_lines_and_nan_do_no_harm(tmp_run: Path) -> None:
     fill(tmp_run, events=[*events(), {"event": "train", "step": 31, "loss": math.nan}])
     with (tmp_run / "metrics.jsonl").open("a") as file:
