@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -726,6 +727,18 @@ def test_the_paper_s_32_million_parameters() -> None:
 # ------------------------------------------------------------------------------- form=catalog
 
 
+def positions_of(model: L2Rec, batch: Batch) -> Iterator[tuple[Tensor, int, set[int]]]:
+    """Of each position its scores r [N] float64, its target, and what else its prefix holds."""
+    items = model.encode_items(np.arange(N)).double()
+    state = model(batch.histories, every=True)
+    users = F.normalize(state.fused.double(), dim=-1)
+    for p, end in enumerate(state.position.tolist()):
+        start = int(batch.histories.offsets[int(state.row[p])])
+        target = int(batch.targets[end])
+        held = set(batch.histories.values[start : end + 1].tolist()) - {target}
+        yield users[p] @ items.T / model.config.temperature, target, held
+
+
 @pytest.mark.parametrize("views", [("semantic", "behavioral"), ("behavioral",), ("semantic",)])
 def test_the_loss_of_the_catalog_by_the_book(views: tuple[str, ...]) -> None:
     """Every position against the pipeline's own vector of every item, but for those of its prefix;
@@ -737,15 +750,8 @@ def test_the_loss_of_the_catalog_by_the_book(views: tuple[str, ...]) -> None:
     batch = one_batch(model, rows)
     begin(model)
     with torch.no_grad():
-        items = model.encode_items(np.arange(N)).double()
-        state = model(batch.histories, every=True)
-        users = F.normalize(state.fused.double(), dim=-1)
         each = []
-        for p, end in enumerate(state.position.tolist()):
-            start = int(batch.histories.offsets[int(state.row[p])])
-            target = int(batch.targets[end])
-            held = set(batch.histories.values[start : end + 1].tolist()) - {target}
-            r = users[p] @ items.T / model.config.temperature
+        for r, target, held in positions_of(model, batch):
             others = torch.stack([r[i] for i in range(N) if i not in held])
             each.append(float(torch.logsumexp(others, 0) - r[target]))
         total = float(model.loss(batch).total)
@@ -769,15 +775,9 @@ def test_the_loss_of_a_sample_by_the_book(views: tuple[str, ...]) -> None:
     expected = [1.0 if item in wanted else many for item in chosen.tolist()]
     assert log.exp().flatten().tolist() == pytest.approx(expected)
     with torch.no_grad():
-        items = model.encode_items(np.arange(N)).double()
-        state = model(batch.histories, every=True)
-        users = F.normalize(state.fused.double(), dim=-1)
         each = []
-        for p, end in enumerate(state.position.tolist()):
-            start = int(batch.histories.offsets[int(state.row[p])])
-            target = int(batch.targets[end])
-            held = set(batch.histories.values[start : end + 1].tolist()) - {target}
-            r = (users[p] @ items.T / model.config.temperature).tolist()
+        for scores, target, held in positions_of(model, batch):
+            r = scores.tolist()
             kept = [(i, n) for i, n in zip(chosen.tolist(), expected, strict=True) if i not in held]
             high = max(r)
             total = sum(n * math.exp(r[i] - high) for i, n in kept)

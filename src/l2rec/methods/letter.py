@@ -35,14 +35,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.methods.sasrec import SASRec, SASRecConfig
 from l2rec.methods.tiger import TIGER, TIGERConfig
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.quantizer import centres
-from l2rec.modules.sequences import as_index
-from l2rec.protocols import Losses, Stage
+from l2rec.protocols import Stage
 
 
 class LETTERConfig(TIGERConfig):
@@ -97,16 +95,14 @@ class LETTER(TIGER):
         for level, book in enumerate(self.quantizer.codebooks.detach()):
             self.clusters[level] = alike_in_size(book, self.config.clusters, seed=level)
 
-    def code_loss(self, batch: Batch) -> Losses:
-        """Compute the quantiser's loss of a batch of items, with L_cf and L_div."""
-        items = as_index(batch.users, self.text.vectors.device)
+    def _code_parts(self, items: Tensor) -> dict[str, Tensor]:
+        """Compute TIGER's parts, L_cf and L_div."""
         whole, found, parts = self.quantizer(self.text(items))
         vectors = F.embedding(items, self.sasrec.items.weight.detach())
         own = torch.arange(len(items), device=items.device)
         parts["collaborative"] = self.config.collaborative * F.cross_entropy(whole @ vectors.T, own)
         parts["diversity"] = self.config.diversity * self._diversity(found.codes)
-        total, count = torch.stack(list(parts.values())).sum(), len(items)
-        return Losses(total, {name: part.detach() for name, part in parts.items()}, count, count)
+        return dict(parts)
 
     def _diversity(self, codes: Tensor) -> Tensor:
         """Compute L_div of items with these codes [n, L], mean over items and levels."""

@@ -169,9 +169,14 @@ class TIGER(nn.Module):
 
     def code_loss(self, batch: Batch) -> Losses:
         """Compute the quantiser's loss of a batch of items."""
-        _, _, parts = self.quantizer(self.text(as_index(batch.users, self.text.vectors.device)))
+        parts = self._code_parts(as_index(batch.users, self.text.vectors.device))
         total, count = torch.stack(list(parts.values())).sum(), len(batch.users)
         return Losses(total, {name: part.detach() for name, part in parts.items()}, count, count)
+
+    def _code_parts(self, items: Tensor) -> dict[str, Tensor]:
+        """Compute the parts of the quantiser's loss of items [n], by name."""
+        _, _, parts = self.quantizer(self.text(items))
+        return dict(parts)
 
     def _revive(self, epoch: int) -> None:
         if 0 < epoch < 0.9 * self.config.code_epochs:

@@ -15,7 +15,15 @@ a beam are ever copied. Legend: B users, K beams, V vocabulary, N items.
 
 from __future__ import annotations
 
-__all__ = ["Beams", "CausalDecoder", "Decoder", "Seq2SeqDecoder", "beam_search", "item_scores"]
+__all__ = [
+    "Beams",
+    "CausalDecoder",
+    "Decoder",
+    "Seq2SeqDecoder",
+    "as_inputs",
+    "beam_search",
+    "item_scores",
+]
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -115,6 +123,11 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return added.masked_fill(~seen, torch.finfo(dtype).min)
 
 
+def as_inputs(prompts: Tensor) -> dict[str, Tensor]:
+    """Name prompts as Transformers' models take them: token ids [B, S] or vectors [B, S, d]."""
+    return {"input_ids" if prompts.ndim == 2 else "inputs_embeds": prompts}
+
+
 class Seq2SeqDecoder:
     """Beams of a T5.
 
@@ -128,8 +141,7 @@ class Seq2SeqDecoder:
 
     def __init__(self, model: PreTrainedModel, prompts: Tensor, real: Tensor) -> None:
         self._model, self._decoder = model, model.get_decoder()
-        given = "input_ids" if prompts.ndim == 2 else "inputs_embeds"
-        read = model.get_encoder()(**{given: prompts}, attention_mask=real)
+        read = model.get_encoder()(**as_inputs(prompts), attention_mask=real)
         self._states = read.last_hidden_state
         self._prompt_seen = _added(real.bool()[:, None, None], self._states.dtype)
         self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -188,9 +200,8 @@ class CausalDecoder:
 
     def start(self) -> Tensor:
         """Read the prompts."""
-        given = "input_ids" if self._prompts.ndim == 2 else "inputs_embeds"
         found = self._model(
-            **{given: self._prompts},
+            **as_inputs(self._prompts),
             attention_mask=self._real.long(),
             position_ids=(self._real.cumsum(-1) - 1).clamp_min(0),
             past_key_values=self._cache,

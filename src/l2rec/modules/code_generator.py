@@ -3,8 +3,7 @@
     encoder: codes of the newest items, one token each    decoder: the codes of the next item
     score of an item: log-probability of its codes, by beam search in the trie of the catalog
 
-Legend: B users, N items, L codes of an item, K codes
-of a level, S tokens of a history.
+Legend: B users, N items, L codes of an item, K codes of a level, S tokens of a history.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.ragged import Ragged
-from l2rec.modules.beam import Seq2SeqDecoder, beam_search, item_scores
+from l2rec.modules.beam import Seq2SeqDecoder, as_inputs, beam_search, item_scores
 from l2rec.modules.sequences import as_index, evaluating, in_batches
 from l2rec.modules.trie import Trie
 from l2rec.protocols import Losses, Scorer
@@ -140,10 +139,9 @@ class CodeGenerator(nn.Module):
         """Compute the cross-entropy of the next item's tokens, mean over all of them."""
         prompts, real = self.read(batch.histories)
         said = self.tokens(as_index(batch.targets, real.device))
-        given = "input_ids" if self.words is None else "inputs_embeds"
         with torch.autocast(real.device.type, self._dtype, self._dtype != torch.float32):
             found = self.t5(
-                **{given: prompts},
+                **as_inputs(prompts),
                 attention_mask=real,
                 decoder_input_ids=F.pad(said[:, :-1], (1, 0), value=PAD),
             )
@@ -155,7 +153,8 @@ class CodeGenerator(nn.Module):
         other items.
         """
         tokens = self.tokens(torch.arange(len(self), device=self.codes.device)).cpu().numpy()
-        trie = Trie.of(Ragged.from_rows(tokens), self.codes.device)
+        ends = np.arange(len(self) + 1) * tokens.shape[1]
+        trie = Trie.of(Ragged(tokens.flatten(), ends), self.codes.device)
 
         def search(rows: Ragged) -> Tensor:
             decoder = Seq2SeqDecoder(self.t5, *self.read(rows))

@@ -298,7 +298,7 @@ class _TableRows:
         log: [N, 1], added to the scores of each item.
         """
         scaled = F.normalize(users.float(), dim=-1) / temperature
-        if log is not None and bool(log.any()):  # as one more dimension of the inner product
+        if log is not None:  # as one more dimension of the inner product
             scaled = torch.cat((scaled, scaled.new_ones(len(scaled), 1)), dim=1)
             items = torch.cat((items, log), dim=1)
         positive = as_index(targets, items.device)
@@ -376,14 +376,14 @@ class CatalogItems(_TableRows, nn.Module):
         """Compute the semantic vectors anew."""
         self.semantic.copy_(encode(one_each(np.arange(len(self.semantic), dtype=np.int32))))
 
-    def _compared(self, targets: npt.NDArray[np.integer]) -> tuple[IntArray, Tensor]:
+    def _compared(self, targets: npt.NDArray[np.integer]) -> tuple[IntArray, Tensor | None]:
         """Return the items that a step compares with, ascending [n], and the log of how many each
-        of them stands for [n, 1] float32.
+        of them stands for [n, 1] float32; None where these are all.
         """
         count, wanted = len(self.semantic), np.unique(targets)
-        items = np.arange(count)
-        if self._sampled and len(wanted) + self._sampled < count:
-            items = np.union1d(wanted, torch.randperm(count)[: self._sampled].numpy())
+        if not self._sampled or len(wanted) + self._sampled >= count:
+            return np.arange(count), None
+        items = np.union1d(wanted, torch.randperm(count)[: self._sampled].numpy())
         others = len(items) - len(wanted)
         stands_for = np.where(np.isin(items, wanted), 1.0, (count - len(wanted)) / max(1, others))
         log = torch.from_numpy(np.log(stands_for)).float()
@@ -403,8 +403,9 @@ class CatalogItems(_TableRows, nn.Module):
         """Compare with the whole catalog, or with a sample of it."""
         fusion = self._fusion
         chosen, log = self._compared(targets)
-        wanted = np.searchsorted(chosen, targets)
-        without = None if without is None else _among(without, chosen)
+        wanted = targets if log is None else np.searchsorted(chosen, targets)
+        if log is not None and without is not None:
+            without = _among(without, chosen)
         encoded, sides = None, {}
         if "behavioral" in views:
             encoded = encode(one_each(chosen), ("behavioral",))
