@@ -80,7 +80,8 @@ class TrainingConfig(_Closed):
     max_steps: int | None = Field(None, ge=1)
     """Optimiser steps after which a stage stops, even before its ``epochs`` are done."""
     max_minutes: float | None = Field(None, gt=0)
-    """Training time (resumed parts summed) after which the run stops, with a last validation."""
+    """Training time (resumed parts summed) after which the run stops, with a last validation. A
+    stage that others follow may use an equal share of what is left, so that each has its time."""
     user_share: float = Field(1.0, gt=0, le=1)
     """Share of the users to train on, drawn by the seed; all users are evaluated."""
     lr: float = Field(1e-4, gt=0)

@@ -656,13 +656,71 @@ def test_resume_in_either_stage(tmp_path: Path, call: int) -> None:
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_max_minutes_limits_the_run_not_the_stage(
-    tmp_run: Path, monkeypatch: pytest.MonkeyPatch
+class Ticking:
+    """A clock that moves ten seconds each time it is read, twice for a step of training."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 10.0
+        return self.now
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.time, "monotonic", Ticking())
+
+
+@pytest.mark.usefixtures("ticking")
+def test_stages_share_the_minutes(tmp_run: Path) -> None:
+    progress = Quiet()
+    result, model = fit(
+        tmp_run, Toy(stages=2), max_minutes=2, epochs=100, log_every=1, progress=progress
+    )
+    assert result.stopped == "max_minutes" and result.seconds == 120
+    (line,) = (line for line in progress.lines if "share of max_minutes" in line)
+    assert line.startswith("stage 1: one ends") and "1.0 min, in epoch 2 of 100" in line
+    assert result.steps == 12 and model.second.abs().max() > 0, "six steps of each stage"
+
+
+@pytest.mark.usefixtures("ticking")
+def test_what_a_short_stage_leaves_over_is_for_the_next(tmp_run: Path) -> None:
+    result, model = fit(tmp_run, Pretrained(), max_minutes=10, epochs=100)
+    first = 3 * 4
+    assert isinstance(model, Pretrained) and model.started == [0, 1, 2]
+    assert (result.stopped, result.steps) == ("max_minutes", 60) and result.steps - first > 30
+
+
+@pytest.mark.usefixtures("ticking")
+@pytest.mark.parametrize(("minutes", "stopped"), [(4, "max_minutes"), (60, "patience")])
+def test_a_stage_that_does_not_select_leaves_time_for_the_one_that_does(
+    tmp_run: Path, minutes: float, stopped: str
 ) -> None:
-    clock = iter(range(10**6))
-    monkeypatch.setattr(training.time, "monotonic", lambda: 10.0 * next(clock))
-    result, model = fit(tmp_run, Toy(stages=2), max_minutes=1, epochs=100)
-    assert result.stopped == "max_minutes" and model.second.abs().max() == 0
+    """The first stage would take all the time; the clock that cut it shaped the result."""
+    data = unique_histories()
+
+    class Long(Scripted):
+        def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+            one, two = super().stages(lr, weight_decay)
+            return [dataclasses.replace(one, select=False, epochs=50), two]
+
+    model = Long([3, 5, 2, 4], data, stages=2)
+    result, _ = fit(tmp_run, model, data, max_minutes=minutes, patience=1, epochs=100)
+    assert result.stopped == stopped
+    assert log(tmp_run, "valid")[-1]["step"] > 12 and result.valid["mrr"] == pytest.approx(1 / 2)
+
+
+@pytest.mark.usefixtures("ticking")
+@pytest.mark.parametrize("call", [3, 7, 9])
+def test_shares_survive_a_kill(tmp_path: Path, call: int) -> None:
+    whole, _ = fit(tmp_path / "a", Toy(stages=2), max_minutes=2, epochs=100)
+    with pytest.raises(Crash):
+        broken = Toy(stages=2, on_loss=crash_at(call))
+        fit(tmp_path / "b", broken, max_minutes=2, epochs=100)
+    again, _ = fit(tmp_path / "b", Toy(stages=2), max_minutes=2, epochs=100, resume=True)
+    assert (again.steps, again.stopped) == (whole.steps, "max_minutes")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 # -- options of a stage --------------------------------------------------------------------------

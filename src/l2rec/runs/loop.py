@@ -12,6 +12,10 @@ One rule chooses the best step of every method: NDCG@10 on validation, the histo
 (`SELECT`). What a method that compares vectors says of items the user already has hides what it
 knows of the next one; repeats are the business of a blend (`l2rec.modules.cooccurrence.Blend`).
 Validations print NDCG@10 of both kinds.
+
+``max_minutes`` is shared among stages: one may use the time that is left, divided by the number of
+stages left, itself included. None uses up the clock of those after it, and what a stage that ends
+early leaves over is shared among them.
 """
 
 from __future__ import annotations
@@ -99,6 +103,8 @@ class _Counters:
     best_step: int = 0
     bad: int = 0
     """Validations of this stage since the best one."""
+    cut: bool = False
+    """Whether ``max_minutes`` ended a stage before this one."""
     seconds: float = 0.0
     """Training time of the run, earlier processes included, validations excluded."""
     eval_seconds: float = 0.0
@@ -125,7 +131,8 @@ class TrainingResult:
     tokens: int
     """Tokens passed through the backbone, without padding."""
     stopped: str
-    """Reason of the end: epochs, patience, max_steps, max_minutes, pruned or untrained."""
+    """Reason of the end: epochs, patience, max_steps, max_minutes (also where it ended a stage
+    before the last one), pruned or untrained."""
     selected_by: str = SELECT
     """Validation metric that chose the best step."""
 
@@ -166,6 +173,8 @@ class _Run:
     points: Points
     hopeless: Callable[[float], bool]
     pruned: bool = False
+    stages: int = 1
+    """Number of stages of the method."""
     counters: _Counters = field(default_factory=_Counters)
     window: _Window = field(default_factory=_Window)
     untrained: dict[str, float] = field(default_factory=dict)
@@ -233,6 +242,7 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
     """Start or resume the run, train the stages that are left, restore the best weights."""
     torch.manual_seed(run.seed)
     stages = run.model.stages(run.config.lr, run.config.weight_decay)
+    run.stages = len(stages)
     if state is None:
         _start(run)
     else:
@@ -245,8 +255,10 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
             _begin_stage(run, number, stage, stages[number - 1])
         with gradients_only_for(run.model, stage):
             stopped = _train_stage(run, stage, state if number == first else None)
-        if stopped in ("max_minutes", "pruned"):
+        if stopped == "pruned":
             break
+        if stopped == "max_minutes" and number + 1 < len(stages):
+            _cut(run, stage)
     if stages:
         _load_best(run)
     c = run.counters
@@ -258,7 +270,7 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
         seconds=c.seconds,
         eval_seconds=c.eval_seconds,
         tokens=c.tokens,
-        stopped=stopped,
+        stopped="max_minutes" if c.cut and stopped != "pruned" else stopped,
         selected_by=c.select,
     )
 
@@ -304,6 +316,17 @@ def _begin_stage(run: _Run, number: int, stage: Stage, before: Stage) -> None:
     c.next_eval = run.config.eval_every
     run.progress.line(
         f"stage {number + 1}: {stage.name}, from the best weights so far (step {c.best_step})"
+    )
+
+
+def _cut(run: _Run, stage: Stage) -> None:
+    """Note that a stage before the last one ended with its share of the time."""
+    c = run.counters
+    c.cut = True
+    run.progress.line(
+        f"stage {c.stage + 1}: {stage.name} ends with its share of max_minutes, "
+        f"{(c.seconds - c.stage_seconds) / 60:.1f} min, in epoch {c.epoch + 1} of "
+        f"{_epochs(run, stage)}; the rest is for the stages after it"
     )
 
 
@@ -413,7 +436,7 @@ def _limit_reached(run: _Run) -> str:
         return "pruned"
     if config.max_steps is not None and c.step - c.stage_start >= config.max_steps:
         return "max_steps"
-    if config.max_minutes is not None and c.seconds >= 60 * config.max_minutes:
+    if _time_used(run) >= 1:
         return "max_minutes"
     return "patience" if c.bad >= config.patience else ""
 
@@ -489,7 +512,7 @@ def _rate(run: _Run, planned: int) -> float:
     """Return the share of the peak learning rate at this step of the stage.
 
     Under ``max_minutes``, the schedule follows whichever is nearer to its end: the planned steps,
-    or the time that was left to this stage when it began.
+    or this stage's share of the time.
     """
     config, c = run.config, run.counters
     step = max(c.step - c.stage_start, int(planned * _time_used(run)))
@@ -497,11 +520,12 @@ def _rate(run: _Run, planned: int) -> float:
 
 
 def _time_used(run: _Run) -> float:
-    """Return the used share of the time that ``max_minutes`` left to this stage, else 0."""
+    """Return how much of its share of ``max_minutes`` this stage has used, 1 for all; else 0."""
     c, minutes = run.counters, run.config.max_minutes
     if minutes is None:
         return 0.0
-    return (c.seconds - c.stage_seconds) / max(60 * minutes - c.stage_seconds, 1e-9)
+    given = (60 * minutes - c.stage_seconds) / (run.stages - c.stage)
+    return (c.seconds - c.stage_seconds) / max(given, 1e-9)
 
 
 def _schedule(step: int, total: int, config: TrainingConfig) -> float:
