@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tests.support import models
 
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.methods.p5 import P5, by_first_appearance
+from l2rec.runs.checkpoint import load_trained, trained_tensors
 
 N = 12
 SMALL: dict[str, Any] = {
@@ -110,3 +112,90 @@ def test_a_score_is_the_log_probability_of_the_number() -> None:
             )
             wanted = found.logits[0].log_softmax(-1).gather(1, code[0][:, None]).sum()
             assert float(scores[user, item]) == pytest.approx(float(wanted), abs=1e-4)
+
+
+# -- index=collaborative -------------------------------------------------------------------------
+
+GROUPS = Ragged.from_rows(
+    [[0, 1, 2], [2, 3, 0], [1, 3, 4], [4, 0, 2], [5, 6, 7], [8, 5, 9], [6, 9, 7], [7, 8, 5], [4, 5]]
+)
+"""Two groups of five items, and two items of no sequence."""
+
+
+def codes_of(model: P5) -> list[tuple[int, ...]]:
+    return [tuple(c for c in row if c >= 0) for row in model.generator.codes.tolist()]
+
+
+def collaborative(targets: list[int] | None = None) -> P5:
+    model = build(index="collaborative", clusters=3)
+    ends = np.array(targets or [11] * len(GROUPS))
+    model.calibrate(GROUPS, GROUPS, ends)
+    return model
+
+
+def test_codes_are_of_clusters_of_the_training_sequences() -> None:
+    model = collaborative()
+    codes = codes_of(model)
+    assert len(set(codes)) == N and max(map(max, codes)) < 4
+    begins = [code[0] for code in codes]
+    groups = [set(begins[:5]), set(begins[5:10]), set(begins[10:])]
+    assert all(len(group) == 1 for group in groups) and len(set.union(*groups)) == 3
+    assert len({len(code) for code in codes}) > 1, "clusters of five are cut, that of two is not"
+    model.calibrate(Ragged.from_rows([[0, 9]]), GROUPS, np.zeros(len(GROUPS), dtype=np.int64))
+    assert codes_of(model) == codes, "what was learned stays true"
+
+
+def test_held_out_targets_change_no_cluster() -> None:
+    assert codes_of(collaborative()) == codes_of(collaborative([0] * len(GROUPS)))
+
+
+@torch.no_grad()
+def test_codes_of_other_lengths_are_read_scored_and_saved() -> None:
+    model = collaborative().eval()
+    generator, histories = model.generator, Ragged.from_rows([[3, 10], [0]])
+    prompts, real = generator.read(histories)
+    lengths = generator.lengths()
+    assert real.sum(1).tolist() == [lengths[3] + lengths[10], lengths[0]]
+    words = generator.words
+    assert words is not None
+    token = generator.tokens(torch.tensor([10]))[0, 0]
+    expected = generator.t5.shared.weight[token] + words.weight[1]
+    torch.testing.assert_close(prompts[0, lengths[3]], expected)
+    scores = model.scorer()(histories)
+    assert bool(scores.isfinite().all())
+    for item in range(N):
+        code = generator.tokens(torch.tensor([item]))[:, : lengths[item]]
+        said = torch.cat((torch.zeros(1, 1, dtype=torch.int64), code[:, :-1]), dim=1)
+        found = generator.t5(
+            inputs_embeds=prompts[:1], attention_mask=real[:1], decoder_input_ids=said
+        )
+        wanted = found.logits[0].log_softmax(-1).gather(1, code[0][:, None]).sum()
+        assert float(scores[0, item]) == pytest.approx(float(wanted), abs=1e-4)
+    fresh = build(1, index="collaborative", clusters=3)
+    load_trained(fresh, trained_tensors(model), "here")
+    torch.testing.assert_close(fresh.scorer()(histories), scores, rtol=0, atol=0)
+
+
+def test_the_loss_is_the_mean_over_the_tokens_that_are_said() -> None:
+    model = collaborative().eval()
+    batch = models.one_batch(model, GROUPS)
+    prompts, real = model.generator.read(batch.histories)
+    terms = []
+    for row, target in enumerate(batch.targets.tolist()):
+        code = model.generator.tokens(torch.tensor([target]))[
+            :, : model.generator.lengths()[target]
+        ]
+        said = torch.cat((torch.zeros(1, 1, dtype=torch.int64), code[:, :-1]), dim=1)
+        logits = model.generator.t5(
+            inputs_embeds=prompts[row : row + 1],
+            attention_mask=real[row : row + 1],
+            decoder_input_ids=said,
+        ).logits[0]
+        terms += (-logits.log_softmax(-1).gather(1, code[0][:, None])).flatten().tolist()
+    found = float(model.generator.loss(batch).total.detach())
+    assert found == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_more_clusters_than_tokens_are_refused() -> None:
+    with pytest.raises(ValidationError, match="clusters=5 is more than digits=4"):
+        build(index="collaborative", clusters=5)

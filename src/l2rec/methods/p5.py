@@ -15,6 +15,10 @@ How items are numbered (``index``):
   items that are chosen one after the other have neighbouring numbers; items of no training
   sequence come last.
 - ``random``: in random order.
+- ``collaborative`` (Hua et al.): not numbers, but the way through a tree of clusters of items that
+  the same training sequences hold, then the place in the last cluster (l2rec.modules.spectral):
+  items that are chosen together begin alike. Items of no training sequence are a cluster of their
+  own.
 - ``leaky``: sequential over sequences that hold the validation target too. The authors number over
   whole sequences, test items included, so that the next item is often the next number: their scores
   are of that. Here no method is given test items; this option shows what one leaked item does. It
@@ -26,6 +30,8 @@ Deviations:
   says nothing. The paper fine-tunes a T5-small or -base on prompts.
 - No id of the user, as for TIGER. One task of five: no ratings, reviews or explanations are at
   hand.
+- ``collaborative``: a cluster that has no inner structure is cut into equal parts. Tokens are the
+  same at all depths, as those of numbers are.
 - The beam is constrained to the catalog; the authors' is not, and loses beams on numbers of no
   item.
 """
@@ -41,7 +47,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from l2rec.data.catalog import Catalog
@@ -49,6 +55,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.code_generator import CodeGenerator, GeneratorConfig
 from l2rec.modules.sequences import stacked
+from l2rec.modules.spectral import together, tree_codes
 from l2rec.protocols import Scorer, Stage, decayed
 
 logger = logging.getLogger("l2rec")
@@ -57,10 +64,22 @@ logger = logging.getLogger("l2rec")
 class P5Config(GeneratorConfig):
     """Options of P5."""
 
-    index: Literal["sequential", "random", "leaky"] = "sequential"
+    index: Literal["sequential", "random", "collaborative", "leaky"] = "sequential"
     """How items are numbered."""
     digits: int = Field(100, ge=2)
-    """Values of one token of a number: 100 are two decimal digits, as a word piece often has."""
+    """Values of one token of a number: 100 are two decimal digits, as a word piece often has. With
+    ``index=collaborative`` the most items of a cluster that is not clustered again."""
+    clusters: int = Field(20, ge=2)
+    """Clusters of a cluster, with ``index=collaborative``; at most ``digits``."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> P5Config:
+        if self.index == "collaborative" and self.clusters > self.digits:
+            raise ValueError(
+                f"clusters={self.clusters} is more than digits={self.digits}, the tokens there "
+                "are; lower clusters or raise digits"
+            )
+        return self
 
 
 class P5(nn.Module):
@@ -69,6 +88,8 @@ class P5(nn.Module):
     Config = P5Config
     uses_backbone = False
     item_tensors = frozenset({"generator.codes"})
+    sized_by_data = frozenset({"generator.codes"})
+    """How deep a tree of clusters is, only the training sequences tell."""
 
     def __init__(
         self,
@@ -125,7 +146,12 @@ class P5(nn.Module):
             rows = stacked(histories, ends)
             pairs = np.arange(2 * len(targets)).reshape(2, -1).T.flatten()
             sequences = rows.take(pairs)
-        self._number(by_first_appearance(sequences, self.n_items))
+        if self.config.index == "collaborative":
+            both, config = together(sequences, self.n_items), self.config
+            codes = tree_codes(both, clusters=config.clusters, leaf=config.digits, seed=0)
+            self.generator.write(codes)
+        else:
+            self._number(by_first_appearance(sequences, self.n_items))
         self.numbered.fill_(True)
 
     # -- training --------------------------------------------------------------------------------

@@ -3,14 +3,19 @@
     encoder: codes of the newest items, one token each    decoder: the codes of the next item
     score of an item: log-probability of its codes, by beam search in the trie of the catalog
 
-Legend: B users, N items, L codes of an item, K codes of a level, S tokens of a history.
+Legend: B users, N items, L codes of an item, K codes of a level, S tokens of a history. An item may
+have fewer codes than L: the rest are `END`, which is neither read nor said. None may have the
+beginning of another's codes for all of its own.
 """
 
 from __future__ import annotations
 
 __all__ = ["CodeGenerator", "GeneratorConfig"]
 
+from collections.abc import Sequence
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -18,10 +23,10 @@ from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
 from l2rec.data.batches import Batch, TrainingBatches
-from l2rec.data.ragged import Ragged
+from l2rec.data.ragged import Ragged, flat_index
 from l2rec.modules.beam import Seq2SeqDecoder, as_inputs, beam_search, item_scores
 from l2rec.modules.sequences import as_index, evaluating, in_batches
-from l2rec.modules.trie import Trie
+from l2rec.modules.trie import END, Trie
 from l2rec.protocols import Losses, Scorer
 
 PAD = 0
@@ -55,10 +60,12 @@ class GeneratorConfig(BaseModel):
 
 
 class CodeGenerator(nn.Module):
-    """Codes of the catalog, ``codes`` [N, L] int64, and the T5 on them.
+    """Codes of the catalog, ``codes`` [N, L] int64 (to be written before they are read), and the T5
+    on them.
 
     Args:
-        config: options. items: N. width: L. codes: K.
+        config: options. items: N. width: L; without ``own_tokens`` other codes may have another.
+            codes: K.
         dtype: of matrix products in training. own_tokens: every level of a code has tokens of its
             own. whole_words: tokens of one item share a vector, by its place in the history.
     """
@@ -78,7 +85,7 @@ class CodeGenerator(nn.Module):
         self.register_buffer("codes", torch.zeros(items, width, dtype=torch.int64))
         self.codes: Tensor
         self._config, self._dtype = config, dtype
-        shifts = torch.arange(width) * codes * own_tokens
+        shifts = torch.arange(width if own_tokens else 1) * codes
         self.register_buffer("shifts", shifts, persistent=False)
         self.shifts: Tensor
         t5 = T5Config(
@@ -100,23 +107,41 @@ class CodeGenerator(nn.Module):
     def __len__(self) -> int:
         return len(self.codes)
 
+    def write(self, codes: Sequence[Sequence[int]]) -> None:
+        """Give the items these codes, N rows of one or more each; N may be another than before."""
+        rows = Ragged.from_rows(codes)
+        grid = np.full((len(rows), int(rows.lengths.max())), END, dtype=np.int64)
+        grid[np.arange(grid.shape[1]) < rows.lengths[:, None]] = rows.values
+        self.codes = torch.from_numpy(grid).to(self.codes.device)
+
     def tokens(self, items: Tensor) -> Tensor:
-        """Return the tokens of items [n]: [n, L] int64."""
-        return 1 + self.shifts + self.codes[items]
+        """Return the tokens of items [n]: [n, L] int64, padded on the right."""
+        codes = self.codes[items]
+        return (1 + self.shifts + codes).masked_fill(codes == END, PAD)
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return how many codes each item has, [N] int64."""
+        lengths: npt.NDArray[np.int64] = (self.codes != END).sum(1).cpu().numpy()
+        return lengths
 
     def read(self, histories: Ragged) -> tuple[Tensor, Tensor]:
         """Return the prompts of histories, padded on the right: tokens [B, S] int64 or, with whole
         words, vectors [B, S, dim]; and which are real, [B, S], 1 or 0.
         """
-        width = self.codes.shape[1]
-        lengths = torch.from_numpy(histories.lengths * width).to(self.codes.device)
-        real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        flat = self.tokens(as_index(histories.values, self.codes.device)).flatten()
-        ids = real.new_full(real.shape, PAD, dtype=torch.int64).masked_scatter(real, flat)
+        device = self.codes.device
+        tokens = self.tokens(as_index(histories.values, device))
+        has = tokens != PAD  # [items of all histories, L]
+        ends = F.pad(has.sum(1).cumsum(0), (1, 0))[as_index(histories.offsets, device)]
+        lengths = ends.diff()
+        real = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+        nothing = real.new_full(real.shape, PAD, dtype=torch.int64)
+        ids = nothing.masked_scatter(real, tokens[has])
         if self.words is None:
             return ids, real.long()
-        place = torch.arange(real.shape[1], device=ids.device) // width
-        return self.t5.shared(ids) + self.words(place), real.long()
+        place = flat_index(np.zeros_like(histories.lengths), histories.lengths)
+        place_of_tokens = as_index(place, device)[:, None].expand_as(has)[has]
+        words = self.words(nothing.masked_scatter(real, place_of_tokens))
+        return self.t5.shared(ids) + words, real.long()
 
     def batches(
         self, sequences: Ragged, *, seed: int, epoch: int, batch_users: int, batch_tokens: int
@@ -127,7 +152,7 @@ class CodeGenerator(nn.Module):
             supervision="last",
             max_items=self._config.max_items,
             negatives=0,
-            item_costs=np.full(len(self), self.codes.shape[1]),
+            item_costs=self.lengths(),
             batch_users=batch_users,
             batch_tokens=batch_tokens,
             seed=seed,
@@ -145,7 +170,8 @@ class CodeGenerator(nn.Module):
                 attention_mask=real,
                 decoder_input_ids=F.pad(said[:, :-1], (1, 0), value=PAD),
             )
-        total = F.cross_entropy(found.logits.float().flatten(0, 1), said.flatten())
+        logits = found.logits.float().flatten(0, 1)
+        total = F.cross_entropy(logits, said.flatten(), ignore_index=PAD)
         return Losses(total, {"next": total.detach()}, int(real.sum()), real.numel())
 
     def scorer(self) -> Scorer:
@@ -153,8 +179,8 @@ class CodeGenerator(nn.Module):
         other items.
         """
         tokens = self.tokens(torch.arange(len(self), device=self.codes.device)).cpu().numpy()
-        ends = np.arange(len(self) + 1) * tokens.shape[1]
-        trie = Trie.of(Ragged(tokens.flatten(), ends), self.codes.device)
+        ends = np.concatenate(([0], self.lengths().cumsum()))
+        trie = Trie.of(Ragged(tokens[tokens != PAD], ends), self.codes.device)
 
         def search(rows: Ragged) -> Tensor:
             decoder = Seq2SeqDecoder(self.t5, *self.read(rows))
