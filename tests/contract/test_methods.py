@@ -57,6 +57,7 @@ TINY: dict[str, Any] = {
     "sasrec_epochs": 2,
     "levels": 2,
     "digits": 4,
+    "id_tokens": 3,
     "codes": 8,
     "code_dim": 16,
     "code_hidden": (16,),
@@ -82,6 +83,7 @@ USUAL = (1e-2, 15)
 BUDGET = {
     "BERT4Rec": (3e-3, 50),
     "FamouSRec": (1e-2, 8),
+    "IDGenRec": (3e-3, 40),
     "L2Rec": (3e-3, 8),
     "LEARN": (3e-3, 100),
     "LETTER": (3e-3, 40),

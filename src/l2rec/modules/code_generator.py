@@ -119,6 +119,11 @@ class CodeGenerator(nn.Module):
         codes = self.codes[items]
         return (1 + self.shifts + codes).masked_fill(codes == END, PAD)
 
+    def rows(self) -> list[tuple[int, ...]]:
+        """Return the codes of all items, each as many as it has."""
+        rows = zip(self.codes.tolist(), self.lengths().tolist(), strict=True)
+        return [tuple(codes[:length]) for codes, length in rows]
+
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return how many codes each item has, [N] int64."""
         lengths: npt.NDArray[np.int64] = (self.codes != END).sum(1).cpu().numpy()
@@ -162,7 +167,10 @@ class CodeGenerator(nn.Module):
 
     def loss(self, batch: Batch) -> Losses:
         """Compute the cross-entropy of the next item's tokens, mean over all of them."""
-        prompts, real = self.read(batch.histories)
+        return self.loss_of(*self.read(batch.histories), batch)
+
+    def loss_of(self, prompts: Tensor, real: Tensor, batch: Batch) -> Losses:
+        """Compute the same from prompts, which are as `read` returns them."""
         said = self.tokens(as_index(batch.targets, real.device))
         with torch.autocast(real.device.type, self._dtype, self._dtype != torch.float32):
             found = self.t5(

@@ -110,7 +110,7 @@ def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
     return F.normalize(out, dim=-1)
 
 
-def catalog_key(backbone: Backbone, tokens: Ragged, *settings: int) -> str:
+def catalog_key(backbone: Backbone, tokens: Ragged, *settings: float) -> str:
     """Hash a catalog, its backbone and settings: 16 hex digits for the name of a file."""
     digest = hashlib.sha256(backbone.weight_hash().encode())
     digest.update(" ".join(map(str, (backbone.dtype, *settings))).encode())
