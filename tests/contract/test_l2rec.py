@@ -117,6 +117,8 @@ OPTIONS: list[dict[str, Any]] = [
     CATALOG | {"item_layers": 1, "user_norm": True, "view_loss": 0.5},
     CATALOG | {"views": ("behavioral",), "item_residual": False},
     CATALOG | {"views": ("semantic",), "text_dropout": 0.3},
+    {"project_items": False},
+    CATALOG | {"project_items": False},
 ]
 
 
@@ -739,12 +741,13 @@ def positions_of(model: L2Rec, batch: Batch) -> Iterator[tuple[Tensor, int, set[
         yield users[p] @ items.T / model.config.temperature, target, held
 
 
+@pytest.mark.parametrize("project_items", [True, False])
 @pytest.mark.parametrize("views", [("semantic", "behavioral"), ("behavioral",), ("semantic",)])
-def test_the_loss_of_the_catalog_by_the_book(views: tuple[str, ...]) -> None:
+def test_the_loss_of_the_catalog_by_the_book(views: tuple[str, ...], project_items: bool) -> None:
     """Every position against the pipeline's own vector of every item, but for those of its prefix;
     float64, position by position.
     """
-    options = CATALOG | {"views": views, "balance": 0.0, "bpc": 0.0}
+    options = CATALOG | {"views": views, "balance": 0.0, "bpc": 0.0, "project_items": project_items}
     model = shaken(build(**options)).eval()
     rows = Ragged.from_rows([[3, 1, 4, 1, 5, 9], [6, 5, 3, 6, 5], [2, 8]])  # targets that repeat
     batch = one_batch(model, rows)
@@ -813,6 +816,30 @@ def test_items_of_the_catalog_are_histories_of_one() -> None:
     model = shaken(build(**CATALOG)).eval()
     alone = Ragged.from_rows([[i] for i in range(N)])
     torch.testing.assert_close(model.encode_items(np.arange(N)), model.encode_users(alone))
+
+
+@pytest.mark.parametrize("form", [{}, CATALOG])
+@pytest.mark.parametrize("views", [("semantic", "behavioral"), ("behavioral",), ("semantic",)])
+def test_items_without_the_projections_of_eq_7(
+    form: dict[str, Any], views: tuple[str, ...]
+) -> None:
+    """delta h^B + (1 - delta) h^S; users as ever."""
+    model = shaken(build(**form | {"project_items": False, "views": views})).eval()
+    alone = Ragged.from_rows([[i] for i in range(N)])
+    state = model.user_states(alone)
+    with torch.no_grad():
+        out = {view: h.double() for view, h in model(alone).outputs.items()}
+        fused = out[views[0]]
+        if len(views) == 2:
+            both = torch.cat((out["behavioral"], out["semantic"]), dim=-1)
+            gate = model.fusion.gate
+            delta = torch.sigmoid(both @ gate.weight.double().T + gate.bias.double())
+            fused = delta * out["behavioral"] + (1 - delta) * out["semantic"]
+    items = model.encode_items(np.arange(N)).double()
+    torch.testing.assert_close(items, F.normalize(fused, dim=-1), rtol=0, atol=1e-5)
+    users = F.normalize(state.fused, dim=-1)
+    torch.testing.assert_close(model.encode_users(alone), users, rtol=0, atol=1e-5)
+    assert (users.double() - items).abs().max() > 0.01, "or the test says nothing"
 
 
 def test_semantic_vectors_are_those_of_the_start_of_the_epoch() -> None:

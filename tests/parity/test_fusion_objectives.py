@@ -43,7 +43,8 @@ def test_fusion_is_eq_7(gate: str) -> None:
     for parameter in fusion.parameters():
         nn.init.normal_(parameter)
     behavioral, semantic = draw(B, D), draw(B, D)
-    b, s = fusion.residual(behavioral, semantic)
+    b = fusion.residual("behavioral", behavioral)
+    s = fusion.residual("semantic", semantic)
     fused, delta = fusion.fuse(b, s)
     assert delta.shape == (B, D if gate == "vector" else 1)
     maps = [
@@ -62,7 +63,8 @@ def test_fusion_is_eq_7(gate: str) -> None:
 def test_untrained_fusion_is_the_mean_of_the_views() -> None:
     fusion = AdaptiveFusion(D).double()
     behavioral, semantic = draw(B, D), draw(B, D)
-    b, s = fusion.residual(behavioral, semantic)
+    b = fusion.residual("behavioral", behavioral)
+    s = fusion.residual("semantic", semantic)
     fused, delta = fusion.fuse(b, s)
     assert torch.equal(b, behavioral) and torch.equal(s, semantic)
     assert torch.equal(delta, torch.full_like(delta, 0.5))

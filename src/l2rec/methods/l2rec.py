@@ -132,6 +132,7 @@ OPTIONS_OF_FORMS = {
     "text_dropout": ("table", "catalog"),
     "item_residual": ("catalog",),
     "sampled_items": ("catalog",),
+    "project_items": ("paper", "catalog"),
     "pooling": ("paper",),
     "behavioral_pool": ("paper",),
     "normalize_views": ("paper",),
@@ -221,6 +222,9 @@ class L2RecConfig(BaseModel):
     pooling: Literal["auto", "mean", "last"] = "auto"
     """Ours: how h_u is read, which the paper does not say; auto: last for causal backbones, mean
     for bidirectional ones. Of the paper's form alone."""
+    project_items: bool = True
+    """Ours: False is P_v of Eq. 7 for users alone. With P_v on both sides, a user of one item and
+    that item have one vector, and what follows an item can only be what is like it."""
     normalize_views: bool = False
     """Ours: both h^v at unit length before Eq. 7, so that neither view drowns the other at the
     start. Of the paper's form alone; a table has its own way."""
@@ -351,6 +355,7 @@ def _item_side(
             text_dropout=config.text_dropout,
             residual=config.item_residual,
             sampled=config.sampled_items,
+            project=config.project_items,
             fusion=fusion,
             cache=cache,
         )
@@ -573,6 +578,7 @@ class L2Rec(nn.Module):
         views: Views | None = None,
         every: bool = False,
         rows: Tensor | None = None,
+        of_items: bool = False,
     ) -> UserState:
         """Pass the views of every history through the one backbone in one pass, then fuse them.
 
@@ -581,6 +587,7 @@ class L2Rec(nn.Module):
             views: the views to read, by default the config's.
             every: one prediction per (kept) position instead of one per row.
             rows: `ItemSide.rows`, where they were computed already.
+            of_items: the histories of one stand for items to compare users with.
         """
         views = self.config.views if views is None else views
         rows = self.items.rows if rows is None else rows
@@ -603,7 +610,9 @@ class L2Rec(nn.Module):
             read = self._read(part.view, h, part.segments)[newest]
             outputs[part.view] = self.items.place(part.view, read, rows, last)
         behavioral, semantic, fused, delta = self.fusion(
-            outputs.get("behavioral"), outputs.get("semantic")
+            outputs.get("behavioral"),
+            outputs.get("semantic"),
+            project=self.config.project_items or not of_items,
         )
         return UserState(
             outputs=outputs,
@@ -764,7 +773,7 @@ class L2Rec(nn.Module):
             rows,
             self.temperature,
             config.views,
-            lambda items, of: self(items, views=of, rows=rows),
+            lambda items, of: self(items, views=of, rows=rows, of_items=True),
             self._without(batch.histories, state.position.numpy(), targets),
         )
         total = items.rec(state.fused, "fused")
@@ -814,16 +823,18 @@ class L2Rec(nn.Module):
 
     def encode_users(self, histories: Ragged) -> Tensor:
         """Return unit user vectors [B, D] float32; scores are inner products with items'."""
-        return self._unit_users(histories)
+        return self._unit_vectors(histories)
 
-    def _unit_users(self, histories: Ragged, *, rows: Tensor | None = None) -> Tensor:
+    def _unit_vectors(
+        self, histories: Ragged, *, rows: Tensor | None = None, of_items: bool = False
+    ) -> Tensor:
         if not len(histories):
             return torch.zeros(0, self.backbone.dim, device=self.backbone.device)
 
         def unit(state: UserState) -> Tensor:
             return F.normalize(state.fused.float(), dim=-1)
 
-        parts, order = self._in_batches(histories, unit, rows=rows)
+        parts, order = self._in_batches(histories, unit, rows=rows, of_items=of_items)
         return torch.cat(parts)[order.to(parts[0].device)]
 
     def users_and_gates(self, histories: Ragged) -> tuple[Tensor, Tensor | None]:
@@ -849,6 +860,7 @@ class L2Rec(nn.Module):
         *,
         views: Views | None = None,
         rows: Tensor | None = None,
+        of_items: bool = False,
     ) -> tuple[list[Kept], Tensor]:
         """Return what ``keep`` keeps of the state of each batch, and where each row went."""
         with evaluating(self):
@@ -856,7 +868,7 @@ class L2Rec(nn.Module):
             return in_batches(
                 histories,
                 self.costs(histories),
-                lambda some: keep(self(some, views=views, rows=rows)),
+                lambda some: keep(self(some, views=views, rows=rows, of_items=of_items)),
                 max_rows=ENCODED_ROWS,
                 max_cost=ENCODED_TOKENS,
             )
@@ -878,7 +890,8 @@ class L2Rec(nn.Module):
 
     @torch.inference_mode()
     def _item_vectors(self, items: npt.NDArray[np.integer], rows: Tensor) -> Tensor:
-        return self.items.vectors(items, rows, partial(self._unit_users, rows=rows))
+        encode = partial(self._unit_vectors, rows=rows, of_items=True)
+        return self.items.vectors(items, rows, encode)
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         count = self.n_items
@@ -893,7 +906,7 @@ class L2Rec(nn.Module):
         rows = self._rows()
         vectors = self._item_vectors(np.arange(self.n_items, dtype=np.int32), rows)
         temperature = float(self.temperature.detach())
-        return lambda histories: self._unit_users(histories, rows=rows) @ vectors.T / temperature
+        return lambda histories: self._unit_vectors(histories, rows=rows) @ vectors.T / temperature
 
     def calibrate(
         self, sequences: Ragged, histories: Ragged, targets: npt.NDArray[np.integer]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["AdaptiveFusion"]
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -34,12 +36,11 @@ class AdaptiveFusion(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def residual(self, behavioral: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute h~^B and h~^S from h^B and h^S, [B, D] each."""
-        return (
-            behavioral + self.project_behavioral(behavioral),
-            semantic + self.project_semantic(semantic),
-        )
+    def residual(self, view: Literal["behavioral", "semantic"], h: Tensor) -> Tensor:
+        """Compute h~^v from h^v [B, D]."""
+        project = self.project_behavioral if view == "behavioral" else self.project_semantic
+        out: Tensor = h + project(h)
+        return out
 
     def fuse(self, behavioral: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse h~^B and h~^S [B, D] into h^F [B, D].
@@ -50,17 +51,18 @@ class AdaptiveFusion(nn.Module):
         return delta * behavioral + (1 - delta) * semantic, delta
 
     def forward(
-        self, behavioral: Tensor | None, semantic: Tensor | None
+        self, behavioral: Tensor | None, semantic: Tensor | None, *, project: bool = True
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
         """Return h~^B, h~^S, h^F and delta of Eq. 7. Of one view alone (the other is None), h^F is
-        its residual projection, and there is no delta.
+        its h~^v, and there is no delta.
+
+        project: False leaves out P_v, so that h~^v is h^v.
         """
+        if project:
+            behavioral = None if behavioral is None else self.residual("behavioral", behavioral)
+            semantic = None if semantic is None else self.residual("semantic", semantic)
         if behavioral is not None and semantic is not None:
-            behavioral, semantic = self.residual(behavioral, semantic)
             return behavioral, semantic, *self.fuse(behavioral, semantic)
-        if behavioral is not None:
-            behavioral = behavioral + self.project_behavioral(behavioral)
-            return behavioral, None, behavioral, None
-        assert semantic is not None, "no view"
-        semantic = semantic + self.project_semantic(semantic)
-        return None, semantic, semantic, None
+        fused = semantic if behavioral is None else behavioral
+        assert fused is not None, "no view"
+        return behavioral, semantic, fused, None

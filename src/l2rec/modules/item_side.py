@@ -339,6 +339,7 @@ class CatalogItems(_TableRows, nn.Module):
         text_tokens: most tokens of a text. text_dropout: dropout of the text vectors in training.
         residual: a trained r_i, zero at the start, for the items that training holds.
         sampled: most other items that a step compares with; 0: all. fusion: ACF, the users' own.
+        project: P_v of Eq. 7 for items too.
         cache: folder for text vectors; None keeps nothing.
     """
 
@@ -353,6 +354,7 @@ class CatalogItems(_TableRows, nn.Module):
         text_dropout: float,
         residual: bool,
         sampled: int,
+        project: bool,
         fusion: AdaptiveFusion,
         cache: Path | None,
     ) -> None:
@@ -360,7 +362,7 @@ class CatalogItems(_TableRows, nn.Module):
         # The model's own: not registered here, or they would be saved twice.
         object.__setattr__(self, "_backbone", backbone)
         object.__setattr__(self, "_fusion", fusion)
-        self._text_tokens, self._sampled = text_tokens, sampled
+        self._text_tokens, self._sampled, self._project = text_tokens, sampled, project
         vectors, self.cached = catalog_vectors(backbone, tokens, text_tokens, cache)
         self.table = TextTable(
             vectors, RESIDUAL_DROPOUT, text_dropout, linear=False, residual=residual
@@ -413,7 +415,8 @@ class CatalogItems(_TableRows, nn.Module):
             sides["fused"] = sides["behavioral"] = encoded.behavioral
         if "semantic" in views:
             semantic = self.semantic.index_select(0, as_index(chosen, self.semantic.device))
-            semantic = semantic + fusion.project_semantic(semantic)
+            if self._project:
+                semantic = fusion.residual("semantic", semantic)
             sides["fused"] = sides["semantic"] = semantic
         if len(views) > 1:
             sides["fused"], _ = fusion.fuse(sides["behavioral"], sides["semantic"])
