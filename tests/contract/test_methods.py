@@ -77,8 +77,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     # One tower for both sides knows who walks near whom on the cycle, but hardly who walks ahead.
     "LEARN": {"item_tower": "b"},
+    # Text-only batches move fewer tensors than the stage declares.
+    "LLaRA": {"curriculum": 0},
+    "ILoRA": {"curriculum": 0, "head": "items"},
 }
 """What a method needs besides."""
+FAMILIES = {"LLaRA": "tied"}
+"""Backbone of what cannot do with a BERT, as it is configured here."""
 USUAL = (1e-2, 15)
 BUDGET = {
     "BERT4Rec": (3e-3, 50),
@@ -124,7 +129,8 @@ def options(name: str) -> dict[str, Any]:
     return {k: v for k, v in TINY.items() if k in known} | OPTIONS.get(name, {})
 
 
-def build(name: str, catalog: Catalog, seed: int = 0, family: str = "bert", **more: Any) -> Any:
+def build(name: str, catalog: Catalog, seed: int = 0, family: str = "", **more: Any) -> Any:
+    family = family or FAMILIES.get(name, "bert")
     backbone = tiny.random_backbone(family) if METHODS[name].uses_backbone else None
     return models.build(METHODS[name], options(name) | more, catalog, backbone, seed=seed)
 
@@ -307,7 +313,8 @@ def test_stages(name: str, chain: tuple[Catalog, Split]) -> None:
 
 
 NARROW = [
-    *((name, {}) for name in sorted(METHODS) if METHODS[name].uses_backbone),
+    *((name, {}) for name in sorted(METHODS) if METHODS[name].uses_backbone and name != "LLaRA"),
+    ("LLaRA", {"head": "items"}),
     ("L2Rec", {"form": "paper"}),
     ("L2Rec", {"form": "paper", "behavioral_pool": "encoder"}),
 ]

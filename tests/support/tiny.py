@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from transformers import (
     BertConfig,
     ElectraConfig,
     LlamaConfig,
+    MptConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -67,6 +69,12 @@ def llama_config(**changes: Any) -> PretrainedConfig:
     return LlamaConfig(**_SHAPE | {"num_key_value_heads": 1} | changes)
 
 
+def mpt_config(**changes: Any) -> PretrainedConfig:
+    """Return a tiny MPT, whose attention is biased by distances in the cache."""
+    sizes = {"vocab_size": len(VOCABULARY), "d_model": 32, "n_layers": 2, "n_heads": 4}
+    return MptConfig(**sizes | changes)
+
+
 def distill_config(**changes: Any) -> PretrainedConfig:
     """Return what DeepSeek-R1-Distill-Llama is: a Llama with its long-context rotation."""
     rope = {
@@ -90,16 +98,20 @@ CONFIGS = {
     "electra": electra_config,
     "roberta": roberta_config,
     "qwen3": qwen3_config,
+    "tied": partial(qwen3_config, tie_word_embeddings=True),
     "llama": llama_config,
     "distill": distill_config,
+    "mpt": mpt_config,
 }
 STYLES: dict[str, Style] = {
     "bert": "bert",
     "electra": "bert",
     "roberta": "bert",
     "qwen3": "qwen",
+    "tied": "qwen",
     "llama": "llama",
     "distill": "llama",
+    "mpt": "qwen",
 }
 
 

@@ -34,6 +34,32 @@ def adapted(backbone: Backbone, **options: float) -> LoRA:
     return lora
 
 
+def test_ranks_are_weighed_by_token_or_by_row() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 5)
+    lora = LoRA({"layer.q_proj": linear}, rank=3, alpha=6.0)
+    nn.init.normal_(lora.b[0])
+    lora.attach()
+    x, weights = torch.randn(2, 7, 4), torch.rand(2, 3)
+    plain = linear(x)
+    expected = torch.stack(
+        [
+            row + 2.0 * u @ (lora.b[0] * w @ lora.a[0]).T
+            for row, u, w in zip(plain, x, weights, strict=True)
+        ]
+    )
+    of_tokens = weights.repeat_interleave(7, dim=0)
+    for given, shape in ((weights, x), (weights, x.flatten(0, 1)), (of_tokens, x.view(1, 14, 4))):
+        with lora.enabled(given):
+            torch.testing.assert_close(linear(shape), expected.reshape(*shape.shape[:-1], 5))
+
+
+@pytest.mark.parametrize(("family", "count"), [("bert", 6), ("qwen3", 7)])
+def test_all_matrices_of_a_block_may_be_asked_for(family: str, count: int) -> None:
+    model = tiny.random_model(family)
+    assert len(find_linears(model, None)) == 2 * count, "two blocks"
+
+
 @pytest.mark.parametrize("family", ["bert", "qwen3"])
 def test_the_update_is_that_of_merged_weights(family: str) -> None:
     torch.manual_seed(0)

@@ -81,7 +81,7 @@ def _matrices(model: nn.Module) -> dict[str, dict[str, Matrix]]:
     return found
 
 
-def find_linears(model: nn.Module, matrices: Sequence[str]) -> dict[str, Matrix]:
+def find_linears(model: nn.Module, matrices: Sequence[str] | None) -> dict[str, Matrix]:
     """Find the matrices of every block that play the given parts.
 
     Of a mixture of experts, the routed ones are left out, with a note: they are no modules, but one
@@ -89,7 +89,8 @@ def find_linears(model: nn.Module, matrices: Sequence[str]) -> dict[str, Matrix]
 
     Args:
         model: a Hugging Face transformer.
-        matrices: parts, of ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``.
+        matrices: parts, of ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``; None for all
+            that the model has.
 
     Returns:
         The matrices by full name, in the model's order. A Linear module stands for itself; rows of
@@ -98,14 +99,16 @@ def find_linears(model: nn.Module, matrices: Sequence[str]) -> dict[str, Matrix]
     Raises:
         ConfigError: an unknown part. BackboneError: the model has no matrix of that part.
     """
-    for matrix in matrices:
+    for matrix in matrices or ():
         if matrix not in MATRIX_NAMES:
             raise ConfigError(
                 f"matrices: unknown {matrix!r}; choose from {', '.join(MATRIX_NAMES)}"
             )
-    if not matrices:
+    if matrices is not None and not matrices:
         return {}
     found = _matrices(model)
+    if matrices is None:
+        matrices = [matrix for matrix in found if found[matrix]]
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     routed = _has_routed_experts(model)
     for matrix in matrices:

@@ -34,7 +34,8 @@ __all__ = [
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -47,9 +48,16 @@ from torch import Tensor, nn
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules import baichuan, gguf, memory
-from l2rec.modules.families import accepted, lead_to_packed
+from l2rec.modules.families import accepted, lead_to_packed, own_attention
 from l2rec.modules.layers import LayerCut
-from l2rec.modules.probe import check_cut, check_exact, check_text_part, sees_future, state_size
+from l2rec.modules.probe import (
+    check_cut,
+    check_exact,
+    check_text_part,
+    sees_future,
+    state_size,
+    with_attention,
+)
 from l2rec.modules.quantized import bits_of, packed_weights, quantization, take_over
 from l2rec.modules.recompute import recompute_blocks
 
@@ -568,6 +576,15 @@ class Backbone(nn.Module):
         """
         self._check_length(packing)
         return self._run(inputs_embeds[None].to(self.dtype), packing).last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def unpacked(self) -> Iterator[Any]:
+        """Yield the Hugging Face model as it is by itself: on grids of tokens, with a cache.
+
+        No packed pass may run meanwhile.
+        """
+        with with_attention(self.model, own_attention(self.model)):
+            yield self.model
 
     def cut(self, below: int) -> LayerCut:
         """Make ready to run the lowest ``below`` layers and those above them apart.

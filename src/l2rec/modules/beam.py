@@ -18,6 +18,7 @@ from __future__ import annotations
 __all__ = [
     "Beams",
     "CausalDecoder",
+    "CausalModel",
     "Decoder",
     "Seq2SeqDecoder",
     "as_inputs",
@@ -183,6 +184,17 @@ class Seq2SeqDecoder:
         return logits
 
 
+class CausalModel(Protocol):
+    """Model that `CausalDecoder` reads: one of Transformers, or `l2rec.modules.words.Speaker`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return an object with ``logits``, as a model for causal language modelling does."""
+        ...
+
+
 class CausalDecoder:
     """Beams of a decoder-only model.
 
@@ -191,7 +203,7 @@ class CausalDecoder:
             on the left. real: [B, S], 1 where a prompt has a token.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Tensor, real: Tensor) -> None:
+    def __init__(self, model: CausalModel, prompts: Tensor, real: Tensor) -> None:
         self._model, self._real = model, real.bool()
         self._prompts = prompts
         self._cache = DynamicCache()

@@ -4,7 +4,9 @@ Hu et al. LoRA. ICLR '22, https://arxiv.org/abs/2106.09685
 
     W x + alpha/r B A drop(x)          A uniform, B zero: untrained, nothing changes
 
-The update is added inside `LoRA.enabled` only; outside of it, the backbone is the frozen one.
+The update is added inside `LoRA.enabled` only; outside of it, the backbone is the frozen one. There
+the ranks may be weighed for each token: alpha/r B diag(g) A drop(x), as experts that are slices of
+A and B need it (`l2rec.methods.ilora`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from l2rec.modules.adapters import Adapter, Forward
 from l2rec.modules.fused import Matrix
 
 
-class LoRA(Adapter[Literal[True]]):
+class LoRA(Adapter[Tensor | Literal[True]]):
     """Low-rank updates, one pair A [R, d_in] and B [d_out, R] for each adapted matrix.
 
     Args:
@@ -60,18 +62,31 @@ class LoRA(Adapter[Literal[True]]):
             nn.init.zeros_(b)
 
     @contextmanager
-    def enabled(self) -> Iterator[None]:
-        """Add the updates to the outputs of the attached modules within this context."""
-        with self.active(True):
+    def enabled(self, weights: Tensor | None = None) -> Iterator[None]:
+        """Add the updates to the outputs of the attached modules within this context.
+
+        weights: g [U, R] of every token (U tokens in all), or of the rows of a grid of tokens (U
+            rows); None leaves all ranks as they are.
+        """
+        with self.active(True if weights is None else weights):
             yield
 
-    def update(self, j: int, x: Tensor) -> Tensor:
-        """Return alpha/r B A drop(x) of matrix j: x [..., d_in] -> [..., d_out], dtype of x."""
+    def update(self, j: int, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return alpha/r B diag(g) A drop(x) of matrix j: x [..., d_in] -> [..., d_out], alike.
+
+        weights: g, as in `enabled`.
+        """
         low = F.linear(self.dropout(x), self.a[j].to(x.dtype))
+        if weights is not None:
+            # Some models flatten a grid: tokens of a row stay next to one another.
+            rows = low.reshape(len(weights), -1, low.shape[-1])
+            low = (rows * weights[:, None].to(x.dtype)).view(low.shape)
         return F.linear(low * self.scaling, self.b[j].to(x.dtype))
 
-    def _output(self, number: int, x: Tensor, plain: Forward, state: Literal[True]) -> Tensor:
-        y = plain(x)
+    def _output(
+        self, number: int, x: Tensor, plain: Forward, state: Tensor | Literal[True]
+    ) -> Tensor:
+        y, weights = plain(x), None if state is True else state
         for j in self._places[number]:
-            y = y + self._parts[j].spread(self.update(j, x))
+            y = y + self._parts[j].spread(self.update(j, x, weights))
         return y

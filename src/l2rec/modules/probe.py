@@ -8,7 +8,15 @@ so a few random rows are run both ways.
 
 from __future__ import annotations
 
-__all__ = ["check_cut", "check_exact", "check_text_part", "sees_future", "state_size"]
+__all__ = [
+    "check_cut",
+    "check_exact",
+    "check_search",
+    "check_text_part",
+    "sees_future",
+    "state_size",
+    "with_attention",
+]
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from l2rec.errors import BackboneError
 from l2rec.modules.families import accepted, own_attention
@@ -89,6 +98,44 @@ def check_cut(backbone: Backbone, cut: LayerCut) -> None:
         )
 
 
+@torch.no_grad()
+def check_search(backbone: Backbone, longest: int) -> None:
+    """Compare packed rows with the model's own code on a padded grid with a cache, as a beam search
+    reads them (`beam.CausalDecoder`).
+
+    longest: most tokens of a row.
+
+    Raises:
+        BackboneError: they differ by more than rounding, or the model does not run so: with biases
+            of distance, or with a window that is shorter than a row.
+    """
+    with _one_line(backbone.name, backbone.model, "cannot search with beams"):
+        if not any(_searches(backbone, longest, seed) for seed in range(DRAWS)):
+            raise ValueError(f"its states differ in rows of {longest} tokens")
+
+
+def _searches(backbone: Backbone, longest: int, seed: int) -> bool:
+    """Return True if the ends of two random rows come out of a search of two beams as packed.
+
+    The last token of a row goes on from the other beam than its own.
+    """
+    from l2rec.modules.beam import CausalDecoder
+    from l2rec.modules.words import Speaker
+
+    rows = _random_rows(backbone, [longest, 2 + longest // 2], seed)
+    expected = torch.stack([states[-1] for states in _packed(backbone, rows)])
+    ids = torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows])
+    real = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+    with backbone.unpacked() as model:
+        speaker = Speaker(model, lambda states, _: states, backbone.word_embeddings.weight)
+        decoder = CausalDecoder(speaker, backbone.embed(ids[:, :-2]), real[:, :-2])
+        decoder.start()
+        said, first = ids[:, -2:], torch.zeros_like(ids[:, -2:])
+        decoder.extend(said, first)
+        found = decoder.extend(said, first + torch.tensor([1, 0], device=first.device))
+    return _same([found[:, 1]], [expected])
+
+
 def _agrees(backbone: Backbone, lengths: Sequence[int]) -> bool:
     """Return True if rows of these lengths come out as alone, at every place in one of the draws.
 
@@ -120,7 +167,7 @@ def _windows(backbone: Backbone) -> set[int]:
     AttentionInterface.register(name, recording)
     if not backbone.model._can_set_attn_implementation():  # type: ignore[operator]
         name = LED  # led by hand, to the attention function itself
-    with _attention(backbone.model, name):
+    with with_attention(backbone.model, name):
         try:
             _packed(backbone, _random_rows(backbone, [2, 1]))
         except BackboneError:
@@ -261,7 +308,7 @@ def _packing(
 def _own(model: nn.Module, **inputs: Tensor) -> Tensor:
     """Run one row by the model's own attention: states [n, D]."""
     given = accepted(model, {**inputs, "use_cache": False})
-    with _attention(model, own_attention(model)), torch.no_grad():
+    with with_attention(model, own_attention(model)), torch.no_grad():
         states: Tensor | None = getattr(model(**given), "last_hidden_state", None)
     if states is None:
         raise ValueError("it gives no last hidden states")
@@ -269,7 +316,8 @@ def _own(model: nn.Module, **inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def _attention(model: Any, name: str) -> Iterator[None]:
+def with_attention(model: Any, name: str) -> Iterator[None]:
+    """Give a model the attention of this name within this context."""
     before = model.config._attn_implementation
     _set_attention(model, name)
     try:

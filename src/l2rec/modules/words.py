@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["WordHead", "mask_token"]
+__all__ = ["Speaker", "WordHead", "mask_token"]
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,10 +60,10 @@ class WordHead(nn.Module):
             nn.init.zeros_(self.transform.bias)
 
     def forward(self, states: Tensor, matrix: Tensor, words: Tensor | None = None) -> Tensor:
-        """Compute logits [n, V] float32.
+        """Compute logits [..., V] float32.
 
         Args:
-            states: [n, D] last hidden states.
+            states: [..., D] last hidden states.
             matrix: [V', word_dim] the word embeddings E.
             words: [V] int64 ids of the words to choose among; None for all V' of them.
         """
@@ -69,3 +72,30 @@ class WordHead(nn.Module):
             return F.linear(states.to(rows.dtype), rows).float()
         logits = F.linear(self.transform(states.float()).to(rows.dtype), rows).float()
         return logits + (self.bias if words is None else self.bias.index_select(0, words))
+
+
+class Said(NamedTuple):
+    """Output of `Speaker`. logits: [B, T, V] float32."""
+
+    logits: Tensor
+
+
+class Speaker:
+    """A decoder-only backbone with an output layer, as `l2rec.modules.beam.CausalDecoder` takes it.
+
+    Args:
+        model: the Hugging Face model, as `Backbone.unpacked` yields it.
+        head: its output layer, states and word embeddings -> logits, as `WordHead`.
+        matrix: [V, word_dim] the word embeddings.
+    """
+
+    def __init__(
+        self, model: Any, head: Callable[[Tensor, Tensor], Tensor], matrix: Tensor
+    ) -> None:
+        self._model, self._head, self._matrix = model, head, matrix
+        self.dtype = matrix.dtype
+
+    def __call__(self, *, logits_to_keep: int = 0, **inputs: Any) -> Said:
+        """Run the model and return logits [B, T, V], of the last places only where so asked."""
+        states = self._model(**inputs).last_hidden_state[:, -logits_to_keep:]
+        return Said(self._head(states, self._matrix))
