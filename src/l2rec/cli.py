@@ -656,6 +656,33 @@ def blend(
 
 
 @app.command()
+def average(
+    runs: Annotated[list[Path], typer.Argument(help="Finished run folders.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+) -> None:
+    """Score the mean of several runs' scores: what two seeds are worth together.
+
+    The control for whatever joins two models: it has to beat two seeds of one of them, averaged.
+    The folder holds `report.json` and `ranks.parquet`, and no model.
+
+    Example: `l2rec average runs/sasrec-1 runs/sasrec-2 --out runs/sasrec-averaged`
+    """
+    from l2rec.console import Console
+    from l2rec.studies.average import average_runs
+
+    with Console() as console:
+        report = average_runs(
+            runs,
+            out,
+            progress=console,
+            data=data,
+            command=shlex.join(["l2rec", *sys.argv[1:]]),
+        )
+        console.scores(report)
+
+
+@app.command()
 def recommend(
     run: Run,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: A,B,C")] = None,

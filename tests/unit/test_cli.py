@@ -61,6 +61,7 @@ VERBS = {
     "embed": ["--out", "--users", "--data"],
     "onnx": ["--out", "--data"],
     "blend": ["--out", "--data"],
+    "average": ["--out", "--data"],
     "index": ["--out", "--kind", "--queries", "--json"],
     "abtest": ["--experiment", "--treatment", "--simulate", "--json"],
     "serve": ["--host", "--port", "--log", "--index", "--experiment", "--control", "--rate"],
