@@ -56,6 +56,10 @@ VERBS = {
     "recipes": [],
     "evaluate": ["--split", "--data", "--json"],
     "compare": ["--data", "--against", "--group", "--no-group", "--out", "--json"],
+    "experiment": [
+        *("--data", "--out", "--plan", "--render", "--jobs", "--hours"),
+        *("--source", "--take", "--list", "--json"),
+    ],
     "fusion": ["--alpha", "--dominant", "--split", "--data", "--json"],
     "recommend": ["--history", "--user", "--new-item", "--include-seen", "--json"],
     "embed": ["--out", "--users", "--data"],
