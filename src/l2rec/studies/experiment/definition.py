@@ -193,7 +193,8 @@ class Experiment(_Closed):
     """Columns, each with the history in the ranking and with it masked."""
     comparisons: tuple[Comparison, ...] = ()
     priority: tuple[str, ...] = ()
-    """Rows that are trained first and left out last; the others follow in their order."""
+    """Rows that are trained first and left out last, after those that are compared; the others
+    follow as they stand."""
     figure: Figure | None = None
     published: Published | None = None
 

@@ -162,7 +162,7 @@ class _Running:
         """Interrupt all processes, and wait until they have ended."""
         for job in self.running:
             with contextlib.suppress(ProcessLookupError):
-                job.process.send_signal(signal.SIGINT)
+                job.process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
         ends = time.monotonic() + PATIENCE
         for job in self.running:
             try:
