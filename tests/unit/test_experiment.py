@@ -575,6 +575,9 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     assert len(processes.begun) == count and page.sections == []
     assert page.unfinished[0] == ("chains/narrow-s1", "in the way: a run of another recipe")
     folder = out / "cells" / "chains" / "narrow-s1"
+    (folder / "report.json").write_text("{")
+    torn = planned_of(path, chains, out).cells[0]
+    assert torn.state is State.OTHER and "report.json: not readable" in torn.note
     (folder / "config.yaml").write_text("{")
     torn = planned_of(path, chains, out).cells[0]
     assert torn.state is State.OTHER and "torn or edited" in torn.note

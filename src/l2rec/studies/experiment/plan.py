@@ -391,10 +391,10 @@ def look_at(cell: Cell, found: Runs | None = None) -> Planned:
     """Say what stands of a cell, in its folder or among the runs ``found``."""
     try:
         state, note = _state(cell)
+        if state is State.FINISHED:
+            return Planned(cell, state, seconds_of(read_report(cell.path)), "measured")
     except L2RecError as error:
         state, note = State.OTHER, str(error)
-    if state is State.FINISHED:
-        return Planned(cell, state, seconds_of(read_report(cell.path)), "measured")
     if state is State.MISSING and cell.config is not None and not cell.needs:
         for path, config in (found or {}).get(cell.data.fingerprint, ()):
             if config == cell.config:
