@@ -377,8 +377,8 @@ def _how_compared(tests: Sequence[Compared]) -> str:
     return (
         "Named before they were run. Differences of each user's mean over seeds; squared standard "
         "error: variance over users / users + variance over seeds / seeds, of either side; "
-        "two-sided t-test with Satterthwaite's degrees of freedom; Holm's correction over the "
-        f"{count} tests of this experiment that have a p."
+        "two-sided t-test with Satterthwaite's degrees of freedom; Holm's correction for the "
+        f"number of tests of this experiment that have a p: {count}."
     )
 
 
