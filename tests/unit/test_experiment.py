@@ -645,6 +645,23 @@ def test_one_at_a_time(chains: Dataset, tmp_path: Path, processes: Processes) ->
     assert processes.begun == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
+def test_a_cell_that_another_process_trains_is_left_to_it(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    """As after a kill of the call that began it."""
+    path = experiments.written(tmp_path / "e.yaml", seeds=[1])
+    out = tmp_path / "out"
+    log = out / "logs" / "chains" / "narrow-s1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("step 3")
+    with working_on(out / "cells" / "chains" / "narrow-s1"):
+        done = run(planned_of(path, chains, out), progress=runs.Quiet())
+    assert [one.state for one in done.cells] == [State.MISSING, State.FINISHED]
+    assert "another process is working on it" in read_state(out)["failed"]["chains/narrow-s1"]
+    assert len(processes.begun) == 1 and log.read_text() == "step 3"
+
+
 # -- the command ---------------------------------------------------------------------------------
 
 

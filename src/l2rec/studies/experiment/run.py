@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from l2rec.disk import replacing_folder, working_on, write_json
-from l2rec.errors import ConfigError
+from l2rec.errors import CheckpointError, ConfigError
 from l2rec.protocols import Progress
 from l2rec.runs.folder import read_report
 from l2rec.runs.machine import hardware, versions
@@ -209,6 +209,13 @@ class _Running:
 
     def _begin(self, one: Planned) -> None:
         cell = one.cell
+        if cell.config is not None:
+            try:
+                with working_on(cell.path):
+                    pass
+            except CheckpointError as error:  # a process of a killed call: its log is its own
+                self._fail(cell, str(error))
+                return
         log = self.planned.out / "logs" / cell.grid / f"{cell.path.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         cell.path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,8 +282,8 @@ class _Running:
         known = [max(0.0, one.seconds - ran.get(one.cell, 0.0)) for one in rest if one.seconds]
         unknown = sum(one.seconds is None for one in rest)
         text = f"{done} of {len(cells)} cells are finished"
-        if self.failed:
-            text += f", {len(self.failed)} failed"
+        if failed := sum(not one.done and one.cell.key in self.failed for one in cells):
+            text += f", {failed} failed"
         if known:
             text += f"; about {as_duration(sum(known) / self.jobs)} left"
         if unknown:
