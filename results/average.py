@@ -2,49 +2,27 @@
 
     python results/average.py RUN RUN [RUN ...] [--against RUN [RUN ...]] [--json FILE]
 
-Two seeds of one recipe, averaged, score better than either. A method with two parts has to beat
-that, not one of its parts alone. Scores are averaged as the runs give them (of one recipe they are
-on one scale). ``--against``: finished runs of the same data, or what is kept of them, as a rule the
-seeds of one recipe; each user's mean over them is tested against the average (paired t-test over
-users, two-sided).
+As `l2rec average` has it, without writing a folder. ``--against``: finished runs of the same data,
+or what is kept of them, as a rule the seeds of one recipe; each user's mean over them is tested
+against the average (paired t-test over users, two-sided).
 """
 
 import argparse
 import json
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from l2rec.data.ragged import Ragged
 from l2rec.evaluation.ranking import evaluate
 from l2rec.evaluation.significance import paired_values_test
-from l2rec.protocols import Scorer
 from l2rec.runs.folder import load_run_config, open_run_dataset, training_split
-from l2rec.runs.predictor import load
+from l2rec.studies.average import Average
 from l2rec.studies.compare import read_run
 
 METRICS = ("recall@10", "ndcg@10")
 MASKED = "_masked"
-
-
-class Average:
-    """Several recommenders of one catalog as one: the mean of their scores."""
-
-    def __init__(self, runs: Sequence[Path]) -> None:
-        self._runs = [load(run) for run in runs]
-        self.n_items = len(self._runs[0].ids)
-
-    def scorer(self) -> Scorer:
-        """Return histories -> mean scores [B, N]."""
-        scorers = [run.scorer() for run in self._runs]
-
-        def mean(histories: Ragged) -> Any:
-            return sum(scorer(histories) for scorer in scorers) / len(scorers)
-
-        return mean
 
 
 def main() -> None:

@@ -524,6 +524,102 @@ def recipes() -> None:
         typer.echo(name)
 
 
+def _print_experiments(asked: bool) -> None:
+    """Print the shipped experiments, one in a line, and end the program."""
+    if not asked:
+        return
+    from l2rec.studies.experiment.definition import experiment_titles
+
+    titles = experiment_titles()
+    for name, title in titles.items():
+        typer.echo(f"{name:<{max(map(len, titles))}}  {title}")
+    raise typer.Exit
+
+
+@app.command()
+def experiment(
+    name: Annotated[
+        str, typer.Argument(help="Shipped experiment, or YAML file.", show_default=False)
+    ],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value, the same for all rows; or further data sets."),
+    ] = None,
+    data: Annotated[list[Path], typer.Option(help="Data set folder; repeatable.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Folder of the experiment.")] = ...,  # type: ignore[assignment]
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the cells and what they take; run nothing.")
+    ] = False,
+    render: Annotated[
+        bool, typer.Option("--render", help="Write the page of what is finished; run nothing.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Processes at once, which share the cores.")] = 1,
+    hours: Annotated[
+        float | None, typer.Option(help="Fit the grid into this time; says what is left out.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Data set that rows are pre-trained on, where they are.")
+    ] = None,
+    take: Annotated[
+        Path | None, typer.Option(help="Folder of other runs; link those that are cells of this.")
+    ] = None,
+    as_json: Json = False,
+    listed: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            help="List the shipped experiments.",
+            is_eager=True,
+            callback=_print_experiments,
+        ),
+    ] = False,
+) -> None:
+    """Run a table or figure of the papers: a grid of rows, data sets and seeds.
+
+    Every cell is a run folder below OUT/cells, made by `l2rec train`. What is finished never runs
+    again, and a grid that was stopped goes on with the same command; a cell that fails is named in
+    the page, and tried again by the next call. The page, OUT/report.html and report.md, has
+    every number with its command, the comparisons that were named before, and the paper's figures.
+    docs/experiments.md says how to read it, and how to write one.
+
+    Example: `l2rec experiment l2rec-table2 --data data/scientific --out runs/table2 --plan`
+    """
+    del listed  # printed by its callback
+    from l2rec.console import Console, print_plan
+    from l2rec.studies.experiment.definition import load_experiment
+    from l2rec.studies.experiment.plan import fitted
+    from l2rec.studies.experiment.plan import plan as make_plan
+    from l2rec.studies.experiment.report import to_json, write_page
+    from l2rec.studies.experiment.run import run as run_plan
+
+    _must_be_folder(out)
+    planned = make_plan(
+        load_experiment(name),
+        [*data, *(Path(word) for word in more or () if "=" not in word)],
+        out,
+        source=source,
+        overrides=[word for word in more or () if "=" in word],
+        take=take,
+    )
+    if hours is not None and (plan or render):
+        planned = fitted(planned, hours * 3600, jobs)
+    if plan:
+        if as_json:
+            _print_json(planned.to_json())
+        else:
+            print_plan(planned)
+        return
+    with Console(quiet=as_json) as console:
+        if not render:
+            planned = run_plan(planned, progress=console, jobs=jobs, hours=hours)
+        page, paths = write_page(planned)
+        for cell, why in page.unfinished:
+            console.line(f"{cell}: {why}")
+        console.line(f"report: {paths[1]}")
+    if as_json:
+        _print_json(to_json(planned))
+
+
 @app.command()
 def evaluate(
     run: Run,
@@ -653,6 +749,33 @@ def blend(
         )
         console.scores(report)
         console.line(_next("l2rec", "compare", run, out))
+
+
+@app.command()
+def average(
+    runs: Annotated[list[Path], typer.Argument(help="Finished run folders.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+) -> None:
+    """Score the mean of several runs' scores: what two seeds are worth together.
+
+    The control for whatever joins two models: it has to beat two seeds of one of them, averaged.
+    The folder holds `report.json` and `ranks.parquet`, and no model.
+
+    Example: `l2rec average runs/sasrec-1 runs/sasrec-2 --out runs/sasrec-averaged`
+    """
+    from l2rec.console import Console
+    from l2rec.studies.average import average_runs
+
+    with Console() as console:
+        report = average_runs(
+            runs,
+            out,
+            progress=console,
+            data=data,
+            command=shlex.join(["l2rec", *sys.argv[1:]]),
+        )
+        console.scores(report)
 
 
 @app.command()
@@ -1113,6 +1236,7 @@ def _interrupted(arguments: list[str]) -> str:
     after = {
         "train": "; go on with the same command and --resume",
         "tune": "; go on with the same command",
+        "experiment": "; go on with the same command",
         "prepare": "; what was at --out before is as it was",
     }
     verb = next((argument for argument in arguments if not argument.startswith("-")), "")

@@ -6,6 +6,7 @@ __all__ = [
     "Console",
     "print_comparison",
     "print_doctor",
+    "print_plan",
     "print_recommendations",
     "print_rows",
     "print_table",
@@ -35,6 +36,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from l2rec.runs.predictor import Recommendation
     from l2rec.studies.compare import Comparison
+    from l2rec.studies.experiment.plan import Plan
     from l2rec.studies.tune import Trial
 
 PLAIN_EVERY = 15.0
@@ -167,6 +169,25 @@ def print_rows(title: str, name: str, rows: Mapping[Any, Mapping[str, float]]) -
         ]
         table.add_row(escape(str(row)), *marked)
     _out().print(table)
+
+
+def print_plan(planned: Plan) -> None:
+    """Print the cells of an experiment on standard output, in the order in which they are run."""
+    out = _out()
+    if not out.is_terminal:
+        out.width = max(out.width, WIDE)
+    table = Table(title=escape(planned.experiment.title), title_justify="left")
+    for name in ("cell", "row", "state", "minutes", "estimate", "note"):
+        table.add_column(name, justify="right" if name == "minutes" else "left")
+    for one in planned.cells:
+        minutes = "?" if one.seconds is None else f"{one.seconds / 60:.1f}"
+        texts = (one.cell.key, one.cell.line, str(one.state), minutes, one.basis, one.note)
+        table.add_row(*map(escape, texts))
+    if planned.cells:
+        out.print(table)
+    out.print(planned.summary(), soft_wrap=True, markup=False)
+    for left_out in planned.left_out:
+        out.print(f"left out: {left_out.key}: {left_out.reason}", soft_wrap=True, markup=False)
 
 
 def print_experiment(result: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`results/average.py`: the mean of runs' scores, as a control."""
+"""`l2rec average` and `results/average.py`: the mean of runs' scores, as a control."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support import runs
 from tests.support.runs import Finished
 
+from l2rec.config import load_recipe
+from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
+from l2rec.data.synthetic import chain_dataset
 from l2rec.disk import read_json
+from l2rec.errors import CheckpointError
+from l2rec.evaluation.ranks import read_ranks
 from l2rec.runs.predictor import load
+from l2rec.studies.average import average_runs
 
 PATH = Path(__file__).parents[2] / "results" / "average.py"
 
@@ -49,3 +56,39 @@ def test_a_run_averaged_with_itself_is_itself(
         assert value == pytest.approx(own[metric], abs=1e-6)
         assert found["against_scores"][metric] == pytest.approx(value, abs=1e-6)
         assert found["p"][metric] > 0.1
+
+
+def test_two_seeds_become_a_folder_of_scores(
+    table_run: Finished, chains: Dataset, tmp_path: Path
+) -> None:
+    other = load_recipe(
+        str(runs.write_recipe(tmp_path / "r.yaml", runs.recipe_values(table_run.backbone))),
+        ["seed=1"],
+    )
+    second = runs.finished(other, chains.path, tmp_path / "second").run
+    out = tmp_path / "both"
+    report = average_runs([table_run.run, second], out, progress=runs.Quiet(), command="it")
+    assert read_json(out / "report.json") == report
+    assert sorted(p.name for p in out.iterdir()) == ["ranks.parquet", "report.json"]
+    each = [read_json(run / "report.json") for run in (table_run.run, second)]
+    for cost in ("training_seconds", "tokens_seen"):
+        assert report[cost] == pytest.approx(sum(one[cost] for one in each))
+    ranks = read_ranks(out / "ranks.parquet")
+    scores = report["scores"][report["method"]]
+    assert ranks.values("ndcg@10").mean() == pytest.approx(scores["ndcg@10"])
+    assert ranks.users == read_ranks(second / "ranks.parquet").users
+    with pytest.raises(CheckpointError, match="not empty"):
+        average_runs([table_run.run, second], out, progress=runs.Quiet())
+    with pytest.raises(CheckpointError, match="two runs or more"):
+        average_runs([second], tmp_path / "one", progress=runs.Quiet())
+
+
+def test_runs_of_other_data_have_no_average(
+    sasrec_run: Path, one_thread: None, tmp_path: Path
+) -> None:
+    data = chain_dataset(tmp_path / "data", 20, 30, 8, seed=3)
+    config = load_recipe("sasrec", ["training.max_steps=1"])
+    other = runs.finished(config, data.path, tmp_path / "other").run
+    with pytest.raises(CheckpointError, match="only runs of the same data and split"):
+        average_runs([sasrec_run, other], tmp_path / "out", progress=runs.Quiet())
+    assert not (tmp_path / "out").exists()

@@ -57,7 +57,10 @@ def test_constraints_are_exact_and_free_of_cuda() -> None:
 def test_package_data_ships() -> None:
     package = resources.files("l2rec")
     assert package.joinpath("py.typed").is_file()
-    assert package.joinpath("runs/report.html.j2").is_file()
+    for name in ("report.html.j2", "parts.html.j2", "style.css.j2"):
+        assert package.joinpath("runs", name).is_file()
+    assert package.joinpath("studies", "experiment", "report.html.j2").is_file()
+    assert package.joinpath("experiments", "l2rec-table2.yaml").is_file()
 
 
 def test_ci_script_is_executable_and_parses() -> None:

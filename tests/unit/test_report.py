@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from l2rec.errors import CheckpointError
-from l2rec.runs.report import _scale, _short_names, _ticks, write_report
+from l2rec.runs.chart import scaled, ticks
+from l2rec.runs.report import _short_names, write_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 SVG_SHAPES = {"line", "path", "rect", "circle"}
@@ -281,14 +282,14 @@ def test_errors_say_what_to_do(tmp_run: Path) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.0484, 0.0907), (-3, 1200), (0, 1e-6), (5, 5)])
 def test_ticks_are_few_and_inside(low: float, high: float) -> None:
-    ticks = _ticks(low, high)
-    assert 1 <= len(ticks) <= 8
-    assert all(low - 1e-12 <= tick <= high + 1e-12 for tick in ticks)
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 8
+    assert all(low - 1e-12 <= tick <= high + 1e-12 for tick in found)
 
 
 def test_small_helpers() -> None:
-    assert _scale(5, (0, 10), (100, 200)) == 150
-    assert _scale(5, (5, 5), (100, 200)) == 150
+    assert scaled(5, (0, 10), (100, 200)) == 150
+    assert scaled(5, (5, 5), (100, 200)) == 150
     assert _short_names(["a.0.q", "a.1.q"]) == ["0", "1"]
     assert _short_names(["a.0.q"]) == ["a.0.q"]
     assert _short_names(["a.b", "c"]) == ["a.b", "c"]

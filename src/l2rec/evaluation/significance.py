@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["PairedTest", "by_segment", "holm", "paired_test", "paired_values_test"]
+__all__ = [
+    "PairedTest",
+    "SeededTest",
+    "by_segment",
+    "holm",
+    "paired_test",
+    "paired_values_test",
+    "seeded_test",
+]
 
 import math
 from collections.abc import Sequence
@@ -73,6 +81,57 @@ def paired_values_test(
         t = math.copysign(math.inf, difference) if difference else 0.0
     p = 2.0 * float(stdtr(len(off) - 1, -abs(t)))
     return PairedTest(float(a.mean()), float(b.mean()), difference, error, t, p)
+
+
+@dataclass(frozen=True)
+class SeededTest:
+    """Result of a test of two recipes, each trained with several seeds.
+
+    ``difference`` is ``mean_a`` - ``mean_b``. ``users_error``, ``seeds_error``: the two parts of
+    its ``standard_error``. ``p`` is two-sided; with one seed on a side it, ``seeds_error`` and
+    ``standard_error`` are None: what another seed would do is not known.
+    """
+
+    mean_a: float
+    mean_b: float
+    difference: float
+    users_error: float
+    seeds_error: float | None
+    standard_error: float | None
+    p: float | None
+
+
+def seeded_test(
+    a: FloatArray, b: FloatArray, users: npt.NDArray[np.integer] | None = None
+) -> SeededTest:
+    """Test the difference of two recipes against what varies over users and over seeds.
+
+    ``a`` [S, M], ``b`` [T, M]: values of the same users in the same order, one row a seed; the
+    seeds of both sides are independent. ``users``: as in `paired_values_test`. The squared
+    standard error is var_users / M of the paired differences of each user's mean over seeds, plus
+    var_seeds / S of the scores of either side. It is compared with Student's t of the degrees of
+    freedom by Satterthwaite (1946): few seeds count as few where they are what varies, and many
+    users make it the normal distribution where these are.
+
+    Raises:
+        DataError: lengths that differ, or fewer than 2 users.
+    """
+    paired = paired_values_test(a.mean(0), b.mean(0), users)
+    plain = (paired.mean_a, paired.mean_b, paired.difference, paired.standard_error)
+    if min(len(a), len(b)) < 2:
+        return SeededTest(*plain, seeds_error=None, standard_error=None, p=None)
+    from scipy.special import stdtr
+
+    of_seeds = [float(side.mean(1).var(ddof=1)) / len(side) for side in (a, b)]
+    parts = [paired.standard_error**2, *of_seeds]
+    counts = [a.shape[1] if users is None else len(np.unique(users)), len(a), len(b)]
+    variance = sum(parts)
+    if variance > 0:
+        freedom = variance**2 / sum(v**2 / (n - 1) for v, n in zip(parts, counts, strict=True))
+        p = 2.0 * float(stdtr(freedom, -abs(paired.difference) / math.sqrt(variance)))
+    else:
+        p = 0.0 if paired.difference else 1.0
+    return SeededTest(*plain, math.sqrt(sum(of_seeds)), math.sqrt(variance), p)
 
 
 def by_segment(

@@ -16,14 +16,24 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from l2rec.disk import write_text
 from l2rec.errors import CheckpointError
+from l2rec.runs.chart import (
+    Chart,
+    Frame,
+    Line,
+    Mark,
+    Point,
+    Tick,
+    axes,
+    padded,
+    placed,
+    rendered,
+    ticks,
+)
 from l2rec.runs.numbers import (
     MAIN,
     METRICS,
@@ -42,7 +52,6 @@ from l2rec.runs.numbers import (
 )
 
 Json = Mapping[str, Any]
-Point = tuple[float, float]
 
 CURVE_POINTS = 300
 """Most points of a drawn curve."""
@@ -59,16 +68,8 @@ def write_report(run: Path) -> Path:
     if not run.is_dir():
         raise CheckpointError(f"{run} is not a run folder; give the --out of a training")
     target = run / "report.html"
-    write_text(target, _render(_page(run)))
+    write_text(target, rendered("runs/report.html.j2", _page(run)))
     return target
-
-
-def _render(page: Page) -> str:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = resources.files("l2rec.runs").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(page=page)
 
 
 # ---------------------------------------------------------------------------- reading
@@ -148,72 +149,6 @@ class Headline:
     floor: str
     verdict: str
     better: bool
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A labelled position on an axis, in the units of the drawing."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """A path in SVG notation; ``style`` is its class in the template."""
-
-    path: str
-    style: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A dot of the validation curve; the untrained model and the best step have a label."""
-
-    x: float
-    y: float
-    label_y: float
-    anchor: str
-    text: str
-    style: str
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The rectangle that data are drawn into, and the ranges of its axes."""
-
-    x_range: Point
-    y_range: Point
-    width: float = 480
-    height: float = 260
-    left: float = 52
-    right: float = 466
-    top: float = 16
-    bottom: float = 222
-
-    def x(self, value: float) -> float:
-        return round(_scale(value, self.x_range, (self.left, self.right)), 1)
-
-    def y(self, value: float) -> float:
-        return round(_scale(value, self.y_range, (self.bottom, self.top)), 1)
-
-    def path(self, points: Sequence[Point]) -> str:
-        return "M" + "L".join(f"{self.x(x):g} {self.y(y):g}" for x, y in points)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Lines over training steps."""
-
-    title: str
-    summary: str
-    note: str
-    frame: Frame
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    lines: list[Line]
-    marks: list[Mark]
 
 
 @dataclass(frozen=True)
@@ -472,29 +407,6 @@ def _against(test: Json | None) -> str:
 # ---------------------------------------------------------------------------- curves
 
 
-def _scale(value: float, source: Point, target: Point) -> float:
-    span = source[1] - source[0]
-    share = (value - source[0]) / span if span else 0.5
-    return target[0] + share * (target[1] - target[0])
-
-
-def _ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Return about ``count`` round numbers (1, 2 or 5 times 10^n) between ``low`` and ``high``."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * power for unit in (1, 2, 5, 10) if unit * power >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def _padded(values: Sequence[float]) -> Point:
-    low, high = min(values), max(values)
-    room = (high - low) or 0.5 * abs(high) or 1.0
-    return low - 0.16 * room, high + 0.1 * room
-
-
 def _curve(events: Sequence[Json], kind: str, key: str) -> list[Point]:
     return [
         (float(event["step"]), float(event[key]))
@@ -524,29 +436,20 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _axes(frame: Frame) -> tuple[list[Tick], list[Tick]]:
-    steps = [t for t in _ticks(*frame.x_range) if t == int(t)]
-    values = _ticks(*frame.y_range)
-    digits = max((len(f"{v:g}".partition(".")[2]) for v in values), default=0)
-    return (
-        [Tick(frame.x(t), f"{t:,.0f}") for t in steps],
-        [Tick(frame.y(v), f"{v:.{digits}f}") for v in values],
-    )
-
-
 def _loss_chart(events: Sequence[Json]) -> Chart | None:
     points = _thinned(_curve(events, "train", "loss"))
     if not points:
         return None
     smooth = _smoothed(points)
     x_range = (min(0.0, points[0][0]), max(points[-1][0], 1.0))
-    frame = Frame(x_range, _padded([y for _, y in points]))
-    x_ticks, y_ticks = _axes(frame)
+    frame = Frame(x_range, padded([y for _, y in points]))
+    x_ticks, y_ticks = axes(frame)
     start, end = smooth[0][1], smooth[-1][1]
     return Chart(
         title="Training loss",
         summary=f"Training loss over steps, from {start:.3g} to {end:.3g}, smoothed.",
         note=_parts_note(events),
+        x_label="step",
         frame=frame,
         x_ticks=x_ticks,
         y_ticks=y_ticks,
@@ -585,9 +488,9 @@ def _validation_chart(events: Sequence[Json], report: Json) -> Chart | None:
     if not chosen:
         return None
     frame = Frame(
-        (min(0.0, chosen[0][0]), max(chosen[-1][0], 1.0)), _padded([y for _, y in chosen + other])
+        (min(0.0, chosen[0][0]), max(chosen[-1][0], 1.0)), padded([y for _, y in chosen + other])
     )
-    x_ticks, y_ticks = _axes(frame)
+    x_ticks, y_ticks = axes(frame)
     best = next(
         (p for p in chosen if p[0] == report.get("best_step")), max(chosen, key=lambda p: p[1])
     )
@@ -602,6 +505,7 @@ def _validation_chart(events: Sequence[Json], report: Json) -> Chart | None:
         summary=f"Validation NDCG@10, {by}, over steps,{start} to {best[1]:.4f} at step "
         f"{best[0]:,.0f}.",
         note=f"Step 0 is the untrained model. The best step is chosen by the score with the {by}.",
+        x_label="step",
         frame=frame,
         x_ticks=x_ticks,
         y_ticks=y_ticks,
@@ -619,17 +523,8 @@ def _validation_marks(frame: Frame, points: Sequence[Point], best: Point) -> lis
             text, style = f"untrained {point[1]:.4f}", "start"
         else:
             text, style = "", "dot"
-        marks.append(_mark(frame, point, text, style))
+        marks.append(placed(frame, point, text, style))
     return marks
-
-
-def _mark(frame: Frame, point: Point, text: str, style: str) -> Mark:
-    """Place a mark so that its label stays inside the frame."""
-    x, y = frame.x(point[0]), frame.y(point[1])
-    share = (x - frame.left) / (frame.right - frame.left)
-    anchor = "start" if share < 0.2 else "end" if share > 0.8 else "middle"
-    below = style == "start" and y < frame.bottom - 24
-    return Mark(x, y, y + 19 if below else max(y - 11, frame.top), anchor, text, style)
 
 
 # ---------------------------------------------------------------------------- experts and gate
@@ -733,8 +628,8 @@ def _histogram(gate: Json) -> Histogram | None:
     return Histogram(
         frame=frame,
         bars=[_bar(frame, edges[i], edges[i + 1], share) for i, share in enumerate(shares)],
-        x_ticks=[Tick(frame.x(t), f"{t:g}") for t in _ticks(*frame.x_range)],
-        y_ticks=[Tick(frame.y(t), f"{t:.0%}") for t in _ticks(*frame.y_range, 4)],
+        x_ticks=[Tick(frame.x(t), f"{t:g}") for t in ticks(*frame.x_range)],
+        y_ticks=[Tick(frame.y(t), f"{t:.0%}") for t in ticks(*frame.y_range, 4)],
         mean_at=mean_at,
         mean=formatted(mean, lambda v: f"{v:.2f}"),
         mean_anchor="end" if mean_at > (frame.left + frame.right) / 2 else "start",

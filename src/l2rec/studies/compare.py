@@ -22,6 +22,7 @@ __all__ = [
     "Score",
     "compare",
     "compare_runs",
+    "over_seeds",
     "population",
     "read_run",
 ]
@@ -495,7 +496,7 @@ def _block(
             metric: np.stack([run.ranks.values(metric, masked=masked)[rows] for run in seeds])
             for metric in METRICS
         }
-        scores[label] = {metric: _score(v.mean(1)) for metric, v in values.items()}
+        scores[label] = {metric: over_seeds(v.mean(1)) for metric, v in values.items()}
         if not masked:
             scores[label] |= _list_scores(seeds, rows, known, n_items)
         tested[label] = {metric: values[metric].mean(0) for metric in TESTED}
@@ -510,7 +511,7 @@ def _block(
     return Block(segment, masked, int(rows.sum()), best, rival, lead, reference, lines)
 
 
-def _score(of_seeds: npt.ArrayLike) -> Score:
+def over_seeds(of_seeds: npt.ArrayLike) -> Score:
     """Take mean and standard deviation over seeds."""
     values = np.asarray(of_seeds, dtype=np.float64)
     return Score(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
@@ -526,10 +527,10 @@ def _list_scores(
     tops = [run.ranks.top[rows, :LISTED] for run in seeds if run.ranks.top is not None]
     if len(tops) < len(seeds):
         return {}
-    scores = {COVERAGE: _score([coverage(top, n_items) for top in tops])}
+    scores = {COVERAGE: over_seeds([coverage(top, n_items) for top in tops])}
     if known is not None:
         histories = known.histories.take(np.flatnonzero(rows))
-        scores[BIAS] = _score([popularity_bias(top, histories, known.counts) for top in tops])
+        scores[BIAS] = over_seeds([popularity_bias(top, histories, known.counts) for top in tops])
     return scores
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["Table", "csv_text", "markdown", "tables", "write_comparison"]
+__all__ = [
+    "Table",
+    "csv_text",
+    "markdown",
+    "markdown_row",
+    "mean_and_sd",
+    "tables",
+    "write_comparison",
+]
 
 import csv
 import io
@@ -153,7 +161,7 @@ def _marked(
 
     Metrics of recommendation lists have no best, nor has a table of one row.
     """
-    texts = [[_text(s, m) for s, m in zip(row, metrics, strict=True)] for row in scores]
+    texts = [[mean_and_sd(s, m) for s, m in zip(row, metrics, strict=True)] for row in scores]
     columns = list(zip(*scores, strict=True))
     top = [
         max((as_score(s.mean) for s in column if s is not None), default="") for column in columns
@@ -168,7 +176,7 @@ def _marked(
     return texts, best
 
 
-def _text(score: Score | None, metric: str) -> str:
+def mean_and_sd(score: Score | None, metric: str) -> str:
     """Write mean ± deviation."""
     if score is None:
         return NONE
@@ -211,16 +219,18 @@ def markdown(comparison: Comparison) -> str:
         "",
     ]
     for table in tables(comparison):
-        lines += [f"### {table.title}", "", _cells(table.header)]
+        lines += [f"### {table.title}", "", markdown_row(table.header)]
         lines.append("|---|" + "---:|" * (len(table.header) - 1))
         for row, best in zip(table.rows, table.best, strict=True):
-            lines.append(_cells([f"**{c}**" if b else c for c, b in zip(row, best, strict=True)]))
+            lines.append(
+                markdown_row([f"**{c}**" if b else c for c, b in zip(row, best, strict=True)])
+            )
         lines += ["", *([f"{table.caption}.", ""] if table.caption else [])]
     lines += [f"- {note}" for note in comparison.notes]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cells(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
     """Join cells into one line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -1,0 +1,394 @@
+"""An experiment as data: what is trained, what is compared, and what the paper has beside it.
+
+    title: ...                    what the page is called
+    reproduces: ...               which table or figure of which paper
+    seeds: [1, 2, 3]
+    rows:                         what is trained, or made of what is trained
+      - {name: SASRec, recipe: sasrec, blend: true}
+      - {name: L2Rec, recipe: l2rec, overrides: [model.rank=4]}
+    comparisons:                  named before anything is run, five at most
+      - {a: L2Rec, b: SASRec}
+    published: {...}              the paper's figures, and of which data they are
+
+docs/experiments.md describes every key.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BLENDED",
+    "MASKED",
+    "Average",
+    "Comparison",
+    "Experiment",
+    "Figure",
+    "Fusion",
+    "Published",
+    "Row",
+    "experiment_names",
+    "experiment_titles",
+    "folder_of",
+    "load_experiment",
+]
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from l2rec.errors import ConfigError, nearest
+from l2rec.runs.numbers import MAIN, METRICS
+
+BLENDED = ", blended"
+"""Ending of the name of a row that `l2rec blend` makes of another."""
+MOST_COMPARISONS = 5
+MASKED = "_masked"
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _checked_metric(name: str) -> str:
+    if name.removesuffix(MASKED) not in METRICS:
+        known = [m + ending for m in METRICS for ending in ("", MASKED)]
+        raise ValueError(f"no such metric{nearest(name, known)} ({', '.join(known)})")
+    return name
+
+
+def folder_of(name: str) -> str:
+    """Write the name of a row as a part of a path: ``w/o Semantic`` as ``w-o-semantic``."""
+    plain = unicodedata.normalize("NFKC", name).lower()
+    return re.sub(r"[^\w.+]+", "-", plain).strip("-.")
+
+
+class Average(_Closed):
+    """The mean of several runs' scores: of rows with one seed, or of one row's seeds."""
+
+    rows: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[tuple[int, ...], ...] = ()
+    """Groups of seeds, one average of each; by default every seed is a group of its own. Groups
+    share no seed: averages of the same runs would vary too little."""
+
+
+class Fusion(_Closed):
+    """A trained HDRec at another weight or in another order of its sides (`l2rec fusion`)."""
+
+    row: str
+    alpha: float = Field(ge=0)
+    dominant: Literal["text", "id", "both"] | None = None
+
+
+class Row(_Closed):
+    """One row of a table, or one point of a figure."""
+
+    name: str = Field(min_length=1)
+    recipe: str | None = None
+    """A recipe by name or file, or a method. A bare name is first looked for under the name of the
+    data set: ``sasrec`` is ``scientific/sasrec`` on scientific, if that is shipped."""
+    recipes: dict[str, str] = {}
+    """Recipes by data set, where the rule above does not find the right one."""
+    overrides: tuple[str, ...] = ()
+    """``key=value`` of this row alone."""
+    seeds: tuple[int, ...] = ()
+    """Instead of the experiment's."""
+    blend: bool = False
+    """Also make the row ``NAME, blended`` of it, with `l2rec blend`."""
+    pretraining: bool = False
+    """Trained on the data set of ``--source``, and in no table."""
+    init: str | None = None
+    """Row whose run of the same seed is the start."""
+    average_of: Average | None = None
+    fusion: Fusion | None = None
+    series: str = ""
+    """Line of the figure that this is a point of."""
+    x: float | None = None
+    published: str | None = None
+    """Its name among the published figures, if it is another one there."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Row:
+        ways = [self.recipe is not None, self.average_of is not None, self.fusion is not None]
+        if sum(ways) != 1:
+            raise ValueError(f"row {self.name!r}: give one of recipe, average_of and fusion")
+        if self.recipe is None and (self.blend or self.init or self.pretraining or self.overrides):
+            raise ValueError(
+                f"row {self.name!r}: blend, init, pretraining and overrides are of rows with a "
+                "recipe"
+            )
+        if self.average_of is not None and self.seeds:
+            raise ValueError(f"row {self.name!r}: the seeds of an average stand in average_of")
+        if self.name.endswith(BLENDED):
+            raise ValueError(f"row {self.name!r}: set blend: true on the row it is made of")
+        if any(override.startswith("seed=") for override in self.overrides):
+            raise ValueError(f"row {self.name!r}: give seeds: [...], not the override seed=")
+        return self
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Names of the rows that this one is made of."""
+        if self.average_of is not None:
+            return self.average_of.rows
+        if self.fusion is not None:
+            return (self.fusion.row,)
+        return () if self.init is None else (self.init,)
+
+
+class Comparison(_Closed):
+    """Two rows whose difference, ``a`` minus ``b``, is tested. Named before they are run."""
+
+    a: str
+    b: str
+    metric: str = f"{MAIN}{MASKED}"
+    about: str = ""
+    """The question it answers."""
+
+    _metric = field_validator("metric")(_checked_metric)
+
+
+class Figure(_Closed):
+    """A plot of a metric over the ``x`` of the rows, a line for each ``series``."""
+
+    x: str
+    """Label of the axis."""
+    y: str = f"{MAIN}{MASKED}"
+    log: bool = False
+    """Whether the axis of x is logarithmic."""
+
+    _y = field_validator("y")(_checked_metric)
+
+
+class Published(_Closed):
+    """Figures of the paper."""
+
+    source: str
+    data: str
+    """Which version of the data they are of, and that ours is another."""
+    figures: dict[str, dict[str, dict[str, float]]]
+    """Values by data set, row and metric."""
+
+
+class Experiment(_Closed):
+    """A grid of rows, data sets and seeds, and how to read it."""
+
+    title: str
+    reproduces: str = ""
+    about: str = ""
+    statistics: bool = False
+    """Nothing is trained: counts of the data sets."""
+    rows: tuple[Row, ...] = ()
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    overrides: tuple[str, ...] = ()
+    """``key=value`` of all rows."""
+    splits: dict[str, tuple[str, ...]] = {}
+    """Overrides by the name of a way to split; each is a grid of its own."""
+    recipes_of: dict[str, str] = {}
+    """Data sets that take the recipes of another: ``games-days: games``."""
+    metrics: tuple[str, ...] = ("recall@10", MAIN)
+    """Columns, each with the history in the ranking and with it masked."""
+    comparisons: tuple[Comparison, ...] = ()
+    priority: tuple[str, ...] = ()
+    """Rows that are trained first and left out last, after those that are compared; the others
+    follow as they stand."""
+    figure: Figure | None = None
+    published: Published | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in METRICS:
+                raise ValueError(f"{name}: no such metric{nearest(name, METRICS)}")
+        return names
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Experiment:
+        rows = {row.name: row for row in self.rows}
+        if self.statistics == bool(self.rows):
+            raise ValueError("give rows, or statistics: true and none")
+        folders: dict[str, str] = {}
+        for row in self.rows:
+            for name in self.lines_of(row):
+                other = folders.setdefault(folder_of(name), name)
+                if other != name or [r.name for r in self.rows].count(row.name) > 1:
+                    raise ValueError(f"rows {other!r} and {name!r} have one folder; rename one")
+        for row in self.rows:
+            self._check_bases(row, rows)
+        self._check_comparisons(rows)
+        for name in self.priority:
+            if name not in rows:
+                raise ValueError(f"priority: no row {name!r}{nearest(name, rows)}")
+        if self.figure is not None and not any(row.x is not None for row in self.rows):
+            raise ValueError("a figure needs rows with x")
+        return self
+
+    def _check_bases(self, row: Row, rows: Mapping[str, Row]) -> None:
+        for name in row.bases:
+            base = rows.get(name)
+            if base is None:
+                raise ValueError(f"row {row.name!r}: no row {name!r}{nearest(name, rows)}")
+            if base.recipe is None:
+                raise ValueError(f"row {row.name!r}: {name!r} is not a row with a recipe")
+        if row.average_of is not None:
+            self._check_average(row, row.average_of, rows)
+        seen = [row.name]
+        while row.init is not None:
+            row = rows.get(row.init, row)
+            if row.name in seen:
+                raise ValueError(f"row {row.name!r} starts from itself")
+            seen.append(row.name)
+
+    def _check_average(self, row: Row, average: Average, rows: Mapping[str, Row]) -> None:
+        groups = self.groups_of(row)
+        drawn = [seed for group in groups for seed in group]
+        if len(set(drawn)) < len(drawn):
+            raise ValueError(f"row {row.name!r}: a seed is in two averages; give each its own")
+        if any(len(group) * len(average.rows) < 2 for group in groups):
+            raise ValueError(f"row {row.name!r}: an average needs two runs: two rows or two seeds")
+        for name in average.rows:
+            missing = sorted(set(drawn) - set(rows[name].seeds or self.seeds))
+            if missing:
+                raise ValueError(f"row {row.name!r}: {name!r} has no seed {missing[0]}")
+
+    def _check_comparisons(self, rows: Mapping[str, Row]) -> None:
+        if len(self.comparisons) > MOST_COMPARISONS:
+            raise ValueError(
+                f"{len(self.comparisons)} comparisons; name {MOST_COMPARISONS} at most: with more, "
+                "something will differ by chance"
+            )
+        names = {name for row in self.rows for name in self.lines_of(row)}
+        for comparison in self.comparisons:
+            for name in (comparison.a, comparison.b):
+                if name not in names:
+                    raise ValueError(f"comparison: no row {name!r}{nearest(name, names)}")
+                row = rows[name.removesuffix(BLENDED)]
+                if row.pretraining or row.fusion is not None:
+                    raise ValueError(f"comparison: {name!r} has no ranks of users to compare")
+            if comparison.a == comparison.b:
+                raise ValueError(f"comparison: {comparison.a!r} with itself")
+
+    def lines_of(self, row: Row) -> tuple[str, ...]:
+        """Return the names that a row has in tables: its own, and that of its blend."""
+        return (row.name, row.name + BLENDED) if row.blend else (row.name,)
+
+    def groups_of(self, row: Row) -> tuple[tuple[int, ...], ...]:
+        """Return the seeds behind each cell of a row: one, or those that are averaged."""
+        if row.average_of is not None and row.average_of.seeds:
+            return row.average_of.seeds
+        return tuple((seed,) for seed in row.seeds or self.seeds)
+
+    def ordered(self) -> list[Row]:
+        """Return the rows by importance: those that are compared and what they are made of, then
+        by ``priority``, then as they stand.
+        """
+        rows = {row.name: row for row in self.rows}
+        wanted = [n.removesuffix(BLENDED) for c in self.comparisons for n in (c.a, c.b)]
+        compared: set[str] = set()
+        while wanted:
+            name = wanted.pop()
+            if name not in compared:
+                compared.add(name)
+                wanted += rows[name].bases
+        ranks = {name: place for place, name in enumerate(self.priority)}
+        return sorted(
+            self.rows, key=lambda r: (r.name not in compared, ranks.get(r.name, len(ranks)))
+        )
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def _shipped() -> dict[str, Path]:
+    root = Path(str(resources.files("l2rec") / "experiments"))
+    return {path.stem: path for path in sorted(root.glob("*.yaml"))}
+
+
+def experiment_names() -> list[str]:
+    """List the names of the shipped experiments."""
+    return list(_shipped())
+
+
+def experiment_titles() -> dict[str, str]:
+    """Return what each shipped experiment is called on its page, by name."""
+    return {name: load_experiment(name).title for name in _shipped()}
+
+
+def load_experiment(name: str) -> Experiment:
+    """Read an experiment: a YAML file, or one that is shipped, by name.
+
+    Raises:
+        ConfigError: there is none, it is not YAML, or it says something that cannot be.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _shipped().get(name)
+    if path is None:
+        raise ConfigError(
+            f"no experiment {name!r}{nearest(name, _shipped())} "
+            f"(shipped: {', '.join(_shipped())}; or a .yaml file)"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"experiment {name!r}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not readable as YAML: {reason}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: an experiment is a mapping of keys")
+    try:
+        return Experiment(**_beside(values, path.parent))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explained(error, values)}") from None
+
+
+def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the values with recipe files that lie beside the experiment by their paths."""
+
+    def found(recipe: Any) -> Any:
+        is_file = isinstance(recipe, str) and recipe.endswith((".yaml", ".yml"))
+        return str(folder / recipe) if is_file and (folder / recipe).is_file() else recipe
+
+    rows = values.get("rows")
+    if not isinstance(rows, list):
+        return values
+    placed = []
+    for row in rows:
+        if isinstance(row, dict):
+            row = {**row} | ({"recipe": found(row["recipe"])} if "recipe" in row else {})
+            if isinstance(row.get("recipes"), dict):
+                row["recipes"] = {data: found(recipe) for data, recipe in row["recipes"].items()}
+        placed.append(row)
+    return values | {"rows": placed}
+
+
+GROUPS: dict[str, type[BaseModel]] = {
+    "rows": Row,
+    "average_of": Average,
+    "fusion": Fusion,
+    "comparisons": Comparison,
+    "figure": Figure,
+    "published": Published,
+}
+
+
+def _explained(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """Put the first fault of an experiment into one line."""
+    first = error.errors()[0]
+    where = first["loc"]
+    key = ".".join(str(part + 1) if isinstance(part, int) else part for part in where)
+    message = re.sub(r"^Value error, ", "", first["msg"])
+    if first["type"] == "extra_forbidden":
+        group = next((GROUPS[str(part)] for part in where[-2::-1] if part in GROUPS), Experiment)
+        return f"unknown key {key!r}{nearest(str(where[-1]), group.model_fields)}"
+    named = ""
+    if where[:1] == ("rows",) and len(where) > 1 and isinstance(where[1], int):
+        row = values["rows"][where[1]]
+        if isinstance(row, dict) and isinstance(row.get("name"), str):
+            named = f" (row {row['name']!r})"
+    if first["type"] == "missing":
+        return f"{key} is missing{named}"
+    return f"{key}: {message}{named}" if key else message

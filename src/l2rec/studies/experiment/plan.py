@@ -1,0 +1,519 @@
+"""The grid of an experiment: its cells, what stands of them, what the rest will take, and what a
+budget leaves out.
+
+A cell is a row on a data set with a seed, in a folder of its own:
+
+    DIR/cells/DATASET/ROW-sSEED           a run folder, or a report and ranks made of other cells
+    DIR/cells/DATASET@SPLIT/ROW-sSEED     where the experiment has several splits
+
+Nothing is remembered beside the folders but what failed and what was taken (``state.json``), so a
+grid that was stopped goes on from what stands.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Cell",
+    "Data",
+    "LeftOut",
+    "Plan",
+    "Planned",
+    "State",
+    "fitted",
+    "look_at",
+    "looked_again",
+    "plan",
+    "read_state",
+    "seconds_of",
+    "write_state",
+]
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from l2rec.config import RunConfig, load_recipe, recipe_names
+from l2rec.data.dataset import open_dataset
+from l2rec.disk import read_json, write_json
+from l2rec.errors import ConfigError, L2RecError
+from l2rec.runs.earlier import EARLIER
+from l2rec.runs.folder import finished_report, load_run_config, read_report
+from l2rec.runs.numbers import as_duration
+from l2rec.studies.experiment.definition import BLENDED, Experiment, Row, folder_of
+
+STATE = "state.json"
+
+
+class State(StrEnum):
+    """What stands of a cell."""
+
+    FINISHED = "finished"
+    FOUND = "found elsewhere"
+    """Finished in another folder, and to be taken from there."""
+    BEGUN = "begun"
+    MISSING = "missing"
+    OTHER = "in the way"
+    """Its folder holds something else, which is left as it is."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set of the grid, as the command line named it."""
+
+    name: str
+    path: Path
+    fingerprint: str
+    events: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One training, or one thing made of trainings. Two cells are never equal.
+
+    line: name of the row, with its ending where it is the blend. seeds: one, or those averaged.
+    config: what is trained; None for what is made of others. needs: cells it is made of.
+    """
+
+    row: Row
+    line: str
+    data: Data
+    split: str
+    seeds: tuple[int, ...]
+    path: Path
+    recipe: str = ""
+    overrides: tuple[str, ...] = ()
+    config: RunConfig | None = None
+    needs: tuple[Cell, ...] = ()
+
+    @property
+    def grid(self) -> str:
+        """Name of the data set and of the way it is split."""
+        return f"{self.data.name}@{self.split}" if self.split else self.data.name
+
+    @property
+    def key(self) -> str:
+        """Name of the cell: where it lies below ``cells``."""
+        return f"{self.grid}/{self.path.name}"
+
+    @property
+    def blended(self) -> bool:
+        """Whether it is the blend of another cell."""
+        return self.line.endswith(BLENDED)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Arguments of `l2rec` that make it, without ``--resume``."""
+        data, out = ["--data", str(self.data.path)], ["--out", str(self.path)]
+        if self.config is not None:
+            init = [word for need in self.needs for word in ("--init", str(need.path))]
+            seed = f"seed={self.seeds[0]}"
+            return ["train", self.recipe, *data, *out, *init, *self.overrides, seed]
+        bases = [str(need.path) for need in self.needs]
+        if self.row.fusion is not None:
+            fusion = self.row.fusion
+            order = [] if fusion.dominant is None else ["--dominant", fusion.dominant]
+            weight = ["--alpha", f"{fusion.alpha:g}", *order]
+            return ["fusion", *bases, *weight, "--split", "test", *data, "--json"]
+        return ["blend" if self.blended else "average", *bases, *out, *data]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell, what stands of it and what it takes.
+
+    seconds: measured of a finished cell, estimated of others, None if nothing is known. basis:
+    what the estimate rests on. note: why a folder is in the way, or where a run was found.
+    """
+
+    cell: Cell
+    state: State
+    seconds: float | None
+    basis: str
+    note: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do but perhaps to take it."""
+        return self.state in (State.FINISHED, State.FOUND)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            "row": self.cell.line,
+            "data": self.cell.grid,
+            "seeds": list(self.cell.seeds),
+            "state": str(self.state),
+            "minutes": None if self.seconds is None else round(self.seconds / 60, 1),
+            "basis": self.basis,
+            "note": self.note,
+            "folder": str(self.cell.path),
+        }
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A cell that is not run, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of an experiment in the order in which they are run.
+
+    No cell stands before one that it is made of. left_out: from the least important on.
+    """
+
+    experiment: Experiment
+    out: Path
+    data: tuple[Data, ...]
+    cells: tuple[Planned, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def unfinished(self) -> list[Planned]:
+        """Return the cells that have to be run."""
+        return [one for one in self.cells if one.state in (State.BEGUN, State.MISSING)]
+
+    def summary(self) -> str:
+        """Say how many cells are done, and what the others take as far as it is known."""
+        if not self.cells:
+            return "nothing is trained"
+        states = [one.state for one in self.cells]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in State if state in states)
+        known = [one.seconds for one in self.unfinished if one.seconds is not None]
+        text = f"{len(states)} cells: {counts}"
+        if known:
+            text += f"; {len(known)} take about {as_duration(sum(known))}"
+        if unknown := len(self.unfinished) - len(known):
+            text += f"; the time of {unknown} is not known"
+        return text
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            "title": self.experiment.title,
+            "cells": [one.to_json() for one in self.cells],
+            "left_out": {one.key: one.reason for one in self.left_out},
+        }
+
+
+# -- planning ------------------------------------------------------------------------------------
+
+
+def plan(
+    experiment: Experiment,
+    data: Sequence[Path],
+    out: Path,
+    *,
+    source: Path | None = None,
+    overrides: Sequence[str] = (),
+    take: Path | None = None,
+) -> Plan:
+    """Lay out the cells of an experiment and look at what stands of them. Nothing is written.
+
+    Args:
+        data: data set folders.
+        out: folder of the experiment.
+        source: data set that rows with ``pretraining`` are trained on; without it, they and what
+            starts from them are left out.
+        overrides: ``key=value`` of all rows, after their own.
+        take: folder of other runs, in which finished ones are looked for.
+
+    Raises:
+        ConfigError: a recipe or override that cannot be, or two data sets of one name.
+        DataError: a data set that cannot be opened.
+    """
+    if any(override.startswith("seed=") for override in overrides):
+        raise ConfigError("seeds are those of the experiment; leave the override seed= out")
+    sets = [_data(path) for path in data]
+    names = [one.name for one in (*sets, *([] if source is None else [_data(source)]))]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two data sets are called {name!r}; give each once")
+    grid = _Grid(experiment, out, tuple(overrides), None if source is None else _data(source))
+    cells, left_out = grid.cells(sets)
+    found = {} if take is None else _runs_below(take)
+    looked = tuple(look_at(cell, found) for cell in cells)
+    return Plan(experiment, out, tuple(sets), _estimated(looked), tuple(left_out))
+
+
+def _data(path: Path) -> Data:
+    dataset = open_dataset(path)
+    return Data(dataset.name, path, dataset.fingerprint, dataset.n_events)
+
+
+@dataclass
+class _Grid:
+    """What builds cells of: rows by name are built once for each data set, split and seeds."""
+
+    experiment: Experiment
+    out: Path
+    overrides: tuple[str, ...]
+    source: Data | None
+    built: dict[tuple[str, str, tuple[int, ...]], Cell] = field(default_factory=dict)
+    configs: dict[tuple[str, str], tuple[str, RunConfig]] = field(default_factory=dict)
+
+    def cells(self, sets: Sequence[Data]) -> tuple[list[Cell], list[LeftOut]]:
+        """Return all cells by importance: more seeds come after more data sets, and these after
+        more rows; and those that need a ``source`` which is not given.
+        """
+        rows = self.experiment.ordered()
+        places: dict[Cell, tuple[int, ...]] = {}
+        left_out: list[LeftOut] = []
+        for at_row, row in enumerate(rows):
+            if row.pretraining:
+                continue  # built for those that start from it
+            if self.source is None and self._starts_from_source(row):
+                left_out += [
+                    LeftOut(f"{one.name}/{row.name}", "its start needs a data set: --source")
+                    for one in sets
+                ]
+                continue
+            for at_data, (data, split) in enumerate(self._grids(sets)):
+                for at_seed, seeds in enumerate(self.experiment.groups_of(row)):
+                    cell = self.cell(row, data, split, seeds)
+                    places[cell] = (at_seed, at_data, at_row, 0)
+                    if row.blend:
+                        places[self._blend(cell)] = (at_seed, at_data, at_row, 1)
+        for cell in list(places):  # a base is as important as the most important made of it
+            for base in _below(cell):
+                places[base] = min(places.get(base, places[cell]), places[cell])
+        order = sorted(places, key=lambda cell: (places[cell], len(list(_below(cell)))))
+        return order, left_out
+
+    def _grids(self, sets: Sequence[Data]) -> Iterator[tuple[Data, str]]:
+        for data in sets:
+            for split in self.experiment.splits or {"": ()}:
+                yield data, split
+
+    def _starts_from_source(self, row: Row) -> bool:
+        rows = {one.name: one for one in self.experiment.rows}
+        return row.pretraining or any(self._starts_from_source(rows[n]) for n in row.bases)
+
+    def cell(self, row: Row, data: Data, split: str, seeds: tuple[int, ...]) -> Cell:
+        """Build the cell of a row, and those it is made of."""
+        if row.pretraining and self.source is not None:
+            data, split = self.source, ""
+        known = self.built.get((row.name, f"{data.name}@{split}", seeds))
+        if known is not None:
+            return known
+        rows = {one.name: one for one in self.experiment.rows}
+        needs = tuple(
+            self.cell(rows[name], data, split, (seed,)) for name in row.bases for seed in seeds
+        )
+        cell = Cell(row, row.name, data, split, seeds, Path(), needs=needs)
+        cell = replace(cell, path=self._folder(cell))
+        if row.recipe is not None:
+            recipe, config = self._config(row, data, split)
+            config = config.model_copy(update={"seed": seeds[0]})
+            cell = replace(
+                cell, recipe=recipe, overrides=self._overrides(row, split), config=config
+            )
+        self.built[row.name, f"{data.name}@{split}", seeds] = cell
+        return cell
+
+    def _blend(self, cell: Cell) -> Cell:
+        blend = replace(cell, line=cell.line + BLENDED, config=None, needs=(cell,))
+        return replace(blend, path=self._folder(blend))
+
+    def _folder(self, cell: Cell) -> Path:
+        seeds = "+".join(map(str, cell.seeds))
+        return self.out / "cells" / cell.grid / f"{folder_of(cell.line)}-s{seeds}"
+
+    def _overrides(self, row: Row, split: str) -> tuple[str, ...]:
+        splits = self.experiment.splits.get(split, ())
+        return (*self.experiment.overrides, *row.overrides, *splits, *self.overrides)
+
+    def _config(self, row: Row, data: Data, split: str) -> tuple[str, RunConfig]:
+        """Return the name of a row's recipe on a data set, and what it is with its overrides.
+
+        Raises:
+            ConfigError: it cannot be, by the name of the row.
+        """
+        at = (row.name, f"{data.name}@{split}")
+        if at not in self.configs:
+            recipe = self._recipe(row, data)
+            try:
+                self.configs[at] = recipe, load_recipe(recipe, self._overrides(row, split))
+            except ConfigError as error:
+                raise ConfigError(f"row {row.name!r}: {error}") from None
+        return self.configs[at]
+
+    def _recipe(self, row: Row, data: Data) -> str:
+        if data.name in row.recipes:
+            return row.recipes[data.name]
+        recipe = str(row.recipe)
+        owner = self.experiment.recipes_of.get(data.name, data.name)
+        own = f"{owner}/{recipe}"
+        return own if own in recipe_names() else recipe
+
+
+def _below(cell: Cell) -> Iterator[Cell]:
+    """Yield all cells that a cell is made of."""
+    for need in cell.needs:
+        yield need
+        yield from _below(need)
+
+
+# -- what stands ---------------------------------------------------------------------------------
+
+Runs = Mapping[str, list[tuple[Path, RunConfig]]]
+"""Finished runs by the fingerprint of their data."""
+
+
+def _runs_below(folder: Path) -> Runs:
+    """Find the finished runs below a folder that were trained from no other and are not blended.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--take {folder}: no such folder")
+    found: dict[str, list[tuple[Path, RunConfig]]] = {}
+    for path in sorted(folder.rglob("config.yaml")):
+        try:
+            config, identity = load_run_config(path.parent)
+            if finished_report(path.parent) is None:
+                continue
+        except L2RecError:
+            continue
+        if identity.get("init") is None and not {"blend", EARLIER} & identity.keys():
+            runs = found.setdefault(identity["dataset"]["fingerprint"], [])
+            runs.append((path.parent, config))
+    return found
+
+
+def look_at(cell: Cell, found: Runs | None = None) -> Planned:
+    """Say what stands of a cell, in its folder or among the runs ``found``."""
+    try:
+        state, note = _state(cell)
+        if state is State.FINISHED:
+            return Planned(cell, state, seconds_of(read_report(cell.path)), "measured")
+    except L2RecError as error:
+        state, note = State.OTHER, str(error)
+    if state is State.MISSING and cell.config is not None and not cell.needs:
+        for path, config in (found or {}).get(cell.data.fingerprint, ()):
+            if config == cell.config:
+                return Planned(
+                    cell, State.FOUND, seconds_of(read_report(path)), "measured", str(path)
+                )
+    return Planned(cell, state, None, "unknown", note)
+
+
+def _state(cell: Cell) -> tuple[State, str]:
+    """Look into the folder of a cell.
+
+    Raises:
+        CheckpointError: what is there cannot be read.
+    """
+    if cell.config is None and not cell.blended:
+        if not (cell.path / "report.json").is_file():
+            return State.MISSING, ""
+        if _made_of(read_json(cell.path / "report.json")) == _made_of(_recipe_of(cell)):
+            return State.FINISHED, ""
+        return State.OTHER, "made of other runs, or with another weight"
+    if not (cell.path / "config.yaml").is_file():
+        return State.MISSING, ""
+    config, identity = load_run_config(cell.path)
+    trained = cell.needs[0] if cell.blended else cell
+    if identity["dataset"]["fingerprint"] != cell.data.fingerprint:
+        return State.OTHER, f"a run on data {identity['dataset']['fingerprint']}"
+    if config != trained.config:
+        return State.OTHER, "a run of another recipe"
+    if (identity.get("init") is None) != (not trained.needs):
+        return State.OTHER, "a run with another start"
+    if cell.blended != ("blend" in identity):
+        return State.OTHER, "blended" if "blend" in identity else "not blended"
+    return (State.BEGUN if finished_report(cell.path) is None else State.FINISHED), ""
+
+
+def _recipe_of(cell: Cell) -> dict[str, Any]:
+    fusion = cell.row.fusion
+    if fusion is not None:
+        return {"fusion": {"alpha": fusion.alpha, "dominant": fusion.dominant}}
+    return {"averaged": [str(need.path) for need in cell.needs]}
+
+
+def _made_of(report: Mapping[str, Any]) -> Any:
+    """Return what a report says of its making that has to be the same: folders may have moved."""
+    return report.get("fusion") or [Path(path).name for path in report.get("averaged", ())]
+
+
+def seconds_of(report: Mapping[str, Any]) -> float | None:
+    """Return what a cell took: of a blend, the choice of its weights; None if it is not known."""
+    if "blend" in report:
+        return float(report.get("blend_seconds") or 0.0)
+    if "averaged" in report or "fusion" in report:
+        return float(report["wall_seconds"])
+    work = sum(float(report.get(f"{what}_seconds") or 0.0) for what in ("training", "validation"))
+    # A resumed run knows the wall time of its last part alone.
+    return max(work, float(report.get("wall_seconds") or 0.0)) or None
+
+
+def read_state(out: Path) -> dict[str, dict[str, str]]:
+    """Read what failed and what was taken from where, by the key of the cell."""
+    path = out / STATE
+    state = read_json(path) if path.is_file() else {}
+    return {kind: dict(state.get(kind) or {}) for kind in ("failed", "taken")}
+
+
+def write_state(out: Path, state: Mapping[str, Mapping[str, str]]) -> None:
+    """Write what `read_state` reads."""
+    write_json(out / STATE, state)
+
+
+# -- what the rest takes -------------------------------------------------------------------------
+
+
+def _estimated(cells: Iterable[Planned]) -> tuple[Planned, ...]:
+    """Estimate what unfinished cells take: by the same row on the same data set with other seeds;
+    else by the same row elsewhere and the number of events; else by its time limit.
+    """
+    cells = tuple(cells)
+    known = [one for one in cells if one.done and one.seconds is not None]
+
+    def estimate(one: Planned) -> Planned:
+        if one.done or one.state is State.OTHER:
+            return one
+        cell = one.cell
+        alike = [k for k in known if k.cell.line == cell.line]
+        here = [k.seconds or 0.0 for k in alike if k.cell.grid == cell.grid]
+        if here:
+            return replace(one, seconds=sum(here) / len(here), basis="by its other seeds")
+        there = [(k.seconds or 0.0) / k.cell.data.events * cell.data.events for k in alike]
+        if there:
+            names = ", ".join(dict.fromkeys(k.cell.grid for k in alike))
+            basis = f"by {names} and the number of events"
+            return replace(one, seconds=sum(there) / len(there), basis=basis)
+        limit = None if cell.config is None else cell.config.training.max_minutes
+        if limit is not None:
+            return replace(one, seconds=limit * 60, basis="by its time limit")
+        return replace(one, seconds=None, basis="unknown")
+
+    return tuple(estimate(one) for one in cells)
+
+
+def fitted(planned: Plan, seconds: float, jobs: int = 1) -> Plan:
+    """Leave out cells until the rest takes at most ``seconds`` of ``jobs`` at once: seeds go
+    before data sets, data sets before rows, and rows that are compared go last. Of cells whose
+    time is not known nothing is counted.
+    """
+    rest = sum(one.seconds or 0.0 for one in planned.unfinished)
+    kept = list(planned.cells)
+    left_out = []
+    for one in reversed(planned.unfinished):
+        if rest <= seconds * jobs:
+            break
+        rest -= one.seconds or 0.0
+        kept.remove(one)
+        left_out.append(LeftOut(one.cell.key, "the budget ends before it"))
+    return replace(planned, cells=tuple(kept), left_out=(*planned.left_out, *left_out))
+
+
+def looked_again(planned: Plan) -> Plan:
+    """Return the plan as it stands now: states and estimates anew."""
+    return replace(planned, cells=_estimated(look_at(one.cell) for one in planned.cells))

@@ -1,0 +1,516 @@
+"""The page of an experiment: ``report.md`` and one self-contained ``report.html``.
+
+finished cells ── results.py ── Page ─┬─ report.md
+experiment, plan ─────────────────────┴─ report.html.j2 ─ report.html
+"""
+
+from __future__ import annotations
+
+__all__ = ["Page", "page", "to_json", "write_page"]
+
+import datetime
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from l2rec.data.dataset import open_dataset
+from l2rec.disk import write_text
+from l2rec.runs.chart import Chart, Frame, Line, Mark, Tick, padded, rendered, y_axis
+from l2rec.runs.machine import versions
+from l2rec.runs.numbers import (
+    METRICS,
+    NONE,
+    as_count,
+    as_probability,
+    as_score,
+    as_signed,
+    formatted,
+)
+from l2rec.studies.compare import FLOORS
+from l2rec.studies.experiment.definition import BLENDED, MASKED, Experiment, Published
+from l2rec.studies.experiment.plan import LeftOut, Plan, State, read_state
+from l2rec.studies.experiment.results import (
+    Compared,
+    Done,
+    Results,
+    compared,
+    read_results,
+    score_of,
+)
+from l2rec.studies.tables import markdown_row, mean_and_sd
+
+BEST, SECOND, PLAIN = "best", "second", ""
+STYLES = ("main", "second", "third", "fourth", "fifth", "sixth")
+"""Styles of a figure's lines, in the order of its series."""
+STATISTICS = {
+    "users": "users",
+    "items": "items",
+    "events": "interactions",
+    "mean_history": "per user",
+    "density": "density",
+}
+"""Heading of each count of a data set."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number as text, and whether it is the best or second best of its column."""
+
+    text: str
+    mark: str = PLAIN
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are compared with each other, under a caption."""
+
+    caption: str
+    rows: list[tuple[str, list[Cell]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of groups of rows."""
+
+    header: list[str]
+    groups: list[Group]
+
+
+@dataclass(frozen=True)
+class Section:
+    """The results on one data set: a table, a chart if there is a figure, and notes below."""
+
+    title: str
+    facts: str
+    table: Table
+    chart: Chart | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Made:
+    """How one cell was made."""
+
+    name: str
+    command: str
+    facts: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the page says, as text."""
+
+    title: str
+    reproduces: str
+    about: str
+    made: str
+    sections: list[Section]
+    comparisons: Table | None
+    compared_how: str
+    published: Section | None
+    cells: list[Made]
+    unfinished: list[tuple[str, str]]
+
+
+def page(planned: Plan) -> Page:
+    """Collect the page of an experiment from what is finished."""
+    experiment = planned.experiment
+    results = read_results(planned)
+    tests = compared(planned, results)
+    package = versions()
+    commit = f", commit {package['commit']}" if "commit" in package else ""
+    return Page(
+        title=experiment.title,
+        reproduces=experiment.reproduces,
+        about=" ".join(experiment.about.split()),
+        made=f"{datetime.date.today().isoformat()}, l2rec {package['l2rec']}{commit}",
+        sections=[_section(experiment, grid, lines) for grid, lines in results.items()]
+        or ([_statistics(planned)] if experiment.statistics else []),
+        comparisons=_comparison_table(tests) if tests else None,
+        compared_how=_how_compared(tests),
+        published=None if experiment.published is None else _published(experiment.published),
+        cells=_made(planned, results),
+        unfinished=_unfinished(planned),
+    )
+
+
+def write_page(planned: Plan) -> tuple[Page, list[Path]]:
+    """Write ``report.md`` and ``report.html`` of what is finished; return the page and both paths.
+
+    Raises:
+        CheckpointError: a finished cell or the folder that cannot be read or written.
+    """
+    contents = page(planned)
+    paths = [planned.out / "report.md", planned.out / "report.html"]
+    write_text(paths[0], _markdown(contents))
+    write_text(paths[1], rendered("studies/experiment/report.html.j2", contents))
+    return contents, paths
+
+
+def to_json(planned: Plan) -> dict[str, Any]:
+    """Return scores, comparisons and what is unfinished as plain values."""
+    experiment = planned.experiment
+    results = read_results(planned)
+    names = [metric + ending for metric in experiment.metrics for ending in ("", MASKED)]
+    scores = {
+        grid: {
+            line: {
+                "seeds": [list(one.cell.seeds) for one in done],
+                **{n: None if (s := score_of(done, n)) is None else asdict(s) for n in names},
+            }
+            for line, done in lines.items()
+        }
+        for grid, lines in results.items()
+    }
+    tests = [
+        {
+            "a": one.comparison.a,
+            "b": one.comparison.b,
+            "metric": one.comparison.metric,
+            "data": one.grid,
+            "seeds": list(one.seeds),
+            **({} if one.test is None else asdict(one.test)),
+            "p_holm": one.p_holm,
+            "notes": list(one.notes),
+        }
+        for one in compared(planned, results)
+    ]
+    return {
+        "title": experiment.title,
+        "scores": scores,
+        "comparisons": tests,
+        "unfinished": dict(_unfinished(planned)),
+    }
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def _section(experiment: Experiment, grid: str, lines: Mapping[str, Sequence[Done]]) -> Section:
+    """Lay out the results on one data set."""
+    report = next(iter(lines.values()))[0].report
+    data = report["dataset"]
+    facts = (
+        f"{data['users']:,} users, {data['items']:,} items, {data['events']:,} events, "
+        f"fingerprint {data['fingerprint']}; {report.get('protocol', '')}"
+    )
+    notes = ["mean ± standard deviation over seeds; best of each column bold, second underlined"]
+    if any(_cut(one.report) for done in lines.values() for one in done):
+        notes.append("† cut by its time budget while it still got better")
+    published = experiment.published
+    known = {} if published is None else published.figures
+    of_paper = known.get(data["name"]) or known.get(experiment.recipes_of.get(data["name"], ""), {})
+    if published is not None and of_paper:
+        notes.append(f"“paper”: {published.source}. {' '.join(published.data.split())}")
+    return Section(
+        title=grid,
+        facts=facts,
+        table=_score_table(experiment, lines, of_paper),
+        chart=_chart(experiment, lines),
+        notes=notes,
+    )
+
+
+def _score_table(
+    experiment: Experiment,
+    lines: Mapping[str, Sequence[Done]],
+    of_paper: Mapping[str, Mapping[str, float]],
+) -> Table:
+    """Lay out scores and costs, what is blended apart from what is not."""
+    metrics = [m + ending for ending in ("", MASKED) for m in experiment.metrics]
+    shown = [m for m in experiment.metrics if any(m in row for row in of_paper.values())]
+    header = ["", "seeds", *map(_heading, metrics), *(f"{_heading(m)}, paper" for m in shown)]
+    header += ["training", "tokens", "peak memory", "trained"]
+    published = {row.name: row.published or row.name for row in experiment.rows}
+    groups = []
+    for blended, caption in ((False, "as it is"), (True, "blended: co-occurrence and repeats")):
+        part = {name: d for name, d in lines.items() if name.endswith(BLENDED) == blended}
+        if not part:
+            continue
+        scores = {name: [score_of(done, m) for m in metrics] for name, done in part.items()}
+        marked = _marked([[None if s is None else s.mean for s in r] for r in scores.values()])
+        rows = []
+        for (name, done), marks in zip(part.items(), marked, strict=True):
+            cells = [
+                Cell(mean_and_sd(score, metric), mark)
+                for score, metric, mark in zip(scores[name], metrics, marks, strict=True)
+            ]
+            theirs = {} if blended else of_paper.get(published[name], {})
+            cells = [Cell(_seeds(experiment, done)), *cells]
+            cells += [Cell(as_score(theirs.get(metric))) for metric in shown]
+            dagger = " †" if any(_cut(one.report) for one in done) else ""
+            rows.append((name.removesuffix(BLENDED) + dagger, [*cells, *_costs(done)]))
+        groups.append(Group(caption, rows))
+    floors = _floors(lines)
+    if floors:
+        rest = [Cell("")] * (len(header) - 2 - len(metrics))
+        rows = [
+            (name, [Cell(NONE), *(Cell(as_score(s.get(m))) for m in metrics), *rest])
+            for name, s in floors.items()
+        ]
+        groups.append(Group("nothing trained", rows))
+    return Table(header, groups)
+
+
+def _heading(metric: str) -> str:
+    return METRICS[metric.removesuffix(MASKED)] + (" masked" if metric.endswith(MASKED) else "")
+
+
+def _seeds(experiment: Experiment, done: Sequence[Done]) -> str:
+    planned = len(experiment.groups_of(done[0].cell.row))
+    return str(planned) if len(done) == planned else f"{len(done)} of {planned}"
+
+
+def _marked(rows: Sequence[Sequence[float | None]]) -> list[list[str]]:
+    """Mark the best and second best of every column, as printed; of one row nothing."""
+
+    def marks(column: Sequence[float | None]) -> list[str]:
+        texts = [as_score(value) for value in column]
+        ranked = sorted({text for text in texts if text != NONE}, key=float, reverse=True)
+        named = dict(zip(ranked, (BEST, SECOND), strict=False)) if len(texts) > 1 else {}
+        return [named.get(text, PLAIN) for text in texts]
+
+    columns = [marks(column) for column in zip(*rows, strict=True)]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _costs(done: Sequence[Done]) -> list[Cell]:
+    """Write mean costs: training minutes, tokens, peak memory, trained parameters."""
+
+    def mean(cost: Callable[[Mapping[str, Any]], Any], write: Callable[[float], str]) -> Cell:
+        costs = [cost(one.report) for one in done]
+        return Cell(NONE if None in costs else formatted(sum(costs) / len(costs), write))
+
+    return [
+        mean(lambda r: r.get("training_seconds"), lambda v: f"{v / 60:.1f} min"),
+        mean(lambda r: r.get("tokens_seen"), lambda v: f"{v / 1e6:.1f} M"),
+        mean(lambda r: r.get("peak_memory_mb"), lambda v: f"{v / 1000:.2f} GB"),
+        mean(lambda r: (r.get("backbone") or {}).get("trained_parameters"), as_count),
+    ]
+
+
+def _floors(lines: Mapping[str, Sequence[Done]]) -> dict[str, Mapping[str, float]]:
+    """Return the scores of the baselines without training: they are the same in all reports."""
+    scores: dict[str, Mapping[str, float]] = {}
+    for done in lines.values():
+        for one in done:
+            scores |= {n: s for n, s in one.report["scores"].items() if n in FLOORS}
+    return {name: scores[name] for name in FLOORS if name in scores}
+
+
+def _cut(report: Mapping[str, Any]) -> bool:
+    """Say whether the budget ended the run, and its last validation was its best."""
+    ended = report.get("stopped") == "max_minutes"
+    return ended and report.get("best_step") == report.get("steps")
+
+
+def _published(published: Published) -> Section:
+    """Lay out all figures of the paper, those of data sets that are not here too."""
+    groups, metrics = [], list(dict.fromkeys(_metrics_of(published)))
+    for data, rows in published.figures.items():
+        texts = [
+            (name, [Cell(_figure(metric, row.get(metric))) for metric in metrics])
+            for name, row in rows.items()
+        ]
+        groups.append(Group(data, texts))
+    heads = [METRICS.get(metric, STATISTICS.get(metric, metric)) for metric in metrics]
+    notes = [" ".join(published.data.split())]
+    return Section(published.source, "", Table(["", *heads], groups), None, notes)
+
+
+def _metrics_of(published: Published) -> Iterable[str]:
+    for rows in published.figures.values():
+        for row in rows.values():
+            yield from row
+
+
+def _figure(name: str, value: float | None) -> str:
+    """Write a metric, or a count of `STATISTICS`."""
+    forms = dict.fromkeys(("users", "items", "events"), "{:,.0f}")
+    forms |= {"mean_history": "{:.2f}", "density": "{:.1e}"}
+    return formatted(value, forms.get(name, "{:.4f}").format)
+
+
+def _statistics(planned: Plan) -> Section:
+    """Count the data sets, as Table 1 of a paper does."""
+    rows, fingerprints = [], []
+    for data in planned.data:
+        facts = open_dataset(data.path).describe()
+        facts["mean_history"] = facts["events"] / facts["users"]
+        rows.append((data.name, [Cell(_figure(key, facts[key])) for key in STATISTICS]))
+        fingerprints.append(f"{data.name} {data.fingerprint}")
+    table = Table(["", *STATISTICS.values()], [Group("data sets", rows)])
+    return Section("Statistics", f"fingerprints: {', '.join(fingerprints)}", table, None, [])
+
+
+# -- comparisons ---------------------------------------------------------------------------------
+
+
+def _comparison_table(tests: Sequence[Compared]) -> Table:
+    """Lay out the named comparisons, a group for each data set."""
+    header = ["", "metric", "seeds", "difference", "standard error", "of users", "of seeds"]
+    header += ["p", "p (Holm)", ""]
+    groups: dict[str, list[tuple[str, list[Cell]]]] = {}
+    for one in tests:
+        what, test = one.comparison, one.test
+        name = f"{what.a} against {what.b}"
+        texts = [_heading(what.metric), f"{one.seeds[0]} / {one.seeds[1]}"]
+        if test is None:
+            texts += [NONE] * 6
+        else:
+            texts.append(as_signed(test.difference) + _relative(test.difference, test.mean_b))
+            errors = (test.standard_error, test.users_error, test.seeds_error)
+            texts += [*map(as_score, errors), as_probability(test.p), as_probability(one.p_holm)]
+        notes = [*([what.about] if what.about else []), *one.notes]
+        groups.setdefault(one.grid, []).append((name, [*map(Cell, texts), Cell("; ".join(notes))]))
+    return Table(header, [Group(grid, rows) for grid, rows in groups.items()])
+
+
+def _relative(difference: float, base: float) -> str:
+    return f" ({difference / base:+.1%})".replace("-", "−") if base else ""
+
+
+def _how_compared(tests: Sequence[Compared]) -> str:
+    count = sum(one.p_holm is not None for one in tests)
+    return (
+        "Named before they were run. Differences of each user's mean over seeds; squared standard "
+        "error: variance over users / users + variance over seeds / seeds, of either side; "
+        "two-sided t-test with Satterthwaite's degrees of freedom; Holm's correction for the "
+        f"number of tests of this experiment that have a p: {count}."
+    )
+
+
+# -- the figure ----------------------------------------------------------------------------------
+
+
+def _chart(experiment: Experiment, lines: Mapping[str, Sequence[Done]]) -> Chart | None:
+    """Draw the metric of the figure over x, a line for each series."""
+    figure = experiment.figure
+    if figure is None:
+        return None
+    series: dict[str, dict[float, float]] = {}
+    for line, done in lines.items():
+        row, score = done[0].cell.row, score_of(done, figure.y)
+        if row.x is not None and score is not None and not line.endswith(BLENDED):
+            series.setdefault(row.series or "ours", {})[row.x] = score.mean
+    if not series:
+        return None
+    at: Callable[[float], float] = math.log10 if figure.log else float
+    xs = sorted({x for points in series.values() for x in points})
+    low, high = at(xs[0]), at(xs[-1])
+    room = 0.03 * (high - low) or 0.5
+    values = [y for points in series.values() for y in points.values()]
+    frame = Frame((low - room, high + room), padded(values))
+    styles = [STYLES[n % len(STYLES)] for n in range(len(series))]
+    drawn, marks = [], []
+    for style, (name, points) in zip(styles, series.items(), strict=True):
+        along = [(at(x), y) for x, y in sorted(points.items())]
+        drawn.append(Line(frame.path(along), style, name))
+        marks += [Mark(frame.x(x), frame.y(y), 0, "middle", "", f"dot {style}") for x, y in along]
+    best = max(values)
+    return Chart(
+        title=_heading(figure.y),
+        summary=f"{_heading(figure.y)} over {figure.x}: {', '.join(series)}; best {best:.4f}.",
+        note="Means over seeds." + " The axis is logarithmic." * figure.log,
+        x_label=figure.x,
+        frame=frame,
+        x_ticks=[Tick(frame.x(at(x)), f"{x:g}") for x in xs],
+        y_ticks=y_axis(frame),
+        lines=drawn,
+        marks=marks,
+    )
+
+
+# -- how it was made -----------------------------------------------------------------------------
+
+
+def _made(planned: Plan, results: Results) -> list[Made]:
+    """Say of every cell in the tables by which command, where and when it was made."""
+    taken = read_state(planned.out)["taken"]
+    cells = [one for lines in results.values() for done in lines.values() for one in done]
+    return [
+        Made(
+            name=one.cell.key,
+            command=str(one.report.get("command") or "not recorded"),
+            facts="; ".join(
+                filter(
+                    None,
+                    [
+                        taken.get(one.cell.key, ""),
+                        f"stopped by {one.report['stopped']}" if one.report.get("stopped") else "",
+                        str(one.report.get("hardware") or ""),
+                        str(one.report.get("date") or ""),
+                        f"commit {(one.report.get('versions') or {}).get('commit', 'unknown')}",
+                        f"data {one.report['dataset']['fingerprint']}",
+                    ],
+                )
+            ),
+        )
+        for one in cells
+    ]
+
+
+def _unfinished(planned: Plan) -> list[tuple[str, str]]:
+    """Say of every cell that is not finished why: it failed, is in the way, missing, left out."""
+    failed = read_state(planned.out)["failed"]
+    found: list[tuple[str, str]] = []
+    for one in planned.cells:
+        if one.state is State.FINISHED:
+            continue
+        if one.cell.key in failed:
+            found.append((one.cell.key, f"failed: {failed[one.cell.key]}"))
+        elif one.note:
+            found.append((one.cell.key, f"{one.state}: {one.note}"))
+        else:
+            found.append((one.cell.key, str(one.state)))
+    return [*found, *map(_reason, planned.left_out)]
+
+
+def _reason(left_out: LeftOut) -> tuple[str, str]:
+    return left_out.key, f"left out: {left_out.reason}"
+
+
+# -- Markdown ------------------------------------------------------------------------------------
+
+
+def _markdown(contents: Page) -> str:
+    lines = [f"# {contents.title}", ""]
+    lines += [f"Reproduces {contents.reproduces}.", ""] if contents.reproduces else []
+    lines += [contents.about, ""] if contents.about else []
+    lines += [f"Rendered {contents.made}.", ""]
+    for section in contents.sections:
+        lines += _section_lines(section)
+    if contents.comparisons is not None:
+        lines += ["## Comparisons", "", *_table_lines(contents.comparisons)]
+        lines += [contents.compared_how, ""]
+    if contents.published is not None:
+        lines += _section_lines(contents.published)
+    if contents.cells:
+        lines += ["## How every number was made", ""]
+        lines += [f"- **{c.name}**: `{c.command}`: {c.facts}." for c in contents.cells]
+        lines.append("")
+    if contents.unfinished:
+        lines += ["## Not finished", ""]
+        lines += [f"- {name}: {why}" for name, why in contents.unfinished]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section_lines(section: Section) -> list[str]:
+    lines = [f"## {section.title}", ""]
+    lines += [f"{section.facts}.", ""] if section.facts else []
+    if section.chart is not None:
+        lines += [f"{section.chart.summary} The figure is in report.html.", ""]
+    return [*lines, *_table_lines(section.table), *(f"- {note}" for note in section.notes), ""]
+
+
+def _table_lines(table: Table) -> list[str]:
+    marks = {BEST: "**{}**", SECOND: "<u>{}</u>", PLAIN: "{}"}
+    lines = [markdown_row(table.header), "|---|" + "---:|" * (len(table.header) - 1)]
+    for group in table.groups:
+        if len(table.groups) > 1:
+            lines.append(markdown_row([f"*{group.caption}*", *[""] * (len(table.header) - 1)]))
+        for name, cells in group.rows:
+            lines.append(markdown_row([name, *(marks[c.mark].format(c.text) for c in cells)]))
+    return [*lines, ""]

@@ -1,0 +1,151 @@
+"""What the finished cells of an experiment say: scores over seeds, and the named comparisons."""
+
+from __future__ import annotations
+
+__all__ = ["Compared", "Done", "Results", "compared", "read_results", "score_of"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from l2rec.errors import DataError, L2RecError
+from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
+from l2rec.evaluation.significance import SeededTest, holm, seeded_test
+from l2rec.runs.folder import RANKS, read_report
+from l2rec.studies.compare import Score, over_seeds
+from l2rec.studies.experiment.definition import MASKED, Comparison
+from l2rec.studies.experiment.plan import Cell, Plan, State
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished cell: its report, and its ranks if it has any."""
+
+    cell: Cell
+    report: Mapping[str, Any]
+    ranks: Ranks | None
+
+    def score(self, metric: str) -> float | None:
+        """Return its test score; None if it has none of this metric."""
+        value = self.report["scores"][self.report["method"]].get(metric)
+        return None if value is None else float(value)
+
+
+Results = Mapping[str, Mapping[str, Sequence[Done]]]
+"""Finished cells by data set (and split), and by row."""
+
+
+def read_results(planned: Plan) -> Results:
+    """Read the finished cells of a plan that belong into tables, in the order of the rows."""
+    found: dict[str, dict[str, list[Done]]] = {}
+    lines = [n for row in planned.experiment.rows for n in planned.experiment.lines_of(row)]
+    standing = [one.cell for one in planned.cells if one.state is State.FINISHED]
+    for cell in sorted(standing, key=lambda cell: (lines.index(cell.line), cell.seeds)):
+        if not cell.row.pretraining:
+            by_line = found.setdefault(cell.grid, {})
+            by_line.setdefault(cell.line, []).append(_read(cell))
+    order = list(dict.fromkeys(one.cell.grid for one in planned.cells))
+    return {grid: found[grid] for grid in order if grid in found}
+
+
+def _read(cell: Cell) -> Done:
+    path = cell.path / RANKS
+    return Done(cell, read_report(cell.path), read_ranks(path) if path.is_file() else None)
+
+
+def score_of(done: Sequence[Done], metric: str) -> Score | None:
+    """Compute mean and standard deviation over seeds; None if a cell lacks the metric."""
+    scores = [one.score(metric) for one in done]
+    known = [score for score in scores if score is not None]
+    return over_seeds(known) if known and len(known) == len(scores) else None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A named comparison on one data set.
+
+    test: None where a side is not there or they cannot be paired. p_holm: p, adjusted for all
+    tests of the experiment. seeds: of either side. notes: what to know when reading it.
+    """
+
+    comparison: Comparison
+    grid: str
+    seeds: tuple[int, int]
+    test: SeededTest | None
+    p_holm: float | None
+    notes: tuple[str, ...]
+
+
+def compared(planned: Plan, results: Results) -> list[Compared]:
+    """Test every comparison of the experiment on every data set; adjust all p by Holm's method.
+
+    Only runs of several seeds on both sides have a p: the users of one run cannot say what another
+    seed would do.
+    """
+    found = [
+        _compared(comparison, grid, by_line)
+        for grid, by_line in results.items()
+        for comparison in planned.experiment.comparisons
+    ]
+    tested = [one for one in found if one.test is not None and one.test.p is not None]
+    ps = [one.test.p for one in tested if one.test is not None and one.test.p is not None]
+    adjusted = {id(one): p for one, p in zip(tested, holm(ps), strict=True)}
+    return [
+        Compared(o.comparison, o.grid, o.seeds, o.test, adjusted.get(id(o)), o.notes) for o in found
+    ]
+
+
+def _compared(comparison: Comparison, grid: str, by_line: Mapping[str, Sequence[Done]]) -> Compared:
+    sides = [by_line.get(name, ()) for name in (comparison.a, comparison.b)]
+    seeds = (len(sides[0]), len(sides[1]))
+    missing = [n for n, side in zip((comparison.a, comparison.b), sides, strict=True) if not side]
+    if missing:
+        return Compared(comparison, grid, seeds, None, None, (f"{missing[0]} has no result",))
+    try:
+        first, values = _values(comparison.metric, sides)
+        users = np.unique(first.users, return_inverse=True)[1]
+        test = seeded_test(values[0], values[1], users)
+    except L2RecError as error:
+        return Compared(comparison, grid, seeds, None, None, (str(error),))
+    return Compared(comparison, grid, seeds, test, None, tuple(_notes(sides)))
+
+
+def _values(
+    metric: str, sides: Sequence[Sequence[Done]]
+) -> tuple[Ranks, list[npt.NDArray[np.float64]]]:
+    """Return what each user adds to a metric, [S, M] of either side, users in one order.
+
+    Raises:
+        DataError: they did not rank the same users, or there are no ranks.
+    """
+    ranks = [[one.ranks for one in side] for side in sides]
+    first = ranks[0][0]
+    if first is None:
+        raise DataError("no ranks of users are stored")
+    name, masked = metric.removesuffix(MASKED), metric.endswith(MASKED)
+    values = []
+    for side in ranks:
+        rows = []
+        for one in side:
+            if one is None:
+                raise DataError("no ranks of users are stored")
+            rows.append(aligned(first, one).values(name, masked=masked))
+        values.append(np.stack(rows))
+    return first, values
+
+
+def _notes(sides: Sequence[Sequence[Done]]) -> list[str]:
+    notes = []
+    if min(map(len, sides)) < 2:
+        notes.append("one seed on a side: no p, as what another seed would do is not known")
+    machines = [sorted({str(one.report.get("hardware")) for one in side}) for side in sides]
+    if machines[0] != machines[1] or len(machines[0]) > 1:
+        both = " / ".join(", ".join(of_side) for of_side in machines)
+        notes.append(f"not of one machine: {both}")
+    commits = {str((o.report.get("versions") or {}).get("commit", "")) for s in sides for o in s}
+    if len(commits) > 1:
+        notes.append(f"of several commits: {', '.join(sorted(commits))}")
+    return notes

