@@ -198,7 +198,7 @@ def test_the_document_shows_what_can_be_loaded(tmp_path: Path) -> None:
 
 def test_the_papers_tables_and_figures_are_there() -> None:
     names = {f"l2rec-{what}" for what in ("table1", "table2", "table3", "plus-parts", "fig2")}
-    names |= {"l2rec-fig3-rank", "l2rec-fig3-topn", "equal-time"}
+    names |= {"l2rec-fig3-rank", "l2rec-fig3-topn", "l2rec-plus-behavioral", "equal-time"}
     names |= {f"hdrec-{what}" for what in ("table1", "table3", "table4", "fig4", "fig5", "fig6")}
     assert set(experiment_names()) == names == set(experiment_titles())
 
