@@ -34,8 +34,8 @@ ones once an epoch. What the prefix holds already is no negative. u has RMS 1 (`
 it enters the routers beside inputs of that scale; with ``item_residual`` an item has a trained r_i
 beside its text, E^B = P_U(norm(e_i + r_i)), none if training never meets it.
 
-- ``project_items=false``: P_v of Eq. 7 is of users alone. With P_v on both sides, as in the paper, a
-  user of one item and that item have one vector, and what follows an item is looked for near it.
+- ``project_items=false``: P_v of Eq. 7 is of users alone. With P_v on both sides, as in the paper,
+  a user of one item and that item have one vector: what follows an item is looked for near it.
 - ``view_loss``: each view is also trained on the recommendation loss alone.
 - ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
 - ``item_layers``: the lowest K layers of the backbone read each item's text by itself, once for the
