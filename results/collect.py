@@ -26,7 +26,8 @@ import yaml
 
 from l2rec.data.dataset import open_dataset
 from l2rec.runs.earlier import counts_in_scores, without_options
-from l2rec.runs.folder import load_run_config, split_of
+from l2rec.runs.folder import cut_by_time, load_run_config, split_of
+from l2rec.studies.compare import FLOORS
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -38,7 +39,6 @@ TIED, ORDERED = ("beauty", "games-days", "steam"), ("scientific", "games", "yelp
 """Data sets with times, and those of which only the order is left."""
 COLUMNS = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
 MAIN = "ndcg@10_masked"
-FLOORS = ["popularity", "last item neighbour", "co-occurrence"]
 
 Report = dict[str, Any]
 
@@ -116,7 +116,7 @@ def table(runs: dict[str, Report]) -> str:
     for name, seeds in of_recipes(runs).items():
         scores = {c: mean(own(report)[c] for report in seeds) for c in COLUMNS}
         minutes = f"{mean(report['training_seconds'] for report in seeds) / 60:.0f}"
-        label = f"`{name}`{' †' * any(map(cut, seeds))}"
+        label = f"`{name}`{' †' * any(map(cut_by_time, seeds))}"
         row = line(label, str(len(seeds)), scores, minutes)
         parts[seeds[0]["blended"]].append((scores[MAIN], row))
     as_it_is, blended = ([row for _, row in sorted(rows, reverse=True)] for rows in parts.values())
@@ -130,7 +130,7 @@ def table(runs: dict[str, Report]) -> str:
     if known:
         lines.append(f"| *nothing trained* |{' |' * (len(COLUMNS) + 2)}")
     lines += [line(name, "–", known[name], "") for name in FLOORS if name in known]
-    if any(map(cut, reports)):
+    if any(map(cut_by_time, reports)):
         lines += ["", "† cut by its time budget while it still got better"]
     return "\n".join(lines)
 
@@ -141,12 +141,6 @@ def of_recipes(runs: dict[str, Report]) -> dict[str, list[Report]]:
     for name, report in runs.items():
         found.setdefault(re.sub(r"-s\d+$", "", name), []).append(report)
     return found
-
-
-def cut(report: Report) -> bool:
-    """Whether the budget ended the run, and its last validation was its best."""
-    rising: bool = report["stopped"] == "max_minutes" and report["best_step"] == report["steps"]
-    return rising
 
 
 def made(name: str, report: Report) -> str:
@@ -222,7 +216,10 @@ def main() -> None:
     # Data sets with runs of L2Rec come first, then those whose runs were trained out.
     sets = sorted(
         collected().values(),
-        key=lambda runs: (not any("l2rec" in name for name in runs), sum(map(cut, runs.values()))),
+        key=lambda runs: (
+            not any("l2rec" in name for name in runs),
+            sum(map(cut_by_time, runs.values())),
+        ),
     )
     tables = [table(runs) for runs in sets]
     between_marks(README, "\n\n".join(tables))

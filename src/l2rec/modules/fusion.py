@@ -4,10 +4,10 @@ from __future__ import annotations
 
 __all__ = ["AdaptiveFusion"]
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
+
+from l2rec.modules.views import View
 
 
 class AdaptiveFusion(nn.Module):
@@ -36,7 +36,7 @@ class AdaptiveFusion(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def residual(self, view: Literal["behavioral", "semantic"], h: Tensor) -> Tensor:
+    def residual(self, view: View, h: Tensor) -> Tensor:
         """Compute h~^v from h^v [B, D]."""
         project = self.project_behavioral if view == "behavioral" else self.project_semantic
         out: Tensor = h + project(h)

@@ -329,7 +329,7 @@ class CatalogItems(_TableRows, nn.Module):
     An item is a history of one through the pipeline, E^B = P_U(norm(e_i + r_i)). The behavioural
     vectors of the catalog are one token an item and are computed in every step, with gradient. The
     semantic ones are h^S as the weights were when the epoch began (`refresh`): from there gradients
-    reach P_S and the gate alone.
+    reach the gate alone, and P_S where items have one.
 
     With ``sampled`` items a step compares with the items to predict and so many others, drawn
     uniformly; each of these stands for as many as were left out, in the sum under Eq. 8.
@@ -415,8 +415,7 @@ class CatalogItems(_TableRows, nn.Module):
             sides["fused"] = sides["behavioral"] = encoded.behavioral
         if "semantic" in views:
             semantic = self.semantic.index_select(0, as_index(chosen, self.semantic.device))
-            if self._project:
-                semantic = fusion.residual("semantic", semantic)
+            _, _, semantic, _ = fusion(None, semantic, project=self._project)
             sides["fused"] = sides["semantic"] = semantic
         if len(views) > 1:
             sides["fused"], _ = fusion.fuse(sides["behavioral"], sides["semantic"])

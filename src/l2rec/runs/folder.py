@@ -31,6 +31,7 @@ __all__ = [
     "check_backbone",
     "claim",
     "clear_partial",
+    "cut_by_time",
     "find_backbone",
     "finished_report",
     "load_run_config",
@@ -119,6 +120,14 @@ def read_report(run: Path) -> dict[str, Any]:
     require_finished(run)
     report: dict[str, Any] = _renamed(read_json(run / "report.json"))
     return report
+
+
+def cut_by_time(report: Mapping[str, Any]) -> bool:
+    """Say whether ``max_minutes`` ended the run of a report, and its last validation was its best:
+    it might have got better.
+    """
+    ended = report.get("stopped") == "max_minutes"
+    return ended and report.get("best_step") == report.get("steps")
 
 
 def _renamed(value: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 from l2rec.data.dataset import open_dataset
 from l2rec.disk import write_text
 from l2rec.runs.chart import Chart, Frame, Line, Mark, Tick, padded, rendered, y_axis
+from l2rec.runs.folder import cut_by_time
 from l2rec.runs.machine import versions
 from l2rec.runs.numbers import (
     METRICS,
@@ -197,7 +198,7 @@ def _section(experiment: Experiment, grid: str, lines: Mapping[str, Sequence[Don
         f"fingerprint {data['fingerprint']}; {report.get('protocol', '')}"
     )
     notes = ["mean ± standard deviation over seeds; best of each column bold, second underlined"]
-    if any(_cut(one.report) for done in lines.values() for one in done):
+    if any(cut_by_time(one.report) for done in lines.values() for one in done):
         notes.append("† cut by its time budget while it still got better")
     published = experiment.published
     known = {} if published is None else published.figures
@@ -240,7 +241,7 @@ def _score_table(
             theirs = {} if blended else of_paper.get(published[name], {})
             cells = [Cell(_seeds(experiment, done)), *cells]
             cells += [Cell(as_score(theirs.get(metric))) for metric in shown]
-            dagger = " †" if any(_cut(one.report) for one in done) else ""
+            dagger = " †" if any(cut_by_time(one.report) for one in done) else ""
             rows.append((name.removesuffix(BLENDED) + dagger, [*cells, *_costs(done)]))
         groups.append(Group(caption, rows))
     floors = _floors(lines)
@@ -298,12 +299,6 @@ def _floors(lines: Mapping[str, Sequence[Done]]) -> dict[str, Mapping[str, float
         for one in done:
             scores |= {n: s for n, s in one.report["scores"].items() if n in FLOORS}
     return {name: scores[name] for name in FLOORS if name in scores}
-
-
-def _cut(report: Mapping[str, Any]) -> bool:
-    """Say whether the budget ended the run, and its last validation was its best."""
-    ended = report.get("stopped") == "max_minutes"
-    return ended and report.get("best_step") == report.get("steps")
 
 
 def _published(published: Published) -> Section:
