@@ -6,10 +6,11 @@ docs/ties.md.
     l2rec compare results/scientific/* --data DATA        test them against each other
 
 NAME is <data set>/<recipe>, and <data set>/<recipe>-s1, -s2 ... for its other seeds, which are one
-row of means. The README gets one table for each data set, results/README.md also how every run was
-made; docs/ties.md gets the floors of results/floors, which `l2rec floors` wrote. Only the recipe,
-scores, counts and ranks are kept: nothing of the data set, no texts, no ids. Ranks are in the order
-of the data set's test users, which only those who have the data can name.
+row of means. results/README.md gets all rows, and how every run was made; the README, of each data
+set, the best three methods as they are and blended, of each method its row of most seeds;
+docs/ties.md gets the floors of results/floors, which `l2rec floors` wrote. Only the recipe, scores,
+counts, ranks and validations are kept: nothing of the data set, no texts, no ids. Ranks are in the
+order of the data set's test users, which only those who have the data can name.
 """
 
 import json
@@ -25,7 +26,6 @@ import pyarrow.parquet as pq
 import yaml
 
 from l2rec.data.dataset import open_dataset
-from l2rec.runs.earlier import counts_in_scores, without_options
 from l2rec.runs.folder import cut_by_time, load_run_config, split_of
 from l2rec.studies.compare import FLOORS
 
@@ -39,6 +39,8 @@ TIED, ORDERED = ("beauty", "games-days", "steam"), ("scientific", "games", "yelp
 """Data sets with times, and those of which only the order is left."""
 COLUMNS = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
 MAIN = "ndcg@10_masked"
+SHOWN = 3
+"""Methods that the README shows as they are, and as many blended."""
 
 Report = dict[str, Any]
 
@@ -49,8 +51,8 @@ def keep(name: str, run: Path) -> None:
         raise SystemExit(f"{run} is not a finished run: it has no report.json")
     folder = HERE / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file in ("report.json", "metrics.jsonl"):
-        shutil.copyfile(run / file, folder / file)
+    shutil.copyfile(run / "report.json", folder / "report.json")
+    (folder / "metrics.jsonl").write_text(thinned((run / "metrics.jsonl").read_text()))
     identity = yaml.safe_load((run / "config.yaml").read_text())
     dataset = open_dataset(Path(identity["dataset"]["path"]))
     identity["dataset"]["path"] = f"data/{dataset.name}"
@@ -66,12 +68,24 @@ def keep(name: str, run: Path) -> None:
     pq.write_table(kept, folder / "ranks.parquet", compression="zstd", compression_level=19)
 
 
+def thinned(log: str) -> str:
+    """Return a training's log with its validations, and the newest line of training before each."""
+    kept, newest = [], ""
+    for line in log.splitlines(keepends=True):
+        if json.loads(line)["event"] == "train":
+            newest = line
+        else:
+            kept += [newest, line]
+            newest = ""
+    return "".join([*kept, newest])
+
+
 def collected() -> dict[str, dict[str, Report]]:
     """Read reports by fingerprint, then by name; the best by `MAIN` first."""
     found: dict[str, dict[str, Report]] = {}
     for path in sorted(HERE.glob("*/*/report.json")):
         report = json.loads(path.read_text())
-        report["blended"] = "blend" in report or _has_counts(path.parent / "config.yaml")
+        report["blended"] = "blend" in report
         name = path.parent.relative_to(HERE).as_posix()
         found.setdefault(report["dataset"]["fingerprint"], {})[name] = report
     return {
@@ -80,22 +94,17 @@ def collected() -> dict[str, dict[str, Report]]:
     }
 
 
-def _has_counts(config: Path) -> bool:
-    """Whether the method itself had them, as L2Rec of earlier versions could."""
-    if not config.is_file():
-        return False
-    return counts_in_scores(without_options(yaml.safe_load(config.read_text())))
-
-
 def own(report: Report) -> dict[str, float]:
     """Test scores of the trained method."""
     scores: dict[str, float] = report["scores"][report["method"]]
     return scores
 
 
-def table(runs: dict[str, Report]) -> str:
-    """Write all runs on one data set in two parts, methods as they are and those with
+def table(runs: dict[str, Report], shown: int | None = None) -> str:
+    """Write the runs on one data set in two parts, methods as they are and those with
     co-occurrence and repeats beside them; the floors are the same for all.
+
+    shown: most methods of a part, each with its row of most seeds; by default all rows.
     """
     reports = list(runs.values())
     data = reports[0]["dataset"]
@@ -113,13 +122,16 @@ def table(runs: dict[str, Report]) -> str:
         return f"| {name} | {seeds} | {values} | {minutes} |"
 
     parts: dict[bool, list[tuple[float, str]]] = {False: [], True: []}
-    for name, seeds in of_recipes(runs).items():
+    recipes = of_recipes(runs)
+    for name, seeds in (recipes if shown is None else of_methods(recipes)).items():
         scores = {c: mean(own(report)[c] for report in seeds) for c in COLUMNS}
         minutes = f"{mean(report['training_seconds'] for report in seeds) / 60:.0f}"
         label = f"`{name}`{' †' * any(map(cut_by_time, seeds))}"
         row = line(label, str(len(seeds)), scores, minutes)
         parts[seeds[0]["blended"]].append((scores[MAIN], row))
-    as_it_is, blended = ([row for _, row in sorted(rows, reverse=True)] for rows in parts.values())
+    as_it_is, blended = (
+        [row for _, row in sorted(rows, reverse=True)[:shown]] for rows in parts.values()
+    )
     if as_it_is and blended:
         empty = " |" * (len(COLUMNS) + 2)
         as_it_is = [f"| *as it is* |{empty}", *as_it_is]
@@ -130,7 +142,7 @@ def table(runs: dict[str, Report]) -> str:
     if known:
         lines.append(f"| *nothing trained* |{' |' * (len(COLUMNS) + 2)}")
     lines += [line(name, "–", known[name], "") for name in FLOORS if name in known]
-    if any(map(cut_by_time, reports)):
+    if any("†" in line for line in lines):
         lines += ["", "† cut by its time budget while it still got better"]
     return "\n".join(lines)
 
@@ -141,6 +153,26 @@ def of_recipes(runs: dict[str, Report]) -> dict[str, list[Report]]:
     for name, report in runs.items():
         found.setdefault(re.sub(r"-s\d+$", "", name), []).append(report)
     return found
+
+
+def of_methods(recipes: dict[str, list[Report]]) -> dict[str, list[Report]]:
+    """Keep of each method, as it is and blended, the row of most seeds; the first among equals."""
+    found: dict[tuple[str, bool], str] = {}
+    for name, seeds in recipes.items():
+        method = yaml.safe_load((HERE / _folder(name) / "config.yaml").read_text())["config"]
+        key = method["method"], seeds[0]["blended"]
+        if key not in found or len(seeds) > len(recipes[found[key]]):
+            found[key] = name
+    return {name: recipes[name] for name in found.values()}
+
+
+def _folder(recipe: str) -> str:
+    """Return the folder of a recipe's first seed that is here."""
+    return next(
+        p.relative_to(HERE).as_posix()
+        for p in sorted(HERE.glob(f"{recipe}*"))
+        if re.sub(r"-s\d+$", "", p.relative_to(HERE).as_posix()) == recipe
+    )
 
 
 def made(name: str, report: Report) -> str:
@@ -221,8 +253,7 @@ def main() -> None:
             sum(map(cut_by_time, runs.values())),
         ),
     )
-    tables = [table(runs) for runs in sets]
-    between_marks(README, "\n\n".join(tables))
+    between_marks(README, "\n\n".join(table(runs, SHOWN) for runs in sets))
     between_marks(TIES, floors_table())
     details = [
         f"{table(runs)}\n\n" + "\n".join(made(name, report) for name, report in runs.items())

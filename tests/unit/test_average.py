@@ -1,12 +1,8 @@
-"""`l2rec average` and `results/average.py`: the mean of runs' scores, as a control."""
+"""`l2rec average`: the mean of runs' scores, as a control."""
 
 from __future__ import annotations
 
-import json
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,41 +17,22 @@ from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 from l2rec.evaluation.ranks import read_ranks
 from l2rec.runs.predictor import load
-from l2rec.studies.average import average_runs
-
-PATH = Path(__file__).parents[2] / "results" / "average.py"
+from l2rec.studies.average import Average, average_runs
 
 
-@pytest.fixture(scope="module")
-def average() -> Any:
-    spec = spec_from_file_location("average", PATH)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_scores_are_the_mean(average: Any, table_run: Finished, catalog_run: Finished) -> None:
+def test_scores_are_the_mean(table_run: Finished, catalog_run: Finished) -> None:
     histories = Ragged.from_rows([[0, 1], [3]])
     runs = [table_run.run, catalog_run.run]
     each = [load(run).scorer()(histories) for run in runs]
-    found = average.Average(runs).scorer()(histories)
+    found = Average(runs).scorer()(histories)
     torch.testing.assert_close(found, (each[0] + each[1]) / 2)
 
 
-def test_a_run_averaged_with_itself_is_itself(
-    average: Any, table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, file = str(table_run.run), tmp_path / "found.json"
-    options = [run, run, "--against", run, "--json", str(file)]
-    monkeypatch.setattr(sys, "argv", ["average.py", *options])
-    average.main()
-    found, report = json.loads(file.read_text()), read_json(table_run.run / "report.json")
-    own = report["scores"][report["method"]]
-    for metric, value in found["scores"].items():
-        assert value == pytest.approx(own[metric], abs=1e-6)
-        assert found["against_scores"][metric] == pytest.approx(value, abs=1e-6)
-        assert found["p"][metric] > 0.1
+def test_a_run_averaged_with_itself_is_itself(table_run: Finished, tmp_path: Path) -> None:
+    found = average_runs([table_run.run, table_run.run], tmp_path / "both", progress=runs.Quiet())
+    report = read_json(table_run.run / "report.json")
+    own, averaged = (one["scores"][one["method"]] for one in (report, found))
+    assert averaged == pytest.approx(own, abs=1e-6)
 
 
 def test_two_seeds_become_a_folder_of_scores(
