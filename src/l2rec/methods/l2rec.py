@@ -15,34 +15,29 @@ Where the paper leaves a choice, the default is the reading below; each is an op
   routers of hidden width 16, square P_U and P_v, a gate for every dimension.
 - u is the mean of the view's *input* over real positions. It sees the whole input, so one input
   predicts one target.
-- h_u: the last position for causal backbones, the mean for bidirectional ones (``pooling``).
+- h_u: the last position for causal backbones, the mean for bidirectional ones.
 - An item is a history of one item through the same pipeline, with u from the item itself.
 - Negatives are the other positives of the batch and 10 sampled for each user; another occurrence
   of the positive item is never its negative.
 
-Deviations from the paper are named options, off by default. ``form=table`` is the largest, and the
-form that trains on a processor: items are a trained table T = norm(E + E L + R) that starts at the
-backbone's text vectors E (L, R zero), with the full softmax; a new item, or one that training never
-meets, enters as norm(e + e L). Every position predicts its next item in one pass, for which
-attention is causal over items and u is the mean up to each item, so that no prediction sees what
-follows it. The semantic output is the newest item plus a learned share of the mean; the newest
-item's row is added to the behavioural output.
-
-``form=catalog`` keeps the paper's items, histories of one through the same pipeline, and compares
-every position with the whole catalog: behavioural item vectors are computed in every step, semantic
-ones once an epoch. What the prefix holds already is no negative. u has RMS 1 (``user_norm``), since
-it enters the routers beside inputs of that scale; with ``item_residual`` an item has a trained r_i
-beside its text, E^B = P_U(norm(e_i + r_i)), none if training never meets it.
+Deviations from the paper are named options, off by default. ``form=catalog`` is the largest, and
+the form that trains on a processor. It keeps the paper's items, histories of one through the same
+pipeline, and compares every position with the whole catalog: behavioural item vectors are computed
+in every step, semantic ones once an epoch. Every position predicts its next item in one pass, for
+which attention is causal over items and u is the mean up to each item, so that no prediction sees
+what follows it. The semantic output is the newest item plus a learned share of the mean. What the
+prefix holds already is no negative. u has RMS 1 (``user_norm``), since it enters the routers beside
+inputs of that scale; with ``item_residual`` an item has a trained r_i beside its text, E^B =
+P_U(norm(e_i + r_i)), none if training never meets it.
 
 - ``project_items=false``: P_v of Eq. 7 is of users alone. With P_v on both sides, as in the paper,
   a user of one item and that item have one vector: what follows an item is looked for near it.
-- ``view_loss``: each view is also trained on the recommendation loss alone.
-- ``text_dropout``: parts of the text vectors E are dropped wherever the table is read in training.
+- ``text_dropout``: parts of the text vectors are dropped wherever they are read in training.
 - ``item_layers``: the lowest K layers of the backbone read each item's text by itself, once for the
   catalog (`l2rec.modules.entry`). Both views enter at layer K: the semantic one as the states of
-  its items' tokens, the behavioural one as their means (or rows of T) through P_U; a trained vector
-  for the place of an item in its row, zero at the start, is added. Experts, routers and u are those
-  of the layers above.
+  its items' tokens, the behavioural one as their means (or text vectors) through P_U; a trained
+  vector for the place of an item in its row, zero at the start, is added. Experts, routers and u
+  are those of the layers above.
 
 Co-occurrence counts and a term for items that the user has already are no part of the method:
 ``l2rec blend`` puts them beside any run.
@@ -55,7 +50,6 @@ __all__ = ["L2Rec", "L2RecConfig", "UserState"]
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -68,7 +62,7 @@ from torch.nn import functional as F
 
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.catalog import Catalog
-from l2rec.data.ragged import IntArray, Ragged, flat_index
+from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import find_linears
@@ -83,15 +77,15 @@ from l2rec.modules.backbone import (
 from l2rec.modules.entry import Entry, LayerEntry, WordEntry
 from l2rec.modules.experts import DPMoE, Routing, ViewSlice, user_share
 from l2rec.modules.fusion import AdaptiveFusion
-from l2rec.modules.item_side import CatalogItems, EncodedItems, ItemSide, TableItems
+from l2rec.modules.item_side import CatalogItems, EncodedItems, ItemSide
 from l2rec.modules.item_text import separators
-from l2rec.modules.objectives import Cells, bpc_loss
+from l2rec.modules.objectives import bpc_loss
 from l2rec.modules.sequences import (
     as_index,
     check_new_texts,
     evaluating,
-    history_cells,
     in_batches,
+    one_each,
     raw_texts,
 )
 from l2rec.modules.views import (
@@ -114,50 +108,32 @@ BEHAVIORAL_BOOST = 16.0
 values drown in position and type embeddings: on MiniLM all single-item outputs coincide below 4.
 Nothing is added at a later layer: there the scale is that of its states."""
 
-FORMS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "items": "encode",
-        "supervision": "last",
-        "user_pooling": "mean",
-        "last_item_skip": False,
-    },
-    "table": {
-        "items": "table",
-        "supervision": "all",
-        "user_pooling": "running",
-        "last_item_skip": True,
-        "pooling": "blend",
-    },
-}
-"""Options of earlier versions that ``form`` stands for."""
 OPTIONS_OF_FORMS = {
-    "text_dropout": ("table", "catalog"),
-    "item_residual": ("catalog",),
-    "sampled_items": ("catalog",),
-    "project_items": ("paper", "catalog"),
-    "pooling": ("paper",),
-    "behavioral_pool": ("paper",),
-    "normalize_views": ("paper",),
+    "text_dropout": "catalog",
+    "item_residual": "catalog",
+    "sampled_items": "catalog",
+    "behavioral_pool": "paper",
+    "normalize_views": "paper",
 }
-"""Forms that have an option; the others have their own way."""
-CONSTANTS = {
+"""The form that alone has an option."""
+GONE: dict[str, Any] = {
+    "items": "encode",
+    "supervision": "last",
+    "user_pooling": "mean",
+    "pooling": "auto",
+    "last_item_skip": False,
     "gate": "vector",
     "learn_temperature": False,
     "targets_per_user": 1,
     "behavioral_boost": BEHAVIORAL_BOOST,
     "table_dropout": 0.2,
+    "repeat_bias": False,
+    "cooccurrence": False,
+    "text_neighbors": False,
+    "behavioral_epochs": 0,
+    "view_loss": 0.0,
 }
-"""Options of earlier versions that are constants now."""
-GONE = {
-    **dict.fromkeys(
-        ("repeat_bias", "cooccurrence", "text_neighbors"),
-        "train without it, then l2rec blend RUN --out OUT puts co-occurrence and repeats beside "
-        "the run",
-    ),
-    "behavioral_epochs": "take it out: both views are trained together",
-}
-"""Options of earlier versions that are none any more, and what to do instead. Run folders that were
-trained with them are read by `l2rec.runs.earlier`."""
+"""Options of earlier versions, which run folders still name, and what each always is now."""
 
 
 class L2RecConfig(BaseModel):
@@ -168,9 +144,8 @@ class L2RecConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    form: Literal["paper", "table", "catalog"] = "paper"
-    """Ours: every position a target against the whole catalog, items as a trained table or, with
-    catalog, encoded as in the paper."""
+    form: Literal["paper", "catalog"] = "paper"
+    """Ours: catalog, every position a target against the whole catalog."""
 
     # Eq. 1-2: the views
     views: Views = ("semantic", "behavioral")
@@ -191,7 +166,7 @@ class L2RecConfig(BaseModel):
     """Paper: an item's vector is the mean of its token embeddings; ours: of the frozen backbone's
     outputs. Of the paper's form alone."""
     text_tokens: int = Field(128, ge=1)
-    """Ours: most tokens of a text for the backbone's text vectors (table, encoder pool)."""
+    """Ours: most tokens of a text for the backbone's text vectors (catalog, encoder pool)."""
 
     # Eq. 3-6: experts and routers
     adapt: bool = True
@@ -221,27 +196,24 @@ class L2RecConfig(BaseModel):
     about 1.25 / E each."""
 
     # outputs and Eq. 7
-    pooling: Literal["auto", "mean", "last"] = "auto"
-    """Ours: how h_u is read, which the paper does not say; auto: last for causal backbones, mean
-    for bidirectional ones. Of the paper's form alone."""
     project_items: bool = True
     """Ours: False is P_v of Eq. 7 for users alone. With P_v on both sides, a user of one item and
     that item have one vector, and what follows an item can only be what is like it."""
     normalize_views: bool = False
     """Ours: both h^v at unit length before Eq. 7, so that neither view drowns the other at the
-    start. Of the paper's form alone; a table has its own way."""
+    start. Of the paper's form alone."""
 
-    # the table, and the catalog's items
+    # the catalog's items
     item_residual: bool = False
-    """Ours: a trained r_i beside the text of every item that training holds. Of form=catalog alone;
-    a table always has one."""
+    """Ours: a trained r_i beside the text of every item that training holds. Of form=catalog
+    alone."""
     sampled_items: int = Field(0, ge=0)
     """Ours: items, beside those to predict, that a step compares with, for catalogs too large to
     encode in every step; 0: all. Of form=catalog alone."""
     table_lr: float = Field(2e-4, gt=0)
-    """Ours: learning rate of R, or of r_i."""
+    """Ours: learning rate of r_i."""
     text_dropout: float = Field(0.0, ge=0, lt=1)
-    """Ours: dropout of E in training."""
+    """Ours: dropout of text vectors in training. Of form=catalog alone."""
 
     # Eq. 8-9
     temperature: float = Field(0.05, gt=0)
@@ -256,37 +228,23 @@ class L2RecConfig(BaseModel):
     """Paper: lambda of Eq. 9."""
     balance: float = Field(0.01, ge=0)
     """Paper: beta."""
-    view_loss: float = Field(0.0, ge=0)
-    """Ours: weight of each view's own L_Rec."""
 
     @model_validator(mode="before")
     @classmethod
-    def _earlier(cls, values: Any) -> Any:
-        """Read the options of earlier versions, which run folders and recipes of old still name."""
+    def _without_what_is_gone(cls, values: Any) -> Any:
+        """Read the options of earlier versions, if they are set to what is always so now."""
         if not isinstance(values, Mapping):
             return values
-        values = dict(values)
-        for option, constant in CONSTANTS.items():
-            if values.pop(option, constant) != constant:
-                raise ValueError(f"{option} is always {constant}; take it out")
-        for option, instead in GONE.items():
-            if values.pop(option, False):
-                raise ValueError(f"{option} is no option any more: {instead}")
-        given = {option: values[option] for option in FORMS["table"] if option in values}
-        named = ", ".join(f"{option}={value}" for option, value in given.items())
-        if "form" in values:
-            if given.keys() - {"pooling"}:
-                raise ValueError(
-                    f"{named}: form={values['form']} stands for these now; take them out"
-                )
-            return values
-        if not given.keys() - {"pooling"} and given.get("pooling") != "blend":
-            return values
-        for form, options in FORMS.items():
-            if all(given.get(name, FORMS["paper"].get(name)) == o for name, o in options.items()):
-                rest = {k: v for k, v in values.items() if k not in options}
-                return {**rest, "form": form}
-        raise ValueError(f"{named}: these go together; set form=paper or form=table instead")
+        gone = {option: values[option] for option in GONE if option in values}
+        changed = {o: value for o, value in gone.items() if value != GONE[o]}
+        if values.get("form") == "table":
+            changed = {"form": "table"}
+        for option, value in changed.items():
+            raise ValueError(
+                f"{option}={value} is no option any more; train without it, such as recipe "
+                "l2rec-plus"
+            )
+        return {option: value for option, value in values.items() if option not in gone}
 
     @model_validator(mode="after")
     def _consistent(self) -> L2RecConfig:
@@ -296,10 +254,10 @@ class L2RecConfig(BaseModel):
             raise ValueError(f"top_n={self.top_n} exceeds view_experts={self.view_experts}")
         if self.item_tokens + 8 > self.max_tokens:
             raise ValueError(f"item_tokens={self.item_tokens} leaves no room in {self.max_tokens=}")
-        for option, forms in OPTIONS_OF_FORMS.items():
+        for option, form in OPTIONS_OF_FORMS.items():
             default = type(self).model_fields[option].default
-            if self.form not in forms and getattr(self, option) != default:
-                raise ValueError(f"{option} needs form={' or '.join(forms)}")
+            if self.form != form and getattr(self, option) != default:
+                raise ValueError(f"{option} needs form={form}")
         return self
 
 
@@ -311,7 +269,7 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
     needed = max(needed, config.max_items if "behavioral" in config.views else 0)
     if config.item_layers and backbone.positions_in_words:  # only single texts have positions
         needed = config.item_tokens + before + after
-    if config.form != "paper" or config.behavioral_pool == "encoder":
+    if config.form == "catalog" or config.behavioral_pool == "encoder":
         needed = max(needed, config.text_tokens + before + after)
     if limit is not None and needed > limit:
         raise ConfigError(
@@ -319,7 +277,7 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
             f"text_tokens={config.text_tokens}: backbone {backbone.name!r} has {limit} "
             f"positions; lower them to at most {limit}, special tokens included"
         )
-    if config.form != "paper" and "semantic" in config.views:
+    if config.form == "catalog" and "semantic" in config.views:
         # Otherwise the length of a later text would decide which old items an earlier position
         # still reads.
         items = min(config.max_items, config.semantic_items)
@@ -346,7 +304,6 @@ def _item_side(
     tokens: Ragged,
     entry: Entry,
     fusion: AdaptiveFusion,
-    skip: nn.Parameter,
     cache: Path | None,
 ) -> ItemSide:
     if config.form == "catalog":
@@ -359,15 +316,6 @@ def _item_side(
             sampled=config.sampled_items,
             project=config.project_items,
             fusion=fusion,
-            cache=cache,
-        )
-    if config.form == "table":
-        return TableItems(
-            backbone,
-            tokens,
-            text_tokens=config.text_tokens,
-            text_dropout=config.text_dropout,
-            skip=skip,
             cache=cache,
         )
     return EncodedItems(
@@ -431,7 +379,7 @@ def without_routing(state: UserState) -> UserState:
 
 
 class L2Rec(nn.Module):
-    """The recommender. Only experts, P_U, ACF and, of a table, its few tensors are trained.
+    """The recommender. Only experts, P_U, ACF and, with form=catalog, its few tensors are trained.
 
     Args:
         config: options. catalog: the items' texts. backbone: the frozen language model.
@@ -441,12 +389,7 @@ class L2Rec(nn.Module):
     Config = L2RecConfig
     uses_backbone = True
     item_tensors = frozenset(
-        {
-            f"{where}table.{name}"
-            for name in ("residual", "mean", "held")
-            for where in ("", "items.")
-        }
-        | {"items.semantic"}
+        {"items.table.residual", "items.table.mean", "items.table.held", "items.semantic"}
     )
 
     def __init__(
@@ -460,7 +403,7 @@ class L2Rec(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self._every = config.form != "paper"  # every position predicts, not the last alone
+        self._every = config.form == "catalog"  # every position predicts, not the last alone
         _check_lengths(config, backbone)
         texts = catalog.require_texts("L2Rec")
         tokens = self._tokenize(texts, cache) if len(texts) else Ragged.from_rows([])
@@ -498,10 +441,7 @@ class L2Rec(nn.Module):
             torch.tensor(math.log(config.temperature)), requires_grad=False
         )
         self.blend = nn.Parameter(torch.tensor(0.5), requires_grad=self._every)
-        self.skip = nn.Parameter(torch.tensor(1.0), requires_grad=config.form == "table")
-        self.items = _item_side(config, backbone, tokens, self.entry, self.fusion, self.skip, cache)
-        # Registered here, so that it moves, trains and is saved with the model.
-        self.table = self.items.table if isinstance(self.items, TableItems) else None
+        self.items = _item_side(config, backbone, tokens, self.entry, self.fusion, cache)
         if "behavioral" in config.views and backbone.device.type != "meta":
             self._calibrate_projector()
         for unused in self._unused():
@@ -604,13 +544,12 @@ class L2Rec(nn.Module):
         held = np.minimum.reduce([part.segments.blocks.cpu().numpy() for part in inputs])
         counts = np.minimum(held, self._window) if every else np.ones_like(held)
         position = recent.gather(recent.offsets[1:] - counts, counts).values
-        last = as_index(histories.values[position], self.backbone.device)
         outputs: dict[View, Tensor] = {}
         for part, h in zip(inputs, states, strict=True):
             ends = np.cumsum(part.segments.blocks.cpu().numpy())
             newest = torch.from_numpy(flat_index(ends - counts, counts)).to(h.device)
             read = self._read(part.view, h, part.segments)[newest]
-            outputs[part.view] = self.items.place(part.view, read, rows, last)
+            outputs[part.view] = self.items.place(part.view, read)
         behavioral, semantic, fused, delta = self.fusion(
             outputs.get("behavioral"),
             outputs.get("semantic"),
@@ -673,10 +612,7 @@ class L2Rec(nn.Module):
 
     def _read(self, view: View, states: Tensor, parts: Segments) -> Tensor:
         """Return h^v at every block of the view: [K, D] float32."""
-        pooling = self.config.pooling
-        if pooling == "auto":
-            pooling = "last" if self.backbone.causal or self._every else "mean"
-        if pooling == "mean":
+        if not self.backbone.causal and not self._every:
             return prefix_mean(states, parts)
         if view == "behavioral" or self.backbone.causal:
             h = states[parts.last_token].float()
@@ -694,8 +630,8 @@ class L2Rec(nn.Module):
         """
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         plain = [p for n, p in named if p.ndim < 2]
-        slow = [p for n, p in named if n.endswith("table.residual")]
-        rest = [p for n, p in named if p.ndim >= 2 and not n.endswith("table.residual")]
+        slow = [p for n, p in named if n == "items.table.residual"]
+        rest = [p for n, p in named if p.ndim >= 2 and n != "items.table.residual"]
         groups = [
             ParameterGroup("matrices", rest, lr, weight_decay),
             ParameterGroup("vectors", plain, lr, 0.0),
@@ -763,39 +699,32 @@ class L2Rec(nn.Module):
         return costs
 
     def loss(self, batch: Batch) -> Losses:
-        """Return L = L_Rec + gamma L_BPC + beta L_LB (and, as an option, each view's own L_Rec)."""
+        """Return L = L_Rec + gamma L_BPC + beta L_LB."""
         config = self.config
         rows = self.items.rows
         state = self(batch.histories, every=self._every, rows=rows)
-        targets = batch.targets[state.position.numpy()] if self._every else batch.targets
+        position = state.position.numpy()
         items = self.items.compare(
             batch,
-            targets,
-            state.row,
-            rows,
+            state.fused,
+            position,
+            batch.targets[position] if self._every else batch.targets,
             self.temperature,
             config.views,
             lambda items, of: self(items, views=of, rows=rows, of_items=True),
-            self._without(batch.histories, state.position.numpy(), targets),
         )
-        total = items.rec(state.fused, "fused")
+        total = items.rec
         parts = {"rec": total}
-        if state.behavioral is not None and state.semantic is not None:
-            if config.bpc > 0:
-                users = torch.from_numpy(batch.users)[state.row].to(total.device)
-                parts["bpc"] = bpc_loss(
-                    state.behavioral,
-                    state.semantic,
-                    users,
-                    self.temperature,
-                    config.bpc_distance,
-                )
-                total = total + config.bpc * parts["bpc"]
-            if config.view_loss > 0:
-                parts["behavioral"] = items.rec(state.behavioral, "behavioral")
-                parts["semantic"] = items.rec(state.semantic, "semantic")
-                for view in ("behavioral", "semantic"):
-                    total = total + config.view_loss * parts[view]
+        if state.behavioral is not None and state.semantic is not None and config.bpc > 0:
+            users = torch.from_numpy(batch.users)[state.row].to(total.device)
+            parts["bpc"] = bpc_loss(
+                state.behavioral,
+                state.semantic,
+                users,
+                self.temperature,
+                config.bpc_distance,
+            )
+            total = total + config.bpc * parts["bpc"]
         routings = [r for r in (state.routing, *items.routings) if r is not None]
         if routings and config.balance > 0:
             terms = [term for routing in routings for term in routing.balance.values()]
@@ -807,19 +736,6 @@ class L2Rec(nn.Module):
             tokens=state.tokens + items.tokens,
             computed_tokens=state.computed_tokens + items.computed_tokens,
         )
-
-    def _without(
-        self, histories: Ragged, ends: IntArray, targets: npt.NDArray[np.integer]
-    ) -> Cells | None:
-        """Return the scores that the loss leaves out: with ``form=catalog`` those of what a prefix
-        holds, but for its target; else None.
-        """
-        if self.config.form != "catalog":
-            return None
-        row, column = history_cells(histories, ends, self.n_items)
-        other = column != torch.from_numpy(targets.astype(np.int64))[row]
-        device = self.backbone.device
-        return Cells(row[other].to(device), column[other].to(device))
 
     # -- inference -------------------------------------------------------------------------------
 
@@ -892,8 +808,7 @@ class L2Rec(nn.Module):
 
     @torch.inference_mode()
     def _item_vectors(self, items: npt.NDArray[np.integer], rows: Tensor) -> Tensor:
-        encode = partial(self._unit_vectors, rows=rows, of_items=True)
-        return self.items.vectors(items, rows, encode)
+        return self._unit_vectors(one_each(items), rows=rows, of_items=True)
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         count = self.n_items

@@ -239,9 +239,6 @@ class Blend(nn.Module):
     of its own, beside a model that knows nothing of it.
 
     n_items: N, items of the catalog that was counted.
-    spread: a buffer, 0 in every blend that is made now. In those that stand for options of L2Rec
-    in earlier versions it is tau: z is then cosine / tau, its scores as they are, and tau what a
-    unit of z is in the cosines, for every user.
     """
 
     sized_by_data = frozenset(f"together.{name}" for name in CoOccurrence.sized_by_data)
@@ -251,10 +248,8 @@ class Blend(nn.Module):
         self.together = CoOccurrence(n_items)
         self.register_buffer("near", torch.tensor(0.0))
         self.register_buffer("repeat", torch.tensor(0.0))
-        self.register_buffer("spread", torch.tensor(0.0))
         self.near: Tensor
         self.repeat: Tensor
-        self.spread: Tensor
 
     @property
     def weights(self) -> Weights:
@@ -268,16 +263,12 @@ class Blend(nn.Module):
 
     def _spread(self, scores: Tensor) -> Tensor:
         """Return each user's deviation [B, 1] of scores over the counted catalog, so that items
-        added later change nothing; or ``spread``, where there is one.
+        added later change nothing.
         """
-        if self.spread:
-            return self.spread
         return scores[:, : self.together.n_items].std(1, keepdim=True).clamp(min=1e-12)
 
     def _standard(self, scores: Tensor) -> Tensor:
         """Return z [B, N]."""
-        if self.spread:
-            return scores
         mean = scores[:, : self.together.n_items].mean(1, keepdim=True)
         return (scores - mean) / self._spread(scores)
 
@@ -292,8 +283,8 @@ class Blend(nn.Module):
         return blended
 
     def prior(self, scores: Tensor, histories: Ragged) -> Tensor:
-        """Return what to add to scores [B, N] (``spread``: to cosines) so that they rank as s does:
-        sigma (s - z), with sigma each user's deviation, or ``spread``.
+        """Return what to add to scores [B, N] so that they rank as s does: sigma (s - z), with
+        sigma each user's deviation.
         """
         return self._spread(scores) * self._term(histories, scores)
 

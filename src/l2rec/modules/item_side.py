@@ -4,15 +4,13 @@
                    compares users with the items of the batch (Eq. 8)
     CatalogItems   ours: the same pipeline, but the loss compares users with the whole catalog, and
                    an item may have a free residual r_i beside its text
-    TableItems     ours: a trained table of item vectors that starts at their texts
-                   (`l2rec.modules.text_table`); the loss compares users with the whole catalog
 
-Legend: B rows, P predictions, N items, n distinct items of a batch, D hidden size.
+Legend: P predictions, N items, n distinct items of a batch, D hidden size.
 """
 
 from __future__ import annotations
 
-__all__ = ["CatalogItems", "Comparison", "EncodedItems", "ItemSide", "TableItems"]
+__all__ = ["CatalogItems", "Comparison", "EncodedItems", "ItemSide"]
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,23 +31,17 @@ from l2rec.modules.experts import Routing
 from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_text import catalog_vectors, text_vectors
 from l2rec.modules.objectives import Cells, contrastive_loss, cosine, fused_catalog_loss
-from l2rec.modules.sequences import as_index, one_each
+from l2rec.modules.sequences import as_index, history_cells, one_each
 from l2rec.modules.text_table import TextTable
 from l2rec.modules.views import View
 
-TABLE_DROPOUT = 0.2
-"""Dropout of the table's free residual."""
 RESIDUAL_DROPOUT = 0.5
 """Dropout of r_i of `CatalogItems`."""
 
 
 class Encoded(Protocol):
-    """Items that passed the pipeline as histories of one: h~^v and h^F [n, D]."""
+    """Items that passed the pipeline as histories of one: h^F [n, D]."""
 
-    @property
-    def behavioral(self) -> Tensor | None: ...
-    @property
-    def semantic(self) -> Tensor | None: ...
     @property
     def fused(self) -> Tensor: ...
     @property
@@ -69,11 +61,11 @@ Encode = Callable[[Ragged, Views], Encoded]
 class Comparison:
     """One batch's users against items, Eq. 8.
 
-    rec: L_Rec of user vectors [P, D] as they are compared by ``fused`` or by one view.
+    rec: L_Rec, a scalar.
     routings, tokens, computed_tokens: of items that were encoded for it.
     """
 
-    rec: Callable[[Tensor, Literal["fused"] | View], Tensor]
+    rec: Tensor
     routings: list[Routing] = field(default_factory=list)
     tokens: int = 0
     computed_tokens: int = 0
@@ -96,37 +88,24 @@ class ItemSide(Protocol):
         """
         ...
 
-    def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
-        """Put a view's output h [P, D] beside the item vectors: h^v [P, D].
-
-        newest: [P] int64, the newest item that each prediction has seen.
-        """
+    def place(self, view: View, h: Tensor) -> Tensor:
+        """Return h^v [P, D] of a view's output h [P, D], as it enters Eq. 7."""
         ...
 
     def compare(
         self,
         batch: Batch,
+        users: Tensor,
+        position: IntArray,
         targets: npt.NDArray[np.integer],
-        row: Tensor,
-        rows: Tensor,
         temperature: Tensor,
         views: Views,
         encode: Encode,
-        without: Cells | None,
     ) -> Comparison:
-        """Compare the users of a batch with items.
+        """Compare the users of a batch, h^F [P, D], with items.
 
-        targets: [P] items to predict. row: [P] int64, row of the batch of each prediction.
-        views: those that are trained. without: scores over the whole catalog that are left out.
-        """
-        ...
-
-    def vectors(
-        self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
-    ) -> Tensor:
-        """Return unit item vectors [n, D] float32 that users are compared with.
-
-        encode: histories -> unit user vectors.
+        position: [P] place in the batch's flat items of the newest that each prediction has seen.
+        targets: [P] items to predict. views: those that are trained.
         """
         ...
 
@@ -188,43 +167,30 @@ class EncodedItems:
         else:
             self.rows = torch.empty(0, entry.width, device=backbone.device)
 
-    def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
+    def place(self, view: View, h: Tensor) -> Tensor:
         """Return h itself, or at unit length."""
         return F.normalize(h, dim=-1) if self._normalize_views else h
 
     def compare(
         self,
         batch: Batch,
+        users: Tensor,
+        position: IntArray,
         targets: npt.NDArray[np.integer],
-        row: Tensor,
-        rows: Tensor,
         temperature: Tensor,
         views: Views,
         encode: Encode,
-        without: Cells | None,
     ) -> Comparison:
         """Contrast with the positives of the batch and each user's sampled items, encoded once."""
-        assert without is None
         distinct = np.unique(np.concatenate((targets, batch.negatives.reshape(-1))))
         encoded = encode(one_each(distinct), views)
-        sides = {
-            "fused": encoded.fused,
-            "behavioral": encoded.behavioral,
-            "semantic": encoded.semantic,
-        }
         positive = torch.from_numpy(np.searchsorted(distinct, targets)).to(encoded.fused.device)
-        allowed = self._negatives(batch, row, distinct, positive)
-
-        def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
-            items = sides[side]
-            assert items is not None
-            return contrastive_loss(cosine(users, items) / temperature, positive, allowed)
-
-        routings = [] if encoded.routing is None else [encoded.routing]
-        return Comparison(rec, routings, encoded.tokens, encoded.computed_tokens)
+        allowed = self._negatives(batch, distinct, positive)
+        rec = contrastive_loss(cosine(users, encoded.fused) / temperature, positive, allowed)
+        return _comparison(rec, encoded)
 
     def _negatives(
-        self, batch: Batch, row: Tensor, distinct: npt.NDArray[np.integer], positive: Tensor
+        self, batch: Batch, distinct: npt.NDArray[np.integer], positive: Tensor
     ) -> Tensor:
         """Mark the negatives [P, n] bool: the positives of the batch, and each user's own sampled
         items (or, with ``share_negatives``, everybody's). The positive's column is set by the loss.
@@ -236,13 +202,7 @@ class EncodedItems:
         sampled = torch.from_numpy(np.searchsorted(distinct, batch.negatives)).to(device)
         allowed.scatter_(1, sampled, True)
         allowed[:, positive.unique()] = True
-        return allowed[row.to(device)]
-
-    def vectors(
-        self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
-    ) -> Tensor:
-        """Encode histories of one item."""
-        return encode(one_each(items))
+        return allowed
 
     def add(self, tokens: Ragged) -> None:
         """Pool the new texts."""
@@ -267,63 +227,7 @@ class EncodedItems:
         """Do nothing: rows are computed already."""
 
 
-class _TableRows:
-    """Rows of a `TextTable` as what the behavioural view reads: a part of two item sides."""
-
-    table: TextTable
-    _backbone: Backbone
-    _text_tokens: int
-
-    @property
-    def rows(self) -> Tensor:
-        """T [N, D] float32, rows of unit length."""
-        table: Tensor = self.table()
-        return table
-
-    def _centred(self, h: Tensor) -> Tensor:
-        """Return h [P, D] centred as the texts are, at unit length."""
-        return F.normalize(F.normalize(h, dim=-1) - self.table.mean, dim=-1)
-
-    def _loss(
-        self,
-        users: Tensor,
-        items: Tensor,
-        targets: npt.NDArray[np.integer],
-        temperature: Tensor,
-        without: Cells | None,
-        log: Tensor | None = None,
-    ) -> Tensor:
-        """Compute L_Rec of user vectors [P, D] against unit vectors [N, D] of the whole catalog.
-
-        log: [N, 1], added to the scores of each item.
-        """
-        scaled = F.normalize(users.float(), dim=-1) / temperature
-        if log is not None:  # as one more dimension of the inner product
-            scaled = torch.cat((scaled, scaled.new_ones(len(scaled), 1)), dim=1)
-            items = torch.cat((items, log), dim=1)
-        positive = as_index(targets, items.device)
-        return fused_catalog_loss(
-            scaled, items, positive, without=without, dtype=self._backbone.dtype
-        )
-
-    def add(self, tokens: Ragged) -> None:
-        """Add rows that are their texts alone."""
-        self.table.extend(text_vectors(self._backbone, tokens, self._text_tokens))
-
-    def shrink(self, count: int) -> None:
-        """Cut the table."""
-        self.table.shrink(count)
-
-    def restrict(self, items: npt.NDArray[np.integer]) -> None:
-        """Give a free residual to the items that training holds, and to no others."""
-        self.table.restrict(items)
-
-    def freeze(self) -> None:
-        """Compute T once."""
-        self.table.keep()
-
-
-class CatalogItems(_TableRows, nn.Module):
+class CatalogItems(nn.Module):
     """The paper's item side for a loss over the whole catalog, every position a target.
 
     An item is a history of one through the pipeline, E^B = P_U(norm(e_i + r_i)). The behavioural
@@ -343,6 +247,7 @@ class CatalogItems(_TableRows, nn.Module):
         cache: folder for text vectors; None keeps nothing.
     """
 
+    _backbone: Backbone
     _fusion: AdaptiveFusion
 
     def __init__(
@@ -370,9 +275,16 @@ class CatalogItems(_TableRows, nn.Module):
         self.register_buffer("semantic", torch.zeros_like(vectors))
         self.semantic: Tensor
 
-    def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
+    @property
+    def rows(self) -> Tensor:
+        """norm(e_i + r_i) [N, D] float32."""
+        table: Tensor = self.table()
+        return table
+
+    def place(self, view: View, h: Tensor) -> Tensor:
         """Return h at unit length; the semantic one centred as the texts are."""
-        return self._centred(h) if view == "semantic" else F.normalize(h, dim=-1)
+        h = F.normalize(h, dim=-1)
+        return F.normalize(h - self.table.mean, dim=-1) if view == "semantic" else h
 
     def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
         """Compute the semantic vectors anew."""
@@ -394,46 +306,70 @@ class CatalogItems(_TableRows, nn.Module):
     def compare(
         self,
         batch: Batch,
+        users: Tensor,
+        position: IntArray,
         targets: npt.NDArray[np.integer],
-        row: Tensor,
-        rows: Tensor,
         temperature: Tensor,
         views: Views,
         encode: Encode,
-        without: Cells | None,
     ) -> Comparison:
         """Compare with the whole catalog, or with a sample of it."""
-        fusion = self._fusion
+        device = self.semantic.device
         chosen, log = self._compared(targets)
-        wanted = targets if log is None else np.searchsorted(chosen, targets)
-        if log is not None and without is not None:
+        without = self._held(batch.histories, position, targets)
+        if log is not None:
             without = _among(without, chosen)
-        encoded, sides = None, {}
+            targets = np.searchsorted(chosen, targets)
+        encoded: Encoded | None = None
         if "behavioral" in views:
             encoded = encode(one_each(chosen), ("behavioral",))
-            assert encoded.behavioral is not None
-            sides["fused"] = sides["behavioral"] = encoded.behavioral
+            fused = encoded.fused
         if "semantic" in views:
-            semantic = self.semantic.index_select(0, as_index(chosen, self.semantic.device))
-            _, _, semantic, _ = fusion(None, semantic, project=self._project)
-            sides["fused"] = sides["semantic"] = semantic
-        if len(views) > 1:
-            sides["fused"], _ = fusion.fuse(sides["behavioral"], sides["semantic"])
-        items = {side: F.normalize(vectors.float(), dim=-1) for side, vectors in sides.items()}
+            semantic = self.semantic.index_select(0, as_index(chosen, device))
+            _, _, semantic, _ = self._fusion(None, semantic, project=self._project)
+            fused = semantic if encoded is None else self._fusion.fuse(encoded.fused, semantic)[0]
+        scaled = F.normalize(users.float(), dim=-1) / temperature
+        items = F.normalize(fused.float(), dim=-1)
+        if log is not None:  # as one more dimension of the inner product
+            scaled = torch.cat((scaled, scaled.new_ones(len(scaled), 1)), dim=1)
+            items = torch.cat((items, log), dim=1)
+        rec = fused_catalog_loss(
+            scaled, items, as_index(targets, device), without=without, dtype=self._backbone.dtype
+        )
+        return _comparison(rec, encoded)
 
-        def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
-            return self._loss(users, items[side], wanted, temperature, without, log)
+    def _held(
+        self, histories: Ragged, position: IntArray, targets: npt.NDArray[np.integer]
+    ) -> Cells:
+        """Return the scores that the loss leaves out: what a prefix holds, but for its target."""
+        row, column = history_cells(histories, position, len(self.semantic))
+        other = column != torch.from_numpy(targets.astype(np.int64))[row]
+        device = self.semantic.device
+        return Cells(row[other].to(device), column[other].to(device))
 
-        if encoded is None:
-            return Comparison(rec)
-        routings = [] if encoded.routing is None else [encoded.routing]
-        return Comparison(rec, routings, encoded.tokens, encoded.computed_tokens)
+    def add(self, tokens: Ragged) -> None:
+        """Add rows that are their texts alone."""
+        self.table.extend(text_vectors(self._backbone, tokens, self._text_tokens))
 
-    def vectors(
-        self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
-    ) -> Tensor:
-        """Encode histories of one item."""
-        return encode(one_each(items))
+    def shrink(self, count: int) -> None:
+        """Cut the rows."""
+        self.table.shrink(count)
+
+    def restrict(self, items: npt.NDArray[np.integer]) -> None:
+        """Give a free residual to the items that training holds, and to no others."""
+        self.table.restrict(items)
+
+    def freeze(self) -> None:
+        """Compute the rows once."""
+        self.table.keep()
+
+
+def _comparison(rec: Tensor, encoded: Encoded | None) -> Comparison:
+    """Return the loss with what the items took that were encoded for it."""
+    if encoded is None:
+        return Comparison(rec)
+    routings = [] if encoded.routing is None else [encoded.routing]
+    return Comparison(rec, routings, encoded.tokens, encoded.computed_tokens)
 
 
 def _among(cells: Cells, chosen: IntArray) -> Cells:
@@ -442,63 +378,3 @@ def _among(cells: Cells, chosen: IntArray) -> Cells:
     place = torch.searchsorted(kept, cells.columns).clamp_max(len(kept) - 1)
     found = kept[place] == cells.columns
     return Cells(cells.rows[found], place[found])
-
-
-class TableItems(_TableRows):
-    """The item side as a trained table T: read, compared with, and nothing to encode in a step.
-
-    Args:
-        backbone: the frozen language model. tokens: token ids of the N texts.
-        text_tokens: most tokens of a text. text_dropout: dropout of the text vectors in training.
-        skip: learned weight of the newest item's row in the behavioural output.
-        cache: folder for text vectors; None keeps nothing.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        tokens: Ragged,
-        *,
-        text_tokens: int,
-        text_dropout: float,
-        skip: nn.Parameter,
-        cache: Path | None,
-    ) -> None:
-        self._backbone, self._text_tokens, self._skip = backbone, text_tokens, skip
-        vectors, self.cached = catalog_vectors(backbone, tokens, text_tokens, cache)
-        self.table = TextTable(vectors, TABLE_DROPOUT, text_dropout).to(backbone.device)
-
-    def place(self, view: View, h: Tensor, rows: Tensor, newest: Tensor) -> Tensor:
-        """Centre the semantic output as the texts are; add the newest item's row to half the
-        behavioural one.
-        """
-        if view == "semantic":
-            return self._centred(h)
-        return 0.5 * F.normalize(h, dim=-1) + self._skip * rows.index_select(0, newest)
-
-    def compare(
-        self,
-        batch: Batch,
-        targets: npt.NDArray[np.integer],
-        row: Tensor,
-        rows: Tensor,
-        temperature: Tensor,
-        views: Views,
-        encode: Encode,
-        without: Cells | None,
-    ) -> Comparison:
-        """Compare with the whole catalog."""
-
-        def rec(users: Tensor, side: Literal["fused"] | View) -> Tensor:
-            return self._loss(users, rows, targets, temperature, without)
-
-        return Comparison(rec)
-
-    def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
-        """Do nothing: the rows are those that are trained."""
-
-    def vectors(
-        self, items: npt.NDArray[np.integer], rows: Tensor, encode: Callable[[Ragged], Tensor]
-    ) -> Tensor:
-        """Return rows of T."""
-        return rows.index_select(0, as_index(items, rows.device))

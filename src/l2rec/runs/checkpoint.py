@@ -17,6 +17,7 @@ __all__ = [
     "read_state",
     "save_tensors",
     "trained_tensors",
+    "without_gone",
     "write_state",
 ]
 
@@ -37,6 +38,8 @@ from l2rec.protocols import SizedByData
 
 KEEP_STATES = 2
 """Newest states that are not deleted; the older one serves if the newest is torn."""
+GONE = frozenset({"skip", "spread"})
+"""Tensors that L2Rec and blends of earlier versions had and never read."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
@@ -81,6 +84,11 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def without_gone(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what `GONE` names from saved tensors, unless the model has it as its ``own``."""
+    return {name: t for name, t in tensors.items() if name in own or name not in GONE}
+
+
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load trained tensors, whose names and shapes must be exactly the model's.
 
@@ -91,6 +99,7 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
         CheckpointError: tensors are missing, unexpected, or of another shape.
     """
     own = trained_tensors(model)
+    tensors = without_gone(tensors, own)
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         raise CheckpointError(
@@ -108,7 +117,7 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
                 f"{where}: {name} has shape {tuple(tensor.shape)}, this model and data set need "
                 f"{tuple(own[name].shape)}"
             )
-    model.load_state_dict(dict(tensors), strict=False)
+    model.load_state_dict(tensors, strict=False)
 
 
 # -- states to resume from -----------------------------------------------------------------------

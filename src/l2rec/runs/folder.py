@@ -35,6 +35,7 @@ __all__ = [
     "find_backbone",
     "finished_report",
     "load_run_config",
+    "load_shown_config",
     "open_run_dataset",
     "read_catalog",
     "read_report",
@@ -62,6 +63,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import yaml
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -70,9 +72,8 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import Split, split_events, with_fewer_users
 from l2rec.disk import LOCK, read_json, replacing, write_text
-from l2rec.errors import BackboneError, CheckpointError
+from l2rec.errors import BackboneError, CheckpointError, ConfigError
 from l2rec.modules.backbone import Backbone
-from l2rec.runs import earlier
 from l2rec.runs.checkpoint import load_tensors, save_tensors
 
 RUN_VERSION = 1
@@ -149,15 +150,6 @@ def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[
             f"{out} holds a run already; add --resume to go on, or choose another --out"
         )
     saved, identity = load_run_config(out)  # resolved: options added since have their defaults
-    if earlier.EARLIER in identity:
-        options = ", ".join(
-            f"{name}={str(value).lower()}" for name, value in identity[earlier.EARLIER].items()
-        )
-        blend = ", and l2rec blend for co-occurrence and repeats"
-        raise CheckpointError(
-            f"{out} was begun by an earlier version, with {options}: it can be used as it is, but "
-            f"not trained on; choose another --out{blend * earlier.counts_in_scores(identity)}"
-        )
     if "blend" in identity or (out / BLEND).exists():
         raise CheckpointError(
             f"{out} is blended: there is nothing to resume; train the run it was made of and blend "
@@ -325,9 +317,8 @@ class RunFolder:
     """A run, each of its files read once.
 
     config, identity: of config.yaml. tensors: of the model. blend: tensors of a `Blend`, None
-    without; those of earlier versions as `l2rec.runs.earlier` reads them. vectors: [N, D] of the
-    catalog, None if there are none. vectors_version: of the tensors that these were made with.
-    version: `version_of` the run.
+    without. vectors: [N, D] of the catalog, None if there are none. vectors_version: of the tensors
+    that these were made with. version: `version_of` the run.
     """
 
     path: Path
@@ -359,15 +350,9 @@ def read_run(run: Path) -> RunFolder:
     catalog = read_catalog(run)
     content, tensors = _read_tensors(run / MODEL)
     digest = hashlib.sha256(content)
-    tensors, blend = earlier.split_tensors(tensors, identity, len(catalog))
+    blend: dict[str, Tensor] | None = None
     if "blend" in identity or (run / BLEND).exists():
-        if blend is not None:
-            raise CheckpointError(
-                f"{run} was blended by an earlier version, beside co-occurrence or repeats that "
-                "the model had itself; use the run it was made of"
-            )
         content, blend = _read_tensors(run / BLEND)
-        blend = earlier.completed(blend)
         if identity.get("blend", _short_hash(content)) != _short_hash(content):
             raise CheckpointError(
                 f"{run / BLEND}: not the one that this run was blended with; blend again the run "
@@ -404,12 +389,40 @@ def _read_tensors(path: Path) -> tuple[bytes, dict[str, Tensor]]:
 
 
 def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """Read the recipe of a run folder and its identity (data set, backbone, and under
-    `earlier.EARLIER` what earlier versions had as options).
+    """Read the recipe of a run folder and its identity (data set, backbone).
 
     Raises:
         CheckpointError: not a run folder, or torn.
+        ConfigError: it has an option, or a value of one, that is gone.
     """
+    identity = _identity(run)
+    return resolve(identity["config"], where=str(run / "config.yaml")), identity
+
+
+class EarlierOptions(BaseModel):
+    """A method's options as they stand in a run folder that this version cannot load."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+def load_shown_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Read as `load_run_config` does, for what shows a run and does not load its model: that may
+    have options that are gone (`EarlierOptions`).
+
+    Raises:
+        CheckpointError: not a run folder, or torn.
+        ConfigError: an unknown option or a bad value, but for those of the method.
+    """
+    try:
+        return load_run_config(run)
+    except ConfigError:
+        identity = _identity(run)
+        options = EarlierOptions(**identity["config"].get("model", {}))
+        rest = resolve(identity["config"] | {"model": {}}, where=str(run / "config.yaml"))
+        return rest.model_copy(update={"model": options}), identity
+
+
+def _identity(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     try:
         identity = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -418,8 +431,7 @@ def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
         absent = {"config", "dataset", "backbone"} - identity.keys()
         if absent:
             raise CheckpointError(f"{path}: torn or edited: it has no {min(absent)!r}")
-        identity = earlier.without_options(identity)
-        return resolve(identity["config"], where=str(path)), identity
+        return identity
     except FileNotFoundError:
         raise CheckpointError(f"{run} is not a run folder: it has no config.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -33,8 +33,13 @@ from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.methods.floors import floors_of
 from l2rec.modules.backbone import Backbone
 from l2rec.protocols import Cached, Progress, ReadsTexts
-from l2rec.runs import earlier
-from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
+from l2rec.runs.checkpoint import (
+    load_tensors,
+    load_trained,
+    save_tensors,
+    trained_tensors,
+    without_gone,
+)
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
     check_backbone,
@@ -298,9 +303,9 @@ def _start_from(model: Any, init: Path) -> str:
     """Load the trained tensors of another run that are not rows of its items; return a line that
     says so.
     """
-    _, identity = load_run_config(init)
-    tensors = earlier.of_model(load_tensors(init / "model.safetensors")[0], identity)
+    load_run_config(init)  # refuses what is no run
     own = trained_tensors(model)
+    tensors = without_gone(load_tensors(init / "model.safetensors")[0], own)
     of_items = type(model).item_tensors
     shared = {n: t for n, t in tensors.items() if n not in of_items}
     wrong = [n for n, t in shared.items() if n not in own or own[n].shape != t.shape]

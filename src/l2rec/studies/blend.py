@@ -29,7 +29,6 @@ from l2rec.modules.cooccurrence import CHOSEN_ON, Blend, Sparse, text_neighbors
 from l2rec.modules.item_text import text_vectors
 from l2rec.protocols import Progress
 from l2rec.runs.diagnostics import diagnose
-from l2rec.runs.earlier import counts_in_scores
 from l2rec.runs.folder import (
     MODEL,
     find_backbone,
@@ -70,11 +69,6 @@ def blend_run(
     report = read_report(run)
     predictor, (config, identity) = load(run), load_run_config(run)
     if predictor.blend is not None:
-        if counts_in_scores(identity):
-            raise CheckpointError(
-                f"{run} was trained by an earlier version, with co-occurrence or repeats of its "
-                "own; train its recipe without them, and blend that"
-            )
         raise CheckpointError(f"{run} is blended already; blend the run it was made of")
     split = training_split(config, dataset)
     started = time.monotonic()

@@ -50,11 +50,10 @@ from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import paired_values_test
 from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.metrics import coverage, popularity_bias
-from l2rec.runs.earlier import EARLIER
 from l2rec.runs.folder import (
     RANKS,
     TIED_RANKS,
-    load_run_config,
+    load_shown_config,
     read_report,
     require_finished,
     split_of,
@@ -85,7 +84,9 @@ Rows = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run folder: its resolved recipe, identity, report and per-user test ranks."""
+    """A run folder: its recipe as `load_shown_config` reads it, identity, report and test ranks of
+    each user.
+    """
 
     path: Path
     config: RunConfig
@@ -117,7 +118,7 @@ def read_run(path: Path, dataset: Dataset | None = None, *, tied_day: bool = Fal
         DataError: ``dataset`` is not the one that the run was trained on, or there are no ranks by
             the tied-day protocol.
     """
-    config, identity = load_run_config(path)
+    config, identity = load_shown_config(path)
     require_finished(path)
     trained_on = identity["dataset"]["fingerprint"]
     if dataset is not None and dataset.fingerprint != trained_on:
@@ -444,14 +445,13 @@ def _recipe_key(config: RunConfig, identity: Mapping[str, Any], stopped: str | N
     """
     start = identity.get("init")
     if start is not None and (Path(start) / "config.yaml").is_file():
-        start = _recipe_key(*load_run_config(Path(start)))
+        start = _recipe_key(*load_shown_config(Path(start)))
     options = config.model_dump(mode="json") | {"seed": None}
     training = options["training"]
     del training["log_every"], training["checkpoint_minutes"]
     if training["schedule"] == "constant" and stopped not in (None, "max_minutes"):
         training["max_minutes"] = None
     trained_on = [identity["dataset"]["fingerprint"], identity["backbone"], start]
-    trained_on += [identity[EARLIER]] if EARLIER in identity else []
     return json.dumps([options, trained_on], sort_keys=True)
 
 

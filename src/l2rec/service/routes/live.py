@@ -67,7 +67,7 @@ class State(BaseModel):
         version="0f3a6d1c2b4e5f60",
         loaded_at=1767225600.0,
         method="L2Rec",
-        recipe="movielens-100k/l2rec-table",
+        recipe="movielens-100k/l2rec-plus",
         data={
             "name": "ml-100k",
             "fingerprint": "ffc605ffa7f72d8a",

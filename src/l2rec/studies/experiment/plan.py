@@ -38,7 +38,6 @@ from l2rec.config import RunConfig, load_recipe, recipe_names
 from l2rec.data.dataset import open_dataset
 from l2rec.disk import read_json, write_json
 from l2rec.errors import ConfigError, L2RecError
-from l2rec.runs.earlier import EARLIER
 from l2rec.runs.folder import finished_report, load_run_config, read_report
 from l2rec.runs.numbers import as_duration
 from l2rec.studies.experiment.definition import BLENDED, Experiment, Row, folder_of
@@ -381,7 +380,7 @@ def _runs_below(folder: Path) -> Runs:
                 continue
         except L2RecError:
             continue
-        if identity.get("init") is None and not {"blend", EARLIER} & identity.keys():
+        if identity.get("init") is None and "blend" not in identity:
             runs = found.setdefault(identity["dataset"]["fingerprint"], [])
             runs.append((path.parent, config))
     return found
