@@ -2,7 +2,7 @@
 
     python benchmarks/breakdown.py                          chains of a synthetic catalog
     python benchmarks/breakdown.py --data data/scientific   a prepared data set
-    python benchmarks/breakdown.py --recipe scientific/l2rec-table
+    python benchmarks/breakdown.py --recipe scientific/l2rec-plus
 
 Some rounds run the step as training does and take the processor time of the thread for each of its
 stretches. Others take it around every single operation and give it to the part of the model that

@@ -29,7 +29,9 @@ from l2rec.data.synthetic import chain_dataset
 from l2rec.runs.loop import TrainingResult
 from l2rec.runs.train import validate_run
 
-RECIPE = "scientific/l2rec-table"
+RECIPE = "scientific/l2rec-plus"
+SHORT = ["model.item_tokens=16", "model.max_tokens=400"]
+"""With K = 0 a row must fit into the positions of a BERT."""
 LAYERS = (0, 2, 3, 4, 5)
 LOST = 0.02
 """Share of NDCG@10 that may be lost at equal targets."""
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         runs = args.out or Path(folder)
-        settings = list(args.set)
+        settings = [*SHORT, *args.set]
         if args.quick or args.data is None:
             data = chain_dataset(Path(folder) / "chains", 100, 60, 10, seed=0).path
             settings += ["model.semantic_items=5", "training.user_share=0.5"]

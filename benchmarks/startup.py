@@ -5,7 +5,7 @@
 
     l2rec --help        the command line alone
     l2rec recommend     a history in, ten items out: the whole command, on a run that was made here
-                        (recipe scientific/l2rec-table, one step of training, generated chains)
+                        (recipe scientific/l2rec-plus, one step of training, generated chains)
     bare transformers   the peer: import torch and transformers, load the same backbone, no more
     python              an interpreter that does nothing: a scale
 
@@ -40,7 +40,7 @@ from l2rec.data.synthetic import chain_dataset
 from l2rec.modules.backbone import minilm_source
 from l2rec.runs.train import train_run
 
-RECIPE = "scientific/l2rec-table"
+RECIPE = "scientific/l2rec-plus"
 HELP_SECONDS, GOAL = 0.3, 1.5
 COMMAND = "from l2rec.cli import main; main()"  # what the installed script does
 PEER = """

@@ -34,7 +34,10 @@ from l2rec.runs.predictor import build_model
 PEER = "L2Rec, the paper's form"
 SYSTEMS = {
     PEER: ("scientific/l2rec", []),
-    "L2Rec, item table": ("scientific/l2rec-table", ["model.view_experts=8"]),
+    "L2Rec, the whole catalog": (
+        "scientific/l2rec-plus",
+        ["model.view_experts=8", "model.item_layers=0"],
+    ),
     "HDRec, alternating": ("scientific/hdrec", []),
     "HDRec, both sides at once": ("scientific/hdrec", ["model.alternate=false"]),
     "HDRec, text alone": ("scientific/hdrec", ["model.design=text"]),

@@ -69,10 +69,10 @@ def added(options: dict[str, Any], near: float, repeat: float, n_items: int) -> 
     ids=lambda options: ",".join(options),
 )
 def test_scores_are_what_they_were(
-    table_run: Finished, tmp_path: Path, options: dict[str, Any]
+    catalog_run: Finished, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    plain = load(table_run.run)
-    found = load(as_earlier(table_run.run, tmp_path / "run", 3.0, -5.0, **options))
+    plain = load(catalog_run.run)
+    found = load(as_earlier(catalog_run.run, tmp_path / "run", 3.0, -5.0, **options))
     rows, term = Ragged.from_rows(HISTORIES), added(options, 3.0, -5.0, plain.n_items)
     tau = float(plain.model.temperature.detach())
     cosines = plain.scores(plain.encode(rows))
@@ -80,28 +80,32 @@ def test_scores_are_what_they_were(
     torch.testing.assert_close(found.scorer()(rows), cosines / tau + term, atol=1e-4, rtol=1e-5)
 
 
-def test_options_that_were_off_leave_nothing(table_run: Finished, tmp_path: Path) -> None:
-    run = as_earlier(table_run.run, tmp_path / "run", 0.0, 0.0)
-    assert load(run).blend is None and load_run_config(run)[0] == load_run_config(table_run.run)[0]
-    assert load(run).version == load(table_run.run).version
+def test_options_that_were_off_leave_nothing(catalog_run: Finished, tmp_path: Path) -> None:
+    run = as_earlier(catalog_run.run, tmp_path / "run", 0.0, 0.0)
+    assert (
+        load(run).blend is None and load_run_config(run)[0] == load_run_config(catalog_run.run)[0]
+    )
+    assert load(run).version == load(catalog_run.run).version
 
 
-def test_a_finished_run_is_not_trained_on_nor_blended(table_run: Finished, tmp_path: Path) -> None:
-    run = as_earlier(table_run.run, tmp_path / "run", 3.0, -5.0, **BOTH)
+def test_a_finished_run_is_not_trained_on_nor_blended(
+    catalog_run: Finished, tmp_path: Path
+) -> None:
+    run = as_earlier(catalog_run.run, tmp_path / "run", 3.0, -5.0, **BOTH)
     config = load_run_config(run)[0]
     message = "was begun by an earlier version, with repeat_bias=true, cooccurrence=true"
     with pytest.raises(CheckpointError, match=message):
-        train_run(config, table_run.data, run, progress=Quiet(), resume=True)
+        train_run(config, catalog_run.data, run, progress=Quiet(), resume=True)
     with pytest.raises(CheckpointError, match="with co-occurrence or repeats of its own; train"):
-        blend_run(run, tmp_path / "out", progress=Quiet(), data=table_run.data)
+        blend_run(run, tmp_path / "out", progress=Quiet(), data=catalog_run.data)
 
 
-def test_its_weights_can_be_a_start(table_run: Finished, tmp_path: Path) -> None:
-    run = as_earlier(table_run.run, tmp_path / "run", 3.0, -5.0, **BOTH)
-    config = runs.config(table_run.backbone, max_steps=1)
-    for start in (table_run.run, run):
+def test_its_weights_can_be_a_start(catalog_run: Finished, tmp_path: Path) -> None:
+    run = as_earlier(catalog_run.run, tmp_path / "run", 3.0, -5.0, **BOTH)
+    config = runs.config(catalog_run.backbone, max_steps=1)
+    for start in (catalog_run.run, run):
         out = tmp_path / f"from-{start.name}"
-        train_run(config, table_run.data, out, progress=Quiet(), init=start)
+        train_run(config, catalog_run.data, out, progress=Quiet(), init=start)
     started = (
         load_tensors(tmp_path / f"from-{s}/state/start.safetensors")[0] for s in ("table", "run")
     )
@@ -110,14 +114,14 @@ def test_its_weights_can_be_a_start(table_run: Finished, tmp_path: Path) -> None
 
 
 def test_it_is_another_recipe_than_that_without_the_options(
-    table_run: Finished, tmp_path: Path
+    catalog_run: Finished, tmp_path: Path
 ) -> None:
-    run = as_earlier(table_run.run, tmp_path / "run", 3.0, -5.0, **BOTH)
-    assert len(compare_runs([table_run.run, run]).entries) == 2
+    run = as_earlier(catalog_run.run, tmp_path / "run", 3.0, -5.0, **BOTH)
+    assert len(compare_runs([catalog_run.run, run]).entries) == 2
 
 
-def test_a_blend_beside_the_options_is_refused(table_run: Finished, tmp_path: Path) -> None:
-    run = as_earlier(table_run.run, tmp_path / "run", 3.0, -5.0, **BOTH)
+def test_a_blend_beside_the_options_is_refused(catalog_run: Finished, tmp_path: Path) -> None:
+    run = as_earlier(catalog_run.run, tmp_path / "run", 3.0, -5.0, **BOTH)
     identity = yaml.safe_load((run / "config.yaml").read_text())
     write_blend(run, {"near": torch.tensor(1.0)}, identity)
     with pytest.raises(CheckpointError, match="was blended by an earlier version, beside"):
@@ -125,15 +129,15 @@ def test_a_blend_beside_the_options_is_refused(table_run: Finished, tmp_path: Pa
 
 
 def test_a_view_that_was_trained_first_changes_no_score(
-    table_run: Finished, tmp_path: Path
+    catalog_run: Finished, tmp_path: Path
 ) -> None:
-    run = as_earlier(table_run.run, tmp_path / "run", 0.0, 0.0, behavioral_epochs=4)
+    run = as_earlier(catalog_run.run, tmp_path / "run", 0.0, 0.0, behavioral_epochs=4)
     rows = Ragged.from_rows(HISTORIES)
     assert load(run).blend is None
-    assert torch.equal(load(run).scorer()(rows), load(table_run.run).scorer()(rows))
-    assert len(compare_runs([table_run.run, run]).entries) == 2
+    assert torch.equal(load(run).scorer()(rows), load(catalog_run.run).scorer()(rows))
+    assert len(compare_runs([catalog_run.run, run]).entries) == 2
     with pytest.raises(CheckpointError, match=r"with behavioral_epochs=4: .* another --out$"):
-        train_run(load_run_config(run)[0], table_run.data, run, progress=Quiet(), resume=True)
+        train_run(load_run_config(run)[0], catalog_run.data, run, progress=Quiet(), resume=True)
 
 
 def test_a_blend_without_a_spread_is_read(blended_run: Finished, tmp_path: Path) -> None:
@@ -147,12 +151,12 @@ def test_a_blend_without_a_spread_is_read(blended_run: Finished, tmp_path: Path)
 
 
 def test_a_training_goes_on_by_the_rule_that_it_began_with(
-    table_run: Finished, tmp_path: Path
+    catalog_run: Finished, tmp_path: Path
 ) -> None:
     """Before, the score that is not masked chose the best step, and states did not name it."""
     run = tmp_path / "run"
-    config = runs.config(table_run.backbone, epochs=1)
-    train_run(config, table_run.data, run, progress=Quiet())
+    config = runs.config(catalog_run.backbone, epochs=1)
+    train_run(config, catalog_run.data, run, progress=Quiet())
     assert read_json(run / "report.json")["selected_by"] == "ndcg@10_masked"
     (run / "report.json").unlink()
     (newest,) = sorted((run / "state").glob("step-*"))[-1:]
@@ -160,8 +164,8 @@ def test_a_training_goes_on_by_the_rule_that_it_began_with(
     assert counters.pop("select") == "ndcg@10_masked"
     counters["best"] = counters["best_metrics"]["ndcg@10"]
     write_json(newest / "counters.json", counters)
-    more = runs.config(table_run.backbone, epochs=2)
-    report = train_run(more, table_run.data, run, progress=Quiet(), resume=True)
+    more = runs.config(catalog_run.backbone, epochs=2)
+    report = train_run(more, catalog_run.data, run, progress=Quiet(), resume=True)
     assert report["selected_by"] == "ndcg@10"
     valid = [record["ndcg@10"] for record in runs.log(run, "valid")]
     assert report["valid"]["ndcg@10"] == max(valid)

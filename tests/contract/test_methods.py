@@ -69,7 +69,8 @@ TINY: dict[str, Any] = {
 """Of these, every method gets what it has."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "L2Rec": {
-        "form": "table",
+        "form": "catalog",
+        "item_residual": True,
         "table_lr": 1e-2,
         "semantic_items": 2,
         "view_experts": 4,

@@ -116,7 +116,7 @@ def test_gradients_reach_what_is_given_to_the_upper_part() -> None:
 
 def test_a_row_is_the_states_of_its_items_and_their_places() -> None:
     """The slow way: every text alone, its states behind one another, layer after layer."""
-    ours = shaken(model(views=("semantic",), adapt=False, pooling="mean"), still=("backbone.",))
+    ours = shaken(model(views=("semantic",), adapt=False), still=("backbone.",))
     one = tiny.random_model("bert", num_hidden_layers=LAYERS)
     tokenizer = ours.backbone.tokenizer
     found = ours.user_states(Ragged.from_rows(ROWS)).semantic
@@ -153,7 +153,7 @@ def test_experts_stand_above_alone(family: str) -> None:
     assert bool(ours.places.grad.any())
 
 
-@pytest.mark.parametrize("form", ["paper", "table"])
+@pytest.mark.parametrize("form", ["paper", "catalog"])
 def test_one_item_with_nothing_trained_reads_as_the_text_alone(form: str) -> None:
     """At K as at 0, the semantic view of one item is what the backbone makes of its text."""
     vectors = []

@@ -25,7 +25,7 @@ def other_run(
     backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
     """Train another model of the same items. Copy the folder before changing anything in it."""
-    config = runs.config(backbone_folder, "table", lr=2e-2)
+    config = runs.config(backbone_folder, "catalog", lr=2e-2)
     return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "other")
 
 
@@ -54,7 +54,7 @@ def log_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def serve(table_run: Finished, log_url: str) -> Iterator[Serve]:
+def serve(catalog_run: Finished, log_url: str) -> Iterator[Serve]:
     """Return a function that opens a client of an app with these settings; several in turn are
     restarts of one server.
     """
@@ -64,7 +64,7 @@ def serve(table_run: Finished, log_url: str) -> Iterator[Serve]:
 
     def start(run: Path | None = None, *, log: Any = None, **settings: Any) -> TestClient:
         log = log or EventLog(log_url)
-        version = load_version(run or table_run.run, items=log.items())
+        version = load_version(run or catalog_run.run, items=log.items())
         app = create_app(Settings(**{"rate": 0, **settings}), Live(version), log)
         client = TestClient(app, base_url="http://localhost")
         client.__enter__()

@@ -41,7 +41,7 @@ def metric(client: TestClient, name: str, /, **labels: str) -> float:
 # -- recommend -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", ["table", "paper", "blended"])
+@pytest.mark.parametrize("items", ["catalog", "paper", "blended"])
 def test_recommends_what_the_library_does(
     items: str, serve: Serve, request: pytest.FixtureRequest
 ) -> None:
@@ -68,7 +68,7 @@ def test_an_id_of_each_request(serve: Serve) -> None:
     assert ids == [answer.headers["x-request-id"] for answer in answers] and ids[0] != ids[1]
 
 
-def test_allow_deny_filters(serve: Serve, table_run: Finished) -> None:
+def test_allow_deny_filters(serve: Serve, catalog_run: Finished) -> None:
     client = serve()
     every = recommend(client, history=["i1", "i2"], k=40)
     assert len(every) == 28 and not {"i1", "i2"} & set(every)
@@ -76,7 +76,7 @@ def test_allow_deny_filters(serve: Serve, table_run: Finished) -> None:
     allow = [every[20], "i1", every[4], "nobody", every[9]]
     assert recommend(client, history=["i1", "i2"], allow=allow) == [every[n] for n in (4, 9, 20)]
     assert recommend(client, history=["i1"], allow=[]) == []
-    title = load_version(table_run.run).attributes_of(5)["title"]
+    title = load_version(catalog_run.run).attributes_of(5)["title"]
     found = recommend(client, history=["i1"], filters={"title": [title]}, exclude_seen=False)
     assert "i5" in found and len(found) < 28
     message = error(
@@ -199,7 +199,7 @@ def test_a_user_is_what_was_clicked(serve: Serve) -> None:
     assert metric(client, "l2rec_events_total", result="ignored") == 4
 
 
-@pytest.mark.parametrize("items", ["table", "paper"])
+@pytest.mark.parametrize("items", ["catalog", "paper"])
 def test_a_batch_answers_as_single_requests_do(
     items: str, request: pytest.FixtureRequest, log_url: str
 ) -> None:
@@ -261,8 +261,8 @@ def test_repeated_histories_are_not_encoded_again(serve: Serve) -> None:
     assert metric(client, "l2rec_batch_histories_count") == 4
 
 
-def test_embeddings(serve: Serve, table_run: Finished) -> None:
-    client, predictor = serve(), load(table_run.run)
+def test_embeddings(serve: Serve, catalog_run: Finished) -> None:
+    client, predictor = serve(), load(catalog_run.run)
     users = client.post("/v1/embed/users", json={"histories": [["i1"], ["i2", "i3"]]}).json()
     expected = predictor.encode_users([["i1"], ["i2", "i3"]])
     np.testing.assert_allclose(users["vectors"], expected, atol=1e-5)
@@ -402,9 +402,9 @@ class HeldUp:
         self._go.set()
 
 
-def test_overload_is_refused_at_once_and_ends(table_run: Finished, log_url: str) -> None:
+def test_overload_is_refused_at_once_and_ends(catalog_run: Finished, log_url: str) -> None:
     async def main() -> None:
-        async with running(table_run.run, log_url, queue=4) as (app, client):
+        async with running(catalog_run.run, log_url, queue=4) as (app, client):
 
             async def ask(number: int) -> httpx.Response:
                 body = {"history": [f"i{number % 30}", f"i{number % 7}"]}
@@ -429,9 +429,9 @@ def test_overload_is_refused_at_once_and_ends(table_run: Finished, log_url: str)
     asyncio.run(main())
 
 
-def test_more_requests_than_may_be_in_flight(table_run: Finished, log_url: str) -> None:
+def test_more_requests_than_may_be_in_flight(catalog_run: Finished, log_url: str) -> None:
     async def main() -> None:
-        async with running(table_run.run, log_url, inflight=3) as (app, client):
+        async with running(catalog_run.run, log_url, inflight=3) as (app, client):
 
             async def ask(path: str) -> httpx.Response:
                 return await client.post(path, json={"history": ["i1"]})
@@ -547,15 +547,15 @@ def test_labels_of_metrics_are_few(serve: Serve) -> None:
     assert len(requests) < 12
     assert metric(client, "l2rec_requests_total", route="other") == 30
     assert metric(client, "l2rec_recommendations_total", arm="none") == 1
-    assert metric(client, "l2rec_version_info", role="live", name="table") == 1
+    assert metric(client, "l2rec_version_info", role="live", name="catalog") == 1
 
 
 # -- experiments ---------------------------------------------------------------------------------
 
 
-def test_arms(table_run: Finished, other_run: Finished, log_url: str) -> None:
+def test_arms(catalog_run: Finished, other_run: Finished, log_url: str) -> None:
     log = EventLog(log_url)
-    live = Live(load_version(table_run.run), control=load_version(other_run.run))
+    live = Live(load_version(catalog_run.run), control=load_version(other_run.run))
     assert live.control is not None
     running_now = Experiment(name="exp", treatment=0.4, salt="s")
     app = create_app(Settings(rate=0, experiment=running_now), live, log)
@@ -567,7 +567,7 @@ def test_arms(table_run: Finished, other_run: Finished, log_url: str) -> None:
             arm = assign(f"u{n}", "exp", salt="s", treatment=0.4)
             assert answer["experiment"] == {"name": "exp", "arm": arm}
             assert answer["version"] == versions[arm]
-            run = table_run if arm == "treatment" else other_run
+            run = catalog_run if arm == "treatment" else other_run
             expected = load(run.run).recommend(["i1", "i2"], 5) if n < 6 else None
             if expected is not None:
                 assert [i["id"] for i in answer["items"]] == [i["id"] for i in expected.items]

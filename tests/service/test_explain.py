@@ -22,7 +22,7 @@ def scored(predictor: Predictor, history: list[str], item: str) -> float:
     return float(next(i["score"] for i in ranked.items if i["id"] == item))
 
 
-@pytest.mark.parametrize("items", ["table", "paper", "blended"])
+@pytest.mark.parametrize("items", ["catalog", "paper", "blended"])
 def test_without_an_item_is_a_history_without_it(
     items: str, request: pytest.FixtureRequest
 ) -> None:
@@ -38,7 +38,7 @@ def test_without_an_item_is_a_history_without_it(
     assert len({round(score, 6) for score in found.without if score is not None}) > 1
 
 
-def test_what_is_added_to_the_inner_product(blended_run: Finished, table_run: Finished) -> None:
+def test_what_is_added_to_the_inner_product(blended_run: Finished, catalog_run: Finished) -> None:
     predictor = load(blended_run.run)
     found = explain(predictor, HISTORY, "i10")
     assert predictor.vectors is not None and found.added is not None
@@ -47,11 +47,11 @@ def test_what_is_added_to_the_inner_product(blended_run: Finished, table_run: Fi
     assert found.score == pytest.approx(inner + found.added, abs=1e-5)
     every = [explain(predictor, HISTORY, item).added for item in ("i10", "i5", "i3")]
     assert any(added for added in every)
-    assert explain(load(table_run.run), HISTORY, "i10").added is None
+    assert explain(load(catalog_run.run), HISTORY, "i10").added is None
 
 
-def test_shares_of_experts(table_run: Finished, paper_run: Finished) -> None:
-    for run in (table_run.run, paper_run.run):
+def test_shares_of_experts(catalog_run: Finished, paper_run: Finished) -> None:
+    for run in (catalog_run.run, paper_run.run):
         predictor = load(run)
         found = explain(predictor, HISTORY, "i7").experts
         assert found is not None and found == experts(predictor, HISTORY)
@@ -75,8 +75,8 @@ def test_shares_of_experts(table_run: Finished, paper_run: Finished) -> None:
         assert len({share for rows in some.shares.values() for row in rows for share in row}) > 3
 
 
-def test_the_best_item_is_explained_by_default(table_run: Finished) -> None:
-    predictor = load(table_run.run)
+def test_the_best_item_is_explained_by_default(catalog_run: Finished) -> None:
+    predictor = load(catalog_run.run)
     best = predictor.recommend(HISTORY, 1).items[0]
     found = explain(predictor, HISTORY)
     assert found.item == best["id"] and found.score == pytest.approx(best["score"], abs=1e-5)
@@ -93,8 +93,8 @@ def test_a_method_of_ids_alone(sasrec_run: Path) -> None:
         assert score == pytest.approx(scored(predictor, left, "i7"), abs=1e-5)
 
 
-def test_a_history_of_one(table_run: Finished) -> None:
-    predictor = load(table_run.run)
+def test_a_history_of_one(catalog_run: Finished) -> None:
+    predictor = load(catalog_run.run)
     found = explain(predictor, ["i3"], "i4")
     assert found.without == [None] and found.gate is not None
     with pytest.raises(DataError, match=r"^an empty history: give at least one item id$"):

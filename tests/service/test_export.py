@@ -118,7 +118,7 @@ def test_from_postgresql_as_from_sqlite(log: Path, tmp_path: Path, postgres_url:
     assert prints[0] == prints[1]
 
 
-def test_the_loop_closes(serve: Serve, table_run: Finished, log_url: str, tmp_path: Path) -> None:
+def test_the_loop_closes(serve: Serve, catalog_run: Finished, log_url: str, tmp_path: Path) -> None:
     """Serve a run, put an item, click; what was clicked trains the next run, which is served."""
     client = serve()
     put = {"items": [{"id": "n1", "text": "heavy red hat"}, {"id": "i1", "text": "renamed lamp"}]}
@@ -131,9 +131,9 @@ def test_the_loop_closes(serve: Serve, table_run: Finished, log_url: str, tmp_pa
     ]
     stored = client.post("/v1/events", json={"events": events})
     assert stored.json() == {"stored": 120, "ignored": 0}
-    known = load(table_run.run)
+    known = load(catalog_run.run)
     data, run = tmp_path / "served", tmp_path / "again"
-    command = ["prepare", log_url, "--items", str(table_run.run / "catalog.parquet")]
+    command = ["prepare", log_url, "--items", str(catalog_run.run / "catalog.parquet")]
     command += ["--out", str(data), "--keep-all-items"]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0 and "12 users" in done.stdout and "60 events" in done.stdout
@@ -142,7 +142,7 @@ def test_the_loop_closes(serve: Serve, table_run: Finished, log_url: str, tmp_pa
     assert texts.pop("n1") == "heavy red hat" and texts.pop("i1") == "renamed lamp"
     before = dict(zip(known.ids, known.texts, strict=True))
     assert texts == {item: before[item] for item in texts} and len(texts) == len(before) - 1
-    config = runs.config(table_run.backbone, "table")
+    config = runs.config(catalog_run.backbone, "catalog")
     train_run(config, data, run, progress=runs.Quiet(), recipe="tiny", command="test")
     again = serve(run)
     answer = again.post("/v1/recommend", json={"user": "u1", "k": 40, "exclude_seen": False}).json()

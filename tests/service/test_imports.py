@@ -41,10 +41,10 @@ TRAINS = (
 SLOW = ("polars", "scipy.stats", "matplotlib", "torch.utils.tensorboard")
 
 
-def test_a_server_imports_nothing_that_trains(table_run: Finished, tmp_path: Path) -> None:
+def test_a_server_imports_nothing_that_trains(catalog_run: Finished, tmp_path: Path) -> None:
     """Check that it loads a run and answers, without training's modules and what they need."""
     done = subprocess.run(
-        [sys.executable, "-c", SERVE, str(table_run.run), str(tmp_path / "events.db")],
+        [sys.executable, "-c", SERVE, str(catalog_run.run), str(tmp_path / "events.db")],
         capture_output=True,
         text=True,
     )

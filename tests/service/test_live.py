@@ -55,10 +55,10 @@ def bad_run(other_run: Finished, tmp_path: Path) -> Path:
 
 
 def test_deploy_and_rollback(
-    table_run: Finished, other_run: Finished, paper_run: Finished, tmp_path: Path
+    catalog_run: Finished, other_run: Finished, paper_run: Finished, tmp_path: Path
 ) -> None:
     folder = tmp_path / "serving"
-    a, b, c = (finished.run.resolve() for finished in (table_run, other_run, paper_run))
+    a, b, c = (finished.run.resolve() for finished in (catalog_run, other_run, paper_run))
     with pytest.raises(CheckpointError, match=r"has no live.json; make it with: l2rec deploy RUN"):
         read_deployment(folder)
     with pytest.raises(ConfigError, match="has nothing that a shadow could be compared with"):
@@ -84,9 +84,9 @@ def test_deploy_and_rollback(
     assert [path.name for path in folder.iterdir()] == ["live.json"]
 
 
-def test_a_bad_run_is_not_deployed(table_run: Finished, bad_run: Path, tmp_path: Path) -> None:
+def test_a_bad_run_is_not_deployed(catalog_run: Finished, bad_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "serving"
-    deploy(table_run.run, folder)
+    deploy(catalog_run.run, folder)
     before = (folder / "live.json").read_bytes()
     with pytest.raises(CheckpointError, match="bad: scores that are not finite numbers"):
         deploy(bad_run, folder)
@@ -95,15 +95,15 @@ def test_a_bad_run_is_not_deployed(table_run: Finished, bad_run: Path, tmp_path:
     assert (folder / "live.json").read_bytes() == before
 
 
-def test_an_unfinished_run_is_not_deployed(table_run: Finished, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_not_deployed(catalog_run: Finished, tmp_path: Path) -> None:
     folder, run = tmp_path / "serving", tmp_path / "run"
-    shutil.copytree(table_run.run, run)
+    shutil.copytree(catalog_run.run, run)
     (run / "report.json").unlink()
     with pytest.raises(CheckpointError, match=r"run is not finished.*--resume"):
         deploy(run, folder)
     assert not folder.exists()
     # One that was deployed and is now trained on goes on being served, with the same weights.
-    shutil.copy2(table_run.run / "report.json", run)
+    shutil.copy2(catalog_run.run / "report.json", run)
     deploy(run, folder)
     (run / "report.json").unlink()
     version = load_version(run, expected=read_deployment(folder).expected(run))
@@ -111,10 +111,10 @@ def test_an_unfinished_run_is_not_deployed(table_run: Finished, tmp_path: Path) 
 
 
 def test_a_run_that_changed_since_is_not_rolled_back_to(
-    table_run: Finished, other_run: Finished, bad_run: Path, tmp_path: Path
+    catalog_run: Finished, other_run: Finished, bad_run: Path, tmp_path: Path
 ) -> None:
     folder, run = tmp_path / "serving", tmp_path / "copy"
-    shutil.copytree(table_run.run, run)
+    shutil.copytree(catalog_run.run, run)
     deploy(run, folder)
     deploy(other_run.run, folder)
     shutil.copy2(bad_run / "model.safetensors", run / "model.safetensors")
@@ -133,15 +133,15 @@ def test_a_torn_file(text: str, tmp_path: Path) -> None:
 
 
 def test_a_start_with_a_current_run_that_is_bad(
-    table_run: Finished, bad_run: Path, tmp_path: Path, log_url: str
+    catalog_run: Finished, bad_run: Path, tmp_path: Path, log_url: str
 ) -> None:
     folder, log = tmp_path / "serving", EventLog(log_url)
-    deploy(table_run.run, folder)
+    deploy(catalog_run.run, folder)
     value = json.loads((folder / "live.json").read_text())
     value |= {"current": str(bad_run), "previous": ["/nowhere", value["current"]]}
     (folder / "live.json").write_text(json.dumps(value))
     version, run, problem = load_first(read_deployment(folder), log)
-    assert run == table_run.run.resolve() and version.version == load(run).version
+    assert run == catalog_run.run.resolve() and version.version == load(run).version
     assert problem == "bad: scores that are not finite numbers"
     value["previous"] = []
     (folder / "live.json").write_text(json.dumps(value))
@@ -179,11 +179,11 @@ async def until(condition: Any, seconds: float = 30) -> None:
 
 
 def test_swaps_under_load_never_mix_versions(
-    table_run: Finished, other_run: Finished, tmp_path: Path, log_url: str
+    catalog_run: Finished, other_run: Finished, tmp_path: Path, log_url: str
 ) -> None:
     """Every answer is, in whole, what the version that it names answers."""
     folder = tmp_path / "serving"
-    runs = [table_run.run.resolve(), other_run.run.resolve()]
+    runs = [catalog_run.run.resolve(), other_run.run.resolve()]
     predictors = {p.version: p for p in map(load, runs)}
     assert len(predictors) == 2
     histories = [[f"i{a}", f"i{b}"] for a in range(6) for b in range(10, 14)]
@@ -244,13 +244,13 @@ def write(folder: Path, text: str) -> None:
 
 
 def test_a_bad_candidate_never_displaces_a_good_one(
-    table_run: Finished, bad_run: Path, tmp_path: Path, log_url: str
+    catalog_run: Finished, bad_run: Path, tmp_path: Path, log_url: str
 ) -> None:
     folder = tmp_path / "serving"
-    deploy(table_run.run, folder)
+    deploy(catalog_run.run, folder)
     good = (folder / "live.json").read_text()
     torn = tmp_path / "torn"
-    shutil.copytree(table_run.run, torn)
+    shutil.copytree(catalog_run.run, torn)
     (torn / "catalog.parquet").write_bytes(b"PAR1")
 
     async def main() -> None:
@@ -297,10 +297,10 @@ def candidate(text: str, run: Path) -> str:
 
 
 def test_items_carry_over_to_what_is_deployed(
-    table_run: Finished, paper_run: Finished, tmp_path: Path, log_url: str
+    catalog_run: Finished, paper_run: Finished, tmp_path: Path, log_url: str
 ) -> None:
     folder = tmp_path / "serving"
-    deploy(table_run.run, folder)
+    deploy(catalog_run.run, folder)
 
     async def main() -> None:
         async with following(folder, EventLog(log_url)) as (app, client):
@@ -326,10 +326,10 @@ def test_items_carry_over_to_what_is_deployed(
 
 
 def test_a_database_that_is_away_is_not_the_candidates_fault(
-    table_run: Finished, other_run: Finished, tmp_path: Path, log_url: str
+    catalog_run: Finished, other_run: Finished, tmp_path: Path, log_url: str
 ) -> None:
     folder = tmp_path / "serving"
-    deploy(table_run.run, folder)
+    deploy(catalog_run.run, folder)
     log = EventLog(log_url)
     away = True
 
@@ -349,7 +349,7 @@ def test_a_database_that_is_away_is_not_the_candidates_fault(
             away = True
             deploy(other_run.run, folder)
             await asyncio.sleep(0.3)
-            assert app.state.live.current().name == "table" and app.state.live.refused is None
+            assert app.state.live.current().name == "catalog" and app.state.live.refused is None
             assert (await client.post("/v1/recommend", json={"history": ["i1"]})).is_success
             away = False
             await until(lambda: app.state.live.current().name == "other")
@@ -361,10 +361,10 @@ def test_a_database_that_is_away_is_not_the_candidates_fault(
 
 
 def test_a_shadow_ranks_what_is_asked_and_serves_nobody(
-    table_run: Finished, other_run: Finished, tmp_path: Path, log_url: str
+    catalog_run: Finished, other_run: Finished, tmp_path: Path, log_url: str
 ) -> None:
     folder = tmp_path / "serving"
-    deploy(table_run.run, folder)
+    deploy(catalog_run.run, folder)
 
     async def main() -> None:
         async with following(folder, EventLog(log_url)) as (app, client):
@@ -378,7 +378,7 @@ def test_a_shadow_ranks_what_is_asked_and_serves_nobody(
                 return {answer.json()["version"] for answer in answers}
 
             assert await ask(3) == {live.version.version}
-            deploy(table_run.run, folder, shadow=True)  # compared with itself
+            deploy(catalog_run.run, folder, shadow=True)  # compared with itself
             await until(lambda: live.shadow is not None)
             assert await ask(10) == {live.version.version}
             await until(
@@ -396,7 +396,7 @@ def test_a_shadow_ranks_what_is_asked_and_serves_nobody(
             assert 10 < metric_of(metrics, "l2rec_shadow_overlap_sum") < 19.9
             assert metric_of(metrics, "l2rec_shadow_rank_correlation_sum") < 19.9
             info = live.status()
-            assert info["shadow"]["name"] == "other" and info["live"]["name"] == "table"
+            assert info["shadow"]["name"] == "other" and info["live"]["name"] == "catalog"
             assert metric_of(metrics, "l2rec_version_info", role="shadow", name="other") == 1
             end_shadow(other_run.run, folder)
             await until(lambda: live.shadow is None)
@@ -405,10 +405,10 @@ def test_a_shadow_ranks_what_is_asked_and_serves_nobody(
 
 
 def test_a_shadow_drops_what_it_cannot_keep_up_with(
-    table_run: Finished, other_run: Finished, tmp_path: Path, log_url: str
+    catalog_run: Finished, other_run: Finished, tmp_path: Path, log_url: str
 ) -> None:
     folder = tmp_path / "serving"
-    deploy(table_run.run, folder)
+    deploy(catalog_run.run, folder)
     deploy(other_run.run, folder, shadow=True)
 
     async def main() -> None:

@@ -16,12 +16,12 @@ from tests.support.service import in_process
 load = script("serving")
 
 
-def test_clients_count_what_they_get(table_run: Finished, tmp_path: Path) -> None:
+def test_clients_count_what_they_get(catalog_run: Finished, tmp_path: Path) -> None:
     log = f"sqlite:///{tmp_path / 'events.db'}"
     options = ["--rate", "0", "--no-access-log", "--inflight", "16", "--log", log]
     drawn = load.Drawn([f"i{n}" for n in range(30)], seed=0)
     assert len(drawn.new()) == 10 and drawn.known() in drawn.pool
-    with in_process(table_run.run, *options) as server:
+    with in_process(catalog_run.run, *options) as server:
         assert load.answers(server.port)
         few = asyncio.run(load.ask(server.port, drawn.known, 2, 0.5))
         assert set(few.statuses) == {200} and not few.broken

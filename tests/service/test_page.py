@@ -72,11 +72,11 @@ def test_the_page_and_its_files(serve: Serve) -> None:
 # -- live ----------------------------------------------------------------------------------------
 
 
-def test_what_is_live(serve: Serve, table_run: Finished) -> None:
-    version = load_version(table_run.run)
+def test_what_is_live(serve: Serve, catalog_run: Finished) -> None:
+    version = load_version(catalog_run.run)
     client = serve(experiment=Experiment(name="plus", treatment=0.25))
     live = get(client, "/v1/live")
-    assert live["name"] == table_run.run.name and live["version"] == version.version
+    assert live["name"] == catalog_run.run.name and live["version"] == version.version
     assert live["method"] == "L2Rec" and live["recipe"] == "tiny" and live["index"] == "exact"
     assert live["data"]["fingerprint"] == version.report["dataset"]["fingerprint"]
     assert live["data"]["users"] == 40 and live["items"] == 30 and live["added"] == 0
@@ -91,7 +91,7 @@ def test_what_is_live(serve: Serve, table_run: Finished) -> None:
     assert live["items"] == 29 and live["added"] == 1
 
 
-def test_what_is_held_beside_it(serve: Serve, table_run: Finished, other_run: Finished) -> None:
+def test_what_is_held_beside_it(serve: Serve, catalog_run: Finished, other_run: Finished) -> None:
     client = serve()
     held: Live = client.app.state.live  # type: ignore[attr-defined]
     held.shadow = load_version(other_run.run)
@@ -157,8 +157,8 @@ def test_limits_of_a_search(query: str, serve: Serve) -> None:
     error(serve().get(f"/v1/items?{query}"), 422)
 
 
-def test_an_item(serve: Serve, table_run: Finished) -> None:
-    client, version = serve(), load_version(table_run.run)
+def test_an_item(serve: Serve, catalog_run: Finished) -> None:
+    client, version = serve(), load_version(catalog_run.run)
     found = get(client, "/v1/items/i5")
     assert found == {
         "id": "i5",
@@ -172,7 +172,7 @@ def test_an_item(serve: Serve, table_run: Finished) -> None:
         assert error(client.get(path), 404) == "no item 'none' in table"
 
 
-@pytest.mark.parametrize("name", ["table", "sasrec"])
+@pytest.mark.parametrize("name", ["catalog", "sasrec"])
 def test_neighbours_are_nearest_by_cosine(
     name: str, serve: Serve, request: pytest.FixtureRequest
 ) -> None:
@@ -210,8 +210,8 @@ def test_words_are_compared_plainly() -> None:
     assert plain("¡!") == ""
 
 
-def test_a_search_grows_with_the_catalog(table_run: Finished) -> None:
-    version = load_version(table_run.run)
+def test_a_search_grows_with_the_catalog(catalog_run: Finished) -> None:
+    version = load_version(catalog_run.run)
     index = Items(version.serial)
     index.extend(version)
     more = version.with_items({"n": ("a walrus", {})})
@@ -262,10 +262,10 @@ def test_the_log_is_away(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(client.get("/v1/users/nobody"), 503) == "event log x: away"
 
 
-def test_the_data_set_is_gone(serve: Serve, table_run: Finished, tmp_path: Path) -> None:
-    run = shutil.copytree(table_run.run, tmp_path / "moved")
+def test_the_data_set_is_gone(serve: Serve, catalog_run: Finished, tmp_path: Path) -> None:
+    run = shutil.copytree(catalog_run.run, tmp_path / "moved")
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace(str(table_run.data), str(tmp_path / "none")))
+    (run / "config.yaml").write_text(config.replace(str(catalog_run.data), str(tmp_path / "none")))
     client = serve(run)
     assert get(client, "/v1/users") == {"users": [], "incomplete": None}
     error(client.get("/v1/users/u10"), 404)
@@ -274,7 +274,7 @@ def test_the_data_set_is_gone(serve: Serve, table_run: Finished, tmp_path: Path)
 # -- reasons -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", ["table", "blended"])
+@pytest.mark.parametrize("items", ["catalog", "blended"])
 def test_reasons_are_those_of_the_library(
     items: str, serve: Serve, request: pytest.FixtureRequest
 ) -> None:
@@ -659,7 +659,7 @@ def test_what_is_around(visit: Open, server: Server) -> None:
 
 
 def test_an_experiment_with_a_result(
-    visit: Open, table_run: Finished, tmp_path: Path, request: pytest.FixtureRequest
+    visit: Open, catalog_run: Finished, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
     events = []
@@ -670,7 +670,7 @@ def test_an_experiment_with_a_result(
             events.append(Event(f"c{n}", f"u{n}", "i1", "click", 101.0 + n, None, "plus", arm))
     log.append(events)
     running = Experiment(name="plus", treatment=0.25)
-    other = Server(table_run.run, log, experiment=running)
+    other = Server(catalog_run.run, log, experiment=running)
     request.addfinalizer(other.close)
     page = visit(of=other)
     page.wait_for_selector("#experiment tbody tr")
@@ -681,10 +681,10 @@ def test_an_experiment_with_a_result(
 
 
 def test_a_key_is_asked_for(
-    visit: Open, table_run: Finished, tmp_path: Path, request: pytest.FixtureRequest
+    visit: Open, catalog_run: Finished, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
-    other = Server(table_run.run, log, read_keys=(SecretStr(READ_KEY),))
+    other = Server(catalog_run.run, log, read_keys=(SecretStr(READ_KEY),))
     request.addfinalizer(other.close)
     page = visit("#h=i1&h=i2", of=other, quiet=False)  # a browser says of each 401 that it was one
     page.wait_for_selector("#key:not([hidden])")
@@ -868,12 +868,12 @@ def test_nothing_shifts_and_the_focus_is_seen(visit: Open) -> None:
 
 def test_another_version_is_noticed(
     visit: Open,
-    table_run: Finished,
+    catalog_run: Finished,
     other_run: Finished,
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    other = Server(table_run.run, EventLog(f"sqlite:///{tmp_path / 'events.db'}"))
+    other = Server(catalog_run.run, EventLog(f"sqlite:///{tmp_path / 'events.db'}"))
     request.addfinalizer(other.close)
     page = visit("#h=i1&h=i2", of=other)
     wait_for_ranking(page)

@@ -35,11 +35,13 @@ HEADERS = {"Authorization": f"Bearer {WRITE_KEY}"}
 
 
 @pytest.fixture(scope="module")
-def api(table_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def api(catalog_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Start a server and read its schema."""
     log = EventLog(f"sqlite:///{tmp_path_factory.mktemp('log') / 'events.db'}")
     app = create_app(
-        Settings(rate=0, write_keys=(SecretStr(WRITE_KEY),)), Live(load_version(table_run.run)), log
+        Settings(rate=0, write_keys=(SecretStr(WRITE_KEY),)),
+        Live(load_version(catalog_run.run)),
+        log,
     )
     with in_thread(app) as url:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json")

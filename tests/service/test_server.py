@@ -54,9 +54,9 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_what_cannot_be_served(
-    command: Any, table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any, catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = str(table_run.run)
+    run = str(catalog_run.run)
     assert "nowhere is not a folder; give a run" in command(str(tmp_path / "nowhere"))
     assert "is not a run folder: it has no config.yaml" in command(str(tmp_path))
     assert command(run, "--burst", "0") == "--burst: Input should be greater than or equal to 1"
@@ -82,23 +82,25 @@ def test_what_cannot_be_served(
     assert command(run) == "`l2rec serve` needs uvicorn: pip install 'l2rec[serve]'"
 
 
-def test_an_unfinished_run_is_not_served(command: Any, table_run: Finished, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_not_served(
+    command: Any, catalog_run: Finished, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    shutil.copytree(table_run.run, run)
+    shutil.copytree(catalog_run.run, run)
     (run / "report.json").unlink()
     line = command(str(run))
     assert line.startswith(f"{run} is not finished") and "--resume" in line
     assert not (run / "events.db").exists()
     (run / "report.json").write_text("{}")
     control = tmp_path / "control"
-    shutil.copytree(table_run.run, control)
+    shutil.copytree(catalog_run.run, control)
     (control / "report.json").unlink()
-    line = command(str(table_run.run), "--experiment", "e", "--control", str(control))
+    line = command(str(catalog_run.run), "--experiment", "e", "--control", str(control))
     assert line.startswith(f"{control} is not finished")
 
 
 def test_deploy_and_rollback_by_command(
-    table_run: Finished, other_run: Finished, tmp_path: Path
+    catalog_run: Finished, other_run: Finished, tmp_path: Path
 ) -> None:
     def invoke(*arguments: str) -> str:
         result = CliRunner().invoke(app, list(arguments))
@@ -106,20 +108,20 @@ def test_deploy_and_rollback_by_command(
         return result.output
 
     folder = str(tmp_path / "serving")
-    for finished in (table_run, other_run):
+    for finished in (catalog_run, other_run):
         said = invoke("deploy", str(finished.run), "--to", folder)
         assert said == f"{folder}: current {finished.run.resolve()}, shadow none\n"
-    said = invoke("deploy", str(table_run.run), "--to", folder, "--shadow")
-    assert said.endswith(f"shadow {table_run.run.resolve()}\n")
-    said = invoke("deploy", str(table_run.run), "--to", folder, "--stop-shadow")
+    said = invoke("deploy", str(catalog_run.run), "--to", folder, "--shadow")
+    assert said.endswith(f"shadow {catalog_run.run.resolve()}\n")
+    said = invoke("deploy", str(catalog_run.run), "--to", folder, "--stop-shadow")
     assert said.endswith("shadow none\n")
     said = invoke("rollback", folder)
-    assert said == f"{folder}: current {table_run.run.resolve()}, before it 0 more\n"
+    assert said == f"{folder}: current {catalog_run.run.resolve()}, before it 0 more\n"
 
 
-def test_sigterm_answers_what_is_in_flight(table_run: Finished, tmp_path: Path) -> None:
+def test_sigterm_answers_what_is_in_flight(catalog_run: Finished, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'events.db'}"
-    with in_process(table_run.run, "--log", url, keys=True) as server:
+    with in_process(catalog_run.run, "--log", url, keys=True) as server:
         headers = {"Authorization": f"Bearer {WRITE_KEY}"}
         idle = httpx.Client(base_url=server.url, headers=headers)
         assert idle.get("/readyz").json()["status"] == "ready"
@@ -149,7 +151,7 @@ def test_sigterm_answers_what_is_in_flight(table_run: Finished, tmp_path: Path) 
                 answer += part
         head, _, content = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 "), answer
-        expected = load(table_run.run).recommend(["i1", "i2"], 3)
+        expected = load(catalog_run.run).recommend(["i1", "i2"], 3)
         assert [i["id"] for i in json.loads(content)["items"]] == [i["id"] for i in expected.items]
         assert server.process.wait(60) == 0
         idle.close()
@@ -157,7 +159,7 @@ def test_sigterm_answers_what_is_in_flight(table_run: Finished, tmp_path: Path) 
         assert "Traceback" not in said and WRITE_KEY not in said
 
 
-def test_items_and_events_survive_kill_9(table_run: Finished, tmp_path: Path) -> None:
+def test_items_and_events_survive_kill_9(catalog_run: Finished, tmp_path: Path) -> None:
     """What was acknowledged before the kill is there after it, whenever it comes."""
     url = f"sqlite:///{tmp_path / 'events.db'}"
     acknowledged: list[int] = []
@@ -172,7 +174,7 @@ def test_items_and_events_survive_kill_9(table_run: Finished, tmp_path: Path) ->
             client.request(method, path, json=body).raise_for_status()
         acknowledged.append(number)
 
-    with in_process(table_run.run, "--log", url) as server:
+    with in_process(catalog_run.run, "--log", url) as server:
         with httpx.Client(base_url=server.url, timeout=30) as client:
             killer = threading.Timer(0.4, server.process.kill)
             killer.start()
@@ -182,7 +184,7 @@ def test_items_and_events_survive_kill_9(table_run: Finished, tmp_path: Path) ->
         assert server.process.wait(60) == -signal.SIGKILL
     assert acknowledged
     with (
-        in_process(table_run.run, "--log", url) as server,
+        in_process(catalog_run.run, "--log", url) as server,
         httpx.Client(base_url=server.url, timeout=30) as client,
     ):
         body: Any = {"history": ["i1"], "k": 500}
@@ -197,16 +199,16 @@ def test_items_and_events_survive_kill_9(table_run: Finished, tmp_path: Path) ->
         assert client.post("/v1/recommend", json={"user": "u"}).status_code == 200
 
 
-def test_a_folder_is_followed(table_run: Finished, other_run: Finished, tmp_path: Path) -> None:
+def test_a_folder_is_followed(catalog_run: Finished, other_run: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "serving"
-    deploy(table_run.run, folder)
+    deploy(catalog_run.run, folder)
     with in_process(folder) as server, httpx.Client(base_url=server.url, timeout=30) as client:
 
         def version() -> str:
             answer = client.post("/v1/recommend", json={"history": ["i1"]})
             return str(answer.json()["version"])
 
-        assert version() == load(table_run.run).version
+        assert version() == load(catalog_run.run).version
         assert (folder / "events.db").is_file()
         deploy(other_run.run, folder)
         server.process.send_signal(signal.SIGHUP)

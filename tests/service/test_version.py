@@ -140,7 +140,7 @@ def top(version: Version, history: list[str], k: int = 40) -> list[str]:
     return [version.ids[row] for row in rank([Query(version, user, k)])[0].rows]
 
 
-@pytest.mark.parametrize("items", ["table", "paper", "blended"])
+@pytest.mark.parametrize("items", ["catalog", "paper", "blended"])
 def test_items_come_change_and_go(items: str, request: pytest.FixtureRequest) -> None:
     first = load_version(request.getfixturevalue(f"{items}_run").run)
     ranked = top(first, ["i1", "i2"])
@@ -163,8 +163,8 @@ def test_items_come_change_and_go(items: str, request: pytest.FixtureRequest) ->
     assert back.serves("n2") and back.predictor is fourth.predictor
 
 
-def test_a_version_that_was_given_up_leaves_no_trace(table_run: Finished) -> None:
-    first = load_version(table_run.run)
+def test_a_version_that_was_given_up_leaves_no_trace(catalog_run: Finished) -> None:
+    first = load_version(catalog_run.run)
     first.with_items({"lost": ("heavy red hat", {})})
     second = first.with_items({"n1": ("heavy red hat", {})})
     assert second.added == 2 and len(second) == 32
@@ -173,8 +173,8 @@ def test_a_version_that_was_given_up_leaves_no_trace(table_run: Finished) -> Non
     assert second.predictor.row_of("") is None and second.predictor.row_of("lost") is None
 
 
-def test_new_items_are_found_beside_an_index(table_run: Finished) -> None:
-    first = load_version(table_run.run)
+def test_new_items_are_found_beside_an_index(catalog_run: Finished) -> None:
+    first = load_version(catalog_run.run)
     assert first.index is not None and len(first.index) == first.indexed == 30
     text = first.texts[5]
     second = first.with_items({"twin": (text, {})})
@@ -184,9 +184,9 @@ def test_new_items_are_found_beside_an_index(table_run: Finished) -> None:
     assert second.ids[found.rows[0]] == "twin" and found.scores[0] == pytest.approx(1, abs=1e-4)
 
 
-def test_items_of_the_log_are_indexed_with_the_rest(table_run: Finished) -> None:
+def test_items_of_the_log_are_indexed_with_the_rest(catalog_run: Finished) -> None:
     state = ({"n1": ("heavy red hat", {})}, frozenset({"i4", "gone"}))
-    version = load_version(table_run.run, items=state)
+    version = load_version(catalog_run.run, items=state)
     assert version.indexed == 31 and version.added == 0
     ranked = top(version, ["i1"])
     assert "n1" in ranked and "i4" not in ranked and len(ranked) == 30
@@ -199,17 +199,17 @@ def test_items_of_the_log_are_indexed_with_the_rest(table_run: Finished) -> None
 
 
 @pytest.fixture
-def copied(table_run: Finished, tmp_path: Path) -> Path:
-    shutil.copytree(table_run.run, tmp_path / "copied")
+def copied(catalog_run: Finished, tmp_path: Path) -> Path:
+    shutil.copytree(catalog_run.run, tmp_path / "copied")
     return tmp_path / "copied"
 
 
-def test_a_good_run_passes(table_run: Finished) -> None:
-    version = load_version(table_run.run)
+def test_a_good_run_passes(catalog_run: Finished) -> None:
+    version = load_version(catalog_run.run)
     check_version(version)
-    assert version.name == "table" and version.report["method"] == "L2Rec"
+    assert version.name == "catalog" and version.report["method"] == "L2Rec"
     assert version.version == version.predictor.version and version.loaded_at > 1e9
-    assert load_version(table_run.run).serial != version.serial
+    assert load_version(catalog_run.run).serial != version.serial
 
 
 def test_weights_that_were_not_deployed(copied: Path) -> None:
@@ -257,8 +257,8 @@ def test_a_model_that_gives_no_numbers(copied: Path) -> None:
         check_version(version)
 
 
-def test_an_index_that_finds_something_else(table_run: Finished) -> None:
-    version = load_version(table_run.run)
+def test_an_index_that_finds_something_else(catalog_run: Finished) -> None:
+    version = load_version(catalog_run.run)
     assert version.matrix is not None
     wrong = replace(version, index=Scan(-version.matrix.numpy()))
     with pytest.raises(CheckpointError, match=r"the index finds \d+% of what exact search finds"):
@@ -288,8 +288,8 @@ def test_an_index_of_the_run_folder(copied: Path) -> None:
         load_version(copied)
 
 
-def test_an_index_that_fails_is_not_needed(table_run: Finished) -> None:
-    version = load_version(table_run.run)
+def test_an_index_that_fails_is_not_needed(catalog_run: Finished) -> None:
+    version = load_version(catalog_run.run)
 
     class Away:
         kind = "milvus"
@@ -300,8 +300,8 @@ def test_an_index_that_fails_is_not_needed(table_run: Finished) -> None:
     assert top(replace(version, index=Away()), ["i1"]) == top(version, ["i1"])  # type: ignore[arg-type]
 
 
-def test_a_model_of_ids_alone_takes_no_items(table_run: Finished) -> None:
-    version = load_version(table_run.run)
+def test_a_model_of_ids_alone_takes_no_items(catalog_run: Finished) -> None:
+    version = load_version(catalog_run.run)
 
     class OfIds:
         n_items = 30

@@ -47,15 +47,6 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="session")
-def table_run(
-    backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
-) -> Finished:
-    """Train a run with form=table. Copy the folder before changing anything in it."""
-    config = runs.config(backbone_folder, "table")
-    return runs.finished(config, chains.path, tmp_path_factory.mktemp("runs") / "table")
-
-
-@pytest.fixture(scope="session")
 def paper_run(
     backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
@@ -83,11 +74,11 @@ def sasrec_run(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def blended_run(table_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Blend the table run with co-occurrence. Copy the folder before changing anything in it."""
+def blended_run(catalog_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Blend the catalog run with co-occurrence. Copy the folder before changing anything in it."""
     run = tmp_path_factory.mktemp("runs") / "blended"
-    blend_run(table_run.run, run, progress=runs.Quiet())
-    return Finished(run, table_run.data, table_run.backbone)
+    blend_run(catalog_run.run, run, progress=runs.Quiet())
+    return Finished(run, catalog_run.data, catalog_run.backbone)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from l2rec.runs.checkpoint import load_tensors
 from l2rec.runs.train import train_run
 
 MODEL: dict[str, dict[str, Any]] = {
-    "table": {"form": "table", "view_loss": 0.5},
     "paper": {"form": "paper", "negatives": 3},
     "catalog": {"form": "catalog", "item_residual": True, "user_norm": True},
 }
@@ -55,9 +54,9 @@ def save_backbone(folder: Path, seed: int = 0) -> Path:
 
 
 def recipe_values(
-    backbone: Path, items: str = "table", *, model: dict[str, Any] | None = None, **training: Any
+    backbone: Path, items: str = "catalog", *, model: dict[str, Any] | None = None, **training: Any
 ) -> dict[str, Any]:
-    """Return a recipe for L2Rec with items=table or items=encode, and with these changes."""
+    """Return a recipe for L2Rec of a form, and with these changes."""
     return {
         "backbone": {"name": str(backbone), "dtype": "float32"},
         "model": SMALL | MODEL[items] | (model or {}),
@@ -65,7 +64,7 @@ def recipe_values(
     }
 
 
-def config(backbone: Path, items: str = "table", **changes: Any) -> RunConfig:
+def config(backbone: Path, items: str = "catalog", **changes: Any) -> RunConfig:
     """Return the configuration of `recipe_values`."""
     return resolve(recipe_values(backbone, items, **changes), where="test")
 

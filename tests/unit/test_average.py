@@ -20,34 +20,34 @@ from l2rec.runs.predictor import load
 from l2rec.studies.average import Average, average_runs
 
 
-def test_scores_are_the_mean(table_run: Finished, catalog_run: Finished) -> None:
+def test_scores_are_the_mean(catalog_run: Finished, paper_run: Finished) -> None:
     histories = Ragged.from_rows([[0, 1], [3]])
-    runs = [table_run.run, catalog_run.run]
+    runs = [catalog_run.run, paper_run.run]
     each = [load(run).scorer()(histories) for run in runs]
     found = Average(runs).scorer()(histories)
     torch.testing.assert_close(found, (each[0] + each[1]) / 2)
 
 
-def test_a_run_averaged_with_itself_is_itself(table_run: Finished, tmp_path: Path) -> None:
-    found = average_runs([table_run.run, table_run.run], tmp_path / "both", progress=runs.Quiet())
-    report = read_json(table_run.run / "report.json")
+def test_a_run_averaged_with_itself_is_itself(catalog_run: Finished, tmp_path: Path) -> None:
+    found = average_runs([catalog_run.run, catalog_run.run], tmp_path / "both", progress=runs.Quiet())
+    report = read_json(catalog_run.run / "report.json")
     own, averaged = (one["scores"][one["method"]] for one in (report, found))
     assert averaged == pytest.approx(own, abs=1e-6)
 
 
 def test_two_seeds_become_a_folder_of_scores(
-    table_run: Finished, chains: Dataset, tmp_path: Path
+    catalog_run: Finished, chains: Dataset, tmp_path: Path
 ) -> None:
     other = load_recipe(
-        str(runs.write_recipe(tmp_path / "r.yaml", runs.recipe_values(table_run.backbone))),
+        str(runs.write_recipe(tmp_path / "r.yaml", runs.recipe_values(catalog_run.backbone))),
         ["seed=1"],
     )
     second = runs.finished(other, chains.path, tmp_path / "second").run
     out = tmp_path / "both"
-    report = average_runs([table_run.run, second], out, progress=runs.Quiet(), command="it")
+    report = average_runs([catalog_run.run, second], out, progress=runs.Quiet(), command="it")
     assert read_json(out / "report.json") == report
     assert sorted(p.name for p in out.iterdir()) == ["ranks.parquet", "report.json"]
-    each = [read_json(run / "report.json") for run in (table_run.run, second)]
+    each = [read_json(run / "report.json") for run in (catalog_run.run, second)]
     for cost in ("training_seconds", "tokens_seen"):
         assert report[cost] == pytest.approx(sum(one[cost] for one in each))
     ranks = read_ranks(out / "ranks.parquet")
@@ -55,7 +55,7 @@ def test_two_seeds_become_a_folder_of_scores(
     assert ranks.values("ndcg@10").mean() == pytest.approx(scores["ndcg@10"])
     assert ranks.users == read_ranks(second / "ranks.parquet").users
     with pytest.raises(CheckpointError, match="not empty"):
-        average_runs([table_run.run, second], out, progress=runs.Quiet())
+        average_runs([catalog_run.run, second], out, progress=runs.Quiet())
     with pytest.raises(CheckpointError, match="two runs or more"):
         average_runs([second], tmp_path / "one", progress=runs.Quiet())
 

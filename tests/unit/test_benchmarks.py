@@ -205,7 +205,7 @@ def test_ranking_ranks_everybody() -> None:
 # -- where a step goes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", ["paper", "table"])
+@pytest.mark.parametrize("items", ["paper", "catalog"])
 def test_a_step_is_taken_apart(items: str, backbone_folder: Path, chains: Dataset) -> None:
     step = breakdown.Step(runs.config(backbone_folder, items), chains)
     seconds = breakdown.measured(step, rounds=2)
@@ -404,7 +404,7 @@ def test_every_k_trains_on_as_many_targets_and_as_long(
     backbone_folder: Path, chains: Dataset, tmp_path: Path
 ) -> None:
     options = [*SMALL, f"backbone.name={backbone_folder}"]
-    rows = list(layers.measured(chains.path, tmp_path, "l2rec-table", [0, 1], options, 1))
+    rows = list(layers.measured(chains.path, tmp_path, "l2rec-plus", [0, 1], options, 1))
     assert [(row["k"], row["equal"]) for row in rows] == [
         (0, ""),
         (1, "as many targets"),
@@ -415,7 +415,7 @@ def test_every_k_trains_on_as_many_targets_and_as_long(
     # The limit is met after a step, of at least one that was begun before it.
     assert minutes["minutes"] >= base["minutes"] - 0.001
     assert minutes["by_base"] == minutes["ndcg@10"] / base["ndcg@10"] - 1
-    again = layers.measured(chains.path, tmp_path, "l2rec-table", [0, 1], options, 1)
+    again = layers.measured(chains.path, tmp_path, "l2rec-plus", [0, 1], options, 1)
     assert [row["ndcg@10"] for row in again] == [row["ndcg@10"] for row in rows]
     for row, goal in zip(rows[1:], layers.goals(rows, "chains"), strict=True):
         least = -0.02 if row["equal"] == "as many targets" else 0

@@ -20,14 +20,14 @@ from l2rec.modules.backbone import load_backbone
 from l2rec.runs.predictor import build_model
 
 TINY = ["model.max_tokens=128", "model.text_tokens=32", "model.max_items=8"]
-TINY_TABLE = [*TINY, "model.semantic_items=4", "model.item_tokens=8"]
+TINY_ROWS = [*TINY, "model.semantic_items=4", "model.item_tokens=8"]
 
 
 @pytest.fixture(scope="module")
 def small_run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder as startup and precision make one."""
     folder = tmp_path_factory.mktemp("small")
-    overrides = [*TINY_TABLE, f"backbone.name={backbone_folder}", "training.max_steps=1"]
+    overrides = [*TINY_ROWS, f"backbone.name={backbone_folder}", "training.max_steps=1"]
     run: Path = script("startup").small_run(folder, *overrides, users=20, items=30)
     return run
 
@@ -37,16 +37,16 @@ def finite(rows: list[dict[str, Any]]) -> bool:
     return all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
 
 
-@pytest.mark.parametrize("recipe", ["scientific/l2rec", "scientific/l2rec-table"])
+@pytest.mark.parametrize("recipe", ["scientific/l2rec", "scientific/l2rec-plus"])
 def test_padding_counts_what_the_model_computes(
     recipe: str, chains: Dataset, backbone_folder: Path
 ) -> None:
-    overrides = [*TINY_TABLE, f"backbone.name={backbone_folder}"]
-    rows = script("padding").measure(chains, recipe, overrides)
+    padding = script("padding")
+    overrides = [*padding.RECIPES[recipe], *TINY_ROWS, f"backbone.name={backbone_folder}"]
+    rows = padding.measure(chains, recipe, overrides)
     assert finite(rows)
     found = {row["pass"]: row for row in rows}
-    encoded = set() if recipe.endswith("table") else {"items"}
-    assert set(found) == {"text vectors", "training", "users"} | encoded
+    assert set(found) == {"text vectors", "training", "items", "users"}
     config = load_recipe(recipe, overrides)
     model = build_model(config, Catalog(chains.catalog), load_backbone(config.backbone), None)
     states = model.user_states(chains.sequences)
@@ -58,7 +58,7 @@ def test_padding_counts_what_the_model_computes(
 def test_memory_is_looked_at_after_every_piece(
     work: str, chains: Dataset, backbone_folder: Path
 ) -> None:
-    overrides = [*TINY_TABLE, f"backbone.name={backbone_folder}"]
+    overrides = [*TINY_ROWS, f"backbone.name={backbone_folder}"]
     found = script("memory").measured(work, chains.path, "scientific/l2rec-plus", 3, overrides)
     pieces = 3 + (work == "encoding")  # the texts come first
     assert len(found["resident_mb"]) == pieces and finite([found])

@@ -46,8 +46,8 @@ def by_hand(near: float, repeat: float, n: int) -> Blend:
 
 
 @pytest.mark.parametrize(("near", "repeat"), [(0.5, -8.0), (0.0, 2.0)])
-def test_scores_are_as_written_down(table_run: Finished, near: float, repeat: float) -> None:
-    model = load(table_run.run).model
+def test_scores_are_as_written_down(catalog_run: Finished, near: float, repeat: float) -> None:
+    model = load(catalog_run.run).model
     made, histories = by_hand(near, repeat, model.n_items), Ragged.from_rows(HISTORIES)
     plain = model.scorer()(histories)
     met = made.together.recall(histories).toarray()
@@ -60,7 +60,7 @@ def test_scores_are_as_written_down(table_run: Finished, near: float, repeat: fl
             assert float(scores[row, item]) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("fixture", ["table_run", "sasrec_run"])
+@pytest.mark.parametrize("fixture", ["catalog_run", "sasrec_run"])
 def test_what_is_recommended_is_what_was_evaluated(
     fixture: str, request: pytest.FixtureRequest
 ) -> None:
@@ -76,8 +76,8 @@ def test_what_is_recommended_is_what_was_evaluated(
     assert not torch.equal(served.argsort(1), plain.scores(plain.encode(rows)).argsort(1))
 
 
-def test_items_that_come_later_change_no_score(table_run: Finished) -> None:
-    predictor = load(table_run.run)
+def test_items_that_come_later_change_no_score(catalog_run: Finished) -> None:
+    predictor = load(catalog_run.run)
     predictor = predictor.blended(by_hand(0.5, -8.0, predictor.n_items), "blended")
     rows, n = Ragged.from_rows(HISTORIES), predictor.n_items
     before = predictor.scores(predictor.encode(rows)), predictor.scorer()(rows)
@@ -93,19 +93,17 @@ def test_items_that_come_later_change_no_score(table_run: Finished) -> None:
     assert float(added[0, n]) < 0 and float(added[1, n]) < 0
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.07])
-def test_what_is_saved_is_what_is_loaded(table_run: Finished, spread: float) -> None:
-    model = load(table_run.run).model
+def test_what_is_saved_is_what_is_loaded(catalog_run: Finished) -> None:
+    model = load(catalog_run.run).model
     made, rows = by_hand(0.5, -8.0, model.n_items), Ragged.from_rows(HISTORIES)
-    made.spread.fill_(spread)
     again = Blend(model.n_items)  # its counts have another length
     load_trained(again, made.state_dict(), "here")
     assert torch.equal(again.scorer(model)(rows), made.scorer(model)(rows))
 
 
-def test_weights_follow_what_validation_says(table_run: Finished) -> None:
+def test_weights_follow_what_validation_says(catalog_run: Finished) -> None:
     """Where the counts tell the target they weigh much, and never more than they are worth."""
-    model = load(table_run.run).model
+    model = load(catalog_run.run).model
     n = int(model.n_items)
     rows = Ragged.from_rows([[i, (i + 1) % n] for i in range(n)] * 3)
     one, follows = Ragged.from_rows([[i] for i in range(n)]), (np.arange(n) + 1) % n
@@ -124,17 +122,17 @@ def ndcg(scores: Tensor, targets: np.ndarray) -> float:
     return float(rank_values(ranks.numpy(), "ndcg@10").mean())
 
 
-def test_texts_are_among_the_counts_of_a_method_that_reads_them(table_run: Finished) -> None:
+def test_texts_are_among_the_counts_of_a_method_that_reads_them(catalog_run: Finished) -> None:
     """Check that the run's own backbone finds the neighbours that the model's table has."""
-    predictor = load(table_run.run)
-    found = blend._alike(load_run_config(table_run.run)[0], predictor.texts)
-    table = predictor.model.table
+    predictor = load(catalog_run.run)
+    found = blend._alike(load_run_config(catalog_run.run)[0], predictor.texts)
+    table = predictor.model.items.table
     np.testing.assert_allclose(
         found.toarray(), text_neighbors(table.text).toarray(), rtol=1e-3, atol=1e-5
     )
 
 
-def test_a_blend_is_a_run_to_compare(table_run: Finished, blended_run: Finished) -> None:
+def test_a_blend_is_a_run_to_compare(catalog_run: Finished, blended_run: Finished) -> None:
     blended = blended_run.run
     report = read_json(blended / "report.json")
     assert report["recipe"].endswith(" + co-occurrence")
@@ -142,25 +140,25 @@ def test_a_blend_is_a_run_to_compare(table_run: Finished, blended_run: Finished)
     # Weight 0 is among what is tried: on validation a blend is never worse than the run.
     assert (
         report["valid"]["ndcg@10"]
-        >= read_json(table_run.run / "report.json")["valid"]["ndcg@10"] - 1e-9
+        >= read_json(catalog_run.run / "report.json")["valid"]["ndcg@10"] - 1e-9
     )
-    found = compare_runs([table_run.run, blended])
+    found = compare_runs([catalog_run.run, blended])
     assert len(found.entries) == 2, "one recipe, and yet two rows"
     with pytest.raises(CheckpointError, match="is not empty; choose another --out"):
-        blend_run(table_run.run, blended, progress=Quiet())
+        blend_run(catalog_run.run, blended, progress=Quiet())
     with pytest.raises(CheckpointError, match="is blended already; blend the run it was made of"):
         blend_run(blended, blended / "twice", progress=Quiet())
 
 
 def test_a_blend_is_a_run_by_every_command(
-    table_run: Finished, blended_run: Finished, call: Call, tmp_path: Path
+    catalog_run: Finished, blended_run: Finished, call: Call, tmp_path: Path
 ) -> None:
     blended = blended_run.run
     report = read_json(blended / "report.json")
     again = json.loads(call("evaluate", blended, "--json").out)
     for metric, value in report["scores"]["L2Rec + co-occurrence"].items():
         assert again[metric] == pytest.approx(value), metric
-    assert again["version"] == load(blended).version != load(table_run.run).version
+    assert again["version"] == load(blended).version != load(catalog_run.run).version
 
     found = json.loads(call("recommend", blended, "--history", "i0,i1", "-k", "30", "--json").out)
     assert found["version"] == again["version"]
@@ -170,7 +168,7 @@ def test_a_blend_is_a_run_by_every_command(
     assert [item["id"] for item in found["items"]] == [i for i in expected if i not in ("i0", "i1")]
 
     assert call("embed", blended, "--out", tmp_path / "vectors").code == 0
-    assert call("embed", table_run.run, "--out", tmp_path / "plain").code == 0
+    assert call("embed", catalog_run.run, "--out", tmp_path / "plain").code == 0
     vectors, plain = (pq.read_table(tmp_path / f / "items.parquet") for f in ("vectors", "plain"))
     assert vectors["vector"].equals(plain["vector"]) and not vectors["version"].equals(
         plain["version"]
@@ -230,7 +228,7 @@ def test_a_blended_run_is_not_trained_on(blended_run: Finished, tmp_path: Path) 
 
 @pytest.mark.parametrize("step", ["write_blend", "write_ranks", "write_report"])
 def test_a_blend_is_written_whole_or_not_at_all(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -238,14 +236,14 @@ def test_a_blend_is_written_whole_or_not_at_all(
     with monkeypatch.context() as patched:
         patched.setattr(scoring if step == "write_ranks" else blend, step, full)
         with pytest.raises(CheckpointError, match=r"out: the disk is full; .* and blend again"):
-            blend_run(table_run.run, tmp_path / "out", progress=Quiet())
+            blend_run(catalog_run.run, tmp_path / "out", progress=Quiet())
     assert not list(tmp_path.iterdir())
-    blend_run(table_run.run, tmp_path / "out", progress=Quiet())
+    blend_run(catalog_run.run, tmp_path / "out", progress=Quiet())
     assert load(tmp_path / "out").blend is not None
 
 
 def test_of_two_blends_into_one_folder_the_first_stays(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, written = tmp_path / "out", blend.write_report
 
@@ -256,22 +254,22 @@ def test_of_two_blends_into_one_folder_the_first_stays(
 
     monkeypatch.setattr(blend, "write_report", another_ends_first)
     with pytest.raises(CheckpointError, match="is not empty; choose another --out"):
-        blend_run(table_run.run, out, progress=Quiet())
+        blend_run(catalog_run.run, out, progress=Quiet())
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "report.json"]
 
 
-def test_a_run_without_its_log_can_be_blended(table_run: Finished, tmp_path: Path) -> None:
-    run = copied(table_run.run, tmp_path / "run")
+def test_a_run_without_its_log_can_be_blended(catalog_run: Finished, tmp_path: Path) -> None:
+    run = copied(catalog_run.run, tmp_path / "run")
     (run / "metrics.jsonl").unlink()
-    blend_run(run, tmp_path / "out", progress=Quiet(), data=table_run.data)
+    blend_run(run, tmp_path / "out", progress=Quiet(), data=catalog_run.data)
     assert load(tmp_path / "out").blend is not None
 
 
 def test_the_test_split_chooses_nothing(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check that the same blend is chosen whatever the test targets are."""
-    first = blend_run(table_run.run, tmp_path / "a", progress=Quiet())
+    first = blend_run(catalog_run.run, tmp_path / "a", progress=Quiet())
     split = blend.training_split
 
     def other(*of: Any) -> Split:
@@ -285,7 +283,7 @@ def test_the_test_split_chooses_nothing(
         )
 
     monkeypatch.setattr(blend, "training_split", other)
-    second = blend_run(table_run.run, tmp_path / "b", progress=Quiet())
+    second = blend_run(catalog_run.run, tmp_path / "b", progress=Quiet())
     assert first["blend"] == second["blend"]
     assert first["scores"]["L2Rec + co-occurrence"] != second["scores"]["L2Rec + co-occurrence"]
     assert torch.isfinite(torch.tensor(list(second["valid"].values()))).all()

@@ -167,7 +167,7 @@ def test_usage_errors_are_2(call: Call, arguments: list[str]) -> None:
         (["l2rec", "method=json:JSONDecoder"], "is no method"),
         (["l2rec", "method=3"], "method=3"),
         (["scientific/l2rce"], "no recipe 'scientific/l2rce'; did you mean 'scientific/l2rec'"),
-        (["sasrek"], "no recipe 'sasrek'.*'sasrec'.*shipped: .*l2rec-table"),
+        (["sasrek"], "no recipe 'sasrek'.*'sasrec'.*shipped: .*l2rec-plus"),
         (["mine.yaml"], "recipe 'mine.yaml': no such file"),
         (["l2rec", "backbone.name=./nowhere"], r"backbone '\./nowhere' cannot be loaded"),
     ],
@@ -241,9 +241,9 @@ def test_data_that_cannot_be_trained_on(call: Call, backbone_folder: Path, tmp_p
     ],
 )
 def test_what_other_verbs_refuse(
-    call: Call, table_run: Finished, tmp_path: Path, arguments: list[str], message: str
+    call: Call, catalog_run: Finished, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    places = {"data": table_run.data, "run": table_run.run, "tmp": tmp_path}
+    places = {"data": catalog_run.data, "run": catalog_run.run, "tmp": tmp_path}
     refused(call(*(argument.format(**places) for argument in arguments)), message)
 
 
@@ -277,32 +277,32 @@ def test_prepare_lists_its_formats(call: Call) -> None:
     ]
 
 
-def test_tune(call: Call, table_run: Finished, tmp_path: Path) -> None:
-    fixed = ["training.epochs=1", "model.max_items=6", "--data", table_run.data]
+def test_tune(call: Call, catalog_run: Finished, tmp_path: Path) -> None:
+    fixed = ["training.epochs=1", "model.max_items=6", "--data", catalog_run.data]
     made = ["tune", "sasrec", *fixed, "--out", tmp_path / "s", "--trials", "2"]
     shown = call(*made, "--search", "model.dim={choose: [8, 16]}")
     assert shown.code == 0 and "ended by" in shown.out and "model.dim" in shown.out
-    assert f"next: l2rec train {tmp_path}/s/best.yaml --data {table_run.data}" in shown.out
+    assert f"next: l2rec train {tmp_path}/s/best.yaml --data {catalog_run.data}" in shown.out
     found = json.loads(call(*made, "--search", "model.dim={choose: [8, 16]}", "--json").out)
     assert len(found["trials"]) == 2 and found["recipe"] == f"{tmp_path}/s/best.yaml"
-    trained = call("train", found["recipe"], "--data", table_run.data, "--out", tmp_path / "r")
+    trained = call("train", found["recipe"], "--data", catalog_run.data, "--out", tmp_path / "r")
     assert trained.code == 0
     refused(call(*made, "--search", "model.dim=8"), r"write key=\[low, high\]")
 
 
 def test_fusion_weights_of_a_trained_hdrec(
-    call: Call, table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each weight scores as a run evaluated at it does, and no history is read twice."""
     values = {
         "method": "l2rec.methods.hdrec:HDRec",
-        "backbone": {"name": str(table_run.backbone), "dtype": "float32"},
+        "backbone": {"name": str(catalog_run.backbone), "dtype": "float32"},
         "model": {"max_items": 4, "item_tokens": 6, "max_tokens": 128, "id_dim": 8}
         | {"sasrec_epochs": 1, "sequence_prompt": "", "align_prompt": "", "align_items": 4},
         "training": runs.TRAINING | {"epochs": 1},
     }
     recipe, run = runs.write_recipe(tmp_path / "r.yaml", values), tmp_path / "run"
-    assert call("train", recipe, "--data", table_run.data, "--out", run).code == 0
+    assert call("train", recipe, "--data", catalog_run.data, "--out", run).code == 0
     own = json.loads(call("evaluate", run, "--split", "valid", "--json").out)
 
     reads: list[str] = []
@@ -326,16 +326,16 @@ def test_fusion_weights_of_a_trained_hdrec(
     refused(call("fusion", run, "--alpha", "-1"), "none below 0")
     refused(call("fusion", run, "--dominant", "gate"), "choose one of text, id, both")
     refused(call("fusion", run, "--split", "train"), "choose valid or test")
-    refused(call("fusion", table_run.run), "is no HDRec but L2Rec")
+    refused(call("fusion", catalog_run.run), "is no HDRec but L2Rec")
     blended = tmp_path / "blended"
     assert call("blend", run, "--out", blended).code == 0
     refused(call("fusion", blended), "is blended; give the run it was made of")
 
 
-def test_a_folder_with_a_run(call: Call, table_run: Finished, tmp_path: Path) -> None:
-    values = runs.recipe_values(table_run.backbone)
+def test_a_folder_with_a_run(call: Call, catalog_run: Finished, tmp_path: Path) -> None:
+    values = runs.recipe_values(catalog_run.backbone)
     recipe = runs.write_recipe(tmp_path / "r.yaml", values)
-    arguments = ["train", recipe, "--data", table_run.data, "--out", table_run.run]
+    arguments = ["train", recipe, "--data", catalog_run.data, "--out", catalog_run.run]
     refused(call(*arguments), "holds a run already; add --resume")
     refused(call(*arguments, "model.rank=1", "--resume"), r"model\.rank was 2, is 1")
     outcome = call(*arguments, "--resume")
@@ -412,7 +412,7 @@ def test_errors_of_the_system_are_one_line(
 
 
 def test_nan_is_one_line(
-    call: Call, table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
@@ -425,9 +425,9 @@ def test_nan_is_one_line(
         return real(*args, **options) * (float("nan") if len(calls) > 12 else 1.0)
 
     monkeypatch.setattr(item_side, "fused_catalog_loss", poisoned)
-    values = runs.recipe_values(table_run.backbone)
+    values = runs.recipe_values(catalog_run.backbone)
     recipe = runs.write_recipe(tmp_path / "r.yaml", values)
-    outcome = call("train", recipe, "--data", table_run.data, "--out", tmp_path / "run")
+    outcome = call("train", recipe, "--data", catalog_run.data, "--out", tmp_path / "run")
     assert outcome.code == 2 and outcome.out == ""
     last = outcome.err.splitlines()[-1]
     assert re.match(r"l2rec: step 5: the loss part rec.* is not finite.*lower training\.lr", last)
@@ -466,9 +466,9 @@ def test_the_whole_road(call: Call, backbone_folder: Path, tmp_path: Path) -> No
     assert call("recommend", run, "--user", "u3", "-k", 3).code == 0
 
 
-def test_ids_with_commas(call: Call, table_run: Finished) -> None:
+def test_ids_with_commas(call: Call, catalog_run: Finished) -> None:
     odd = ("--new-item", "a,b= a lamp", "--new-item", "c=a chair")
-    run = ("recommend", table_run.run, "--json", *odd)
+    run = ("recommend", catalog_run.run, "--json", *odd)
     first = only_json(call(*run, "--item", "a,b", "--item", "i3"))
     assert only_json(call(*run, "--history", "c", "--item", "a,b", "-k", 3))["items"]
     assert len(first["items"]) == 10
@@ -523,9 +523,9 @@ def test_the_next_line_fits_the_splits(
     ],
 )
 def test_split_options_that_are_refused(
-    call: Call, table_run: Finished, options: tuple[str, ...], message: str
+    call: Call, catalog_run: Finished, options: tuple[str, ...], message: str
 ) -> None:
-    refused(call("floors", table_run.data, "--backbone", "none", *options), message)
+    refused(call("floors", catalog_run.data, "--backbone", "none", *options), message)
 
 
 def test_a_moment_that_is_none_is_refused(call: Call, tmp_path: Path) -> None:
@@ -534,14 +534,14 @@ def test_a_moment_that_is_none_is_refused(call: Call, tmp_path: Path) -> None:
     refused(outcome, "^l2rec: --before nan: 'nan' is no time; write a date")
 
 
-def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Path) -> None:
+def test_train_by_bare_method_name(call: Call, catalog_run: Finished, tmp_path: Path) -> None:
     overrides = [f"model.{key}={json.dumps(value)}" for key, value in runs.SMALL.items()] + [
         "training.max_steps=1",
         "backbone.dtype=float32",
-        f"backbone.name={table_run.backbone}",
+        f"backbone.name={catalog_run.backbone}",
     ]
     run = tmp_path / "run"
-    outcome = call("train", "l2rec", *overrides, "--data", table_run.data, "--out", run)
+    outcome = call("train", "l2rec", *overrides, "--data", catalog_run.data, "--out", run)
     assert outcome.code == 0, outcome
     config = yaml.safe_load((run / "config.yaml").read_text())["config"]
     assert config["model"]["form"] == "paper" and config["model"]["negatives"] == 10
@@ -549,7 +549,7 @@ def test_train_by_bare_method_name(call: Call, table_run: Finished, tmp_path: Pa
 
 def test_recipes(call: Call) -> None:
     names = call("recipes").out.split()
-    assert {"l2rec", "l2rec-table", "scientific/l2rec", "movielens-100k/l2rec-plus"} <= set(names)
+    assert {"l2rec", "l2rec-plus", "scientific/l2rec", "movielens-100k/l2rec-plus"} <= set(names)
 
 
 Rows = list[str]
@@ -563,49 +563,53 @@ def only_json(outcome: Outcome) -> dict[str, Any]:
     return value
 
 
-def test_evaluate_json(call: Call, table_run: Finished, chains: Dataset) -> None:
-    report = json.loads((table_run.run / "report.json").read_text())
-    found = only_json(call("evaluate", table_run.run, "--json"))
+def test_evaluate_json(call: Call, catalog_run: Finished, chains: Dataset) -> None:
+    report = json.loads((catalog_run.run / "report.json").read_text())
+    found = only_json(call("evaluate", catalog_run.run, "--json"))
     names = {"recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked", "mrr_masked"}
     assert names <= found.keys() and found["fingerprint"] == chains.fingerprint
     assert found["ndcg@10"] == pytest.approx(report["scores"]["L2Rec"]["ndcg@10"], abs=1e-9)
-    valid = only_json(call("evaluate", table_run.run, "--split", "valid", "--json"))
+    valid = only_json(call("evaluate", catalog_run.run, "--split", "valid", "--json"))
     assert valid["split"] == "valid" and valid["users"] == 40
-    assert "ndcg@10" in call("evaluate", table_run.run).out
+    assert "ndcg@10" in call("evaluate", catalog_run.run).out
 
 
-def test_compare(call: Call, table_run: Finished, paper_run: Finished, tmp_path: Path) -> None:
-    both = (table_run.run, paper_run.run)
+def test_compare(call: Call, catalog_run: Finished, paper_run: Finished, tmp_path: Path) -> None:
+    both = (catalog_run.run, paper_run.run)
     shown = call("compare", *both, "--out", tmp_path / "table.md")
     assert shown.code == 0 and shown.err == ""
     assert all(name in shown.out for name in ("N@10 by segment", "bias@10", "costs", "popularity"))
     assert "### chains: costs" in (tmp_path / "table.md").read_text()
     found = only_json(call("compare", *both, "--against", paper_run.run, "--json"))
     (ours, theirs) = found["entries"]
-    assert ours["runs"] == [str(table_run.run)] and ours["label"] == f"tiny ({table_run.run})"
+    assert ours["runs"] == [str(catalog_run.run)] and ours["label"] == f"tiny ({catalog_run.run})"
     assert {block["reference"] for block in found["blocks"]} == {theirs["label"]}
-    report = json.loads((table_run.run / "report.json").read_text())
+    report = json.loads((catalog_run.run / "report.json").read_text())
     overall = found["blocks"][0]["lines"][ours["label"]]["scores"]
     for metric in ("recall@5", "ndcg@10", "mrr", "coverage@10"):
         assert overall[metric]["mean"] == pytest.approx(report["scores"]["L2Rec"][metric], abs=1e-9)
 
 
-def test_compare_refuses(call: Call, table_run: Finished, tmp_path: Path) -> None:
-    refused(call("compare", table_run.run, tmp_path), "is not a run folder")
-    refused(call("compare", table_run.run, table_run.run), "is given twice")
-    refused(call("compare", table_run.run, "--out", tmp_path / "x.html"), r"ends in \.md or \.csv")
+def test_compare_refuses(call: Call, catalog_run: Finished, tmp_path: Path) -> None:
+    refused(call("compare", catalog_run.run, tmp_path), "is not a run folder")
+    refused(call("compare", catalog_run.run, catalog_run.run), "is given twice")
+    refused(
+        call("compare", catalog_run.run, "--out", tmp_path / "x.html"), r"ends in \.md or \.csv"
+    )
     chain_dataset(tmp_path / "other", 12, 10, 6, seed=1)
-    refused(call("compare", table_run.run, "--data", tmp_path / "other"), "made on data .* --data")
+    refused(
+        call("compare", catalog_run.run, "--data", tmp_path / "other"), "made on data .* --data"
+    )
 
 
-def test_recommend_json(call: Call, table_run: Finished) -> None:
-    found = only_json(call("recommend", table_run.run, "--history", " i3 ,i7", "-k", 4, "--json"))
+def test_recommend_json(call: Call, catalog_run: Finished) -> None:
+    found = only_json(call("recommend", catalog_run.run, "--history", " i3 ,i7", "-k", 4, "--json"))
     assert found.keys() == {"items", "gate", "version"}
     assert [item.keys() for item in found["items"]] == [{"id", "score", "text"}] * 4
     assert not {"i3", "i7"} & {item["id"] for item in found["items"]}
     seen = only_json(
         call(
-            *("recommend", table_run.run, "--history", "i3,n1", "-k", 32, "--json"),
+            *("recommend", catalog_run.run, "--history", "i3,n1", "-k", 32, "--json"),
             *("--include-seen", "--new-item", "n1=small red lamp", "--new-item", "n2=a = b"),
         )
     )
@@ -645,10 +649,10 @@ def test_ties_on_the_command_line(call: Call, tmp_path: Path) -> None:
     refused(outcome, "--ties chance: Input should be 'file', 'hash' or 'item'")
 
 
-def test_recommend_for_people(call: Call, table_run: Finished) -> None:
+def test_recommend_for_people(call: Call, catalog_run: Finished) -> None:
     odd = "n1=[bold]lamp[/bold] :100: [/] 100%"
     outcome = call(
-        *("recommend", table_run.run, "--history", "i3,n1", "-k", 31, "--new-item", odd),
+        *("recommend", catalog_run.run, "--history", "i3,n1", "-k", 31, "--new-item", odd),
         "--include-seen",
     )
     assert outcome.code == 0, outcome
@@ -656,19 +660,19 @@ def test_recommend_for_people(call: Call, table_run: Finished) -> None:
     assert "recommended" in outcome.out and "31. " in outcome.out
 
 
-def test_embed(call: Call, table_run: Finished, tmp_path: Path) -> None:
-    outcome = call("embed", table_run.run, "--out", tmp_path / "v")
+def test_embed(call: Call, catalog_run: Finished, tmp_path: Path) -> None:
+    outcome = call("embed", catalog_run.run, "--out", tmp_path / "v")
     assert outcome.code == 0 and "40 vectors of 32 numbers" in outcome.err
-    outcome = call("embed", table_run.run, "--out", tmp_path / "w", "--no-users")
+    outcome = call("embed", catalog_run.run, "--out", tmp_path / "w", "--no-users")
     assert outcome.code == 0 and not (tmp_path / "w" / "users.parquet").exists()
 
 
-def test_the_data_set_was_moved(call: Call, table_run: Finished, tmp_path: Path) -> None:
+def test_the_data_set_was_moved(call: Call, catalog_run: Finished, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(table_run.run, run)
+    shutil.copytree(catalog_run.run, run)
     identity = yaml.safe_load((run / "config.yaml").read_text())
     identity["dataset"]["path"] = str(tmp_path / "gone")
     (run / "config.yaml").write_text(yaml.safe_dump(identity))
     refused(call("recommend", run, "--user", "u1"), "no longer at .*--data")
-    assert call("recommend", run, "--user", "u1", "--data", table_run.data).code == 0
+    assert call("recommend", run, "--user", "u1", "--data", catalog_run.data).code == 0
     assert call("recommend", run, "--history", "i1").code == 0

@@ -72,15 +72,15 @@ def test_shipped_recipes_for_all_positions_never_run_out_of_tokens() -> None:
     needed = {
         name: (model.semantic_items * (model.item_tokens + 2), model.max_tokens)
         for name, model in models.items()
-        if isinstance(model, L2RecConfig) and model.form != "paper" and "semantic" in model.views
+        if isinstance(model, L2RecConfig) and model.form == "catalog" and "semantic" in model.views
     }
-    assert {"scientific/l2rec-plus", "scientific/l2rec-table"} <= needed.keys()
+    assert {"l2rec-plus", "scientific/l2rec-plus"} <= needed.keys()
     for name, (tokens, allowed) in needed.items():
         assert tokens <= allowed, name
 
 
 def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
-    config = load_recipe("l2rec", ["model.form=table", "model.views=[semantic]", "seed=7"])
+    config = load_recipe("l2rec", ["model.form=catalog", "model.views=[behavioral]", "seed=7"])
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_recipe(str(path)) == config
@@ -136,7 +136,7 @@ def test_bad_overrides(recipe: Path, override: str, message: str) -> None:
         ("training.epoch=3", "training.epoch", "epochs"),
         ("backbone.nam=x", "backbone.nam", "name"),
         ("model.topn=2", "topn", "top_n"),
-        ("model.poolin=mean", "poolin", "pooling"),
+        ("model.matrice=[q]", "matrice", "matrices"),
     ],
 )
 def test_an_unknown_key_offers_the_nearest_and_names_the_override(
@@ -178,7 +178,7 @@ def test_an_error_names_the_file_or_the_override_that_it_comes_from(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"^\S+/child\.yaml: training\.epochs=0"):
         load_recipe(str(child))
     # Two overrides that need each other are not blamed for a third.
-    together = ["model.text_dropout=0.1", "model.form=table", "training.epochs=0", "seed=3"]
+    together = ["model.text_dropout=0.1", "model.form=catalog", "training.epochs=0", "seed=3"]
     with pytest.raises(ConfigError, match=r"^override 'training\.epochs=0': training\.epochs=0"):
         load_recipe("l2rec", together)
 
@@ -210,15 +210,12 @@ def test_an_unknown_key_like_no_other() -> None:
         ("training.lr=fast", r"training\.lr='fast'"),
         ("model.temperature=-1", "temperature=-1: .*greater than 0"),
         ("model.top_n=9", "top_n=9 exceeds view_experts=8"),
-        (
-            "model.supervision=all",
-            "supervision=all: these go together; set form=paper",
-        ),
+        ("model.supervision=all", "supervision=all is no option any more; train without it"),
         ("model.views=[]", "once each"),
         ("model.views=[semantic,semantic]", "once each"),
         ("model.views=[visual]", "visual"),
         ("model.item_tokens=1024", "item_tokens=1024 leaves no room"),
-        ("model.text_dropout=0.1", "text_dropout needs form=table"),
+        ("model.text_dropout=0.1", "text_dropout needs form=catalog"),
         ("model.matrices=q", "matrices"),
         ("model=3", "model=3 is not a group of keys"),
         ("backbone.dtype=int8", r"backbone\.dtype='int8'"),

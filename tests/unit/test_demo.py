@@ -93,11 +93,11 @@ def test_a_killed_demo_goes_on(
 
 
 def test_a_demo_of_other_data(
-    table_run: Any, movies: Path, tmp_path: Path, monkeypatch: Any
+    catalog_run: Any, movies: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(demo, "fetch", lambda *_: movies)
     with pytest.raises(DataError, match=r"was made on other data than .*choose another --out"):
-        demo.run_demo(table_run.run, tmp_path / "data", 1.0)
+        demo.run_demo(catalog_run.run, tmp_path / "data", 1.0)
 
 
 def test_the_recipe_and_the_source_are_shipped() -> None:

@@ -33,22 +33,23 @@ def shapes_of(recipe: RunConfig, data: Dataset, *backbones: str, **options: Any)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "qwen3", "llama"])
-@pytest.mark.parametrize("form", ["paper", "table"])
+@pytest.mark.parametrize("form", ["paper", "catalog"])
 def test_parameters_are_those_of_the_real_model(
     family: str, form: str, chains: Dataset, tmp_path: Path
 ) -> None:
+    options = {"form": form, "item_residual": form == "catalog"}
     real = L2Rec(
-        tiny.small(form=form), Catalog(chains.catalog), tiny.random_backbone(family), cache=None
+        tiny.small(**options), Catalog(chains.catalog), tiny.random_backbone(family), cache=None
     )
     tiny.CONFIGS[family]().save_pretrained(tmp_path)  # a config.json and nothing else
-    recipe = RunConfig(backbone=BackboneConfig(name=str(tmp_path)), model=tiny.small(form=form))
+    recipe = RunConfig(backbone=BackboneConfig(name=str(tmp_path)), model=tiny.small(**options))
     (shapes,) = shapes_of(recipe, chains)
     assert shapes["trained_parameters"] == sum(
         p.numel() for p in real.parameters() if p.requires_grad
     )
     assert shapes["parts"] == parts_of(real)
     assert {"experts", "routers", "projections", "gate"} <= shapes["parts"].keys()
-    assert ("table" in shapes["parts"]) == (form == "table")
+    assert ("table" in shapes["parts"]) == (form == "catalog")
     frozen = sum(p.numel() for p in real.backbone.parameters())
     assert shapes["frozen_parameters"] == frozen
     assert shapes["tokens_are"] == "estimated"
@@ -159,11 +160,11 @@ def test_what_it_refuses(chains: Dataset) -> None:
 
 @pytest.mark.slow
 def test_the_command_measures_what_can_be_loaded(
-    call: Call, table_run: Finished, tmp_path: Path
+    call: Call, catalog_run: Finished, tmp_path: Path
 ) -> None:
-    recipe, chosen = tmp_path / "r.yaml", config(table_run.backbone, "table")
+    recipe, chosen = tmp_path / "r.yaml", config(catalog_run.backbone, "catalog")
     recipe.write_text(json.dumps(chosen.model_dump(mode="json")), encoding="utf-8")
-    arguments = ["doctor", recipe, "--data", table_run.data]
+    arguments = ["doctor", recipe, "--data", catalog_run.data]
     outcome = call(*arguments, "--json")
     assert outcome.code == 0, outcome.err
     (patient,) = json.loads(outcome.out)["backbones"]

@@ -434,9 +434,9 @@ def test_vectors_that_do_not_fit(road: Road, tmp_path: Path) -> None:
         vectors_of_files(tmp_path / "nothing", road.data, 0.0)
 
 
-def test_a_run_of_other_items(road: Road, table_run: Any, tmp_path: Path) -> None:
+def test_a_run_of_other_items(road: Road, catalog_run: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"knows none of the .* items of"):
-        vectors_of_run(table_run.run, road.data, 50, Quiet())
+        vectors_of_run(catalog_run.run, road.data, 50, Quiet())
 
 
 # -- the whole ----------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from l2rec.errors import DataError
 from l2rec.studies.floors import score_floors
 
 
-def test_floors_are_those_of_a_run_on_the_same_data(table_run: Finished) -> None:
-    report = score_floors(table_run.data, SplitConfig(), backbone="none", progress=Quiet())
-    of_run = read_json(table_run.run / "report.json")
+def test_floors_are_those_of_a_run_on_the_same_data(catalog_run: Finished) -> None:
+    report = score_floors(catalog_run.data, SplitConfig(), backbone="none", progress=Quiet())
+    of_run = read_json(catalog_run.run / "report.json")
     assert list(report["scores"]) == ["popularity", "last item neighbour", "co-occurrence"]
     for name, scores in report["scores"].items():
         assert scores == pytest.approx(of_run["scores"][name])
@@ -27,12 +27,12 @@ def test_floors_are_those_of_a_run_on_the_same_data(table_run: Finished) -> None
     assert report["dataset"]["fingerprint"] == of_run["dataset"]["fingerprint"]
 
 
-def test_texts_are_ranked_by_an_untrained_backbone(table_run: Finished) -> None:
+def test_texts_are_ranked_by_an_untrained_backbone(catalog_run: Finished) -> None:
     report = score_floors(
-        table_run.data, SplitConfig(), backbone=str(table_run.backbone), progress=Quiet()
+        catalog_run.data, SplitConfig(), backbone=str(catalog_run.backbone), progress=Quiet()
     )
     assert 0 < report["scores"]["text neighbour"]["mrr"] < 1
-    assert (table_run.data / "cache").is_dir(), "texts are read once"
+    assert (catalog_run.data / "cache").is_dir(), "texts are read once"
 
 
 def test_data_without_texts_has_no_text_neighbour(tmp_path: Path) -> None:

@@ -542,8 +542,8 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- from a run
 
 
-def test_from_embed_to_index(table_run: Finished, tmp_path: Path) -> None:
-    embed_run(table_run.run, tmp_path, Quiet())
+def test_from_embed_to_index(catalog_run: Finished, tmp_path: Path) -> None:
+    embed_run(catalog_run.run, tmp_path, Quiet())
     items, users = tmp_path / "items.parquet", tmp_path / "users.parquet"
     given = read_vectors(items)
     assert len(given.ids) == len(given.vectors) and given.vectors.dtype == np.float32

@@ -101,8 +101,8 @@ def l2rec(**changes: Any) -> L2Rec:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"personalized_router": False}, {"form": "table", "view_loss": 0.5}],
-    ids=["paper", "no user in the router", "table"],
+    [{}, {"personalized_router": False}, {"form": "catalog"}],
+    ids=["paper", "no user in the router", "catalog"],
 )
 def test_losses_and_gradients_are_those_without_the_ladder(
     changes: dict[str, Any], laddered: Any

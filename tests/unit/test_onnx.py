@@ -199,10 +199,10 @@ def test_an_export_replaces_an_export_and_nothing_else(
 
 
 def test_what_cannot_be_exported(
-    call: Call, table_run: Finished, sasrec_run: Path, tmp_path: Path
+    call: Call, catalog_run: Finished, sasrec_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    outcome = call("onnx", table_run.run, "--out", out)
+    outcome = call("onnx", catalog_run.run, "--out", out)
     refused(outcome, "L2Rec reads texts in its language model at each request")
     assert "`l2rec serve`" in outcome.err and "`l2rec embed`" in outcome.err
     blended = tmp_path / "blended"

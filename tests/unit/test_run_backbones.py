@@ -78,7 +78,7 @@ class Stopped(Quiet):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("items", ["paper", "table"])
+@pytest.mark.parametrize("items", ["paper", "catalog"])
 def test_checkpointing_trains_the_same_model_from_less_memory(
     items: str, backbone_folder: Path, chains: Dataset, tmp_path: Path
 ) -> None:

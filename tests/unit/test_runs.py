@@ -61,8 +61,8 @@ def assert_same_run(a: Path, b: Path) -> None:
 # -- a run ---------------------------------------------------------------------------------------
 
 
-def test_what_a_run_leaves(table_run: Finished, chains: Dataset) -> None:
-    run = table_run.run
+def test_what_a_run_leaves(catalog_run: Finished, chains: Dataset) -> None:
+    run = catalog_run.run
     report = read_json(run / "report.json")
     assert list(report["scores"]) == [
         "L2Rec",
@@ -86,7 +86,7 @@ def test_what_a_run_leaves(table_run: Finished, chains: Dataset) -> None:
     tensors, _ = load_tensors(run / "model.safetensors")
     assert not [n for n in tensors if n.startswith("backbone")]
     start, _ = load_tensors(run / "state" / "start.safetensors")
-    assert not torch.equal(start["table.linear"], tensors["table.linear"])
+    assert not torch.equal(start["items.semantic"], tensors["items.semantic"])
 
 
 def test_no_score_of_the_test_split_before_training_ends(
@@ -103,7 +103,7 @@ def test_no_score_of_the_test_split_before_training_ends(
     assert order == ["train", *["test"] * 5]  # the method, three floors, the untrained model
 
 
-@pytest.mark.parametrize("items", ["table", "paper", "catalog"])
+@pytest.mark.parametrize("items", ["catalog", "paper"])
 def test_sigkill_and_resume_is_exact(
     items: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -133,83 +133,83 @@ def test_sigkill_and_resume_is_exact(
 
 
 def test_killed_before_the_first_state(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    config = runs.config(table_run.backbone)
+    config = runs.config(catalog_run.backbone)
     with monkeypatch.context() as patch:
         patch.setattr(training, "train", crash)
         with pytest.raises(KeyboardInterrupt):
-            train_run(config, table_run.data, tmp_path / "run", progress=Quiet())
-    train_run(config, table_run.data, tmp_path / "run", progress=Quiet(), resume=True)
-    assert_same_run(table_run.run, tmp_path / "run")
+            train_run(config, catalog_run.data, tmp_path / "run", progress=Quiet())
+    train_run(config, catalog_run.data, tmp_path / "run", progress=Quiet(), resume=True)
+    assert_same_run(catalog_run.run, tmp_path / "run")
 
 
 @pytest.mark.parametrize("moment", ["write_ranks", "write_json", "write_report"])
 def test_killed_after_training(
-    table_run: Finished, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    run = copied(table_run, tmp_path / "run")
-    config = runs.config(table_run.backbone)
+    run = copied(catalog_run, tmp_path / "run")
+    config = runs.config(catalog_run.backbone)
     (run / "report.html").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(scoring if moment == "write_ranks" else training, moment, crash)
         with pytest.raises(KeyboardInterrupt):
-            train_run(config, table_run.data, run, progress=Quiet(), resume=True)
+            train_run(config, catalog_run.data, run, progress=Quiet(), resume=True)
     assert folder.finished_report(run) is None
-    train_run(config, table_run.data, run, progress=Quiet(), resume=True)
-    assert_same_run(table_run.run, run)
+    train_run(config, catalog_run.data, run, progress=Quiet(), resume=True)
+    assert_same_run(catalog_run.run, run)
     assert folder.finished_report(run) is not None
 
 
 def test_resume_of_a_finished_run_changes_nothing(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = copied(table_run, tmp_path / "run")
+    run = copied(catalog_run, tmp_path / "run")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.rglob("*") if p.is_file()}
     monkeypatch.setattr(
         "l2rec.runs.predictor.load_backbone", None
     )  # not even the backbone is needed
     progress = Quiet()
-    config = runs.config(table_run.backbone)
-    report = train_run(config, table_run.data, run, progress=progress, resume=True)
+    config = runs.config(catalog_run.backbone)
+    report = train_run(config, catalog_run.data, run, progress=progress, resume=True)
     assert report == read_json(run / "report.json")
     assert progress.lines == [f"{run} is finished: these are its scores"]
     after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.rglob("*") if p.is_file()}
     assert after == before
 
 
-def test_resume_with_more_epochs_goes_on(table_run: Finished, tmp_path: Path) -> None:
-    run = copied(table_run, tmp_path / "run")
-    config = runs.config(table_run.backbone, epochs=3)
-    report = train_run(config, table_run.data, run, progress=Quiet(), resume=True)
-    assert report["steps"] == read_json(table_run.run / "report.json")["steps"] * 3 // 2
+def test_resume_with_more_epochs_goes_on(catalog_run: Finished, tmp_path: Path) -> None:
+    run = copied(catalog_run, tmp_path / "run")
+    config = runs.config(catalog_run.backbone, epochs=3)
+    report = train_run(config, catalog_run.data, run, progress=Quiet(), resume=True)
+    assert report["steps"] == read_json(catalog_run.run / "report.json")["steps"] * 3 // 2
     assert folder.load_run_config(run)[0].training.epochs == 3
 
 
 def test_a_report_is_not_of_an_earlier_training(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    run = copied(table_run, tmp_path / "run")
-    config = runs.config(table_run.backbone, epochs=3)
+    run = copied(catalog_run, tmp_path / "run")
+    config = runs.config(catalog_run.backbone, epochs=3)
     with monkeypatch.context() as patch:
         patch.setattr(training, "train", crash)
         with pytest.raises(KeyboardInterrupt):
-            train_run(config, table_run.data, run, progress=Quiet(), resume=True)
+            train_run(config, catalog_run.data, run, progress=Quiet(), resume=True)
     assert folder.finished_report(run) is None
-    assert train_run(config, table_run.data, run, progress=Quiet(), resume=True)["steps"] == 30
+    assert train_run(config, catalog_run.data, run, progress=Quiet(), resume=True)["steps"] == 30
 
 
 def test_the_model_is_the_best_one_when_all_is_scored(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models: list[Any] = []
     real = training.build_model
@@ -219,28 +219,28 @@ def test_the_model_is_the_best_one_when_all_is_scored(
         return models[-1]
 
     monkeypatch.setattr(training, "build_model", build)
-    run = copied(table_run, tmp_path / "run")
+    run = copied(catalog_run, tmp_path / "run")
     (run / "report.html").unlink()
-    config = runs.config(table_run.backbone)
-    train_run(config, table_run.data, run, progress=Quiet(), resume=True)
+    config = runs.config(catalog_run.backbone)
+    train_run(config, catalog_run.data, run, progress=Quiet(), resume=True)
     best, _ = load_tensors(run / "model.safetensors")
     assert all(torch.equal(t, best[n]) for n, t in trained_tensors(models[0]).items())
 
 
-def test_a_folder_is_claimed_once(table_run: Finished, chains: Dataset, tmp_path: Path) -> None:
+def test_a_folder_is_claimed_once(catalog_run: Finished, chains: Dataset, tmp_path: Path) -> None:
     def refused(run: Path, message: str, data: Path = chains.path, **changes: Any) -> None:
         resume = changes.pop("resume", True)
-        config = runs.config(table_run.backbone, **changes)
+        config = runs.config(catalog_run.backbone, **changes)
         before = {p: p.stat().st_mtime_ns for p in run.rglob("*")} if run.is_dir() else {}
         with pytest.raises(CheckpointError, match=message) as error:
             train_run(config, data, run, progress=Quiet(), resume=resume)
         one_line(error)
         assert before == ({p: p.stat().st_mtime_ns for p in run.rglob("*")} if before else {})
 
-    refused(table_run.run, "holds a run already; add --resume", resume=False)
-    refused(table_run.run, r"another recipe \(model\.rank was 2, is 3\)", model={"rank": 3})
+    refused(catalog_run.run, "holds a run already; add --resume", resume=False)
+    refused(catalog_run.run, r"another recipe \(model\.rank was 2, is 3\)", model={"rank": 3})
     other = chain_dataset(tmp_path / "other", 20, 10, 6, seed=1)
-    refused(table_run.run, f"{chains.fingerprint}, this is {other.fingerprint}", data=other.path)
+    refused(catalog_run.run, f"{chains.fingerprint}, this is {other.fingerprint}", data=other.path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     refused(tmp_path / "mine", "not empty and not a run folder; choose another --out")
@@ -250,27 +250,27 @@ def test_a_folder_is_claimed_once(table_run: Finished, chains: Dataset, tmp_path
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
 def test_one_training_at_a_time(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second one is refused at once, with and without --resume, and changes nothing."""
-    config, run = runs.config(table_run.backbone), tmp_path / "run"
+    config, run = runs.config(catalog_run.backbone), tmp_path / "run"
     train, refused = training.train, []
 
     def during(*arguments: Any, **named: Any) -> TrainingResult:
         before = sorted(run.rglob("*"))
         for resume in (False, True):
             with pytest.raises(CheckpointError, match="another process is working on it") as error:
-                train_run(config, table_run.data, run, progress=Quiet(), resume=resume)
+                train_run(config, catalog_run.data, run, progress=Quiet(), resume=resume)
             refused.append(one_line(error))
         assert sorted(run.rglob("*")) == before
         return train(*arguments, **named)
 
     monkeypatch.setattr(training, "train", during)
-    train_run(config, table_run.data, run, progress=Quiet())
+    train_run(config, catalog_run.data, run, progress=Quiet())
     assert len(refused) == 2 and all(str(run) in line for line in refused)
-    assert_same_run(table_run.run, run)
+    assert_same_run(catalog_run.run, run)
     served = {"events.db"}  # of tests that serve the other run
-    assert {p.name for p in run.iterdir()} == {p.name for p in table_run.run.iterdir()} - served
+    assert {p.name for p in run.iterdir()} == {p.name for p in catalog_run.run.iterdir()} - served
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
@@ -297,22 +297,22 @@ def test_two_trainings_at_the_same_moment(chains: Dataset, tmp_path: Path) -> No
     assert steps == sorted(set(steps))
 
 
-def test_resume_refuses_other_weights(table_run: Finished, tmp_path: Path) -> None:
+def test_resume_refuses_other_weights(catalog_run: Finished, tmp_path: Path) -> None:
     backbone = tmp_path / "bert"
-    shutil.copytree(table_run.backbone, backbone)
+    shutil.copytree(catalog_run.backbone, backbone)
     config = runs.config(backbone, max_steps=1)
-    train_run(config, table_run.data, tmp_path / "run", progress=Quiet())
+    train_run(config, catalog_run.data, tmp_path / "run", progress=Quiet())
     runs.save_backbone(backbone, seed=1)
     config = runs.config(backbone, max_steps=2)
     with pytest.raises(CheckpointError, match="trained on other weights"):
-        train_run(config, table_run.data, tmp_path / "run", progress=Quiet(), resume=True)
+        train_run(config, catalog_run.data, tmp_path / "run", progress=Quiet(), resume=True)
     with pytest.raises(CheckpointError, match="trained on other weights") as error:
         load(tmp_path / "run")
     one_line(error)
 
 
 def test_a_full_disk_in_training_keeps_the_run(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from l2rec.runs import checkpoint
 
@@ -324,14 +324,14 @@ def test_a_full_disk_in_training_keeps_the_run(
             raise OSError(28, "No space left on device")
         real(*args, **kwargs)
 
-    config = runs.config(table_run.backbone)
+    config = runs.config(catalog_run.backbone)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", fills_up)
         with pytest.raises(CheckpointError, match=r"disk is full.*--resume"):
-            train_run(config, table_run.data, tmp_path / "run", progress=Quiet())
+            train_run(config, catalog_run.data, tmp_path / "run", progress=Quiet())
     load(tmp_path / "run").recommend(["i1"])
-    train_run(config, table_run.data, tmp_path / "run", progress=Quiet(), resume=True)
-    assert_same_run(table_run.run, tmp_path / "run")
+    train_run(config, catalog_run.data, tmp_path / "run", progress=Quiet(), resume=True)
+    assert_same_run(catalog_run.run, tmp_path / "run")
 
 
 def test_nobody_to_evaluate(backbone_folder: Path, tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def target_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return chain_dataset(tmp_path_factory.mktemp("target") / "data", 20, 17, 6, seed=3)
 
 
-@pytest.mark.parametrize("items", ["table", "paper"])
+@pytest.mark.parametrize("items", ["catalog", "paper"])
 def test_fine_tuning_starts_from_the_pretrained_experts(
     items: str, request: pytest.FixtureRequest, target_data: Dataset, tmp_path: Path
 ) -> None:
@@ -403,10 +403,11 @@ def test_fine_tuning_starts_from_the_pretrained_experts(
     before, _ = load_tensors(finished.run / "model.safetensors")
     experts = [n for n in before if n.startswith("experts.")]
     assert experts and all(torch.equal(start[n], before[n]) for n in experts)
-    if items == "table":
-        assert len(start["table.residual"]) == 17 and start["table.residual"].abs().max() == 0
-        assert torch.equal(start["table.linear"], before["table.linear"])
-        assert not torch.equal(start["table.mean"], before["table.mean"])  # of its own items
+    if items == "catalog":
+        residual = start["items.table.residual"]
+        assert len(residual) == 17 and residual.abs().max() == 0
+        mean = "items.table.mean"
+        assert not torch.equal(start[mean], before[mean])  # of its own items
     # Going on does not need to be told again, nor the pre-trained run to be there.
     config = runs.config(finished.backbone, items, max_steps=4)
     again = train_run(config, target_data.path, run, progress=Quiet(), resume=True)
@@ -415,11 +416,11 @@ def test_fine_tuning_starts_from_the_pretrained_experts(
 
 
 def test_fine_tuning_refuses_another_recipe(
-    table_run: Finished, paper_run: Finished, target_data: Dataset, tmp_path: Path
+    catalog_run: Finished, paper_run: Finished, target_data: Dataset, tmp_path: Path
 ) -> None:
-    config = runs.config(table_run.backbone, model={"rank": 3})
+    config = runs.config(catalog_run.backbone, model={"rank": 3})
     for init, message in (
-        (table_run.run, r"experts\..* does not fit this recipe"),
+        (catalog_run.run, r"experts\..* does not fit this recipe"),
         (paper_run.run, "does not fit this recipe"),
         (tmp_path, "not a run folder"),
     ):
@@ -432,7 +433,7 @@ def test_fine_tuning_refuses_another_recipe(
 # -- loading -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["table", "paper"])
+@pytest.fixture(scope="module", params=["catalog", "paper"])
 def moved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run far from its data set, which is gone."""
     finished: Finished = request.getfixturevalue(f"{request.param}_run")
@@ -648,9 +649,9 @@ def other_tensor(run: Path) -> None:
     ],
 )
 def test_damage_is_one_clear_line(
-    table_run: Finished, tmp_path: Path, damage: Any, message: str
+    catalog_run: Finished, tmp_path: Path, damage: Any, message: str
 ) -> None:
-    run = copied(table_run, tmp_path / "run")
+    run = copied(catalog_run, tmp_path / "run")
     damage(run)
     with pytest.raises((CheckpointError, ConfigError), match=message) as error:
         load(run)
@@ -661,7 +662,7 @@ def test_damage_is_one_clear_line(
 
 
 @pytest.fixture
-def stopped(table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was killed before its first step."""
     run, step = tmp_path / "stopped", "l2rec.runs.loop._train_stage"
 
@@ -670,7 +671,7 @@ def stopped(table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(step, crash)
-        train_run(runs.config(table_run.backbone), table_run.data, run, progress=Quiet())
+        train_run(runs.config(catalog_run.backbone), catalog_run.data, run, progress=Quiet())
     return run
 
 
@@ -693,9 +694,9 @@ def test_an_unfinished_run_is_named_and_used(
 
 
 def test_a_finished_run_is_not_remarked_on(
-    table_run: Finished, caplog: pytest.LogCaptureFixture
+    catalog_run: Finished, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load(table_run.run)
+    load(catalog_run.run)
     assert not caplog.records
 
 
@@ -724,17 +725,17 @@ def test_an_unfinished_blend_is_blended_again(blended_run: Finished, tmp_path: P
 # -- what can be used ----------------------------------------------------------------------------
 
 
-def test_a_run_on_a_read_only_disk(table_run: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_a_read_only_disk(catalog_run: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
-    before = {p for p in table_run.run.rglob("*")}
-    load(table_run.run).recommend(["i1"])
-    assert {p for p in table_run.run.rglob("*")} == before
+    before = {p for p in catalog_run.run.rglob("*")}
+    load(catalog_run.run).recommend(["i1"])
+    assert {p for p in catalog_run.run.rglob("*")} == before
 
 
 # -- scores and vectors again --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", ["table", "paper"])
+@pytest.mark.parametrize("items", ["catalog", "paper"])
 def test_evaluate_again(items: str, request: pytest.FixtureRequest) -> None:
     finished: Finished = request.getfixturevalue(f"{items}_run")
     report = read_json(finished.run / "report.json")
@@ -750,23 +751,23 @@ def test_evaluate_again(items: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_a_read_only_run_is_scored(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = copied(table_run, tmp_path / "run")
+    run = copied(catalog_run, tmp_path / "run")
     (run / "ranks.parquet").unlink()
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert evaluate_run(run, "test", Quiet(), table_run.data)["users"] == 40
+    assert evaluate_run(run, "test", Quiet(), catalog_run.data)["users"] == 40
     assert not (run / "ranks.parquet").exists()
 
 
 def test_another_data_set_is_refused(
-    table_run: Finished, target_data: Dataset, tmp_path: Path
+    catalog_run: Finished, target_data: Dataset, tmp_path: Path
 ) -> None:
     other = target_data.path
     for call in (
-        lambda: evaluate_run(table_run.run, "test", Quiet(), other),
-        lambda: user_history(table_run.run, "u1", other),
-        lambda: embed_run(table_run.run, tmp_path / "out", Quiet(), data=other),
+        lambda: evaluate_run(catalog_run.run, "test", Quiet(), other),
+        lambda: user_history(catalog_run.run, "u1", other),
+        lambda: embed_run(catalog_run.run, tmp_path / "out", Quiet(), data=other),
     ):
         with pytest.raises(CheckpointError, match=f"{target_data.fingerprint}.*--data") as error:
             call()
@@ -779,14 +780,14 @@ def test_the_data_set_is_gone(moved: Path, chains: Dataset) -> None:
     assert evaluate_run(moved, "test", Quiet(), chains.path)["users"] == 40
 
 
-def test_user_history(table_run: Finished, chains: Dataset) -> None:
+def test_user_history(catalog_run: Finished, chains: Dataset) -> None:
     row = chains.sequences[chains.user_index("u7")]
-    assert user_history(table_run.run, "u7") == [f"i{item}" for item in row]
+    assert user_history(catalog_run.run, "u7") == [f"i{item}" for item in row]
     with pytest.raises(DataError, match=r"user 'u77'.*did you mean"):
-        user_history(table_run.run, "u77")
+        user_history(catalog_run.run, "u77")
 
 
-@pytest.mark.parametrize("items", ["table", "paper"])
+@pytest.mark.parametrize("items", ["catalog", "paper"])
 def test_embed(items: str, request: pytest.FixtureRequest, chains: Dataset, tmp_path: Path) -> None:
     finished: Finished = request.getfixturevalue(f"{items}_run")
     written = embed_run(finished.run, tmp_path, Quiet())
