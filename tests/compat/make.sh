@@ -19,13 +19,13 @@ for recipe in recipes/*.yaml; do
   kill -KILL $! && { wait $! || true; }
 done
 
-for name in l2rec-plus sasrec; do
+for name in l2rec sasrec; do
   l2rec embed "finished/$name" --out "vectors/$name" --data data
 done
-l2rec index vectors/l2rec-plus/items.parquet --out index --kind flat --queries vectors/l2rec-plus/users.parquet
+l2rec index vectors/l2rec/items.parquet --out index --kind flat --queries vectors/l2rec/users.parquet
 
 # A service: a deployed run, items put and deleted, events.
-l2rec deploy finished/l2rec-plus --to serving
+l2rec deploy finished/l2rec --to serving
 l2rec serve serving --port 18123 &
 until curl -sf localhost:18123/readyz >/dev/null; do sleep 0.2; done
 python "$here/traffic.py" http://localhost:18123 >answers.json
