@@ -1,4 +1,4 @@
-"""SASRec over the item table of L2Rec: a baseline without a language model on the user's side.
+"""SASRec over a table of items that starts at their texts: no language model on the user's side.
 
     T   = norm(E + E L + R)                           l2rec.modules.text_table
     x_t = LN(sqrt(D) T[i_t] + P[t])                   items and positions
@@ -6,10 +6,9 @@
     u_t = norm(h_t / (2 |h_t|) + s T[i_t])            the newest item added (skip); s starts at 1
     r_{t,i} = u_t . T[i] / tau
 
-It shows what the table and the skip are worth by themselves, so L2Rec with ``items=table`` has to
-beat it: the same table, the same skip, the full softmax at every position and the same temperature,
-with a small Transformer in place of the adapted backbone. Not a published method; SASRec is Kang,
-McAuley, ICDM '18.
+It shows what texts, ids and the skip are worth by themselves, so L2Rec with ``form=catalog`` has to
+beat it: the full softmax at every position, with a small Transformer in place of the adapted
+backbone. Not a published method; SASRec is Kang, McAuley, ICDM '18.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from l2rec.protocols import Losses, ParameterGroup, Scorer, Stage, UserEncoder, 
 
 
 class SASRecTableConfig(BaseModel):
-    """Options of SASRecTable; those of the encoder are SASRec's, those of the table L2Rec's."""
+    """Options of SASRecTable; those of the encoder are SASRec's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -72,7 +72,7 @@ def effects(length: int, scores: Sequence[float]) -> list[float | None]:
 
 
 def experts(predictor: Predictor, history: Sequence[str]) -> Experts | None:
-    """Return where the tokens of a history went, both views; None for a method without experts.
+    """Return where the tokens of a history went, by view; None for a method without experts.
 
     Raises:
         DataError: unknown ids, all of them named.
