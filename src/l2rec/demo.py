@@ -27,8 +27,8 @@ SHOWN = 5
 
 
 def run_demo(out: Path, data: Path, minutes: float) -> None:
-    """Prepare MovieLens-100K, train the behavioural view of L2Rec for at most ``minutes``, blend the
-    run with co-occurrence and repeats into a folder beside it, and show scores and recommendations.
+    """Prepare MovieLens-100K, train L2Rec's behavioural view for at most ``minutes``, blend the run
+    with co-occurrence and repeats into a folder beside it, and show scores and recommendations.
 
     A second call reuses the data set and the finished runs, or resumes a run that was killed.
 
