@@ -29,7 +29,9 @@ def test_scores_are_the_mean(catalog_run: Finished, paper_run: Finished) -> None
 
 
 def test_a_run_averaged_with_itself_is_itself(catalog_run: Finished, tmp_path: Path) -> None:
-    found = average_runs([catalog_run.run, catalog_run.run], tmp_path / "both", progress=runs.Quiet())
+    found = average_runs(
+        [catalog_run.run, catalog_run.run], tmp_path / "both", progress=runs.Quiet()
+    )
     report = read_json(catalog_run.run / "report.json")
     own, averaged = (one["scores"][one["method"]] for one in (report, found))
     assert averaged == pytest.approx(own, abs=1e-6)
