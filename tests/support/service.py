@@ -27,12 +27,15 @@ READ_KEY, WRITE_KEY = "read-key-0123456789", "write-key-987654321"
 
 
 def error(answer: Any, status: int) -> str:
-    """Return the message of a refusal, which has to have this status and be one line of JSON."""
+    """Return the detail of a refusal, which has to have this status and be problem details."""
     assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["content-type"] == "application/problem+json"
     value = answer.json()
-    assert list(value) == ["error"] and "\n" not in value["error"]
-    return str(value["error"])
+    assert list(value) == ["type", "title", "status", "detail", "request"]
+    assert value["type"] == "about:blank" and value["title"] and value["status"] == status
+    assert value["request"] == answer.headers["x-request-id"]
+    assert "\n" not in value["detail"]
+    return str(value["detail"])
 
 
 def metric_of(metrics: Metrics, name: str, /, **labels: str) -> float:

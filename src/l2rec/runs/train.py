@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import GIVEN, Dataset, open_dataset
+from l2rec.data.ragged import Ragged
 from l2rec.data.splits import LEAVE_ONE_OUT, Cases, Split
 from l2rec.data.text import share_read
 from l2rec.disk import working_on, write_json
@@ -54,6 +56,7 @@ from l2rec.runs.folder import (
     version_of,
     write_identity,
     write_item_vectors,
+    write_sample,
 )
 from l2rec.runs.loop import TrainingResult, train
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
@@ -71,6 +74,8 @@ UNTRAINED = "untrained"
 UNTRAINED_BACKBONE = "untrained backbone"
 PRETRAINED = "before fine-tuning"
 START = "state/start.safetensors"
+SAMPLED, SAMPLED_ITEMS = 4, 20
+"""Users, and their newest items, whose vectors a run keeps so that it can be verified."""
 
 
 def train_run(
@@ -123,6 +128,8 @@ def train_run(
             shutil.copy2(entry, out / "cache" / entry.name)
         ids = dataset.item_ids.to_pylist()
         predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
+        if vectors is not None:
+            write_sample(out, predictor.sampled(_some_users(dataset)))
         diagnostics = diagnose(predictor, split, dataset)
         start = (
             PRETRAINED
@@ -142,6 +149,13 @@ def train_run(
         write_json(out / "report.json", report)
         write_report(out)
         return report
+
+
+def _some_users(dataset: Dataset) -> Ragged:
+    """Return the newest items of a few users, spread over all."""
+    users = np.flatnonzero(dataset.sequences.lengths)
+    users = users[np.unique(np.linspace(0, len(users) - 1, SAMPLED).astype(np.int64))]
+    return Ragged.from_rows([dataset.sequences[int(user)][-SAMPLED_ITEMS:] for user in users])
 
 
 def validate_run(
