@@ -394,6 +394,27 @@ def test_storage_that_fails_leaves_reads_and_recovers(serve: Serve, log_url: str
     assert "n1" in recommend(client, history=["i1"], k=40)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arm": "treatment"}, "events.0: an arm without its experiment; give both"),
+        ({"timestamp": time.time() + 90_000}, "events.0.timestamp: "),
+        ({"timestamp": 1e10}, "events.0.timestamp: 10000000000 is more than a day ahead of"),
+        ({"timestamp": "5"}, "events.0.timestamp: Input should be a valid number"),
+        ({"timestamp": True}, "events.0.timestamp: Input should be a valid number"),
+        ({"id": 5}, "events.0.id: Input should be a valid string"),
+        ({"id": "a\tb"}, "events.0.id: a control character; leave it out"),
+    ],
+)
+def test_events_that_are_refused(change: Any, message: str, serve: Serve) -> None:
+    event = {"id": "a", "user": "u", "item": "i1", "type": "click", **change}
+    client = serve()
+    answer = client.post("/v1/events", json={"events": [event]})
+    assert error(answer, 422).startswith(message)
+    fine = event | {"id": "b", "arm": None, "timestamp": int(time.time()) + 60}
+    assert client.post("/v1/events", json={"events": [fine]}).json()["stored"] == 1
+
+
 # -- limits --------------------------------------------------------------------------------------
 
 
@@ -519,13 +540,13 @@ def test_ready_is_a_real_inference(serve: Serve, monkeypatch: pytest.MonkeyPatch
     assert client.get("/livez").json()["status"] == "alive"
 
 
-def test_ready_is_the_model_that_was_trained(serve: Serve) -> None:
-    client = serve()
+def test_ready_is_the_model_that_was_trained(serve: Serve, catalog_run: Finished) -> None:
+    client = serve(catalog_run.run)
     assert client.get("/readyz").status_code == 200
     service: Any = client.app.state.service  # type: ignore[attr-defined]
     with torch.no_grad():
         for name, parameter in service.live.version.predictor.model.named_parameters():
-            if "experts" in name:
+            if name.startswith("experts."):
                 parameter.zero_()
     service._ready = None
     message = error(client.get("/readyz"), 503)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -37,7 +38,9 @@ def click(number: int, user: str = "u", item: str | None = None, **changes: Any)
 def empty(log: EventLog) -> None:
     """Each test has its own tables."""
     log._transaction(
-        lambda connection: [connection.execute(t.delete()) for t in (log._events, log._items)]
+        lambda connection: [
+            connection.execute(t.delete()) for t in (log._events, log._items, log._users)
+        ]
     )
 
 
@@ -461,7 +464,7 @@ except StorageError:
     pass
 assert log.history("u", 1) == [f"i{stored - 1}"] and log.users() == ["u"]
 try:
-    log.put_items({"a": ("a lamp" * 1000, {})})
+    log.put_items({"a": ("a lamp" * 10_000, {})})
     raise SystemExit("an item was written to a full disk")
 except StorageError:
     ballast.unlink()

@@ -269,29 +269,32 @@ def test_vectors_that_are_not_the_models(copied: Path, change: Any, message: str
         load_version(copied)
 
 
-def test_adapters_that_are_not_applied(copied: Path) -> None:
-    version = load_version(copied)
-    assert version.predictor.sample is not None and len(version.predictor.sample.vectors) == 4
-    tensors, metadata = load_tensors(copied / "users.safetensors")
-    for stored, found in zip(
-        tensors["vectors"],
-        version.predictor.encode(version.predictor.sample.histories).vectors,
-        strict=True,
-    ):
-        assert torch.allclose(stored, found, atol=1e-5)
-    with torch.no_grad():  # as if they had never been loaded; the table's vectors are as they were
+def test_adapters_that_are_not_applied(catalog_run: Finished, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(catalog_run.run, run)
+    version = load_version(run)
+    sample = version.predictor.sample
+    assert sample is not None and len(sample.vectors) == 4 and sample.within == 0.005
+    again = version.predictor.encode(sample.histories).vectors
+    assert torch.allclose(sample.vectors, again, atol=1e-5)
+    with torch.no_grad():  # as if they had never been loaded
         for name, parameter in version.predictor.model.named_parameters():
-            if "experts" in name:
+            if name.startswith("experts."):
                 parameter.zero_()
-    with pytest.raises(CheckpointError, match="user vectors differ .* adapters are not applied"):
-        version.predictor.verify()
+    with pytest.raises(CheckpointError, match=r"user vectors differ .* adapters are not applied"):
+        version.predictor.verify_users()
     grown = version.with_items({"n1": ("heavy red hat", {})})
     with pytest.raises(CheckpointError, match="user vectors differ"):
         grown.predictor.verify_users()
-    save_tensors(copied / "users.safetensors", tensors, model="other")  # of earlier tensors
-    assert load_version(copied).predictor.sample is None
-    (copied / "users.safetensors").unlink()  # as in runs of earlier versions
-    assert load_version(copied).predictor.sample is None
+    tensors, _ = load_tensors(run / "users.safetensors")
+    save_tensors(run / "users.safetensors", tensors, model="other")  # of earlier tensors
+    assert load_version(run).predictor.sample is None
+    (run / "users.safetensors").unlink()  # as in runs of earlier versions
+    assert load_version(run).predictor.sample is None
+
+
+def test_a_blend_keeps_the_sample(blended_run: Finished) -> None:
+    assert load_version(blended_run.run).predictor.sample is not None
 
 
 def test_a_model_that_gives_no_numbers(copied: Path) -> None:

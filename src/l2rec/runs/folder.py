@@ -321,10 +321,14 @@ def write_item_vectors(run: Path, vectors: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """Histories [B] of item ints, and the user vectors [B, D] that the trained model gave them."""
+    """Histories [B] of item ints, and the user vectors [B, D] that the trained model gave them.
+
+    within: share of their length by which these may differ on another machine.
+    """
 
     histories: Ragged
     vectors: Tensor
+    within: float
 
 
 def write_sample(run: Path, sample: Sample) -> None:
@@ -334,7 +338,7 @@ def write_sample(run: Path, sample: Sample) -> None:
         "offsets": torch.from_numpy(sample.histories.offsets),
         "vectors": sample.vectors.float().cpu(),
     }
-    save_tensors(run / USERS, tensors, model=version_of(run))
+    save_tensors(run / USERS, tensors, model=version_of(run), within=str(sample.within))
 
 
 def _read_sample(run: Path, version: str) -> Sample | None:
@@ -345,7 +349,7 @@ def _read_sample(run: Path, version: str) -> Sample | None:
     if metadata.get("model") != version or not {"items", "offsets", "vectors"} <= tensors.keys():
         return None
     histories = Ragged(tensors["items"].numpy(), tensors["offsets"].numpy())
-    return Sample(histories, tensors["vectors"])
+    return Sample(histories, tensors["vectors"], float(metadata.get("within", 0)))
 
 
 @dataclass(frozen=True)

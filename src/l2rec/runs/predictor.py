@@ -62,10 +62,6 @@ logger = logging.getLogger("l2rec")
 VERIFIED, VERIFIED_WITHIN = 16, 0.02
 """Items encoded anew to verify stored vectors; the precision of bfloat16 is allowed for."""
 
-USERS_WITHIN = 0.1
-"""The same for users, whose many tokens each pass many adapted matrices, and may choose other
-experts at another precision. Without the adapters, they differ by more."""
-
 
 def build_model(
     config: RunConfig, catalog: Catalog, backbone: Backbone | None, cache: Path | None
@@ -274,10 +270,6 @@ class Predictor:
             self.model, self.ids, self.texts, self.vectors, version, blend, self.sample
         )
 
-    def sampled(self, histories: Ragged) -> Sample:
-        """Return the user vectors of some histories, to be compared with later."""
-        return Sample(histories, self.encode(histories).vectors.float().cpu())
-
     def verify(self) -> None:
         """Check that item vectors are finite, and (a sample) what the model makes of its items.
 
@@ -314,7 +306,7 @@ class Predictor:
         again = self.encode(self.sample.histories).vectors.float().cpu()
         scale = float(stored.norm(dim=-1).mean()) + 1e-6
         worst = float((again - stored).norm(dim=-1).max()) / scale
-        if not worst < USERS_WITHIN:
+        if not worst <= self.sample.within:
             raise CheckpointError(
                 f"user vectors differ from those of the trained model by {worst:.2g} of their "
                 "length: its adapters are not applied, or it is not the model that was trained"

@@ -44,6 +44,7 @@ from l2rec.runs.checkpoint import (
 )
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
+    Sample,
     check_backbone,
     claim,
     clear_partial,
@@ -76,6 +77,9 @@ PRETRAINED = "before fine-tuning"
 START = "state/start.safetensors"
 SAMPLED, SAMPLED_ITEMS = 4, 20
 """Users, and their newest items, whose vectors a run keeps so that it can be verified."""
+WITHIN, ROUNDED_WITHIN = 0.005, 0.05
+"""Share of their length by which user vectors may differ on another machine: of a backbone in
+float32, and of one that is rounded, where a token may also choose other experts."""
 
 
 def train_run(
@@ -129,7 +133,7 @@ def train_run(
         ids = dataset.item_ids.to_pylist()
         predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
         if vectors is not None:
-            write_sample(out, predictor.sampled(_some_users(dataset)))
+            write_sample(out, _sample(predictor, dataset, backbone))
         diagnostics = diagnose(predictor, split, dataset)
         start = (
             PRETRAINED
@@ -151,11 +155,14 @@ def train_run(
         return report
 
 
-def _some_users(dataset: Dataset) -> Ragged:
-    """Return the newest items of a few users, spread over all."""
+def _sample(predictor: Predictor, dataset: Dataset, backbone: Backbone | None) -> Sample:
+    """Encode the newest items of a few users, spread over all."""
     users = np.flatnonzero(dataset.sequences.lengths)
     users = users[np.unique(np.linspace(0, len(users) - 1, SAMPLED).astype(np.int64))]
-    return Ragged.from_rows([dataset.sequences[int(user)][-SAMPLED_ITEMS:] for user in users])
+    rows = Ragged.from_rows([dataset.sequences[int(user)][-SAMPLED_ITEMS:] for user in users])
+    exact = backbone is None or backbone.dtype == torch.float32
+    vectors = predictor.encode(rows).vectors.float().cpu()
+    return Sample(rows, vectors, WITHIN if exact else ROUNDED_WITHIN)
 
 
 def validate_run(
