@@ -24,7 +24,7 @@ __all__ = [
     "Status",
     "Stored",
     "Summary",
-    "Users",
+    "UsersIn",
     "UsersPut",
 ]
 
@@ -372,7 +372,7 @@ class UserIn(Closed):
     segment: Name
 
 
-class Users(Closed):
+class UsersIn(Closed):
     """Users to put into segments; each has one, the last that was put."""
 
     model_config = ConfigDict(

@@ -103,7 +103,7 @@ def write_routes(app: FastAPI, service: Service) -> None:
         return as_json({"stored": stored, "ignored": len(events) - stored})
 
     @app.put("/v1/users", response_model=schemas.UsersPut, responses=WRITING, tags=["users"])
-    async def put_users(body: schemas.Users) -> Response:
+    async def put_users(body: schemas.UsersIn) -> Response:
         """Put users into segments: until something else is known of them, they are recommended
         what is popular there. They are on disk when this is answered.
         """
