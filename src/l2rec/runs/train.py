@@ -77,9 +77,9 @@ PRETRAINED = "before fine-tuning"
 START = "state/start.safetensors"
 SAMPLED, SAMPLED_ITEMS = 4, 20
 """Users, and their newest items, whose vectors a run keeps so that it can be verified."""
-WITHIN, ROUNDED_WITHIN = 0.005, 0.05
+WITHIN, ROUNDED_WITHIN = 0.001, 0.02
 """Share of their length by which user vectors may differ on another machine: of a backbone in
-float32, and of one that is rounded, where a token may also choose other experts."""
+float32, and of one that is rounded or quantised."""
 
 
 def train_run(
@@ -160,7 +160,7 @@ def _sample(predictor: Predictor, dataset: Dataset, backbone: Backbone | None) -
     users = np.flatnonzero(dataset.sequences.lengths)
     users = users[np.unique(np.linspace(0, len(users) - 1, SAMPLED).astype(np.int64))]
     rows = Ragged.from_rows([dataset.sequences[int(user)][-SAMPLED_ITEMS:] for user in users])
-    exact = backbone is None or backbone.dtype == torch.float32
+    exact = backbone is None or (backbone.dtype, backbone.quantized) == (torch.float32, "none")
     vectors = predictor.encode(rows).vectors.float().cpu()
     return Sample(rows, vectors, WITHIN if exact else ROUNDED_WITHIN)
 
