@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Sequence
@@ -75,25 +76,31 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         was wrong with it. When the server is busy, or storage is away, all are refused.
         """
         name = request.scope["l2rec.request"]
-        asked: list[Asked | Refused] = []
-        for wanted in body.requests:
-            try:
-                asked.append(await _asked(wanted))
-            except (Refused, DataError) as error:
-                asked.append(as_refused(error))
+        asked = await asyncio.gather(*(_asked_or_refused(one) for one in body.requests))
         users: dict[int, User] = {}
         read = [one for one in asked if isinstance(one, Asked) and one.history]
         for version in dict.fromkeys(one.version for one in read):
             some = [one for one in read if one.version is version]
             found = await service.users(version, [one.history for one in some])
             users |= {id(one): user for one, user in zip(some, found, strict=True)}
-        answers: list[dict[str, Any]] = [
-            json.loads(problem(one.status, one.error, name))
-            if isinstance(one, Refused)
-            else await _answer(one, users.get(id(one)), name)
+        answered = iter(
+            await asyncio.gather(
+                *(_answer(one, users.get(id(one)), name) for one in asked if isinstance(one, Asked))
+            )
+        )
+        answers = [
+            next(answered)
+            if isinstance(one, Asked)
+            else json.loads(problem(one.status, one.error, name))
             for one in asked
         ]
         return as_json({"answers": answers})
+
+    async def _asked_or_refused(body: schemas.Recommend) -> Asked | Refused:
+        try:
+            return await _asked(body)
+        except (Refused, DataError) as error:
+            return as_refused(error)
 
     async def _asked(body: schemas.Recommend) -> Asked:
         """Find out who asks, and for what.
