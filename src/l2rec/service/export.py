@@ -109,8 +109,8 @@ def _oldest(log: EventLog, types: Sequence[str]) -> float:
 
 def _since(dataset: Dataset, time: float) -> pl.DataFrame:
     """Return the events of a data set from a time on: those that the log may have too."""
-    table = pa.Table.from_batches(_events(dataset), schema=EXPORTED)
-    frame = pl.from_arrow(table.filter(pc.greater_equal(table["timestamp"], time)))
+    parts = [batch.filter(pc.greater_equal(batch["timestamp"], time)) for batch in _events(dataset)]
+    frame = pl.from_arrow(pa.Table.from_batches(parts, schema=EXPORTED))
     assert isinstance(frame, pl.DataFrame)
     return frame
 

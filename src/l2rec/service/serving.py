@@ -336,8 +336,8 @@ class Service:
 
 
 def _infer(version: Version) -> None:
-    """Put one history through the model and the index, and the users of the run's sample through
-    the model.
+    """Put one history through the model and the index, and a user of the run's sample through the
+    model.
 
     Raises:
         ArithmeticError: scores that are not finite numbers.
@@ -348,4 +348,4 @@ def _infer(version: Version) -> None:
     ranked = rank([Query(version, user, 1)])[0]
     if not len(ranked.rows) or not np.isfinite(ranked.scores).all():
         raise ArithmeticError("scores that are not finite numbers")
-    version.predictor.verify_users()
+    version.predictor.verify_users(1)
