@@ -294,8 +294,8 @@ class Predictor:
         self.verify_users()
 
     def verify_users(self, most: int | None = None) -> None:
-        """Check that the model gives the users of the sample, or the first of them, the vectors that
-        it gave when it was trained: item vectors may be those of a table, which no adapter has part
+        """Check that the model gives the users of the sample (or ``most`` of them) the vectors that
+        it gave when it was trained. Item vectors may be those of a table, which no adapter has part
         in.
 
         Raises:
