@@ -23,7 +23,7 @@ from l2rec.service.live import Live
 from l2rec.service.loading import load_version
 from l2rec.service.settings import Settings
 
-EXAMPLES = 6
+EXAMPLES = 20
 NOT_IN_A_SCHEMA = (
     "unknown item id",
     "no attribute ",

@@ -32,7 +32,14 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 MAX_K = 500
@@ -89,6 +96,11 @@ _NO_OTHER_NAMES: dict[str, Any] = {"additionalProperties": False}
 History = Annotated[list[Id], Field(min_length=1, max_length=MAX_HISTORY)]
 
 
+def _whole(value: Any) -> Any:
+    """Read 5.0 as an integer, which it is in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class Closed(BaseModel):
     """A body: no unknown fields, and every value of its own JSON type."""
 
@@ -139,7 +151,7 @@ class Recommend(Closed):
     read the others. What a user's own events name is always skipped."""
     segment: Name | None = None
     """Segment of the user, for one who is not known; that of `PUT /v1/users`, if left out."""
-    k: int = Field(10, ge=1, le=MAX_K)
+    k: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MAX_K)] = 10
     exclude_seen: bool = True
     """Leave out the items of the history."""
     allow: Annotated[list[Id], Field(max_length=MAX_LIST)] | None = None
