@@ -77,7 +77,7 @@ def test_commands_of_the_document(
     monkeypatch.chdir(tmp_path)
     data = data_set(tmp_path)
     for name, seed in (("ml", 0), ("new", 1)):
-        config = runs.config(backbone_folder, "table", epochs=1)
+        config = runs.config(backbone_folder, epochs=1)
         runs.finished(config.model_copy(update={"seed": seed}), data, Path("runs") / name)
     for name in ("next", "old"):
         shutil.copytree("runs/new", f"runs/{name}")

@@ -54,7 +54,7 @@ def clicks(users: int, items: list[str], name: str, at: float) -> list[dict[str,
 # -- the catalog and the model stay together -----------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["table", "paper", "catalog", "blended"])
+@pytest.mark.parametrize("kind", ["paper", "catalog", "blended"])
 def test_an_item_that_is_put_again_keeps_what_was_learned(
     kind: str, serve: Serve, request: pytest.FixtureRequest
 ) -> None:
@@ -86,8 +86,8 @@ def test_an_item_that_is_put_again_keeps_what_was_learned(
     )
 
 
-def test_what_is_kept_needs_no_room(serve: Serve, table_run: Finished) -> None:
-    client, known = serve(new_items=0), load(table_run.run)
+def test_what_is_kept_needs_no_room(serve: Serve, catalog_run: Finished) -> None:
+    client, known = serve(new_items=0), load(catalog_run.run)
     item = {"id": "i1", "text": known.text_of("i1"), "attributes": {"price": "5"}}
     assert client.put("/v1/items", json={"items": [item]}).status_code == 200
     new = {"items": [item, {"id": "n1", "text": "hat"}]}
@@ -109,9 +109,9 @@ def test_a_price_of_an_item_that_only_ids_know(serve: Serve, sasrec_run: Path) -
 
 
 def test_three_turns(
-    serve: Serve, table_run: Finished, log_url: str, tmp_path: Path, call: Call
+    serve: Serve, catalog_run: Finished, log_url: str, tmp_path: Path, call: Call
 ) -> None:
-    folder, data, run = tmp_path / "serving", table_run.data, table_run.run
+    folder, data, run = tmp_path / "serving", catalog_run.data, catalog_run.run
     deploy(run, folder)
     deleted: set[str] = set()
     users = open_dataset(data).n_users
@@ -145,7 +145,7 @@ def test_three_turns(
         columns = {"item_id", "title", "color", "price", "text"}
         assert set(dataset.catalog.column_names) == columns
         run = tmp_path / f"run{turn}"
-        config = runs.config(table_run.backbone, "table", epochs=1)
+        config = runs.config(catalog_run.backbone, "catalog", epochs=1)
         train_run(config, data, run, progress=runs.Quiet(), recipe="tiny", command="test")
         said: list[str] = []
         deploy(run, folder, say=said.append)
@@ -176,15 +176,15 @@ def logged(path: Path, *events: Event) -> EventLog:
 
 
 def test_all_items_stay_whatever_was_clicked(
-    table_run: Finished, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+    catalog_run: Finished, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events = [Event(f"e{n}", "u", f"i{n}", "click", 1e9 + n) for n in range(4)]
     logged(tmp_path / "events.db", *events).close()
-    items = str(table_run.run / "catalog.parquet")
+    items = str(catalog_run.run / "catalog.parquet")
     command = ["prepare", str(tmp_path / "events.db"), "--items", items, "--out"]
     does(call, *command, str(tmp_path / "all"))
     whole = open_dataset(tmp_path / "all")
-    assert whole.item_ids.to_pylist() == load(table_run.run).ids
+    assert whole.item_ids.to_pylist() == load(catalog_run.run).ids
     note = "26 items without events are kept; --no-keep-all-items leaves them out"
     assert note in whole.meta["notes"]
     does(call, *command, str(tmp_path / "some"), "--no-keep-all-items")
@@ -199,7 +199,7 @@ def test_all_items_stay_whatever_was_clicked(
 
 
 def test_an_item_that_was_put_clicked_and_deleted(
-    table_run: Finished, tmp_path: Path, call: Call
+    catalog_run: Finished, tmp_path: Path, call: Call
 ) -> None:
     events = [Event(f"e{n}", "u", f"n{n % 2}", "click", 1e9 + n) for n in range(4)]
     log = logged(tmp_path / "events.db", *events)
@@ -212,24 +212,24 @@ def test_an_item_that_was_put_clicked_and_deleted(
         "prepare",
         str(tmp_path / "events.db"),
         "--after",
-        str(table_run.data),
+        str(catalog_run.data),
         "--out",
         str(out),
     )
     dataset = open_dataset(out)
     texts = dict(zip(dataset.item_ids.to_pylist(), dataset.texts(), strict=True))
     assert texts["n0"] == "a hat" and texts["n1"] == "a door" and len(texts) == 32
-    assert texts["i3"] == load(table_run.run).text_of("i3")
+    assert texts["i3"] == load(catalog_run.run).text_of("i3")
 
 
-def test_what_prepare_refuses_of_a_log(tmp_path: Path, call: Call, table_run: Finished) -> None:
+def test_what_prepare_refuses_of_a_log(tmp_path: Path, call: Call, catalog_run: Finished) -> None:
     logged(tmp_path / "events.db", Event("e", "u", "i1", "click", 1e9)).close()
     out = ["--out", str(tmp_path / "out")]
     assert "items of an event log have the texts that they are served with" in fails(
         call, "prepare", str(tmp_path / "events.db"), "--text", "{title}", *out
     )
     (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\nu,a,1\n")
-    after = ["--after", str(table_run.data)]
+    after = ["--after", str(catalog_run.data)]
     assert "is no event log; l2rec merge joins data sets" in fails(
         call, "prepare", str(tmp_path / "log.csv"), *after, *out
     )
@@ -239,7 +239,7 @@ def test_what_prepare_refuses_of_a_log(tmp_path: Path, call: Call, table_run: Fi
 
 
 @pytest.fixture
-def smaller(table_run: Finished, tmp_path: Path) -> Path:
+def smaller(catalog_run: Finished, tmp_path: Path) -> Path:
     """Train a run on the log alone, without the items that nobody clicked."""
     events = [
         Event(f"{user}-{n}", f"u{user}", f"i{n}", "click", 1e9 + n)
@@ -251,31 +251,31 @@ def smaller(table_run: Finished, tmp_path: Path) -> Path:
 
     from l2rec.cli import app
 
-    items = str(table_run.run / "catalog.parquet")
+    items = str(catalog_run.run / "catalog.parquet")
     command = ["prepare", str(tmp_path / "events.db"), "--items", items, "--no-keep-all-items"]
     CliRunner().invoke(app, [*command, "--out", str(tmp_path / "data")], catch_exceptions=False)
-    config = runs.config(table_run.backbone, "table", epochs=1)
+    config = runs.config(catalog_run.backbone, "catalog", epochs=1)
     return runs.finished(config, tmp_path / "data", tmp_path / "smaller").run
 
 
 def test_a_shrunk_catalog_is_not_deployed(
-    table_run: Finished, smaller: Path, tmp_path: Path, call: Call
+    catalog_run: Finished, smaller: Path, tmp_path: Path, call: Call
 ) -> None:
     folder = tmp_path / "serving"
-    deploy(table_run.run, folder)
+    deploy(catalog_run.run, folder)
     said: list[str] = []
     with pytest.raises(
-        CheckpointError, match=r"smaller lacks 24 items of .*table \(such as 'i6'\)"
+        CheckpointError, match=r"smaller lacks 24 items of .*catalog \(such as 'i6'\)"
     ):
         deploy(smaller, folder, say=said.append)
     assert said == [
         "items 30 -> 6 (0 gained, 24 lost)",
         "users 40 -> 8 (0 gained, 32 lost)",
-        f"events {open_dataset(table_run.data).n_events} -> 48 "
-        f"({48 - open_dataset(table_run.data).n_events:+,})",
+        f"events {open_dataset(catalog_run.data).n_events} -> 48 "
+        f"({48 - open_dataset(catalog_run.data).n_events:+,})",
         "lost items: 'i6', 'i7', 'i8', 'i9', 'i10' and 19 more",
     ]
-    assert read_deployment(folder).current == table_run.run.resolve()
+    assert read_deployment(folder).current == catalog_run.run.resolve()
     deploy(smaller, folder, shadow=True)  # which serves nobody
     assert "deploy with --allow-loss" in fails(call, "deploy", str(smaller), "--to", str(folder))
     out = does(call, "deploy", str(smaller), "--to", str(folder), "--allow-loss")
@@ -285,12 +285,12 @@ def test_a_shrunk_catalog_is_not_deployed(
 
 
 def test_a_current_run_that_is_gone_is_not_compared_with(
-    table_run: Finished, other_run: Finished, tmp_path: Path
+    catalog_run: Finished, other_run: Finished, tmp_path: Path
 ) -> None:
     import shutil
 
     folder, run = tmp_path / "serving", tmp_path / "run"
-    shutil.copytree(table_run.run, run)
+    shutil.copytree(catalog_run.run, run)
     deploy(run, folder)
     shutil.rmtree(run)
     said: list[str] = []
@@ -298,7 +298,7 @@ def test_a_current_run_that_is_gone_is_not_compared_with(
     assert len(said) == 1 and said[0].startswith("not compared with") and "catalog" in said[0]
 
 
-def test_a_torn_live_json_says_what_to_do(table_run: Finished, tmp_path: Path) -> None:
+def test_a_torn_live_json_says_what_to_do(catalog_run: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "serving"
     folder.mkdir()
     for text in ("", "{", '{"current": 1}', "[]"):
@@ -306,10 +306,10 @@ def test_a_torn_live_json_says_what_to_do(table_run: Finished, tmp_path: Path) -
         with pytest.raises(
             CheckpointError, match=r"live\.json.*; delete it, and name what is serv"
         ):
-            deploy(table_run.run, folder)
+            deploy(catalog_run.run, folder)
 
 
 def test_catalogs_of_runs_keep_what_stands_between_values(
-    table_run: Finished, tmp_path: Path
+    catalog_run: Finished, tmp_path: Path
 ) -> None:
-    assert read_catalog(table_run.run).separators == {}
+    assert read_catalog(catalog_run.run).separators == {}

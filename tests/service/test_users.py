@@ -46,18 +46,18 @@ def click(client: TestClient, user: str, *items: str, kind: str = "click") -> No
 # -- users who are known -------------------------------------------------------------------------
 
 
-def test_users_of_the_data_set_are_known(serve: Serve, table_run: Finished) -> None:
-    client, predictor = serve(), load(table_run.run)
+def test_users_of_the_data_set_are_known(serve: Serve, catalog_run: Finished) -> None:
+    client, predictor = serve(), load(catalog_run.run)
     for user in ("u0", "u7", "u39"):
-        history = user_history(table_run.run, user)
+        history = user_history(catalog_run.run, user)
         answer = recommend(client, user=user, k=7)
         assert ids(answer) == [i["id"] for i in predictor.recommend(history, 7).items]
         assert not answer["fallback"] and answer["segment"] is None
 
 
-def test_what_is_logged_follows_what_the_data_set_has(serve: Serve, table_run: Finished) -> None:
+def test_what_is_logged_follows_what_the_data_set_has(serve: Serve, catalog_run: Finished) -> None:
     client = serve()
-    past = user_history(table_run.run, "u3")
+    past = user_history(catalog_run.run, "u3")
     click(client, "u3", "i20", "i21", "unknown")
     answer = recommend(client, user="u3", k=9)
     assert ids(answer) == ids(recommend(client, history=[*past, "i20", "i21"], k=9))
@@ -67,36 +67,36 @@ def test_what_is_logged_follows_what_the_data_set_has(serve: Serve, table_run: F
     assert [item["id"] for item in shown["items"]] == [*past, "i20", "i21"]
     # An exposure alone tells nothing of what a user likes.
     click(client, "u4", "i20", kind="exposure")
-    past = user_history(table_run.run, "u4")
+    past = user_history(catalog_run.run, "u4")
     assert ids(recommend(client, user="u4")) == ids(recommend(client, history=past))
     assert client.get("/v1/users/u4").json()["source"] == "data"
 
 
 def test_what_the_data_set_has_from_the_log_does_not_count_twice(
-    table_run: Finished,
+    catalog_run: Finished,
 ) -> None:
-    people = People(table_run.run)
-    dataset = open_dataset(table_run.data)
+    people = People(catalog_run.run)
+    dataset = open_dataset(catalog_run.data)
     row = dataset.user_index("u5")
-    whole = user_history(table_run.run, "u5")
+    whole = user_history(catalog_run.run, "u5")
     start, stop = dataset.offsets[row : row + 2]
     third = float(dataset.timestamps[start:stop][3])
     assert people.history("u5", 100) == whole and people.history("u5", 2) == whole[-2:]
     assert people.history("u5", 100, before=third) == whole[:3]
     assert people.history("u5", 100, before=0.0) == people.history("nobody", 100) == []
     for user in dataset.user_ids.to_pylist():
-        assert people.history(user, 100) == user_history(table_run.run, user)
+        assert people.history(user, 100) == user_history(catalog_run.run, user)
     counts = Counter(dataset.item_ids.take(dataset.items.tolist()).to_pylist())
     assert people.counts() == counts
     assert people.counts(["u5", "nobody"]) == Counter(whole)
 
 
 def test_without_its_data_set_a_run_knows_the_log_alone(
-    serve: Serve, table_run: Finished, tmp_path: Path
+    serve: Serve, catalog_run: Finished, tmp_path: Path
 ) -> None:
-    shutil.copytree(table_run.run, tmp_path / "run")
+    shutil.copytree(catalog_run.run, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace(str(table_run.data.resolve()), "/nowhere"))
+    config.write_text(config.read_text().replace(str(catalog_run.data.resolve()), "/nowhere"))
     client = serve(tmp_path / "run")
     assert recommend(client, user="u3")["fallback"]
     click(client, "u3", "i20")
@@ -104,9 +104,9 @@ def test_without_its_data_set_a_run_knows_the_log_alone(
 
 
 def test_each_arm_knows_the_users_of_its_own_run(
-    table_run: Finished, other_run: Finished, log_url: str
+    catalog_run: Finished, other_run: Finished, log_url: str
 ) -> None:
-    live = Live(load_version(table_run.run), control=load_version(other_run.run))
+    live = Live(load_version(catalog_run.run), control=load_version(other_run.run))
     experiment = Experiment(name="exp", treatment=0.5)
     app = create_app(Settings(rate=0, experiment=experiment), live, EventLog(log_url))
     arms = set()
@@ -114,7 +114,7 @@ def test_each_arm_knows_the_users_of_its_own_run(
         for user in ("u0", "u1", "u2", "u3", "u4", "u5"):
             answer = recommend(client, user=user, k=5)
             arm = answer["experiment"]["arm"]
-            run = table_run.run if arm == "treatment" else other_run.run
+            run = catalog_run.run if arm == "treatment" else other_run.run
             expected = load(run).recommend(user_history(run, user), 5)
             assert ids(answer) == [i["id"] for i in expected.items]
             arms.add(arm)
@@ -125,9 +125,9 @@ def test_each_arm_knows_the_users_of_its_own_run(
 # -- users who are not ---------------------------------------------------------------------------
 
 
-def popular(table_run: Finished, *more: str) -> list[tuple[str, int]]:
+def popular(catalog_run: Finished, *more: str) -> list[tuple[str, int]]:
     """Count what is popular in the data set and these, most first, equals as in the catalog."""
-    dataset = open_dataset(table_run.data)
+    dataset = open_dataset(catalog_run.data)
     names = dataset.item_ids.to_pylist()
     counts = Counter([names[item] for item in dataset.items.tolist()])
     counts.update(more)
@@ -135,18 +135,18 @@ def popular(table_run: Finished, *more: str) -> list[tuple[str, int]]:
 
 
 def test_who_is_unknown_gets_what_is_popular(
-    serve: Serve, table_run: Finished, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, catalog_run: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("l2rec.service.audience.POPULAR_SECONDS", 0.0)
     client = serve()
     answer = recommend(client, user="nobody", k=12)
     assert answer["fallback"] and answer["gate"] is None and answer["segment"] is None
     listed = [(item["id"], item["score"]) for item in answer["items"]]
-    assert listed == popular(table_run)[:12]
+    assert listed == popular(catalog_run)[:12]
     for user in ("a", "b", "c", "d"):
         click(client, user, "i29", "unknown")
         click(client, user, "i28", kind="exposure")
-    expected = popular(table_run, *["i29"] * 4)
+    expected = popular(catalog_run, *["i29"] * 4)
     every = [item for item, _ in expected]
     answer = recommend(client, user="nobody", k=12)
     assert [(item["id"], item["score"]) for item in answer["items"]] == expected[:12]
@@ -165,14 +165,16 @@ def test_who_is_unknown_gets_what_is_popular(
     assert metric_of(metrics, "l2rec_fallbacks_total", segment="catalog") == 7
 
 
-def test_who_is_in_a_segment_gets_what_is_popular_there(serve: Serve, table_run: Finished) -> None:
+def test_who_is_in_a_segment_gets_what_is_popular_there(
+    serve: Serve, catalog_run: Finished
+) -> None:
     client = serve()
     put = {"users": [{"id": u, "segment": "de"} for u in ("a", "new", "u3")]}
     put["users"].append({"id": "lost", "segment": "empty"})
     assert client.put("/v1/users", json=put).json() == {"users": 4}
     click(client, "a", "i9", "i8")
     click(client, "b", "i7")
-    of_data = Counter(user_history(table_run.run, "u3"))
+    of_data = Counter(user_history(catalog_run.run, "u3"))
     counts = of_data + Counter(["i9", "i8"])
     for body in ({"user": "new"}, {"user": "nobody", "segment": "de"}):
         answer = recommend(client, k=5, **body)
