@@ -167,7 +167,10 @@ def prepare(
         bool | None, typer.Option(help="Drop events of items that the catalog does not have.")
     ] = None,
     drop_textless: Annotated[bool | None, typer.Option(help="Drop items without a text.")] = None,
-    keep_all_items: Annotated[bool | None, typer.Option(help="Keep items without events.")] = None,
+    keep_all_items: Annotated[
+        bool | None,
+        typer.Option(help="Keep items without events; those of an event log are kept by default."),
+    ] = None,
     duplicate_items: Annotated[
         str,
         _preparation(
@@ -188,6 +191,13 @@ def prepare(
             default_factory=_Default(_event_types), help="Types to read from an event log."
         ),
     ],
+    after: Annotated[
+        Path | None,
+        typer.Option(
+            help="With an event log: data set whose events come before those of the log, and whose "
+            "catalog is taken unless --items names one."
+        ),
+    ] = None,
     only: Annotated[
         str | None, typer.Option(help="Keep only events of these types: click,reply")
     ] = None,
@@ -229,10 +239,11 @@ def prepare(
     MIND, MicroLens, Yambda, Steam, Goodreads, CSV, Parquet, JSON Lines, sequence text (S3-Rec, P5),
     JSON objects (LC-Rec, RecFormer) and splits of samples (UniSRec, MiniOneRec); `--formats` lists
     them; plain or gzip. Files larger than memory are fine. And the event log of `l2rec serve`, by
-    file or URL, with the texts of `--items` and of the items put since.
+    file or URL, with the texts of `--items` and of the items put since: all of them, with events or
+    without, so that no item is lost to the next model.
 
-    Example: `l2rec prepare movielens-100k --out data/ml-100k`, or
-    `l2rec prepare runs/ml/events.db --items runs/ml/catalog.parquet --out data/served`
+    Example: `l2rec prepare movielens-100k --out data/ml-100k`, or, for what was served since,
+    `l2rec prepare runs/ml/events.db --after data/ml-100k --out data/served`
     """
     del formats  # printed by its callback
     import contextlib
@@ -242,6 +253,7 @@ def prepare(
     from l2rec.data.prepare import PrepareConfig
     from l2rec.data.prepare import prepare as run_prepare
     from l2rec.data.sources import locate
+    from l2rec.errors import ConfigError
     from l2rec.service.events import is_event_log
     from l2rec.service.export import export_log
 
@@ -269,11 +281,24 @@ def prepare(
     config = from_options(PrepareConfig, options)
     with contextlib.ExitStack() as stack:
         if is_event_log(source):
+            if text:
+                raise ConfigError(
+                    f"--text {text!r}: items of an event log have the texts that they are served "
+                    "with; leave it out, and change texts with PUT /v1/items"
+                )
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
             url = source if "://" in source else f"sqlite:///{source}"
-            path, items = export_log(url, folder, types=events.split(","), catalog=items)
+            path, items = export_log(
+                url, folder, types=events.split(","), catalog=items, after=after
+            )
             template: str | None = "{text}"
+            if keep_all_items is None:
+                config = config.model_copy(update={"keep_all_items": True})
         else:
+            if after is not None:
+                raise ConfigError(
+                    f"--after {after}: {source} is no event log; l2rec merge joins data sets"
+                )
             path, template = locate(source, cache.expanduser())
         if template and not text:
             config = config.model_copy(update={"text": template})
@@ -1175,8 +1200,14 @@ def deploy(
     stop_shadow: Annotated[
         bool, typer.Option("--stop-shadow", help="Stop comparing RUN, which must be the shadow.")
     ] = False,
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="Also where RUN lacks items that are served now.")
+    ] = False,
 ) -> None:
     """Check a run as a server would, then make it the one that the folder serves.
+
+    Prints the items, users and events that are gained and lost against the run before it, and
+    refuses a run that lacks items of that one.
 
     A server of the folder loads the run beside the live one, checks it again, and switches to it
     between two requests. `l2rec rollback` brings back the run that was served before.
@@ -1186,7 +1217,10 @@ def deploy(
     from l2rec.service.live import deploy as run_deploy
     from l2rec.service.live import end_shadow
 
-    deployment = end_shadow(run, to) if stop_shadow else run_deploy(run, to, shadow=shadow)
+    if stop_shadow:
+        deployment = end_shadow(run, to)
+    else:
+        deployment = run_deploy(run, to, shadow=shadow, allow_loss=allow_loss, say=typer.echo)
     typer.echo(f"{to}: current {deployment.current}, shadow {deployment.shadow or 'none'}")
 
 

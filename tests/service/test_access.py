@@ -17,7 +17,7 @@ KEYS = {
 }
 PUBLIC = {("GET", "/"), ("GET", "/livez"), ("GET", "/readyz"), ("GET", "/openapi.json")}
 READING = {("POST", f"/v1/{name}") for name in ("recommend", "embed/users", "embed/items")}
-READING.add(("POST", "/v1/explain"))
+READING |= {("POST", "/v1/explain"), ("POST", "/v1/recommend/batch")}
 
 
 def routes(client: TestClient) -> list[tuple[str, str]]:
@@ -32,6 +32,7 @@ def test_every_route_with_every_key(serve: Serve) -> None:
     every = routes(client)
     assert {("POST", "/v1/recommend"), ("PUT", "/v1/items"), ("DELETE", "/v1/items")} <= set(every)
     assert {("POST", "/v1/events"), ("GET", "/v1/experiments/{name}")} <= set(every)
+    assert {("PUT", "/v1/users"), *READING} <= set(every)
     for method, path in every:
         concrete = path.replace("{name}", "exp").replace("{id}", "i1")
         public = (method, path) in PUBLIC or path.startswith("/static")

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from starlette.testclient import TestClient
 from tests.support.runs import Finished
 from tests.support.service import Serve, error, metric_of
@@ -95,9 +96,15 @@ def test_allow_deny_filters(serve: Serve, catalog_run: Finished) -> None:
         ({"history": ["i1"] * 501}, 422, "history: List should have at most 500 items"),
         ({"history": ["i1", "zz", "i2", "yy"]}, 422, "unknown item ids: 'zz', 'yy'"),
         ({"history": ["i1"], "seen": 1}, 422, "seen: Extra inputs are not permitted"),
-        ({"history": ["\u0000"]}, 422, "history.0: String should match pattern"),
+        ({"history": ["\u0000"]}, 422, "history.0: a control character; leave it out"),
+        ({"history": ["i1"], "k": True}, 422, "k: Input should be a valid integer"),
+        ({"history": ["i1"], "k": "5"}, 422, "k: Input should be a valid integer"),
+        ({"history": ["i1"], "k": 5.5}, 422, "k: Input should be a valid integer"),
+        ({"history": ["i1"], "exclude_seen": 1}, 422, "exclude_seen: Input should be a valid bool"),
+        ({"history": ["i1"], "exclude_seen": "no"}, 422, "exclude_seen: Input should be a valid"),
+        ({"history": "i1"}, 422, "history: Input should be a valid list"),
+        ({"history": ["i1"], "unknown": "drop"}, 422, "unknown: Input should be 'fail' or 'skip'"),
         ({"history": ["x" * 257]}, 422, "history.0: String should have at most 256 characters"),
-        ({"user": "nobody"}, 404, "user 'nobody' has no events yet: send some to /v1/events"),
         ({"user": "u", "experiment": "e"}, 404, "no experiment 'e' (none runs)"),
     ],
 )
@@ -160,7 +167,9 @@ def test_unknown_parameters(serve: Serve) -> None:
     client = serve()
     answer = client.get("/v1/items", params={"limt": 3})
     assert error(answer, 422) == "'limt': no such parameter; did you mean 'limit'?"
-    assert error(client.get("/livez?x=1"), 422) == "'x': no such parameter"
+    assert error(client.get("/metrics?x=1"), 422) == "'x': no such parameter"
+    for address in ("/?utm_source=x", "/livez?x=1", "/readyz?x=1", "/static/app.js?v=2"):
+        assert client.get(address).status_code == 200, address
 
 
 def test_a_failure_that_nobody_foresaw(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +203,7 @@ def test_a_user_is_what_was_clicked(serve: Serve) -> None:
         "/v1/events", json={"events": [{"id": "x", "user": "v", "item": "gone", "type": "click"}]}
     )
     assert only.status_code == 200
-    assert error(client.post("/v1/recommend", json={"user": "v"}), 404)
+    assert client.post("/v1/recommend", json={"user": "v"}).json()["fallback"]
     assert metric(client, "l2rec_events_total", result="stored") == 6
     assert metric(client, "l2rec_events_total", result="ignored") == 4
 
@@ -297,7 +306,9 @@ def test_an_item_is_recommended_in_the_next_request_and_after_a_restart(serve: S
     assert as_it_is_now(client) == as_it_is_now(serve())
     assert client.delete("/v1/items", params={"id": "n1"}).status_code == 200
     assert "n1" not in recommend(serve(), history=["i1"], k=40)
-    assert metric(client, "l2rec_item_changes_total", change="put") == 2
+    assert metric(client, "l2rec_item_changes_total", change="new") == 1
+    assert metric(client, "l2rec_item_changes_total", change="updated") == 1
+    assert metric(client, "l2rec_item_changes_total", change="deleted") == 3
     assert error(client.delete("/v1/items", params={"id": ["zz", "i1"]}), 404) == (
         "unknown item ids: 'zz'"
     )
@@ -308,7 +319,12 @@ def test_an_item_is_recommended_in_the_next_request_and_after_a_restart(serve: S
     [
         ([], 422, "items: List should have at least 1 item"),
         ([{"id": "a", "text": "x"}] * 2, 422, "item 'a' is given twice"),
-        ([{"id": "a", "text": " \n"}], 422, "items.0.text: String should match pattern"),
+        ([{"id": "a", "text": " \n"}], 422, "items.0.text: a blank text"),
+        (
+            [{"id": "a", "text": "x", "attributes": {"text": "y"}}],
+            422,
+            "items.0: an attribute 'text': this is a column of every catalog",
+        ),
         ([{"id": "a", "text": "x" * 10_001}], 422, "items.0.text: String should have at most"),
         ([{"id": str(n), "text": "x"} for n in range(101)], 422, "items: List should have at most"),
         (
@@ -378,6 +394,27 @@ def test_storage_that_fails_leaves_reads_and_recovers(serve: Serve, log_url: str
     assert "n1" in recommend(client, history=["i1"], k=40)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arm": "treatment"}, "events.0: an arm without its experiment; give both"),
+        ({"timestamp": time.time() + 90_000}, "events.0.timestamp: "),
+        ({"timestamp": 1e10}, "events.0.timestamp: 10000000000 is more than a day ahead of"),
+        ({"timestamp": "5"}, "events.0.timestamp: Input should be a valid number"),
+        ({"timestamp": True}, "events.0.timestamp: Input should be a valid number"),
+        ({"id": 5}, "events.0.id: Input should be a valid string"),
+        ({"id": "a\tb"}, "events.0.id: a control character; leave it out"),
+    ],
+)
+def test_events_that_are_refused(change: Any, message: str, serve: Serve) -> None:
+    event = {"id": "a", "user": "u", "item": "i1", "type": "click", **change}
+    client = serve()
+    answer = client.post("/v1/events", json={"events": [event]})
+    assert error(answer, 422).startswith(message)
+    fine = event | {"id": "b", "arm": None, "timestamp": int(time.time()) + 60}
+    assert client.post("/v1/events", json={"events": [fine]}).json()["stored"] == 1
+
+
 # -- limits --------------------------------------------------------------------------------------
 
 
@@ -417,7 +454,7 @@ def test_overload_is_refused_at_once_and_ends(catalog_run: Finished, log_url: st
                 refused = [task.result() for task in asked if task.done()]
                 assert {answer.status_code for answer in refused} == {503}
                 assert all(answer.headers["retry-after"] == "1" for answer in refused)
-                said = {answer.json()["error"] for answer in refused}
+                said = {answer.json()["detail"] for answer in refused}
                 assert said == {"4 requests wait for the model thread; try again in 1 s"}
             answers = await asyncio.gather(*asked)
             good = [answer for answer in answers if answer.status_code == 200]
@@ -503,6 +540,20 @@ def test_ready_is_a_real_inference(serve: Serve, monkeypatch: pytest.MonkeyPatch
     assert client.get("/livez").json()["status"] == "alive"
 
 
+def test_ready_is_the_model_that_was_trained(serve: Serve, catalog_run: Finished) -> None:
+    client = serve(catalog_run.run)
+    assert client.get("/readyz").status_code == 200
+    service: Any = client.app.state.service  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for name, parameter in service.live.version.predictor.model.named_parameters():
+            if name.startswith("experts."):
+                parameter.zero_()
+    service._ready = None
+    message = error(client.get("/readyz"), 503)
+    assert message.startswith("the model is not the one that was trained: user vectors differ")
+    assert client.post("/v1/recommend", json={"history": ["i1"]}).status_code == 200
+
+
 def test_a_second_probe_shares_the_answer_of_the_first(serve: Serve) -> None:
     client = serve()
     calls = 0
@@ -545,7 +596,8 @@ def test_labels_of_metrics_are_few(serve: Serve) -> None:
     lines = page.text.splitlines()
     requests = [line for line in lines if line.startswith("l2rec_requests_total")]
     assert len(requests) < 12
-    assert metric(client, "l2rec_requests_total", route="other") == 30
+    assert metric(client, "l2rec_requests_total", route="other", status="404") == 30
+    assert metric(client, "l2rec_requests_total", route="/v1/recommend", status="200") == 1
     assert metric(client, "l2rec_recommendations_total", arm="none") == 1
     assert metric(client, "l2rec_version_info", role="live", name="catalog") == 1
 

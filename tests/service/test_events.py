@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -37,7 +38,9 @@ def click(number: int, user: str = "u", item: str | None = None, **changes: Any)
 def empty(log: EventLog) -> None:
     """Each test has its own tables."""
     log._transaction(
-        lambda connection: [connection.execute(t.delete()) for t in (log._events, log._items)]
+        lambda connection: [
+            connection.execute(t.delete()) for t in (log._events, log._items, log._users)
+        ]
     )
 
 
@@ -461,7 +464,7 @@ except StorageError:
     pass
 assert log.history("u", 1) == [f"i{stored - 1}"] and log.users() == ["u"]
 try:
-    log.put_items({"a": ("a lamp" * 1000, {})})
+    log.put_items({"a": ("a lamp" * 10_000, {})})
     raise SystemExit("an item was written to a full disk")
 except StorageError:
     ballast.unlink()
@@ -546,3 +549,58 @@ def test_a_password_is_in_no_error() -> None:
     with pytest.raises(StorageError) as error:
         log.ping()
     assert "hunter2" not in str(error.value) and "someone" in str(error.value)
+
+
+# -- users ---------------------------------------------------------------------------------------
+
+
+def test_segments_and_counts(log: EventLog) -> None:
+    log.append(
+        [
+            Event(f"{user}-{n}", user, item, kind, 100.0 + n)  # type: ignore[arg-type]
+            for user in ("ann", "bob", "eve")
+            for n, (item, kind) in enumerate(
+                [("a", "click"), ("b", "exposure"), (f"of-{user}", "reply"), ("a", "click")]
+            )
+        ]
+    )
+    assert log.segment_of("ann") is None and log.users_in("de") == []
+    log.put_users({"ann": "de", "bob": "de", "eve": "fr"})
+    log.put_users({"bob": "fr"})
+    assert log.segment_of("bob") == "fr" and sorted(log.users_in("fr")) == ["bob", "eve"]
+    everybody = {"a": 6, "of-ann": 1, "of-bob": 1, "of-eve": 1}
+    assert log.counts() == everybody
+    assert log.counts("fr") == {"a": 4, "of-bob": 1, "of-eve": 1} and log.counts("it") == {}
+    assert log.began("ann") == 100.0 and log.began("nobody") is None
+    with pytest.raises(DataError, match="segment ''"):
+        log.put_users({"ann": ""})
+
+
+def test_what_was_ever_put(log: EventLog) -> None:
+    log.put_items({"a": ("one", {"x": "1"}), "b": ("two", {})})
+    log.delete_items(["a", "never-put"])
+    assert log.items() == ({"b": ("two", {})}, frozenset({"a", "never-put"}))
+    assert log.texts() == {"a": ("one", {"x": "1"}), "b": ("two", {})}
+
+
+def test_a_database_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log" / "events.db"
+    log = EventLog(f"sqlite:///{path}")
+    log.append([Event("e", "u", "i", "click", 1.0)])
+    modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+    assert modes["events.db"] == 0o600 and set(modes.values()) == {0o600}
+    log.close()
+    path.chmod(0o640)  # somebody's decision
+    EventLog(f"sqlite:///{path}").close()
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_log_of_an_earlier_version_gets_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    EventLog(f"sqlite:///{path}").close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE l2rec_users")
+    log = EventLog(f"sqlite:///{path}")
+    log.put_users({"ann": "de"})
+    assert log.segment_of("ann") == "de"
+    log.close()

@@ -49,9 +49,11 @@ def test_what_was_served_is_a_data_set(log: Path, tmp_path: Path, ending: str) -
     items = catalog(tmp_path).with_suffix(f".{ending}")
     arguments = ["prepare", str(log), "--items", str(items), "--out", str(tmp_path / "data")]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert done.exit_code == 0 and "2 users, 4 items, 8 events" in done.stdout
+    assert done.exit_code == 0 and "2 users, 5 items, 8 events" in done.stdout
     dataset = open_dataset(tmp_path / "data")
     ids = dataset.item_ids.to_pylist()
+    assert ids == ["i0", "i1", "i2", "i3", "i4"]  # in the order of the catalog, i0 without events
+    assert dataset.catalog.column_names == ["item_id", "kind", "text"]
     texts = dict(zip(ids, dataset.texts(), strict=True))
     assert texts["i1"] == "b" and texts["i3"] == "a new text" and texts["i4"] == "put later"
     for user in ("ann", "bob"):  # clicks and replies in order of time, no exposure
@@ -134,7 +136,7 @@ def test_the_loop_closes(serve: Serve, catalog_run: Finished, log_url: str, tmp_
     known = load(catalog_run.run)
     data, run = tmp_path / "served", tmp_path / "again"
     command = ["prepare", log_url, "--items", str(catalog_run.run / "catalog.parquet")]
-    command += ["--out", str(data), "--keep-all-items"]
+    command += ["--out", str(data)]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0 and "12 users" in done.stdout and "60 events" in done.stdout
     dataset = open_dataset(data)

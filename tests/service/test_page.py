@@ -719,7 +719,7 @@ def test_what_goes_wrong_is_said_and_can_be_tried_again(visit: Open) -> None:
         (
             "busy; try again in 3 s. It says: 256 requests wait",
             503,
-            '{"error": "256 requests wait"}',
+            '{"detail": "256 requests wait"}',
         ),
         ("answered 500", 500, ""),
         ("cannot be read", 200, "<html>"),

@@ -18,13 +18,17 @@ import httpx
 import pytest
 from tests.support.command import PROGRAM
 from tests.support.runs import Finished
-from tests.support.service import WRITE_KEY, environment, in_process
+from tests.support.service import WRITE_KEY, environment, in_process, in_thread
 from typer.testing import CliRunner
 
 from l2rec.cli import app
 from l2rec.errors import L2RecError
 from l2rec.runs.predictor import load
-from l2rec.service.live import deploy
+from l2rec.service.app import create_app
+from l2rec.service.events import EventLog
+from l2rec.service.live import Live, deploy
+from l2rec.service.loading import load_version
+from l2rec.service.settings import Settings
 
 
 def test_a_public_address_without_a_key_is_refused() -> None:
@@ -110,13 +114,41 @@ def test_deploy_and_rollback_by_command(
     folder = str(tmp_path / "serving")
     for finished in (catalog_run, other_run):
         said = invoke("deploy", str(finished.run), "--to", folder)
-        assert said == f"{folder}: current {finished.run.resolve()}, shadow none\n"
+        assert said.endswith(f"{folder}: current {finished.run.resolve()}, shadow none\n")
+    assert said.startswith("items 30 -> 30 (0 gained, 0 lost)\nusers 40 -> 40 (0 gained, 0 lost)\n")
     said = invoke("deploy", str(catalog_run.run), "--to", folder, "--shadow")
     assert said.endswith(f"shadow {catalog_run.run.resolve()}\n")
     said = invoke("deploy", str(catalog_run.run), "--to", folder, "--stop-shadow")
     assert said.endswith("shadow none\n")
     said = invoke("rollback", folder)
     assert said == f"{folder}: current {catalog_run.run.resolve()}, before it 0 more\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
+    ],
+)
+def test_what_is_not_http_is_answered_with_problem_details(
+    sent: bytes, catalog_run: Finished, log_url: str
+) -> None:
+    live = Live(load_version(catalog_run.run))
+    with in_thread(create_app(Settings(), live, EventLog(log_url))) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            connection.sendall(sent)
+            answer = b""
+            while part := connection.recv(65536):
+                answer += part
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 "), answer
+        assert b"content-type: application/problem+json" in head.lower()
+        value = json.loads(body)
+        assert value["status"] == 400 and value["title"] == "Bad Request"
+        assert value["detail"].startswith("not HTTP/1.1: ")
+        assert httpx.get(f"{url}/livez").status_code == 200  # others are served as before
 
 
 def test_sigterm_answers_what_is_in_flight(catalog_run: Finished, tmp_path: Path) -> None:

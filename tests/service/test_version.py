@@ -125,6 +125,28 @@ def test_attributes() -> None:
         Attributes(0, {}).extended([{str(n): "x" for n in range(65)}])
 
 
+def test_attributes_that_change() -> None:
+    some = Attributes(3, {"price": pa.array(["1", "2", "3"], pa.string())})
+    now = some.changed({2: {"price": "9", "maker": "x|y"}, 0: {}})
+    assert [now.of(row) for row in range(3)] == [{}, {"price": "2"}, {"price": "9", "maker": "x|y"}]
+    assert now.mask({"maker": ["y"]}).tolist() == [0, 0, 1] and len(now) == 3
+    assert some.names == ["price"] and some.of(0) == {"price": "1"} and some.changed({}) is some
+    with pytest.raises(DataError, match="66 different attributes; items have at most 64"):
+        some.changed({1: {str(n): "x" for n in range(65)}})
+
+
+def test_values_between_which_something_else_stands() -> None:
+    kinds = pa.array(["Action Adventure", "Sci-Fi", "New York|Paris", "New York"], pa.string())
+    some = Attributes(4, {"class": kinds}, {"class": " "}).extended([{"class": "Action|War"}])
+    assert some.mask({"class": ["Action"]}).tolist() == [1, 0, 0, 0, 1]
+    assert some.mask({"class": ["Sci-Fi", "War"]}).tolist() == [0, 1, 0, 0, 1]
+    assert some.mask({"class": ["New York"]}).tolist() == [0, 0, 1, 1, 0]  # as a whole, as a part
+    assert some.mask({"class": ["Action Adventure"]}).tolist() == [1, 0, 0, 0, 0]
+    assert some.of(0) == {"class": "Action Adventure"}
+    changed = some.changed({1: {"class": "Action"}})
+    assert changed.mask({"class": ["Adventure", "Action"]}).tolist() == [1, 1, 0, 0, 1]
+
+
 def test_no_attributes() -> None:
     none = Attributes(2, {})
     assert none.mask({}).tolist() == [True, True] and len(none.extended([{}])) == 3
@@ -245,6 +267,34 @@ def test_vectors_that_are_not_the_models(copied: Path, change: Any, message: str
     save_tensors(copied / "items.safetensors", {"vectors": change(tensors["vectors"])}, **metadata)
     with pytest.raises(CheckpointError, match=message):
         load_version(copied)
+
+
+def test_adapters_that_are_not_applied(catalog_run: Finished, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(catalog_run.run, run)
+    version = load_version(run)
+    sample = version.predictor.sample
+    assert sample is not None and len(sample.vectors) == 4 and sample.within == 0.001
+    again = version.predictor.encode(sample.histories).vectors
+    assert torch.allclose(sample.vectors, again, atol=1e-5)
+    with torch.no_grad():  # as if they had never been loaded
+        for name, parameter in version.predictor.model.named_parameters():
+            if name.startswith("experts."):
+                parameter.zero_()
+    with pytest.raises(CheckpointError, match=r"user vectors differ .* adapters are not applied"):
+        version.predictor.verify_users()
+    grown = version.with_items({"n1": ("heavy red hat", {})})
+    with pytest.raises(CheckpointError, match="user vectors differ"):
+        grown.predictor.verify_users()
+    tensors, _ = load_tensors(run / "users.safetensors")
+    save_tensors(run / "users.safetensors", tensors, model="other")  # of earlier tensors
+    assert load_version(run).predictor.sample is None
+    (run / "users.safetensors").unlink()  # as in runs of earlier versions
+    assert load_version(run).predictor.sample is None
+
+
+def test_a_blend_keeps_the_sample(blended_run: Finished) -> None:
+    assert load_version(blended_run.run).predictor.sample is not None
 
 
 def test_a_model_that_gives_no_numbers(copied: Path) -> None:

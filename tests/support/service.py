@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from tests.support.command import PROGRAM
 
 from l2rec.service.metrics import Metrics
+from l2rec.service.protocol import Http
 
 Serve = Callable[..., TestClient]
 """Opens a client of an app; see the fixture ``serve``."""
@@ -27,12 +28,15 @@ READ_KEY, WRITE_KEY = "read-key-0123456789", "write-key-987654321"
 
 
 def error(answer: Any, status: int) -> str:
-    """Return the message of a refusal, which has to have this status and be one line of JSON."""
+    """Return the detail of a refusal, which has to have this status and be problem details."""
     assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["content-type"] == "application/problem+json"
     value = answer.json()
-    assert list(value) == ["error"] and "\n" not in value["error"]
-    return str(value["error"])
+    assert list(value) == ["type", "title", "status", "detail", "request"]
+    assert value["type"] == "about:blank" and value["title"] and value["status"] == status
+    assert value["request"] == answer.headers["x-request-id"]
+    assert "\n" not in value["detail"]
+    return str(value["detail"])
 
 
 def metric_of(metrics: Metrics, name: str, /, **labels: str) -> float:
@@ -54,7 +58,8 @@ def postgres_address(server: Any) -> str:
 def in_thread(app: Any) -> Iterator[str]:
     """Serve an app in a thread, on a free port; the address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+        config = uvicorn.Config(app, http=Http, log_level="critical", lifespan="on")
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         deadline = time.monotonic() + 60

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from tests.support.errors import one_line
 
 from l2rec.data import prepare as prepare_module
+from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.data.formats.source import Source
 from l2rec.data.prepare import PrepareConfig, build, core, prepare
@@ -76,6 +77,8 @@ def test_order_ints_and_counters(tmp_path: Path) -> None:
 def test_the_whole_catalog_may_stay(tmp_path: Path) -> None:
     dataset = make(tmp_path, keep_all_items=True)
     assert dataset.item_ids.to_pylist() == ["c", "a", "z", "b"]
+    note = "1 items without events are kept; --no-keep-all-items leaves them out"
+    assert note in dataset.meta["notes"]
     assert rows_of(dataset)["u"] == ["c", "a", "b"]
 
 
@@ -110,10 +113,32 @@ def test_template_without_catalog(tmp_path: Path) -> None:
         prepare(tmp_path / "s", tmp_path / "out", PrepareConfig(text="{title}"), progress=False)
 
 
-def test_a_field_called_text_steps_aside(tmp_path: Path) -> None:
-    source = write(tmp_path / "s", "u\ta\t1\n", "item_id:token\ttext:token_seq\na\thello\n")
+def test_a_field_called_text_that_is_the_text_is_one_column(tmp_path: Path) -> None:
+    source = write(tmp_path / "s", "u\ta\t1\n", "item_id:token\ttext:token_seq\na\t hello \n")
     dataset = prepare(source, tmp_path / "out", progress=False)
-    assert dataset.catalog.to_pylist() == [{"item_id": "a", "raw_text": "hello", "text": "hello"}]
+    assert dataset.catalog.to_pylist() == [{"item_id": "a", "text": "hello"}]
+    assert dataset.meta["fields"] == []
+
+
+def test_a_field_called_text_steps_aside(tmp_path: Path) -> None:
+    items = "item_id:token\traw_text:token\ttext:token\na\told\thello\n"
+    source = write(tmp_path / "s", "u\ta\t1\n", items)
+    dataset = prepare(source, tmp_path / "out", progress=False)
+    row = {"item_id": "a", "raw_text": "old", "raw_raw_text": "hello", "text": "old. hello"}
+    assert dataset.catalog.to_pylist() == [row]
+    assert dataset.meta["fields"] == ["raw_text", "raw_raw_text"]
+
+
+def test_fields_of_several_values_say_what_stands_between_them(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "s",
+        "u\ta\t1\n",
+        "item_id:token\ttitle:token\tclass:token_seq\na\tBig Cat\tComedy Drama\n",
+    )
+    dataset = prepare(source, tmp_path / "out", progress=False)
+    assert dataset.texts() == ["Big Cat. Comedy Drama"]
+    assert Catalog(dataset.catalog).separators == {"class": " "}
+    assert dataset.catalog["class"].to_pylist() == ["Comedy Drama"]
 
 
 def test_without_catalog_items_have_no_text(tmp_path: Path) -> None:

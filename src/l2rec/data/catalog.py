@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Catalog"]
+__all__ = ["Catalog", "separator_of", "with_separator"]
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,12 +12,28 @@ import pyarrow as pa
 from l2rec.errors import DataError, nearest
 
 ID, TEXT = "item_id", "text"
+SEPARATOR = b"between_values"
+"""Key in the metadata of a column whose strings hold several values each."""
+
+
+def with_separator(column: pa.Field, separator: str | None) -> pa.Field:
+    """Return a column that says what stands between several values of one string; the same column
+    for None.
+    """
+    return column if separator is None else column.with_metadata({SEPARATOR: separator.encode()})
+
+
+def separator_of(column: pa.Field) -> str | None:
+    """Return what `with_separator` has said of a column."""
+    known = (column.metadata or {}).get(SEPARATOR)
+    return None if known is None else str(known.decode())
 
 
 class Catalog:
     """Items by int: row i of ``table`` is item i.
 
-    ``table``: columns ``item_id``, ``text`` and any raw fields, all strings.
+    ``table``: columns ``item_id``, ``text`` and any raw fields, all strings. A field of several
+    values has them in one string: `separator_of` its column stands between them.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -41,6 +57,12 @@ class Catalog:
     def fields(self) -> list[str]:
         """Names of the raw fields."""
         return [name for name in self.table.column_names if name not in (ID, TEXT)]
+
+    @property
+    def separators(self) -> dict[str, str]:
+        """What stands between the values of the raw fields that have several."""
+        known = {column.name: separator_of(column) for column in self.table.schema}
+        return {name: between for name, between in known.items() if between is not None}
 
     def field(self, name: str) -> list[str]:
         """Return one raw field of every item, empty where it is missing.

@@ -21,7 +21,7 @@ import shutil
 import string
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -36,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from l2rec.data.catalog import with_separator
 from l2rec.data.dataset import (
     FORMAT,
     GIVEN,
@@ -243,12 +244,32 @@ def _read_catalog(source: Source, state: _State) -> _Catalog | None:
     frame = _without_duplicates(pl.concat(frames), state)
     text = _default_text(source.fields) if template is None else _apply(template)
     frame = frame.with_columns(text.alias("__text"))
-    # item_id and text are columns of the data set; fields of these names are renamed.
-    taken = {name: f"raw_{name}" for name in fields if name in ("text", "item_id")}
+    if "text" in fields and frame["__text"].equals(frame["text"].str.strip_chars()):
+        frame = frame.drop("text")  # it is the text already
+        fields = tuple(name for name in fields if name != "text")
+    taken = _out_of_the_way(fields)
     frame = frame.rename(taken | {"__id": "item_id", "__text": "text"})
     ids = frame["item_id"].to_arrow().cast(pa.large_string())
     state.counters["catalog_items"] = len(ids)
-    return _Catalog(_plain(frame), ids, tuple(taken.get(name, name) for name in fields))
+    names = [taken.get(name, name) for name in fields]
+    separators = {
+        taken.get(name, name): between
+        for name, between in source.separators.items()
+        if name in fields
+    }
+    return _Catalog(_plain(frame, separators), ids, tuple(names))
+
+
+def _out_of_the_way(fields: Sequence[str]) -> dict[str, str]:
+    """Rename fields that are called as columns of the data set are: item_id and text."""
+    taken: dict[str, str] = {}
+    for name in ("item_id", "text"):
+        if name in fields:
+            free = f"raw_{name}"
+            while free in fields:
+                free = f"raw_{free}"
+            taken[name] = free
+    return taken
 
 
 def _without_duplicates(frame: pl.DataFrame, state: _State) -> pl.DataFrame:
@@ -308,9 +329,14 @@ def _default_text(fields: Sequence[str]) -> pl.Expr:
     return pl.concat_str(filled, separator=". ", ignore_nulls=True).fill_null("")
 
 
-def _plain(frame: pl.DataFrame) -> pa.Table:
+def _plain(frame: pl.DataFrame, separators: Mapping[str, str]) -> pa.Table:
+    """Return the table as strings; fields of several values say what stands between these."""
     table = frame.to_arrow()
-    return table.cast(pa.schema([(name, _string_type(table[name])) for name in table.column_names]))
+    columns = [
+        with_separator(pa.field(name, _string_type(table[name])), separators.get(name))
+        for name in table.column_names
+    ]
+    return table.cast(pa.schema(columns))
 
 
 def _string_type(column: pa.ChunkedArray) -> pa.DataType:
@@ -643,6 +669,10 @@ def _write_events(
         else:
             state.splits = GIVEN
     item_ok = remaining.items[:-1] if state.config.keep_all_items else item_counts > 0
+    if unused := int((item_ok & (item_counts == 0)).sum()):
+        state.notes.append(
+            f"{unused:,} items without events are kept; --no-keep-all-items leaves them out"
+        )
     _renumber(written["items"], item_ok, state.chunk)
     for array in written.values():
         array.flush()

@@ -6,6 +6,7 @@
     RUN/model.safetensors   trained tensors of the best step, without the frozen backbone
     RUN/blend.safetensors   co-occurrence and repeats beside it, in a run that `l2rec blend` wrote
     RUN/items.safetensors   item vectors of that model
+    RUN/users.safetensors   a few histories and the user vectors that it gave them, to compare with
     RUN/cache/              what was computed once for the catalog: token tables, text vectors
     RUN/metrics.jsonl       one line per log point and validation
     RUN/report.json         scores, seeds, fingerprints, hardware, time, tokens, memory
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 __all__ = [
     "RunFolder",
+    "Sample",
     "UserIds",
     "check_backbone",
     "claim",
@@ -49,6 +51,7 @@ __all__ = [
     "write_blend",
     "write_identity",
     "write_item_vectors",
+    "write_sample",
 ]
 
 import hashlib
@@ -59,9 +62,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
@@ -70,6 +75,7 @@ from torch import Tensor
 from l2rec.config import RunConfig, resolve
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split, split_events, with_fewer_users
 from l2rec.disk import LOCK, read_json, replacing, write_text
 from l2rec.errors import BackboneError, CheckpointError, ConfigError
@@ -82,6 +88,7 @@ EARLIER_NAME = ("nearby items", "co-occurrence")
 HELD = {"none": "unquantised weights", "8bit": "8-bit weights", "4bit": "4-bit weights"}
 NEVER = "was this run ever checkpointed?"
 MODEL, BLEND, ITEMS = "model.safetensors", "blend.safetensors", "items.safetensors"
+USERS = "users.safetensors"
 RANKS, TIED_RANKS = "ranks.parquet", "ranks-tied-day.parquet"
 
 
@@ -313,12 +320,46 @@ def write_item_vectors(run: Path, vectors: Tensor) -> None:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Histories [B] of item ints, and the user vectors [B, D] that the trained model gave them.
+
+    within: share of their length by which these may differ on another machine.
+    """
+
+    histories: Ragged
+    vectors: Tensor
+    within: float
+
+
+def write_sample(run: Path, sample: Sample) -> None:
+    """Write a sample of users, bound to the tensors that their vectors were made with."""
+    tensors = {
+        "items": torch.from_numpy(sample.histories.values.astype(np.int32)),
+        "offsets": torch.from_numpy(sample.histories.offsets),
+        "vectors": sample.vectors.float().cpu(),
+    }
+    save_tensors(run / USERS, tensors, model=version_of(run), within=str(sample.within))
+
+
+def _read_sample(run: Path, version: str) -> Sample | None:
+    """Read a sample; None where there is none of these tensors: earlier versions wrote none."""
+    if not (run / USERS).is_file():
+        return None
+    tensors, metadata = load_tensors(run / USERS)
+    if metadata.get("model") != version or not {"items", "offsets", "vectors"} <= tensors.keys():
+        return None
+    histories = Ragged(tensors["items"].numpy(), tensors["offsets"].numpy())
+    return Sample(histories, tensors["vectors"], float(metadata.get("within", 0)))
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """A run, each of its files read once.
 
     config, identity: of config.yaml. tensors: of the model. blend: tensors of a `Blend`, None
     without. vectors: [N, D] of the catalog, None if there are none. vectors_version: of the tensors
-    that these were made with. version: `version_of` the run.
+    that these were made with. sample: of user vectors, None if there is none of these tensors.
+    version: `version_of` the run.
     """
 
     path: Path
@@ -329,6 +370,7 @@ class RunFolder:
     blend: Mapping[str, Tensor] | None
     vectors: Tensor | None
     vectors_version: str | None
+    sample: Sample | None
     version: str
 
     @property
@@ -363,6 +405,7 @@ def read_run(run: Path) -> RunFolder:
     metadata: dict[str, str] = {}
     if (run / ITEMS).is_file():
         vectors, metadata = load_tensors(run / ITEMS)
+    version = digest.hexdigest()[:16]
     return RunFolder(
         path=run,
         config=config,
@@ -372,7 +415,8 @@ def read_run(run: Path) -> RunFolder:
         blend=blend,
         vectors=vectors.get("vectors"),
         vectors_version=metadata.get("model"),
-        version=digest.hexdigest()[:16],
+        sample=_read_sample(run, version),
+        version=version,
     )
 
 

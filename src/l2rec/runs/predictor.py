@@ -46,7 +46,15 @@ from l2rec.protocols import (
     TakesNewItems,
 )
 from l2rec.runs.checkpoint import load_tensors, load_trained
-from l2rec.runs.folder import MODEL, RunFolder, check_backbone, find_backbone, read_run, unfinished
+from l2rec.runs.folder import (
+    MODEL,
+    RunFolder,
+    Sample,
+    check_backbone,
+    find_backbone,
+    read_run,
+    unfinished,
+)
 from l2rec.runs.machine import device
 
 logger = logging.getLogger("l2rec")
@@ -110,6 +118,7 @@ class Predictor:
         model: the method. ids: external item ids by item int. texts: their texts.
         vectors: [N, D] item vectors, None for a method that only ranks. version: short hash of
         the trained tensors. blend: co-occurrence and repeats beside the method, None without.
+        sample: users as the trained model gave them, None if nobody wrote them down.
     """
 
     def __init__(
@@ -120,8 +129,9 @@ class Predictor:
         vectors: Tensor | None,
         version: str,
         blend: Blend | None = None,
+        sample: Sample | None = None,
     ) -> None:
-        self.model, self.blend = model, blend
+        self.model, self.blend, self.sample = model, blend, sample
         self.ids, self.texts, self.vectors, self.version = ids, texts, vectors, version
         self._index = {item: n for n, item in enumerate(ids)}
         self._scorer: Scorer | None = None
@@ -250,13 +260,15 @@ class Predictor:
                 vectors = torch.cat((vectors, self.model.encode_items(fresh)))
         ids = [*self.ids, *[""] * gap, *items]
         texts = [*self.texts, *[""] * gap, *items.values()]
-        grown = Predictor(self.model, ids, texts, vectors, self.version, self.blend)
+        grown = Predictor(self.model, ids, texts, vectors, self.version, self.blend, self.sample)
         grown._index.pop("", None)
         return grown
 
     def blended(self, blend: Blend, version: str) -> Predictor:
         """Return this predictor with co-occurrence and repeats beside its scores."""
-        return Predictor(self.model, self.ids, self.texts, self.vectors, version, blend)
+        return Predictor(
+            self.model, self.ids, self.texts, self.vectors, version, blend, self.sample
+        )
 
     def verify(self) -> None:
         """Check that item vectors are finite, and (a sample) what the model makes of its items.
@@ -278,6 +290,27 @@ class Predictor:
             raise CheckpointError(
                 f"stored item vectors differ from the model's by {worst:.2g} of their length: "
                 "items.safetensors is torn or of another model; delete it to encode them anew"
+            )
+        self.verify_users()
+
+    def verify_users(self, most: int | None = None) -> None:
+        """Check that the model gives the users of the sample (or ``most`` of them) the vectors that
+        it gave when it was trained. Item vectors may be those of a table, which no adapter has part
+        in.
+
+        Raises:
+            CheckpointError: it does not; its adapters are not applied, or not all of it was loaded.
+        """
+        if self.sample is None:
+            return
+        histories, stored = self.sample.histories, self.sample.vectors[:most]
+        again = self.encode(histories.take(np.arange(len(stored)))).vectors.float().cpu()
+        scale = float(stored.norm(dim=-1).mean()) + 1e-6
+        worst = float((again - stored).norm(dim=-1).max()) / scale
+        if not worst <= self.sample.within:
+            raise CheckpointError(
+                f"user vectors differ from those of the trained model by {worst:.2g} of their "
+                "length: its adapters are not applied, or it is not the model that was trained"
             )
 
     def _require(self, protocol: Any, otherwise: str) -> None:
@@ -373,4 +406,4 @@ def load_folder(folder: RunFolder) -> Predictor:
     if vectors is not None:
         vectors = vectors.to(device())
     ids = catalog.table["item_id"].to_pylist()
-    return Predictor(model, ids, list(catalog.texts), vectors, folder.version, blend)
+    return Predictor(model, ids, list(catalog.texts), vectors, folder.version, blend, folder.sample)

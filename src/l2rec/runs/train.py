@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import GIVEN, Dataset, open_dataset
+from l2rec.data.ragged import Ragged
 from l2rec.data.splits import LEAVE_ONE_OUT, Cases, Split
 from l2rec.data.text import share_read
 from l2rec.disk import working_on, write_json
@@ -42,6 +44,7 @@ from l2rec.runs.checkpoint import (
 )
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
+    Sample,
     check_backbone,
     claim,
     clear_partial,
@@ -54,6 +57,7 @@ from l2rec.runs.folder import (
     version_of,
     write_identity,
     write_item_vectors,
+    write_sample,
 )
 from l2rec.runs.loop import TrainingResult, train
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
@@ -71,6 +75,11 @@ UNTRAINED = "untrained"
 UNTRAINED_BACKBONE = "untrained backbone"
 PRETRAINED = "before fine-tuning"
 START = "state/start.safetensors"
+SAMPLED, SAMPLED_ITEMS = 4, 20
+"""Users, and their newest items, whose vectors a run keeps so that it can be verified."""
+WITHIN, ROUNDED_WITHIN = 0.001, 0.02
+"""Share of their length by which user vectors may differ on another machine: of a backbone in
+float32, and of one that is rounded or quantised."""
 
 
 def train_run(
@@ -123,6 +132,8 @@ def train_run(
             shutil.copy2(entry, out / "cache" / entry.name)
         ids = dataset.item_ids.to_pylist()
         predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
+        if vectors is not None:
+            write_sample(out, _sample(predictor, dataset, backbone))
         diagnostics = diagnose(predictor, split, dataset)
         start = (
             PRETRAINED
@@ -142,6 +153,16 @@ def train_run(
         write_json(out / "report.json", report)
         write_report(out)
         return report
+
+
+def _sample(predictor: Predictor, dataset: Dataset, backbone: Backbone | None) -> Sample:
+    """Encode the newest items of a few users, spread over all."""
+    users = np.flatnonzero(dataset.sequences.lengths)
+    users = users[np.unique(np.linspace(0, len(users) - 1, SAMPLED).astype(np.int64))]
+    rows = Ragged.from_rows([dataset.sequences[int(user)][-SAMPLED_ITEMS:] for user in users])
+    exact = backbone is None or (backbone.dtype, backbone.quantized) == (torch.float32, "none")
+    vectors = predictor.encode(rows).vectors.float().cpu()
+    return Sample(rows, vectors, WITHIN if exact else ROUNDED_WITHIN)
 
 
 def validate_run(

@@ -1,4 +1,4 @@
-"""The app of a server: its routes, its errors as lines of JSON, and its OpenAPI schema.
+"""The app of a server: its routes, its errors as problem details, and its OpenAPI schema.
 
 The routes are in routes/, one file for each kind; `Guard` stands before all of them.
 """
@@ -20,23 +20,20 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
 from l2rec._version import __version__
-from l2rec.errors import DataError, L2RecError, StorageError, nearest
+from l2rec.errors import L2RecError, nearest
 from l2rec.service.batching import Busy
 from l2rec.service.events import EventLog
 from l2rec.service.follow import Follower, Shadow, keep_in_sync
 from l2rec.service.live import Live
 from l2rec.service.routes import browse, explain, page
 from l2rec.service.routes import live as live_routes
-from l2rec.service.routes.answers import ANY
+from l2rec.service.routes.answers import ANY, as_refused
 from l2rec.service.routes.events import write_routes
 from l2rec.service.routes.probes import probe_routes
 from l2rec.service.routes.recommend import rank_routes
-from l2rec.service.security import Guard, Refused, is_public, problem
+from l2rec.service.security import PROBLEM, Guard, Refused, is_public, problem
 from l2rec.service.serving import Service
 from l2rec.service.settings import Settings
-
-RETRY_STORAGE = 5
-"""Seconds until a request may come again whose storage was away."""
 
 
 def create_app(
@@ -103,8 +100,12 @@ def create_app(
 
 
 async def _known_query(request: Request) -> None:
-    """Refuse a query parameter that the route does not have, as bodies refuse unknown fields."""
-    if not request.query_params:
+    """Refuse a query parameter that the route does not have, as bodies refuse unknown fields.
+
+    The page and the probes are exempt: links are shared with parameters of trackers, and load
+    balancers add some of their own.
+    """
+    if not request.query_params or is_public(request.method, request.url.path):
         return
     known = [field.alias for field in request.scope["route"].dependant.query_params]
     for name in request.query_params:
@@ -116,42 +117,39 @@ async def _known_query(request: Request) -> None:
 
 
 def _errors(app: FastAPI, service: Service) -> None:
-    """Answer every error with one line of JSON; the guard answers those that are not named here."""
+    """Answer every error with problem details; the guard answers those that are not named here."""
     metrics = service.metrics
 
-    def answer(status: int, error: str, retry_after: float | None = None) -> Response:
+    def answer(
+        request: Request, status: int, error: str, retry_after: float | None = None
+    ) -> Response:
         headers = {} if retry_after is None else {"Retry-After": str(math.ceil(retry_after))}
-        return Response(problem(error), status, headers, media_type="application/json")
+        body = problem(status, error, request.scope["l2rec.request"])
+        return Response(body, status, headers, media_type=PROBLEM)
 
     @app.exception_handler(RequestValidationError)
-    async def _invalid(_: Request, error: RequestValidationError) -> Response:
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return answer(400, f"not JSON: {first.get('ctx', {}).get('error', '')}")
+            return answer(request, 400, f"not JSON: {first.get('ctx', {}).get('error', '')}")
         where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
         text = first["msg"].removeprefix("Value error, ")
-        return answer(422, f"{where}: {text}" if where else text)
+        return answer(request, 422, f"{where}: {text}" if where else text)
 
     @app.exception_handler(HTTPException)
-    async def _http(_: Request, error: HTTPException) -> Response:
-        response = answer(error.status_code, str(error.detail))
+    async def _http(request: Request, error: HTTPException) -> Response:
+        response = answer(request, error.status_code, str(error.detail))
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Refused)
-    async def _refused(_: Request, error: Refused) -> Response:
-        return answer(error.status, error.error, error.retry_after)
+    async def _known(request: Request, error: Exception) -> Response:
+        if isinstance(error, Busy):
+            metrics.refused.labels("queue").inc()
+        refused = as_refused(error)
+        return answer(request, refused.status, refused.error, refused.retry_after)
 
-    @app.exception_handler(Busy)
-    async def _busy(_: Request, error: Busy) -> Response:
-        metrics.refused.labels("queue").inc()
-        return answer(503, str(error), error.retry_after)
-
-    @app.exception_handler(L2RecError)
-    async def _known(_: Request, error: L2RecError) -> Response:
-        if isinstance(error, StorageError):
-            return answer(503, str(error), RETRY_STORAGE)
-        return answer(422 if isinstance(error, DataError) else 409, str(error))
+    for known in (Refused, Busy, L2RecError):
+        app.exception_handler(known)(_known)
 
 
 def _schema(app: FastAPI, settings: Settings) -> None:
@@ -172,7 +170,17 @@ def _schema(app: FastAPI, settings: Settings) -> None:
                     for method, operation in methods.items():
                         if not is_public(method.upper(), path):
                             operation["security"] = [{"key": []}]
+            for methods in schema["paths"].values():
+                for operation in methods.values():
+                    _as_problems(operation["responses"])
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _as_problems(responses: dict[str, Any]) -> None:
+    """Describe errors with their own media type."""
+    for status, response in responses.items():
+        if status >= "400" and "application/json" in response.get("content", {}):
+            response["content"] = {PROBLEM: response["content"].pop("application/json")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Attributes"]
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +22,25 @@ Floats = npt.NDArray[np.float32]
 class Attributes:
     """Attributes of the items of a catalog, by row.
 
-    Several values of one item stand in its string with ``|`` between them.
+    Several values of one item stand in its string with ``|`` between them, or with what the column
+    of the catalog says.
 
     Args:
         rows: number of items, N.
         columns: [N] strings by name of the attribute.
+        separators: what else stands between values, by name of the attribute.
     """
 
     MOST = 64
     """Attributes in all, unless the catalog has more."""
 
-    def __init__(self, rows: int, columns: Mapping[str, pa.Array]) -> None:
-        self._rows, self._columns = rows, dict(columns)
+    def __init__(
+        self,
+        rows: int,
+        columns: Mapping[str, pa.Array],
+        separators: Mapping[str, str] | None = None,
+    ) -> None:
+        self._rows, self._columns, self._separators = rows, dict(columns), dict(separators or {})
         self._parts: dict[str, tuple[pa.Array, Rows]] = {}
 
     @classmethod
@@ -43,7 +50,7 @@ class Attributes:
             name: pc.fill_null(catalog.table[name].cast(pa.string()), "").combine_chunks()
             for name in catalog.fields
         }
-        return cls(len(catalog), columns)
+        return cls(len(catalog), columns, catalog.separators)
 
     @property
     def names(self) -> list[str]:
@@ -72,7 +79,8 @@ class Attributes:
                 )
 
     def mask(self, filters: Mapping[str, Sequence[str]]) -> Mask:
-        """Return the [N] bool mask of items with one of the values of each filter.
+        """Return the [N] bool mask of items that have one of the values of each filter: as their
+        whole string, or among its values.
 
         Raises:
             DataError: there is no such attribute.
@@ -81,19 +89,45 @@ class Attributes:
         mask = np.ones(len(self), dtype=np.bool_)
         for name, values in filters.items():
             parts, row = self._split(name)
-            hit = pc.is_in(parts, value_set=pa.array(list(values), pa.string()))
-            one = np.zeros(len(self), dtype=np.bool_)
-            one[row[hit.to_numpy(zero_copy_only=False)]] = True
+            wanted = pa.array(list(values), pa.string())
+            hit = pc.is_in(parts, value_set=wanted).to_numpy(zero_copy_only=False)
+            one = pc.is_in(self._columns[name], value_set=wanted).to_numpy(zero_copy_only=False)
+            one = one.copy()
+            one[row[hit]] = True
             mask &= one
         return mask
 
     def _split(self, name: str) -> tuple[pa.Array, Rows]:
         """Return the values of a column and the row of each; a column is split once."""
         if name not in self._parts:
-            lists = pc.split_pattern(self._columns[name], "|")
+            column = self._columns[name]
+            if name in self._separators:
+                plain = pc.invert(pc.match_substring(column, "|"))
+                listed = pc.replace_substring(column, self._separators[name], "|")
+                column = pc.if_else(plain, listed, column)
+            lists = pc.split_pattern(column, "|")
             rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
             self._parts[name] = (pc.list_flatten(lists), rows.astype(np.int64))
         return self._parts[name]
+
+    def changed(self, rows: Mapping[int, Mapping[str, str]]) -> Attributes:
+        """Return a copy in which these rows have these attributes and no others.
+
+        Raises:
+            DataError: more than `MOST` attributes.
+        """
+        if not rows:
+            return self
+        at = sorted(rows)
+        mask = np.zeros(len(self), dtype=np.bool_)
+        mask[at] = True
+        return self._with(
+            rows.values(),
+            lambda name, known: pc.replace_with_mask(
+                known, mask, pa.array([rows[row].get(name, "") for row in at], pa.string())
+            ),
+            len(self),
+        )
 
     def extended(self, rows: Sequence[Mapping[str, str]]) -> Attributes:
         """Return a copy with these rows at the end.
@@ -101,16 +135,26 @@ class Attributes:
         Raises:
             DataError: more than `MOST` attributes.
         """
-        names = list(dict.fromkeys((*self.names, *(name for row in rows for name in row))))
+        return self._with(
+            rows,
+            lambda name, known: pa.concat_arrays(
+                [known, pa.array([row.get(name, "") for row in rows], pa.string())]
+            ),
+            len(self) + len(rows),
+        )
+
+    def _with(
+        self,
+        fresh: Iterable[Mapping[str, str]],
+        column: Callable[[str, pa.Array], pa.Array],
+        rows: int,
+    ) -> Attributes:
+        """Return a copy whose columns are ``column`` of those before; all that ``fresh`` names."""
+        names = list(dict.fromkeys((*self.names, *(name for row in fresh for name in row))))
         if len(names) > max(self.MOST, len(self.names)):
             raise DataError(
                 f"{len(names)} different attributes; items have at most {self.MOST} in all"
             )
-        columns = {}
-        for name in names:
-            known = self._columns.get(name)
-            if known is None:
-                known = pa.array([""] * len(self), pa.string())
-            fresh = pa.array([row.get(name, "") for row in rows], pa.string())
-            columns[name] = pa.concat_arrays([known, fresh])
-        return Attributes(len(self) + len(rows), columns)
+        empty = pa.array([""] * len(self), pa.string())
+        columns = {name: column(name, self._columns.get(name, empty)) for name in names}
+        return Attributes(rows, columns, self._separators)

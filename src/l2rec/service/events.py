@@ -1,12 +1,13 @@
 """The event log: exposures, clicks, replies, and the items that were put or deleted, on disk.
 
-SQLite in WAL mode by default, PostgreSQL by URL; the same three tables. A write is one transaction,
+SQLite in WAL mode by default, PostgreSQL by URL; the same tables. A write is one transaction,
 and it is on disk when the call returns: WAL with synchronous=FULL, PostgreSQL without
 synchronous_commit=off. Two events of one id are stored once. Threads that append at the same time
 share one transaction, since a transaction costs a wait for the disk.
 
     l2rec_events  seq, id (unique), user, item, type, timestamp, request, experiment, arm
     l2rec_items   item, text, attributes (JSON), deleted
+    l2rec_users   user, segment
     l2rec_meta    layout: version of these tables
 """
 
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 __all__ = ["TYPES", "Event", "EventLog", "is_event_log"]
 
+import contextlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -148,7 +150,7 @@ class EventLog:
     """
 
     def __init__(self, url: str, *, create: bool = True) -> None:
-        self.engine, self._events, self._items, self._meta = _open(url, create)
+        self.engine, self._events, self._items, self._users, self._meta = _open(url, create)
         self._create = create
         self._prepared = False
         self._waiting: deque[tuple[list[dict[str, Any]], Future[int]]] = deque()
@@ -243,6 +245,27 @@ class EventLog:
         with self._reading() as connection:
             return [str(user) for (user,) in connection.execute(query)]
 
+    def began(self, user: str) -> float | None:
+        """Return the time of the first click or reply of a user, None without one."""
+        from sqlalchemy import func, select
+
+        _check("user", user)
+        e = self._events.c
+        query = select(func.min(e.timestamp)).where(e.user == user, _positive(e))
+        with self._reading() as connection:
+            return connection.execute(query).scalar_one()  # type: ignore[no-any-return]
+
+    def counts(self, segment: str | None = None) -> dict[str, int]:
+        """Count the clicks and replies of each item: by everybody, or by users of a segment."""
+        from sqlalchemy import func, select
+
+        e, u = self._events.c, self._users.c
+        query = select(e.item, func.count()).where(_positive(e)).group_by(e.item)
+        if segment is not None:
+            query = query.where(e.user == u.user, u.segment == segment)
+        with self._reading() as connection:
+            return {str(item): int(count) for item, count in connection.execute(query)}
+
     def read(
         self,
         types: Iterable[str] | None = None,
@@ -295,6 +318,41 @@ class EventLog:
             if number < PRUNE_ROWS:
                 return total
 
+    # -- users -----------------------------------------------------------------------------------
+
+    def put_users(self, segments: Mapping[str, str]) -> None:
+        """Put users into segments, all or none; on disk when this returns.
+
+        Raises:
+            DataError: an id or a name that is empty or too long.
+            StorageError: nothing was changed.
+        """
+        for user, segment in segments.items():
+            _check("user", user)
+            _check("segment", segment)
+        rows = [{"user": user, "segment": segment} for user, segment in segments.items()]
+        self._upsert(self._users, "user", rows, ("segment",))
+
+    def segment_of(self, user: str) -> str | None:
+        """Return the segment of a user, None where none is known."""
+        from sqlalchemy import select
+
+        _check("user", user)
+        u = self._users.c
+        with self._reading() as connection:
+            found = connection.execute(select(u.segment).where(u.user == user)).scalar()
+        return None if found is None else str(found)
+
+    def users_in(self, segment: str) -> list[str]:
+        """Return the users of a segment."""
+        from sqlalchemy import select
+
+        _check("segment", segment)
+        u = self._users.c
+        query = select(u.user).where(u.segment == segment)
+        with self._reading() as connection:
+            return [str(user) for (user,) in connection.execute(query)]
+
     # -- items -----------------------------------------------------------------------------------
 
     def put_items(self, items: Mapping[str, tuple[str, Attributes]]) -> None:
@@ -317,7 +375,7 @@ class EventLog:
             }
             for item, (text, attributes) in items.items()
         ]
-        self._upsert(rows, ("text", "attributes", "deleted"))
+        self._upsert(self._items, "item", rows, ("text", "attributes", "deleted"))
 
     def delete_items(self, ids: Iterable[str]) -> None:
         """Mark items as deleted, of the run's catalog or put later; on disk when this returns.
@@ -330,7 +388,7 @@ class EventLog:
         for item in ids:
             _check("item id", item)
         rows = [{"item": i, "text": "", "attributes": "{}", "deleted": True} for i in ids]
-        self._upsert(rows, ("deleted",))
+        self._upsert(self._items, "item", rows, ("deleted",))
 
     def items(self) -> tuple[dict[str, tuple[str, dict[str, str]]], frozenset[str]]:
         """Return the items that were put (id -> text, attributes), and the deleted ids."""
@@ -343,14 +401,28 @@ class EventLog:
         put = {r.item: (r.text, json.loads(r.attributes)) for r in rows if not r.deleted}
         return put, frozenset(r.item for r in rows if r.deleted)
 
-    def _upsert(self, rows: list[dict[str, Any]], changed: Sequence[str]) -> None:
+    def texts(self) -> dict[str, tuple[str, dict[str, str]]]:
+        """Return the items that were ever put (id -> text, attributes), deleted ones included:
+        events may name them.
+        """
+        from sqlalchemy import select
+
+        t = self._items.c
+        query = select(t.item, t.text, t.attributes).where(t.text != "").order_by(t.item)
+        with self._reading() as connection:
+            rows = connection.execute(query).all()
+        return {r.item: (r.text, json.loads(r.attributes)) for r in rows}
+
+    def _upsert(
+        self, table: Any, key: str, rows: list[dict[str, Any]], changed: Sequence[str]
+    ) -> None:
         if not rows:
             return
-        insert = self._insert(self._items, None)
+        insert = self._insert(table, None)
         insert = insert.on_conflict_do_update(
-            index_elements=["item"], set_={name: insert.excluded[name] for name in changed}
+            index_elements=[key], set_={name: insert.excluded[name] for name in changed}
         )
-        rows = sorted(rows, key=lambda row: row["item"])  # one order: no deadlock
+        rows = sorted(rows, key=lambda row: str(row[key]))  # one order: no deadlock
 
         def write(connection: Any) -> None:
             for part in _parts(rows):
@@ -409,14 +481,14 @@ class EventLog:
                     raise
         raise AssertionError("not reached")
 
-    @contextmanager
+    @contextlib.contextmanager
     def _reading(self) -> Iterator[Any]:
         with self._errors():
             self._prepare()
             with self.engine.connect() as connection:
                 yield connection
 
-    @contextmanager
+    @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         from sqlalchemy.exc import SQLAlchemyError
 
@@ -449,6 +521,8 @@ class EventLog:
                         f"event log {self._name} has layout {layout}, this l2rec reads {LAYOUT}; "
                         "use the l2rec that wrote it"
                     )
+                if self._create:  # logs of earlier versions have no users
+                    self._users.create(connection, checkfirst=True)
             else:
                 if self.engine.dialect.name == "sqlite" and names:
                     raise StorageError(
@@ -472,7 +546,7 @@ def _positive(columns: Any) -> Any:
     return columns.type != literal_column("'exposure'")
 
 
-def _open(url: str, create: bool) -> tuple[Any, Any, Any, Any]:
+def _open(url: str, create: bool) -> tuple[Any, Any, Any, Any, Any]:
     """Create the engine and describe its tables, without a connection yet."""
     try:
         import sqlalchemy as sa
@@ -497,6 +571,9 @@ def _open(url: str, create: bool) -> tuple[Any, Any, Any, Any]:
             raise StorageError(f"event log {path}: no such file")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if create:  # for its owner alone, as are the files that SQLite puts beside it
+                with contextlib.suppress(FileExistsError):
+                    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except OSError as error:
             raise StorageError(f"event log {path}: {error}") from error
         options: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}}
@@ -545,7 +622,7 @@ def _begin(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _tables(sa: Any) -> tuple[Any, Any, Any]:
+def _tables(sa: Any) -> tuple[Any, Any, Any, Any]:
     metadata = sa.MetaData()
     # Ids are ordered by code points everywhere, as in SQLite.
     short = sa.String(MAX_ID).with_variant(sa.String(MAX_ID, collation="C"), "postgresql")
@@ -578,5 +655,12 @@ def _tables(sa: Any) -> tuple[Any, Any, Any]:
         sa.Column("attributes", sa.Text, nullable=False),
         sa.Column("deleted", sa.Boolean, nullable=False),
     )
+    users = sa.Table(
+        "l2rec_users",
+        metadata,
+        sa.Column("user", short, primary_key=True),
+        sa.Column("segment", short, nullable=False),
+        sa.Index("l2rec_users_segment", "segment"),
+    )
     meta = sa.Table("l2rec_meta", metadata, sa.Column("layout", sa.Integer, primary_key=True))
-    return events, items, meta
+    return events, items, users, meta

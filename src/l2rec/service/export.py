@@ -4,30 +4,47 @@ from __future__ import annotations
 
 __all__ = ["export_log", "log_frame"]
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from l2rec.data.catalog import Catalog, with_separator
+from l2rec.data.dataset import Dataset, open_dataset, user_blocks
 from l2rec.errors import ConfigError, DataError
 from l2rec.service.events import POSITIVE, SCHEMA, TYPES, EventLog, is_event_log
 
 NAMES = {"user": "user_id", "item": "item_id", "type": "event_type", "timestamp": "timestamp"}
 """Columns of the log -> columns of events.parquet."""
+EARLIER = "earlier"
+"""Type of the events of a data set without types."""
+EVENTS_AT_ONCE = 1 << 20
 EXPORTED = pa.schema([(new, SCHEMA.field(old).type) for old, new in NAMES.items()])
 
 
 def export_log(
-    url: str, folder: Path, *, types: Sequence[str] = POSITIVE, catalog: Path | None = None
+    url: str,
+    folder: Path,
+    *,
+    types: Sequence[str] = POSITIVE,
+    catalog: Path | None = None,
+    after: Path | None = None,
 ) -> tuple[Path, Path]:
     """Write events.parquet and items.parquet into ``folder``, and return their paths.
 
-    The items are those of ``catalog`` (Parquet or CSV with item_id and text, such as a run's
-    catalog.parquet) with those added or changed since; deleted items stay, since events may name
-    them.
+    The items are those of ``catalog``, in its order, with those added or changed since; deleted
+    items stay, since events may name them, and since they may come back.
+
+    Args:
+        catalog: Parquet or CSV with item_id and text, such as a run's catalog.parquet; that of
+            ``after`` by default.
+        after: data set whose events come first. Events of the log that it has already, since it
+            was prepared from the same log, are not repeated.
 
     Raises:
         ConfigError: an unknown type.
@@ -37,55 +54,119 @@ def export_log(
     unknown = [name for name in types if name not in TYPES]
     if unknown or not types:
         raise ConfigError(f"event types {unknown or '()'}: choose from {', '.join(TYPES)}")
+    earlier = None if after is None else open_dataset(after)
+    if catalog is None and earlier is not None:
+        catalog = earlier.path / "catalog.parquet"
     log = EventLog(url, create=False)
     try:
+        known = None if earlier is None else _since(earlier, _oldest(log, types))
         events, rows = folder / "events.parquet", 0
         with pq.ParquetWriter(events, EXPORTED) as writer:
-            for batch in log.read(types=types):
-                columns = [batch[name] for name in NAMES]
-                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=EXPORTED))
+            for batch in () if earlier is None else _events(earlier):
+                writer.write_batch(batch)
+            for logged in log.read(types=types):
+                columns = [logged[name] for name in NAMES]
+                batch = pa.RecordBatch.from_arrays(columns, schema=EXPORTED)
+                writer.write_batch(batch if known is None else _without(batch, known))
                 rows += len(batch)
-        put, _ = log.items()
+        put = log.texts()
     finally:
         log.close()
     if not rows:
         raise DataError(f"the event log has no {' or '.join(types)} yet: nothing to prepare")
     items = folder / "items.parquet"
-    _catalog(catalog, put).write_parquet(items)
+    pq.write_table(_catalog(catalog, put), items)
     return events, items
 
 
-def _catalog(path: Path | None, put: dict[str, tuple[str, dict[str, str]]]) -> pl.DataFrame:
-    """Join the catalog of a file with the items that were put, which replace those of the file."""
+def _events(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+    """Yield the events of a data set as `EXPORTED`."""
+    names = dataset.event_type_names
+    for first, last in user_blocks(dataset.offsets, EVENTS_AT_ONCE):
+        start, stop = int(dataset.offsets[first]), int(dataset.offsets[last])
+        users = np.repeat(np.arange(first, last), np.diff(dataset.offsets[first : last + 1]))
+        types = np.full(stop - start, EARLIER, dtype=object)
+        if dataset.event_types is not None:
+            types = np.asarray(names, dtype=object)[dataset.event_types[start:stop]]
+        yield pa.RecordBatch.from_arrays(
+            [
+                dataset.user_ids.take(pa.array(users)).cast(pa.string()),
+                dataset.item_ids.take(pa.array(np.asarray(dataset.items[start:stop]))).cast(
+                    pa.string()
+                ),
+                pa.array(types, pa.string()),
+                pa.array(np.asarray(dataset.timestamps[start:stop])),
+            ],
+            schema=EXPORTED,
+        )
+
+
+def _oldest(log: EventLog, types: Sequence[str]) -> float:
+    """Return the time of the oldest event of these types; infinity without one."""
+    oldest = [pc.min(batch["timestamp"]).as_py() for batch in log.read(types=types)]
+    return min(oldest, default=float("inf"))
+
+
+def _since(dataset: Dataset, time: float) -> pl.DataFrame:
+    """Return the events of a data set from a time on: those that the log may have too."""
+    parts = [batch.filter(pc.greater_equal(batch["timestamp"], time)) for batch in _events(dataset)]
+    frame = pl.from_arrow(pa.Table.from_batches(parts, schema=EXPORTED))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _without(batch: pa.RecordBatch, known: pl.DataFrame) -> pa.RecordBatch:
+    """Return the events of a batch that are not known."""
+    frame = pl.from_arrow(batch)
+    assert isinstance(frame, pl.DataFrame)
+    fresh = frame.with_row_index("row").join(
+        known, on=list(NAMES.values()), how="anti", maintain_order="left"
+    )
+    return batch.take(fresh["row"].to_arrow())
+
+
+def _catalog(path: Path | None, put: Mapping[str, tuple[str, Mapping[str, str]]]) -> pa.Table:
+    """Join the catalog of a file with the items that were put, which take the places of those of
+    the file.
+    """
     fresh = pl.DataFrame(
-        [{"item_id": item, "text": text, **fields} for item, (text, fields) in put.items()],
+        [{**fields, "item_id": item, "text": text} for item, (text, fields) in put.items()],
         schema_overrides={"item_id": pl.String, "text": pl.String},
         infer_schema_length=None,
     )
     if path is None:
         if not put:
             raise DataError("the event log knows no item texts; give the catalog with --items")
-        return fresh
+        return fresh.to_arrow()
+    separators: dict[str, str] = {}
     try:
         if path.suffix == ".csv":
             known = pl.read_csv(path, infer_schema=False)
         else:
             known = pl.read_parquet(path)
+            separators = Catalog(pq.read_schema(path).empty_table()).separators
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: neither Parquet nor CSV: {reason}") from error
     absent = {"item_id", "text"} - set(known.columns)
     if absent:
         raise DataError(f"{path} has no column {min(absent)!r}; it needs item_id and text")
-    if not put:
-        return known
-    rest = known.with_columns(pl.col("item_id").cast(pl.String))
-    rest = rest.filter(~pl.col("item_id").is_in(list(put)))
-    try:
-        return pl.concat([rest, fresh], how="diagonal_relaxed")
-    except pl.exceptions.PolarsError as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: no column for the attributes of items put: {reason}") from error
+    joined = known.with_columns(pl.col("item_id").cast(pl.String))
+    if put:
+        places = {item: place for place, item in enumerate(joined["item_id"])}
+        rest = joined.filter(~pl.col("item_id").is_in(list(put)))
+        try:
+            joined = pl.concat([rest, fresh], how="diagonal_relaxed")
+        except pl.exceptions.PolarsError as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"{path}: no column for the attributes of items put: {reason}"
+            ) from error
+        place = [places.get(item, len(places)) for item in joined["item_id"]]
+        joined = joined[np.argsort(place, kind="stable")]
+    table = joined.to_arrow()
+    columns = [with_separator(column, separators.get(column.name)) for column in table.schema]
+    return table.cast(pa.schema(columns))
 
 
 def log_frame(source: str) -> Any:

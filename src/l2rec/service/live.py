@@ -21,13 +21,14 @@ __all__ = [
 ]
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from l2rec.disk import read_json, write_json
-from l2rec.errors import CheckpointError, ConfigError
+from l2rec.errors import CheckpointError, ConfigError, L2RecError
+from l2rec.service.gains import gains
 from l2rec.service.loading import check_version, load_version
 from l2rec.service.version import Version
 
@@ -141,7 +142,11 @@ def read_deployment(folder: Path) -> Deployment:
         raise CheckpointError(
             f"{folder} has no {FILE}; make it with: l2rec deploy RUN --to {folder}"
         )
-    value = read_json(path)
+    again = f"delete it, and name what is served again: l2rec deploy RUN --to {folder}"
+    try:
+        value = read_json(path)
+    except L2RecError as error:
+        raise CheckpointError(f"{error}; {again}") from error
     current, previous = value.get("current"), value.get("previous", [])
     shadow, weights = value.get("shadow"), value.get("weights", {})
     fits = (
@@ -154,7 +159,8 @@ def read_deployment(folder: Path) -> Deployment:
     )
     if not fits:
         raise CheckpointError(
-            f'{path}: expected {{"current": RUN, "previous": [RUN, ...], "shadow": RUN or null}}'
+            f'{path}: expected {{"current": RUN, "previous": [RUN, ...], "shadow": RUN or null}}; '
+            + again
         )
     assert isinstance(current, str)
     return Deployment(
@@ -185,11 +191,22 @@ def _write(folder: Path, deployment: Deployment) -> Deployment:
     return deployment
 
 
-def deploy(run: Path, folder: Path, *, shadow: bool = False) -> Deployment:
+def deploy(
+    run: Path,
+    folder: Path,
+    *,
+    shadow: bool = False,
+    allow_loss: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Deployment:
     """Check a run as a server would, then make it the current (or shadow) one of a folder.
 
+    Args:
+        allow_loss: also deploy a run that lacks items of the current one.
+        say: receives the items, users and events that are gained and lost, line by line.
+
     Raises:
-        L2RecError: the run cannot be served; live.json is left as it is.
+        L2RecError: the run cannot be served, or its catalog has shrunk; live.json is left as it is.
     """
     run = run.resolve()
     known = read_deployment(folder) if (folder / FILE).is_file() else None
@@ -203,12 +220,35 @@ def deploy(run: Path, folder: Path, *, shadow: bool = False) -> Deployment:
                 f"run first: l2rec deploy RUN --to {folder}"
             )
         return _write(folder, Deployment(run, weights=weights))
+    if run != known.current:
+        _check_gains(known.current, run, shadow or allow_loss, say)
     if shadow:
         return _write(folder, Deployment(known.current, known.previous, run, weights))
     older = [known.current, *known.previous]
     previous = tuple(other for other in older if other != run)[:PREVIOUS]
     left = None if known.shadow == run else known.shadow
     return _write(folder, Deployment(run, previous, left, weights))
+
+
+def _check_gains(current: Path, run: Path, allow_loss: bool, say: Callable[[str], None]) -> None:
+    """Tell what a run gains and loses against the current one.
+
+    Raises:
+        CheckpointError: it has lost items, and ``allow_loss`` is not given.
+    """
+    try:
+        found = gains(current, run)
+    except L2RecError as error:
+        say(f"not compared with {current}, which cannot be read: {error}")
+        return
+    for line in found.lines():
+        say(line)
+    if found.lost and not allow_loss:
+        raise CheckpointError(
+            f"{run} lacks {len(found.lost):,} items of {current} (such as {found.lost[0]!r}), "
+            "which would no longer be recommended; prepare its data with all items (an event log: "
+            "--after the data set before it, or --items its catalog), or deploy with --allow-loss"
+        )
 
 
 def rollback(folder: Path) -> Deployment:

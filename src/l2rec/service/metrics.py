@@ -1,4 +1,4 @@
-"""Metrics of a server. Labels have few values: routes, status classes, arms, loaded versions."""
+"""Metrics of a server. Labels have few values: routes, statuses, arms, loaded versions."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ class Metrics:
             ["arm", "version"],
             registry=r,
         )
+        self.fallbacks = Counter(
+            "l2rec_fallbacks",
+            "Answers of /v1/recommend to users of whom nothing is known.",
+            ["segment"],
+            registry=r,
+        )
         self.recommend_seconds = Histogram(
             "l2rec_recommend_seconds",
             "Seconds to recommend, by arm.",
@@ -81,7 +87,12 @@ class Metrics:
         self.storage_failures = Counter(
             "l2rec_storage_failures", "Calls of the event log that failed.", ["call"], registry=r
         )
-        self.items = Counter("l2rec_item_changes", "Items put and deleted.", ["change"], registry=r)
+        self.items = Counter(
+            "l2rec_item_changes",
+            "Items put (kept, updated, new) and deleted.",
+            ["change"],
+            registry=r,
+        )
         self.swaps = Counter(
             "l2rec_candidates", "Candidates loaded or refused.", ["result"], registry=r
         )
@@ -120,10 +131,9 @@ class Metrics:
         Gauge(name, text, registry=self.registry).set_function(value)
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count one answer, by the class of its status."""
+        """Count one answer, by its status; none where the client went away before it."""
         method = method if method in ("GET", "POST", "PUT", "DELETE") else "other"
-        kind = f"{status // 100}xx" if status else "none"
-        self.requests.labels(route, method, kind).inc()
+        self.requests.labels(route, method, str(status) if status else "none").inc()
         self.seconds.labels(route).observe(seconds)
 
     def loaded(self, versions: Mapping[str, Version]) -> None:

@@ -7,24 +7,40 @@ __all__ = [
     "MAX_ITEMS",
     "MAX_K",
     "Changed",
+    "Closed",
     "EmbedItems",
     "EmbedUsers",
     "Embedded",
-    "Error",
     "EventIn",
     "Events",
     "ItemIn",
     "Items",
+    "Problem",
+    "Put",
     "Recommend",
+    "RecommendMany",
     "Recommended",
+    "RecommendedMany",
     "Status",
     "Stored",
     "Summary",
+    "UsersIn",
+    "UsersPut",
 ]
 
+import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 MAX_K = 500
 MAX_HISTORY = 500
@@ -38,37 +54,75 @@ MAX_ID = 256
 MAX_VALUES = 100
 MAX_ATTRIBUTES = 32
 
-# No control characters: ids go into logs, URLs and databases.
-Id = Annotated[
-    str, StringConstraints(min_length=1, max_length=MAX_ID, pattern=r"^[^\x00-\x1f\x7f]+$")
+
+@dataclass(frozen=True)
+class Matches:
+    """A pattern that a text has to match; a sentence, not the pattern, says so to who breaks it."""
+
+    pattern: str
+    sentence: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        schema: CoreSchema = handler(source)
+        return core_schema.no_info_after_validator_function(self._check, schema)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        return {**handler(schema), "pattern": self.pattern}
+
+    def _check(self, text: str) -> str:
+        if re.search(self.pattern, text) is None:
+            raise ValueError(self.sentence)
+        return text
+
+
+# Ids go into logs, URLs and databases.
+_PLAIN = Matches(r"^[^\x00-\x1f\x7f]+$", "a control character; leave it out")
+Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID), _PLAIN]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64), _PLAIN]
+Value = Annotated[
+    str,
+    StringConstraints(max_length=1000),
+    Matches(r"^[^\x00]*$", "a NUL cannot be stored; leave it out"),
 ]
-Name = Annotated[
-    str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")
+Text = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=MAX_TEXT),
+    Matches(
+        r"^[^\x00]*[^\x00\s][^\x00]*$", "a blank text, or one with a NUL: the model reads words"
+    ),
 ]
-Value = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
-_VISIBLE = r"^[^\x00]*[^\x00\s][^\x00]*$"
-Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT, pattern=_VISIBLE)]
 # Without it, the schema of a mapping with a pattern for names would also allow any other name.
 _NO_OTHER_NAMES: dict[str, Any] = {"additionalProperties": False}
 History = Annotated[list[Id], Field(min_length=1, max_length=MAX_HISTORY)]
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def _whole(value: Any) -> Any:
+    """Read 5.0 as an integer, which it is in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class Error(BaseModel):
-    """An error: one line that says what was given, what is allowed and what to do."""
+class Closed(BaseModel):
+    """A body: no unknown fields, and every value of its own JSON type."""
 
-    error: str
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Recommend(_Closed):
+class Problem(BaseModel):
+    """An error as in RFC 9457. detail: one line that says what was given, what is allowed and what
+    to do. request: id of the request, as in the log of the server.
+    """
+
+    type: Literal["about:blank"]
+    title: str
+    status: int
+    detail: str
+    request: str | None = None
+
+
+class Recommend(Closed):
     """A user whose history is read from the event log, or a history."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         json_schema_extra={
             "anyOf": [
                 {"required": ["user"], "properties": {"user": {"type": "string"}}},
@@ -82,6 +136,8 @@ class Recommend(_Closed):
                     "history": ["50", "172"],
                     "filters": {"genres": ["Comedy", "Drama"]},
                 },
+                {"history": ["50", "sold-out"], "unknown": "skip"},
+                {"user": "new", "segment": "de"},
             ],
         },
     )
@@ -90,7 +146,12 @@ class Recommend(_Closed):
     """User whose history is read, unless one is given, and who is assigned to an arm."""
     history: History | None = None
     """Item ids, oldest first."""
-    k: int = Field(10, ge=1, le=MAX_K)
+    unknown: Literal["fail", "skip"] = "fail"
+    """What to do about ids of the history that the catalog does not have: refuse the request, or
+    read the others. What a user's own events name is always skipped."""
+    segment: Name | None = None
+    """Segment of the user, for one who is not known; that of `PUT /v1/users`, if left out."""
+    k: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MAX_K)] = 10
     exclude_seen: bool = True
     """Leave out the items of the history."""
     allow: Annotated[list[Id], Field(max_length=MAX_LIST)] | None = None
@@ -128,7 +189,12 @@ class Arm(BaseModel):
 
 
 class Recommended(BaseModel):
-    """Recommended items, best first. ``gate``: 1 all behavioural, 0 all semantic."""
+    """Recommended items, best first.
+
+    gate: 1 all behavioural, 0 all semantic. fallback: nothing is known of the user, so these are
+    the items with the most clicks and replies, by users of the segment, or by everybody where
+    segment is null; a score is then their number. unknown: ids of the history that were skipped.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -136,6 +202,9 @@ class Recommended(BaseModel):
                 {
                     "items": [{"id": "7", "score": 0.71, "text": "Solaris (1972), Sci-Fi"}],
                     "gate": 0.55,
+                    "fallback": False,
+                    "segment": None,
+                    "unknown": [],
                     "version": "0f3a6d1c2b4e5f60",
                     "experiment": None,
                     "request": "9f0c8b7a6d5e4f3a2b1c0d9e8f7a6b5c",
@@ -146,28 +215,44 @@ class Recommended(BaseModel):
 
     items: list[Recommendation]
     gate: float | None
+    fallback: bool
+    segment: str | None
+    unknown: list[str]
     version: str
     experiment: Arm | None
     request: str
 
 
-class EmbedUsers(_Closed):
+class RecommendMany(Closed):
+    """Several requests for recommendations."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"requests": [{"user": "u42"}, {"history": ["50", "172"], "k": 3}]}]
+        }
+    )
+    requests: Annotated[list[Recommend], Field(min_length=1, max_length=MAX_HISTORIES)]
+
+
+class RecommendedMany(BaseModel):
+    """An answer, or what was wrong, for each request, in their order."""
+
+    answers: list[Recommended | Problem]
+
+
+class EmbedUsers(Closed):
     """Histories of item ids, oldest first."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         json_schema_extra={"examples": [{"histories": [["50", "172"], ["181"]]}]},
     )
     histories: Annotated[list[History], Field(min_length=1, max_length=MAX_HISTORIES)]
 
 
-class EmbedItems(_Closed):
+class EmbedItems(Closed):
     """Raw texts; they need not be in the catalog, and are not added to it."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         json_schema_extra={"examples": [{"texts": ["Solaris (1972), Sci-Fi"]}]},
     )
     texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
@@ -180,7 +265,7 @@ class Embedded(BaseModel):
     version: str
 
 
-class ItemIn(_Closed):
+class ItemIn(Closed):
     """An item to add or change."""
 
     id: Id
@@ -189,13 +274,18 @@ class ItemIn(_Closed):
         dict[Name, Value], Field(max_length=MAX_ATTRIBUTES, json_schema_extra=_NO_OTHER_NAMES)
     ] = {}
 
+    @model_validator(mode="after")
+    def _no_column(self) -> ItemIn:
+        for name in ("item_id", "text"):
+            if name in self.attributes:
+                raise ValueError(f"an attribute {name!r}: this is a column of every catalog")
+        return self
 
-class Items(_Closed):
+
+class Items(Closed):
     """Items to add, or to replace those of the same id."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         json_schema_extra={
             "examples": [
                 {
@@ -221,7 +311,7 @@ class Items(_Closed):
         return self
 
 
-class EventIn(_Closed):
+class EventIn(Closed):
     """An event. An ``id`` that is stored already is ignored, so that events can be sent again."""
 
     id: Id
@@ -229,19 +319,23 @@ class EventIn(_Closed):
     item: Id
     type: Literal["exposure", "click", "reply"]
     timestamp: Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)] | None = None
-    """Unix seconds; now, if left out."""
+    """Unix seconds, at most a day ahead; now, if left out."""
     request: Id | None = None
     """``request`` of the answer that the event is about."""
     experiment: Name | None = None
     arm: Literal["treatment", "control"] | None = None
 
+    @model_validator(mode="after")
+    def _arm_of_what(self) -> EventIn:
+        if self.arm is not None and self.experiment is None:
+            raise ValueError("an arm without its experiment; give both, as the answer has them")
+        return self
 
-class Events(_Closed):
+
+class Events(Closed):
     """Events to store."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         json_schema_extra={
             "examples": [
                 {
@@ -273,6 +367,36 @@ class Changed(BaseModel):
 
     items: int
     version: str
+
+
+class Put(Changed):
+    """Items that were put. changes: by id, kept (it has this text already, and keeps what was
+    learned of it), updated (it has another text, and is read by the new one alone) or new.
+    """
+
+    changes: dict[str, Literal["kept", "updated", "new"]]
+
+
+class UserIn(Closed):
+    """A user and the segment that the user belongs to."""
+
+    id: Id
+    segment: Name
+
+
+class UsersIn(Closed):
+    """Users to put into segments; each has one, the last that was put."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"users": [{"id": "u42", "segment": "de"}]}]}
+    )
+    users: Annotated[list[UserIn], Field(min_length=1, max_length=MAX_EVENTS)]
+
+
+class UsersPut(BaseModel):
+    """Number of users that were put into segments."""
+
+    users: int
 
 
 class Status(BaseModel):

@@ -1,7 +1,7 @@
 """Guard before every route: keys, rates, and the size and shape of a body.
 
 It is one ASGI layer, so that no route can be left out: a new route needs a key until it is named
-here. It refuses before it reads, reads no more than is allowed, and answers in JSON.
+here. It refuses before it reads, reads no more than is allowed, and answers with problem details.
 
     public      /livez /readyz /openapi.json / and the page's files: no key
     read key    everything that is GET, and recommend, embed, explain
@@ -10,7 +10,7 @@ here. It refuses before it reads, reads no more than is allowed, and answers in 
 
 from __future__ import annotations
 
-__all__ = ["Guard", "RateLimit", "Refused", "problem"]
+__all__ = ["PROBLEM", "Guard", "RateLimit", "Refused", "problem"]
 
 import asyncio
 import hmac
@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from l2rec.service.metrics import Metrics
@@ -37,7 +38,17 @@ logger = logging.getLogger("l2rec.service")
 
 PUBLIC = frozenset({"/", "/livez", "/readyz", "/openapi.json", "/favicon.ico"})
 PUBLIC_FOLDER = "/static/"
-READING_POSTS = frozenset({"/v1/recommend", "/v1/embed/users", "/v1/embed/items", "/v1/explain"})
+READING_POSTS = frozenset(
+    {
+        "/v1/recommend",
+        "/v1/recommend/batch",
+        "/v1/embed/users",
+        "/v1/embed/items",
+        "/v1/explain",
+    }
+)
+PROBLEM = "application/problem+json"
+"""Media type of every error."""
 PROBES = frozenset({"/livez", "/readyz"})
 DEPTH = 16
 """Levels of lists and objects in a body."""
@@ -67,10 +78,19 @@ class Refused(Exception):
         self.status, self.error, self.retry_after = status, error, retry_after
 
 
-def problem(error: str) -> bytes:
-    """Return the body of an error: one line of JSON."""
-    line = " ".join(str(error).split())[:1000]
-    return json.dumps({"error": line}).encode()
+def problem(status: int, error: str, request: str | None = None) -> bytes:
+    """Return the body of an error, problem details as in RFC 9457: the error is one line.
+
+    request: id of the request, if it has one.
+    """
+    value = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": " ".join(str(error).split())[:1000],
+        "request": request,
+    }
+    return json.dumps(value).encode()
 
 
 @dataclass
@@ -170,12 +190,13 @@ class Guard:
             await self._pass(scope, receive, answer, counted)
         except Refused as refused:
             if not sent:
-                await _refuse(answer, refused)
+                await _refuse(answer, refused, request)
         except Exception:
             # An error that was not foreseen goes to the log, not to the client.
             logger.exception("request %s failed", request)
             if not sent:
-                await _refuse(answer, Refused(500, f"internal error; see the log at {request}"))
+                internal = Refused(500, f"internal error; see the log at {request}")
+                await _refuse(answer, internal, request)
         finally:
             self.inflight -= counted
             route = scope.get("route")
@@ -298,10 +319,10 @@ class Guard:
         return body
 
 
-async def _refuse(send: Send, refused: Refused) -> None:
-    body = problem(refused.error)
+async def _refuse(send: Send, refused: Refused, request: str) -> None:
+    body = problem(refused.status, refused.error, request)
     headers = [
-        (b"content-type", b"application/json"),
+        (b"content-type", PROBLEM.encode()),
         (b"content-length", str(len(body)).encode()),
     ]
     if refused.retry_after is not None:

@@ -24,6 +24,7 @@ from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.follow import load_first, load_with_items
 from l2rec.service.live import FILE, Live, read_deployment
+from l2rec.service.protocol import Http
 from l2rec.service.settings import Settings
 
 logger = logging.getLogger("l2rec.service")
@@ -83,6 +84,7 @@ def serve(
             access_log=False,
             proxy_headers=False,
             server_header=False,
+            http=Http,
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=settings.shutdown,

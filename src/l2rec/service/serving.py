@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from l2rec.data.ragged import Ragged
-from l2rec.errors import L2RecError
+from l2rec.errors import CheckpointError, L2RecError
+from l2rec.service.audience import Audience
 from l2rec.service.batching import Batcher, Worker
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live
@@ -28,7 +29,7 @@ from l2rec.service.metrics import Metrics
 from l2rec.service.ranking import Query, Ranked, User, encode, rank
 from l2rec.service.security import Refused
 from l2rec.service.settings import Settings
-from l2rec.service.version import ItemState, ItemTexts, Version
+from l2rec.service.version import Change, ItemState, ItemTexts, Version
 
 T = TypeVar("T")
 
@@ -91,6 +92,7 @@ class Service:
         self.ranking: Batcher[Query, Ranked] = Batcher(
             rank, self._ranker, max_cost=RANKED_TOGETHER, max_wait=0.0, limit=settings.inflight
         )
+        self.audience = Audience(log, self.stored)
         self._cache: OrderedDict[tuple[int, bytes], User] = OrderedDict()
         self.changing = asyncio.Lock()
         """Lock for deriving a version from a loaded one and putting it in its place."""
@@ -176,6 +178,7 @@ class Service:
         """Update the metrics, and drop cached users of versions that are gone."""
         versions = self.live.all()
         self.metrics.loaded(versions)
+        self.audience.forget_others(versions.values())
         serials = {version.serial for version in versions.values()}
         for key in [key for key in self._cache if key[0] not in serials]:
             del self._cache[key]
@@ -184,8 +187,11 @@ class Service:
         """Return the thread that runs the model of a role."""
         return self.shadow_worker if role == "shadow" else self.worker
 
-    async def put(self, items: ItemTexts) -> None:
+    async def put(self, items: ItemTexts) -> dict[str, Change]:
         """Add or replace items: on disk when this returns, and in every answer from then on.
+
+        Returns:
+            What became of each in the live version: see `Version.changes`.
 
         Raises:
             Refused: 409, the live model takes no new items, or there is no room.
@@ -193,18 +199,20 @@ class Service:
             StorageError: nothing was changed.
         """
         # Shielded, so that items on disk are also served if the client goes away.
-        await asyncio.shield(asyncio.ensure_future(self._put(items)))
+        return await asyncio.shield(asyncio.ensure_future(self._put(items)))
 
-    async def _put(self, items: ItemTexts) -> None:
+    async def _put(self, items: ItemTexts) -> dict[str, Change]:
         async with self.changing:
             live = self.live.current()
-            if not live.takes_new_items:
+            changes = live.changes(items)
+            rows = sum(change != "kept" for change in changes.values())
+            if rows and not live.takes_new_items:
                 raise Refused(
                     409,
-                    f"{live.name} ranks the items that it was trained on; deploy a model that "
-                    "reads texts",
+                    f"{live.name} ranks the items that it was trained on, with the texts that they "
+                    "had; deploy a model that reads texts",
                 )
-            if live.added + len(items) > self.settings.new_items:
+            if rows and live.added + rows > self.settings.new_items:
                 raise Refused(
                     409,
                     f"{live.added} rows were added since {live.name} was loaded, at most "
@@ -214,13 +222,16 @@ class Service:
             fresh = {"live": await self._with(live, "live", items)}
             await self.stored("put_items", self.log.put_items, dict(items))
             for role, version in self.live.all().items():
-                if role != "live" and version.takes_new_items:
+                if role != "live":
                     fresh[role] = await self._with(version, role, items)
             self._swap(fresh)
-        self.metrics.items.labels("put").inc(len(items))
+        for change in changes.values():
+            self.metrics.items.labels(change).inc()
+        return changes
 
     async def _with(self, version: Version, role: str, items: ItemTexts) -> Version:
-        return await self.thread_of(role).run(version.with_items, items, urgent=True)
+        state = (items, frozenset[str]())
+        return await self.thread_of(role).run(version.brought_to, state, urgent=True)
 
     async def delete(self, ids: Sequence[str]) -> None:
         """Take items out of every answer, from the next one on.
@@ -239,7 +250,7 @@ class Service:
                 raise Refused(404, f"unknown item ids: {', '.join(map(repr, unknown))}")
             await self.stored("delete_items", self.log.delete_items, list(ids))
             self._swap({role: v.without_items(ids) for role, v in self.live.all().items()})
-        self.metrics.items.labels("delete").inc(len(ids))
+        self.metrics.items.labels("deleted").inc(len(ids))
 
     async def sync(self) -> bool:
         """Bring all versions up to the items of the event log, where other servers write too.
@@ -300,6 +311,9 @@ class Service:
                 await self.worker.run(_infer, self.live.current(), urgent=True)
         except TimeoutError:
             problems.append(f"the model gave no answer within {READY_SECONDS:g} s")
+        except CheckpointError as error:
+            logger.error("not ready: %s", error)
+            problems.append(f"the model is not the one that was trained: {error}")
         except Exception as error:
             logger.exception("the model cannot infer")
             problems.append(f"the model cannot infer: {type(error).__name__}")
@@ -322,13 +336,16 @@ class Service:
 
 
 def _infer(version: Version) -> None:
-    """Put one history through the model and the index.
+    """Put one history through the model and the index, and a user of the run's sample through the
+    model.
 
     Raises:
         ArithmeticError: scores that are not finite numbers.
+        CheckpointError: the vectors of users are not those that the trained model gave them.
     """
     row = int(np.flatnonzero(~version.hidden)[0])
     user = encode(version, Ragged.from_rows([[row]]))[0]
     ranked = rank([Query(version, user, 1)])[0]
     if not len(ranked.rows) or not np.isfinite(ranked.scores).all():
         raise ArithmeticError("scores that are not finite numbers")
+    version.predictor.verify_users(1)

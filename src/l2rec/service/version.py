@@ -6,13 +6,13 @@ which shares the model: its catalog only ever grows, so that a row is the same i
 
 from __future__ import annotations
 
-__all__ = ["ItemState", "ItemTexts", "Version"]
+__all__ = ["Change", "ItemState", "ItemTexts", "Version"]
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from l2rec.service.attributes import Attributes, Mask
 
 ItemTexts = Mapping[str, tuple[str, Mapping[str, str]]]
 """Text and attributes by id."""
+Change = Literal["kept", "updated", "new"]
+"""What becomes of an item that is put."""
 ItemState = tuple[ItemTexts, frozenset[str]]
 """Items of the event log that were put, and ids that were deleted."""
 
@@ -104,29 +106,54 @@ class Version:
         """Return the attributes of an item without the empty ones."""
         return self.attributes.of(row)
 
-    def with_items(self, items: ItemTexts) -> Version:
-        """Return another version in which these ids have these texts and attributes.
+    def changes(self, items: ItemTexts) -> dict[str, Change]:
+        """Tell what `with_items` does with each of these ids.
 
-        An item that has its text already keeps its row, unless its attributes differ. Call it in
-        the thread of the models.
+        kept: it has this text, and keeps its row and what was learned of it. updated: it has
+        another text, and gets a new row, read by the new text alone. new: it was not known.
+        """
+        changes: dict[str, Change] = {}
+        for item, (text, _) in items.items():
+            row = self.predictor.row_of(item)
+            if row is None:
+                changes[item] = "new"
+            else:
+                # Blanks at the ends do not survive a preparation of the log.
+                same = self.texts[row].strip() == text.strip()
+                changes[item] = "kept" if same else "updated"
+        return changes
+
+    def with_items(self, items: ItemTexts) -> Version:
+        """Return another version in which these ids have these texts and attributes, this one if
+        they have them already; see `changes`. Call it in the thread of the models.
 
         Raises:
             ConfigError: the method cannot take new items. DataError: an empty text, or one that
-            the model reads nothing in.
+            the model reads nothing in, or too many attributes.
         """
-        fresh: dict[str, tuple[str, Mapping[str, str]]] = {}
+        changes = self.changes(items)
+        fresh = {item: items[item] for item, change in changes.items() if change != "kept"}
         deleted = set(self.deleted)
-        for item, (text, attributes) in items.items():
+        attributes: dict[int, Mapping[str, str]] = {}
+        for item, change in changes.items():
             row = self.predictor.row_of(item)
             if row is None:
-                fresh[item] = (text, attributes)
-            elif self.texts[row] != text or self.attributes.of(row) != dict(attributes):
-                fresh[item] = (text, attributes)
+                continue
+            if change == "updated":
                 deleted.add(row)
-            else:
-                deleted.discard(row)
-        if not fresh:
-            return replace(self, deleted=frozenset(deleted))
+                continue
+            deleted.discard(row)
+            if self.attributes.of(row) != dict(items[item][1]):
+                attributes[row] = items[item][1]
+        if not fresh and not attributes and deleted == self.deleted:
+            return self
+        changed = replace(
+            self, attributes=self.attributes.changed(attributes), deleted=frozenset(deleted)
+        )
+        return changed._with_rows(fresh) if fresh else changed
+
+    def _with_rows(self, fresh: ItemTexts) -> Version:
+        """Return another version with a new row for each of these ids."""
         predictor = self.predictor.with_items({i: text for i, (text, _) in fresh.items()})
         gap = len(predictor.ids) - len(self) - len(fresh)
         vectors = predictor.vectors
@@ -135,14 +162,13 @@ class Version:
             bad = [item for item, fine in zip(fresh, good, strict=True) if not fine]
             if bad:
                 raise DataError(f"item {bad[0]!r}: the model reads nothing in its text")
-        deleted.update(range(len(self), len(self) + gap))
         rows: list[Mapping[str, str]] = [{} for _ in range(gap)]
         rows += [attributes for _, attributes in fresh.values()]
         return replace(
             self,
             predictor=predictor,
             attributes=self.attributes.extended(rows),
-            deleted=frozenset(deleted),
+            deleted=self.deleted | set(range(len(self), len(self) + gap)),
         )
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -158,17 +184,18 @@ class Version:
 
     def brought_to(self, state: ItemState) -> Version:
         """Return a version, this one if nothing changes, with all items that were put and without
-        those that were deleted. Call it in the thread of the models.
+        those that were deleted. A method that cannot take new items gets the attributes of those
+        that it has. Call it in the thread of the models.
         """
         put, gone = state
-        version = self
-        if put and self.takes_new_items:
-            version = version.with_items(put)
-        version = version.without_items(gone)
-        same = version.predictor is self.predictor and version.deleted == self.deleted
-        return self if same else version
+        if not self.takes_new_items:
+            changes = self.changes(put)
+            put = {item: it for item, it in put.items() if changes[item] == "kept"}
+        return self.with_items(put).without_items(gone)
 
     def without_items(self, ids: Iterable[str]) -> Version:
-        """Return another version that does not recommend these; unknown ids change nothing."""
-        rows = [self.predictor.row_of(item) for item in ids]
-        return replace(self, deleted=self.deleted | {row for row in rows if row is not None})
+        """Return another version that does not recommend these, this one if it does not already;
+        unknown ids change nothing.
+        """
+        rows = {row for item in ids if (row := self.predictor.row_of(item)) is not None}
+        return self if rows <= self.deleted else replace(self, deleted=self.deleted | rows)

@@ -38,6 +38,7 @@ from l2rec.runs.folder import (
     training_split,
     write_blend,
     write_item_vectors,
+    write_sample,
 )
 from l2rec.runs.machine import device
 from l2rec.runs.predictor import backbone_of, load
@@ -120,6 +121,8 @@ def blend_run(
         write_blend(folder, blend.state_dict(), identity)
         if predictor.vectors is not None:
             write_item_vectors(folder, predictor.vectors)
+        if predictor.sample is not None:
+            write_sample(folder, predictor.sample)
         test.write(folder, dataset, split)
         write_json(folder / "diagnostics.json", diagnostics)
         write_json(folder / "report.json", report)

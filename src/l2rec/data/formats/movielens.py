@@ -93,7 +93,7 @@ def movielens(
         parts = _film_batches_latest(films, context)
     if items is not None:
         return as_source(kind, [ratings, items], events, open_catalog(items, context))
-    catalog = CatalogReader(_films(parts), MOVIE_FIELDS, MORE_MOVIE_FIELDS)
+    catalog = CatalogReader(_films(parts), MOVIE_FIELDS, MORE_MOVIE_FIELDS, {"class": " "})
     return as_source(kind, [ratings, movies], events, catalog)
 
 

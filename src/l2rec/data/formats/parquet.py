@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2rec.data.catalog import separator_of
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.fields import joined
 from l2rec.data.formats.files import (
@@ -163,7 +164,10 @@ def parquet_catalog(file: File, item: str) -> CatalogReader:
                 )
                 first += batch.num_rows
 
-    return CatalogReader(catalog, texts, more)
+    separators = {
+        name: between for name in texts if (between := separator_of(schema.field(name))) is not None
+    }
+    return CatalogReader(catalog, texts, more, separators)
 
 
 def _sample(file: File) -> dict[str, list[str]]:

@@ -67,6 +67,7 @@ def atomic_catalog(file: File, context: Context) -> CatalogReader:
         table_catalog(table, item, context),
         tuple(name for name in names if types[name].startswith("token")),
         tuple(name for name in names if types[name].startswith("float")),
+        {name: " " for name in names if types[name] == "token_seq"},
     )
 
 

@@ -30,7 +30,8 @@ class Source:
     the files say which split an event is of; in file order.
     ``catalog(fields)``: batches of ``item_id`` and the named fields, all strings, none null;
     None without a catalog. ``fields`` are always stored and make the default text;
-    ``more_fields`` are read only when a text template names them. ``files``: the files read.
+    ``more_fields`` are read only when a text template names them. ``separators``: what stands
+    between the values of a field that has several. ``files``: the files read.
     ``notes``: what the user should know of the files, complete when all was read. ``parts``:
     fingerprints of the data sets that were merged, by name.
     """
@@ -41,6 +42,7 @@ class Source:
     catalog: Callable[[Sequence[str]], Iterator[pa.RecordBatch]] | None = None
     fields: tuple[str, ...] = ()
     more_fields: tuple[str, ...] = ()
+    separators: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parts: Mapping[str, str] = field(default_factory=dict)
 
@@ -109,11 +111,14 @@ def as_arrow(column: Any) -> pa.Array:
 
 @dataclass(frozen=True)
 class CatalogReader:
-    """A catalog to read: batches of ids and named fields, and the fields there are."""
+    """A catalog to read: batches of ids and named fields, the fields there are, and what stands
+    between the values of those that have several.
+    """
 
     read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
     fields: tuple[str, ...]
     more_fields: tuple[str, ...] = ()
+    separators: Mapping[str, str] = field(default_factory=dict)
 
 
 OpenCatalog = Callable[[File, Context], CatalogReader]
@@ -149,4 +154,5 @@ def as_source(
         catalog=catalog.read if catalog else None,
         fields=catalog.fields if catalog else (),
         more_fields=catalog.more_fields if catalog else (),
+        separators=catalog.separators if catalog else {},
     )

@@ -8,13 +8,17 @@ from typing import Any
 
 from fastapi import Response
 
+from l2rec.errors import DataError, StorageError
 from l2rec.service import schemas
+from l2rec.service.batching import Busy
+from l2rec.service.security import Refused
 
 
 def described(**texts: str) -> dict[int | str, dict[str, Any]]:
     """Describe answers by status, ``_404=...``, for OpenAPI."""
     return {
-        int(code[1:]): {"model": schemas.Error, "description": text} for code, text in texts.items()
+        int(code[1:]): {"model": schemas.Problem, "description": text}
+        for code, text in texts.items()
     }
 
 
@@ -32,6 +36,21 @@ READING: dict[int | str, dict[str, Any]] = {code: ANY[code] for code in (400, 40
 NOT_FOUND = described(_404="Unknown")
 WRITING = ANY | described(_403="A read key: a write key is needed")
 CANNOT = described(_409="The live model cannot do this")
+
+
+RETRY_STORAGE = 5
+"""Seconds until a request may come again whose storage was away."""
+
+
+def as_refused(error: Exception) -> Refused:
+    """Return an error that has an answer of its own as the refusal that it is answered with."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, Busy):
+        return Refused(503, str(error), retry_after=error.retry_after)
+    if isinstance(error, StorageError):
+        return Refused(503, str(error), retry_after=RETRY_STORAGE)
+    return Refused(422 if isinstance(error, DataError) else 409, str(error))
 
 
 def as_json(value: Mapping[str, Any]) -> Response:

@@ -34,7 +34,7 @@ from l2rec.service.routes.state import (
     row_of,
     service_of,
 )
-from l2rec.service.search import Items, People
+from l2rec.service.search import Items
 from l2rec.service.security import Refused
 from l2rec.service.version import Version
 
@@ -49,7 +49,7 @@ SHOWN = 100
 """Newest items of a user's history that are returned."""
 
 Source = Literal["events", "data"]
-"""The event log, or the data set of the run."""
+"""The event log (and what the data set has from before), or the data set of the run alone."""
 
 
 class ItemDetails(Item):
@@ -206,14 +206,6 @@ async def item(request: Request, id: Annotated[schemas.Id, InPath(examples=["50"
     )
 
 
-def _people(request: Request, version: Version) -> People:
-    """Return the users of the run's data set; those of another run are forgotten."""
-    memory = memory_of(request)
-    if version.run not in memory.people:
-        memory.people = {version.run: People(version.run)}
-    return memory.people[version.run]
-
-
 @router.get("/v1/users", responses=described(_503="Storage is away: see Retry-After"))
 async def users(
     request: Request,
@@ -231,7 +223,7 @@ async def users(
     except StorageError:
         incomplete = "the event log is away: its users are missing"
     listed = [User(id=user, source="events", events=None) for user in logged]
-    for user, events in await asyncio.to_thread(_people(request, version).find, q, limit):
+    for user, events in await asyncio.to_thread(service.audience.people(version).find, q, limit):
         if user not in logged:
             listed.append(User(id=user, source="data", events=events))
     return Users(users=listed[:limit], incomplete=incomplete)
@@ -239,18 +231,17 @@ async def users(
 
 @router.get("/v1/users/{id:path}", responses=NOT_FOUND)
 async def user(request: Request, id: Annotated[schemas.Id, InPath(examples=["42"])]) -> History:
-    """Return the newest items of a user's history, from the event log or else the data set."""
+    """Return the newest items of a user's history: of the data set, and of the event log."""
     service, version = service_of(request), current_version(request)
-    people = _people(request, version)
     away: StorageError | None = None
     try:
-        logged = await service.stored("history", service.log.history, id, SHOWN)
-        shown = _served(version, logged)
-        if shown:
+        known = await service.audience.history(version, id, SHOWN)
+        if known.logged:
+            shown = _served(version, known.items)
             return History(user=id, source="events", items=shown, next=None)
     except StorageError as error:
         away = error
-    person = await asyncio.to_thread(people.get, id, SHOWN)
+    person = await asyncio.to_thread(service.audience.people(version).get, id, SHOWN)
     if person is None:
         raise away or Refused(404, f"user {id!r} has no history here")
     newest = [] if person.next is None else _served(version, [person.next])

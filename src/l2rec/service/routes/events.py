@@ -1,8 +1,9 @@
-"""Items, events and experiments.
+"""Items, events, users and experiments.
 
 - PUT /v1/items: add or change items
 - DELETE /v1/items: take items out of all answers
 - POST /v1/events: store exposures, clicks and replies
+- PUT /v1/users: put users into segments
 - GET /v1/experiments/{name}: click and reply rates of both arms
 """
 
@@ -30,6 +31,8 @@ from l2rec.studies.arms import SHARE
 
 SUMMARY_SECONDS = 60.0
 """Age at which the summary of an experiment is computed anew."""
+AHEAD = 86_400.0
+"""Seconds that an event may be ahead of this server's clock; it would be the newest for so long."""
 SUMMARIES = 8
 """Experiments that may be summarised at the same time."""
 
@@ -38,19 +41,22 @@ def write_routes(app: FastAPI, service: Service) -> None:
     """Add the routes that change items, store events and summarise experiments."""
     settings, log, metrics = service.settings, service.log, service.metrics
 
-    @app.put(
-        "/v1/items", response_model=schemas.Changed, responses=WRITING | CANNOT, tags=["items"]
-    )
+    @app.put("/v1/items", response_model=schemas.Put, responses=WRITING | CANNOT, tags=["items"])
     async def put_items(body: schemas.Items) -> Response:
         """Add items, or change those of the same id. They are on disk when this is answered, are
-        recommended from the next request on, and survive restarts and deployments.
+        recommended from the next request on, and survive restarts and deployments. An item whose
+        text stays as it is keeps what the model has learned of it, whatever its attributes do.
         """
         items = {
-            item.id: (item.text, {name: text for name, text in item.attributes.items() if text})
+            item.id: (
+                item.text.strip(),
+                {name: text for name, text in item.attributes.items() if text},
+            )
             for item in body.items
         }
-        await service.put(items)
-        return as_json({"items": len(items), "version": service.live.current().version})
+        changes = await service.put(items)
+        version = service.live.current().version
+        return as_json({"items": len(items), "version": version, "changes": changes})
 
     @app.delete(
         "/v1/items", response_model=schemas.Changed, responses=WRITING | NOT_FOUND, tags=["items"]
@@ -71,6 +77,13 @@ def write_routes(app: FastAPI, service: Service) -> None:
         that it can be sent again.
         """
         now = time.time()
+        for number, event in enumerate(body.events):
+            if event.timestamp is not None and event.timestamp > now + AHEAD:
+                raise Refused(
+                    422,
+                    f"events.{number}.timestamp: {event.timestamp:.0f} is more than a day ahead of "
+                    "this server's clock; give seconds since 1970",
+                )
         events = [
             Event(
                 event.id,
@@ -88,6 +101,15 @@ def write_routes(app: FastAPI, service: Service) -> None:
         metrics.events.labels("stored").inc(stored)
         metrics.events.labels("ignored").inc(len(events) - stored)
         return as_json({"stored": stored, "ignored": len(events) - stored})
+
+    @app.put("/v1/users", response_model=schemas.UsersPut, responses=WRITING, tags=["users"])
+    async def put_users(body: schemas.UsersIn) -> Response:
+        """Put users into segments: until something else is known of them, they are recommended
+        what is popular there. They are on disk when this is answered.
+        """
+        segments = {user.id: user.segment for user in body.users}
+        await service.stored("put_users", log.put_users, segments)
+        return as_json({"users": len(segments)})
 
     # One summary of each name at a time, and one name after the other: each reads many events.
     summaries: dict[str, tuple[float, asyncio.Task[dict[str, Any] | None]]] = {}

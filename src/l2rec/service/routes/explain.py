@@ -22,7 +22,7 @@ from l2rec.service.routes.state import (
     memory_of,
     service_of,
 )
-from l2rec.service.schemas import History, Id
+from l2rec.service.schemas import Closed, History, Id
 from l2rec.service.security import Refused
 from l2rec.service.serving import Service
 from l2rec.service.version import Version
@@ -35,12 +35,10 @@ REMEMBERED = 64
 """Histories whose experts are remembered: they are the same for every item of one ranking."""
 
 
-class Explain(BaseModel):
+class Explain(Closed):
     """A history, oldest first, and the item to explain; by default the best one."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         json_schema_extra={"examples": [{"history": ["50", "172"], "item": "181"}]},
     )
 

@@ -1,32 +1,52 @@
 """Recommendations and embeddings.
 
 - POST /v1/recommend: ranked items for a user or a history
+- POST /v1/recommend/batch: the same for many
 - POST /v1/embed/users: vectors of histories
 - POST /v1/embed/items: vectors of texts
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 
+from l2rec.errors import DataError
 from l2rec.service import schemas
+from l2rec.service.attributes import Mask, Rows
 from l2rec.service.follow import Shadow
 from l2rec.service.ranking import Query, User
-from l2rec.service.routes.answers import ANY, CANNOT, NOT_FOUND, as_json
-from l2rec.service.security import Refused
+from l2rec.service.routes.answers import ANY, CANNOT, NOT_FOUND, as_json, as_refused
+from l2rec.service.security import Refused, problem
 from l2rec.service.serving import Service
 from l2rec.service.settings import Settings
 from l2rec.service.version import Version
 from l2rec.studies.arms import arm
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request for recommendations. history: ids that the version knows, empty where nothing is
+    known of the user. unknown: ids that were skipped.
+    """
+
+    body: schemas.Recommend
+    version: Version
+    arm: str | None
+    history: Sequence[str]
+    unknown: Sequence[str]
+
+
 def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
     """Add the routes that rank and embed."""
-    settings, live, log, metrics = service.settings, service.live, service.log, service.metrics
+    settings, live, metrics = service.settings, service.live, service.metrics
 
     @app.post(
         "/v1/recommend",
@@ -35,45 +55,107 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         tags=["recommend"],
     )
     async def recommend(body: schemas.Recommend, request: Request) -> Response:
-        """Recommend the k best next items for a user or a history, best first."""
+        """Recommend the k best next items for a user or a history, best first; to those of whom
+        nothing is known, what is popular.
+        """
         started = time.perf_counter()
+        asked = await _asked(body)
+        user = await service.user(asked.version, asked.history) if asked.history else None
+        answer = await _answer(asked, user, request.scope["l2rec.request"])
+        metrics.recommend_seconds.labels(asked.arm or "none").observe(time.perf_counter() - started)
+        return as_json(answer)
+
+    @app.post(
+        "/v1/recommend/batch",
+        response_model=schemas.RecommendedMany,
+        responses=ANY,
+        tags=["recommend"],
+    )
+    async def recommend_many(body: schemas.RecommendMany, request: Request) -> Response:
+        """Recommend to many users or histories at once: an answer for each, in their order, or what
+        was wrong with it. When the server is busy, or storage is away, all are refused.
+        """
+        name = request.scope["l2rec.request"]
+        asked = await asyncio.gather(*(_asked_or_refused(one) for one in body.requests))
+        users: dict[int, User] = {}
+        read = [one for one in asked if isinstance(one, Asked) and one.history]
+        for version in dict.fromkeys(one.version for one in read):
+            some = [one for one in read if one.version is version]
+            found = await service.users(version, [one.history for one in some])
+            users |= {id(one): user for one, user in zip(some, found, strict=True)}
+        answered = iter(
+            await asyncio.gather(
+                *(_answer(one, users.get(id(one)), name) for one in asked if isinstance(one, Asked))
+            )
+        )
+        answers = [
+            next(answered)
+            if isinstance(one, Asked)
+            else json.loads(problem(one.status, one.error, name))
+            for one in asked
+        ]
+        return as_json({"answers": answers})
+
+    async def _asked_or_refused(body: schemas.Recommend) -> Asked | Refused:
+        try:
+            return await _asked(body)
+        except (Refused, DataError) as error:
+            return as_refused(error)
+
+    async def _asked(body: schemas.Recommend) -> Asked:
+        """Find out who asks, and for what.
+
+        Raises:
+            Refused, DataError: an unknown experiment, attribute or item. StorageError.
+        """
         arm = _arm(settings, body)
         version = live.of_arm(arm)
-        history = body.history or await _history_of(str(body.user), version)
         version.attributes.check(body.filters)
-        user = await service.user(version, history)
-        query = _query(version, user, history, body)
-        ranked = await service.ranking.submit(query)
+        if body.history is None:
+            known = await service.audience.history(version, str(body.user), schemas.MAX_HISTORY)
+            return Asked(body, version, arm, known.items, [])
+        if body.unknown == "fail":
+            version.predictor.rows([body.history])
+            return Asked(body, version, arm, body.history, [])
+        row_of = version.predictor.row_of
+        history = [item for item in body.history if row_of(item) is not None]
+        unknown = [item for item in dict.fromkeys(body.history) if row_of(item) is None]
+        return Asked(body, version, arm, history, unknown)
+
+    async def _answer(asked: Asked, user: User | None, request: str) -> dict[str, Any]:
+        """Rank for a user, or, for None, list what is popular."""
+        body, version = asked.body, asked.version
+        without, only = _listed(version, asked.history, body)
+        segment, gate = None, None
+        if user is None:
+            popular = await service.audience.popular(version, body.segment, body.user)
+            ranked = popular.best(body.k, version.hidden, without, only)
+            segment = popular.segment
+            metrics.fallbacks.labels("catalog" if segment is None else "segment").inc()
+        else:
+            ranked = await service.ranking.submit(Query(version, user, body.k, without, only))
+            gate = user.gate
         items = [
             {"id": version.ids[row], "score": score, "text": version.texts[row]}
             for row, score in zip(ranked.rows.tolist(), ranked.scores.tolist(), strict=True)
         ]
-        if version is live.version and query.only is None:
-            seen = history if body.exclude_seen else ()
-            shadow.offer(history, (*seen, *body.deny), [item["id"] for item in items])
-        name = arm or "none"
-        metrics.recommendations.labels(name, version.version).inc()
-        metrics.recommend_seconds.labels(name).observe(time.perf_counter() - started)
-        return as_json(
-            {
-                "items": items,
-                "gate": user.gate,
-                "version": version.version,
-                "experiment": None
-                if arm is None or settings.experiment is None
-                else {"name": settings.experiment.name, "arm": arm},
-                "request": request.scope["l2rec.request"],
-            }
-        )
-
-    async def _history_of(user: str, version: Version) -> list[str]:
-        stored = await service.stored("history", log.history, user, schemas.MAX_HISTORY)
-        known = [item for item in stored if version.predictor.row_of(item) is not None]
-        if not known:
-            raise Refused(
-                404, f"user {user!r} has no events yet: send some to /v1/events, or give a history"
-            )
-        return known
+        if version is live.version and only is None and user is not None:
+            seen = asked.history if body.exclude_seen else ()
+            shadow.offer(asked.history, (*seen, *body.deny), [item["id"] for item in items])
+        metrics.recommendations.labels(asked.arm or "none", version.version).inc()
+        running = settings.experiment
+        return {
+            "items": items,
+            "gate": gate,
+            "fallback": user is None,
+            "segment": segment,
+            "unknown": asked.unknown,
+            "version": version.version,
+            "experiment": None
+            if asked.arm is None or running is None
+            else {"name": running.name, "arm": asked.arm},
+            "request": request,
+        }
 
     @app.post(
         "/v1/embed/users", response_model=schemas.Embedded, responses=ANY | CANNOT, tags=["embed"]
@@ -114,8 +196,12 @@ def _arm(settings: Settings, body: schemas.Recommend) -> str | None:
     return arm(body.user, running.name, salt=running.salt, treatment=running.treatment)
 
 
-def _query(version: Version, user: User, history: Sequence[str], body: schemas.Recommend) -> Query:
-    """Translate what may be listed into rows of the version."""
+def _listed(
+    version: Version, history: Sequence[str], body: schemas.Recommend
+) -> tuple[Rows, Mask | None]:
+    """Translate what may be listed into rows of the version: rows that may not be, and [N] bool of
+    those that alone may be, None for all.
+    """
     row_of = version.predictor.row_of
     left_out = (*body.deny, *history) if body.exclude_seen else body.deny
     without = {row for item in left_out if (row := row_of(item)) is not None}
@@ -124,5 +210,4 @@ def _query(version: Version, user: User, history: Sequence[str], body: schemas.R
         allowed = np.zeros(len(version), dtype=np.bool_)
         allowed[[row for item in body.allow if (row := row_of(item)) is not None]] = True
         only = allowed if only is None else only & allowed
-    rows = np.fromiter(without, dtype=np.int64, count=len(without))
-    return Query(version, user, body.k, rows, only)
+    return np.fromiter(without, dtype=np.int64, count=len(without)), only

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict
 
 from l2rec.service.explain import Experts
-from l2rec.service.search import Items, People
+from l2rec.service.search import Items
 from l2rec.service.security import Refused
 from l2rec.service.serving import Service
 from l2rec.service.version import Version
@@ -40,12 +39,11 @@ class Item(BaseModel):
 class Memory:
     """Memory of the routes of one app between requests.
 
-    items: search index of the live version. people: users of its run's data set. experts: those of
-    the histories explained last, by serial and history. preparing, explaining: locks.
+    items: search index of the live version. experts: those of the histories explained last, by
+    serial and history. preparing, explaining: locks.
     """
 
     items: Items | None = None
-    people: dict[Path | None, People] = field(default_factory=dict)
     experts: OrderedDict[tuple[int, tuple[str, ...]], Experts | None] = field(
         default_factory=OrderedDict
     )

@@ -86,7 +86,7 @@ async function ask(path, { body, signal } = {}) {
         throw new Problem("The server's answer cannot be read.");
       });
     }
-    const said = (await answer.json().catch(() => ({}))).error;
+    const said = (await answer.json().catch(() => ({}))).detail;
     if (answer.status === 401) {
       if (key === sessionStorage.getItem(KEY)) askForKey(Boolean(key)); // no other was given meanwhile
       throw Object.assign(new Problem(""), { silent: true });

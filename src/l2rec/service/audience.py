@@ -1,0 +1,146 @@
+"""Users of one server: what they did, here and in the data set, and what is popular among them."""
+
+from __future__ import annotations
+
+__all__ = ["Audience", "History", "Popular"]
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2rec.service.attributes import Floats, Mask, Rows
+from l2rec.service.events import EventLog
+from l2rec.service.people import People
+from l2rec.service.ranking import Ranked
+from l2rec.service.version import Version
+
+POPULAR_SECONDS = 60.0
+"""Age at which what is popular is counted anew."""
+SEGMENTS = 64
+"""Segments whose popular items are remembered."""
+
+Stored = Callable[..., Awaitable[Any]]
+"""Runs a call of the event log in a storage thread, under a name: see `Service.stored`."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a user did. items: known to the version, oldest first. logged: whether any of it is in
+    the event log; otherwise all of it is of the data set.
+    """
+
+    items: list[str]
+    logged: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Popular:
+    """Items by how often users clicked or replied to them. rows: [N], best first. counts: [N], by
+    row. segment: whose users these are, None for everybody.
+    """
+
+    rows: Rows
+    counts: Floats
+    segment: str | None
+
+    def best(self, k: int, hidden: Mask, without: Rows, only: Mask | None) -> Ranked:
+        """Return the k best rows that may be listed."""
+        allowed = ~hidden if only is None else only & ~hidden
+        allowed[without] = False
+        rows = self.rows[allowed[self.rows]][:k]
+        return Ranked(rows, self.counts[rows])
+
+
+class Audience:
+    """Histories and popularity, from the event log and the data sets of the loaded runs."""
+
+    def __init__(self, log: EventLog, stored: Stored) -> None:
+        self._log, self._stored = log, stored
+        self._people: dict[Path | None, People] = {}
+        self._popular: dict[tuple[int, int, str | None], tuple[float, Popular]] = {}
+        self._counting = asyncio.Lock()
+
+    def people(self, version: Version) -> People:
+        """Return the users of the data set of a version's run."""
+        return self._people.setdefault(version.run, People(version.run))
+
+    def forget_others(self, versions: Iterable[Version]) -> None:
+        """Forget the users of runs that are no longer loaded."""
+        runs = {version.run for version in versions}
+        self._people = {run: people for run, people in self._people.items() if run in runs}
+
+    async def history(self, version: Version, user: str, most: int) -> History:
+        """Return the newest ``most`` items of a user: what the data set has from before the first
+        event in the log, and then what the log has. Empty for a user of neither.
+
+        Raises:
+            StorageError: the log is away.
+        """
+        stored, began = await self._stored("history", self._logged, user, most)
+        logged = _known(version, stored)
+        if len(logged) >= most:
+            return History(logged[-most:], logged=True)
+        people = self.people(version)
+        before = await asyncio.to_thread(people.history, user, most - len(logged), began)
+        return History([*_known(version, before), *logged], logged=bool(logged))
+
+    def _logged(self, user: str, most: int) -> tuple[list[str], float | None]:
+        """Return a user's newest ``most`` items in the log, and the time of the first event."""
+        return self._log.history(user, most), self._log.began(user)
+
+    async def popular(
+        self, version: Version, segment: str | None, user: str | None = None
+    ) -> Popular:
+        """Return what is popular in a segment, by default in the one that the user was put into;
+        in all of the catalog where there is none, or nothing is known of it.
+
+        Raises:
+            StorageError: the log is away.
+        """
+        if segment is None and user is not None:
+            segment = await self._stored("segment", self._log.segment_of, user)
+        async with self._counting:  # who comes meanwhile takes what the first one counted
+            popular = await self._counted(version, segment)
+            if segment is not None and not popular.counts.any():
+                popular = await self._counted(version, None)
+        return popular
+
+    async def _counted(self, version: Version, segment: str | None) -> Popular:
+        key = (version.serial, len(version), segment)
+        known = self._popular.get(key)
+        now = time.monotonic()
+        if known is not None and now - known[0] < POPULAR_SECONDS:
+            return known[1]
+        logged, users = await self._stored("counts", self._counts, segment)
+        counted = await asyncio.to_thread(self.people(version).counts, users)
+        popular = await asyncio.to_thread(_by_count, version, (logged, counted), segment)
+        self._popular.pop(key, None)
+        self._popular[key] = (now, popular)
+        while len(self._popular) > SEGMENTS:
+            del self._popular[next(iter(self._popular))]
+        return popular
+
+    def _counts(self, segment: str | None) -> tuple[dict[str, int], list[str] | None]:
+        """Return the counts of a segment in the log, and its users; None for everybody."""
+        users = None if segment is None else self._log.users_in(segment)
+        return self._log.counts(segment), users
+
+
+def _known(version: Version, items: Sequence[str]) -> list[str]:
+    return [item for item in items if version.predictor.row_of(item) is not None]
+
+
+def _by_count(version: Version, parts: Iterable[Mapping[str, int]], segment: str | None) -> Popular:
+    """Order the rows of a version by the sum of some counts by item; equals as in the catalog."""
+    counts = np.zeros(len(version), dtype=np.float32)
+    for part in parts:
+        for item, count in part.items():
+            row = version.predictor.row_of(item)
+            if row is not None:
+                counts[row] += count
+    return Popular(np.argsort(-counts, kind="stable"), counts, segment)

@@ -1,0 +1,282 @@
+"""Who is recommended what: users of the data set and of the log, unknown ones, and many at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+from tests.support.runs import Finished
+from tests.support.service import Serve, error, metric_of
+
+from l2rec.data.dataset import open_dataset
+from l2rec.runs.folder import user_history
+from l2rec.runs.predictor import load
+from l2rec.service.app import create_app
+from l2rec.service.events import EventLog
+from l2rec.service.live import Live
+from l2rec.service.loading import load_version
+from l2rec.service.people import People
+from l2rec.service.settings import Experiment, Settings
+
+
+def recommend(client: TestClient, **body: Any) -> dict[str, Any]:
+    answer = client.post("/v1/recommend", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()  # type: ignore[no-any-return]
+
+
+def ids(answer: dict[str, Any]) -> list[str]:
+    return [item["id"] for item in answer["items"]]
+
+
+def click(client: TestClient, user: str, *items: str, kind: str = "click") -> None:
+    events = [
+        {"id": f"{user}-{item}-{kind}", "user": user, "item": item, "type": kind}
+        | {"timestamp": 1.7e9 + n}
+        for n, item in enumerate(items)
+    ]
+    assert client.post("/v1/events", json={"events": events}).status_code == 200
+
+
+# -- users who are known -------------------------------------------------------------------------
+
+
+def test_users_of_the_data_set_are_known(serve: Serve, catalog_run: Finished) -> None:
+    client, predictor = serve(), load(catalog_run.run)
+    for user in ("u0", "u7", "u39"):
+        history = user_history(catalog_run.run, user)
+        answer = recommend(client, user=user, k=7)
+        assert ids(answer) == [i["id"] for i in predictor.recommend(history, 7).items]
+        assert not answer["fallback"] and answer["segment"] is None
+
+
+def test_what_is_logged_follows_what_the_data_set_has(serve: Serve, catalog_run: Finished) -> None:
+    client = serve()
+    past = user_history(catalog_run.run, "u3")
+    click(client, "u3", "i20", "i21", "unknown")
+    answer = recommend(client, user="u3", k=9)
+    assert ids(answer) == ids(recommend(client, history=[*past, "i20", "i21"], k=9))
+    assert ids(answer) != ids(recommend(client, history=["i20", "i21"], k=9))
+    shown = client.get("/v1/users/u3").json()
+    assert shown["source"] == "events" and shown["next"] is None
+    assert [item["id"] for item in shown["items"]] == [*past, "i20", "i21"]
+    # An exposure alone tells nothing of what a user likes.
+    click(client, "u4", "i20", kind="exposure")
+    past = user_history(catalog_run.run, "u4")
+    assert ids(recommend(client, user="u4")) == ids(recommend(client, history=past))
+    assert client.get("/v1/users/u4").json()["source"] == "data"
+
+
+def test_what_the_data_set_has_from_the_log_does_not_count_twice(
+    catalog_run: Finished,
+) -> None:
+    people = People(catalog_run.run)
+    dataset = open_dataset(catalog_run.data)
+    row = dataset.user_index("u5")
+    whole = user_history(catalog_run.run, "u5")
+    start, stop = dataset.offsets[row : row + 2]
+    third = float(dataset.timestamps[start:stop][3])
+    assert people.history("u5", 100) == whole and people.history("u5", 2) == whole[-2:]
+    assert people.history("u5", 100, before=third) == whole[:3]
+    assert people.history("u5", 100, before=0.0) == people.history("nobody", 100) == []
+    for user in dataset.user_ids.to_pylist():
+        assert people.history(user, 100) == user_history(catalog_run.run, user)
+    counts = Counter(dataset.item_ids.take(dataset.items.tolist()).to_pylist())
+    assert people.counts() == counts
+    assert people.counts(["u5", "nobody"]) == Counter(whole)
+
+
+def test_without_its_data_set_a_run_knows_the_log_alone(
+    serve: Serve, catalog_run: Finished, tmp_path: Path
+) -> None:
+    shutil.copytree(catalog_run.run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(catalog_run.data.resolve()), "/nowhere"))
+    client = serve(tmp_path / "run")
+    assert recommend(client, user="u3")["fallback"]
+    click(client, "u3", "i20")
+    assert not recommend(client, user="u3")["fallback"]
+
+
+def test_each_arm_knows_the_users_of_its_own_run(
+    catalog_run: Finished, other_run: Finished, log_url: str
+) -> None:
+    live = Live(load_version(catalog_run.run), control=load_version(other_run.run))
+    experiment = Experiment(name="exp", treatment=0.5)
+    app = create_app(Settings(rate=0, experiment=experiment), live, EventLog(log_url))
+    arms = set()
+    with TestClient(app, base_url="http://localhost") as client:
+        for user in ("u0", "u1", "u2", "u3", "u4", "u5"):
+            answer = recommend(client, user=user, k=5)
+            arm = answer["experiment"]["arm"]
+            run = catalog_run.run if arm == "treatment" else other_run.run
+            expected = load(run).recommend(user_history(run, user), 5)
+            assert ids(answer) == [i["id"] for i in expected.items]
+            arms.add(arm)
+        assert recommend(client, user="nobody")["fallback"]
+    assert arms == {"treatment", "control"}
+
+
+# -- users who are not ---------------------------------------------------------------------------
+
+
+def popular(catalog_run: Finished, *more: str) -> list[tuple[str, int]]:
+    """Count what is popular in the data set and these, most first, equals as in the catalog."""
+    dataset = open_dataset(catalog_run.data)
+    names = dataset.item_ids.to_pylist()
+    counts = Counter([names[item] for item in dataset.items.tolist()])
+    counts.update(more)
+    return sorted(counts.items(), key=lambda pair: (-pair[1], names.index(pair[0])))
+
+
+def test_who_is_unknown_gets_what_is_popular(
+    serve: Serve, catalog_run: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("l2rec.service.audience.POPULAR_SECONDS", 0.0)
+    client = serve()
+    answer = recommend(client, user="nobody", k=12)
+    assert answer["fallback"] and answer["gate"] is None and answer["segment"] is None
+    listed = [(item["id"], item["score"]) for item in answer["items"]]
+    assert listed == popular(catalog_run)[:12]
+    for user in ("a", "b", "c", "d"):
+        click(client, user, "i29", "unknown")
+        click(client, user, "i28", kind="exposure")
+    expected = popular(catalog_run, *["i29"] * 4)
+    every = [item for item, _ in expected]
+    answer = recommend(client, user="nobody", k=12)
+    assert [(item["id"], item["score"]) for item in answer["items"]] == expected[:12]
+    # Whatever may be left out of a ranking may be left out of this one.
+    answer = recommend(client, user="nobody", k=3, deny=every[:2])
+    assert ids(answer) == every[2:5]
+    assert ids(recommend(client, user="nobody", allow=[every[9], every[4]])) == [every[4], every[9]]
+    text = client.get(f"/v1/items/{every[6]}").json()["attributes"]["title"]
+    filtered = ids(recommend(client, user="nobody", filters={"title": [text]}))
+    assert every[6] in filtered and len(filtered) < 29
+    client.delete("/v1/items", params={"id": every[0]})
+    assert ids(recommend(client, user="nobody", k=3)) == every[1:4]
+    client.put("/v1/items", json={"items": [{"id": "n1", "text": "hat"}]})
+    assert ids(recommend(client, user="nobody", k=100))[-1] == "n1"
+    metrics: Any = client.app.state.metrics  # type: ignore[attr-defined]
+    assert metric_of(metrics, "l2rec_fallbacks_total", segment="catalog") == 7
+
+
+def test_who_is_in_a_segment_gets_what_is_popular_there(
+    serve: Serve, catalog_run: Finished
+) -> None:
+    client = serve()
+    put = {"users": [{"id": u, "segment": "de"} for u in ("a", "new", "u3")]}
+    put["users"].append({"id": "lost", "segment": "empty"})
+    assert client.put("/v1/users", json=put).json() == {"users": 4}
+    click(client, "a", "i9", "i8")
+    click(client, "b", "i7")
+    of_data = Counter(user_history(catalog_run.run, "u3"))
+    counts = of_data + Counter(["i9", "i8"])
+    for body in ({"user": "new"}, {"user": "nobody", "segment": "de"}):
+        answer = recommend(client, k=5, **body)
+        assert answer["fallback"] and answer["segment"] == "de"
+        assert all(item["score"] == counts[item["id"]] for item in answer["items"])
+        assert answer["items"][0]["score"] == max(counts.values())
+    everywhere = recommend(client, user="nobody", k=5)
+    for body in ({"user": "lost"}, {"user": "nobody", "segment": "it"}):
+        answer = recommend(client, k=5, **body)
+        assert answer["fallback"] and answer["segment"] is None
+        assert answer["items"] == everywhere["items"]
+    assert not recommend(client, user="a", segment="fr")["fallback"]  # who has a history has a rank
+
+
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        ([], "users: List should have at least 1 item"),
+        ([{"id": "a"}], "users.0.segment: Field required"),
+        ([{"id": "a", "segment": "\n"}], "users.0.segment: a control character; leave it out"),
+        ([{"id": "a", "segment": 1}], "users.0.segment: Input should be a valid string"),
+    ],
+)
+def test_segments_that_are_refused(users: Any, message: str, serve: Serve) -> None:
+    assert error(serve().put("/v1/users", json={"users": users}), 422).startswith(message)
+
+
+# -- unknown items -------------------------------------------------------------------------------
+
+
+def test_unknown_items_of_a_history_are_skipped_if_wished(serve: Serve) -> None:
+    client = serve()
+    answer = recommend(client, history=["i1", "zz", "i2", "yy", "zz"], unknown="skip", k=5)
+    assert answer["unknown"] == ["zz", "yy"] and not answer["fallback"]
+    known = recommend(client, history=["i1", "i2"], k=5)
+    assert answer["items"] == known["items"] and known["unknown"] == []
+    nothing = recommend(client, history=["zz"], unknown="skip", k=5)
+    assert nothing["fallback"] and nothing["unknown"] == ["zz"] and len(nothing["items"]) == 5
+    refused = client.post("/v1/recommend", json={"history": ["i1", "zz"], "unknown": "fail"})
+    assert error(refused, 422) == "unknown item ids: 'zz'"
+
+
+# -- many at once --------------------------------------------------------------------------------
+
+
+def test_many_at_once_are_answered_as_one_by_one(serve: Serve) -> None:
+    client = serve()
+    click(client, "a", "i9", "i8")
+    requests: list[dict[str, Any]] = [
+        {"user": "u3", "k": 4},
+        {"history": ["i1", "i2"], "k": 3},
+        {"history": ["i1", "zz"]},
+        {"user": "nobody", "k": 2},
+        {"user": "a", "deny": ["i1"], "k": 6},
+        {"history": ["i1"], "filters": {"titel": ["x"]}},
+        {"history": ["i1", "zz"], "unknown": "skip"},
+        {"user": "a", "experiment": "e"},
+    ]
+    answer = client.post("/v1/recommend/batch", json={"requests": requests})
+    assert answer.status_code == 200
+    answers = answer.json()["answers"]
+    assert len(answers) == len(requests)
+    for request, found in zip(requests, answers, strict=True):
+        single = client.post("/v1/recommend", json=request)
+        alone = single.json()
+        assert found.pop("request") == answer.headers["x-request-id"]
+        del alone["request"]
+        if single.status_code == 200:
+            for ours, theirs in zip(found["items"], alone["items"], strict=True):
+                assert ours.pop("score") == pytest.approx(theirs.pop("score"), abs=1e-5)
+            assert found.pop("gate") == pytest.approx(alone.pop("gate"), abs=1e-5)
+        assert found == alone
+    assert [found.get("status") for found in answers] == [
+        None,
+        None,
+        422,
+        None,
+        None,
+        422,
+        None,
+        404,
+    ]
+
+
+def test_many_at_once_that_are_refused(serve: Serve) -> None:
+    client = serve()
+    one = {"history": ["i1"]}
+    for requests, message in [
+        ([], "requests: List should have at least 1 item"),
+        ([one] * 65, "requests: List should have at most 64 items"),
+        ([one, {"history": ["i1"], "k": "5"}], "requests.1.k: Input should be a valid integer"),
+        ([one, {}], "requests.1: give a user or a history"),
+    ]:
+        answer = client.post("/v1/recommend/batch", json={"requests": requests})
+        assert error(answer, 422).startswith(message)
+
+
+def test_histories_of_many_users_are_one_batch(serve: Serve) -> None:
+    client = serve(batch_ms=50, cache=0)
+    requests = [{"user": f"u{n}"} for n in range(40)]
+    answers = client.post("/v1/recommend/batch", json={"requests": requests}).json()["answers"]
+    assert len(answers) == 40 and not any(answer["fallback"] for answer in answers)
+    metrics: Any = client.app.state.metrics  # type: ignore[attr-defined]
+    assert metric_of(metrics, "l2rec_batch_histories_count") < 20
+    assert np.isfinite([item["score"] for answer in answers for item in answer["items"]]).all()
