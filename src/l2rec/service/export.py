@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["export_log", "log_frame"]
+__all__ = ["export_log", "read_log"]
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from l2rec.errors import ConfigError, DataError
-from l2rec.service.events import POSITIVE, SCHEMA, TYPES, EventLog, is_event_log
+from l2rec.service.events import POSITIVE, SCHEMA, TYPES, EventLog, Plan, is_event_log
 
 NAMES = {"user": "user_id", "item": "item_id", "type": "event_type", "timestamp": "timestamp"}
 """Columns of the log -> columns of events.parquet."""
@@ -88,8 +88,9 @@ def _catalog(path: Path | None, put: dict[str, tuple[str, dict[str, str]]]) -> p
         raise DataError(f"{path}: no column for the attributes of items put: {reason}") from error
 
 
-def log_frame(source: str) -> Any:
-    """Read an event log as a data frame; open a table on disk as a lazy one.
+def read_log(source: str) -> tuple[Any, dict[str, Plan]]:
+    """Read an event log as a data frame, and the experiments that were served; open a table on disk
+    as a lazy frame, which knows of no experiments.
 
     Raises:
         DataError: neither an event log nor a table.
@@ -99,7 +100,7 @@ def log_frame(source: str) -> Any:
         url = source if "://" in source else f"sqlite:///{source}"
         log = EventLog(url, create=False)
         try:
-            return pl.from_arrow(pa.Table.from_batches(log.read(), schema=SCHEMA))
+            return pl.from_arrow(pa.Table.from_batches(log.read(), schema=SCHEMA)), log.plans()
         finally:
             log.close()
     try:
@@ -108,4 +109,4 @@ def log_frame(source: str) -> Any:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{source}: neither an event log nor a Parquet table: {reason}") from error
-    return table
+    return table, {}
