@@ -257,10 +257,15 @@ def print_experiment(result: Mapping[str, Any]) -> None:
     if left_out:
         counts = (f"{n:,} users {reason.replace('_', ' ')}" for reason, n in left_out.items())
         _out().print("left out: " + ", ".join(counts))
-    for one in result.get("served", []):
+    served = result.get("served", [])
+    for one in served:
         since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(one["since"]))
         line = f"{one['arm']} served by {one['run']}, version {one['version']}, since {since} UTC"
         _out().print(line, soft_wrap=True, markup=False)
+    for arm in arms:
+        if (versions := sum(one["arm"] == arm for one in served)) > 1:
+            line = f"{arm}: {versions} versions, one after the other; what is measured is a mixture"
+            _out().print(line, soft_wrap=True)
     if "over_time" in result:
         _print_over_time(result["over_time"], level)
 

@@ -21,9 +21,11 @@ from l2rec.studies.abtest.users import (
 )
 from l2rec.studies.arms import CONTROL, TREATMENT
 
-WIDTHS = (3600.0, 6 * 3600.0, DAY, 7 * DAY)
-"""Lengths of a period, in seconds; the shortest that gives no more than `PERIODS`."""
 PERIODS = 60
+"""Periods of an experiment, at most, or one more: it need not begin at midnight."""
+WIDTHS = {3600.0: 48, 6 * 3600.0: 28, DAY: PERIODS, 7 * DAY: PERIODS}
+"""Lengths of a period in seconds, and how many there may be: hours up to two days, quarters of a day
+up to a week, days up to two months, then weeks."""
 
 
 def over_time(
@@ -37,9 +39,8 @@ def over_time(
     that are valid at any time, None while there are too few users.
     """
     span = counted.last - counted.first
-    width = next((w for w in WIDTHS if span / w < PERIODS), None)
-    if width is None:
-        width = DAY * np.ceil(span / DAY / (PERIODS - 1))
+    fitting = (width for width, most in WIDTHS.items() if span <= most * width)
+    width = next(fitting, DAY * np.ceil(span / DAY / PERIODS))
     begin = width * np.floor(counted.first / width)
     users, time = counted.users, pl.col("timestamp")
     rows = (
