@@ -364,7 +364,8 @@ class Milvus:
             collection = f"l2rec_{vectors_hash([], vectors, '')[:16]}"
         if "://" not in uri:
             Path(uri).resolve().parent.mkdir(parents=True, exist_ok=True)
-        index = cls(uri, collection, *vectors.shape, ef=ef)
+        rows, dim = vectors.shape
+        index = cls(uri, collection, rows, dim, ef)
         if index._ask(index._graph) and index._count() == len(vectors):
             return index
         index._ask(lambda: index._fill(vectors))

@@ -433,7 +433,11 @@ class EventLog:
             served = connection.execute(query.order_by(a.since, a.arm)).all()
         return {
             row.name: Plan(
-                *row, tuple(Served(*each[1:]) for each in served if each.experiment == row.name)
+                row.name,
+                row.salt,
+                row.treatment,
+                row.since,
+                tuple(Served(*each[1:]) for each in served if each.experiment == row.name),
             )
             for row in rows
         }

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from l2rec.data.catalog import ID
 from l2rec.errors import CheckpointError, DataError
-from l2rec.methods.floors import Popularity
 from l2rec.protocols import Scorer
 from l2rec.runs.folder import load_run_config, open_run_dataset, read_catalog, training_split
 from l2rec.runs.predictor import Predictor
@@ -67,6 +66,8 @@ class Counts:
 
     def scorer(self) -> Scorer:
         """Return histories of B users -> [B, N] float32."""
+        from l2rec.methods.floors import Popularity  # only this arm needs what trains
+
         return Popularity(self.counts).scorer()
 
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
@@ -98,6 +99,8 @@ def popular(run: Path, items: ItemState) -> Version:
     Raises:
         CheckpointError: the data set of the run is no longer there.
     """
+    from l2rec.methods.floors import Popularity
+
     config, _ = load_run_config(run)
     dataset = open_run_dataset(run, None)
     train = training_split(config, dataset).train

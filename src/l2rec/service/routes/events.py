@@ -142,7 +142,9 @@ def _summary(log: EventLog, running: Experiment | None, name: str) -> dict[str, 
     batches = list(log.read(experiment=name))
     if not batches and not runs:
         return None
-    share = running.treatment if running is not None and runs else plan and plan.treatment
+    share = None if plan is None else plan.treatment
+    if running is not None and runs:
+        share = running.treatment
     summary: dict[str, Any] = {"name": name, "running": runs, "treatment": share}
     summary["served"] = [] if plan is None else [asdict(one) for one in plan.served]
     summary |= {"events": sum(len(batch) for batch in batches), "result": None, "reason": None}

@@ -24,8 +24,8 @@ from l2rec.studies.arms import CONTROL, TREATMENT
 PERIODS = 60
 """Periods of an experiment, at most, or one more: it need not begin at midnight."""
 WIDTHS = {3600.0: 48, 6 * 3600.0: 28, DAY: PERIODS, 7 * DAY: PERIODS}
-"""Lengths of a period in seconds, and how many there may be: hours up to two days, quarters of a day
-up to a week, days up to two months, then weeks."""
+"""Lengths of a period in seconds, and how many there may be: hours up to two days, quarters of a
+day up to a week, days up to two months, then weeks."""
 
 
 def over_time(
