@@ -11,7 +11,7 @@
     arms        exact binomial test of the users in the treatment against the planned share
                 (Fabijan et al., KDD '19)
     MDE         the smallest true lift that is detected with the wanted power:
-                (z_{1 - alpha/2} + z_power) sqrt(v_t + v_c) / mean_c
+                exp((z_{1 - alpha/2} + z_power) sqrt(v_t / mean_t^2 + v_c / mean_c^2)) - 1
     needed      355 skewness^2 users in an arm, for its mean to be normal enough
                 (Kohavi, Deng, Longbotham, Xu, KDD '14, rule 7)
     power       to detect a true lift of 1, 5, 10%; not the power at the observed lift, which only
@@ -194,18 +194,20 @@ def cuped(
 def detectable(
     treatment: Mean, control: Mean, alpha: float, power: float
 ) -> Mapping[str, float | None]:
-    """Compute the smallest lift detected with ``power``, and the power at lifts of 1, 5 and 10%."""
+    """Compute the smallest lift detected with ``power``, and the power at lifts of 1, 5 and 10%.
+
+    Of a lift that multiplies what every user does, which leaves the relative variances as they are.
+    """
     from scipy.special import ndtr, ndtri
 
-    spread = math.sqrt(treatment.squared_error + control.squared_error)
-    mean = control.value
-    if mean == 0 or spread == 0:
+    if min(treatment.value, control.value) <= 0 or not treatment.variance + control.variance:
         return {"mde": None} | {f"power_at_{lift}%": None for lift in (1, 5, 10)}
+    error = math.sqrt(treatment.relative + control.relative)
     z = float(ndtri(1 - alpha / 2))
-    mde = (z + float(ndtri(power))) * spread / mean
+    mde = math.expm1((z + float(ndtri(power))) * error)
 
     def power_at(lift: float) -> float:
-        shift = lift * mean / spread
+        shift = math.log1p(lift) / error
         return float(ndtr(shift - z) + ndtr(-z - shift))
 
     return {"mde": mde} | {f"power_at_{lift}%": power_at(lift / 100) for lift in (1, 5, 10)}
