@@ -28,6 +28,7 @@ from l2rec.service.live import Live
 from l2rec.service.loading import load_version
 from l2rec.service.search import Items, plain
 from l2rec.service.settings import Experiment, Settings
+from l2rec.studies.abtest.analysis import conclude
 from l2rec.studies.abtest.simulate import events_of, simulate
 
 
@@ -665,7 +666,8 @@ def test_what_is_around(visit: Open, server: Server) -> None:
 def running(table_run: Finished, tmp_path: Path) -> Iterator[Callable[[float], Server]]:
     """Return a function that serves an experiment of two weeks, planned with this share."""
     log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
-    users = simulate(1500, lift=0.4, seed=3, treatment=0.3)
+    users = simulate(450, lift=0.4, seed=3, treatment=0.3)
+    conclude(users)  # what it imports may take longer than a request on a busy machine
     log.append([Event(**row) for row in events_of(users, "plus").to_dicts()])
     opened: list[Server] = []
 

@@ -236,11 +236,11 @@ def test_a_collection_belongs_to_one_folder_and_must_be_whole(tmp_path: Path) ->
 def test_the_recall_that_is_printed_is_that_of_the_index_that_is_loaded(tmp_path: Path) -> None:
     """milvus-lite builds what it searches when a collection is loaded; before, it is exact."""
     uri = options("milvus", tmp_path)["uri"]
-    vectors = unit(4000, dim=48)  # random: a narrow search misses some
+    vectors = unit(1500, dim=64)  # random: a narrow search misses some
     items = embedded(tmp_path / "items.parquet", vectors)
     facts = build_folder(items, tmp_path / "index", kind="milvus", uri=uri, k=10)
     assert facts["search"] == "HNSW graph, 32 links, ef 128"
-    some = vectors[np.unique(np.linspace(0, 3999, 1000).astype(np.int64))]
+    some = vectors[np.unique(np.linspace(0, 1499, 1000).astype(np.int64))]
     index = load(tmp_path / "index")[0]
     assert isinstance(index, ix.Milvus) and index.ef == 128
     assert facts["recall@10"] == round(recall(index, vectors, some, 10), 4)
