@@ -45,7 +45,7 @@ def abtest(*arguments: str) -> Any:
 
 
 def test_a_share_that_the_log_knows_is_checked_and_another_is_not(
-    table_run: Finished, tmp_path: Path
+    catalog_run: Finished, tmp_path: Path
 ) -> None:
     """As defect 4 of the service: 30% were served, and 6% is only a default."""
     path = tmp_path / "events.db"
@@ -59,16 +59,16 @@ def test_a_share_that_the_log_knows_is_checked_and_another_is_not(
     assert abtest(str(path), "--treatment", "0.06")["sample_ratio"]["mismatch"]
     running = Experiment(name="plus", treatment=0.3, salt="2026")
     settings = Settings(experiment=running)
-    live, _ = load_live(table_run.run, log, settings, None)
+    live, _ = load_live(catalog_run.run, log, settings, None)
     record_plan(log, running)
     record_arms(log, running, live.all())
     known = abtest(str(path))
     assert known["sample_ratio"]["planned"] == 0.3 and not known["sample_ratio"]["mismatch"]
     served = [(one["arm"], one["run"], one["version"]) for one in known["served"]]
     version = live.version.version
-    assert served == [("control", "table", version), ("treatment", "table", version)]
+    assert served == [("control", "catalog", version), ("treatment", "catalog", version)]
     shown = CliRunner().invoke(app, ["abtest", str(path)], catch_exceptions=False).stdout
-    assert "30.00% planned" in shown and "treatment served by table" in shown
+    assert "30.00% planned" in shown and "treatment served by catalog" in shown
     assert "if you look while it runs" in shown and "lift so far" in shown
     assert "mixture" not in shown
     record_arms(log, running, {"live": replace(live.version, name="newer")})
@@ -82,9 +82,9 @@ def test_a_share_that_the_log_knows_is_checked_and_another_is_not(
 
 
 def test_the_log_names_what_was_deployed_during_an_experiment(
-    table_run: Finished, other_run: Finished, tmp_path: Path
+    catalog_run: Finished, other_run: Finished, tmp_path: Path
 ) -> None:
-    deploy(table_run.run, tmp_path)
+    deploy(catalog_run.run, tmp_path)
     log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
     running = Experiment(name="plus", treatment=0.5)
     settings = Settings(experiment=running, poll=0.05)
@@ -92,7 +92,7 @@ def test_the_log_names_what_was_deployed_during_an_experiment(
     record_plan(log, running)
     record_arms(log, running, live.all())
     before = {(one.arm, one.run) for one in log.plans()["plus"].served}
-    assert before == {("treatment", "table"), ("control", "other")}
+    assert before == {("treatment", "catalog"), ("control", "other")}
     web = create_app(settings, live, log, follow=follow)
     with TestClient(web, base_url="http://localhost") as client:
         deploy(other_run.run, tmp_path)
@@ -101,18 +101,18 @@ def test_the_log_names_what_was_deployed_during_an_experiment(
                 break
         assert client.get("/v1/live").json()["name"] == "other"
         served = log.plans()["plus"].served
-        assert [one.run for one in served if one.arm == "treatment"] == ["table", "other"]
+        assert [one.run for one in served if one.arm == "treatment"] == ["catalog", "other"]
         assert len(served) == 3
 
 
 def test_popularity_as_the_control_arm(
-    table_run: Finished, chains: Dataset, tmp_path: Path
+    catalog_run: Finished, chains: Dataset, tmp_path: Path
 ) -> None:
     log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
     settings = Settings(rate=0, experiment=Experiment(name="plus", treatment=0.5))
-    live, _ = load_live(table_run.run, log, settings, "popularity")
+    live, _ = load_live(catalog_run.run, log, settings, "popularity")
     assert live.control is not None and live.control.name == "popularity"
-    config, _ = load_run_config(table_run.run)
+    config, _ = load_run_config(catalog_run.run)
     taken = Counter(training_split(config, chains).train.values.tolist())
     ids = chains.item_ids.to_pylist()
     expected = sorted(range(len(ids)), key=lambda item: (-taken[item], item))
@@ -120,7 +120,7 @@ def test_popularity_as_the_control_arm(
     record_plan(log, Experiment(name="plus", treatment=0.5))
     record_arms(log, Experiment(name="plus", treatment=0.5), live.all())
     served = {one.arm: one.run for one in log.plans()["plus"].served}
-    assert served == {"treatment": "table", "control": "popularity"}
+    assert served == {"treatment": "catalog", "control": "popularity"}
     web = create_app(settings, live, log)
     with TestClient(web, base_url="http://localhost") as client:
 
@@ -143,13 +143,13 @@ def test_popularity_as_the_control_arm(
 
 
 def test_popularity_needs_the_data_of_the_run(
-    table_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert len(popular(table_run.run, NOTHING)) == 30
+    assert len(popular(catalog_run.run, NOTHING)) == 30
 
     def gone(*_: Any) -> Any:
         raise CheckpointError("the data set of RUN is no longer at PATH")
 
     monkeypatch.setattr("l2rec.service.experiments.open_run_dataset", gone)
     with pytest.raises(L2RecError, match="no longer at PATH"):
-        popular(table_run.run, NOTHING)
+        popular(catalog_run.run, NOTHING)

@@ -663,7 +663,7 @@ def test_what_is_around(visit: Open, server: Server) -> None:
 
 
 @pytest.fixture
-def running(table_run: Finished, tmp_path: Path) -> Iterator[Callable[[float], Server]]:
+def running(catalog_run: Finished, tmp_path: Path) -> Iterator[Callable[[float], Server]]:
     """Return a function that serves an experiment of two weeks, planned with this share."""
     log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
     users = simulate(450, lift=0.4, seed=3, treatment=0.3)
@@ -673,7 +673,7 @@ def running(table_run: Finished, tmp_path: Path) -> Iterator[Callable[[float], S
 
     def start(share: float) -> Server:
         plan = Experiment(name="plus", treatment=share)
-        made = Server(table_run.run, log, experiment=plan)
+        made = Server(catalog_run.run, log, experiment=plan)
         opened.append(made)
         version = made.app.state.live.version
         record_plan(log, plan)
@@ -696,7 +696,7 @@ def test_an_experiment_with_a_result(visit: Open, running: Callable[[float], Ser
     for reading in (one, one["any_time"]):
         assert f"+{100 * reading['lift_high']:.1f}%" in shown
     assert "The arms are as planned" in shown and "30.00% planned" in shown
-    assert "The treatment arm was served by 2 versions" in shown and "table, newer" in shown
+    assert "The treatment arm was served by 2 versions" in shown and "catalog, newer" in shown
     assert "The control arm was served" not in shown
     # Both plots, of every period, and drawn again where the page is narrower.
     periods = found["result"]["over_time"]["periods"]
