@@ -977,7 +977,13 @@ def abtest(
     experiment: Annotated[
         str | None, typer.Option(help="Experiment to analyse, if the log has several.")
     ] = None,
-    treatment: Annotated[float, typer.Option(help="Planned share of the treatment.")] = 0.06,
+    treatment: Annotated[
+        float | None,
+        typer.Option(
+            help="Planned share of the treatment, where the log does not know it.",
+            show_default=False,
+        ),
+    ] = None,
     alpha: Annotated[float, typer.Option(help="Level of tests and intervals.")] = 0.05,
     power: Annotated[float, typer.Option(help="Power of the detectable lift.")] = 0.8,
     pre_days: Annotated[float, typer.Option(help="Days before the experiment, for CUPED.")] = 14.0,
@@ -993,41 +999,56 @@ def abtest(
 ) -> None:
     """Compare the click and reply rates of both arms of an experiment.
 
-    Welch's t-test on users, the lift with its interval, CUPED, the ratio of sums, a check of the
-    arms' sizes, and the smallest lift that could be detected. docs/abtest.md has every formula.
+    Lifts with intervals and p for one look, and others for as many looks as you like; CUPED, the
+    ratio of sums, a check of the arms' sizes, and the smallest lift that could be detected. The log
+    of `l2rec serve` knows the planned share. docs/abtest.md has every formula.
 
     Example: `l2rec abtest runs/ml/events.db`, or `l2rec abtest --simulate 100000 --lift 0.05`
     """
     from l2rec.console import print_experiment
     from l2rec.data.moments import moment
     from l2rec.errors import ConfigError, DataError
-    from l2rec.studies import abtest as ab
+    from l2rec.studies.abtest.analysis import analyze, conclude
 
     if (log is None) == (simulate is None):
         raise ConfigError("give a log, or --simulate USERS")
     if simulate is not None:
-        users = ab.simulate(simulate, lift=lift, seed=seed, treatment=treatment)
-        result = ab.conclude(users, treatment=treatment, alpha=alpha, power=power)
+        from l2rec.studies.abtest.simulate import simulate as simulated
+        from l2rec.studies.arms import SHARE
+
+        share = SHARE if treatment is None else treatment
+        users = simulated(simulate, lift=lift, seed=seed, treatment=share)
+        result = conclude(users, treatment=share, alpha=alpha, power=power)
         result = {"experiment": f"simulated, lift {lift:+.1%}, seed {seed}", **result}
     else:
-        from l2rec.service.export import log_frame
+        from dataclasses import asdict
 
-        events = log_frame(str(log))
+        from l2rec.service.export import read_log
+        from l2rec.studies.abtest.users import experiments
+
+        events, plans = read_log(str(log))
         if experiment is None:
-            names = ab.experiments(events)
+            names = experiments(events)
             if len(names) != 1:
                 one = f"name one: {names[:5]}" if names else "serve with --experiment to have one"
                 raise DataError(f"{log} has {len(names)} experiments; {one}")
             (experiment,) = names
-        result = ab.analyze(
+        plan = plans.get(experiment)
+        if plan is not None and treatment not in (None, plan.treatment):
+            raise ConfigError(
+                f"--treatment {treatment}: the log says that {experiment!r} was served with "
+                f"{plan.treatment:g}; leave the option out"
+            )
+        result = analyze(
             events,
             experiment,
-            treatment=treatment,
+            treatment=treatment if plan is None else plan.treatment,
             alpha=alpha,
             power=power,
             pre_days=pre_days,
             since=None if since is None else moment(since),
         )
+        result["served"] = [] if plan is None else [asdict(one) for one in plan.served]
     if as_json:
         _print_json(result)
     else:
@@ -1129,9 +1150,10 @@ def serve(
     ],
     salt: Annotated[str, _setting("salt", "Salt of the hash that assigns users to arms.")],
     control: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Run that serves the control arm; without it both arms are served alike."
+            help="Run that serves the control arm, or popularity; without it both arms are served "
+            "alike."
         ),
     ] = None,
     rate: Annotated[float, _setting("rate", "Requests a second of one key; 0: no limit.")],

@@ -196,6 +196,14 @@ def print_experiment(result: Mapping[str, Any]) -> None:
     def percent(value: float | None, sign: str = "") -> str:
         return "–" if value is None else f"{value:{sign}.2%}"
 
+    def probability(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2g}"
+
+    def interval(reading: Mapping[str, Any] | None) -> str:
+        if reading is None or reading["lift_low"] is None:
+            return "–"
+        return f"{percent(reading['lift_low'], '+')} .. {percent(reading['lift_high'], '+')}"
+
     arms, ratio = result["arms"], result["sample_ratio"]
     sizes = Table(title=escape(f"experiment {result['experiment']}"))
     for name in ("arm", *next(iter(arms.values()))):
@@ -203,29 +211,32 @@ def print_experiment(result: Mapping[str, Any]) -> None:
     for name, counts in arms.items():
         sizes.add_row(name, *(f"{number:,}" for number in counts.values()))
     _out().print(sizes)
-    rows = Table()
-    for name in ("metric", "treatment", "control", "lift", f"{1 - result['alpha']:.0%} interval"):
+    level = f"{1 - result['alpha']:.0%} interval"
+    rows, always = Table(title="if you look once"), Table(title="if you look while it runs")
+    for name in ("metric", "treatment", "control", "lift", level, "p"):
         rows.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
-    rows.add_column("p", justify="right")
+    for name in ("metric", "lift", f"{level} at any time", "p at any time"):
+        always.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for metric, values in result["metrics"].items():
         readings = {metric: values, "  all / all": values["ratio"], "  CUPED": values["cuped"]}
         for name, reading in readings.items():
             if reading is None:
                 continue
-            rows.add_row(
-                name,
-                f"{reading['treatment']:.5f}",
-                f"{reading['control']:.5f}",
-                percent(reading["lift"], "+"),
-                f"{percent(reading['lift_low'], '+')} .. {percent(reading['lift_high'], '+')}",
-                f"{reading['p']:.2g}",
-            )
+            lift = percent(reading["lift"], "+")
+            means = (f"{reading[arm]:.5f}" for arm in ("treatment", "control"))
+            rows.add_row(name, *means, lift, interval(reading), probability(reading["p"]))
+            anytime = reading["any_time"]
+            always.add_row(name, lift, interval(anytime), probability((anytime or {}).get("p")))
     _out().print(rows)
-    _out().print(
-        f"arms: {ratio['observed']:.2%} of users in the treatment, {ratio['planned']:.2%} planned, "
-        f"p {ratio['p']:.2g}"
-        + (": NOT as planned, look for what went wrong before you read on" * ratio["mismatch"])
-    )
+    _out().print(always)
+    share = f"arms: {ratio['observed']:.2%} of users in the treatment, "
+    if ratio["planned"] is None:
+        share += "not checked: the log does not know what was planned (--treatment)"
+    else:
+        share += f"{ratio['planned']:.2%} planned, p {ratio['p']:.2g}"
+    if ratio["mismatch"]:
+        share += ": NOT as planned, look for what went wrong before you read on"
+    _out().print(share)
     checks = Table()
     detectable = f"{result['power']:.0%} power at"
     for name in ("metric", "p (Holm)", detectable, "power at +1%", "at +5%", "at +10%"):
@@ -233,7 +244,7 @@ def print_experiment(result: Mapping[str, Any]) -> None:
     for metric, values in result["metrics"].items():
         powers = (values[f"power_at_{lift}%"] for lift in (1, 5, 10))
         detected = percent(values["mde"], "+")
-        checks.add_row(metric, f"{values['p_holm']:.2g}", detected, *map(percent, powers))
+        checks.add_row(metric, probability(values["p_holm"]), detected, *map(percent, powers))
     _out().print(checks)
     smallest = min(counts["users"] for counts in arms.values())
     for metric, values in result["metrics"].items():
@@ -246,6 +257,49 @@ def print_experiment(result: Mapping[str, Any]) -> None:
     if left_out:
         counts = (f"{n:,} users {reason.replace('_', ' ')}" for reason, n in left_out.items())
         _out().print("left out: " + ", ".join(counts))
+    served = result.get("served", [])
+    for one in served:
+        since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(one["since"]))
+        line = f"{one['arm']} served by {one['run']}, version {one['version']}, since {since} UTC"
+        _out().print(line, soft_wrap=True, markup=False)
+    for arm in arms:
+        if (versions := sum(one["arm"] == arm for one in served)) > 1:
+            line = f"{arm}: {versions} versions, one after the other; what is measured is a mixture"
+            _out().print(line, soft_wrap=True)
+    if "over_time" in result:
+        _print_over_time(result["over_time"], level)
+
+
+NEWEST = 14
+"""Periods of an experiment that are printed; `--json` has all."""
+
+
+def _print_over_time(series: Mapping[str, Any], level: str) -> None:
+    """Print the click rates of the newest periods of an A/B test, and the lift so far."""
+
+    def rate(value: float | None) -> str:
+        return "–" if value is None else f"{value:.5f}"
+
+    periods = series["periods"]
+    shown = periods[-NEWEST:]
+    days = series["seconds"] % 86_400 == 0
+    table = Table(title=f"clicks / exposures, the last {len(shown)} of {len(periods)} periods")
+    for name in ("from (UTC)", "treatment", "control", "lift so far", f"{level} at any time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for period in shown:
+        start = time.gmtime(period["from"])
+        lift = period["so_far"]["ctr"]
+        bounds = "–"
+        if lift is not None:
+            bounds = f"{lift['lift_low']:+.1%} .. {lift['lift_high']:+.1%}"
+        table.add_row(
+            time.strftime("%Y-%m-%d" if days else "%m-%d %H:%M", start),
+            rate(period["treatment"]["ctr"]),
+            rate(period["control"]["ctr"]),
+            "–" if lift is None else f"{lift['lift']:+.1%}",
+            bounds,
+        )
+    _out().print(table)
 
 
 def print_downstream(report: Mapping[str, Any]) -> None:

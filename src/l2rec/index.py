@@ -50,6 +50,10 @@ AT_ONCE = 32
 """Queries of one search when speed is measured: about a batch of the service."""
 LINKS, CONSTRUCTION = 32, 200
 """Links of a node of an HNSW graph, and breadth of the search that builds it."""
+BREADTH = 128
+"""Default breadth of a search in an HNSW graph: ef."""
+WIDEST = 1 << 16
+"""Largest ef."""
 MILVUS_MOST = 16_384
 """Most rows that Milvus returns for a query."""
 MILVUS_SECONDS = 10.0
@@ -82,8 +86,8 @@ class Index(Protocol):
 def build(vectors: Floats, kind: str = "auto", **options: Any) -> Index:
     """Build an index of vectors [N, D] float32.
 
-    kind: one of `KINDS`, or ``auto`` for one that suits the number of rows. options: ``uri`` and
-    ``collection`` of Milvus; ``lists`` and ``probes`` of ivf; ``ef`` of hnsw.
+    kind: one of `KINDS`, or ``auto`` for one that suits the number of rows. options: ``uri``,
+    ``collection`` and ``ef`` of Milvus; ``lists`` and ``probes`` of ivf; ``ef`` of hnsw.
 
     Raises:
         ConfigError: an unknown kind or option, a library that is missing.
@@ -99,7 +103,7 @@ def build(vectors: Floats, kind: str = "auto", **options: Any) -> Index:
         )
     if kind == "auto":
         kind = _fitting(vectors)
-    allowed = {"ivf": {"lists", "probes"}, "hnsw": {"ef"}, "milvus": {"uri", "collection"}}
+    allowed = {"ivf": {"lists", "probes"}, "hnsw": {"ef"}, "milvus": {"uri", "collection", "ef"}}
     odd = options.keys() - allowed.get(kind, set())
     if odd and kind in KINDS:
         raise ConfigError(f"index kind {kind!r} has no option {min(odd)!r}")
@@ -156,6 +160,12 @@ def _asked(queries: Floats, dim: int, k: int) -> Floats:
     if k < 1:
         raise DataError(f"k={k}; choose 1 or more")
     return queries
+
+
+def _check_range(name: str, value: int | None, most: int) -> None:
+    """Refuse an option outside 1..most."""
+    if value is not None and not 1 <= value <= most:
+        raise ConfigError(f"{name}={value}: choose 1..{most}")
 
 
 def _nothing(queries: int, k: int) -> tuple[Rows, Floats]:
@@ -237,7 +247,7 @@ class Faiss:
         kind: str,
         lists: int | None = None,
         probes: int | None = None,
-        ef: int = 128,
+        ef: int = BREADTH,
     ) -> Faiss:
         """Build an index of vectors [N, D].
 
@@ -249,10 +259,9 @@ class Faiss:
         for name, value, most in (
             ("lists", lists, rows),
             ("probes", probes, rows),
-            ("ef", ef, 1 << 16),
+            ("ef", ef, WIDEST),
         ):
-            if value is not None and not 1 <= value <= most:
-                raise ConfigError(f"{name}={value}: choose 1..{most}")
+            _check_range(name, value, most)
         if kind == "flat":
             index = faiss.IndexFlatIP(dim)
         elif kind == "hnsw":
@@ -300,12 +309,19 @@ class Faiss:
 
 
 class Milvus:
-    """A collection of a Milvus server, or of a file (milvus-lite, one process at a time)."""
+    """A collection of a Milvus server, or of a file (milvus-lite, one process at a time).
+
+    ef: breadth of a search in its HNSW graph. None for a collection of an l2rec that left the type
+    of the index to Milvus, and its breadth with it.
+    """
 
     kind = "milvus"
 
-    def __init__(self, uri: str, collection: str, rows: int, dim: int) -> None:
+    def __init__(
+        self, uri: str, collection: str, rows: int, dim: int, ef: int | None = None
+    ) -> None:
         self.uri, self.collection, self.rows, self.dim = _milvus_uri(uri), collection, rows, dim
+        self.ef = ef
         try:
             from pymilvus import MilvusClient
         except ImportError:
@@ -334,25 +350,48 @@ class Milvus:
 
     @classmethod
     def build(
-        cls, vectors: Floats, uri: str | None = None, collection: str | None = None
+        cls,
+        vectors: Floats,
+        uri: str | None = None,
+        collection: str | None = None,
+        ef: int = BREADTH,
     ) -> Milvus:
         """Fill a collection, by default named by a hash of the vectors, unless it is complete."""
         if uri is None:
             raise ConfigError("kind=milvus needs a uri: a server's, or a file ending in .db")
+        _check_range("ef", ef, WIDEST)
         if collection is None:
             collection = f"l2rec_{vectors_hash([], vectors, '')[:16]}"
         if "://" not in uri:
             Path(uri).resolve().parent.mkdir(parents=True, exist_ok=True)
-        index = cls(uri, collection, *vectors.shape)
-        if index._count() != len(vectors):
-            index._ask(lambda: index._fill(vectors))
+        rows, dim = vectors.shape
+        index = cls(uri, collection, rows, dim, ef)
+        if index._ask(index._graph) and index._count() == len(vectors):
+            return index
+        index._ask(lambda: index._fill(vectors))
         return index
 
+    def _graph(self) -> bool:
+        """Tell whether there is such a collection with a graph, and not the index of another."""
+        if not self.client.has_collection(self.collection):
+            return False
+        names = self.client.list_indexes(self.collection)
+        kinds = [self.client.describe_index(self.collection, name) for name in names]
+        return any(kind.get("index_type") == "HNSW" for kind in kinds)
+
     def _fill(self, vectors: Floats) -> None:
+        """Write the collection anew, its graph, and load it.
+
+        The rows come first, then the graph, then the loading: milvus-lite builds what it searches
+        when a collection is loaded, and compares with every row of one that was loaded before.
+        """
+        from pymilvus import DataType, MilvusClient
+
         self.client.drop_collection(self.collection)
-        self.client.create_collection(
-            self.collection, dimension=self.dim, metric_type="IP", consistency_level="Strong"
-        )
+        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field("id", DataType.INT64, is_primary=True)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=self.dim)
+        self.client.create_collection(self.collection, schema=schema, consistency_level="Strong")
         for start in range(0, self.rows, 1000):
             part = vectors[start : start + 1000].tolist()
             self.client.insert(
@@ -360,6 +399,15 @@ class Milvus:
                 [{"id": start + n, "vector": vector} for n, vector in enumerate(part)],
             )
         self.client.flush(self.collection)
+        graph = MilvusClient.prepare_index_params()
+        graph.add_index(
+            "vector",
+            index_type="HNSW",
+            metric_type="IP",
+            params={"M": LINKS, "efConstruction": CONSTRUCTION},
+        )
+        self.client.create_index(self.collection, graph)  # returns when a server has built it
+        self.client.load_collection(self.collection)
 
     def _count(self) -> int | None:
         """Count the rows of the collection; None where there is no collection."""
@@ -398,6 +446,9 @@ class Milvus:
         """
         asked = _asked(queries, self.dim, k)
         rows, scores = _nothing(len(asked), k)
+        limit = min(k, self.rows, MILVUS_MOST)
+        # A server refuses a search that is narrower than its result is long.
+        breadth = {} if self.ef is None else {"params": {"ef": max(self.ef, limit)}}
         for start in range(0, len(asked), 100):
             part = asked[start : start + 100].tolist()
             answers = self._ask(
@@ -405,7 +456,8 @@ class Milvus:
                     self.client.search,
                     self.collection,
                     part,
-                    limit=min(k, self.rows, MILVUS_MOST),
+                    limit=limit,
+                    search_params=breadth,
                     timeout=MILVUS_SECONDS,
                 )
             )
@@ -414,6 +466,18 @@ class Milvus:
                 rows[at, : len(best)] = [row for _, row in best]
                 scores[at, : len(best)] = [-score for score, _ in best]
         return rows, scores
+
+
+def searched(index: Index) -> str:
+    """Say what a search looks at: the type of the index, and how broad a search in it is."""
+    graph = "HNSW graph, {} links, ef {}".format
+    if isinstance(index, Milvus):
+        return "AUTOINDEX of Milvus" if index.ef is None else graph(LINKS, index.ef)
+    if index.kind == "hnsw" and isinstance(index, Faiss):
+        return graph(index.index.hnsw.nb_neighbors(1), index.index.hnsw.efSearch)
+    if index.kind == "ivf" and isinstance(index, Faiss):
+        return f"{index.index.nprobe} of {index.index.nlist} inverted lists"
+    return "every row"
 
 
 def _collection_prefix(folder: Path) -> str:
@@ -510,7 +574,7 @@ def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> None
         )
     else:
         assert isinstance(index, Milvus)
-        options = {"uri": index.uri, "collection": index.collection}
+        options = {"uri": index.uri, "collection": index.collection, "ef": index.ef}
     manifest = {
         "format": FORMAT,
         "kind": index.kind,
@@ -674,6 +738,7 @@ def build_folder(
     written = _manifest(out)["files"].values()
     return {
         "kind": index.kind,
+        "search": searched(index),
         "rows": len(index),
         "dim": given.vectors.shape[1],
         "version": given.version,

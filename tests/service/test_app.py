@@ -25,7 +25,7 @@ from l2rec.service.events import EventLog
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
 from l2rec.service.settings import Experiment, Settings
-from l2rec.studies import abtest
+from l2rec.studies.abtest.analysis import analyze
 from l2rec.studies.arms import arm as assign
 
 
@@ -666,9 +666,13 @@ def test_an_experiment_is_summed_up(serve: Serve, monkeypatch: pytest.MonkeyPatc
     assert found["events"] == len(events) and found["reason"] is None
     log: EventLog = client.app.state.log  # type: ignore[attr-defined]
     table = pl.concat([pl.from_arrow(batch) for batch in log.read()])  # type: ignore[type-var]
-    expected = abtest.analyze(table, "exp", treatment=0.3)
+    expected = analyze(table, "exp", treatment=0.3)
     assert found["result"]["metrics"].keys() == expected["metrics"].keys()
     assert found["result"]["experiment"] == "exp"
     # Of an experiment that no longer runs, the events still tell.
     past = serve().get("/v1/experiments/exp").json()
     assert not past["running"] and past["events"] == len(events) and past["result"]
+    assert past["treatment"] is None and past["result"]["sample_ratio"]["mismatch"] is None
+    log.plan("exp", salt="", treatment=0.3, at=1.0)  # as `l2rec serve` does when it starts
+    known = serve().get("/v1/experiments/exp").json()
+    assert known["treatment"] == known["result"]["sample_ratio"]["planned"] == 0.3

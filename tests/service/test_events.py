@@ -19,7 +19,7 @@ import pytest
 from tests.support.service import postgres_address
 
 from l2rec.errors import ConfigError, DataError, StorageError
-from l2rec.service.events import Event, EventLog
+from l2rec.service.events import Event, EventLog, Plan, Served
 
 LAMP = {"a": ("a lamp", {"kind": "lamp"})}
 
@@ -39,7 +39,8 @@ def empty(log: EventLog) -> None:
     """Each test has its own tables."""
     log._transaction(
         lambda connection: [
-            connection.execute(t.delete()) for t in (log._events, log._items, log._users)
+            connection.execute(table.delete())
+            for table in (log._events, log._items, log._users, log._experiments, log._arms)
         ]
     )
 
@@ -305,7 +306,7 @@ def test_all_who_shared_a_transaction_that_failed_know(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from l2rec.service.events import Event, EventLog
+from l2rec.service.events import Event, EventLog, Plan, Served
 log, n = EventLog(sys.argv[1]), int(sys.argv[2])
 while True:
     events = [Event(f"e{n + k}", "u", f"i{n + k}", "click", float(n + k)) for k in range(3)]
@@ -451,7 +452,7 @@ FULL = """
 import sys
 from pathlib import Path
 from l2rec.errors import StorageError
-from l2rec.service.events import Event, EventLog
+from l2rec.service.events import Event, EventLog, Plan, Served
 folder = Path(sys.argv[1])
 log = EventLog(f"sqlite:///{folder / 'events.db'}")
 ballast = folder / "ballast"
@@ -604,3 +605,40 @@ def test_a_log_of_an_earlier_version_gets_what_it_lacks(tmp_path: Path) -> None:
     log.put_users({"ann": "de"})
     assert log.segment_of("ann") == "de"
     log.close()
+
+
+# ------------------------------------------------------------------------------- experiments
+
+
+def test_the_plan_of_an_experiment_is_kept(log: EventLog) -> None:
+    assert log.plans() == {}
+    log.plan("plus", salt="2026", treatment=0.3, at=10.0)
+    log.plan("plus", salt="2026", treatment=0.3, at=20.0)  # a restart, or another server
+    log.plan("other", salt="", treatment=0.06, at=30.0)
+    old, new = Served("control", "old", "v1", 11.0), Served("treatment", "new", "v2", 11.0)
+    log.serve_arms("plus", [old, new])
+    log.serve_arms("plus", [Served("control", "old", "v1", 21.0)])
+    newer = Served("treatment", "newer", "v3", 31.0)
+    log.serve_arms("plus", [newer])
+    assert log.plans() == {
+        "plus": Plan("plus", "2026", 0.3, 10.0, (old, new, newer)),
+        "other": Plan("other", "", 0.06, 30.0),
+    }
+    for changes in ({"salt": "2027"}, {"treatment": 0.5}):
+        options = {"salt": "2026", "treatment": 0.3} | changes
+        with pytest.raises(ConfigError) as e:
+            log.plan("plus", at=40.0, **options)
+        assert "'plus' was served with --treatment-share 0.3 --salt '2026'" in str(e.value)
+    assert log.plans()["plus"].treatment == 0.3
+
+
+def test_a_log_from_before_there_were_plans(log: EventLog) -> None:
+    log.append([click(1)])
+    log._transaction(lambda connection: [t.drop(connection) for t in (log._experiments, log._arms)])
+    reading = EventLog(log.engine.url.render_as_string(hide_password=False), create=False)
+    assert reading.plans() == {} and reading.history("u", 5) == ["i1"]
+    reading.close()
+    writing = EventLog(log.engine.url.render_as_string(hide_password=False))
+    writing.plan("plus", salt="", treatment=0.3, at=1.0)
+    assert set(writing.plans()) == {"plus"} and writing.history("u", 5) == ["i1"]
+    writing.close()

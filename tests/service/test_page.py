@@ -6,6 +6,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from l2rec.runs.predictor import load
 from l2rec.service import explain
 from l2rec.service.app import create_app
 from l2rec.service.events import Event, EventLog
+from l2rec.service.experiments import record_arms, record_plan
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
 from l2rec.service.search import Items, plain
 from l2rec.service.settings import Experiment, Settings
+from l2rec.studies.abtest.analysis import conclude
+from l2rec.studies.abtest.simulate import events_of, simulate
 
 
 def get(client: TestClient, path: str, **params: Any) -> Any:
@@ -658,26 +662,80 @@ def test_what_is_around(visit: Open, server: Server) -> None:
     assert "No result yet: no events of it yet" in page.inner_text("#experiment")
 
 
-def test_an_experiment_with_a_result(
-    visit: Open, catalog_run: Finished, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+@pytest.fixture
+def running(catalog_run: Finished, tmp_path: Path) -> Iterator[Callable[[float], Server]]:
+    """Return a function that serves an experiment of two weeks, planned with this share."""
     log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
-    events = []
-    for n in range(80):
-        arm = "treatment" if n % 4 == 0 else "control"
-        events.append(Event(f"x{n}", f"u{n}", "i1", "exposure", 100.0 + n, None, "plus", arm))
-        if n % 3 == 0:
-            events.append(Event(f"c{n}", f"u{n}", "i1", "click", 101.0 + n, None, "plus", arm))
-    log.append(events)
-    running = Experiment(name="plus", treatment=0.25)
-    other = Server(catalog_run.run, log, experiment=running)
-    request.addfinalizer(other.close)
-    page = visit(of=other)
+    users = simulate(450, lift=0.4, seed=3, treatment=0.3)
+    conclude(users)  # what it imports may take longer than a request on a busy machine
+    log.append([Event(**row) for row in events_of(users, "plus").to_dicts()])
+    opened: list[Server] = []
+
+    def start(share: float) -> Server:
+        plan = Experiment(name="plus", treatment=share)
+        made = Server(catalog_run.run, log, experiment=plan)
+        opened.append(made)
+        version = made.app.state.live.version
+        record_plan(log, plan)
+        record_arms(log, plan, {"live": version})
+        record_arms(log, plan, {"live": replace(version, name="newer"), "control": version})
+        return made
+
+    yield start
+    for made in opened:
+        made.close()
+
+
+def test_an_experiment_with_a_result(visit: Open, running: Callable[[float], Server]) -> None:
+    page = visit(of=running(0.3))
     page.wait_for_selector("#experiment tbody tr")
-    shown = page.inner_text("#experiment")
-    assert "25% of the users" in shown and "clicks" in shown and "replies" in shown
-    assert "33.33%" in shown  # 20 of 60, 7 of 20
-    assert "35.00%" in shown
+    found = page.evaluate("fetch('v1/experiments/plus').then((answer) => answer.json())")
+    shown, one = page.inner_text("#experiment"), found["result"]["metrics"]["ctr"]
+    assert "30% of the users" in shown and "clicks" in shown and "replies" in shown
+    assert f"{one['control']:.2%}" in shown and f"{one['treatment']:.2%}" in shown
+    for reading in (one, one["any_time"]):
+        assert f"+{100 * reading['lift_high']:.1f}%" in shown
+    assert "The arms are as planned" in shown and "30.00% planned" in shown
+    assert "The treatment arm was served by 2 versions" in shown and "catalog, newer" in shown
+    assert "The control arm was served" not in shown
+    # Both plots, of every period, and drawn again where the page is narrower.
+    periods = found["result"]["over_time"]["periods"]
+    page.wait_for_selector("#experiment svg >> nth=1")
+    assert page.locator("#experiment svg").count() == 2
+    assert page.locator("#experiment svg >> nth=0").locator("circle").count() == 2 * len(periods)
+    wide = page.locator("#experiment svg >> nth=0").get_attribute("width")
+    for width in (390, 320):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_function(
+            "old => document.querySelector('#experiment svg').getAttribute('width') !== old",
+            arg=wide,
+        )
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        broken = page.evaluate(BROKEN_WORDS)
+        assert broken == [], "words that are broken in two"
+    last = page.locator("#experiment svg >> nth=0").get_attribute("aria-label")
+    assert f"{periods[-1]['treatment']['ctr']:.2%} in the treatment" in last
+
+
+BROKEN_WORDS = """
+[...document.querySelectorAll('footer .table th, footer .table td')].flatMap((cell) => {
+  const node = cell.firstChild;
+  if (!node || node.nodeType !== 3) return [];
+  return [...node.data.matchAll(/[^\\s-]+/g)].filter(({ 0: word, index }) => {
+    const range = document.createRange();
+    range.setStart(node, index);
+    range.setEnd(node, index + word.length);
+    return range.getClientRects().length > 1;
+  }).map(([word]) => word);
+})
+"""
+
+
+def test_arms_that_are_not_as_planned(visit: Open, running: Callable[[float], Server]) -> None:
+    page = visit(of=running(0.5))
+    page.wait_for_selector("#experiment tbody tr")
+    alarms = page.locator("#experiment .alarm").all_inner_texts()
+    assert any("The arms are not as planned" in alarm and "50.00%" in alarm for alarm in alarms)
 
 
 def test_a_key_is_asked_for(

@@ -25,7 +25,12 @@ from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
 from l2rec.evaluation.ranking import Evaluation, evaluate, evaluate_each, top_k
 from l2rec.evaluation.ranks import Ranks, aligned, aligned_ranks, read_ranks, write_ranks
-from l2rec.evaluation.significance import by_segment, paired_test, paired_values_test
+from l2rec.evaluation.significance import (
+    by_segment,
+    paired_test,
+    paired_values_test,
+    without_rounding,
+)
 from l2rec.metrics import expected_ranks, rank_values, ranking_metrics
 from l2rec.protocols import Scorer
 
@@ -495,6 +500,22 @@ def test_identical_runs_do_not_differ() -> None:
 def test_the_same_difference_for_everyone() -> None:
     got = paired_test(np.ones(5), np.full(5, 11.0), "recall@10")
     assert (got.difference, got.t, got.p) == (1.0, math.inf, 0.0)
+
+
+def test_rounding_is_no_difference() -> None:
+    """Of users whose values add up to the same, the mean of the differences is 5e-18."""
+    each = np.random.default_rng(0).random((7, 3))
+    a, b = each.ravel(), np.roll(each, 1, axis=1).ravel()
+    users = np.repeat(np.arange(7), 3)
+    assert (a - b).mean() != 0
+    got = paired_values_test(a, b, users)
+    assert (got.difference, got.standard_error, got.t, got.p) == (0.0, 0.0, 0.0, 1.0)
+    same = [np.full(n, 0.1) for n in range(2, 40)]
+    assert any(values.var() > 0 for values in same)
+    assert all(without_rounding(values) == (0.1, 0.0) for values in same)
+    some = np.array([0.1, 0.2, 0.4])
+    assert without_rounding(some) == (some.mean(), some.var(ddof=1))
+    assert without_rounding(np.zeros(3)) == (0.0, 0.0)
 
 
 def test_ranks_that_cannot_be_paired() -> None:

@@ -233,6 +233,51 @@ def test_a_collection_belongs_to_one_folder_and_must_be_whole(tmp_path: Path) ->
 
 
 @milvus_is_loud
+def test_the_recall_that_is_printed_is_that_of_the_index_that_is_loaded(tmp_path: Path) -> None:
+    """milvus-lite builds what it searches when a collection is loaded; before, it is exact."""
+    uri = options("milvus", tmp_path)["uri"]
+    vectors = unit(1500, dim=64)  # random: a narrow search misses some
+    items = embedded(tmp_path / "items.parquet", vectors)
+    facts = build_folder(items, tmp_path / "index", kind="milvus", uri=uri, k=10)
+    assert facts["search"] == "HNSW graph, 32 links, ef 128"
+    some = vectors[np.unique(np.linspace(0, 1499, 1000).astype(np.int64))]
+    index = load(tmp_path / "index")[0]
+    assert isinstance(index, ix.Milvus) and index.ef == 128
+    assert facts["recall@10"] == round(recall(index, vectors, some, 10), 4)
+    # And it is a graph that is searched, no wider than it says.
+    index.ef = 10
+    narrow = recall(index, vectors, some, 10)
+    made = build(vectors, "milvus", uri=uri, collection="narrow", ef=10)
+    assert narrow < 1.0 and recall(made, vectors, some, 10) < 1.0
+
+
+@milvus_is_loud
+def test_a_collection_that_left_its_index_to_milvus(tmp_path: Path) -> None:
+    """Of an earlier l2rec: searched as ever, named as what it is, and not taken for a new one."""
+    uri = options("milvus", tmp_path)["uri"]
+    old = ix.Milvus(uri, "old", *VECTORS.shape)
+    old.client.create_collection("old", dimension=16, metric_type="IP")
+    rows = [{"id": n, "vector": vector} for n, vector in enumerate(VECTORS.tolist())]
+    old.client.insert("old", rows)
+    assert ix.searched(old) == "AUTOINDEX of Milvus" and len(old.search(QUERIES, 3)[0]) == 40
+    made = build(VECTORS, "milvus", uri=uri, collection="old")
+    assert ix.searched(made) == "HNSW graph, 32 links, ef 128"
+    (name,) = made.client.list_indexes("old")
+    assert made.client.describe_index("old", name)["index_type"] == "HNSW"
+
+
+def test_a_search_says_how_broad_it_is(tmp_path: Path) -> None:
+    assert ix.searched(build(VECTORS, "exact")) == "every row"
+    options("flat", tmp_path)
+    assert ix.searched(build(VECTORS, "flat")) == "every row"
+    assert ix.searched(build(VECTORS, "ivf", lists=12, probes=3)) == "3 of 12 inverted lists"
+    wide = build(VECTORS, "hnsw", ef=300)
+    save(wide, tmp_path / "index", ids=IDS, version="v1")
+    for index in (wide, load(tmp_path / "index")[0]):
+        assert ix.searched(index) == "HNSW graph, 32 links, ef 300"
+
+
+@milvus_is_loud
 def test_a_milvus_that_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("pymilvus", reason="pymilvus is not installed")
     monkeypatch.setenv("L2REC_MILVUS_TOKEN", "root:secret")

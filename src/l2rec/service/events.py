@@ -1,19 +1,21 @@
-"""The event log: exposures, clicks, replies, and the items that were put or deleted, on disk.
+"""The event log: exposures, clicks, replies, items that were put or deleted, experiments, on disk.
 
 SQLite in WAL mode by default, PostgreSQL by URL; the same tables. A write is one transaction,
 and it is on disk when the call returns: WAL with synchronous=FULL, PostgreSQL without
 synchronous_commit=off. Two events of one id are stored once. Threads that append at the same time
 share one transaction, since a transaction costs a wait for the disk.
 
-    l2rec_events  seq, id (unique), user, item, type, timestamp, request, experiment, arm
-    l2rec_items   item, text, attributes (JSON), deleted
-    l2rec_users   user, segment
-    l2rec_meta    layout: version of these tables
+    l2rec_events       seq, id (unique), user, item, type, timestamp, request, experiment, arm
+    l2rec_items        item, text, attributes (JSON), deleted
+    l2rec_users        user, segment
+    l2rec_experiments  name, salt, treatment (share of users), since
+    l2rec_arms         experiment, arm, run, version, since: what served an arm, and from when
+    l2rec_meta         layout: version of these tables
 """
 
 from __future__ import annotations
 
-__all__ = ["TYPES", "Event", "EventLog", "is_event_log"]
+__all__ = ["TYPES", "Event", "EventLog", "Plan", "Served", "is_event_log"]
 
 import contextlib
 import json
@@ -33,7 +35,7 @@ TYPES = ("exposure", "click", "reply")
 POSITIVE = ("click", "reply")
 """Types of the events that make up a history."""
 LAYOUT = 1
-"""Version of the tables."""
+"""Version of the tables; those of experiments came later, and a log may lack them."""
 MAX_ID = 256
 """Characters of an id or a name."""
 MAX_TIMESTAMP = 1e11
@@ -112,6 +114,27 @@ class Event:
             )
 
 
+@dataclass(frozen=True)
+class Served:
+    """A version that served an arm. since: when it first did, in seconds since 1970."""
+
+    arm: str
+    run: str
+    version: str
+    since: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment as it is served. treatment: share of users. since: seconds since 1970."""
+
+    name: str
+    salt: str
+    treatment: float
+    since: float
+    served: tuple[Served, ...] = ()
+
+
 COLUMNS = tuple(f.name for f in fields(Event))
 NETWORK = {
     "connect_timeout": 3,
@@ -150,7 +173,8 @@ class EventLog:
     """
 
     def __init__(self, url: str, *, create: bool = True) -> None:
-        self.engine, self._events, self._items, self._users, self._meta = _open(url, create)
+        self.engine, tables = _open(url, create)
+        self._events, self._items, self._users, self._meta, self._experiments, self._arms = tables
         self._create = create
         self._prepared = False
         self._waiting: deque[tuple[list[dict[str, Any]], Future[int]]] = deque()
@@ -430,6 +454,66 @@ class EventLog:
 
         self._write(self._transaction, write).result()
 
+    # -- experiments -----------------------------------------------------------------------------
+
+    def plan(self, name: str, *, salt: str, treatment: float, at: float) -> None:
+        """Store how users are assigned to the arms of an experiment; on disk when this returns.
+
+        at: now, in seconds since 1970; a plan that is stored already keeps its time.
+
+        Raises:
+            ConfigError: the experiment has another salt or share. StorageError: nothing was stored.
+        """
+        from sqlalchemy import select
+
+        t = self._experiments.c
+        insert = self._insert(self._experiments, "name")
+
+        def write(connection: Any) -> Any:
+            row = {"name": name, "salt": salt, "treatment": treatment, "since": at}
+            connection.execute(insert, row)
+            return connection.execute(select(t.salt, t.treatment).where(t.name == name)).one()
+
+        known = self._write(self._transaction, write).result()
+        if (known.salt, known.treatment) != (salt, treatment):
+            raise ConfigError(
+                f"experiment {name!r} was served with --treatment-share {known.treatment:g} --salt "
+                f"{known.salt!r}: other ones move users between its arms; serve it with these, or "
+                "give the experiment another name"
+            )
+
+    def serve_arms(self, name: str, served: Iterable[Served]) -> None:
+        """Store what serves the arms of an experiment; what is stored already keeps its time.
+
+        Raises:
+            StorageError: nothing was stored.
+        """
+        insert = self._insert(self._arms, None).on_conflict_do_nothing()
+        rows = [{"experiment": name, **asdict(each)} for each in served]
+        self._write(self._transaction, lambda connection: connection.execute(insert, rows)).result()
+
+    def plans(self) -> dict[str, Plan]:
+        """Return the experiments that were served, by name; none of a log from before them."""
+        from sqlalchemy import inspect, select
+
+        t, a = self._experiments.c, self._arms.c
+        with self._reading() as connection:
+            if not inspect(connection).has_table(self._arms.name):
+                return {}
+            rows = connection.execute(select(t.name, t.salt, t.treatment, t.since)).all()
+            query = select(a.experiment, a.arm, a.run, a.version, a.since)
+            served = connection.execute(query.order_by(a.since, a.arm)).all()
+        return {
+            row.name: Plan(
+                row.name,
+                row.salt,
+                row.treatment,
+                row.since,
+                tuple(Served(*each[1:]) for each in served if each.experiment == row.name),
+            )
+            for row in rows
+        }
+
     # -- the database ----------------------------------------------------------------------------
 
     def ping(self) -> None:
@@ -521,8 +605,9 @@ class EventLog:
                         f"event log {self._name} has layout {layout}, this l2rec reads {LAYOUT}; "
                         "use the l2rec that wrote it"
                     )
-                if self._create:  # logs of earlier versions have no users
-                    self._users.create(connection, checkfirst=True)
+                if self._create and not {self._users.name, self._arms.name} <= set(names):
+                    # Logs of earlier versions have no users, experiments, arms.
+                    self._meta.metadata.create_all(connection)
             else:
                 if self.engine.dialect.name == "sqlite" and names:
                     raise StorageError(
@@ -546,7 +631,7 @@ def _positive(columns: Any) -> Any:
     return columns.type != literal_column("'exposure'")
 
 
-def _open(url: str, create: bool) -> tuple[Any, Any, Any, Any, Any]:
+def _open(url: str, create: bool) -> tuple[Any, tuple[Any, ...]]:
     """Create the engine and describe its tables, without a connection yet."""
     try:
         import sqlalchemy as sa
@@ -589,7 +674,7 @@ def _open(url: str, create: bool) -> tuple[Any, Any, Any, Any, Any]:
         sa.event.listen(engine, "begin", _begin)
     else:
         sa.event.listen(engine, "connect", _patient)
-    return engine, *_tables(sa)
+    return engine, _tables(sa)
 
 
 def _durable(connection: Any, _: Any) -> None:
@@ -622,7 +707,8 @@ def _begin(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _tables(sa: Any) -> tuple[Any, Any, Any, Any]:
+def _tables(sa: Any) -> tuple[Any, ...]:
+    """Describe the tables: events, items, users, meta, experiments, arms."""
     metadata = sa.MetaData()
     # Ids are ordered by code points everywhere, as in SQLite.
     short = sa.String(MAX_ID).with_variant(sa.String(MAX_ID, collation="C"), "postgresql")
@@ -663,4 +749,19 @@ def _tables(sa: Any) -> tuple[Any, Any, Any, Any]:
         sa.Index("l2rec_users_segment", "segment"),
     )
     meta = sa.Table("l2rec_meta", metadata, sa.Column("layout", sa.Integer, primary_key=True))
-    return events, items, users, meta
+    experiments = sa.Table(
+        "l2rec_experiments",
+        metadata,
+        sa.Column("name", short, primary_key=True),
+        sa.Column("salt", sa.Text, nullable=False),
+        sa.Column("treatment", sa.Float(53), nullable=False),
+        sa.Column("since", sa.Float(53), nullable=False),
+    )
+    arms = sa.Table(
+        "l2rec_arms",
+        metadata,
+        *(sa.Column(name, short, primary_key=True) for name in ("experiment", "arm")),
+        *(sa.Column(name, sa.Text, primary_key=True) for name in ("run", "version")),
+        sa.Column("since", sa.Float(53), nullable=False),
+    )
+    return events, items, users, meta, experiments, arms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["export_log", "log_frame"]
+__all__ = ["export_log", "read_log"]
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from l2rec.data.catalog import Catalog, with_separator
 from l2rec.data.dataset import Dataset, open_dataset, user_blocks
 from l2rec.errors import ConfigError, DataError
-from l2rec.service.events import POSITIVE, SCHEMA, TYPES, EventLog, is_event_log
+from l2rec.service.events import POSITIVE, SCHEMA, TYPES, EventLog, Plan, is_event_log
 
 NAMES = {"user": "user_id", "item": "item_id", "type": "event_type", "timestamp": "timestamp"}
 """Columns of the log -> columns of events.parquet."""
@@ -169,8 +169,9 @@ def _catalog(path: Path | None, put: Mapping[str, tuple[str, Mapping[str, str]]]
     return table.cast(pa.schema(columns))
 
 
-def log_frame(source: str) -> Any:
-    """Read an event log as a data frame; open a table on disk as a lazy one.
+def read_log(source: str) -> tuple[Any, dict[str, Plan]]:
+    """Read an event log as a data frame, and the experiments that were served; open a table on disk
+    as a lazy frame, which knows of no experiments.
 
     Raises:
         DataError: neither an event log nor a table.
@@ -180,7 +181,7 @@ def log_frame(source: str) -> Any:
         url = source if "://" in source else f"sqlite:///{source}"
         log = EventLog(url, create=False)
         try:
-            return pl.from_arrow(pa.Table.from_batches(log.read(), schema=SCHEMA))
+            return pl.from_arrow(pa.Table.from_batches(log.read(), schema=SCHEMA)), log.plans()
         finally:
             log.close()
     try:
@@ -189,4 +190,4 @@ def log_frame(source: str) -> Any:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{source}: neither an event log nor a Parquet table: {reason}") from error
-    return table
+    return table, {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_version", "load_version"]
+__all__ = ["check_version", "load_version", "next_serial"]
 
 import itertools
 import time
@@ -27,6 +27,11 @@ CHECKED, RECALL = 8, 0.8
 """Histories that the check of a version asks for, and the recall that its index must reach."""
 
 _serials = itertools.count(1)
+
+
+def next_serial() -> int:
+    """Return the number of another loading."""
+    return next(_serials)
 
 
 def load_version(
@@ -72,7 +77,7 @@ def load_version(
         name=run.resolve().name,
         report=report,
         loaded_at=time.time(),
-        serial=next(_serials),
+        serial=next_serial(),
         run=run,
     )
     if items is not None:

@@ -407,11 +407,14 @@ class Status(BaseModel):
 
 
 class Summary(BaseModel):
-    """State of an experiment. ``result``: that of `l2rec abtest`."""
+    """State of an experiment. ``result``: that of `l2rec abtest`. ``treatment``: planned share of
+    the users, null where the log does not know it. ``served``: what served the arms, and from when.
+    """
 
     name: str
     running: bool
-    treatment: float
+    treatment: float | None
+    served: list[dict[str, Any]]
     events: int
     result: dict[str, Any] | None
     reason: str | None

@@ -22,6 +22,7 @@ from l2rec.errors import CheckpointError, ConfigError
 from l2rec.runs.folder import require_finished
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
+from l2rec.service.experiments import POPULARITY, popular, record_arms, record_plan
 from l2rec.service.follow import load_first, load_with_items
 from l2rec.service.live import FILE, Live, read_deployment
 from l2rec.service.protocol import Http
@@ -42,14 +43,15 @@ def serve(
     settings: Settings,
     *,
     log_url: str | None = None,
-    control: Path | None = None,
+    control: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Serve a run folder, or the runs that live.json of a folder names, until SIGTERM or SIGINT.
 
     Args:
         log_url: URL of the event log; SQLite in ``target`` by default.
-        control: run that serves the control arm of the experiment; the live one by default.
+        control: run that serves the control arm of the experiment, or ``popularity``; the live run
+            by default.
         say: receives the line that says where the server listens.
 
     Returns:
@@ -75,7 +77,11 @@ def serve(
     listening = _listen(settings)
     log = EventLog(log_url or f"sqlite:///{target.resolve() / 'events.db'}")
     try:
+        if settings.experiment is not None:
+            record_plan(log, settings.experiment)
         live, follow = load_live(target, log, settings, control)
+        if settings.experiment is not None:
+            record_arms(log, settings.experiment, live.all())
         _collect_garbage_again()
         app = create_app(settings, live, log, follow=follow)
         config = uvicorn.Config(
@@ -100,13 +106,13 @@ def serve(
 
 
 def load_live(
-    target: Path, log: EventLog, settings: Settings, control: Path | None
+    target: Path, log: EventLog, settings: Settings, control: str | Path | None
 ) -> tuple[Live, tuple[Path, Path, Path | None] | None]:
     """Load the versions that a server starts with.
 
     Args:
         target: run folder, or a folder with a live.json.
-        control: run that serves the control arm; None for none.
+        control: run that serves the control arm, or ``popularity``; None for none.
 
     Returns:
         The versions, and `create_app`'s ``follow``: None where ``target`` is a run folder.
@@ -126,8 +132,11 @@ def load_live(
             live.refuse(str(wanted.current), refused)
     else:
         live = Live(load_with_items(target, log, index=settings.index))
-    if control is not None:
-        live.control = load_with_items(control, log, index=settings.index)
+    if control == POPULARITY:
+        assert live.version.run is not None
+        live.control = popular(live.version.run, log.items())
+    elif control is not None:
+        live.control = load_with_items(Path(control), log, index=settings.index)
     return live, follow
 
 

@@ -24,6 +24,7 @@ from l2rec.errors import CheckpointError, L2RecError
 from l2rec.service.audience import Audience
 from l2rec.service.batching import Batcher, Worker
 from l2rec.service.events import EventLog
+from l2rec.service.experiments import record_arms
 from l2rec.service.live import Live
 from l2rec.service.metrics import Metrics
 from l2rec.service.ranking import Query, Ranked, User, encode, rank
@@ -284,6 +285,11 @@ class Service:
             if version is not None:
                 state = await self.stored("items", self.log.items)
                 version = await self.thread_of(role).run(version.brought_to, state, urgent=True)
+                if self.settings.experiment is not None and role != "shadow":
+                    roles = self.live.all() | {role: version}
+                    await self.stored(
+                        "arms", record_arms, self.log, self.settings.experiment, roles
+                    )
             self.live.swap(role, version)
             self.changed()
 

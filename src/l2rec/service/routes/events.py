@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -27,7 +28,6 @@ from l2rec.service.routes.answers import CANNOT, NOT_FOUND, READING, WRITING, as
 from l2rec.service.security import Refused
 from l2rec.service.serving import Service
 from l2rec.service.settings import Experiment
-from l2rec.studies.arms import SHARE
 
 SUMMARY_SECONDS = 60.0
 """Age at which the summary of an experiment is computed anew."""
@@ -157,22 +157,27 @@ def _summary(log: EventLog, running: Experiment | None, name: str) -> dict[str, 
     runs = running is not None and running.name == name
     import polars as pl  # slow to import, as is what analyses: a server starts without them
 
-    from l2rec.studies import abtest
+    from l2rec.studies.abtest.analysis import analyze
+    from l2rec.studies.abtest.users import DAY, PRE_DAYS
 
-    share = running.treatment if running is not None and runs else SHARE
+    plan = log.plans().get(name)
     batches = list(log.read(experiment=name))
     if not batches and not runs:
         return None
+    share = None if plan is None else plan.treatment
+    if running is not None and runs:
+        share = running.treatment
     summary: dict[str, Any] = {"name": name, "running": runs, "treatment": share}
+    summary["served"] = [] if plan is None else [asdict(one) for one in plan.served]
     summary |= {"events": sum(len(batch) for batch in batches), "result": None, "reason": None}
     if not batches:
         return summary | {"reason": "no events of it yet"}
     started = min(float(pc.min(batch["timestamp"]).as_py()) for batch in batches)
-    recent = log.read(since=started - abtest.PRE_DAYS * abtest.DAY)
+    recent = log.read(since=started - PRE_DAYS * DAY)
     table = pl.from_arrow(pa.Table.from_batches(list(recent)))
     assert isinstance(table, pl.DataFrame)
     try:
-        return summary | {"result": _finite(abtest.analyze(table, name, treatment=share))}
+        return summary | {"result": _finite(analyze(table, name, treatment=share))}
     except DataError as error:
         return summary | {"reason": str(error)}
 

@@ -880,6 +880,7 @@ function scores() {
 
 async function experiment() {
   const box = $("experiment");
+  $("f-experiment").parentElement.classList.toggle("wide", Boolean(live.experiment));
   if (!live.experiment) {
     box.replaceChildren(make("p", { class: "quiet" }, "None runs. Every request is answered by the live version."));
     return;
@@ -888,27 +889,163 @@ async function experiment() {
   const lines = [make("p", {}, make("b", {}, name), `: ${percent(treatment)} of the users are served ${live.name}, the others ${live.control ? live.control.name : "the same, to test the test"}.`)];
   try {
     const found = await ask(`v1/experiments/${encodeURIComponent(name)}`);
+    lines.push(...mixed(found.served));
     if (!found.result) lines.push(make("p", { class: "quiet" }, `No result yet: ${found.reason}`));
-    else lines.push(outcome(found.result));
+    else lines.push(...outcome(found.result));
   } catch (error) {
     if (error.name !== "AbortError") lines.push(make("p", { class: "quiet" }, error.message));
   }
   box.replaceChildren(...lines);
 }
 
+const alarm = (text) => make("p", { class: "alarm" }, text);
+
+/** Alarms of arms that more than one version has served. */
+function mixed(served) {
+  return ["treatment", "control"].flatMap((arm) => {
+    const runs = served.filter((one) => one.arm === arm).map((one) => one.run);
+    return runs.length < 2 ? [] : [alarm(`The ${arm} arm was served by ${runs.length} versions, one after the other (${runs.join(", ")}). What is measured is a mixture of them: start another experiment.`)];
+  });
+}
+
+/** Whether the arms have the sizes that were planned. */
+function sizes({ arms, sample_ratio: ratio }) {
+  const users = arms.treatment.users + arms.control.users;
+  const share = `${percent(ratio.observed, 2)} of ${number(users)} users are in the treatment`;
+  if (ratio.mismatch === null) return make("p", { class: "quiet" }, `${share}. Not checked: the log does not know what was planned.`);
+  const planned = `${percent(ratio.planned, 2)} planned, p ${chance(ratio.p)}`;
+  if (ratio.mismatch) return alarm(`The arms are not as planned: ${share}, ${planned}. Something loses users of one arm; find it before you read on.`);
+  return make("p", { class: "quiet" }, `The arms are as planned: ${share}, ${planned}.`);
+}
+
+const chance = (p) => (typeof p === "number" ? (p < 1e-3 ? p.toExponential(0).replace("-", "−") : p.toPrecision(2)) : "–");
+const change = (lift) => (typeof lift === "number" ? `${signed(100 * lift, 1)}%` : "–");
+const between = (one) => (one && typeof one.lift_low === "number" ? `${change(one.lift_low)} to ${change(one.lift_high)}` : "–");
+const COUNTED = { ctr: "clicks", reply_rate: "replies" };
+
 function outcome(result) {
-  const rows = Object.entries(result.metrics || {}).map(([name, one]) => [
-    { ctr: "clicks", reply_rate: "replies" }[name] || name,
-    ...["control", "treatment"].map((side) => (typeof one[side] === "number" ? percent(one[side], 2) : "")),
-    typeof one.lift === "number" ? `${signed(100 * one.lift, 1)}%` : "",
-    typeof one.p === "number" ? one.p.toPrecision(2) : "",
+  const level = percent(1 - result.alpha);
+  const heads = ["control", "treatment", "lift", `${level} interval`, "p", `${level} at any time`, "p at any time"];
+  const rows = Object.entries(result.metrics).map(([name, one]) => [
+    COUNTED[name] || name,
+    ...["control", "treatment"].map((side) => percent(one[side], 2)),
+    change(one.lift), between(one), chance(one.p), between(one.any_time), chance(one.any_time?.p),
   ]);
-  return make(
+  const table = make(
     "table",
-    { class: "table" },
-    make("thead", {}, make("tr", {}, ...["users' rate of", "control", "treatment", "lift", "p"].map((text) => make("th", { scope: "col" }, text)))),
-    make("tbody", {}, ...rows.map(([name, ...cells]) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((text) => make("td", {}, text))))),
+    { class: "table stacked" },
+    make("thead", {}, make("tr", {}, ...["rate of", ...heads].map((text) => make("th", { scope: "col" }, text)))),
+    make("tbody", {}, ...rows.map(([name, ...cells]) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((text, n) => make("td", { "data-head": heads[n] }, text))))),
   );
+  const note = "Interval and p are for one look, on a day set beforehand. Those at any time hold however often you look, and need more users.";
+  return [sizes(result), table, make("p", { class: "quiet" }, note), ...overTime(result)];
+}
+
+// -- experiment over time ------------------------------------------------------------------------
+
+function overTime({ over_time: { seconds, periods }, alpha }) {
+  if (periods.length < 2) return [];
+  const day = seconds % 86400 === 0;
+  const when = new Intl.DateTimeFormat("en", { timeZone: "UTC", month: "short", day: "numeric", ...(day ? {} : { hour: "2-digit", minute: "2-digit", hour12: false }) });
+  const dates = periods.map((period) => when.format(1000 * period.from));
+  const [many, unit] = day ? [seconds / 86400, "day"] : [seconds / 3600, "hour"];
+  const length = many === 1 ? unit : `${many} ${unit}s`;
+  const rate = (arm) => periods.map((period) => period[arm].ctr);
+  const so = (key) => periods.map((period) => period.so_far.ctr?.[key] ?? null);
+  const last = (values) => values.findLast((value) => value !== null) ?? null;
+  const clicks = plot({
+    dates, format: (value) => percent(value, 1), from: 0,
+    lines: [{ name: "control", values: rate("control") }, { name: "treatment", values: rate("treatment") }],
+    label: `Clicks by exposures, ${dates[0]} to ${dates.at(-1)} UTC: at the end ${percent(last(rate("control")) ?? 0, 2)} in the control, ${percent(last(rate("treatment")) ?? 0, 2)} in the treatment`,
+  });
+  const plots = [figure("Clicks by exposures", `In each ${length}, UTC.`, clicks, ["control", "treatment"])];
+  if (last(so("lift")) !== null) {
+    const lift = plot({
+      dates, format: (value) => `${signed(100 * value, 0)}%`, zero: true,
+      band: { low: so("lift_low"), high: so("lift_high") },
+      lines: [{ name: "treatment", values: so("lift") }],
+      label: `Lift of clicks so far, at the end ${change(last(so("lift")))}, ${percent(1 - alpha)} interval ${between({ lift_low: last(so("lift_low")), lift_high: last(so("lift_high")) })}`,
+    });
+    plots.push(figure("Lift of clicks so far", `With the ${percent(1 - alpha)} interval that holds at any time.`, lift, []));
+  }
+  return [make("div", { class: "plots" }, ...plots)];
+}
+
+function figure(title, line, drawn, names) {
+  return make(
+    "figure",
+    {},
+    make("figcaption", {}, make("b", {}, title), ` ${line}`, make("span", { class: "names" }, ...names.map((name) => make("span", { class: `name ${name}` }, name)))),
+    drawn,
+  );
+}
+
+/** An SVG element; no styles, which the policy of the page would refuse. */
+function shape(tag, attributes, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+/** Round values that divide a range into four parts or fewer. */
+function ticks(low, high) {
+  const rough = (high - low) / 4 || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough);
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, n) => (first + n) * step);
+}
+
+/** Lines over time, drawn again at each width of the place they are in. */
+function plot({ dates, lines, band = null, format, from = null, zero = false, label }) {
+  const known = [...lines.flatMap((line) => line.values), ...(band ? [...band.low, ...band.high] : [])].filter((value) => value !== null);
+  if (band) {
+    // The first intervals are so wide that nothing else could be seen beside them.
+    const late = [...band.low.slice(band.low.length >> 2), ...band.high.slice(band.high.length >> 2), ...lines[0].values].filter((value) => value !== null);
+    known.splice(0, known.length, ...late);
+  }
+  let low = Math.min(...known, from ?? (zero ? 0 : Infinity));
+  let high = Math.max(...known, zero ? 0 : -Infinity);
+  if (low === high) high = low + (Math.abs(low) || 1) / 10;
+  const height = 168, left = 48, right = 8, top = 8, bottom = 24;
+  const y = (value) => top + (height - top - bottom) * (1 - (Math.min(Math.max(value, low), high) - low) / (high - low));
+  const box = make("div", { class: "plot" });
+
+  const at = (width) => (n) => left + (n * (width - left - right)) / (dates.length - 1);
+  const path = (x, values) => values.map((value, n) => (value === null ? "" : `${n && values[n - 1] !== null ? "L" : "M"}${x(n).toFixed(1)} ${y(value).toFixed(1)}`)).join("");
+  const area = (x) => {
+    const some = dates.map((_, n) => n).filter((n) => band.low[n] !== null);
+    const edge = (values, places) => places.map((n) => `${x(n).toFixed(1)} ${y(values[n]).toFixed(1)}`).join("L");
+    return some.length ? `M${edge(band.high, some)}L${edge(band.low, [...some].reverse())}Z` : "";
+  };
+  const redraw = (width) => {
+    const x = at(width);
+    const nodes = [shape("title", {}, label)];
+    for (const value of ticks(low, high)) {
+      const name = shape("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, format(value));
+      nodes.push(shape("line", { class: zero && Math.abs(value) < 1e-12 ? "zero" : "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }), name);
+    }
+    const every = Math.ceil((dates.length - 1) / Math.max(1, Math.floor((width - left - right) / (8 * dates[0].length + 24))));
+    for (let n = 0; n < dates.length; n += every) {
+      const anchor = x(n) > width - 48 ? "end" : n ? "middle" : "start";
+      nodes.push(shape("text", { x: x(n), y: height - 6, "text-anchor": anchor }, dates[n]));
+    }
+    if (band) nodes.push(shape("path", { class: "band", d: area(x) }));
+    for (const line of lines) {
+      nodes.push(shape("path", { class: `line ${line.name}`, d: path(x, line.values) }));
+      for (const [n, value] of line.values.entries()) {
+        if (value === null) continue;
+        const alone = (line.values[n - 1] ?? null) === null && (line.values[n + 1] ?? null) === null;
+        const point = shape("circle", { class: `point ${line.name}${alone ? " alone" : ""}`, cx: x(n), cy: y(value), r: 6 });
+        point.append(shape("title", {}, `${dates[n]}, ${line.name}: ${format(value)}`));
+        nodes.push(point);
+      }
+    }
+    box.replaceChildren(shape("svg", { role: "img", "aria-label": label, width, height, viewBox: `0 0 ${width} ${height}` }, ...nodes));
+  };
+  new ResizeObserver(([entry]) => { if (entry.contentRect.width > left + right) redraw(Math.floor(entry.contentRect.width)); }).observe(box);
+  return box;
 }
 
 const THEMES = ["auto", "light", "dark"];
