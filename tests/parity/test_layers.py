@@ -234,7 +234,7 @@ def test_layers_that_hand_on_more_than_states_are_refused() -> None:
 def test_of_added_items_the_states_read_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are computed when a history has them, the same whether kept or not, and are not many."""
     texts = [f"red round lamp {'of the sea ' * (n % 3)}{n}" for n in range(12)]
-    one = shaken(model(form="table", max_tokens=64)).eval()
+    one = shaken(model(form="catalog", max_tokens=64)).eval()
     one.freeze()
     assert isinstance(one.entry, LayerEntry)
     computed: list[int] = []
@@ -268,9 +268,9 @@ def test_of_added_items_the_states_read_last_are_kept(monkeypatch: pytest.Monkey
     torch.testing.assert_close(some, everything[:2], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["table", "catalog"])
-def test_of_added_items_a_kept_table_has_one_row(form: str) -> None:
-    kept, plain = (shaken(model(form=form, max_tokens=64)).eval() for _ in range(2))
+@pytest.mark.parametrize("residual", [False, True])
+def test_of_added_items_a_kept_table_has_one_row(residual: bool) -> None:
+    kept, plain = (shaken(model(form="catalog", item_residual=residual, max_tokens=64)).eval() for _ in range(2))
     kept.freeze()
     for one in (kept, plain):
         one.add_items(["red kite", "old drum of the sea"])

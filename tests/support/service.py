@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from tests.support.command import PROGRAM
 
 from l2rec.service.metrics import Metrics
+from l2rec.service.protocol import Http
 
 Serve = Callable[..., TestClient]
 """Opens a client of an app; see the fixture ``serve``."""
@@ -54,7 +55,7 @@ def postgres_address(server: Any) -> str:
 def in_thread(app: Any) -> Iterator[str]:
     """Serve an app in a thread, on a free port; the address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+        server = uvicorn.Server(uvicorn.Config(app, http=Http, log_level="critical", lifespan="on"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         deadline = time.monotonic() + 60

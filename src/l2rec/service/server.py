@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["load_live", "serve"]
+__all__ = ["load_live", "open_log", "serve"]
 
 import asyncio
 import gc
@@ -24,6 +24,7 @@ from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.follow import load_first, load_with_items
 from l2rec.service.live import FILE, Live, read_deployment
+from l2rec.service.protocol import Http
 from l2rec.service.settings import Settings
 
 logger = logging.getLogger("l2rec.service")
@@ -31,6 +32,10 @@ logger = logging.getLogger("l2rec.service")
 SWITCH_SECONDS = 0.001
 """Longest time that a thread may keep the interpreter while others want it: the event loop must not
 wait for a model's Python between two matrix products.
+"""
+BUSY_SHARE = 0.4
+"""Share of `Settings.timeout` that the database may be locked: a write waits once for those before
+it and once itself, and its client should see that error, not the request's.
 """
 GRACE = 10
 """Seconds beyond `Settings.shutdown` after which a process that hangs is ended."""
@@ -72,13 +77,14 @@ def serve(
         )
     _log_to_stderr()
     listening = _listen(settings)
-    log = EventLog(log_url or f"sqlite:///{target.resolve() / 'events.db'}")
+    log = open_log(log_url or f"sqlite:///{target.resolve() / 'events.db'}", settings)
     try:
         live, follow = load_live(target, log, settings, control)
         _collect_garbage_again()
         app = create_app(settings, live, log, follow=follow)
         config = uvicorn.Config(
             app,
+            http=Http,
             log_config=None,
             access_log=False,
             proxy_headers=False,
@@ -95,6 +101,11 @@ def serve(
         listening.close()
         log.close()
     return 0
+
+
+def open_log(url: str, settings: Settings) -> EventLog:
+    """Open the event log of a server, whose errors come before those of a request's timeout."""
+    return EventLog(url, busy=BUSY_SHARE * settings.timeout)
 
 
 def load_live(

@@ -7,17 +7,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
+from torch import Tensor
 
 from l2rec.service import schemas
 from l2rec.service.follow import Shadow
 from l2rec.service.ranking import Query, User
 from l2rec.service.routes.answers import ANY, CANNOT, NOT_FOUND, as_json
-from l2rec.service.security import Refused
+from l2rec.service.security import Refused, current_key
 from l2rec.service.serving import Service
 from l2rec.service.settings import Settings
 from l2rec.service.version import Version
@@ -43,7 +45,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         version.attributes.check(body.filters)
         user = await service.user(version, history)
         query = _query(version, user, history, body)
-        ranked = await service.ranking.submit(query)
+        ranked = await service.ranking.submit(query, of=current_key())
         items = [
             {"id": version.ids[row], "score": score, "text": version.texts[row]}
             for row, score in zip(ranked.rows.tolist(), ranked.scores.tolist(), strict=True)
@@ -84,9 +86,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         if version.matrix is None:
             raise Refused(409, f"{version.name} has no vectors: its method only ranks")
         users = await service.users(version, body.histories)
-        return as_json(
-            {"vectors": [user.vector.tolist() for user in users], "version": version.version}
-        )
+        return await _embedded([user.vector for user in users], version)
 
     @app.post(
         "/v1/embed/items", response_model=schemas.Embedded, responses=ANY | CANNOT, tags=["embed"]
@@ -96,8 +96,17 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         version = live.current()
         if version.matrix is None or not version.takes_new_items:
             raise Refused(409, f"{version.name} has no vectors of texts")
-        vectors = await service.worker.run(version.embed_texts, body.texts)
-        return as_json({"vectors": vectors.tolist(), "version": version.version})
+        vectors = await service.vectors(version, body.texts)
+        return await _embedded(vectors, version)
+
+
+async def _embedded(vectors: Sequence[Tensor], version: Version) -> Response:
+    """Answer with vectors, which are written in a thread: they are many digits."""
+    return await asyncio.to_thread(
+        lambda: as_json(
+            {"vectors": [vector.tolist() for vector in vectors], "version": version.version}
+        )
+    )
 
 
 def _arm(settings: Settings, body: schemas.Recommend) -> str | None:

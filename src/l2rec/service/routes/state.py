@@ -41,7 +41,7 @@ class Memory:
     """Memory of the routes of one app between requests.
 
     items: search index of the live version. people: users of its run's data set. experts: those of
-    the histories explained last, by serial and history. preparing, explaining: locks.
+    the histories explained last, by serial and history. preparing: a lock.
     """
 
     items: Items | None = None
@@ -50,7 +50,6 @@ class Memory:
         default_factory=OrderedDict
     )
     preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    explaining: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def service_of(request: Request) -> Service:

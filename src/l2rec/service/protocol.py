@@ -1,0 +1,42 @@
+"""HTTP/1.1 of the server: uvicorn's, with a time for the head of a request."""
+
+from __future__ import annotations
+
+__all__ = ["HEAD_SECONDS", "Http"]
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 10.0
+"""Time for the head of a request to arrive, and for the first one of a connection to begin."""
+
+
+class Http(H11Protocol):
+    """A connection that is closed where the head of a request takes longer than `HEAD_SECONDS`."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._settle()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._settle()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _settle(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
