@@ -246,8 +246,10 @@ def test_of_added_items_the_states_read_last_are_kept(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(one.entry, "_computed", watched)
     added = one.add_items(texts)
-    one.encode_items(["blue silk kite", "drum"])  # embedded, and not added
     assert not computed and one.n_items == len(TEXTS) + len(texts)
+    one.encode_items(["blue silk kite", "drum"])  # embedded, and not added
+    assert sum(computed) == 2 and one.n_items == len(TEXTS) + len(texts)
+    computed.clear()
     rows = Ragged.from_rows([[0, int(item), 2, int(item)] for item in added])
     everything = one.encode_users(rows)
     assert sum(computed) == len(texts), "each once"
@@ -270,7 +272,10 @@ def test_of_added_items_the_states_read_last_are_kept(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_of_added_items_a_kept_table_has_one_row(residual: bool) -> None:
-    kept, plain = (shaken(model(form="catalog", item_residual=residual, max_tokens=64)).eval() for _ in range(2))
+    kept, plain = (
+        shaken(model(form="catalog", item_residual=residual, max_tokens=64)).eval()
+        for _ in range(2)
+    )
     kept.freeze()
     for one in (kept, plain):
         one.add_items(["red kite", "old drum of the sea"])
