@@ -86,6 +86,7 @@ PARTS = (
     Part("startup"),
     Part("precision", "runs"),
     Part("serving", "run"),
+    Part("limits", "run"),
 )
 
 

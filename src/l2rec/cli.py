@@ -1156,13 +1156,15 @@ def serve(
             "alike."
         ),
     ] = None,
-    rate: Annotated[float, _setting("rate", "Requests a second of one key; 0: no limit.")],
-    burst: Annotated[float, _setting("burst", "Requests of one key at once.")],
-    queue: Annotated[int, _setting("queue", "Histories that may wait for the model.")],
+    rate: Annotated[float, _setting("rate", "Tokens a minute of one key; 0: no limit.")],
+    queue: Annotated[float, _setting("queue", "Seconds that a history may wait for the model.")],
     inflight: Annotated[int, _setting("inflight", "Requests that may be in progress.")],
     timeout: Annotated[float, _setting("timeout", "Seconds until a request is given up.")],
     cache: Annotated[int, _setting("cache", "User vectors in the cache; 0: no cache.")],
     batch_tokens: Annotated[int, _setting("batch_tokens", "Tokens that close a batch.")],
+    slice_tokens: Annotated[
+        int, _setting("slice_tokens", "Tokens that close a slice of embeddings and explanations.")
+    ],
     batch_ms: Annotated[float, _setting("batch_ms", "Milliseconds that close a batch.")],
     shutdown: Annotated[
         int, _setting("shutdown", "Seconds that requests in progress have at the end.")
@@ -1190,12 +1192,12 @@ def serve(
         treatment_share=treatment_share,
         salt=salt,
         rate=rate,
-        burst=burst,
         queue=queue,
         inflight=inflight,
         timeout=timeout,
         cache=cache,
         batch_tokens=batch_tokens,
+        slice_tokens=slice_tokens,
         batch_ms=batch_ms,
         shutdown=shutdown,
         access_log=access_log,

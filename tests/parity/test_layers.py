@@ -229,3 +229,64 @@ def test_layers_that_hand_on_more_than_states_are_refused() -> None:
     whole = Backbone(t5, tiny.tokenizer(), name="tiny-t5", source="random", revision=None)
     with pytest.raises(BackboneError, match="cut between layers, which hand on more than states"):
         whole.cut(1)
+
+
+def test_of_added_items_the_states_read_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed when a history has them, the same whether kept or not, and are not many."""
+    texts = [f"red round lamp {'of the sea ' * (n % 3)}{n}" for n in range(12)]
+    one = shaken(model(form="catalog", max_tokens=64)).eval()
+    one.freeze()
+    assert isinstance(one.entry, LayerEntry)
+    computed: list[int] = []
+    plain = one.entry._computed
+
+    def watched(tokens: Ragged) -> Tensor:
+        computed.append(len(tokens))
+        return plain(tokens)
+
+    monkeypatch.setattr(one.entry, "_computed", watched)
+    added = one.add_items(texts)
+    assert not computed and one.n_items == len(TEXTS) + len(texts)
+    one.encode_items(["blue silk kite", "drum"])  # embedded, and not added
+    assert sum(computed) == 2 and one.n_items == len(TEXTS) + len(texts)
+    computed.clear()
+    rows = Ragged.from_rows([[0, int(item), 2, int(item)] for item in added])
+    everything = one.encode_users(rows)
+    assert sum(computed) == len(texts), "each once"
+    one.encode_users(rows)
+    assert sum(computed) == len(texts), "and kept"
+
+    room = 5 * (ITEM_TOKENS + 2) * one.backbone.dim
+    monkeypatch.setattr(entry, "RECENT_NUMBERS", room)
+    for _ in range(2):
+        alone = torch.cat([one.encode_users(rows.take(np.array([n]))) for n in range(len(rows))])
+        torch.testing.assert_close(alone, everything, rtol=1e-4, atol=1e-5)
+        assert sum(states.numel() for states in one.entry._recent.values()) <= room
+    assert sum(computed) > len(texts)
+    # Those that are cut leave nothing behind.
+    one.entry.shrink(len(TEXTS) + 2)
+    assert one.n_items == len(TEXTS) + 2 and max(one.entry._recent, default=0) < one.n_items
+    some = one.encode_users(rows.take(np.array([0, 1])))
+    torch.testing.assert_close(some, everything[:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_of_added_items_a_kept_table_has_one_row(residual: bool) -> None:
+    kept, plain = (
+        shaken(model(form="catalog", item_residual=residual, max_tokens=64)).eval()
+        for _ in range(2)
+    )
+    kept.freeze()
+    for one in (kept, plain):
+        one.add_items(["red kite", "old drum of the sea"])
+        one.add_items(["tall lamp"])
+    tables = [one.items.table for one in (kept, plain)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(kept.items.rows, plain.items.rows)
+    assert len(tables[0].text) == len(TEXTS) and len(tables[1].text) == len(TEXTS) + 3
+    kept.items.shrink(len(TEXTS) + 1)
+    torch.testing.assert_close(kept.items.rows, plain.items.rows[: len(TEXTS) + 1])
+    with pytest.raises(RuntimeError, match="1 items were added to a model that no longer learns"):
+        kept.train()
+        kept.items.rows  # noqa: B018
+    kept.items.shrink(len(TEXTS))
+    assert len(kept.eval().items.rows) == len(TEXTS)

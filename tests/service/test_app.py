@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from pydantic import SecretStr
 from starlette.testclient import TestClient
 from tests.support.runs import Finished
 from tests.support.service import Serve, error, metric_of
@@ -25,6 +28,7 @@ from l2rec.service.events import EventLog
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
 from l2rec.service.settings import Experiment, Settings
+from l2rec.service.version import Version
 from l2rec.studies.abtest.analysis import analyze
 from l2rec.studies.arms import arm as assign
 
@@ -330,7 +334,7 @@ def test_an_item_is_recommended_in_the_next_request_and_after_a_restart(serve: S
         (
             [{"id": str(n), "text": "x"} for n in range(6)],
             409,
-            "0 rows were added since table was loaded, at most 5 may be; restart or deploy",
+            "0 rows were added since catalog was loaded, at most 5 may be; restart or deploy",
         ),
     ],
 )
@@ -356,7 +360,7 @@ class Broken:
         self._log, self.writes, self.reads = log, False, False
 
     def __getattr__(self, name: str) -> Any:
-        writing = name in ("append", "put_items", "delete_items")
+        writing = name in ("appending", "put_items", "delete_items")
         if self.writes and (writing or self.reads) and name != "close":
             return _full
         return getattr(self._log, name)
@@ -432,7 +436,7 @@ class HeldUp:
             started.set()
             assert self._go.wait(30)
 
-        self._app.state.worker._pool.submit(wait)
+        self._app.state.worker.put(wait)
         assert started.wait(30)
 
     def __exit__(self, *_: Any) -> None:
@@ -441,27 +445,117 @@ class HeldUp:
 
 def test_overload_is_refused_at_once_and_ends(catalog_run: Finished, log_url: str) -> None:
     async def main() -> None:
-        async with running(catalog_run.run, log_url, queue=4) as (app, client):
+        async with running(catalog_run.run, log_url, queue=0.2) as (app, client):
 
             async def ask(number: int) -> httpx.Response:
                 body = {"history": [f"i{number % 30}", f"i{number % 7}"]}
                 return await client.post("/v1/recommend", json=body)
 
             with HeldUp(app):
-                asked = [asyncio.ensure_future(ask(n)) for n in range(60)]
-                while len([task for task in asked if task.done()]) < 55:
-                    await asyncio.sleep(0.001)  # although the model stands still
-                refused = [task.result() for task in asked if task.done()]
-                assert {answer.status_code for answer in refused} == {503}
-                assert all(answer.headers["retry-after"] == "1" for answer in refused)
-                said = {answer.json()["detail"] for answer in refused}
-                assert said == {"4 requests wait for the model thread; try again in 1 s"}
-            answers = await asyncio.gather(*asked)
-            good = [answer for answer in answers if answer.status_code == 200]
-            assert 4 <= len(good) <= 5  # four that waited, and one if it was run before they came
+                early = [asyncio.ensure_future(ask(n)) for n in range(4)]
+                await asyncio.sleep(0.5)  # a batch that takes so long says what the next would
+                late = await asyncio.gather(*(ask(n) for n in range(5, 60)))
+                assert {answer.status_code for answer in late} == {503}
+                for answer in late:
+                    assert int(answer.headers["retry-after"]) >= 1
+                    assert "s of work wait for the model thread; try again in" in answer.text
+            answers = await asyncio.gather(*early)
+            assert [answer.status_code for answer in answers] == [200] * 4
             again = await asyncio.gather(*(ask(n) for n in range(4)))
             assert [answer.status_code for answer in again] == [200] * 4
-            assert not len(app.state.service.encoding)
+            assert not app.state.service.encoding.busy
+
+    asyncio.run(main())
+
+
+def test_embeddings_and_explanations_yield_to_recommendations(
+    catalog_run: Finished, log_url: str
+) -> None:
+    """Slices of at most so many tokens; a recommendation comes before the next one."""
+
+    async def main() -> None:
+        async with running(catalog_run.run, log_url, slice_tokens=24, rate=0) as (app, client):
+            service = app.state.service
+            ran: list[tuple[str, int]] = []
+
+            def watch(kind: str, batcher: Any) -> None:
+                plain = batcher._run
+
+                def run(jobs: Any) -> Any:
+                    ran.append((kind, len(jobs)))
+                    return plain(jobs)
+
+                batcher._run = run
+
+            watch("recommend", service.encoding)
+            watch("history", service.encoding_later)
+            watch("text", service.embedding)
+            texts = ["heavy red hat " * 700] * 9
+            histories = [[f"i{n}", f"i{n + 1}"] for n in range(20)]
+            asked = [
+                ("/v1/embed/items", {"texts": texts}),
+                ("/v1/embed/users", {"histories": histories}),
+                ("/v1/explain", {"history": [f"i{n}" for n in range(12)], "item": "i20"}),
+            ]
+            with HeldUp(app):
+                long = [asyncio.ensure_future(client.post(p, json=b)) for p, b in asked]
+                await asyncio.sleep(0.1)
+                short = asyncio.ensure_future(
+                    client.post("/v1/recommend", json={"history": ["i3"]})
+                )
+                await asyncio.sleep(0.1)
+                assert not ran
+            assert (await short).status_code == 200
+            assert [(await answer).status_code for answer in long] == [200] * 3
+            # The thread was held up before the first slice: the recommendation comes first.
+            assert ran[0] == ("recommend", 1)
+            assert {("text", 1)} == {one for one in ran if one[0] == "text"}  # a slice each
+            assert sum(n for kind, n in ran if kind == "text") == 9
+            assert sum(n for kind, n in ran if kind == "history") == 20 + 13
+            most = max(n for kind, n in ran if kind == "history")
+            assert most < 13  # of two items each, or of eleven
+
+    asyncio.run(main())
+
+
+def test_items_are_put_in_slices(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve(slice_tokens=8)
+    made: list[int] = []
+    plain = Version.with_items
+
+    def with_items(self: Version, items: Any) -> Version:
+        made.append(len(items))
+        return plain(self, items)
+
+    monkeypatch.setattr(Version, "with_items", with_items)
+    items = [{"id": f"n{n}", "text": "heavy red hat"} for n in range(7)]
+    assert client.put("/v1/items", json={"items": items}).status_code == 200
+    assert made == [2, 2, 2, 1]
+    assert {f"n{n}" for n in range(7)} <= set(recommend(client, history=["i1"], k=100))
+
+
+def test_one_key_leaves_room_for_others(catalog_run: Finished, log_url: str) -> None:
+    keys = (SecretStr("a" * 16), SecretStr("b" * 16))
+
+    async def main() -> None:
+        async with running(catalog_run.run, log_url, inflight=4, read_keys=keys) as (app, client):
+
+            async def ask(key: str) -> httpx.Response:
+                headers = {"Authorization": f"Bearer {key * 16}"}
+                body = {"history": ["i1"]}
+                return await client.post("/v1/recommend", json=body, headers=headers)
+
+            with HeldUp(app):
+                many = [asyncio.ensure_future(ask("a")) for _ in range(2)]
+                await asyncio.sleep(0.05)
+                assert error(await ask("a"), 503) == (
+                    "2 requests of this key are being answered already"
+                )
+                other = asyncio.ensure_future(ask("b"))
+                await asyncio.sleep(0.05)
+                assert not other.done()
+            assert [(await one).status_code for one in (*many, other)] == [200] * 3
+            assert (await ask("a")).status_code == 200
 
     asyncio.run(main())
 
@@ -497,17 +591,54 @@ def test_a_request_that_takes_too_long(serve: Serve) -> None:
 
 
 def test_rate_of_a_key(serve: Serve) -> None:
-    client = serve(rate=0.01, burst=2)
-    body = {"history": ["i1"]}
-    assert [client.post("/v1/recommend", json=body).status_code for _ in range(3)] == [
-        200,
-        200,
-        429,
-    ]
-    answer = client.post("/v1/recommend", json=body)
-    assert error(answer, 429) == "more than 0.01 requests a second"
-    assert 90 <= int(answer.headers["retry-after"]) <= 100
+    client = serve(rate=60)
+    # 64 texts cost what the model reads of them, on top of their bytes.
+    texts = ["heavy red hat " * 20] * 64
+    assert client.post("/v1/embed/items", json={"texts": texts}).status_code == 200
+    answer = client.post("/v1/recommend", json={"history": ["i1"]})
+    assert error(answer, 429) == "more than 60 tokens a minute"
+    read = 64 * (1 + len(texts[0]) // 4)
+    assert read < int(answer.headers["retry-after"]) < 2 * read
     assert client.get("/livez").status_code == 200  # probes have no rate
+
+
+def test_a_cached_history_costs_next_to_nothing(serve: Serve) -> None:
+    client = serve(rate=10_000)
+    bucket = []
+    for _ in range(3):
+        client.post("/v1/recommend", json={"history": [f"i{n}" for n in range(6)]})
+        guard: Any = client.app.middleware_stack  # type: ignore[attr-defined]
+        while not hasattr(guard, "_limit"):
+            guard = guard.app
+        bucket.append(guard._limit._bucket(0).tokens)
+    first, second = bucket[0] - bucket[1], 10_000 - bucket[0]
+    assert first < 20 < second
+
+
+def test_a_locked_database_is_named_before_the_request_is_given_up(
+    serve: Serve, log_url: str
+) -> None:
+    log = EventLog(log_url, busy=0.3)
+    client = serve(log=log, timeout=30)
+    event = {"id": "e0", "user": "u", "item": "i1", "type": "click"}
+    assert client.post("/v1/events", json={"events": [event]}).status_code == 200
+    with sqlite3.connect(log_url.removeprefix("sqlite:///")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        # More writers than there are threads for storage, and none of them keeps a reader waiting.
+        with ThreadPoolExecutor(12) as threads:
+            writes = [
+                threads.submit(
+                    client.post, "/v1/events", json={"events": [event | {"id": f"e{n + 1}"}]}
+                )
+                for n in range(12)
+            ]
+            assert recommend(client, user="u", k=3)
+            for write in writes:
+                answer = write.result()
+                assert "database is locked" in error(answer, 503)
+                assert answer.headers["retry-after"] == "5"
+    assert client.post("/v1/events", json={"events": [event | {"id": "e99"}]}).status_code == 200
+    assert metric(client, "l2rec_storage_failures_total", call="append") == 12
 
 
 # -- probes and headers --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What waits for a thread: closed by cost or time, bounded, one failure not everybody's."""
+"""What waits for a thread: closed by cost or time, bounded by time, fair; one failure not all's."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from l2rec.service.batching import Batcher, Busy, Worker
+from l2rec.service.batching import Batcher, Busy, Worker, slices
 
 Body = Callable[[Batcher[int, int], list[list[int]], threading.Event], Coroutine[Any, Any, None]]
 
 
-def run(body: Body, *, max_cost: int = 4, max_wait: float = 0.02, limit: int = 100) -> None:
+def run(
+    body: Body, *, max_cost: int = 4, max_wait: float = 0.02, patience: float | None = None
+) -> None:
     """``body`` with a batcher of ``x -> 10 x``, the batches it ran, and what holds it up."""
 
     async def main() -> None:
@@ -32,7 +34,7 @@ def run(body: Body, *, max_cost: int = 4, max_wait: float = 0.02, limit: int = 1
             return [10 * job for job in jobs]
 
         worker = Worker("test", limit=4)
-        batcher = Batcher(work, worker, max_cost=max_cost, max_wait=max_wait, limit=limit)
+        batcher = Batcher(work, worker, max_cost=max_cost, max_wait=max_wait, patience=patience)
         try:
             await body(batcher, batches, go)
         finally:
@@ -108,18 +110,123 @@ def test_one_bad_job_fails_alone() -> None:
     run(body)
 
 
-def test_a_full_queue_refuses_at_once_and_recovers() -> None:
+def test_what_would_wait_too_long_is_refused_at_once() -> None:
     async def body(batcher: Any, batches: list[list[int]], go: threading.Event) -> None:
         first = await held_up(batcher, go)
-        jobs = [asyncio.ensure_future(batcher.submit(n)) for n in range(3)]
-        await asyncio.sleep(0)
-        with pytest.raises(Busy, match="3 requests wait for the test thread; try again in 1 s"):
-            await batcher.submit(9)
+        second = asyncio.ensure_future(batcher.submit(1))  # nothing is known of the pace yet
+        await asyncio.sleep(0.3)
+        # By now it is: at least 0.3 s for a unit of cost, and two of them are ahead.
+        with pytest.raises(Busy, match=r"0\.\d s of work wait for the test thread") as refused:
+            await batcher.submit(2)
+        assert refused.value.retry_after == 1
         go.set()
-        assert await asyncio.gather(first, *jobs) == [1000, 0, 10, 20]
-        assert await batcher.submit(9) == 90
+        assert await asyncio.gather(first, second) == [1000, 10]
+        assert await batcher.submit(2) == 20  # nothing waits: it is begun at once
+        assert [100] in batches and [2] in batches
 
-    run(body, limit=3)
+    run(body, patience=0.5)
+
+
+def test_the_expected_wait_is_of_what_comes_before() -> None:
+    async def body(batcher: Any, batches: list[list[int]], go: threading.Event) -> None:
+        first = await held_up(batcher, go)
+        await asyncio.sleep(0.05)
+        go.set()
+        await first
+        assert batcher.expected_wait() == 0
+        first = await held_up(batcher, go)
+        many = [asyncio.ensure_future(batcher.submit(n, cost=2, of="many")) for n in range(6)]
+        await asyncio.sleep(0)
+        # One unit runs; 12 of "many" wait, and nothing of "few".
+        assert batcher.expected_wait("many") / batcher.expected_wait("few") == pytest.approx(
+            13, rel=0.2
+        )
+        few = asyncio.ensure_future(batcher.submit(9, cost=3, of="few"))
+        await asyncio.sleep(0)
+        # Of those who take turns, one gets as far as the other: "few" has 3, and 3 of "many".
+        assert batcher.expected_wait("few") / batcher.expected_wait("new") == pytest.approx(
+            7, rel=0.2
+        )
+        go.set()
+        await asyncio.gather(first, few, *many)
+
+    run(body, max_cost=4)
+
+
+def test_callers_take_turns() -> None:
+    async def body(batcher: Any, batches: list[list[int]], go: threading.Event) -> None:
+        first = await held_up(batcher, go)
+        many = asyncio.ensure_future(batcher.submit_all(range(10), [1] * 10, of="many"))
+        await asyncio.sleep(0)
+        one = asyncio.ensure_future(batcher.submit(50, of="one"))
+        await asyncio.sleep(0)
+        go.set()
+        assert await one == 500 and not many.done()
+        assert await many == [10 * n for n in range(10)] and await first == 1000
+        assert batches == [[100], [0, 50, 1, 2], [3, 4, 5, 6], [7, 8, 9]]
+
+    run(body)
+
+
+def test_of_several_jobs_one_fails_for_all_and_the_rest_is_not_run() -> None:
+    async def body(batcher: Any, batches: list[list[int]], go: threading.Event) -> None:
+        with pytest.raises(ValueError, match="one of them bad"):
+            await batcher.submit_all([-1, *range(1, 9)], [4] * 9)
+        await asyncio.sleep(0.05)
+        assert batches[0] == [-1] and len(batches) <= 2 and not batcher.busy
+
+    run(body)
+
+
+def test_a_recommendation_waits_for_one_slice_at_most() -> None:
+    async def main() -> None:
+        ran: list[tuple[str, list[int]]] = []
+        go, began = threading.Event(), threading.Event()
+
+        def work(kind: str) -> Callable[[Sequence[int]], list[int]]:
+            def run(jobs: Sequence[int]) -> list[int]:
+                ran.append((kind, list(jobs)))
+                began.set()
+                assert go.wait(20)
+                return list(jobs)
+
+            return run
+
+        worker = Worker("test")
+        now = Batcher(work("now"), worker, max_cost=4)
+        later = Batcher(work("later"), worker, max_cost=4, later=True)
+        other = Batcher(work("other"), worker, max_cost=4, later=True)
+        long = asyncio.ensure_future(later.submit_all(range(12), [2] * 12))
+        await asyncio.sleep(0)
+        while not began.is_set():
+            await asyncio.sleep(0.001)
+        long_too = asyncio.ensure_future(other.submit_all(range(12), [2] * 12))
+        await asyncio.sleep(0.01)  # it waits in the thread's queue ...
+        ranked = asyncio.ensure_future(now.submit(1))
+        await asyncio.sleep(0.01)  # ... before this one, which came later
+        go.set()
+        assert await ranked == 1
+        assert [kind for kind, _ in ran[:2]] == ["later", "now"] and ran[0][1] == [0, 1]
+        await asyncio.gather(long, long_too)
+        assert all(len(jobs) <= 2 for kind, jobs in ran if kind != "now")
+        for batcher in (now, later, other):
+            await batcher.close()
+        worker.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ([], []),
+        ([9], [slice(0, 1)]),
+        ([2, 2, 1, 9, 1], [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]),
+        ([1, 1, 1, 1, 1], [slice(0, 4), slice(4, 5)]),
+    ],
+)
+def test_slices(costs: list[int], expected: list[slice]) -> None:
+    assert list(slices(costs, 4)) == expected
 
 
 def test_a_job_that_was_given_up_is_not_run() -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from tests.support.benchmarks import script
 from tests.support.runs import Finished
-from tests.support.service import in_process
+from tests.support.service import Serve, error, in_process, in_thread
 
-load = script("serving")
+from l2rec.service.app import create_app
+from l2rec.service.events import EventLog
+from l2rec.service.live import Live
+from l2rec.service.loading import load_version
+from l2rec.service.settings import Settings
+
+load, limits = script("serving"), script("limits")
 
 
 def test_clients_count_what_they_get(catalog_run: Finished, tmp_path: Path) -> None:
@@ -78,8 +86,53 @@ def test_an_overload_is_reported_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [(5, 8, 2.0), (5, 700, 4.0), (5, 700, 4.0), (5, 8, 2.0)]
 
 
+def test_the_largest_bodies_are_allowed_and_no_larger_ones_are(serve: Serve) -> None:
+    """What the benchmark attacks with is what a server lets pass."""
+    client = serve(timeout=300, queue=200)
+    ids, texts = [f"i{n}" for n in range(30)], ["heavy red hat", "cold glass door"]
+    for make in limits.largest(ids, texts):
+        path, body = make()
+        assert client.post(path, json=body).status_code == 200, path
+        (field, longest), *_ = ((k, v) for k, v in body.items() if isinstance(v, list))
+        larger = body | {field: [*longest, longest[0]]}
+        assert error(client.post(path, json=larger), 422).startswith(field)
+    text = limits.largest(ids, texts)[0]()[1]["texts"][0]
+    assert 9_000 < len(text) <= 10_000
+
+
+def test_items_are_put_some_at_a_time() -> None:
+    requests = list(limits.puts(60))
+    bodies = [json.loads(request.partition(b"\r\n\r\n")[2])["items"] for request in requests]
+    assert [len(items) for items in bodies] == [25, 25, 10]
+    assert len({item["id"] for items in bodies for item in items}) == 60
+
+
+def test_both_see_the_other(serve: Serve, catalog_run: Finished, tmp_path: Path) -> None:
+    """The victim's answers and the attacker's, of one server with the keys of both."""
+    drawn = load.Drawn([f"i{n}" for n in range(30)], seed=0)
+    attacks = [
+        [limits.request_of(make()[1], make()[0], key=limits.ATTACKER)]
+        for make in limits.largest([f"i{n}" for n in range(30)], ["heavy red hat"])
+    ]
+    settings = Settings(
+        read_keys=(SecretStr(limits.VICTIM), SecretStr(limits.ATTACKER)),
+        write_keys=(SecretStr(limits.WRITER),),
+    )
+    log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
+    with in_thread(create_app(settings, Live(load_version(catalog_run.run)), log)) as url:
+        port = int(url.rpartition(":")[2])
+        victim, attacker = asyncio.run(limits.asked(port, drawn, attacks, 2.0))
+        assert set(victim.statuses) <= {200} and not victim.broken
+        assert set(attacker.statuses) <= {200, 429, 503} and sum(attacker.statuses.values())
+        assert not attacker.without_retry_after
+        asyncio.run(limits.put(port, list(limits.puts(30))))
+        alone, nobody = asyncio.run(limits.asked(port, drawn, [], 2.0))
+        assert set(alone.statuses) == {200} and not nobody.statuses
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        load.main(["--help"])
-    assert stopped.value.code == 0
-    assert "python benchmarks/serving.py" in capsys.readouterr().out
+    for module in (load, limits):
+        with pytest.raises(SystemExit) as stopped:
+            module.main(["--help"])
+        assert stopped.value.code == 0
+        assert f"python benchmarks/{module.__name__}.py" in capsys.readouterr().out

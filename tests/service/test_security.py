@@ -25,6 +25,8 @@ READ, WRITE = "r" * 16, "w" * 16
         (rb'{"a": "\"[[[["}', 1),
         (rb'{"a\\": [[1]]}', 3),
         (b'["unclosed [[[[', 1),
+        (b'["[", "]", "", "[[[[", {"a": ["b"]}]', 3),
+        (b'[""[', 2),
         (b"[" * 100_000, 9),
     ],
 )
@@ -34,15 +36,22 @@ def test_depth(body: bytes, depth: int) -> None:
 
 def test_rate() -> None:
     now = 0.0
-    limit = RateLimit(2.0, 3.0, clock=lambda: now)
-    assert [limit.take(0) for _ in range(3)] == [0, 0, 0]
-    assert limit.take(0) == pytest.approx(0.5) and limit.take(1) == 0
-    now = 0.5
-    assert limit.take(0) == 0 and limit.take(0) == pytest.approx(0.5)
-    now = 1000.0
-    assert [limit.take(0) for _ in range(3)] == [0, 0, 0] and limit.take(0) > 0
-    free = RateLimit(0, 1)
-    assert [free.take(0) for _ in range(100)] == [0] * 100
+    limit = RateLimit(60.0, clock=lambda: now)
+    assert limit.wait(0) == 0
+    limit.charge(0, 59)
+    assert limit.wait(0) == 0  # something is left, so one more may pass, whatever it costs
+    limit.charge(0, 11)
+    assert limit.wait(0) == pytest.approx(11) and limit.wait(1) == 0
+    now = 10.5
+    assert limit.wait(0) == pytest.approx(0.5)
+    now = 11.0
+    assert limit.wait(0) == 0
+    now = 10_000.0
+    limit.charge(0, 60)
+    assert limit.wait(0) == pytest.approx(1)  # a minute's worth is saved at most
+    free = RateLimit(0)
+    free.charge(0, 1e9)
+    assert free.wait(0) == 0
 
 
 @pytest.mark.parametrize(
@@ -106,6 +115,11 @@ def test_a_public_address_needs_a_key(host: str) -> None:
     with pytest.raises(ConfigError, match="can be reached from other machines and there is no key"):
         Settings(host=host).check()
     Settings(host=host, read_keys=(SecretStr(READ),)).check()
+
+
+def test_nobody_waits_longer_than_for_an_answer() -> None:
+    with pytest.raises(ConfigError, match=r"--queue 256: seconds .* fewer than --timeout 10"):
+        Settings(queue=256).check()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])

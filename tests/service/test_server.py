@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from typer.testing import CliRunner
 from l2rec.cli import app
 from l2rec.errors import L2RecError
 from l2rec.runs.predictor import load
+from l2rec.service import protocol, server
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live, deploy
@@ -63,7 +66,8 @@ def test_what_cannot_be_served(
     run = str(catalog_run.run)
     assert "nowhere is not a folder; give a run" in command(str(tmp_path / "nowhere"))
     assert "is not a run folder: it has no config.yaml" in command(str(tmp_path))
-    assert command(run, "--burst", "0") == "--burst: Input should be greater than or equal to 1"
+    assert command(run, "--inflight", "0").startswith("--inflight: Input should be greater than")
+    assert "--queue 256: seconds that a history may wait" in command(run, "--queue", "256")
     assert command(run, "--index", "x").startswith("--index: Input should be 'auto', ")
     share = command(run, "--experiment", "e", "--treatment-share", "1")
     assert share == "--treatment-share: Input should be less than 1"
@@ -189,6 +193,80 @@ def test_sigterm_answers_what_is_in_flight(catalog_run: Finished, tmp_path: Path
         idle.close()
         said = "".join(server.errors)
         assert "Traceback" not in said and WRITE_KEY not in said
+
+
+@pytest.fixture
+def connected(
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], socket.socket]]:
+    """Opens connections to a server that is less patient than others."""
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.4)
+    log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
+    served = create_app(Settings(), Live(load_version(catalog_run.run)), log)
+    with in_thread(served) as url, ExitStack() as stack:
+        port = int(url.rpartition(":")[2])
+
+        def connect() -> socket.socket:
+            made = socket.create_connection(("127.0.0.1", port), timeout=20)
+            return stack.enter_context(made)
+
+        yield connect
+
+
+def received(connection: socket.socket) -> bytes:
+    """Read until the other side closes."""
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def test_a_head_that_does_not_come_ends_the_connection(connected: Any) -> None:
+    silent, slow, again = (connected() for _ in range(3))
+    slow.sendall(b"GET /livez HTTP/1.1\r\nHost: loc")
+    again.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += again.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 200")
+    again.sendall(b"GET /livez HTTP/1.1\r\nHo")  # the second head of a connection
+    assert received(silent) == received(slow) == received(again) == b""
+
+
+def test_a_body_has_its_own_time(connected: Any) -> None:
+    body = b'{"history": ["i1"], "k": 3}'
+    connection = connected()
+    connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
+    for byte in range(len(body)):
+        connection.sendall(body[byte : byte + 1])
+        time.sleep(0.03)  # 0.8 s in all: more than a head may take
+    assert received(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_two_lengths_of_one_body_are_refused(connected: Any) -> None:
+    connection = connected()
+    chunks = b'1b\r\n{"history": ["i1"], "k": 3}\r\n0\r\n\r\n'
+    hidden = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    lengths = b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % len(chunks)
+    connection.sendall(HEAD + lengths + chunks + hidden)
+    answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
+    assert b"both Content-Length and Transfer-Encoding" in answer
+    alone = connected()
+    alone.sendall(HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    assert received(alone).startswith(b"HTTP/1.1 200")
+
+
+def test_storage_gives_up_before_the_request(tmp_path: Path) -> None:
+    log = server.open_log(f"sqlite:///{tmp_path / 'events.db'}", Settings(timeout=8))
+    with log.engine.connect() as connection:
+        (busy,) = connection.exec_driver_sql("PRAGMA busy_timeout").one()
+    log.close()
+    # A write may wait for the one before it, and then for itself.
+    assert busy == 3200 and 2 * busy < 8000
 
 
 def test_items_and_events_survive_kill_9(catalog_run: Finished, tmp_path: Path) -> None:

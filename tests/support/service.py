@@ -58,8 +58,7 @@ def postgres_address(server: Any) -> str:
 def in_thread(app: Any) -> Iterator[str]:
     """Serve an app in a thread, on a free port; the address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, http=Http, log_level="critical", lifespan="on")
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn.Config(app, http=Http, log_level="critical", lifespan="on"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         deadline = time.monotonic() + 60

@@ -19,14 +19,15 @@ TEXTS = ["small red lamp", "", "lamp", "zzz blue", "red red red red red red"]
 
 
 class Counting:
-    """A tokenizer that counts its calls."""
+    """A tokenizer that counts its calls, and the characters that it is given."""
 
     def __init__(self, inner: PreTrainedTokenizerFast) -> None:
-        self.inner, self.calls = inner, 0
+        self.inner, self.calls, self.characters = inner, 0, 0
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, texts: Any, **options: Any) -> Any:
         self.calls += 1
-        return self.inner(*args, **options)
+        self.characters += sum(map(len, texts))
+        return self.inner(texts, **options)
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -101,6 +102,22 @@ def test_rows_are_the_texts_without_special_tokens(style: Any, limit: int) -> No
     table = tokenize(TEXTS, tiny.tokenizer(style), limit)
     assert rows_of(table) == [ids(text)[:limit] for text in TEXTS]
     assert table.values.dtype == np.int32 and table.offsets.dtype == np.int64
+
+
+@pytest.mark.parametrize("limit", [1, 5, 40])
+def test_of_a_long_text_the_start_is_read(limit: int) -> None:
+    draw = np.random.default_rng(limit)
+    words = np.array(["red", "hat", "cold", " ", "glass", "unheardofwordsareunknown", "door"])
+    texts = [" ".join(draw.choice(words, n)) for n in (0, 3, 60, 2000, 5000)]
+    texts += ["x" * 9000, " " * 9000, "  " * 4000 + "red hat"]
+    counting = Counting(tiny.tokenizer())
+    table = tokenize(texts, counting, limit)
+    for row, text in enumerate(texts):
+        whole = tiny.tokenizer()(text, add_special_tokens=False)["input_ids"]
+        assert table[row].tolist() == whole[:limit]
+    counting.characters = 0
+    tokenize(texts[3:5], counting, limit)
+    assert counting.characters < 2 * 9 * 8 * (limit + 8)  # of 20,000 and more
 
 
 def test_no_texts_and_only_empty_texts(tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ from l2rec.disk import replacing
 
 COUNTED, LONGEST = 10_000, 100_000
 """Texts that `share_read` looks at, and most tokens of one that it counts."""
+CHARACTERS, SLACK = 8, 8
+"""Characters of a text that are read at first for each token that is wanted, and tokens beyond
+those that are wanted, which alone may depend on what follows.
+"""
 TokenTable = Ragged
 """Token ids of item texts: row i has those of item i, int32, without special tokens."""
 
@@ -78,19 +82,49 @@ def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int, chunk: int 
     values: list[npt.NDArray[np.int32]] = []
     lengths: list[int] = []
     for start in range(0, len(texts), chunk):
-        encoded = tokenizer(
-            list(texts[start : start + chunk]),
-            add_special_tokens=False,
-            truncation=True,
-            max_length=max_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+        encoded = _first_tokens(texts[start : start + chunk], tokenizer, max_tokens)
         lengths.extend(len(row) for row in encoded)
         values.append(np.fromiter((token for row in encoded for token in row), dtype=np.int32))
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return Ragged(np.concatenate(values) if values else np.zeros(0, np.int32), offsets)
+
+
+def _first_tokens(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[list[int]]:
+    """Return the first ``max_tokens`` tokens of each text, without a look at all of a long one.
+
+    Of a text that is much longer than it has to be, the start is read, up to a space. Only if its
+    tokens are too few, or could depend on what follows, more is read.
+    """
+    found: list[list[int]] = [[]] * len(texts)
+    left, characters = list(range(len(texts))), CHARACTERS * (max_tokens + SLACK)
+    while left:
+        starts = [_start(texts[n], characters) for n in left]
+        encoded = tokenizer(
+            starts,
+            add_special_tokens=False,
+            truncation=True,
+            max_length=max_tokens + SLACK,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        again = []
+        for n, start, tokens in zip(left, starts, encoded, strict=True):
+            found[n] = tokens[:max_tokens]
+            if len(start) < len(texts[n]) and len(tokens) < max_tokens + SLACK:
+                again.append(n)
+        left, characters = again, 8 * characters
+    return found
+
+
+def _start(text: str, characters: int) -> str:
+    """Return the start of a text, up to the last space within so many characters; all of a text
+    without a space there.
+    """
+    if len(text) <= characters:
+        return text
+    end = text.rfind(" ", 0, characters)
+    return text[:end] if end > 0 else text
 
 
 def _content_hash(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> str:

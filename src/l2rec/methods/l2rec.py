@@ -373,6 +373,13 @@ class UserState:
         )
 
 
+def _mean_until(x: Tensor, parts: Segments, newest: Tensor, every: bool) -> Tensor:
+    """Average the tokens of a row up to the end of some blocks: [P, D], see `L2Rec._read`."""
+    if every:
+        return prefix_mean(x, parts)[newest]
+    return mean_of(x, parts.row[parts.block], len(parts.blocks))
+
+
 def without_routing(state: UserState) -> UserState:
     """Drop what only a loss reads, so that many states fit."""
     return replace(state, outputs={}, routing=None)
@@ -548,7 +555,7 @@ class L2Rec(nn.Module):
         for part, h in zip(inputs, states, strict=True):
             ends = np.cumsum(part.segments.blocks.cpu().numpy())
             newest = torch.from_numpy(flat_index(ends - counts, counts)).to(h.device)
-            read = self._read(part.view, h, part.segments)[newest]
+            read = self._read(part.view, h, part.segments, newest, every)
             outputs[part.view] = self.items.place(part.view, read)
         behavioral, semantic, fused, delta = self.fusion(
             outputs.get("behavioral"),
@@ -610,16 +617,21 @@ class L2Rec(nn.Module):
             return Attend.CAUSAL
         return Attend.BLOCK_CAUSAL if self._every else Attend.FULL
 
-    def _read(self, view: View, states: Tensor, parts: Segments) -> Tensor:
-        """Return h^v at every block of the view: [K, D] float32."""
+    def _read(
+        self, view: View, states: Tensor, parts: Segments, newest: Tensor, every: bool
+    ) -> Tensor:
+        """Return h^v [P, D] float32 at some blocks of the view.
+
+        newest: [P] int64, the blocks: with ``every`` some of each row, else the last of each.
+        """
         if not self.backbone.causal and not self._every:
-            return prefix_mean(states, parts)
+            return _mean_until(states, parts, newest, every)
         if view == "behavioral" or self.backbone.causal:
-            h = states[parts.last_token].float()
+            h = states[parts.last_token[newest]].float()
         else:
-            h = mean_of(states, parts.block, len(parts.row))
+            h = mean_of(states, parts.block, len(parts.row))[newest]
         if self._every and view == "semantic":
-            h = h + self.blend * prefix_mean(states, parts)
+            h = h + self.blend * _mean_until(states, parts, newest, every)
         return h
 
     # -- training --------------------------------------------------------------------------------

@@ -5,13 +5,17 @@
                  the views are made of its tokens' states
 
 Nothing that is trained stands below layer K, so those states never change: they are computed once,
-kept on disk in the backbone's dtype and mapped to memory. Legend: N items, n tokens, D hidden size.
+kept on disk in the backbone's dtype and mapped to memory. Of an item that is added later only its
+tokens are kept, and the states of those that were read last.
+
+Legend: N items, n tokens, D hidden size.
 """
 
 from __future__ import annotations
 
 __all__ = ["Entry", "LayerEntry", "WordEntry"]
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +35,8 @@ from l2rec.modules.views import Segments, mean_of, semantic_tokens
 
 POOLED_TOGETHER = 4096
 """Items whose tokens are pooled at once."""
+RECENT_NUMBERS = 1 << 22
+"""Numbers of the states of added items that are kept in memory."""
 
 
 class Entry(Protocol):
@@ -184,8 +190,10 @@ class LayerEntry:
         else:
             self.cached = [self._file(tokens, cache)]
             self._states = self._mapped(self.cached[0])
-        self._added = self._states[:0]
-        """States of items that were added to the catalog."""
+        self._later = Ragged.from_rows([])
+        """Tokens of items that were added to the catalog."""
+        self._recent: OrderedDict[int, Tensor] = OrderedDict()
+        """States of those of them that were read last, by item."""
 
     def _layout(self, tokens: Ragged) -> npt.NDArray[np.int64]:
         """Return where the states of each text start, [n + 1]."""
@@ -232,13 +240,36 @@ class LayerEntry:
 
     def _take(self, index: Tensor) -> Tensor:
         """Return the states [n, D] at the given places [n] int64."""
-        if not len(self._added):
-            return self._states.index_select(0, index)
         known = len(self._states)
-        x = self._states.index_select(0, index.clamp_max(known - 1))
         new = index >= known
-        x[new] = self._added[index[new] - known]
+        if not len(self._later) or not bool(new.any()):
+            return self._states.index_select(0, index)
+        x = self._states.index_select(0, index.clamp_max(known - 1))
+        places, offsets = index[new].cpu().numpy(), self._places.offsets
+        items, of_item = np.unique(
+            np.searchsorted(offsets, places, side="right") - 1, return_inverse=True
+        )
+        starts = np.cumsum(self._places.lengths_of(items)) - self._places.lengths_of(items)
+        inside = as_index(places - offsets[items][of_item] + starts[of_item], x.device)
+        x[new] = torch.cat(self._states_of(items.tolist())).index_select(0, inside)
         return x
+
+    def _states_of(self, items: list[int]) -> list[Tensor]:
+        """Return the states of items that were added, kept or computed now."""
+        missing = [item for item in items if item not in self._recent]
+        if missing:
+            first = len(self) - len(self._later)
+            tokens = self._later.take(np.asarray(missing) - first)
+            lengths = np.diff(self._layout(tokens)).tolist()
+            parts = self._computed(tokens).split(lengths)
+            self._recent |= {i: part.clone() for i, part in zip(missing, parts, strict=True)}
+        found = [self._recent[item] for item in items]
+        for item in items:
+            self._recent.move_to_end(item)
+        kept = sum(states.numel() for states in self._recent.values())
+        while kept > RECENT_NUMBERS:
+            kept -= self._recent.popitem(last=False)[1].numel()
+        return found
 
     @property
     def scale(self) -> float:
@@ -282,15 +313,19 @@ class LayerEntry:
         return self._backbone.upper(self._cut, x, packing)
 
     def add(self, tokens: Ragged) -> None:
-        """Run the lowest K layers once on the new texts."""
-        self._added = torch.cat((self._added, self._computed(tokens)))
+        """Take the tokens; the lowest K layers run on them when they are read."""
+        self._later = stacked(self._later, tokens.head(self._item_tokens))
         before = self._places.offsets
         self._places = _numbered(np.concatenate((before, before[-1] + self._layout(tokens)[1:])))
 
     def shrink(self, count: int) -> None:
-        """Cut the states that were added."""
+        """Cut the tokens that were added."""
+        first = len(self) - len(self._later)
         self._places = _numbered(self._places.offsets[: count + 1])
-        self._added = self._added[: max(0, len(self._places.values) - len(self._states))]
+        offsets = self._later.offsets[: max(0, count - first) + 1]
+        self._later = Ragged(self._later.values[: offsets[-1]].copy(), offsets.copy())
+        for item in [item for item in self._recent if item >= count]:
+            del self._recent[item]
 
 
 def _numbered(offsets: npt.NDArray[np.int64]) -> Ragged:

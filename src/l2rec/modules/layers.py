@@ -50,13 +50,16 @@ class LayerCut:
     Args:
         model: a Hugging Face transformer.
         below: K, or how many layers less than all of them: -1 is all but the topmost.
+        words: the module that makes the first layer's input, where it makes nothing else; the upper
+            part then does without it.
 
     Raises:
         BackboneError: one of the parts would have no layer.
     """
 
-    def __init__(self, model: nn.Module, below: int) -> None:
+    def __init__(self, model: nn.Module, below: int, *, words: nn.Module | None = None) -> None:
         self.name, layers = _layers_of(model)
+        self._words = words
         self.below = below if below > 0 else len(layers) + below
         if not 0 < self.below < len(layers):
             most = len(layers) - 1
@@ -108,7 +111,11 @@ class LayerCut:
         def skipped(plain: Any) -> Any:
             return lambda *args, **kwargs: given
 
-        with _led(self._lower, skipped):
+        def made(plain: Any) -> Any:
+            return lambda *args, **kwargs: states
+
+        words = [] if self._words is None else [self._words]
+        with _led(self._lower, skipped), _led(words, made):
             return run()
 
 

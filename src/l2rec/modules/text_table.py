@@ -48,6 +48,7 @@ class TextTable(Keeps):
         self.register_buffer("held", torch.ones(len(text), 1))  # 0: no row of R
         self.held: Tensor
         self.dropout, self.text_dropout = dropout, text_dropout
+        self._without_text = 0
 
     def keep(self) -> None:
         """Compute T once, for weights that no longer change; training or loading ends it."""
@@ -67,10 +68,14 @@ class TextTable(Keeps):
 
     @torch.no_grad()
     def extend(self, text: Tensor) -> None:
-        """Add items by their backbone text vectors [n, D] alone."""
-        self.text = torch.cat((self.text, F.normalize(text - self.mean, dim=-1)))
-        if self._kept is not None:
+        """Add items by their backbone text vectors [n, D] alone. Of a table that was kept, their
+        rows of T are all that is kept of them, and it cannot be trained any more.
+        """
+        if self._kept is None:
+            self.text = torch.cat((self.text, F.normalize(text - self.mean, dim=-1)))
+        else:
             self._kept = torch.cat((self._kept, self.of_text(text)))
+            self._without_text += len(text)
 
     def of_text(self, text: Tensor) -> Tensor:
         """Return rows [n, D] of items that were not trained on, by their text vectors [n, D]."""
@@ -82,6 +87,8 @@ class TextTable(Keeps):
 
     def shrink(self, count: int) -> None:
         """Undo `extend`: keep the first ``count`` items."""
+        left = min(count, len(self.text) + self._without_text)
+        self._without_text = max(0, left - len(self.text))
         self.text = self.text[:count]
         if self._kept is not None:
             self._kept = self._kept[:count]
@@ -90,6 +97,11 @@ class TextTable(Keeps):
         """Return T [N, D] float32."""
         if self._kept is not None:
             return self._kept
+        if self._without_text:
+            raise RuntimeError(
+                f"{self._without_text} items were added to a model that no longer learns; load the "
+                "run again to train it"
+            )
         text = F.dropout(self.text, self.text_dropout, self.training)
         rows = self._adapted(text)
         if self.residual is not None:

@@ -26,6 +26,7 @@ __all__ = [
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -58,13 +59,13 @@ class Segments:
         """Newest block of each row, [B] int64."""
         return self.blocks.cumsum(0) - 1
 
-    @property
+    @cached_property
     def place(self) -> Tensor:
         """Place of each block in its row, from 0, [K] int64."""
         first = self.blocks.cumsum(0) - self.blocks
         return torch.arange(len(self.row), device=first.device) - first[self.row]
 
-    @property
+    @cached_property
     def last_token(self) -> Tensor:
         """Last token of each block, [K] int64."""
         counts = torch.bincount(self.block, minlength=len(self.row))
@@ -249,6 +250,8 @@ def prefix_mean(x: Tensor, segments: Segments) -> Tensor:
     counts = torch.bincount(segments.block, minlength=blocks).float()
     if blocks == len(segments.blocks):
         return sums / counts[:, None]
+    if len(segments.blocks) == 1:
+        return sums.cumsum(0) / counts.cumsum(0)[:, None]
     # Cumulate inside a padded [B, K_max] grid: a global cumulative sum would tie a row's rounding
     # to the rows before it.
     width = int(segments.blocks.max())

@@ -1,22 +1,26 @@
-"""A thread for the models, and the queue before it: bounded, batched by cost, never blocking.
+"""A thread for the models, and the queue before it: bounded by time, batched by cost, fair.
 
-    Worker    one thread; calls run one after the other
+    Worker    one thread; calls that may wait run when no other call does
     Batcher   jobs that come at about the same time run as one call
+    slices    long work in parts, so that others need not wait for all of it
 
-Both belong to one event loop: they are created and used there, and only the calls leave it.
+Both classes belong to one event loop: they are created and used there, and only the calls leave it.
 """
 
 from __future__ import annotations
 
-__all__ = ["Batcher", "Busy", "Worker"]
+__all__ = ["Batcher", "Busy", "Worker", "slices"]
 
 import asyncio
 import contextlib
+import itertools
+import math
 import os
+import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -25,13 +29,28 @@ import torch
 R = TypeVar("R")
 J = TypeVar("J")
 
+FORGETS = 0.8
+"""Weight of what was measured before a batch, in the measured pace."""
+
 
 class Busy(Exception):
-    """A full queue. ``retry_after``: seconds."""
+    """More work than may wait. ``retry_after``: seconds."""
 
     def __init__(self, what: str, retry_after: int = 1) -> None:
         super().__init__(f"{what}; try again in {retry_after} s")
         self.retry_after = retry_after
+
+
+def slices(costs: Sequence[int], most: int) -> Iterator[slice]:
+    """Yield runs of consecutive jobs whose costs add up to at most ``most``, or of one job."""
+    start, total = 0, 0
+    for place, cost in enumerate(costs):
+        if place > start and total + cost > most:
+            yield slice(start, place)
+            start, total = place, 0
+        total += cost
+    if start < len(costs):
+        yield slice(start, len(costs))
 
 
 class Worker:
@@ -44,36 +63,71 @@ class Worker:
 
     def __init__(self, name: str, *, limit: int = 64, nice: int = 0) -> None:
         self.name, self.limit, self.calls = name, limit, 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"l2rec-{name}")
         self._nice = nice
-        self._ready = False
+        self._queue: queue.PriorityQueue[tuple[int, int, Callable[[], None]]]
+        self._queue = queue.PriorityQueue()
+        self._order = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._closed = False
 
-    async def run(self, function: Callable[..., R], *args: Any, urgent: bool = False) -> R:
-        """Run ``function(*args)`` in the thread, after all earlier calls, and return its result.
+    async def run(
+        self, function: Callable[..., R], *args: Any, urgent: bool = False, later: bool = False
+    ) -> R:
+        """Run ``function(*args)`` in the thread and return its result.
+
+        Calls run in order, but for those that run ``later``: they wait until no other call does.
 
         Args:
             urgent: run it also where the limit is reached; for callers that are few.
+            later: let other calls run first, also those that come after it. It should be short,
+                since whoever comes next has to wait for its end.
 
         Raises:
             Busy: the limit is reached.
         """
         if self.calls >= self.limit and not urgent:
             raise Busy(f"{self.calls} calls wait for the {self.name} thread")
-
-        def call() -> R:
-            if not self._ready:
-                self._ready = True
-                if self._nice and hasattr(os, "setpriority"):
-                    with contextlib.suppress(OSError):
-                        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
-            with torch.inference_mode():
-                return function(*args)
-
         self.calls += 1
-        running = asyncio.get_running_loop().run_in_executor(self._pool, call)
+        running = asyncio.wrap_future(self.put(lambda: function(*args), later=later))
         running.add_done_callback(self._done)
         # A caller that gives up leaves the call running: a thread cannot be stopped.
         return await asyncio.shield(running)
+
+    def put(self, call: Callable[[], R], *, later: bool = False) -> Future[R]:
+        """Queue a call, from any thread, whatever the limit."""
+        future: Future[R] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                with torch.inference_mode():
+                    result = call()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        if self._closed:
+            raise RuntimeError(f"the {self.name} thread has ended")
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name=f"l2rec-{self.name}", daemon=True
+            )
+            self._thread.start()
+        self._queue.put((int(later), next(self._order), run))
+        return future
+
+    def _run(self) -> None:
+        if self._nice and hasattr(os, "setpriority"):
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+        while True:
+            priority, _, call = self._queue.get()
+            if priority < 0:
+                return
+            call()
+            del call  # with its job and its result, until the next one comes
 
     def _done(self, running: asyncio.Future[Any]) -> None:
         self.calls -= 1
@@ -82,7 +136,10 @@ class Worker:
 
     def close(self) -> None:
         """End the thread after its current call; waiting calls are dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._closed = True
+        if self._thread is not None:
+            self._queue.put((-1, next(self._order), lambda: None))
+            self._thread.join()
 
 
 @dataclass
@@ -96,13 +153,16 @@ class _Waiting(Generic[J, R]):
 class Batcher(Generic[J, R]):
     """Queue whose jobs run together: a batch closes by its cost, or by the wait of its first job.
 
-    A job that is alone (the last batch had one job, and no other waits) runs at once.
+    A job that is alone (the last batch had one job, and no other waits) runs at once. The callers
+    take turns: one that sends many jobs delays its own.
 
     Args:
         run: jobs -> results, in the worker's thread.
         max_cost: cost at which a batch closes; a single job may cost more.
         max_wait: seconds after which a batch closes.
-        limit: jobs that may wait; one more raises `Busy`.
+        patience: seconds; a job that would wait longer, by what a unit of cost took lately, raises
+            `Busy`. None: no bound.
+        later: batches let other calls of the worker run first, see `Worker.run`.
         observe: called with (jobs, cost, seconds that the first has waited) of each batch.
     """
 
@@ -112,37 +172,87 @@ class Batcher(Generic[J, R]):
         worker: Worker,
         *,
         max_cost: int,
-        max_wait: float,
-        limit: int,
+        max_wait: float = 0.0,
+        patience: float | None = None,
+        later: bool = False,
         observe: Callable[[int, int, float], None] = lambda jobs, cost, waited: None,
     ) -> None:
         self._run, self._worker, self._observe = run, worker, observe
-        self._max_cost, self._max_wait, self._limit = max_cost, max_wait, limit
-        self._waiting: deque[_Waiting[J, R]] = deque()
-        self._cost = 0
+        self._max_cost, self._max_wait, self._patience = max_cost, max_wait, patience
+        self._later = later
+        self._waiting: OrderedDict[Hashable, deque[_Waiting[J, R]]] = OrderedDict()
+        """Jobs by caller, whose turn it is first."""
+        self._cost, self._running = 0, 0
+        self._began = 0.0
+        self._seconds, self._units = 0.0, 0.0
         self._last = 1
         self._came = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         """Count the jobs that wait."""
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
-    async def submit(self, job: J, cost: int = 1) -> R:
-        """Run one job in some batch and return its result.
+    @property
+    def busy(self) -> bool:
+        """Whether jobs wait or run."""
+        return bool(self._waiting or self._running)
+
+    def expected_wait(self, of: Hashable = None) -> float:
+        """Return the seconds until a job of this caller would be begun: what is running, what it
+        sent before, and as much of each other caller, at the pace of the last batches, or of the
+        one that runs where that is slower.
+        """
+        own = sum(one.cost for one in self._waiting.get(of, ()))
+        ahead = min(self._cost, own * len(self._waiting))
+        pace = self._seconds / self._units if self._units else 0.0
+        if self._running:
+            elapsed = asyncio.get_running_loop().time() - self._began
+            pace = max(pace, elapsed / self._running)
+        return (self._running + ahead) * pace
+
+    async def submit(self, job: J, cost: int = 1, *, of: Hashable = None) -> R:
+        """Run one job in some batch and return its result. of: the caller.
 
         Raises:
-            Busy: the limit is reached. Also whatever ``run`` raises for this job.
+            Busy: it would wait for too long. Also whatever ``run`` raises for this job.
         """
+        self._admit(of)
+        return await self._put(job, cost, of)
+
+    async def submit_all(
+        self, jobs: Sequence[J], costs: Sequence[int], *, of: Hashable = None
+    ) -> list[R]:
+        """Run several jobs, in one batch or in several: their results, or the first error.
+
+        Raises:
+            Busy: the first of them would wait for too long.
+        """
+        self._admit(of)
+        futures = [self._put(job, cost, of) for job, cost in zip(jobs, costs, strict=True)]
+        try:
+            return await asyncio.gather(*futures)
+        finally:
+            for future in futures:
+                future.cancel()  # of a caller that gave up, or after an error
+
+    def _admit(self, of: Hashable) -> None:
+        wait = self.expected_wait(of)
+        if self._patience is not None and wait > self._patience:
+            raise Busy(
+                f"{wait:.1f} s of work wait for the {self._worker.name} thread",
+                math.ceil(wait - self._patience),
+            )
+
+    def _put(self, job: J, cost: int, of: Hashable) -> asyncio.Future[R]:
+        loop = asyncio.get_running_loop()
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._loop())
-        if len(self._waiting) >= self._limit:
-            raise Busy(f"{len(self._waiting)} requests wait for the {self._worker.name} thread")
-        waiting: _Waiting[J, R] = _Waiting(job, cost, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+            self._task = loop.create_task(self._loop())
+        waiting: _Waiting[J, R] = _Waiting(job, cost, loop.create_future())
+        self._waiting.setdefault(of, deque()).append(waiting)
         self._cost += cost
         self._came.set()
-        return await waiting.future
+        return waiting.future
 
     async def close(self) -> None:
         """Stop, and cancel the jobs that wait."""
@@ -150,9 +260,11 @@ class Batcher(Generic[J, R]):
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        for waiting in self._waiting:
-            waiting.future.cancel()
+        for jobs in self._waiting.values():
+            for waiting in jobs:
+                waiting.future.cancel()
         self._waiting.clear()
+        self._cost = 0
 
     async def _loop(self) -> None:
         loop = asyncio.get_running_loop()
@@ -165,14 +277,20 @@ class Batcher(Generic[J, R]):
             if not batch:
                 continue
             self._last = len(batch)
-            self._observe(len(batch), sum(one.cost for one in batch), loop.time() - batch[0].since)
+            self._running = sum(one.cost for one in batch)
+            self._began = loop.time()
+            waited = self._began - min(one.since for one in batch)
+            self._observe(len(batch), self._running, waited)
             await self._answer(batch)
+            self._seconds = FORGETS * self._seconds + loop.time() - self._began
+            self._units = FORGETS * self._units + self._running
+            self._running = 0
 
     async def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait until the batch is to be closed."""
-        until = self._waiting[0].since + self._max_wait
+        until = min(jobs[0].since for jobs in self._waiting.values()) + self._max_wait
         alone = self._last == 1
-        while self._cost < self._max_cost and not (alone and len(self._waiting) == 1):
+        while self._cost < self._max_cost and not (alone and len(self) == 1):
             left = until - loop.time()
             if left <= 0:
                 return
@@ -181,23 +299,30 @@ class Batcher(Generic[J, R]):
                 await asyncio.wait_for(self._came.wait(), left)
 
     def _take(self) -> list[_Waiting[J, R]]:
-        """Take the oldest jobs up to ``max_cost``, at least one, and none that was given up."""
+        """Take jobs up to ``max_cost``, at least one: the oldest of each caller in turn, and none
+        that was given up.
+        """
         batch: list[_Waiting[J, R]] = []
         cost = 0
         while self._waiting:
-            first = self._waiting[0]
-            if not first.future.done():
-                if batch and cost + first.cost > self._max_cost:
+            of, jobs = next(iter(self._waiting.items()))
+            if not jobs[0].future.done():
+                if batch and cost + jobs[0].cost > self._max_cost:
                     break
-                batch.append(first)
-                cost += first.cost
-            self._waiting.popleft()
-            self._cost -= first.cost
+                batch.append(jobs[0])
+                cost += jobs[0].cost
+            self._cost -= jobs.popleft().cost
+            if jobs:
+                self._waiting.move_to_end(of)
+            else:
+                del self._waiting[of]
         return batch
 
     async def _answer(self, batch: Sequence[_Waiting[J, R]]) -> None:
         try:
-            results = await self._worker.run(self._run, [one.job for one in batch], urgent=True)
+            results = await self._worker.run(
+                self._run, [one.job for one in batch], urgent=True, later=self._later
+            )
         except Exception as error:
             if len(batch) == 1:
                 if not batch[0].future.done():

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -46,8 +47,10 @@ READ_ROWS = 10_000
 PRUNE_ROWS = 10_000
 GROUP_BATCHES = 256
 """Batches that share one transaction at most."""
-BUSY_SECONDS = 10
-"""Longest wait for another writer, for a connection, or for a server that does not answer."""
+BUSY_SECONDS = 10.0
+"""Longest wait for another writer, for a connection, or for a server that does not answer, where
+nobody waits for an answer of a server.
+"""
 ATTEMPTS = 3
 AGAIN = {"40P01", "40001"}
 """PostgreSQL's error codes of a transaction to try again: a deadlock, a serialization failure."""
@@ -138,7 +141,6 @@ class Plan:
 COLUMNS = tuple(f.name for f in fields(Event))
 NETWORK = {
     "connect_timeout": 3,
-    "tcp_user_timeout": 1000 * BUSY_SECONDS,
     "keepalives_idle": 10,
     "keepalives_interval": 3,
     "keepalives_count": 3,
@@ -166,14 +168,16 @@ class EventLog:
     Args:
         url: ``sqlite:///PATH`` or ``postgresql+psycopg://...``.
         create: create the tables where there are none.
+        busy: seconds, the longest wait for another writer, for a connection, or for a server that
+            does not answer.
 
     Raises:
         ConfigError: another kind of URL, or a missing library.
         StorageError: a file that is no event log, or a log of another layout.
     """
 
-    def __init__(self, url: str, *, create: bool = True) -> None:
-        self.engine, tables = _open(url, create)
+    def __init__(self, url: str, *, create: bool = True, busy: float = BUSY_SECONDS) -> None:
+        self.engine, tables = _open(url, create, busy)
         self._events, self._items, self._users, self._meta, self._experiments, self._arms = tables
         self._create = create
         self._prepared = False
@@ -195,12 +199,17 @@ class EventLog:
         Raises:
             StorageError: nothing was stored; try again, the ids make that safe.
         """
-        if not events:
-            return 0
+        return self.appending(events).result()
+
+    def appending(self, events: Sequence[Event]) -> Future[int]:
+        """Begin to store events; the result, or the error, is that of `append`."""
         stored: Future[int] = Future()
-        self._waiting.append(([asdict(event) for event in events], stored))
-        self._write(self._append_waiting)  # or an earlier call of it takes this batch along
-        return stored.result()
+        if events:
+            self._waiting.append(([asdict(event) for event in events], stored))
+            self._write(self._append_waiting)  # or an earlier call of it takes this batch along
+        else:
+            stored.set_result(0)
+        return stored
 
     def _append_waiting(self) -> None:
         """Write the batches that wait in one transaction, and give each its result."""
@@ -631,7 +640,7 @@ def _positive(columns: Any) -> Any:
     return columns.type != literal_column("'exposure'")
 
 
-def _open(url: str, create: bool) -> tuple[Any, tuple[Any, ...]]:
+def _open(url: str, create: bool, busy: float) -> tuple[Any, tuple[Any, ...]]:
     """Create the engine and describe its tables, without a connection yet."""
     try:
         import sqlalchemy as sa
@@ -661,36 +670,37 @@ def _open(url: str, create: bool) -> tuple[Any, tuple[Any, ...]]:
                     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except OSError as error:
             raise StorageError(f"event log {path}: {error}") from error
-        options: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}}
+        options: dict[str, Any] = {"connect_args": {"timeout": busy}}
     else:
-        given = {name: v for name, v in NETWORK.items() if name not in parsed.query}
-        options = {"pool_pre_ping": True, "pool_timeout": BUSY_SECONDS, "connect_args": given}
+        network = NETWORK | {"tcp_user_timeout": int(1000 * busy)}
+        given = {name: v for name, v in network.items() if name not in parsed.query}
+        options = {"pool_pre_ping": True, "pool_timeout": busy, "connect_args": given}
     try:
         engine = sa.create_engine(parsed, **options)
     except ImportError:
         raise ConfigError("PostgreSQL needs psycopg: pip install 'l2rec[postgres]'") from None
     if sqlite:
-        sa.event.listen(engine, "connect", _durable)
+        sa.event.listen(engine, "connect", partial(_durable, busy))
         sa.event.listen(engine, "begin", _begin)
     else:
-        sa.event.listen(engine, "connect", _patient)
+        sa.event.listen(engine, "connect", partial(_patient, busy))
     return engine, _tables(sa)
 
 
-def _durable(connection: Any, _: Any) -> None:
+def _durable(busy: float, connection: Any, _: Any) -> None:
     """Set up SQLite: commits go to disk, readers wait for no writer, transactions are whole."""
     connection.isolation_level = None  # otherwise the driver begins and commits by itself
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={BUSY_SECONDS * 1000}"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={int(1000 * busy)}"):
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _patient(connection: Any, _: Any) -> None:
+def _patient(busy: float, connection: Any, _: Any) -> None:
     """Set up PostgreSQL: waits for a lost writer end, and commits go to disk.
 
     The latter also holds where the server's default is synchronous_commit=off.
     """
-    connection.execute(f"SET lock_timeout = '{BUSY_SECONDS}s'")
-    connection.execute(f"SET idle_in_transaction_session_timeout = '{BUSY_SECONDS}s'")
+    connection.execute(f"SET lock_timeout = '{int(1000 * busy)}ms'")
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{int(1000 * busy)}ms'")
     connection.execute(
         "SELECT set_config('synchronous_commit', 'on', false) "
         "WHERE current_setting('synchronous_commit') = 'off'"

@@ -1,9 +1,12 @@
-"""HTTP/1.1 of the server: uvicorn's, whose own errors are problem details too."""
+"""HTTP/1.1 of the server: uvicorn's, with a time for the head of a request; its own errors are
+problem details too.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Http"]
+__all__ = ["HEAD_SECONDS", "Http"]
 
+import asyncio
 from typing import Any
 
 import h11
@@ -11,9 +14,26 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from l2rec.service.security import PROBLEM, problem
 
+HEAD_SECONDS = 10.0
+"""Time for the head of a request to arrive, and for the first one of a connection to begin."""
+
 
 class Http(H11Protocol):
-    """The protocol of one connection."""
+    """A connection that is closed where the head of a request takes longer than `HEAD_SECONDS`."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._settle()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, and close the connection."""
@@ -32,3 +52,14 @@ class Http(H11Protocol):
             for event in events:
                 self.transport.write(self.conn.send(event))
         self.transport.close()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._settle()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _settle(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None

@@ -1,4 +1,4 @@
-"""Guard before every route: keys, rates, and the size and shape of a body.
+"""Guard before every route: keys, what each may cost, and the size and shape of a body.
 
 It is one ASGI layer, so that no route can be left out: a new route needs a key until it is named
 here. It refuses before it reads, reads no more than is allowed, and answers with problem details.
@@ -10,7 +10,16 @@ here. It refuses before it reads, reads no more than is allowed, and answers wit
 
 from __future__ import annotations
 
-__all__ = ["PROBLEM", "Guard", "RateLimit", "Refused", "problem"]
+__all__ = [
+    "PROBLEM",
+    "Caller",
+    "Guard",
+    "RateLimit",
+    "Refused",
+    "charge",
+    "current_key",
+    "problem",
+]
 
 import asyncio
 import hmac
@@ -20,7 +29,9 @@ import math
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -54,6 +65,10 @@ DEPTH = 16
 """Levels of lists and objects in a body."""
 BODY_SECONDS = 10.0
 """Time for the whole body to arrive."""
+PUBLIC_KEY = -1
+"""Number that stands for the key of requests that need none."""
+REQUEST_TOKENS, BYTES_OF_TOKEN = 10, 16
+"""What a request costs beside what the model reads for it, and a token more for so many bytes."""
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 HEADERS = [
@@ -71,11 +86,16 @@ HEADERS = [
 
 
 class Refused(Exception):
-    """A request that is answered with an error. retry_after: seconds until it may come again."""
+    """A request that is answered with an error. retry_after: seconds until it may come again.
+    closes: the connection too, because what follows on it cannot be trusted, or is not read.
+    """
 
-    def __init__(self, status: int, error: str, *, retry_after: float | None = None) -> None:
+    def __init__(
+        self, status: int, error: str, *, retry_after: float | None = None, closes: bool = False
+    ) -> None:
         super().__init__(error)
         self.status, self.error, self.retry_after = status, error, retry_after
+        self.closes = closes or status in (408, 413)
 
 
 def problem(status: int, error: str, request: str | None = None) -> bytes:
@@ -100,26 +120,58 @@ class _Bucket:
 
 
 class RateLimit:
-    """A token bucket for each key: ``rate`` requests a second, ``burst`` at once."""
+    """A token bucket for each key: ``rate`` tokens a minute, and a minute's worth at once.
 
-    def __init__(
-        self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._rate, self._burst, self._clock = rate, burst, clock
+    What a request costs is known once it was read. So any request may pass while something is
+    left, and what it costs beyond that has to come back before the next one.
+    """
+
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._clock = rate, clock
         self._buckets: dict[int, _Bucket] = {}
 
-    def take(self, key: int) -> float:
-        """Count a request of a key; return 0 if it may pass, else the seconds until one may."""
+    def _bucket(self, key: int) -> _Bucket:
+        now = self._clock()
+        bucket = self._buckets.setdefault(key, _Bucket(self._rate, now))
+        come = (now - bucket.at) * self._rate / 60
+        bucket.tokens, bucket.at = min(self._rate, bucket.tokens + come), now
+        return bucket
+
+    def wait(self, key: int) -> float:
+        """Return 0 if a request of a key may pass, else the seconds until one may."""
         if not self._rate:
             return 0.0
-        now = self._clock()
-        bucket = self._buckets.setdefault(key, _Bucket(self._burst, now))
-        bucket.tokens = min(self._burst, bucket.tokens + (now - bucket.at) * self._rate)
-        bucket.at = now
-        if bucket.tokens < 1:
-            return (1 - bucket.tokens) / self._rate
-        bucket.tokens -= 1
-        return 0.0
+        return max(0.0, 1 - self._bucket(key).tokens) * 60 / self._rate
+
+    def charge(self, key: int, tokens: float) -> None:
+        """Take what a request of a key costs."""
+        if self._rate:
+            self._bucket(key).tokens -= tokens
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who a request is of: the number of a key, and the limit that it has a share of."""
+
+    key: int
+    limit: RateLimit
+
+
+_CALLER: ContextVar[Caller | None] = ContextVar("l2rec_caller", default=None)
+"""The caller of the request that is being answered."""
+
+
+def current_key() -> int:
+    """Return the number of the key of the request that is being answered, 0 outside of any."""
+    caller = _CALLER.get()
+    return 0 if caller is None else caller.key
+
+
+def charge(tokens: float) -> None:
+    """Charge tokens to the key of the request that is being answered."""
+    caller = _CALLER.get()
+    if caller is not None:
+        caller.limit.charge(caller.key, tokens)
 
 
 def may_write(method: str, path: str) -> bool:
@@ -134,12 +186,17 @@ def is_public(method: str, path: str) -> bool:
     return method in ("GET", "HEAD") and public
 
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _BRACKETS = re.compile(rb"[\[\]{}]")
+
+
+_PLAIN = bytes(set(range(256)) - set(b'[]{}"'))
 
 
 def depth_of(body: bytes, limit: int) -> int:
     """Count the levels of lists and objects of a JSON text, up to ``limit`` + 1."""
+    if b"\\" not in body:  # faster by far: a megabyte must not hold up the event loop
+        body = body.translate(None, _PLAIN).replace(b'""', b"")
     depth = deepest = 0
     for bracket in _BRACKETS.finditer(_STRINGS.sub(b"", body)):
         depth += 1 if bracket[0] in b"[{" else -1
@@ -160,8 +217,9 @@ class Guard:
         self.app, self.settings, self._metrics = app, settings, metrics
         self._read = [key.get_secret_value().encode() for key in settings.read_keys]
         self._write = [key.get_secret_value().encode() for key in settings.write_keys]
-        self._limit = RateLimit(settings.rate, settings.burst)
+        self._limit = RateLimit(settings.rate)
         self.inflight = 0
+        self._inflight_of: Counter[int] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -211,19 +269,45 @@ class Guard:
     async def _pass(self, scope: Scope, receive: Receive, send: Send, counted: bool) -> None:
         settings, method, path = self.settings, scope["method"], scope["path"]
         headers = {bytes(name).lower(): bytes(value) for name, value in scope["headers"]}
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            # Whoever stands in between may have taken the other one to end the request.
+            raise Refused(400, "both Content-Length and Transfer-Encoding", closes=True)
         self._check_host(headers)
         if counted and self.inflight > settings.inflight:
             self._metrics.refused.labels("inflight").inc()
             raise Refused(
                 503, f"{settings.inflight} requests are being answered already", retry_after=1
             )
+        key = PUBLIC_KEY
         if not is_public(method, path):
             key = self._key(headers, may_write(method, path))
-            if wait := self._limit.take(key):
+            _CALLER.set(Caller(key, self._limit))
+            if wait := self._limit.wait(key):
                 self._metrics.refused.labels("rate").inc()
+                raise Refused(429, f"more than {settings.rate:g} tokens a minute", retry_after=wait)
+            most = settings.inflight // 2 if len(self._read) + len(self._write) > 1 else math.inf
+            if self._inflight_of[key] >= most:
+                self._metrics.refused.labels("inflight").inc()
                 raise Refused(
-                    429, f"more than {settings.rate:g} requests a second", retry_after=wait
+                    503, f"{most} requests of this key are being answered already", retry_after=1
                 )
+            charge(REQUEST_TOKENS)
+        self._inflight_of[key] += 1
+        try:
+            await self._answer(headers, scope, receive, send, counted)
+        finally:
+            self._inflight_of[key] -= 1
+
+    async def _answer(
+        self,
+        headers: dict[bytes, bytes],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        counted: bool,
+    ) -> None:
+        """Read the body and let the app answer, in its time."""
+        settings, method = self.settings, scope["method"]
         body = await self._body(headers, receive) if method not in ("GET", "HEAD") else b""
         delivered = False
 
@@ -310,6 +394,7 @@ class Guard:
         except TimeoutError:
             raise Refused(408, f"the body took more than {BODY_SECONDS:g} s") from None
         body = b"".join(parts)
+        charge(len(body) / BYTES_OF_TOKEN)
         if body:
             kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
             if kind != b"application/json":
@@ -329,7 +414,7 @@ async def _refuse(send: Send, refused: Refused, request: str) -> None:
         headers.append((b"retry-after", str(max(1, math.ceil(refused.retry_after))).encode()))
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if refused.status in (408, 413):
-        headers.append((b"connection", b"close"))  # the rest of the body is not read
+    if refused.closes:
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

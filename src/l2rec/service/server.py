@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["load_live", "serve"]
+__all__ = ["load_live", "open_log", "serve"]
 
 import asyncio
 import gc
@@ -33,6 +33,10 @@ logger = logging.getLogger("l2rec.service")
 SWITCH_SECONDS = 0.001
 """Longest time that a thread may keep the interpreter while others want it: the event loop must not
 wait for a model's Python between two matrix products.
+"""
+BUSY_SHARE = 0.4
+"""Share of `Settings.timeout` that the database may be locked: a write waits once for those before
+it and once itself, and its client should see that error, not the request's.
 """
 GRACE = 10
 """Seconds beyond `Settings.shutdown` after which a process that hangs is ended."""
@@ -75,7 +79,7 @@ def serve(
         )
     _log_to_stderr()
     listening = _listen(settings)
-    log = EventLog(log_url or f"sqlite:///{target.resolve() / 'events.db'}")
+    log = open_log(log_url or f"sqlite:///{target.resolve() / 'events.db'}", settings)
     try:
         if settings.experiment is not None:
             record_plan(log, settings.experiment)
@@ -86,11 +90,11 @@ def serve(
         app = create_app(settings, live, log, follow=follow)
         config = uvicorn.Config(
             app,
+            http=Http,
             log_config=None,
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            http=Http,
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=settings.shutdown,
@@ -103,6 +107,11 @@ def serve(
         listening.close()
         log.close()
     return 0
+
+
+def open_log(url: str, settings: Settings) -> EventLog:
+    """Open the event log of a server, whose errors come before those of a request's timeout."""
+    return EventLog(url, busy=BUSY_SHARE * settings.timeout)
 
 
 def load_live(

@@ -11,33 +11,38 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, L2RecError
+from l2rec.modules.memory import trim
 from l2rec.service.audience import Audience
-from l2rec.service.batching import Batcher, Worker
-from l2rec.service.events import EventLog
+from l2rec.service.batching import Batcher, Worker, slices
+from l2rec.service.events import Event, EventLog
 from l2rec.service.experiments import record_arms
 from l2rec.service.live import Live
 from l2rec.service.metrics import Metrics
 from l2rec.service.ranking import Query, Ranked, User, encode, rank
-from l2rec.service.security import Refused
+from l2rec.service.security import Refused, charge, current_key
 from l2rec.service.settings import Settings
 from l2rec.service.version import Change, ItemState, ItemTexts, Version
 
 T = TypeVar("T")
+J = TypeVar("J", bound="_Encode | _Embed")
 
 logger = logging.getLogger("l2rec.service")
 
 RANKED_TOGETHER = 256
 """Requests that are ranked in one batch at most."""
+CHARACTERS_OF_TOKEN = 4
+"""Characters of a text that count as one token, before it is known how many they are."""
 CACHED_NUMBERS = 1 << 26
 """Numbers of all cached vectors at most."""
 STORAGE_THREADS = 4
@@ -55,44 +60,81 @@ class _Encode:
     row: npt.NDArray[np.integer]
 
 
+@dataclass(frozen=True, eq=False)
+class _Embed:
+    """Job of the encoder: one text."""
+
+    version: Version
+    text: str
+
+
 def encode_jobs(jobs: Sequence[_Encode]) -> list[User]:
     """Encode histories, those of one version together. Runs in the models' thread."""
-    users: dict[int, User] = {}
+    return _by_version(
+        jobs, lambda version, some: encode(version, Ragged.from_rows([job.row for job in some]))
+    )
+
+
+def embed_jobs(jobs: Sequence[_Embed]) -> list[Tensor]:
+    """Embed texts, those of one version together. Runs in the models' thread."""
+    return _by_version(
+        jobs, lambda version, some: version.embed_texts([job.text for job in some]).unbind()
+    )
+
+
+def _by_version(jobs: Sequence[J], run: Callable[[Version, list[J]], Sequence[T]]) -> list[T]:
+    """Run the jobs of each version together; return the results in the order of the jobs."""
+    results: dict[int, T] = {}
     groups: dict[int, list[int]] = {}
     for number, job in enumerate(jobs):
         groups.setdefault(id(job.version), []).append(number)
     for numbers in groups.values():
-        rows = Ragged.from_rows([jobs[n].row for n in numbers])
-        users |= dict(zip(numbers, encode(jobs[numbers[0]].version, rows), strict=True))
-    return [users[number] for number in range(len(jobs))]
+        some = [jobs[n] for n in numbers]
+        results |= dict(zip(numbers, run(some[0].version, some), strict=True))
+    return [results[number] for number in range(len(jobs))]
 
 
 class Service:
     """Threads, batches, cache and versions of one server.
 
-    ``worker``: the thread of all models that serve. Anything else that runs a model, such as an
-    explanation, runs there too: ``await service.worker.run(function, ...)``.
+    ``worker``: the thread of all models that serve. Anything else that runs a model runs there too:
+    ``await service.worker.run(function, ...)``; with ``later=True``, and in slices, where nobody
+    waits for a recommendation.
     """
 
     def __init__(self, settings: Settings, live: Live, log: EventLog) -> None:
         self.settings, self.live, self.log = settings, live, log
         self.metrics = Metrics()
-        self.worker = Worker("model", limit=settings.queue)
+        self.worker = Worker("model")
         self.shadow_worker = Worker("shadow", nice=19)
-        self._ranker = Worker("ranking", limit=settings.inflight)
+        self._ranker = Worker("ranking")
         self._storage = ThreadPoolExecutor(STORAGE_THREADS, thread_name_prefix="l2rec-storage")
         self.encoding: Batcher[_Encode, User] = Batcher(
             encode_jobs,
             self.worker,
             max_cost=settings.batch_tokens,
             max_wait=settings.batch_ms / 1000,
-            limit=settings.queue,
+            patience=settings.queue,
             observe=self._batched,
         )
-        # No waiting here: requests that come while one batch is ranked are the next batch.
-        self.ranking: Batcher[Query, Ranked] = Batcher(
-            rank, self._ranker, max_cost=RANKED_TOGETHER, max_wait=0.0, limit=settings.inflight
+        # What nobody waits for to be recommended something runs in slices, between the batches.
+        self.encoding_later: Batcher[_Encode, User] = Batcher(
+            encode_jobs,
+            self.worker,
+            max_cost=settings.slice_tokens,
+            patience=settings.queue,
+            later=True,
+            observe=self._batched,
         )
+        self.embedding: Batcher[_Embed, Tensor] = Batcher(
+            embed_jobs,
+            self.worker,
+            max_cost=settings.slice_tokens,
+            patience=settings.queue,
+            later=True,
+        )
+        # No waiting here: requests that come while one batch is ranked are the next batch.
+        self.ranking: Batcher[Query, Ranked] = Batcher(rank, self._ranker, max_cost=RANKED_TOGETHER)
         self.audience = Audience(log, self.stored)
         self._cache: OrderedDict[tuple[int, bytes], User] = OrderedDict()
         self.changing = asyncio.Lock()
@@ -115,7 +157,7 @@ class Service:
     @property
     def idle(self) -> bool:
         """Whether no request waits for the models."""
-        return not len(self.encoding) and not self.worker.calls
+        return not self.encoding.busy and not self.worker.calls
 
     # -- users -----------------------------------------------------------------------------------
 
@@ -124,44 +166,91 @@ class Service:
 
         Raises:
             DataError: unknown ids; all are named.
-            Busy: the queue is full.
+            Busy: it would wait for too long.
         """
         rows = version.predictor.rows([history])
-        key = (version.serial, rows.values.tobytes())
-        cached = self._cache.get(key)
+        cached = self._cached(version, rows[0])
         if cached is not None:
-            self._cache.move_to_end(key)
-            self.metrics.cache.labels("hit").inc()
             return cached
-        self.metrics.cache.labels("miss").inc()
         cost = int(version.predictor.costs(rows)[0])
-        user = await self.encoding.submit(_Encode(version, rows[0]), cost)
+        charge(cost)
+        job = _Encode(version, rows[0])
+        user = await self.encoding.submit(job, cost, of=current_key())
+        self._keep(job, user)
+        return user
+
+    async def users(self, version: Version, histories: Sequence[Sequence[str]]) -> list[User]:
+        """Return the users of several histories, encoded in slices: all, or the first error and
+        none.
+
+        Raises:
+            DataError: unknown ids; all are named.
+            Busy: they would wait for too long.
+        """
+        rows = version.predictor.rows(histories)
+        found = [self._cached(version, row) for row in (rows[n] for n in range(len(rows)))]
+        missing = [n for n, user in enumerate(found) if user is None]
+        jobs = [_Encode(version, rows[n]) for n in missing]
+        costs = version.predictor.costs(rows)[missing].tolist()
+        charge(sum(costs))
+        users = await self.encoding_later.submit_all(jobs, costs, of=current_key())
+        for job, user in zip(jobs, users, strict=True):
+            self._keep(job, user)
+        rest = iter(users)
+        return [next(rest) if user is None else user for user in found]
+
+    def _cached(self, version: Version, row: npt.NDArray[np.integer]) -> User | None:
+        key = (version.serial, row.tobytes())
+        cached = self._cache.get(key)
+        if cached is None:
+            self.metrics.cache.labels("miss").inc()
+            return None
+        self._cache.move_to_end(key)
+        self.metrics.cache.labels("hit").inc()
+        return cached
+
+    def _keep(self, job: _Encode, user: User) -> None:
+        version = job.version
         if self.settings.cache and any(
             loaded.serial == version.serial for loaded in self.live.all().values()
         ):
-            self._cache[key] = user
+            self._cache[version.serial, job.row.tobytes()] = user
             # The vector of a method that only ranks is as long as the catalog.
             most = min(self.settings.cache, max(1, CACHED_NUMBERS // user.vector.numel()))
             while len(self._cache) > most:
                 self._cache.popitem(last=False)
-        return user
 
-    async def users(self, version: Version, histories: Sequence[Sequence[str]]) -> list[User]:
-        """Return the users of several histories: all, or the first error and none.
+    async def vectors(self, version: Version, texts: Sequence[str]) -> list[Tensor]:
+        """Return the item vectors [D] of raw texts, embedded in slices.
 
         Raises:
-            DataError: unknown ids; all are named.
-            Busy: the queue is full.
+            DataError: a text that the model reads nothing in.
+            Busy: they would wait for too long.
         """
-        version.predictor.rows(histories)
-        tasks = [asyncio.ensure_future(self.user(version, history)) for history in histories]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        costs = self._costs(texts)
+        charge(sum(costs))
+        jobs = [_Embed(version, text) for text in texts]
+        return await self.embedding.submit_all(jobs, costs, of=current_key())
+
+    def _costs(self, texts: Iterable[str]) -> list[int]:
+        """Return about what texts cost to read; no more than a slice, as nothing beyond is read."""
+        most = self.settings.slice_tokens
+        return [min(most, 1 + len(text) // CHARACTERS_OF_TOKEN) for text in texts]
 
     # -- storage ---------------------------------------------------------------------------------
+
+    async def append(self, events: Sequence[Event]) -> int:
+        """Store events, and return the number of new ones. No thread waits for the disk, so that
+        reads go on while nothing can be written.
+
+        Raises:
+            StorageError: nothing was stored.
+        """
+        try:
+            return await asyncio.wrap_future(self.log.appending(events))
+        except Exception:
+            self.metrics.storage_failures.labels("append").inc()
+            raise
 
     async def stored(self, call: str, function: Callable[..., T], *args: Any) -> T:
         """Run a call of the event log in a storage thread; count it as ``call`` if it fails."""
@@ -200,7 +289,10 @@ class Service:
             StorageError: nothing was changed.
         """
         # Shielded, so that items on disk are also served if the client goes away.
-        return await asyncio.shield(asyncio.ensure_future(self._put(items)))
+        changes = await asyncio.shield(asyncio.ensure_future(self._put(items)))
+        # The vectors of all items were copied, and the C library would keep the room of the old.
+        await self.worker.run(trim, urgent=True, later=True)
+        return changes
 
     async def _put(self, items: ItemTexts) -> dict[str, Change]:
         async with self.changing:
@@ -219,6 +311,7 @@ class Service:
                     f"{live.added} rows were added since {live.name} was loaded, at most "
                     f"{self.settings.new_items} may be; restart or deploy to make room",
                 )
+            charge(sum(self._costs(text for text, _ in items.values())))
             # First the steps that the items can fail, then the disk, then the swap.
             fresh = {"live": await self._with(live, "live", items)}
             await self.stored("put_items", self.log.put_items, dict(items))
@@ -231,8 +324,13 @@ class Service:
         return changes
 
     async def _with(self, version: Version, role: str, items: ItemTexts) -> Version:
-        state = (items, frozenset[str]())
-        return await self.thread_of(role).run(version.brought_to, state, urgent=True)
+        """Return ``version.brought_to`` these items, made in slices."""
+        worker, pairs = self.thread_of(role), list(items.items())
+        costs = self._costs(text for text, _ in items.values())
+        for some in slices(costs, self.settings.slice_tokens):
+            state = (dict(pairs[some]), frozenset[str]())
+            version = await worker.run(version.brought_to, state, urgent=True, later=True)
+        return version
 
     async def delete(self, ids: Sequence[str]) -> None:
         """Take items out of every answer, from the next one on.
@@ -334,8 +432,8 @@ class Service:
 
     async def close(self) -> None:
         """End the threads; jobs that wait are cancelled."""
-        await self.encoding.close()
-        await self.ranking.close()
+        for batcher in (self.encoding, self.encoding_later, self.embedding, self.ranking):
+            await batcher.close()
         for worker in (self.worker, self.shadow_worker, self._ranker):
             worker.close()
         self._storage.shutdown(wait=True)

@@ -51,21 +51,23 @@ class Settings(BaseModel):
     """Tokens of histories at which a batch is closed ..."""
     batch_ms: float = Field(2.0, ge=0, le=1000)
     """... or the milliseconds that its first history has waited."""
-    queue: int = Field(256, ge=1)
-    """Histories that may wait for the model; one more is refused at once."""
+    slice_tokens: int = Field(256, ge=1)
+    """Tokens of embeddings and explanations at which a slice of them is closed: recommendations
+    come before the next one."""
+    queue: float = Field(4.0, gt=0)
+    """Seconds that a history may be expected to wait for the model; beyond, it is refused at
+    once."""
     inflight: int = Field(256, ge=1)
-    """Requests that may be in progress; one more is refused before its body is read, which is
-    cheaper than a refusal by the queue."""
+    """Requests that may be in progress, half of them of one key where there are several; one more
+    is refused before its body is read, which is cheaper than a refusal by the queue."""
     timeout: float = Field(10.0, gt=0)
     """Seconds until a request is given up."""
     cache: int = Field(10_000, ge=0)
     """User vectors in the cache; 0 for no cache."""
     body_bytes: int = Field(1 << 20, ge=1024)
     """Largest body of a request."""
-    rate: float = Field(200.0, ge=0)
-    """Requests a second of one key; 0 for no limit."""
-    burst: float = Field(400.0, ge=1)
-    """Requests of one key at once."""
+    rate: float = Field(2e6, ge=0)
+    """Tokens a minute of one key, of which a minute's worth may come at once; 0 for no limit."""
     new_items: int = Field(20_000, ge=0)
     """Rows for items added or changed while serving; a restart frees them."""
 
@@ -99,11 +101,17 @@ class Settings(BaseModel):
             return False
 
     def check(self) -> None:
-        """Refuse an address that other machines can reach, where no request needs a key.
+        """Refuse options that do not fit together.
 
         Raises:
-            ConfigError: there is no key, and ``host`` is not a loopback address.
+            ConfigError: ``host`` can be reached from other machines, and no request needs a key; or
+                a history may wait for longer than its request.
         """
+        if self.queue >= self.timeout:
+            raise ConfigError(
+                f"--queue {self.queue:g}: seconds that a history may wait, fewer than --timeout "
+                f"{self.timeout:g}"
+            )
         if not self.loopback and not self.secured:
             raise ConfigError(
                 f"--host {self.host} can be reached from other machines and there is no key; set "

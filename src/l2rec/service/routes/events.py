@@ -97,7 +97,7 @@ def write_routes(app: FastAPI, service: Service) -> None:
             )
             for event in body.events
         ]
-        stored = await service.stored("append", log.append, events)
+        stored = await service.append(events)
         metrics.events.labels("stored").inc(stored)
         metrics.events.labels("ignored").inc(len(events) - stored)
         return as_json({"stored": stored, "ignored": len(events) - stored})

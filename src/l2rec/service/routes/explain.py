@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
 from l2rec.service import explain as reasons
-from l2rec.service.ranking import Query, User, score
+from l2rec.service.ranking import Query, score
 from l2rec.service.routes.answers import NOT_FOUND
 from l2rec.service.routes.state import (
     Item,
@@ -23,14 +23,12 @@ from l2rec.service.routes.state import (
     service_of,
 )
 from l2rec.service.schemas import Closed, History, Id
-from l2rec.service.security import Refused
+from l2rec.service.security import Refused, current_key
 from l2rec.service.serving import Service
 from l2rec.service.version import Version
 
 router = APIRouter(tags=["page"])
 
-QUEUED = 16
-"""Histories of an explanation that wait for the model at the same time: others come in between."""
 REMEMBERED = 64
 """Histories whose experts are remembered: they are the same for every item of one ranking."""
 
@@ -106,15 +104,11 @@ async def explain(request: Request, body: Explain) -> Reasons:
     predictor, memory = version.predictor, memory_of(request)
     history = body.history
     rows = predictor.rows([history, [] if body.item is None else [body.item]])
-    async with memory.explaining:  # one at a time, or a few would fill the model's queue
-        everyone: list[User] = []
-        variants = reasons.variants(history)
-        for start in range(0, len(variants), QUEUED):
-            everyone += await service.users(version, variants[start : start + QUEUED])
-        experts = await _experts(memory, service, version, history)
+    everyone = await service.users(version, reasons.variants(history))
+    experts = await _experts(memory, service, version, history)
     if body.item is None:
         query = Query(version, everyone[0], 1, np.unique(rows[0]).astype(np.int64))
-        best = await service.ranking.submit(query)
+        best = await service.ranking.submit(query, of=current_key())
         if not len(best.rows):
             raise Refused(404, "every item is in the history: name the one to explain")
         row = int(best.rows[0])
@@ -149,7 +143,9 @@ async def _experts(
 ) -> reasons.Experts | None:
     key = (version.serial, tuple(history))
     if key not in memory.experts:
-        memory.experts[key] = await service.worker.run(reasons.experts, version.predictor, history)
+        memory.experts[key] = await service.worker.run(
+            reasons.experts, version.predictor, history, later=True
+        )
         while len(memory.experts) > REMEMBERED:
             memory.experts.popitem(last=False)
     memory.experts.move_to_end(key)

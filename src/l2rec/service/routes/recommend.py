@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
+from torch import Tensor
 
 from l2rec.errors import DataError
 from l2rec.service import schemas
@@ -24,7 +25,7 @@ from l2rec.service.attributes import Mask, Rows
 from l2rec.service.follow import Shadow
 from l2rec.service.ranking import Query, User
 from l2rec.service.routes.answers import ANY, CANNOT, NOT_FOUND, as_json, as_refused
-from l2rec.service.security import Refused, problem
+from l2rec.service.security import Refused, current_key, problem
 from l2rec.service.serving import Service
 from l2rec.service.settings import Settings
 from l2rec.service.version import Version
@@ -133,7 +134,8 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
             segment = popular.segment
             metrics.fallbacks.labels("catalog" if segment is None else "segment").inc()
         else:
-            ranked = await service.ranking.submit(Query(version, user, body.k, without, only))
+            query = Query(version, user, body.k, without, only)
+            ranked = await service.ranking.submit(query, of=current_key())
             gate = user.gate
         items = [
             {"id": version.ids[row], "score": score, "text": version.texts[row]}
@@ -166,9 +168,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         if version.matrix is None:
             raise Refused(409, f"{version.name} has no vectors: its method only ranks")
         users = await service.users(version, body.histories)
-        return as_json(
-            {"vectors": [user.vector.tolist() for user in users], "version": version.version}
-        )
+        return await _embedded([user.vector for user in users], version)
 
     @app.post(
         "/v1/embed/items", response_model=schemas.Embedded, responses=ANY | CANNOT, tags=["embed"]
@@ -178,8 +178,17 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         version = live.current()
         if version.matrix is None or not version.takes_new_items:
             raise Refused(409, f"{version.name} has no vectors of texts")
-        vectors = await service.worker.run(version.embed_texts, body.texts)
-        return as_json({"vectors": vectors.tolist(), "version": version.version})
+        vectors = await service.vectors(version, body.texts)
+        return await _embedded(vectors, version)
+
+
+async def _embedded(vectors: Sequence[Tensor], version: Version) -> Response:
+    """Answer with vectors, which are written in a thread: they are many digits."""
+    return await asyncio.to_thread(
+        lambda: as_json(
+            {"vectors": [vector.tolist() for vector in vectors], "version": version.version}
+        )
+    )
 
 
 def _arm(settings: Settings, body: schemas.Recommend) -> str | None:

@@ -40,7 +40,7 @@ class Memory:
     """Memory of the routes of one app between requests.
 
     items: search index of the live version. experts: those of the histories explained last, by
-    serial and history. preparing, explaining: locks.
+    serial and history. preparing: a lock.
     """
 
     items: Items | None = None
@@ -48,7 +48,6 @@ class Memory:
         default_factory=OrderedDict
     )
     preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    explaining: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def service_of(request: Request) -> Service:
