@@ -1,23 +1,21 @@
 """The page of an experiment: ``report.md`` and one self-contained ``report.html``.
 
 finished cells ── results.py ── Page ─┬─ report.md
-experiment, plan ─────────────────────┴─ report.html.j2 ─ report.html
+experiment, plan ─────────────────────┴─ report.html     (studies/page.py)
 """
 
 from __future__ import annotations
 
-__all__ = ["Page", "page", "to_json", "write_page"]
+__all__ = ["page", "to_json", "write_page"]
 
 import datetime
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from l2rec.data.dataset import open_dataset
-from l2rec.disk import write_text
-from l2rec.runs.chart import Chart, Frame, Line, Mark, Tick, padded, rendered, y_axis
+from l2rec.runs.chart import Chart
 from l2rec.runs.folder import cut_by_time
 from l2rec.runs.machine import versions
 from l2rec.runs.numbers import (
@@ -40,11 +38,21 @@ from l2rec.studies.experiment.results import (
     read_results,
     score_of,
 )
-from l2rec.studies.tables import markdown_row, mean_and_sd
+from l2rec.studies.page import (
+    BEST,
+    PLAIN,
+    SECOND,
+    Cell,
+    Group,
+    Made,
+    Page,
+    Section,
+    Table,
+    chart_of,
+    write,
+)
+from l2rec.studies.tables import mean_and_sd
 
-BEST, SECOND, PLAIN = "best", "second", ""
-STYLES = ("main", "second", "third", "fourth", "fifth", "sixth")
-"""Styles of a figure's lines, in the order of its series."""
 STATISTICS = {
     "users": "users",
     "items": "items",
@@ -53,66 +61,6 @@ STATISTICS = {
     "density": "density",
 }
 """Heading of each count of a data set."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number as text, and whether it is the best or second best of its column."""
-
-    text: str
-    mark: str = PLAIN
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that are compared with each other, under a caption."""
-
-    caption: str
-    rows: list[tuple[str, list[Cell]]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of groups of rows."""
-
-    header: list[str]
-    groups: list[Group]
-
-
-@dataclass(frozen=True)
-class Section:
-    """The results on one data set: a table, a chart if there is a figure, and notes below."""
-
-    title: str
-    facts: str
-    table: Table
-    chart: Chart | None
-    notes: list[str]
-
-
-@dataclass(frozen=True)
-class Made:
-    """How one cell was made."""
-
-    name: str
-    command: str
-    facts: str
-
-
-@dataclass(frozen=True)
-class Page:
-    """All that the page says, as text."""
-
-    title: str
-    reproduces: str
-    about: str
-    made: str
-    sections: list[Section]
-    comparisons: Table | None
-    compared_how: str
-    published: Section | None
-    cells: list[Made]
-    unfinished: list[tuple[str, str]]
 
 
 def page(planned: Plan) -> Page:
@@ -144,10 +92,7 @@ def write_page(planned: Plan) -> tuple[Page, list[Path]]:
         CheckpointError: a finished cell or the folder that cannot be read or written.
     """
     contents = page(planned)
-    paths = [planned.out / "report.md", planned.out / "report.html"]
-    write_text(paths[0], _markdown(contents))
-    write_text(paths[1], rendered("studies/experiment/report.html.j2", contents))
-    return contents, paths
+    return contents, write(contents, planned.out)
 
 
 def to_json(planned: Plan) -> dict[str, Any]:
@@ -392,29 +337,14 @@ def _chart(experiment: Experiment, lines: Mapping[str, Sequence[Done]]) -> Chart
             series.setdefault(row.series or "ours", {})[row.x] = score.mean
     if not series:
         return None
-    at: Callable[[float], float] = math.log10 if figure.log else float
-    xs = sorted({x for points in series.values() for x in points})
-    low, high = at(xs[0]), at(xs[-1])
-    room = 0.03 * (high - low) or 0.5
-    values = [y for points in series.values() for y in points.values()]
-    frame = Frame((low - room, high + room), padded(values))
-    styles = [STYLES[n % len(STYLES)] for n in range(len(series))]
-    drawn, marks = [], []
-    for style, (name, points) in zip(styles, series.items(), strict=True):
-        along = [(at(x), y) for x, y in sorted(points.items())]
-        drawn.append(Line(frame.path(along), style, name))
-        marks += [Mark(frame.x(x), frame.y(y), 0, "middle", "", f"dot {style}") for x, y in along]
-    best = max(values)
-    return Chart(
+    best = max(y for points in series.values() for y in points.values())
+    return chart_of(
+        series,
         title=_heading(figure.y),
         summary=f"{_heading(figure.y)} over {figure.x}: {', '.join(series)}; best {best:.4f}.",
-        note="Means over seeds." + " The axis is logarithmic." * figure.log,
+        note="Means over seeds.",
         x_label=figure.x,
-        frame=frame,
-        x_ticks=[Tick(frame.x(at(x)), f"{x:g}") for x in xs],
-        y_ticks=y_axis(frame),
-        lines=drawn,
-        marks=marks,
+        log=figure.log,
     )
 
 
@@ -465,47 +395,3 @@ def _unfinished(planned: Plan) -> list[tuple[str, str]]:
 
 def _reason(left_out: LeftOut) -> tuple[str, str]:
     return left_out.key, f"left out: {left_out.reason}"
-
-
-# -- Markdown ------------------------------------------------------------------------------------
-
-
-def _markdown(contents: Page) -> str:
-    lines = [f"# {contents.title}", ""]
-    lines += [f"Reproduces {contents.reproduces}.", ""] if contents.reproduces else []
-    lines += [contents.about, ""] if contents.about else []
-    lines += [f"Rendered {contents.made}.", ""]
-    for section in contents.sections:
-        lines += _section_lines(section)
-    if contents.comparisons is not None:
-        lines += ["## Comparisons", "", *_table_lines(contents.comparisons)]
-        lines += [contents.compared_how, ""]
-    if contents.published is not None:
-        lines += _section_lines(contents.published)
-    if contents.cells:
-        lines += ["## How every number was made", ""]
-        lines += [f"- **{c.name}**: `{c.command}`: {c.facts}." for c in contents.cells]
-        lines.append("")
-    if contents.unfinished:
-        lines += ["## Not finished", ""]
-        lines += [f"- {name}: {why}" for name, why in contents.unfinished]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _section_lines(section: Section) -> list[str]:
-    lines = [f"## {section.title}", ""]
-    lines += [f"{section.facts}.", ""] if section.facts else []
-    if section.chart is not None:
-        lines += [f"{section.chart.summary} The figure is in report.html.", ""]
-    return [*lines, *_table_lines(section.table), *(f"- {note}" for note in section.notes), ""]
-
-
-def _table_lines(table: Table) -> list[str]:
-    marks = {BEST: "**{}**", SECOND: "<u>{}</u>", PLAIN: "{}"}
-    lines = [markdown_row(table.header), "|---|" + "---:|" * (len(table.header) - 1)]
-    for group in table.groups:
-        if len(table.groups) > 1:
-            lines.append(markdown_row([f"*{group.caption}*", *[""] * (len(table.header) - 1)]))
-        for name, cells in group.rows:
-            lines.append(markdown_row([name, *(marks[c.mark].format(c.text) for c in cells)]))
-    return [*lines, ""]
