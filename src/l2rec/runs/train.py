@@ -48,6 +48,7 @@ from l2rec.runs.folder import (
     finished_report,
     load_run_config,
     open_run_dataset,
+    read_run,
     split_of,
     training_split,
     unfinished,
@@ -63,9 +64,10 @@ from l2rec.runs.predictor import (
     build_model,
     catalog_vectors,
     load,
+    load_folder,
 )
 from l2rec.runs.report import write_report
-from l2rec.runs.scoring import Scores, compared, rank, score
+from l2rec.runs.scoring import Scores, compared, rank, score, with_cold_items
 
 UNTRAINED = "untrained"
 UNTRAINED_BACKBONE = "untrained backbone"
@@ -113,7 +115,9 @@ def train_run(
         fitted = _fit(config, dataset, out, progress, identity, init, resume)
         split, backbone, model = fitted.split, fitted.backbone, fitted.model
         sets = beside_leave_one_out(dataset, split)
-        scores = score(model, split, sets, progress)
+        # Cold items are added to another model, so that this one goes on without them.
+        ranked = with_cold_items(load_folder(read_run(out)), dataset) if dataset.n_cold else model
+        scores = score(ranked, split, sets, progress)
         scores.write(out, dataset, split)
         vectors = catalog_vectors(model)
         if vectors is not None:
@@ -121,8 +125,9 @@ def train_run(
         for entry in model.cached if isinstance(model, Cached) else ():
             (out / "cache").mkdir(exist_ok=True)
             shutil.copy2(entry, out / "cache" / entry.name)
-        ids = dataset.item_ids.to_pylist()
-        predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
+        known = Catalog(dataset.warm_catalog)
+        ids = known.table["item_id"].to_pylist()
+        predictor = Predictor(model, ids, known.texts, vectors, version_of(out))
         diagnostics = diagnose(predictor, split, dataset)
         start = (
             PRETRAINED
@@ -131,7 +136,7 @@ def train_run(
             if backbone is None
             else UNTRAINED_BACKBONE
         )
-        floors = _floor_scores(fitted, dataset, sets, out, start, progress)
+        floors = _floor_scores(config, fitted, dataset, sets, out, start, progress)
         report = _report(config, dataset, fitted, scores, floors)
         report |= {
             "recipe": recipe,
@@ -192,8 +197,8 @@ def _fit(
     split = training_split(config, dataset)
     backbone = backbone_of(config)
     if backbone is not None:
-        progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
-    model = build_model(config, Catalog(dataset.catalog), backbone, dataset.path / "cache")
+        progress.line(f"backbone {backbone.name}: reading {dataset.n_warm:,} item texts")
+    model = build_model(config, Catalog(dataset.warm_catalog), backbone, dataset.path / "cache")
     check_backbone(out, identity, backbone)
     if (out / START).is_file():
         load_trained(model, load_tensors(out / START)[0], str(out / START))
@@ -320,6 +325,7 @@ def _start_from(model: Any, init: Path) -> str:
 
 
 def _floor_scores(
+    config: RunConfig,
     fitted: _Fitted,
     dataset: Dataset,
     sets: Cases | None,
@@ -332,8 +338,15 @@ def _floor_scores(
     progress.line(f"scoring the floors: popularity, last item neighbour, co-occurrence, {start}")
     floors = floors_of(split.train, dataset.n_items)
     scores = {name: score(floor, split, sets, progress) for name, floor in floors.items()}
+    tensors = load_tensors(out / START)[0]
+    if dataset.n_cold:
+        catalog, cache = Catalog(dataset.warm_catalog), dataset.path / "cache"
+        other = build_model(config, catalog, backbone_of(config), cache)
+        load_trained(other, tensors, str(out / START))
+        scores[start] = score(with_cold_items(other, dataset), split, sets, progress)
+        return scores
     best = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
-    load_trained(model, load_tensors(out / START)[0], str(out / START))
+    load_trained(model, tensors, str(out / START))
     scores[start] = score(model, split, sets, progress)
     load_trained(model, best, str(out))
     return scores
@@ -401,18 +414,21 @@ def evaluate_run(
     sets = beside_leave_one_out(dataset, split) if split_name == "test" else None
     if tied_day and sets is None:
         raise ConfigError(f"{run}: {_why_no_tied_day(split_name, split)}")
+    of_parts: dict[str, Any] = {}
     if split_name == "valid":
         evaluation, protocol = rank(predictor, split.valid, progress), split.protocol
     else:
-        scores = score(predictor, split, sets, progress)
+        scores = score(with_cold_items(predictor, dataset), split, sets, progress)
         evaluation, protocol = scores.own, split.protocol
         if tied_day and scores.tied is not None:
             evaluation, protocol = scores.tied, TIED_DAY
+        of_parts = {part: each.metrics() for part, each in scores.parts.items()}
         # Ranks of an unfinished run would look like its final ones; a read-only run can be scored.
         if not unfinished(run) and os.access(run, os.W_OK):
             scores.write(run, dataset, split)
     return {
         **evaluation.metrics(),
+        **of_parts,
         "users": len(evaluation),
         "split": split_name,
         "protocol": protocol,

@@ -136,12 +136,14 @@ def to_json(planned: Plan) -> dict[str, Any]:
 
 def _section(experiment: Experiment, grid: str, lines: Mapping[str, Sequence[Done]]) -> Section:
     """Lay out the results on one data set."""
-    report = next(iter(lines.values()))[0].report
-    data = report["dataset"]
+    first = next(iter(lines.values()))[0]
+    report, data = first.report, first.report["dataset"]
     facts = (
         f"{data['users']:,} users, {data['items']:,} items, {data['events']:,} events, "
         f"fingerprint {data['fingerprint']}; {report.get('protocol', '')}"
     )
+    if first.part:
+        facts += f"; {report['parts'][first.part]['users_tested']:,} tests"
     notes = ["mean ± standard deviation over seeds; best of each column bold, second underlined"]
     if any(cut_by_time(one.report) for done in lines.values() for one in done):
         notes.append("† cut by its time budget while it still got better")
@@ -242,7 +244,7 @@ def _floors(lines: Mapping[str, Sequence[Done]]) -> dict[str, Mapping[str, float
     scores: dict[str, Mapping[str, float]] = {}
     for done in lines.values():
         for one in done:
-            scores |= {n: s for n, s in one.report["scores"].items() if n in FLOORS}
+            scores |= {n: s for n, s in one.scores.items() if n in FLOORS}
     return {name: scores[name] for name in FLOORS if name in scores}
 
 
@@ -354,7 +356,9 @@ def _chart(experiment: Experiment, lines: Mapping[str, Sequence[Done]]) -> Chart
 def _made(planned: Plan, results: Results) -> list[Made]:
     """Say of every cell in the tables by which command, where and when it was made."""
     taken = read_state(planned.out)["taken"]
-    cells = [one for lines in results.values() for done in lines.values() for one in done]
+    cells = [
+        one for lines in results.values() for done in lines.values() for one in done if not one.part
+    ]
     return [
         Made(
             name=one.cell.key,
