@@ -277,6 +277,11 @@ def _protocol_there(config: RunConfig, identity: Mapping[str, Any], dataset: Dat
     """
     if identity["dataset"]["fingerprint"] == dataset.fingerprint:
         return split_of(config, dataset).protocol
+    if (
+        dataset.n_cold
+        and identity["dataset"]["fingerprint"] == dataset.meta["cold"]["of"]["fingerprint"]
+    ):
+        return "all items warm"
     whole = _trained_on(identity)
     if whole is None or dataset.fingerprint not in whole.parts.values():
         return None

@@ -20,6 +20,9 @@ from l2rec.studies.compare import Score, over_seeds
 from l2rec.studies.experiment.definition import MASKED, Comparison
 from l2rec.studies.experiment.plan import Cell, Plan, State
 
+NO_COLD = "no item is cold: l2rec cold makes such data"
+"""Why a comparison on cold or warm targets has no result."""
+
 
 @dataclass(frozen=True)
 class Done:
@@ -142,7 +145,8 @@ def _compared(comparison: Comparison, grid: str, by_line: Mapping[str, Sequence[
     seeds = (len(sides[0]), len(sides[1]))
     missing = [n for n, side in zip((comparison.a, comparison.b), sides, strict=True) if not side]
     if missing:
-        return Compared(comparison, grid, seeds, None, None, (f"{missing[0]} has no result",))
+        why = f"{missing[0]} has no result" if by_line else NO_COLD
+        return Compared(comparison, grid, seeds, None, None, (why,))
     try:
         first, values = _values(comparison.metric, sides)
         users = np.unique(first.users, return_inverse=True)[1]
