@@ -590,6 +590,9 @@ def experiment(
     take: Annotated[
         Path | None, typer.Option(help="Folder of other runs; link those that are cells of this.")
     ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Price of an hour of the machine, for a column of costs.")
+    ] = None,
     as_json: Json = False,
     listed: Annotated[
         bool,
@@ -613,6 +616,7 @@ def experiment(
     """
     del listed  # printed by its callback
     from l2rec.console import Console, print_plan
+    from l2rec.errors import ConfigError
     from l2rec.studies.experiment.definition import load_experiment
     from l2rec.studies.experiment.plan import fitted
     from l2rec.studies.experiment.plan import plan as make_plan
@@ -620,6 +624,8 @@ def experiment(
     from l2rec.studies.experiment.run import run as run_plan
 
     _must_be_folder(out)
+    if price_per_hour is not None and price_per_hour < 0:
+        raise ConfigError(f"--price-per-hour {price_per_hour:g}: a number from 0 on")
     planned = make_plan(
         load_experiment(name),
         [*data, *(Path(word) for word in more or () if "=" not in word)],
@@ -639,7 +645,7 @@ def experiment(
     with Console(quiet=as_json) as console:
         if not render:
             planned = run_plan(planned, progress=console, jobs=jobs, hours=hours)
-        page, paths = write_page(planned)
+        page, paths = write_page(planned, price_per_hour)
         for cell, why in page.unfinished:
             console.line(f"{cell}: {why}")
         console.line(f"report: {paths[1]}")

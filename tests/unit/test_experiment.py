@@ -426,11 +426,25 @@ def test_a_grid_runs_and_never_runs_again(
     again = run(planned_of(path, chains, out), progress=runs.Quiet())
     begun = processes.lines[count:]
     assert len(begun) == 2 and all("broken" in line for line in begun)  # tried again, no more
+    page, (text, html) = write_page(again, price=3600.0)
+    assert page.sections[0].table.header[-1] == "money"
+    costs = {name: cells[-1].text for name, cells in page.sections[0].table.groups[0].rows}
+    seconds = [
+        report_seconds(read_json(out / "cells" / "chains" / f"wide-s{seed}" / "report.json"))
+        for seed in (1, 2)
+    ]
+    assert float(costs["wide"]) == pytest.approx(statistics.mean(seconds), abs=0.01)
     page, (text, html) = write_page(again)
+    assert page.sections[0].table.header[-1] == "trained"
     _check_markdown(text.read_text(), out)
     _check_html(html.read_text())
     assert page.sections[0].chart is not None
     assert [tick.text for tick in page.sections[0].chart.x_ticks] == ["8", "16"]
+
+
+def report_seconds(report: dict[str, Any]) -> float:
+    """Return what a training took with its validations and test."""
+    return max(report["training_seconds"] + report["validation_seconds"], report["wall_seconds"])
 
 
 def _check_markdown(text: str, out: Path) -> None:

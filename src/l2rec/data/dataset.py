@@ -7,7 +7,8 @@
     event_types.npy   [E] int8         optional; names in dataset.json
     splits.npy        [E] int8         optional; 0 train, 1 valid, 2 test, as the log says
     users.parquet     user_id          row u is user int u
-    catalog.parquet   item_id, raw text fields ..., text; row i is item int i
+    catalog.parquet   item_id, raw text fields ..., text; row i is item int i; the last are cold
+                      where dataset.json says so (l2rec.data.cold)
 
 The arrays are memory-mapped, the two tables are read at first use: opening costs no scan.
 ``l2rec.data.prepare`` writes such folders.

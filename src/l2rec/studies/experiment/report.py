@@ -29,7 +29,7 @@ from l2rec.runs.numbers import (
 )
 from l2rec.studies.compare import FLOORS
 from l2rec.studies.experiment.definition import BLENDED, MASKED, Experiment, Published
-from l2rec.studies.experiment.plan import LeftOut, Plan, State, read_state
+from l2rec.studies.experiment.plan import LeftOut, Plan, State, read_state, seconds_of
 from l2rec.studies.experiment.results import (
     Compared,
     Done,
@@ -63,8 +63,11 @@ STATISTICS = {
 """Heading of each count of a data set."""
 
 
-def page(planned: Plan) -> Page:
-    """Collect the page of an experiment from what is finished."""
+def page(planned: Plan, price: float | None = None) -> Page:
+    """Collect the page of an experiment from what is finished.
+
+    price: of an hour of the machine, for a column of what each cell cost.
+    """
     experiment = planned.experiment
     results = read_results(planned)
     tests = compared(planned, results)
@@ -75,7 +78,7 @@ def page(planned: Plan) -> Page:
         reproduces=experiment.reproduces,
         about=" ".join(experiment.about.split()),
         made=f"{datetime.date.today().isoformat()}, l2rec {package['l2rec']}{commit}",
-        sections=[_section(experiment, grid, lines) for grid, lines in results.items()]
+        sections=[_section(experiment, grid, lines, price) for grid, lines in results.items()]
         or ([_statistics(planned)] if experiment.statistics else []),
         comparisons=_comparison_table(tests) if tests else None,
         compared_how=_how_compared(tests),
@@ -85,13 +88,13 @@ def page(planned: Plan) -> Page:
     )
 
 
-def write_page(planned: Plan) -> tuple[Page, list[Path]]:
+def write_page(planned: Plan, price: float | None = None) -> tuple[Page, list[Path]]:
     """Write ``report.md`` and ``report.html`` of what is finished; return the page and both paths.
 
     Raises:
         CheckpointError: a finished cell or the folder that cannot be read or written.
     """
-    contents = page(planned)
+    contents = page(planned, price)
     return contents, write(contents, planned.out)
 
 
@@ -134,7 +137,12 @@ def to_json(planned: Plan) -> dict[str, Any]:
 # -- tables --------------------------------------------------------------------------------------
 
 
-def _section(experiment: Experiment, grid: str, lines: Mapping[str, Sequence[Done]]) -> Section:
+def _section(
+    experiment: Experiment,
+    grid: str,
+    lines: Mapping[str, Sequence[Done]],
+    price: float | None,
+) -> Section:
     """Lay out the results on one data set."""
     first = next(iter(lines.values()))[0]
     report, data = first.report, first.report["dataset"]
@@ -145,6 +153,11 @@ def _section(experiment: Experiment, grid: str, lines: Mapping[str, Sequence[Don
     if first.part:
         facts += f"; {report['parts'][first.part]['users_tested']:,} tests"
     notes = ["mean ± standard deviation over seeds; best of each column bold, second underlined"]
+    if price is not None:
+        notes.append(
+            f"money: all of a cell's time, validation and test too, at {price:g} an hour of the "
+            "machine that it ran on; of a blend or an average, what it adds to its runs"
+        )
     if any(cut_by_time(one.report) for done in lines.values() for one in done):
         notes.append("† cut by its time budget while it still got better")
     published = experiment.published
@@ -155,7 +168,7 @@ def _section(experiment: Experiment, grid: str, lines: Mapping[str, Sequence[Don
     return Section(
         title=grid,
         facts=facts,
-        table=_score_table(experiment, lines, of_paper),
+        table=_score_table(experiment, lines, of_paper, price),
         chart=_chart(experiment, lines),
         notes=notes,
     )
@@ -165,12 +178,14 @@ def _score_table(
     experiment: Experiment,
     lines: Mapping[str, Sequence[Done]],
     of_paper: Mapping[str, Mapping[str, float]],
+    price: float | None,
 ) -> Table:
     """Lay out scores and costs, what is blended apart from what is not."""
     metrics = [m + ending for ending in ("", MASKED) for m in experiment.metrics]
     shown = [m for m in experiment.metrics if any(m in row for row in of_paper.values())]
     header = ["", "seeds", *map(_heading, metrics), *(f"{_heading(m)}, paper" for m in shown)]
     header += ["training", "tokens", "peak memory", "trained"]
+    header += [] if price is None else ["money"]
     published = {row.name: row.published or row.name for row in experiment.rows}
     groups = []
     for blended, caption in ((False, "as it is"), (True, "blended: co-occurrence and repeats")):
@@ -189,7 +204,7 @@ def _score_table(
             cells = [Cell(_seeds(experiment, done)), *cells]
             cells += [Cell(as_score(theirs.get(metric))) for metric in shown]
             dagger = " †" if any(cut_by_time(one.report) for one in done) else ""
-            rows.append((name.removesuffix(BLENDED) + dagger, [*cells, *_costs(done)]))
+            rows.append((name.removesuffix(BLENDED) + dagger, [*cells, *_costs(done, price)]))
         groups.append(Group(caption, rows))
     floors = _floors(lines)
     if floors:
@@ -224,18 +239,22 @@ def _marked(rows: Sequence[Sequence[float | None]]) -> list[list[str]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _costs(done: Sequence[Done]) -> list[Cell]:
-    """Write mean costs: training minutes, tokens, peak memory, trained parameters."""
+def _costs(done: Sequence[Done], price: float | None) -> list[Cell]:
+    """Write mean costs: training minutes, tokens, peak memory, trained parameters, and money where
+    an hour has a ``price``.
+    """
 
     def mean(cost: Callable[[Mapping[str, Any]], Any], write: Callable[[float], str]) -> Cell:
         costs = [cost(one.report) for one in done]
         return Cell(NONE if None in costs else formatted(sum(costs) / len(costs), write))
 
+    money = [mean(seconds_of, lambda v: f"{v / 3600 * price:.2f}")] if price is not None else []
     return [
         mean(lambda r: r.get("training_seconds"), lambda v: f"{v / 60:.1f} min"),
         mean(lambda r: r.get("tokens_seen"), lambda v: f"{v / 1e6:.1f} M"),
         mean(lambda r: r.get("peak_memory_mb"), lambda v: f"{v / 1000:.2f} GB"),
         mean(lambda r: (r.get("backbone") or {}).get("trained_parameters"), as_count),
+        *money,
     ]
 
 
