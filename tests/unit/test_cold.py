@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
-from tests.support import experiments, runs
+from tests.support import experiments, logs, runs
 from tests.support.command import Call
 from tests.support.experiments import Processes
 from tests.support.rows import rows_of
@@ -38,22 +37,8 @@ from l2rec.studies.experiment.plan import plan
 from l2rec.studies.experiment.report import page, to_json
 from l2rec.studies.experiment.run import run as run_plan
 
-USERS, ITEMS = 30, 24
+ITEMS = 24
 SASREC = ["training.max_steps=6", "model.dim=8", "model.dropout=0", "training.batch_users=16"]
-
-
-def log(folder: Path, texts: list[str], times: str = "days") -> Dataset:
-    """Prepare users of 3 to 9 events, some of one day, over items with these texts."""
-    rng = np.random.default_rng(5)
-    rows = []
-    for user in range(USERS):
-        at = 0
-        for item in rng.permutation(len(texts))[: 3 + user % 7]:
-            at += int(rng.integers(0, 2)) if times == "days" else 1
-            rows.append((f"u{user}", f"i{item}", 1_600_000_000 + 86_400 * (at + user % 5)))
-    events = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
-    items = pl.DataFrame({"item_id": [f"i{n}" for n in range(len(texts))], "text": texts})
-    return Dataset.from_frames(events, items, folder, progress=False)
 
 
 TEXTS = [simple_text(17 * n) for n in range(ITEMS)]
@@ -61,7 +46,7 @@ TEXTS = [simple_text(17 * n) for n in range(ITEMS)]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return log(tmp_path_factory.mktemp("data") / "all", TEXTS)
+    return logs.dated(tmp_path_factory.mktemp("data") / "all", TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +83,7 @@ def test_the_seed_draws_them(data: Dataset, cold: Dataset, tmp_path: Path) -> No
 
 
 def test_an_item_without_a_text_is_never_cold(tmp_path: Path) -> None:
-    dataset = log(tmp_path / "some", [t if n % 2 else "" for n, t in enumerate(TEXTS)])
+    dataset = logs.dated(tmp_path / "some", [t if n % 2 else "" for n, t in enumerate(TEXTS)])
     some = hold_out_items(dataset.path, tmp_path / "cold", 0.4)
     assert all(some.texts()[some.n_warm :])
     with pytest.raises(DataError, match="12 have a text"):
@@ -180,13 +165,17 @@ def test_a_model_never_sees_them(run: Finished, cold: Dataset, tmp_path: Path) -
     """Train on the same data, the texts of cold items exchanged: the model is the same."""
     last = set(cold.item_ids.to_pylist()[cold.n_warm :])
     texts = [TEXTS[n - 1] if f"i{n}" in last else text for n, text in enumerate(TEXTS)]
-    other = hold_out_items(log(tmp_path / "all", texts).path, tmp_path / "cold", 0.25, seed=3)
+    other = hold_out_items(
+        logs.dated(tmp_path / "all", texts).path, tmp_path / "cold", 0.25, seed=3
+    )
     assert set(other.item_ids.to_pylist()[other.n_warm :]) == last
     config = runs.config(run.backbone, "catalog")
     second = runs.finished(config, other.path, tmp_path / "run")
     runs.assert_same_weights(run.run, second.run)
     rows = [
-        len(t) for n, t in load_tensors(run.run / "model.safetensors")[0].items() if "resid" in n
+        len(tensor)
+        for name, tensor in load_tensors(run.run / "model.safetensors")[0].items()
+        if name.endswith("residual")
     ]
     assert rows == [cold.n_warm] and len(read_catalog(run.run)) == cold.n_warm
     assert len(load_tensors(run.run / "items.safetensors")[0]["vectors"]) == cold.n_warm

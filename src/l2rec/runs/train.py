@@ -241,7 +241,8 @@ def _texts_read(model: Any, backbone: Backbone | None, dataset: Dataset) -> dict
     """
     if not isinstance(model, ReadsTexts) or backbone is None or backbone.tokenizer is None:
         return {}
-    read, cut = share_read(dataset.texts(), backbone.tokenizer, model.text_tokens)
+    texts = dataset.texts()[: dataset.n_warm]
+    read, cut = share_read(texts, backbone.tokenizer, model.text_tokens)
     return {"limit": model.text_tokens, "tokens_read": round(read, 4), "items_cut": round(cut, 4)}
 
 
