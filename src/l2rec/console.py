@@ -289,12 +289,20 @@ def print_downstream(report: Mapping[str, Any]) -> None:
 
 def print_alignment(report: Mapping[str, Any]) -> None:
     """Print how far apart two views are at every depth, and what two backbones take of one."""
-    names = ("cka", "cosine", "cosine_others", "mmd", "rank_semantic", "rank_behavioral")
+    names = {
+        "cka": "CKA",
+        "cka_others": "of others",
+        "cosine": "cosine",
+        "cosine_others": "of others",
+        "mmd": "MMD²",
+        "rank_semantic": "rank, semantic",
+        "rank_behavioral": "behavioural",
+    }
     for arm in report["arms"]:
         runs = " and ".join(arm["runs"])
         table = Table(title=escape(f"{arm['kind']}: {runs}"))
         table.add_column("depth", no_wrap=True)
-        for name in names:
+        for name in names.values():
             table.add_column(name, justify="right")
         for depth, found in arm["depths"].items():
             table.add_row(depth, *("–" if found[n] is None else f"{found[n]:.3f}" for n in names))

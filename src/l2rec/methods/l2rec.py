@@ -882,7 +882,7 @@ class L2Rec(nn.Module):
             recent = some.tail(self.config.max_items)
             inputs = [self._input(view, recent, rows) for view in views]
             with self.backbone.layers_watched() as layers:
-                _, _, packing = self._transform(inputs)
+                last, _, packing = self._transform(inputs)
             depths: dict[str, Sequence[Tensor]] = {"input": [part.x for part in inputs]}
             for number, states in enumerate(layers[self.entry.layers :], self.entry.layers + 1):
                 depths[f"layer {number}"] = split_groups(states, packing)
@@ -893,10 +893,17 @@ class L2Rec(nn.Module):
                 }
                 for depth, states in depths.items()
             }
-            state = self(some, rows=rows)
-            projected = {"semantic": state.semantic, "behavioral": state.behavioral}
-            found["h"] = {view: state.outputs[view] for view in views}
-            found["h~"] = {v: h for v in views if (h := projected[v]) is not None}
+            newest = as_index(some.values[some.offsets[1:] - 1], self.backbone.device)
+            found["h"] = {
+                part.view: self.items.place(
+                    part.view,
+                    self._read(part.view, h, part.segments)[part.segments.last],
+                    rows,
+                    newest,
+                )
+                for part, h in zip(inputs, last, strict=True)
+            }
+            found["h~"] = {view: self.fusion.residual(view, h) for view, h in found["h"].items()}
             return found
 
         with evaluating(self):

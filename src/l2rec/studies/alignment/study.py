@@ -54,8 +54,8 @@ SEMANTIC: View = "semantic"
 BEHAVIORAL: View = "behavioral"
 BOTH = {SEMANTIC, BEHAVIORAL}
 ONE, TWO, UNTRAINED = "one backbone", "two backbones", "untrained"
-REPEATS = 3
-"""Times that users are encoded for a measurement; the least time counts."""
+TIMED, REPEATS = 500, 3
+"""Users, at most, that are encoded to measure the time, and how often; the least time counts."""
 
 States = Mapping[str, Mapping[View, Tensor]]
 """By depth, then by view: [M, D]."""
@@ -239,9 +239,10 @@ def _encoded(run: Path, histories: Ragged, *, trained: bool = True) -> tuple[Sta
     own = [t for name, t in model.named_parameters() if not name.startswith("backbone.")]
     held = [*backbone.parameters(), *backbone.buffers(), *(p for p in own if p.requires_grad)]
     megabytes = sum(t.numel() * t.element_size() for t in held) / 1e6
+    some = histories.take(np.unique(np.linspace(0, len(histories) - 1, TIMED).astype(np.int64)))
     with torch.inference_mode():
-        seconds = min(_timed(model, histories) for _ in range(REPEATS))
-    cost = Cost(backbone.size, sizes, megabytes, seconds / len(histories) * 1000)
+        seconds = min(_timed(model, some) for _ in range(REPEATS))
+    cost = Cost(backbone.size, sizes, megabytes, seconds / len(some) * 1000)
     states = {
         depth: {view: h.cpu() for view, h in views.items()}
         for depth, views in model.view_layers(histories).items()
