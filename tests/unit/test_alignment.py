@@ -157,7 +157,7 @@ def single(backbone_folder: Path, chains: Dataset, tmp_path_factory: pytest.Temp
     return run("semantic"), run("behavioral")
 
 
-@pytest.mark.parametrize("kind", ["paper_run", "catalog_run", "table_run"])
+@pytest.mark.parametrize("kind", ["paper_run", "catalog_run"])
 def test_the_last_depths_are_the_models_outputs(kind: str, request: pytest.FixtureRequest) -> None:
     run: Finished = request.getfixturevalue(kind)
     model = load(run.run).model

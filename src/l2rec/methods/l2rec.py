@@ -893,13 +893,10 @@ class L2Rec(nn.Module):
                 }
                 for depth, states in depths.items()
             }
-            newest = as_index(some.values[some.offsets[1:] - 1], self.backbone.device)
             found["h"] = {
                 part.view: self.items.place(
                     part.view,
                     self._read(part.view, h, part.segments)[part.segments.last],
-                    rows,
-                    newest,
                 )
                 for part, h in zip(inputs, last, strict=True)
             }
