@@ -349,6 +349,33 @@ def merge(
 
 
 @app.command()
+def cold(
+    data: Annotated[Path, typer.Argument(help="Prepared data set.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Data set folder to write.")],
+    share: Annotated[float, typer.Option(help="Share of the items that are held out.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Seed of the items that are drawn.")] = 0,
+) -> None:
+    """Hold items out of training: a data set of which some items are known by their texts alone.
+
+    Cold items are in no training event, no count and nobody's history. A model that was trained
+    without them is given them, by their texts, when it is tested, and ranks all items; reports say
+    the scores of cold and of warm targets apart. What takes no new items ranks them below all
+    others.
+
+    Example: `l2rec cold data/scientific --out data/scientific-cold` and
+    `l2rec train l2rec-plus --data data/scientific-cold --out runs/cold`
+    """
+    from l2rec.data.cold import hold_out_items
+
+    dataset = hold_out_items(data, out, share, seed)
+    typer.echo(
+        f"{out}: {dataset.n_users:,} users, {dataset.n_items:,} items, of which {dataset.n_cold:,} "
+        f"are cold, {dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
+    )
+    typer.echo(_next_of(out, dataset))
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Shipped recipe, YAML file, or method name.")],
     overrides: Annotated[
@@ -588,6 +615,9 @@ def experiment(
     take: Annotated[
         Path | None, typer.Option(help="Folder of other runs; link those that are cells of this.")
     ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Price of an hour of the machine, for a column of costs.")
+    ] = None,
     as_json: Json = False,
     listed: Annotated[
         bool,
@@ -611,6 +641,7 @@ def experiment(
     """
     del listed  # printed by its callback
     from l2rec.console import Console, print_plan
+    from l2rec.errors import ConfigError
     from l2rec.studies.experiment.definition import load_experiment
     from l2rec.studies.experiment.plan import fitted
     from l2rec.studies.experiment.plan import plan as make_plan
@@ -618,6 +649,8 @@ def experiment(
     from l2rec.studies.experiment.run import run as run_plan
 
     _must_be_folder(out)
+    if price_per_hour is not None and price_per_hour < 0:
+        raise ConfigError(f"--price-per-hour {price_per_hour:g}: a number from 0 on")
     planned = make_plan(
         load_experiment(name),
         [*data, *(Path(word) for word in more or () if "=" not in word)],
@@ -637,7 +670,7 @@ def experiment(
     with Console(quiet=as_json) as console:
         if not render:
             planned = run_plan(planned, progress=console, jobs=jobs, hours=hours)
-        page, paths = write_page(planned)
+        page, paths = write_page(planned, price_per_hour)
         for cell, why in page.unfinished:
             console.line(f"{cell}: {why}")
         console.line(f"report: {paths[1]}")
@@ -801,6 +834,48 @@ def average(
             command=shlex.join(["l2rec", *sys.argv[1:]]),
         )
         console.scores(report)
+
+
+@app.command()
+def alignment(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs of L2Rec: of both views, and pairs of one each."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")],
+    users: Annotated[int, typer.Option(help="Test users to measure, 5,000 at most.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the users that are drawn.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how far apart the outputs of L2Rec's two views are, by layer: the paper's premise.
+
+    In one backbone (runs of both views), in two (a run of the semantic view alone with one of the
+    behavioural), and untrained: linear CKA, cosine, MMD, alignment, uniformity and effective rank;
+    and what two backbones take in memory and time. `l2rec experiment two-backbones` trains the
+    runs, and says which score better.
+
+    Example: `l2rec alignment runs/both runs/semantic runs/behavioural --out runs/alignment`
+    """
+    from l2rec.console import Console, print_alignment
+    from l2rec.studies.alignment.study import measure_alignment
+
+    _must_be_folder(out)
+    with Console(quiet=as_json) as console:
+        report = measure_alignment(
+            runs,
+            out,
+            users=users,
+            seed=seed,
+            data=data,
+            progress=console,
+            command=shlex.join(["l2rec", *sys.argv[1:]]),
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        print_alignment(report)
+        typer.echo(f"report: {out}/report.html")
 
 
 @app.command()

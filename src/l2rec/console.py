@@ -113,6 +113,8 @@ class Console:
         if (sets := report.get("tied_day")) is not None:
             title = f"the same by the tied-day protocol, {sets['users_tested']:,} users"
             self._scores(title, sets["scores"])
+        for part, found in report.get("parts", {}).items():
+            self._scores(f"{part} targets, {found['users_tested']:,} tests", found["scores"])
 
     def _scores(self, title: str, scores_of: Mapping[str, Mapping[str, float]]) -> None:
         table = Table(title=title)
@@ -337,6 +339,31 @@ def print_downstream(report: Mapping[str, Any]) -> None:
             cells += [f"{result['p']:.2g}", f"{result['p_holm']:.2g}"]
         table.add_row(metric, *cells)
     out.print(table)
+
+
+def print_alignment(report: Mapping[str, Any]) -> None:
+    """Print how far apart two views are at every depth, and what two backbones take of one."""
+    names = {
+        "cka": "CKA",
+        "cka_others": "of others",
+        "cosine": "cosine",
+        "cosine_others": "of others",
+        "mmd": "MMD²",
+        "rank_semantic": "rank, semantic",
+        "rank_behavioral": "behavioural",
+    }
+    for arm in report["arms"]:
+        runs = " and ".join(arm["runs"])
+        table = Table(title=escape(f"{arm['kind']}: {runs}"))
+        table.add_column("depth", no_wrap=True)
+        for name in names.values():
+            table.add_column(name, justify="right")
+        for depth, found in arm["depths"].items():
+            table.add_row(depth, *("–" if found[n] is None else f"{found[n]:.3f}" for n in names))
+        _out().print(table)
+    if (ratios := report["two_over_one"]) is not None:
+        taken = ", ".join(f"{name} × {ratio:.2f}" for name, ratio in ratios.items())
+        _out().print(f"two backbones over one: {taken}")
 
 
 def print_doctor(report: Mapping[str, Any]) -> None:

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
+
+from l2rec.data.dataset import Dataset
 from l2rec.data.formats.source import Source
 
 Event = tuple[str, str, float]
@@ -39,3 +43,17 @@ def catalog_of(source: Source, *fields: str) -> dict[str, dict[str, str]]:
     assert source.catalog is not None
     batches = source.catalog(fields or source.fields)
     return {row.pop("item_id"): row for batch in batches for row in batch.to_pylist()}
+
+
+def dated(folder: Path, texts: list[str], users: int = 30) -> Dataset:
+    """Prepare users with 3 to 9 events each, some of one day, over items of these texts."""
+    rng = np.random.default_rng(5)
+    rows = []
+    for user in range(users):
+        day = user % 5
+        for item in rng.permutation(len(texts))[: 3 + user % 7]:
+            day += int(rng.integers(0, 2))
+            rows.append((f"u{user}", f"i{item}", 1_600_000_000 + 86_400 * day))
+    events = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    items = pl.DataFrame({"item_id": [f"i{n}" for n in range(len(texts))], "text": texts})
+    return Dataset.from_frames(events, items, folder, progress=False)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from tests.support import experiments, runs
+from tests.support import experiments, logs, runs
 from tests.support.command import PROGRAM, Call
 from tests.support.errors import one_line
 from tests.support.experiments import Processes
@@ -51,7 +51,7 @@ from l2rec.studies.experiment.plan import (
     plan,
     read_state,
 )
-from l2rec.studies.experiment.report import write_page
+from l2rec.studies.experiment.report import to_json, write_page
 from l2rec.studies.experiment.results import compared, read_results
 from l2rec.studies.experiment.run import run
 
@@ -200,6 +200,7 @@ def test_the_papers_tables_and_figures_are_there() -> None:
     names = {f"l2rec-{what}" for what in ("table1", "table2", "table3", "plus-parts", "fig2")}
     names |= {"l2rec-fig3-rank", "l2rec-fig3-topn", "l2rec-plus-behavioral", "equal-time"}
     names |= {f"hdrec-{what}" for what in ("table1", "table3", "table4", "fig4", "fig5", "fig6")}
+    names |= {"l2rec-vs-hdrec", "pretraining", "cold-items", "time-split", "two-backbones"}
     assert set(experiment_names()) == names == set(experiment_titles())
 
 
@@ -380,6 +381,31 @@ def test_ways_to_split_are_grids_of_their_own(chains: Dataset, tmp_path: Path) -
     assert "split.kind=time" in planned.cells[1].cell.arguments
 
 
+def test_a_log_is_trained_and_tested_in_three_ways(processes: Processes, tmp_path: Path) -> None:
+    """Run the ways of `time-split`: each has its own table, protocol and comparison."""
+    ways = load_experiment("time-split").splits
+    data = logs.dated(tmp_path / "data", [f"item {n}" for n in range(24)])
+    rows = [
+        {"name": name, "recipe": "sasrec", "overrides": [f"model.dim={dim}", "model.dropout=0"]}
+        for name, dim in (("narrow", 8), ("wide", 16))
+    ]
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        splits={name: list(overrides) for name, overrides in ways.items()},
+        rows=rows,
+        comparisons=[{"a": "wide", "b": "narrow"}],
+    )
+    done = run(planned_of(path, data, tmp_path / "out"), progress=runs.Quiet())
+    assert {one.state for one in done.cells} == {State.FINISHED}
+    page, _ = write_page(done)
+    assert [part.title for part in page.sections] == [f"data@{name}" for name in ways]
+    for part, name in zip(page.sections, ways, strict=True):
+        assert f"; {name}" in part.facts
+    tests = to_json(done)["comparisons"]
+    assert [test["data"] for test in tests] == [f"data@{name}" for name in ways]
+    assert all(test["p"] is not None for test in tests)
+
+
 # -- running -------------------------------------------------------------------------------------
 
 
@@ -426,11 +452,25 @@ def test_a_grid_runs_and_never_runs_again(
     again = run(planned_of(path, chains, out), progress=runs.Quiet())
     begun = processes.lines[count:]
     assert len(begun) == 2 and all("broken" in line for line in begun)  # tried again, no more
+    page, (text, html) = write_page(again, price=3600.0)
+    assert page.sections[0].table.header[-1] == "money"
+    costs = {name: cells[-1].text for name, cells in page.sections[0].table.groups[0].rows}
+    seconds = [
+        report_seconds(read_json(out / "cells" / "chains" / f"wide-s{seed}" / "report.json"))
+        for seed in (1, 2)
+    ]
+    assert float(costs["wide"]) == pytest.approx(statistics.mean(seconds), abs=0.01)
     page, (text, html) = write_page(again)
+    assert page.sections[0].table.header[-1] == "trained"
     _check_markdown(text.read_text(), out)
     _check_html(html.read_text())
     assert page.sections[0].chart is not None
     assert [tick.text for tick in page.sections[0].chart.x_ticks] == ["8", "16"]
+
+
+def report_seconds(report: dict[str, Any]) -> float:
+    """Return what a training took with its validations and test."""
+    return max(report["training_seconds"] + report["validation_seconds"], report["wall_seconds"])
 
 
 def _check_markdown(text: str, out: Path) -> None:

@@ -59,7 +59,7 @@ def test_package_data_ships() -> None:
     assert package.joinpath("py.typed").is_file()
     for name in ("report.html.j2", "parts.html.j2", "style.css.j2"):
         assert package.joinpath("runs", name).is_file()
-    assert package.joinpath("studies", "experiment", "report.html.j2").is_file()
+    assert package.joinpath("studies", "page.html.j2").is_file()
     assert package.joinpath("experiments", "l2rec-table2.yaml").is_file()
 
 

@@ -7,7 +7,8 @@
     event_types.npy   [E] int8         optional; names in dataset.json
     splits.npy        [E] int8         optional; 0 train, 1 valid, 2 test, as the log says
     users.parquet     user_id          row u is user int u
-    catalog.parquet   item_id, raw text fields ..., text; row i is item int i
+    catalog.parquet   item_id, raw text fields ..., text; row i is item int i; the last are cold
+                      where dataset.json says so (l2rec.data.cold)
 
 The arrays are memory-mapped, the two tables are read at first use: opening costs no scan.
 ``l2rec.data.prepare`` writes such folders.
@@ -122,6 +123,21 @@ class Dataset:
         return int(self.meta["items"])
 
     @property
+    def n_cold(self) -> int:
+        """How many items, the last of the catalog, are held out of training: `l2rec.data.cold`."""
+        return int((self.meta.get("cold") or {}).get("items", 0))
+
+    @property
+    def n_warm(self) -> int:
+        """How many items, the first of the catalog, training may know."""
+        return self.n_items - self.n_cold
+
+    @property
+    def warm_catalog(self) -> pa.Table:
+        """The catalog without cold items."""
+        return self.catalog.slice(0, self.n_warm)
+
+    @property
     def n_events(self) -> int:
         return len(self.items)
 
@@ -208,6 +224,7 @@ class Dataset:
             "name": self.name,
             "users": self.n_users,
             "items": self.n_items,
+            "cold_items": self.n_cold,
             "events": self.n_events,
             "density": self.n_events / cells if cells else 0.0,
             "history_length": _quantiles(lengths),

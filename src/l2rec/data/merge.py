@@ -31,7 +31,7 @@ def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True
     splits, so does the whole: the other parts' are leave-one-out.
 
     Raises:
-        DataError: fewer than two parts, or two of one name.
+        DataError: fewer than two parts, two of one name, or one with cold items.
     """
     datasets = [open_dataset(part) for part in parts]
     names = [dataset.name for dataset in datasets]
@@ -40,6 +40,12 @@ def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True
     if len(set(names)) < len(names):
         raise DataError(f"data sets of one name cannot be merged: {', '.join(names)}")
 
+    for dataset in datasets:
+        if dataset.n_cold:
+            raise DataError(
+                f"{dataset.path} has cold items, which would be trained on; merge the data set "
+                f"that it was made of"
+            )
     with_splits = any(dataset.splits is not None for dataset in datasets)
 
     def events() -> Iterator[pa.RecordBatch]:

@@ -12,7 +12,7 @@ In memory are the ids, the catalog, a byte or eight per user and item, and one c
 
 from __future__ import annotations
 
-__all__ = ["PrepareConfig", "prepare"]
+__all__ = ["PrepareConfig", "may_write", "prepare", "write_parquet"]
 
 import contextlib
 import json
@@ -162,7 +162,7 @@ def build(
     about the order of events where they are known; by default they are measured.
     """
     report = _Report(progress)
-    _may_write(out)
+    may_write(out)
     with replacing_folder(out, error=DataError, remedy=ROOM) as folder, report:
         work = folder / "work"
         work.mkdir()
@@ -841,11 +841,12 @@ def _write_tables(log: _Log, catalog: _Catalog, users: Mask, items: Mask, folder
     user_ids = log.user_ids.filter(pa.array(users))
     table = pa.table({"user_id": user_ids})
     table = table.cast(pa.schema([("user_id", _string_type(table["user_id"]))]))
-    _write_parquet(table, folder / "users.parquet")
-    _write_parquet(catalog.table.filter(pa.array(items)), folder / "catalog.parquet")
+    write_parquet(table, folder / "users.parquet")
+    write_parquet(catalog.table.filter(pa.array(items)), folder / "catalog.parquet")
 
 
-def _write_parquet(table: pa.Table, path: Path) -> None:
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a table of a data set."""
     pq.write_table(table.combine_chunks(), path, compression="zstd", row_group_size=1 << 17)
 
 
@@ -909,7 +910,8 @@ def _array_names(state: _State) -> list[str]:
     return [*names, "splits"] if state.splits == GIVEN else names
 
 
-def _may_write(out: Path) -> None:
+def may_write(out: Path) -> None:
+    """Raise DataError for an ``out`` that is neither empty nor a data set to be replaced."""
     if not out.exists():
         return
     if not out.is_dir():

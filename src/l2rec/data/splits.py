@@ -16,6 +16,9 @@ first":
 
 Users who cannot be evaluated in the first two ways are trained on whole. Without ties, tied-day is
 leave-one-out.
+
+Of data with cold items (`l2rec.data.cold`), their events are taken out of training, validation and
+all histories; in test they are targets. Cases that are left without a history or a target go.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ __all__ = [
     "leave_one_out",
     "split_events",
     "tied_day",
+    "warm_targets",
     "with_fewer_users",
 ]
 
@@ -92,7 +96,8 @@ class Split:
     """Training sequences, and the cases of validation and test.
 
     ``kind``: which of the four ways. ``protocol``: the same in words, with its moments. ``train``:
-    a row for each user who has a training event, in the order of users; none is empty.
+    a row for each user who has a training event, in the order of users; none is empty. ``warm``:
+    items from this one on are cold; None: there are none.
     """
 
     kind: str
@@ -100,6 +105,7 @@ class Split:
     train: Ragged
     valid: Cases
     test: Cases
+    warm: int | None = None
 
     def cases(self, name: str) -> Cases:
         """Return the cases of ``valid`` or ``test``."""
@@ -126,6 +132,17 @@ def split_events(
         DataError: nobody can be validated or tested, a split by time of events that have none, or
             one of the log's own where it has none.
     """
+    split = _split_events(dataset, kind, valid_from, test_from)
+    return _without_cold(split, dataset) if dataset.n_cold else split
+
+
+def _split_events(
+    dataset: Dataset,
+    kind: SplitKind,
+    valid_from: float | str | None,
+    test_from: float | str | None,
+) -> Split:
+    """Split all events, those of cold items too."""
     if kind == "auto":
         kind = "leave-one-out" if dataset.splits is None else "given"
     if kind == GIVEN and dataset.meta.get("splits") == LEAVE_ONE_OUT:
@@ -287,6 +304,52 @@ def given(dataset: Dataset) -> Split:
         valid=of(VALID),
         test=of(TEST),
     )
+
+
+def _without_cold(split: Split, dataset: Dataset) -> Split:
+    """Take events of cold items out of all but the test's targets.
+
+    Raises:
+        DataError: nobody is left to be validated, or to be tested on warm or on cold items.
+    """
+    warm = dataset.n_warm
+    valid = _with_history(warm_targets(split.valid, warm), warm)
+    test = _with_history(split.test, warm)
+    cold_targets = int((test.targets.values >= warm).sum())
+    if not len(valid) or not 0 < cold_targets < len(test.targets.values):
+        raise DataError(
+            f"{dataset.path}: with {dataset.n_cold:,} cold items, {len(valid):,} users are left to "
+            f"be validated, and {cold_targets:,} of {len(test.targets.values):,} targets of the "
+            "test are cold; choose another --share of l2rec cold, or another split"
+        )
+    return Split(
+        kind=split.kind,
+        protocol=f"{split.protocol}; {dataset.n_cold:,} of {dataset.n_items:,} items are cold: in "
+        "no training event and no history",
+        train=_not_empty(_kept(split.train, split.train.values < warm)),
+        valid=valid,
+        test=test,
+        warm=warm,
+    )
+
+
+def warm_targets(cases: Cases, warm: int) -> Cases:
+    """Drop cold targets, and cases that have no other."""
+    targets = _kept(cases.targets, cases.targets.values < warm)
+    return Cases(cases.users, cases.histories, targets).take(targets.lengths > 0)
+
+
+def _with_history(cases: Cases, warm: int) -> Cases:
+    """Drop cold items from histories, and cases that have no other there."""
+    histories = _kept(cases.histories, cases.histories.values < warm)
+    return Cases(cases.users, histories, cases.targets).take(histories.lengths > 0)
+
+
+def _kept(rows: Ragged, which: npt.NDArray[np.bool_]) -> Ragged:
+    """Copy the marked values of each row; which: of all values."""
+    before = np.zeros(len(rows.values) + 1, dtype=np.int64)
+    np.cumsum(which, out=before[1:])
+    return Ragged(np.asarray(rows.values)[which], before[rows.offsets])
 
 
 def with_fewer_users(split: Split, share: float, seed: int) -> Split:

@@ -90,6 +90,32 @@ class Evaluation:
             offsets,
         )
 
+    def of_targets(self, which: npt.NDArray[np.bool_]) -> Evaluation:
+        """Select targets ([T] bool): what is left of the histories that have one of them."""
+        histories, offsets = targets_taken(which, self.offsets)
+        at = np.flatnonzero(which)
+        return Evaluation(
+            self.ranks[at],
+            self.ranks_masked[at],
+            self.users[histories],
+            self.top[histories],
+            self.targets[at],
+            self.n_items,
+            offsets,
+        )
+
+
+def targets_taken(
+    which: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64] | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """Return the histories that keep a marked target ([T] bool), and offsets of what they keep."""
+    if offsets is None:
+        return np.flatnonzero(which), None
+    before = np.concatenate(([0], np.cumsum(which)))
+    counts = np.diff(before[offsets])
+    histories = np.flatnonzero(counts)
+    return histories, np.concatenate(([0], np.cumsum(counts[histories])))
+
 
 def target_rows(
     rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64] | None

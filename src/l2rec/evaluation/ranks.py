@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from l2rec.disk import replacing
 from l2rec.errors import CheckpointError, DataError
-from l2rec.evaluation.ranking import Evaluation, target_rows
+from l2rec.evaluation.ranking import Evaluation, target_rows, targets_taken
 from l2rec.metrics import rank_values
 
 
@@ -47,6 +47,7 @@ class Ranks:
     ``users``: [M] external ids. ``ranks``, ``ranks_masked``: [T] float64. ``targets``: [T] int64.
     ``top``: [M, min(20, N)] int32 best items, history not masked, -1 = no item; None in a file
     of a version that did not store them. ``offsets``: [M + 1], as `Evaluation` has them.
+    ``warm``: items from this one on were held out of training; None: none were.
     """
 
     users: list[str]
@@ -57,6 +58,7 @@ class Ranks:
     protocol: str
     top: npt.NDArray[np.int32] | None = None
     offsets: npt.NDArray[np.int64] | None = None
+    warm: int | None = None
 
     def values(self, metric: str, *, masked: bool = False) -> npt.NDArray[np.float64]:
         """Compute what each row adds to the mean of a metric: [M] float64, as `rank_values`."""
@@ -81,6 +83,23 @@ class Ranks:
             self.protocol,
             None if self.top is None else self.top[rows],
             offsets,
+            self.warm,
+        )
+
+    def of_targets(self, which: npt.NDArray[np.bool_]) -> Ranks:
+        """Select targets ([T] bool): what is left of the rows that have one of them."""
+        rows, offsets = targets_taken(which, self.offsets)
+        at = np.flatnonzero(which)
+        return Ranks(
+            [self.users[row] for row in rows.tolist()],
+            self.ranks[at],
+            self.ranks_masked[at],
+            self.targets[at],
+            self.fingerprint,
+            self.protocol,
+            None if self.top is None else self.top[rows],
+            offsets,
+            self.warm,
         )
 
 
@@ -91,12 +110,13 @@ def write_ranks(
     *,
     fingerprint: str = "",
     protocol: str = LEAVE_ONE_OUT,
+    warm: int | None = None,
 ) -> None:
     """Write per-user ranks and best items as Parquet, whole or not at all.
 
     ``user_ids[u]`` is the external id of dense user u, so row i is ``user_ids[users[i]]``. Where
     histories have sets of targets, a cell holds a list.
-    ``fingerprint`` and ``protocol`` say which data set was ranked how.
+    ``fingerprint`` and ``protocol`` say which data set was ranked how; ``warm``: `Ranks.warm`.
 
     Raises:
         DataError: a user has no id. CheckpointError: the file cannot be written.
@@ -116,7 +136,11 @@ def write_ranks(
                 pa.array(evaluation.top.reshape(-1)), evaluation.top.shape[1]
             ),
         }
-    ).replace_schema_metadata({"l2rec.fingerprint": fingerprint, "l2rec.protocol": protocol})
+    )
+    facts = {"l2rec.fingerprint": fingerprint, "l2rec.protocol": protocol}
+    if warm is not None:
+        facts["l2rec.warm"] = str(warm)
+    table = table.replace_schema_metadata(facts)
     with replacing(Path(path)) as partial:
         pq.write_table(table, partial)
 
@@ -154,6 +178,7 @@ def read_ranks(
             protocol=stored[b"l2rec.protocol"].decode(),
             top=_lists(table["top"]) if "top" in table.column_names else None,
             offsets=_offsets(table["rank"]),
+            warm=int(stored[b"l2rec.warm"]) if b"l2rec.warm" in stored else None,
         )
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

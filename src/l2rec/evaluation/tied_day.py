@@ -19,9 +19,10 @@ PROTOCOL = protocol_of("tied-day, of users whose last tied events leave-one-out 
 
 def beside_leave_one_out(dataset: Dataset, split: Split) -> Cases | None:
     """Return the test sets of the tied-day protocol for a model that was trained on ``split``; None
-    where they would be those of the split itself, or where it is not leave-one-out.
+    where they would be those of the split itself, where it is not leave-one-out, or where items are
+    cold.
     """
-    if split.kind != LEAVE_ONE_OUT or not dataset.order.last_two:
+    if split.kind != LEAVE_ONE_OUT or not dataset.order.last_two or dataset.n_cold:
         return None
     sets = last_tied_day(dataset)
     return sets if len(sets) else None

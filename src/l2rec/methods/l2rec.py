@@ -878,3 +878,57 @@ class L2Rec(nn.Module):
             if self.config.personalized_router
         }
         return ExpertLoad(list(self.experts.names), shares, user)
+
+    @torch.inference_mode()
+    def view_layers(self, histories: Ragged) -> dict[str, dict[View, Tensor]]:
+        """Return what is read of each view at every depth, [B, D] float32 each, the input first:
+        its input, the states above each layer that runs, h^v, and h~^v of Eq. 7.
+
+        Raises:
+            BackboneError: the layers of the backbone are not to be found.
+            DataError: an empty history.
+        """
+        views, rows = self.config.views, self._rows()
+
+        def read(some: Ragged) -> dict[str, dict[View, Tensor]]:
+            recent = some.tail(self.config.max_items)
+            inputs = [self._input(view, recent, rows) for view in views]
+            with self.backbone.layers_watched() as layers:
+                last, _, packing = self._transform(inputs)
+            depths: dict[str, Sequence[Tensor]] = {"input": [part.x for part in inputs]}
+            for number, states in enumerate(layers[self.entry.layers :], self.entry.layers + 1):
+                depths[f"layer {number}"] = split_groups(states, packing)
+            found: dict[str, dict[View, Tensor]] = {
+                depth: {
+                    part.view: self._read(part.view, h.float(), part.segments)[part.segments.last]
+                    for part, h in zip(inputs, states, strict=True)
+                }
+                for depth, states in depths.items()
+            }
+            found["h"] = {
+                part.view: self.items.place(
+                    part.view,
+                    self._read(part.view, h, part.segments)[part.segments.last],
+                )
+                for part, h in zip(inputs, last, strict=True)
+            }
+            found["h~"] = {view: self.fusion.residual(view, h) for view, h in found["h"].items()}
+            return found
+
+        with evaluating(self):
+            parts, order = in_batches(
+                histories,
+                self.costs(histories),
+                read,
+                max_rows=ENCODED_ROWS,
+                max_cost=ENCODED_TOKENS,
+            )
+        return {
+            depth: {
+                view: torch.cat([part[depth][view].float() for part in parts])[
+                    order.to(self.backbone.device)
+                ]
+                for view in views
+            }
+            for depth in parts[0]
+        }

@@ -49,7 +49,7 @@ from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules import baichuan, gguf, memory
 from l2rec.modules.families import accepted, lead_to_packed, own_attention
-from l2rec.modules.layers import LayerCut
+from l2rec.modules.layers import LayerCut, layers_of
 from l2rec.modules.probe import (
     check_cut,
     check_exact,
@@ -623,6 +623,27 @@ class Backbone(nn.Module):
         unread = words.new_zeros(()).expand(1, len(states), self.word_dim)
         output = cut.upper(states[None].to(self.dtype), lambda: self._run(unread, packing))
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def layers_watched(self) -> Iterator[list[Tensor]]:
+        """Collect what each layer returns in packed passes, [N, D], within this context: one after
+        the other from the lowest, those below a cut too, which return what the cut is given.
+
+        Raises:
+            BackboneError: its layers are not to be found.
+        """
+        seen: list[Tensor] = []
+
+        def see(module: nn.Module, inputs: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            seen.append(states.squeeze(0))
+
+        handles = [layer.register_forward_hook(see) for layer in layers_of(self.model)[1]]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _check_length(self, packing: Packing) -> None:
         if self.max_positions is not None and packing.longest > self.max_positions:

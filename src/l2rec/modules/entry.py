@@ -73,6 +73,11 @@ class Entry(Protocol):
         """Return how many tokens each of these items adds to a row."""
         ...
 
+    @property
+    def layers(self) -> int:
+        """K: how many of the backbone's layers are below."""
+        ...
+
     def is_before(self, name: str) -> bool:
         """Return True for the full name of a module of the backbone that runs before the entry."""
         ...
@@ -102,7 +107,7 @@ class WordEntry:
         self._backbone, self._tokens, self._item_tokens = backbone, tokens, item_tokens
         self._before, self._after = separators(backbone)
         self.cached: list[Path] = []
-        self.width = backbone.word_dim
+        self.width, self.layers = backbone.word_dim, 0
 
     @property
     def scale(self) -> float:
@@ -179,6 +184,7 @@ class LayerEntry:
     ) -> None:
         self._backbone, self._item_tokens = backbone, item_tokens
         self._cut, self.width = backbone.cut(layers), backbone.dim
+        self.layers = self._cut.below
         self._places = _numbered(self._layout(tokens))
         """Where the states of each item are."""
         self.cached: list[Path] = []

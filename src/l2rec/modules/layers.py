@@ -9,7 +9,7 @@ states that layer K is to be given.
 
 from __future__ import annotations
 
-__all__ = ["LayerCut"]
+__all__ = ["LayerCut", "layers_of"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ class _Reached(Exception):
         self.states = states
 
 
-def _layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Find the layers of a transformer: their full name and the list of them.
 
     Raises:
@@ -40,7 +40,8 @@ def _layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise BackboneError(
-        f"the backbone ({config.model_type}) has no list of {count} layers; set item_layers=0"
+        f"the backbone ({config.model_type}) has no list of {count} layers, so that they cannot be "
+        "told apart; set item_layers=0 if you set it"
     )
 
 
@@ -58,7 +59,7 @@ class LayerCut:
     """
 
     def __init__(self, model: nn.Module, below: int, *, words: nn.Module | None = None) -> None:
-        self.name, layers = _layers_of(model)
+        self.name, layers = layers_of(model)
         self._words = words
         self.below = below if below > 0 else len(layers) + below
         if not 0 < self.below < len(layers):

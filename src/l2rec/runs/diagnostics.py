@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from l2rec.data.dataset import Dataset
-from l2rec.data.splits import Cases, Split
+from l2rec.data.splits import Cases, Split, warm_targets
 from l2rec.evaluation.ranking import top_k
 from l2rec.protocols import Coded, Inspectable
 from l2rec.runs.predictor import Predictor
@@ -40,7 +40,7 @@ def diagnose(predictor: Predictor, split: Split, dataset: Dataset) -> dict[str, 
     ``examples``: recommendations.
     """
     model = predictor.model
-    cases = split.test
+    cases = split.test if split.warm is None else warm_targets(split.test, split.warm)
     sample = np.linspace(0, len(cases) - 1, min(SAMPLE, len(cases))).astype(np.int64)
     result: dict[str, Any] = {}
     if isinstance(model, Inspectable):
@@ -71,7 +71,7 @@ def _examples(
     histories = cases.histories.take(rows)
     encoded = predictor.encode(histories)
     scores = predictor.scores(encoded)
-    best = top_k(lambda _: scores, histories, min(10, dataset.n_items), exclude=histories)
+    best = top_k(lambda _: scores, histories, min(10, predictor.n_items), exclude=histories)
     ids, texts = predictor.ids, predictor.texts
 
     def item(number: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from l2rec.errors import ConfigError
 from l2rec.protocols import Progress
 from l2rec.runs.folder import open_run_dataset
 from l2rec.runs.predictor import Predictor, load
+from l2rec.runs.scoring import with_cold_items
 
 
 def embed_run(
@@ -35,6 +36,10 @@ def embed_run(
     """
     dataset = open_run_dataset(run, data) if with_users else None
     predictor = load(run)
+    if dataset is not None and dataset.n_cold:
+        predictor = with_cold_items(predictor, dataset)
+        if not isinstance(predictor, Predictor):
+            raise ConfigError(f"{run} takes no new items, and users of {dataset.path} have some")
     out.mkdir(parents=True, exist_ok=True)
     if predictor.vectors is None:
         raise ConfigError(f"{run}: {type(predictor.model).__name__} has no vectors: it only ranks")

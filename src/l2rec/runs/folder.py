@@ -277,7 +277,7 @@ def write_identity(
     }
     write_text(out / "config.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
     with replacing(out / "catalog.parquet") as partial:
-        pq.write_table(dataset.catalog, partial)
+        pq.write_table(dataset.warm_catalog, partial)
 
 
 class UserIds(Sequence[str]):

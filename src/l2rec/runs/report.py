@@ -141,6 +141,15 @@ class SetScores:
 
 
 @dataclass(frozen=True)
+class PartScores:
+    """Scores of cold or of warm targets alone."""
+
+    name: str
+    about: str
+    tables: list[ScoreTable]
+
+
+@dataclass(frozen=True)
 class Headline:
     """The main score, and its comparison with the best floor."""
 
@@ -259,6 +268,7 @@ class Page:
     columns: list[str]
     tables: list[ScoreTable]
     sets: SetScores | None
+    parts: list[PartScores]
     compared: bool
     loss: Chart | None
     validation: Chart | None
@@ -286,6 +296,7 @@ def _page(run: Path) -> Page:
         columns=list(METRICS.values()),
         tables=_score_tables(report),
         sets=_set_scores(report.get("tied_day")),
+        parts=[_part_scores(part, found) for part, found in (report.get("parts") or {}).items()],
         compared=bool(report.get("significance")),
         loss=_loss_chart(events),
         validation=_validation_chart(events, report),
@@ -363,6 +374,12 @@ def _set_scores(beside: Json | None) -> SetScores | None:
     return SetScores(
         f"{as_count(tested)} of {as_count(tested + left_out)} users", _score_tables(beside)
     )
+
+
+def _part_scores(part: str, found: Json) -> PartScores:
+    is_cold = "that no training event and no history has" if part == "cold" else "of training"
+    about = f"{as_count(found['users_tested'])} tests on items {is_cold}, ranked among all items."
+    return PartScores(f"{part.capitalize()} targets", about, _score_tables(found))
 
 
 def _score_tables(report: Json) -> list[ScoreTable]:

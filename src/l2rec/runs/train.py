@@ -51,6 +51,7 @@ from l2rec.runs.folder import (
     finished_report,
     load_run_config,
     open_run_dataset,
+    read_run,
     split_of,
     training_split,
     unfinished,
@@ -67,9 +68,10 @@ from l2rec.runs.predictor import (
     build_model,
     catalog_vectors,
     load,
+    load_folder,
 )
 from l2rec.runs.report import write_report
-from l2rec.runs.scoring import Scores, compared, rank, score
+from l2rec.runs.scoring import Scores, compared, rank, score, with_cold_items
 
 UNTRAINED = "untrained"
 UNTRAINED_BACKBONE = "untrained backbone"
@@ -122,7 +124,9 @@ def train_run(
         fitted = _fit(config, dataset, out, progress, identity, init, resume)
         split, backbone, model = fitted.split, fitted.backbone, fitted.model
         sets = beside_leave_one_out(dataset, split)
-        scores = score(model, split, sets, progress)
+        # Cold items are added to another model, so that this one goes on without them.
+        ranked = with_cold_items(load_folder(read_run(out)), dataset) if dataset.n_cold else model
+        scores = score(ranked, split, sets, progress)
         scores.write(out, dataset, split)
         vectors = catalog_vectors(model)
         if vectors is not None:
@@ -130,8 +134,9 @@ def train_run(
         for entry in model.cached if isinstance(model, Cached) else ():
             (out / "cache").mkdir(exist_ok=True)
             shutil.copy2(entry, out / "cache" / entry.name)
-        ids = dataset.item_ids.to_pylist()
-        predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
+        known = Catalog(dataset.warm_catalog)
+        ids = known.table["item_id"].to_pylist()
+        predictor = Predictor(model, ids, known.texts, vectors, version_of(out))
         if vectors is not None:
             write_sample(out, _sample(predictor, dataset, backbone))
         diagnostics = diagnose(predictor, split, dataset)
@@ -142,7 +147,7 @@ def train_run(
             if backbone is None
             else UNTRAINED_BACKBONE
         )
-        floors = _floor_scores(fitted, dataset, sets, out, start, progress)
+        floors = _floor_scores(config, fitted, dataset, sets, out, start, progress)
         report = _report(config, dataset, fitted, scores, floors)
         report |= {
             "recipe": recipe,
@@ -156,10 +161,14 @@ def train_run(
 
 
 def _sample(predictor: Predictor, dataset: Dataset, backbone: Backbone | None) -> Sample:
-    """Encode the newest items of a few users, spread over all."""
+    """Encode the newest items of a few users, spread over all; not cold ones, which a run does not
+    have.
+    """
     users = np.flatnonzero(dataset.sequences.lengths)
     users = users[np.unique(np.linspace(0, len(users) - 1, SAMPLED).astype(np.int64))]
-    rows = Ragged.from_rows([dataset.sequences[int(user)][-SAMPLED_ITEMS:] for user in users])
+    sequences = (dataset.sequences[int(user)] for user in users)
+    known = (sequence[sequence < dataset.n_warm] for sequence in sequences)
+    rows = Ragged.from_rows([sequence[-SAMPLED_ITEMS:] for sequence in known if len(sequence)])
     exact = backbone is None or (backbone.dtype, backbone.quantized) == (torch.float32, "none")
     vectors = predictor.encode(rows).vectors.float().cpu()
     return Sample(rows, vectors, WITHIN if exact else ROUNDED_WITHIN)
@@ -213,8 +222,8 @@ def _fit(
     split = training_split(config, dataset)
     backbone = backbone_of(config)
     if backbone is not None:
-        progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
-    model = build_model(config, Catalog(dataset.catalog), backbone, dataset.path / "cache")
+        progress.line(f"backbone {backbone.name}: reading {dataset.n_warm:,} item texts")
+    model = build_model(config, Catalog(dataset.warm_catalog), backbone, dataset.path / "cache")
     check_backbone(out, identity, backbone)
     if (out / START).is_file():
         load_trained(model, load_tensors(out / START)[0], str(out / START))
@@ -257,7 +266,8 @@ def _texts_read(model: Any, backbone: Backbone | None, dataset: Dataset) -> dict
     """
     if not isinstance(model, ReadsTexts) or backbone is None or backbone.tokenizer is None:
         return {}
-    read, cut = share_read(dataset.texts(), backbone.tokenizer, model.text_tokens)
+    texts = dataset.texts()[: dataset.n_warm]
+    read, cut = share_read(texts, backbone.tokenizer, model.text_tokens)
     return {"limit": model.text_tokens, "tokens_read": round(read, 4), "items_cut": round(cut, 4)}
 
 
@@ -293,6 +303,11 @@ def _protocol_there(config: RunConfig, identity: Mapping[str, Any], dataset: Dat
     """
     if identity["dataset"]["fingerprint"] == dataset.fingerprint:
         return split_of(config, dataset).protocol
+    if (
+        dataset.n_cold
+        and identity["dataset"]["fingerprint"] == dataset.meta["cold"]["of"]["fingerprint"]
+    ):
+        return "all items warm"
     whole = _trained_on(identity)
     if whole is None or dataset.fingerprint not in whole.parts.values():
         return None
@@ -341,6 +356,7 @@ def _start_from(model: Any, init: Path) -> str:
 
 
 def _floor_scores(
+    config: RunConfig,
     fitted: _Fitted,
     dataset: Dataset,
     sets: Cases | None,
@@ -353,8 +369,15 @@ def _floor_scores(
     progress.line(f"scoring the floors: popularity, last item neighbour, co-occurrence, {start}")
     floors = floors_of(split.train, dataset.n_items)
     scores = {name: score(floor, split, sets, progress) for name, floor in floors.items()}
+    tensors = load_tensors(out / START)[0]
+    if dataset.n_cold:
+        catalog, cache = Catalog(dataset.warm_catalog), dataset.path / "cache"
+        other = build_model(config, catalog, backbone_of(config), cache)
+        load_trained(other, tensors, str(out / START))
+        scores[start] = score(with_cold_items(other, dataset), split, sets, progress)
+        return scores
     best = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
-    load_trained(model, load_tensors(out / START)[0], str(out / START))
+    load_trained(model, tensors, str(out / START))
     scores[start] = score(model, split, sets, progress)
     load_trained(model, best, str(out))
     return scores
@@ -422,18 +445,21 @@ def evaluate_run(
     sets = beside_leave_one_out(dataset, split) if split_name == "test" else None
     if tied_day and sets is None:
         raise ConfigError(f"{run}: {_why_no_tied_day(split_name, split)}")
+    of_parts: dict[str, Any] = {}
     if split_name == "valid":
         evaluation, protocol = rank(predictor, split.valid, progress), split.protocol
     else:
-        scores = score(predictor, split, sets, progress)
+        scores = score(with_cold_items(predictor, dataset), split, sets, progress)
         evaluation, protocol = scores.own, split.protocol
         if tied_day and scores.tied is not None:
             evaluation, protocol = scores.tied, TIED_DAY
+        of_parts = {part: each.metrics() for part, each in scores.parts.items()}
         # Ranks of an unfinished run would look like its final ones; a read-only run can be scored.
         if not unfinished(run) and os.access(run, os.W_OK):
             scores.write(run, dataset, split)
     return {
         **evaluation.metrics(),
+        **of_parts,
         "users": len(evaluation),
         "split": split_name,
         "protocol": protocol,

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
 from l2rec.disk import replacing_folder, write_json
@@ -25,15 +26,19 @@ from l2rec.protocols import Progress, Scorer
 from l2rec.runs.folder import load_run_config, open_run_dataset, read_report, split_of
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
 from l2rec.runs.predictor import load
-from l2rec.runs.scoring import score
+from l2rec.runs.scoring import score, summed_up, with_cold_items
 
 
 class Average:
-    """Several recommenders of one catalog as one: the mean of their scores."""
+    """Several recommenders of one catalog as one: the mean of their scores. Cold items of a
+    ``dataset`` are added.
+    """
 
-    def __init__(self, runs: Sequence[Path]) -> None:
+    def __init__(self, runs: Sequence[Path], dataset: Dataset | None = None) -> None:
         self._runs = [load(run) for run in runs]
-        self.n_items = len(self._runs[0].ids)
+        if dataset is not None:
+            self._runs = [with_cold_items(run, dataset) for run in self._runs]
+        self.n_items = self._runs[0].n_items
 
     def scorer(self) -> Scorer:
         """Return histories -> mean scores [B, N]."""
@@ -73,7 +78,7 @@ def average_runs(
     reports = [read_report(run) for run in runs]
     backbone = {**reports[0]["backbone"]}
     backbone["trained_parameters"] = sum(r["backbone"]["trained_parameters"] for r in reports)
-    scores = score(Average(runs), split, None, progress)
+    scores = score(Average(runs, dataset), split, None, progress)
     method = "average of " + " and ".join(dict.fromkeys(str(r["method"]) for r in reports))
     report = {
         **reports[0],
@@ -89,7 +94,7 @@ def average_runs(
         "validation_seconds": sum(r["validation_seconds"] for r in reports),
         "tokens_seen": sum(r["tokens_seen"] for r in reports),
         "peak_memory_mb": max(peak_memory_mb(), *(r["peak_memory_mb"] for r in reports)),
-        "scores": {method: scores.own.metrics()},
+        **summed_up({method: scores}),
         "significance": {},
     }
     for key in ("seed", "steps", "best_step", "stopped", "valid", "tied_day", "blend"):

@@ -43,7 +43,7 @@ from l2rec.runs.folder import (
 from l2rec.runs.machine import device
 from l2rec.runs.predictor import backbone_of, load
 from l2rec.runs.report import write_report
-from l2rec.runs.scoring import rank, score
+from l2rec.runs.scoring import rank, score, with_cold_items
 
 TEXT_TOKENS = 128
 COPIED = ("catalog.parquet", MODEL, "metrics.jsonl")
@@ -73,7 +73,7 @@ def blend_run(
         raise CheckpointError(f"{run} is blended already; blend the run it was made of")
     split = training_split(config, dataset)
     started = time.monotonic()
-    blend = Blend(dataset.n_items).to(device())
+    blend = Blend(dataset.n_warm).to(device())
     blend.calibrate(
         predictor.scorer(),
         split.train,
@@ -91,8 +91,10 @@ def blend_run(
     blended = predictor.blended(blend, predictor.version)
 
     valid = rank(blended, split.valid, progress)
-    test = score(blended, split, beside_leave_one_out(dataset, split), progress)
     diagnostics = diagnose(blended, split, dataset)
+    vectors = predictor.vectors
+    everything = with_cold_items(blended, dataset)
+    test = score(everything, split, beside_leave_one_out(dataset, split), progress)
     name = report["method"]
     method = f"{name} + co-occurrence"
     report |= {
@@ -111,6 +113,9 @@ def blend_run(
             "scores": _led_by(method, test.tied, name, report["tied_day"]["scores"]),
             "significance": {},
         }
+    for part, evaluation in test.parts.items():
+        of_part = report["parts"][part]
+        of_part["scores"] = _led_by(method, evaluation, name, of_part["scores"])
     # Half of these files would read as the run that was not blended.
     with replacing_folder(out, remedy="free some space and blend again") as folder:
         for file in COPIED:
@@ -119,8 +124,8 @@ def blend_run(
         if (run / "cache").is_dir():
             shutil.copytree(run / "cache", folder / "cache")
         write_blend(folder, blend.state_dict(), identity)
-        if predictor.vectors is not None:
-            write_item_vectors(folder, predictor.vectors)
+        if vectors is not None:
+            write_item_vectors(folder, vectors)
         if predictor.sample is not None:
             write_sample(folder, predictor.sample)
         test.write(folder, dataset, split)

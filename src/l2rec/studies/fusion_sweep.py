@@ -49,6 +49,8 @@ def fusion_sweep(
     if not alphas or len(set(alphas)) < len(alphas) or min(alphas) < 0:
         raise ConfigError("alpha: name one or more weights, none below 0 and none twice")
     dataset = open_run_dataset(run, data)
+    if dataset.n_cold and split_name == "test":
+        raise ConfigError(f"{dataset.path} has cold items, which l2rec fusion does not rank")
     predictor = load(run)
     if predictor.blend is not None:
         raise ConfigError(f"{run} is blended; give the run it was made of: sides have no blend")

@@ -22,7 +22,7 @@ from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import open_dataset
 from l2rec.data.ragged import Ragged
-from l2rec.data.splits import Cases, Split
+from l2rec.data.splits import Cases, Split, warm_targets
 from l2rec.errors import TrainingError
 from l2rec.methods.floors import floors_of
 from l2rec.protocols import Costed, EpochBatches, Recommender, Stage
@@ -79,7 +79,7 @@ def _measure(config: RunConfig, data: Path) -> dict[str, Any]:
     dataset = open_dataset(data)
     split = training_split(config, dataset)
     backbone = backbone_of(config)
-    model = build_model(config, Catalog(dataset.catalog), backbone, dataset.path / "cache")
+    model = build_model(config, Catalog(dataset.warm_catalog), backbone, dataset.path / "cache")
     training = config.training
     stages = model.stages(training.lr, training.weight_decay)
     reading = time.monotonic() - started
@@ -87,7 +87,7 @@ def _measure(config: RunConfig, data: Path) -> dict[str, Any]:
     validation, users = _validation(model, split, stages)
     for stage in stages:
         stages_of[stage.name] = _stage(model, split, config, stage)
-    _rest(model, split, users, dataset.n_items)
+    _rest(model, split, users, dataset.n_warm)
     return {
         "seconds_reading": reading,
         "stages": stages_of,
@@ -208,7 +208,8 @@ def _rest(model: Any, split: Split, users: int, n_items: int) -> None:
     """Do on some users what a run does after training, which takes memory too: score the test and
     the floors, encode the catalog.
     """
-    test = _some(split.test, users)
+    cases = split.test if split.warm is None else warm_targets(split.test, split.warm)
+    test = _some(cases, users)
     kept = catalog_vectors(model)
     floors = floors_of(split.train, n_items)
     before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}

@@ -193,7 +193,7 @@ def _shapes(config: RunConfig, dataset: Dataset, split: Split, card: float) -> d
     if backbone is not None and config.training.checkpointing:
         backbone.recompute()
     with torch.device("meta"), ShapesOnly():
-        model = method(config.model, Catalog(dataset.catalog), backbone, cache=None).to("meta")
+        model = method(config.model, Catalog(dataset.warm_catalog), backbone, cache=None).to("meta")
         stages = model.stages(config.training.lr, config.training.weight_decay)
     patient = _Patient(config, split, backbone, model, stages)
     step_of = _Steps(patient)

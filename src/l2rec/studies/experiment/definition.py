@@ -145,6 +145,8 @@ class Comparison(_Closed):
     a: str
     b: str
     metric: str = f"{MAIN}{MASKED}"
+    targets: Literal["all", "cold", "warm"] = "all"
+    """Which targets: those that training never met, or the others, of data with cold items."""
     about: str = ""
     """The question it answers."""
 

@@ -1,23 +1,21 @@
 """The page of an experiment: ``report.md`` and one self-contained ``report.html``.
 
 finished cells ── results.py ── Page ─┬─ report.md
-experiment, plan ─────────────────────┴─ report.html.j2 ─ report.html
+experiment, plan ─────────────────────┴─ report.html     (studies/page.py)
 """
 
 from __future__ import annotations
 
-__all__ = ["Page", "page", "to_json", "write_page"]
+__all__ = ["page", "to_json", "write_page"]
 
 import datetime
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from l2rec.data.dataset import open_dataset
-from l2rec.disk import write_text
-from l2rec.runs.chart import Chart, Frame, Line, Mark, Tick, padded, rendered, y_axis
+from l2rec.runs.chart import Chart
 from l2rec.runs.folder import cut_by_time
 from l2rec.runs.machine import versions
 from l2rec.runs.numbers import (
@@ -31,7 +29,7 @@ from l2rec.runs.numbers import (
 )
 from l2rec.studies.compare import FLOORS
 from l2rec.studies.experiment.definition import BLENDED, MASKED, Experiment, Published
-from l2rec.studies.experiment.plan import LeftOut, Plan, State, read_state
+from l2rec.studies.experiment.plan import LeftOut, Plan, State, read_state, seconds_of
 from l2rec.studies.experiment.results import (
     Compared,
     Done,
@@ -40,11 +38,21 @@ from l2rec.studies.experiment.results import (
     read_results,
     score_of,
 )
-from l2rec.studies.tables import markdown_row, mean_and_sd
+from l2rec.studies.page import (
+    BEST,
+    PLAIN,
+    SECOND,
+    Cell,
+    Group,
+    Made,
+    Page,
+    Section,
+    Table,
+    chart_of,
+    write,
+)
+from l2rec.studies.tables import mean_and_sd
 
-BEST, SECOND, PLAIN = "best", "second", ""
-STYLES = ("main", "second", "third", "fourth", "fifth", "sixth")
-"""Styles of a figure's lines, in the order of its series."""
 STATISTICS = {
     "users": "users",
     "items": "items",
@@ -55,68 +63,11 @@ STATISTICS = {
 """Heading of each count of a data set."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One number as text, and whether it is the best or second best of its column."""
+def page(planned: Plan, price: float | None = None) -> Page:
+    """Collect the page of an experiment from what is finished.
 
-    text: str
-    mark: str = PLAIN
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that are compared with each other, under a caption."""
-
-    caption: str
-    rows: list[tuple[str, list[Cell]]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of groups of rows."""
-
-    header: list[str]
-    groups: list[Group]
-
-
-@dataclass(frozen=True)
-class Section:
-    """The results on one data set: a table, a chart if there is a figure, and notes below."""
-
-    title: str
-    facts: str
-    table: Table
-    chart: Chart | None
-    notes: list[str]
-
-
-@dataclass(frozen=True)
-class Made:
-    """How one cell was made."""
-
-    name: str
-    command: str
-    facts: str
-
-
-@dataclass(frozen=True)
-class Page:
-    """All that the page says, as text."""
-
-    title: str
-    reproduces: str
-    about: str
-    made: str
-    sections: list[Section]
-    comparisons: Table | None
-    compared_how: str
-    published: Section | None
-    cells: list[Made]
-    unfinished: list[tuple[str, str]]
-
-
-def page(planned: Plan) -> Page:
-    """Collect the page of an experiment from what is finished."""
+    price: of an hour of the machine, for a column of what each cell cost.
+    """
     experiment = planned.experiment
     results = read_results(planned)
     tests = compared(planned, results)
@@ -127,7 +78,7 @@ def page(planned: Plan) -> Page:
         reproduces=experiment.reproduces,
         about=" ".join(experiment.about.split()),
         made=f"{datetime.date.today().isoformat()}, l2rec {package['l2rec']}{commit}",
-        sections=[_section(experiment, grid, lines) for grid, lines in results.items()]
+        sections=[_section(experiment, grid, lines, price) for grid, lines in results.items()]
         or ([_statistics(planned)] if experiment.statistics else []),
         comparisons=_comparison_table(tests) if tests else None,
         compared_how=_how_compared(tests),
@@ -137,17 +88,14 @@ def page(planned: Plan) -> Page:
     )
 
 
-def write_page(planned: Plan) -> tuple[Page, list[Path]]:
+def write_page(planned: Plan, price: float | None = None) -> tuple[Page, list[Path]]:
     """Write ``report.md`` and ``report.html`` of what is finished; return the page and both paths.
 
     Raises:
         CheckpointError: a finished cell or the folder that cannot be read or written.
     """
-    contents = page(planned)
-    paths = [planned.out / "report.md", planned.out / "report.html"]
-    write_text(paths[0], _markdown(contents))
-    write_text(paths[1], rendered("studies/experiment/report.html.j2", contents))
-    return contents, paths
+    contents = page(planned, price)
+    return contents, write(contents, planned.out)
 
 
 def to_json(planned: Plan) -> dict[str, Any]:
@@ -189,15 +137,27 @@ def to_json(planned: Plan) -> dict[str, Any]:
 # -- tables --------------------------------------------------------------------------------------
 
 
-def _section(experiment: Experiment, grid: str, lines: Mapping[str, Sequence[Done]]) -> Section:
+def _section(
+    experiment: Experiment,
+    grid: str,
+    lines: Mapping[str, Sequence[Done]],
+    price: float | None,
+) -> Section:
     """Lay out the results on one data set."""
-    report = next(iter(lines.values()))[0].report
-    data = report["dataset"]
+    first = next(iter(lines.values()))[0]
+    report, data = first.report, first.report["dataset"]
     facts = (
         f"{data['users']:,} users, {data['items']:,} items, {data['events']:,} events, "
         f"fingerprint {data['fingerprint']}; {report.get('protocol', '')}"
     )
+    if first.part:
+        facts += f"; {report['parts'][first.part]['users_tested']:,} tests"
     notes = ["mean ± standard deviation over seeds; best of each column bold, second underlined"]
+    if price is not None:
+        notes.append(
+            f"money: all of a cell's time, validation and test too, at {price:g} an hour of the "
+            "machine that it ran on; of a blend or an average, what it adds to its runs"
+        )
     if any(cut_by_time(one.report) for done in lines.values() for one in done):
         notes.append("† cut by its time budget while it still got better")
     published = experiment.published
@@ -208,7 +168,7 @@ def _section(experiment: Experiment, grid: str, lines: Mapping[str, Sequence[Don
     return Section(
         title=grid,
         facts=facts,
-        table=_score_table(experiment, lines, of_paper),
+        table=_score_table(experiment, lines, of_paper, price),
         chart=_chart(experiment, lines),
         notes=notes,
     )
@@ -218,12 +178,14 @@ def _score_table(
     experiment: Experiment,
     lines: Mapping[str, Sequence[Done]],
     of_paper: Mapping[str, Mapping[str, float]],
+    price: float | None,
 ) -> Table:
     """Lay out scores and costs, what is blended apart from what is not."""
     metrics = [m + ending for ending in ("", MASKED) for m in experiment.metrics]
     shown = [m for m in experiment.metrics if any(m in row for row in of_paper.values())]
     header = ["", "seeds", *map(_heading, metrics), *(f"{_heading(m)}, paper" for m in shown)]
     header += ["training", "tokens", "peak memory", "trained"]
+    header += [] if price is None else ["money"]
     published = {row.name: row.published or row.name for row in experiment.rows}
     groups = []
     for blended, caption in ((False, "as it is"), (True, "blended: co-occurrence and repeats")):
@@ -242,7 +204,7 @@ def _score_table(
             cells = [Cell(_seeds(experiment, done)), *cells]
             cells += [Cell(as_score(theirs.get(metric))) for metric in shown]
             dagger = " †" if any(cut_by_time(one.report) for one in done) else ""
-            rows.append((name.removesuffix(BLENDED) + dagger, [*cells, *_costs(done)]))
+            rows.append((name.removesuffix(BLENDED) + dagger, [*cells, *_costs(done, price)]))
         groups.append(Group(caption, rows))
     floors = _floors(lines)
     if floors:
@@ -277,18 +239,22 @@ def _marked(rows: Sequence[Sequence[float | None]]) -> list[list[str]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _costs(done: Sequence[Done]) -> list[Cell]:
-    """Write mean costs: training minutes, tokens, peak memory, trained parameters."""
+def _costs(done: Sequence[Done], price: float | None) -> list[Cell]:
+    """Write mean costs: training minutes, tokens, peak memory, trained parameters, and money where
+    an hour has a ``price``.
+    """
 
     def mean(cost: Callable[[Mapping[str, Any]], Any], write: Callable[[float], str]) -> Cell:
         costs = [cost(one.report) for one in done]
         return Cell(NONE if None in costs else formatted(sum(costs) / len(costs), write))
 
+    money = [mean(seconds_of, lambda v: f"{v / 3600 * price:.2f}")] if price is not None else []
     return [
         mean(lambda r: r.get("training_seconds"), lambda v: f"{v / 60:.1f} min"),
         mean(lambda r: r.get("tokens_seen"), lambda v: f"{v / 1e6:.1f} M"),
         mean(lambda r: r.get("peak_memory_mb"), lambda v: f"{v / 1000:.2f} GB"),
         mean(lambda r: (r.get("backbone") or {}).get("trained_parameters"), as_count),
+        *money,
     ]
 
 
@@ -297,7 +263,7 @@ def _floors(lines: Mapping[str, Sequence[Done]]) -> dict[str, Mapping[str, float
     scores: dict[str, Mapping[str, float]] = {}
     for done in lines.values():
         for one in done:
-            scores |= {n: s for n, s in one.report["scores"].items() if n in FLOORS}
+            scores |= {n: s for n, s in one.scores.items() if n in FLOORS}
     return {name: scores[name] for name in FLOORS if name in scores}
 
 
@@ -392,29 +358,14 @@ def _chart(experiment: Experiment, lines: Mapping[str, Sequence[Done]]) -> Chart
             series.setdefault(row.series or "ours", {})[row.x] = score.mean
     if not series:
         return None
-    at: Callable[[float], float] = math.log10 if figure.log else float
-    xs = sorted({x for points in series.values() for x in points})
-    low, high = at(xs[0]), at(xs[-1])
-    room = 0.03 * (high - low) or 0.5
-    values = [y for points in series.values() for y in points.values()]
-    frame = Frame((low - room, high + room), padded(values))
-    styles = [STYLES[n % len(STYLES)] for n in range(len(series))]
-    drawn, marks = [], []
-    for style, (name, points) in zip(styles, series.items(), strict=True):
-        along = [(at(x), y) for x, y in sorted(points.items())]
-        drawn.append(Line(frame.path(along), style, name))
-        marks += [Mark(frame.x(x), frame.y(y), 0, "middle", "", f"dot {style}") for x, y in along]
-    best = max(values)
-    return Chart(
+    best = max(y for points in series.values() for y in points.values())
+    return chart_of(
+        series,
         title=_heading(figure.y),
         summary=f"{_heading(figure.y)} over {figure.x}: {', '.join(series)}; best {best:.4f}.",
-        note="Means over seeds." + " The axis is logarithmic." * figure.log,
+        note="Means over seeds.",
         x_label=figure.x,
-        frame=frame,
-        x_ticks=[Tick(frame.x(at(x)), f"{x:g}") for x in xs],
-        y_ticks=y_axis(frame),
-        lines=drawn,
-        marks=marks,
+        log=figure.log,
     )
 
 
@@ -424,7 +375,9 @@ def _chart(experiment: Experiment, lines: Mapping[str, Sequence[Done]]) -> Chart
 def _made(planned: Plan, results: Results) -> list[Made]:
     """Say of every cell in the tables by which command, where and when it was made."""
     taken = read_state(planned.out)["taken"]
-    cells = [one for lines in results.values() for done in lines.values() for one in done]
+    cells = [
+        one for lines in results.values() for done in lines.values() for one in done if not one.part
+    ]
     return [
         Made(
             name=one.cell.key,
@@ -465,47 +418,3 @@ def _unfinished(planned: Plan) -> list[tuple[str, str]]:
 
 def _reason(left_out: LeftOut) -> tuple[str, str]:
     return left_out.key, f"left out: {left_out.reason}"
-
-
-# -- Markdown ------------------------------------------------------------------------------------
-
-
-def _markdown(contents: Page) -> str:
-    lines = [f"# {contents.title}", ""]
-    lines += [f"Reproduces {contents.reproduces}.", ""] if contents.reproduces else []
-    lines += [contents.about, ""] if contents.about else []
-    lines += [f"Rendered {contents.made}.", ""]
-    for section in contents.sections:
-        lines += _section_lines(section)
-    if contents.comparisons is not None:
-        lines += ["## Comparisons", "", *_table_lines(contents.comparisons)]
-        lines += [contents.compared_how, ""]
-    if contents.published is not None:
-        lines += _section_lines(contents.published)
-    if contents.cells:
-        lines += ["## How every number was made", ""]
-        lines += [f"- **{c.name}**: `{c.command}`: {c.facts}." for c in contents.cells]
-        lines.append("")
-    if contents.unfinished:
-        lines += ["## Not finished", ""]
-        lines += [f"- {name}: {why}" for name, why in contents.unfinished]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _section_lines(section: Section) -> list[str]:
-    lines = [f"## {section.title}", ""]
-    lines += [f"{section.facts}.", ""] if section.facts else []
-    if section.chart is not None:
-        lines += [f"{section.chart.summary} The figure is in report.html.", ""]
-    return [*lines, *_table_lines(section.table), *(f"- {note}" for note in section.notes), ""]
-
-
-def _table_lines(table: Table) -> list[str]:
-    marks = {BEST: "**{}**", SECOND: "<u>{}</u>", PLAIN: "{}"}
-    lines = [markdown_row(table.header), "|---|" + "---:|" * (len(table.header) - 1)]
-    for group in table.groups:
-        if len(table.groups) > 1:
-            lines.append(markdown_row([f"*{group.caption}*", *[""] * (len(table.header) - 1)]))
-        for name, cells in group.rows:
-            lines.append(markdown_row([name, *(marks[c.mark].format(c.text) for c in cells)]))
-    return [*lines, ""]

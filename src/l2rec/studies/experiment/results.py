@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Compared", "Done", "Results", "compared", "read_results", "score_of"]
+__all__ = ["Compared", "Done", "Results", "compared", "part_of", "read_results", "score_of"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +15,44 @@ from l2rec.errors import DataError, L2RecError
 from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import SeededTest, holm, seeded_test
 from l2rec.runs.folder import RANKS, read_report
+from l2rec.runs.scoring import PARTS, is_part
 from l2rec.studies.compare import Score, over_seeds
 from l2rec.studies.experiment.definition import MASKED, Comparison
 from l2rec.studies.experiment.plan import Cell, Plan, State
 
+NO_COLD = "no item is cold: l2rec cold makes such data"
+"""Why a comparison on cold or warm targets has no result."""
+
 
 @dataclass(frozen=True)
 class Done:
-    """A finished cell: its report, and its ranks if it has any."""
+    """A finished cell: its report, and its ranks if it has any.
+
+    part: cold or warm, where it stands for these targets alone.
+    """
 
     cell: Cell
     report: Mapping[str, Any]
     ranks: Ranks | None
+    part: str = ""
+
+    @property
+    def scores(self) -> Mapping[str, Mapping[str, float]]:
+        """Test scores of the method and of what needs no training, by name."""
+        of_part: Mapping[str, Any] = self.report["parts"][self.part] if self.part else self.report
+        return of_part["scores"]  # type: ignore[no-any-return]
 
     def score(self, metric: str) -> float | None:
         """Return its test score; None if it has none of this metric."""
-        value = self.report["scores"][self.report["method"]].get(metric)
+        value = self.scores[self.report["method"]].get(metric)
         return None if value is None else float(value)
+
+    def of_targets(self, part: str) -> Done:
+        """Return it as of cold or of warm targets alone."""
+        ranks = self.ranks
+        if ranks is not None and ranks.warm is not None:
+            ranks = ranks.of_targets(is_part(part, ranks.targets, ranks.warm))
+        return Done(self.cell, self.report, ranks, part)
 
 
 Results = Mapping[str, Mapping[str, Sequence[Done]]]
@@ -39,7 +60,9 @@ Results = Mapping[str, Mapping[str, Sequence[Done]]]
 
 
 def read_results(planned: Plan) -> Results:
-    """Read the finished cells of a plan that belong into tables, in the order of the rows."""
+    """Read the finished cells of a plan that belong into tables, in the order of the rows; of data
+    with cold items, cold and warm targets also apart.
+    """
     found: dict[str, dict[str, list[Done]]] = {}
     lines = [n for row in planned.experiment.rows for n in planned.experiment.lines_of(row)]
     standing = [one.cell for one in planned.cells if one.state is State.FINISHED]
@@ -48,7 +71,21 @@ def read_results(planned: Plan) -> Results:
             by_line = found.setdefault(cell.grid, {})
             by_line.setdefault(cell.line, []).append(_read(cell))
     order = list(dict.fromkeys(one.cell.grid for one in planned.cells))
-    return {grid: found[grid] for grid in order if grid in found}
+    results: dict[str, dict[str, list[Done]]] = {}
+    for grid in (grid for grid in order if grid in found):
+        results[grid] = found[grid]
+        apart = {n: [d for d in done if "parts" in d.report] for n, done in found[grid].items()}
+        for part in PARTS:
+            if any(apart.values()):
+                results[part_of(grid, part)] = {
+                    n: [one.of_targets(part) for one in done] for n, done in apart.items() if done
+                }
+    return results
+
+
+def part_of(grid: str, targets: str) -> str:
+    """Return the name of a grid's results on all targets, or on the cold or warm ones alone."""
+    return grid if targets in ("", "all") else f"{grid}, {targets} targets"
 
 
 def _read(cell: Cell) -> Done:
@@ -86,9 +123,10 @@ def compared(planned: Plan, results: Results) -> list[Compared]:
     seed would do.
     """
     found = [
-        _compared(comparison, grid, by_line)
-        for grid, by_line in results.items()
+        _compared(comparison, name, results.get(name, {}))
+        for grid in dict.fromkeys(one.cell.grid for one in _cells(results))
         for comparison in planned.experiment.comparisons
+        for name in [part_of(grid, comparison.targets)]
     ]
     tested = [one for one in found if one.test is not None and one.test.p is not None]
     ps = [one.test.p for one in tested if one.test is not None and one.test.p is not None]
@@ -98,12 +136,17 @@ def compared(planned: Plan, results: Results) -> list[Compared]:
     ]
 
 
+def _cells(results: Results) -> Iterator[Done]:
+    return (one for lines in results.values() for done in lines.values() for one in done)
+
+
 def _compared(comparison: Comparison, grid: str, by_line: Mapping[str, Sequence[Done]]) -> Compared:
     sides = [by_line.get(name, ()) for name in (comparison.a, comparison.b)]
     seeds = (len(sides[0]), len(sides[1]))
     missing = [n for n, side in zip((comparison.a, comparison.b), sides, strict=True) if not side]
     if missing:
-        return Compared(comparison, grid, seeds, None, None, (f"{missing[0]} has no result",))
+        why = f"{missing[0]} has no result" if by_line else NO_COLD
+        return Compared(comparison, grid, seeds, None, None, (why,))
     try:
         first, values = _values(comparison.metric, sides)
         users = np.unique(first.users, return_inverse=True)[1]
