@@ -12,6 +12,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from tests.support import hub as fake
+from tests.support.command import Call
 from tests.support.errors import one_line
 from tests.support.runs import Finished
 
@@ -319,3 +320,17 @@ def test_ids_follow_the_rules_of_the_hub(
     with pytest.raises(ConfigError, match="no id for the hub"):
         save_pretrained(sasrec_run, tmp_path / "a", dataset=name)
     save_pretrained(sasrec_run, tmp_path / "a", dataset=offered)
+
+
+def test_the_command_writes_a_folder_or_uploads(
+    call: Call, sasrec_run: Path, hub: fake.Hub, tmp_path: Path
+) -> None:
+    code, out, _ = call("publish", sasrec_run, "--out", tmp_path / "p", "--license", "mit")
+    assert code == 0 and str(tmp_path / "p" / "README.md") in out
+    code, out, _ = call("publish", sasrec_run, "--to", "org/run", "--license", "mit")
+    assert code == 0 and out.strip().endswith("/org/run")
+    assert "model.safetensors" in hub.repos["org/run"] and hub.private["org/run"]
+    code, _, err = call("publish", sasrec_run, "--to", "org/run")
+    assert code == 2 and "--to needs --license" in err
+    code, _, err = call("publish", sasrec_run)
+    assert code == 2 and "give either --out FOLDER or --to org/name" in err
