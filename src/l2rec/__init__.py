@@ -3,6 +3,7 @@
     import l2rec
     model = l2rec.load("runs/demo")
     model.recommend(["50", "172", "181"], k=10).items
+    l2rec.L2Rec("sasrec").fit(l2rec.open_dataset("data/mine")).recommend()
 
 Names are imported when they are first used, so that ``import l2rec`` stays quick.
 """
@@ -37,15 +38,16 @@ if TYPE_CHECKING:
     from l2rec.data.prepare import PrepareConfig, prepare
     from l2rec.data.splits import leave_one_out
     from l2rec.errors import L2RecError
+    from l2rec.estimator import L2Rec
     from l2rec.evaluation.ranking import evaluate
-    from l2rec.methods.l2rec import L2Rec, L2RecConfig
+    from l2rec.methods.l2rec import L2RecConfig
     from l2rec.modules.backbone import load_backbone
     from l2rec.runs.predictor import Predictor, load
 
 # The module of each name, and its name there if it is another one.
 _HOME = {
     "Dataset": "l2rec.data.dataset",
-    "L2Rec": "l2rec.methods.l2rec",
+    "L2Rec": "l2rec.estimator",
     "L2RecConfig": "l2rec.methods.l2rec",
     "L2RecError": "l2rec.errors",
     "Predictor": "l2rec.runs.predictor",

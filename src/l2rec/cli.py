@@ -744,6 +744,110 @@ def compare(
 
 
 @app.command()
+def diagnose(
+    run: Run,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Field of the catalog, column of --users, popularity (of items) or history (of "
+            "users). Repeatable; popularity and history by default."
+        ),
+    ] = None,
+    users: Annotated[
+        Path | None,
+        typer.Option(help="Attributes of users: CSV or Parquet with a column user_id."),
+    ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(help='Text between the values of an item that has several, such as ", ".'),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="Items of a list.")] = 10,
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the report: FILE.json")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whom and what a run serves: exposure, scores and calibration by groups.
+
+    What is recommended on test, beside what was trained on and what was chosen next: groups of
+    items that get more places than people gave them, groups of users who are served worse, and how
+    far popular items crowd out the rest. docs/ethics.md says how to read it.
+
+    Example: `l2rec diagnose runs/ml --by class --separator " " --by gender --users users.csv`
+    """
+    from l2rec.console import Console, print_exposure
+    from l2rec.disk import write_json
+    from l2rec.studies.exposure import HISTORY, POPULARITY, exposure_of
+
+    with Console(quiet=as_json) as console:
+        report = exposure_of(
+            run,
+            by or [POPULARITY, HISTORY],
+            progress=console,
+            users=users,
+            separator=separator,
+            k=k,
+            data=data,
+        )
+        if out is not None:
+            write_json(out, report)
+    if as_json:
+        _print_json(report)
+    else:
+        print_exposure(report)
+
+
+@app.command()
+def publish(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Repository of the Hugging Face hub: org/name")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of what was trained, such as apache-2.0.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public, not private.")
+    ] = False,
+    dataset: Annotated[str | None, typer.Option(help="Hub id of the data set.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Hub id of a backbone that was read from a folder.")
+    ] = None,
+    limits: Annotated[str, typer.Option(help="What the model is not for: a text.")] = "",
+) -> None:
+    """Publish a finished run: as a folder, or on the Hugging Face hub, with a model card.
+
+    What was trained, the item texts and the scores; no events, no user ids, no paths, no weights of
+    the backbone. `l2rec.load("org/name")` in Python brings it back. docs/hub.md says more.
+
+    Example: `l2rec publish runs/ml --out published --license apache-2.0`
+    """
+    from l2rec.errors import ConfigError
+    from l2rec.runs.hub import push_to_hub, save_pretrained
+
+    if (out is None) == (to is None):
+        raise ConfigError("give either --out FOLDER or --to org/name")
+    if out is not None:
+        save_pretrained(
+            run, out, license=license, dataset=dataset, backbone=backbone, limits=limits
+        )
+        typer.echo(f"{out}: read {out / 'README.md'}")
+        return
+    if license is None:
+        raise ConfigError("--to needs --license: what others may do with it, such as apache-2.0")
+    address = push_to_hub(
+        run,
+        str(to),
+        license=license,
+        private=not public,
+        dataset=dataset,
+        backbone=backbone,
+        limits=limits,
+    )
+    typer.echo(address)
+
+
+@app.command()
 def fusion(
     run: Run,
     alpha: Annotated[str, typer.Option(help="Weights of the second side, between commas.")] = (

@@ -2,7 +2,7 @@
 
 A run is described by one YAML file, the recipe, and ``key=value`` overrides:
 
-    method: l2rec.methods.l2rec:L2Rec     import path of the method; there is no registry
+    method: l2rec.methods.l2rec:L2Rec     import path of the method, or FILE.py:Class; no registry
     backbone: {name: minilm}
     model: {...}                          options of the method's Config class
     split: {kind: leave-one-out}
@@ -28,10 +28,15 @@ __all__ = [
 
 import contextlib
 import datetime
+import hashlib
 import importlib
+import importlib.util
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -40,6 +45,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from l2rec.errors import ConfigError, nearest
 
 Options = TypeVar("Options", bound=BaseModel)
+METHOD = re.compile(r"[^:]+:[A-Za-z_]\w*")
+"""Import path of a method where the name of a recipe could stand."""
 SplitKind = Literal["auto", "leave-one-out", "tied-day", "time", "given"]
 
 
@@ -181,19 +188,54 @@ def from_options(kind: type[Options], options: Mapping[str, Any], /, **flags: st
 
 
 def method_class(path: str) -> Any:
-    """Import the method class at ``package.module:Name``.
+    """Import the method class at ``package.module:Name``, or ``FILE.py:Name``.
 
     Raises:
         ConfigError: it cannot be imported, or is no method.
     """
     try:
-        module_name, _, name = path.partition(":")
-        method = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        if _names_file(path):
+            file, _, name = path.rpartition(":")
+            method = getattr(_module_of(Path(file)), name)
+        else:
+            module_name, _, name = path.partition(":")
+            method = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError, OSError, SyntaxError, NameError) as error:
         raise ConfigError(f"method={path!r} cannot be imported: {error}") from error
     if not hasattr(method, "Config"):
         raise ConfigError(f"method={path!r} is no method: it has no Config; name module:Class")
     return method
+
+
+def _names_file(method: str) -> bool:
+    return ".py:" in method
+
+
+def _module_of(file: Path) -> ModuleType:
+    """Import a Python file from wherever it lies: once, so that its classes stay the same."""
+    file = file.resolve()
+    name = f"l2rec_file_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, "it ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses and pydantic look it up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _with_whole_path(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the keys of a recipe; a method in a file has its whole path, seen from ``folder``."""
+    method = values.get("method")
+    if not isinstance(method, str) or not _names_file(method):
+        return values
+    file, _, name = method.rpartition(":")
+    return {**values, "method": f"{(folder / file).resolve()}:{name}"}
 
 
 def recipe_names() -> list[str]:
@@ -228,20 +270,24 @@ def find_recipe(recipe: str) -> Path:
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe, apply ``dotted.key=value`` overrides (values are YAML), check and resolve it.
 
+    Instead of a recipe, a class (``package.module:Name`` or ``FILE.py:Name``) is that method with
+    its defaults.
+
     A recipe with ``extends: OTHER`` (a shipped name, or a path from its folder) takes from the
     other all keys, group by group, that it does not set itself.
 
     Raises:
         ConfigError: unknown recipe or key (the nearest name is offered), or a bad value.
     """
-    path = find_recipe(recipe)
-    values = _read(path)
+    path = None if METHOD.fullmatch(recipe) else find_recipe(recipe)
+    values = {"method": recipe} if path is None else _read(path)
     for override in overrides:
         _set(values, override)
+    values = _with_whole_path(values, Path())
     try:
         return RunConfig(**values)
     except ValidationError as error:
-        where = _origin(path, overrides, _faults_of(error)[0])
+        where = recipe if path is None else _origin(path, overrides, _faults_of(error)[0])
         raise ConfigError(f"{where}: {_explain(error, values)}") from None
 
 
@@ -299,7 +345,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
-    return values
+    return _with_whole_path(values, path.parent)
 
 
 def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -6,6 +6,7 @@ __all__ = [
     "Console",
     "print_comparison",
     "print_doctor",
+    "print_exposure",
     "print_plan",
     "print_recommendations",
     "print_rows",
@@ -16,7 +17,7 @@ __all__ = [
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
@@ -32,6 +33,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from l2rec.runs.numbers import NONE, as_count, as_percent, as_score, formatted
 
 if TYPE_CHECKING:
     from l2rec.runs.predictor import Recommendation
@@ -171,6 +174,79 @@ def print_rows(title: str, name: str, rows: Mapping[Any, Mapping[str, float]]) -
         ]
         table.add_row(escape(str(row)), *marked)
     _out().print(table)
+
+
+def print_exposure(report: Mapping[str, Any]) -> None:
+    """Print what `l2rec diagnose` found: a table for each attribute, and how to read it."""
+    for what, columns in EXPOSURE.items():
+        for name, rows in report[what].items():
+            table = Table(title=escape(f"{what} by {name}"))
+            table.add_column("group", overflow="fold")
+            for heading in columns:
+                table.add_column(heading, justify="right")
+            for row in rows:
+                table.add_row(escape(row["group"]), *(write(row) for write in columns.values()))
+            _out().print(table)
+    for pair in report["both"]:
+        if pair["users"] == "all":
+            apart = f"{pair['groups'][0]['calibration']:.3f}"
+            _out().print(f"calibration by {escape(pair['items'])}: {apart}", highlight=False)
+            continue
+        title = f"places by {pair['users']} and {pair['items']}, ratio to history"
+        table = Table(title=escape(title))
+        table.add_column("group", overflow="fold")
+        for group in pair["groups"]:
+            table.add_column(escape(group["group"]), justify="right")
+        for name in pair["groups"][0]["shares"]:
+            cells = [group["shares"][name] for group in pair["groups"]]
+            table.add_row(
+                escape(name), *(f"{as_percent(c['exposure'])} {_times(c['ratio'])}" for c in cells)
+            )
+        table.add_row("calibration", *(f"{g['calibration']:.3f}" for g in pair["groups"]))
+        _out().print(table)
+    overall = report["overall"]
+    _out().print(
+        f"{report['cases']:,} test cases, lists of {report['k']}: "
+        f"{as_percent(overall['coverage'])} of the catalog is in some list, Gini "
+        f"{overall['gini']:.2f}; the fifth with the most events has "
+        f"{as_percent(overall['head_exposure'])} of the places, "
+        f"{as_percent(overall['head_history'])} of the histories and "
+        f"{as_percent(overall['head_next'])} of what was chosen next.",
+        highlight=False,
+    )
+
+
+def _times(ratio: float | None) -> str:
+    return NONE if ratio is None else f"×{ratio:.2f}"
+
+
+def _with_error(row: Mapping[str, Any]) -> str:
+    if row["ndcg@10"] is None:
+        return NONE
+    return f"{as_score(row['ndcg@10'])} ± {row['error']:.4f}"
+
+
+EXPOSURE: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
+    "items": {
+        "items": lambda row: as_count(row["items"]),
+        "catalog": lambda row: as_percent(row["catalog"]),
+        "trained": lambda row: as_percent(row["trained"]),
+        "next": lambda row: as_percent(row["next"]),
+        "exposure": lambda row: as_percent(row["exposure"]),
+        "ratio": lambda row: _times(row["ratio"]),
+        "ndcg@10 masked": _with_error,
+    },
+    "users": {
+        "users": lambda row: as_count(row["users"]),
+        "ndcg@10 masked": _with_error,
+        "head in history": lambda row: as_percent(row["head_history"]),
+        "next": lambda row: as_percent(row["head_next"]),
+        "listed": lambda row: as_percent(row["head_exposure"]),
+        "popularity bias": lambda row: formatted(row["popularity_bias"], "{:+.2f}".format),
+        "coverage": lambda row: as_percent(row["coverage"]),
+    },
+}
+"""Columns of `print_exposure`, and how a row fills them."""
 
 
 def print_plan(planned: Plan) -> None:

@@ -64,6 +64,8 @@ VERBS = {
     "recommend": ["--history", "--user", "--new-item", "--include-seen", "--json"],
     "embed": ["--out", "--users", "--data"],
     "onnx": ["--out", "--data"],
+    "diagnose": ["--by", "--users", "--separator", "--k", "--data", "--out", "--json"],
+    "publish": ["--out", "--to", "--license", "--public", "--dataset", "--backbone", "--limits"],
     "blend": ["--out", "--data"],
     "average": ["--out", "--data"],
     "index": ["--out", "--kind", "--queries", "--json"],

@@ -16,6 +16,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TARGETS = ("help", "demo", "test", "check", "fix", "bench", "clean", "dist")
+TARGETS += ("check-slow", "check-lowest", "check-newest")
 EXACT_PIN = re.compile(r"^[A-Za-z0-9_.-]+==[A-Za-z0-9.]+$")
 
 
@@ -57,7 +59,7 @@ def test_constraints_are_exact_and_free_of_cuda() -> None:
 def test_package_data_ships() -> None:
     package = resources.files("l2rec")
     assert package.joinpath("py.typed").is_file()
-    for name in ("report.html.j2", "parts.html.j2", "style.css.j2"):
+    for name in ("report.html.j2", "parts.html.j2", "style.css.j2", "card.md.j2"):
         assert package.joinpath("runs", name).is_file()
     assert package.joinpath("studies", "page.html.j2").is_file()
     assert package.joinpath("experiments", "l2rec-table2.yaml").is_file()
@@ -69,7 +71,7 @@ def test_ci_script_is_executable_and_parses() -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-@pytest.mark.parametrize("target", ["help", "demo", "test", "check", "fix", "bench", "clean"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_make_target_exists(target: str) -> None:
     subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
@@ -86,3 +88,22 @@ def test_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
     assert made.returncode != 0
     assert "older than 3.11; set another: make PYTHON=python3.11" in made.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("name", ["check", "weekly", "release"])
+def test_a_workflow_calls_targets_that_exist(name: str) -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    called = [step["run"] for step in steps if step.get("run", "").startswith("make ")]
+    assert called
+    for command in called:
+        subprocess.run([*command.split(), "-n"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "page", ["SECURITY.md", "GOVERNANCE.md", "CONTRIBUTING.md", "CITATION.cff"]
+)
+def test_page_of_the_project_exists_and_its_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / link).exists(), link

@@ -26,6 +26,7 @@ __all__ = [
     "Packing",
     "lay",
     "load_backbone",
+    "load_tokenizer",
     "pack",
     "split",
     "split_groups",
@@ -791,11 +792,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     baichuan.register()
     memory.bound_caches()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    source = minilm_source() if config.name == "minilm" else config.name
-    common: dict[str, Any] = {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    source, common = _source_of(config)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -836,6 +833,26 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
         transformers.logging.enable_progress_bar()
     _check_tokenizer(backbone)
     return backbone
+
+
+def load_tokenizer(config: BackboneConfig) -> Any:
+    """Load the tokenizer of the backbone that a config names, without its weights.
+
+    Raises:
+        BackboneError: there is none.
+    """
+    baichuan.register()
+    source, common = _source_of(config)
+    file = gguf.find_gguf(source)
+    if file is not None:
+        source, common = gguf.place(file)
+    return _load_tokenizer(config, source, common)
+
+
+def _source_of(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
+    """Return the hub id or folder of a backbone, and options of whatever reads it."""
+    source = minilm_source() if config.name == "minilm" else config.name
+    return source, {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
 def _load_model(

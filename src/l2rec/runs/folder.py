@@ -19,6 +19,7 @@
     RUN/tensorboard/        event files
     RUN/index/              what `l2rec index` built, if it was told to write here
     RUN/events.db           the event log of `l2rec serve RUN`
+    RUN/tokenizer/          in a run that was published: how it reads texts (`l2rec.runs.hub`)
     RUN/.l2rec.lock         only while a process trains it, or after a kill
 
 A version, the name of a run's weights, is a hash of model.safetensors and blend.safetensors.
@@ -89,6 +90,8 @@ HELD = {"none": "unquantised weights", "8bit": "8-bit weights", "4bit": "4-bit w
 NEVER = "was this run ever checkpointed?"
 MODEL, BLEND, ITEMS = "model.safetensors", "blend.safetensors", "items.safetensors"
 USERS = "users.safetensors"
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in a published run."""
 RANKS, TIED_RANKS = "ranks.parquet", "ranks-tied-day.parquet"
 
 

@@ -30,12 +30,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from l2rec.config import RunConfig, method_class
+from l2rec.config import BackboneConfig, RunConfig, method_class
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
 from l2rec.evaluation.ranking import top_k
-from l2rec.modules.backbone import Backbone, load_backbone
+from l2rec.modules.backbone import Backbone, load_backbone, load_tokenizer
 from l2rec.modules.cooccurrence import Blend
 from l2rec.protocols import (
     Costed,
@@ -45,13 +45,16 @@ from l2rec.protocols import (
     Scorer,
     TakesNewItems,
 )
+from l2rec.runs import hub
 from l2rec.runs.checkpoint import load_tensors, load_trained
 from l2rec.runs.folder import (
     MODEL,
+    TOKENIZER,
     RunFolder,
     Sample,
     check_backbone,
     find_backbone,
+    read_catalog,
     read_run,
     unfinished,
 )
@@ -115,6 +118,7 @@ class Predictor:
     """A trained model with its catalog: everything by external ids.
 
     Attributes:
+        run: folder it was loaded from, None for one that was made of another predictor.
         model: the method. ids: external item ids by item int. texts: their texts.
         vectors: [N, D] item vectors, None for a method that only ranks. version: short hash of
         the trained tensors. blend: co-occurrence and repeats beside the method, None without.
@@ -134,7 +138,39 @@ class Predictor:
         self.model, self.blend, self.sample = model, blend, sample
         self.ids, self.texts, self.vectors, self.version = ids, texts, vectors, version
         self._index = {item: n for n, item in enumerate(ids)}
+        self.run: Path | None = None
         self._scorer: Scorer | None = None
+
+    # -- the hub ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, run: str | Path, **options: Any) -> Predictor:
+        """Load a run from its folder or from the hub: `load`, as Hugging Face calls it."""
+        return load(run, **options)
+
+    def save_pretrained(self, out: str | Path, **options: Any) -> Path:
+        """Write the run as a folder that can be published: `l2rec.runs.hub.save_pretrained`, which
+        has the options and the errors.
+        """
+        return hub.save_pretrained(self._published(), Path(out), **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the run on the hub: `l2rec.runs.hub.push_to_hub`, which has the options and the
+        errors. Return its address.
+        """
+        return hub.push_to_hub(self._published(), repo_id, **options)
+
+    def _published(self) -> Path:
+        """Return the run that is this predictor."""
+        if self.run is None:
+            raise ConfigError("this predictor is no run as it was trained; load the run's folder")
+        known = read_catalog(self.run)
+        if len(known) != len(self.ids):
+            raise ConfigError(
+                f"{len(self.ids) - len(known)} items were added since {self.run} was loaded, which "
+                "would not be published; load it again"
+            )
+        return self.run
 
     # -- scores ----------------------------------------------------------------------------------
 
@@ -216,7 +252,7 @@ class Predictor:
         best = top_k(
             lambda _: self.scores(encoded),
             rows,
-            self._check_k(k),
+            self.check_k(k),
             exclude=rows if exclude_seen else None,
         )
         items = [
@@ -317,7 +353,12 @@ class Predictor:
         if not isinstance(self.model, protocol):
             raise ConfigError(f"{type(self.model).__name__} {otherwise}")
 
-    def _check_k(self, k: int) -> int:
+    def check_k(self, k: int) -> int:
+        """Return a number of items to recommend.
+
+        Raises:
+            DataError: the catalog has fewer, or it is below 1.
+        """
         if not 1 <= k <= len(self.ids):
             raise DataError(
                 f"k={k}: the catalog has {len(self.ids)} items; choose 1..{len(self.ids)}"
@@ -364,16 +405,26 @@ class Predictor:
             self.texts.append(text)
 
 
-def load(run: str | Path) -> Predictor:
+def load(
+    run: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Predictor:
     """Load a run, ready to recommend; needs neither its data set nor a GPU.
 
     A run that is not finished is loaded with its best weights so far, and a warning is logged.
 
+    Args:
+        run: its folder, or ``org/name`` of one that was published on the Hugging Face hub.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: load a run of the hub whose method is not one of l2rec's, or whose
+            backbone brings code of its own. Such code can do anything.
+
     Raises:
         CheckpointError: missing or torn files, another backbone than the run was made on, or
             tensors that do not fit. BackboneError: its backbone is gone or cannot be loaded.
+            ConfigError: a run of the hub that needs ``trust_remote_code``.
     """
-    folder = read_run(Path(run))
+    place = hub.located(run, revision=revision, trust_remote_code=trust_remote_code)
+    folder = read_run(place)
     if unfinished(folder.path):
         step = load_tensors(folder.path / MODEL)[1].get("step", "0")
         shown = "the untrained one" if step == "0" else f"of step {step}"
@@ -388,8 +439,12 @@ def load_folder(folder: RunFolder) -> Predictor:
     run, catalog = folder.path, folder.catalog
     backbone = backbone_of(find_backbone(run, folder.config, folder.identity))
     check_backbone(run, folder.identity, backbone)
-    # A run on a read-only disk can be used; its texts are then read anew.
-    cache = run / "cache" if os.access(run, os.W_OK) else None
+    if backbone is not None and (run / TOKENIZER).is_dir():
+        backbone.tokenizer = load_tokenizer(BackboneConfig(name=str(run / TOKENIZER)))
+    # A run on a read-only disk can be used, and one that was published stays as it is; their texts
+    # are then read anew.
+    kept = os.access(run, os.W_OK) and not folder.identity.get("published")
+    cache = run / "cache" if kept else None
     model = build_model(folder.config, catalog, backbone, cache)
     load_trained(model, folder.tensors, str(run / "model.safetensors"))
     model.eval()
@@ -406,4 +461,8 @@ def load_folder(folder: RunFolder) -> Predictor:
     if vectors is not None:
         vectors = vectors.to(device())
     ids = catalog.table["item_id"].to_pylist()
-    return Predictor(model, ids, list(catalog.texts), vectors, folder.version, blend, folder.sample)
+    predictor = Predictor(
+        model, ids, list(catalog.texts), vectors, folder.version, blend, folder.sample
+    )
+    predictor.run = run
+    return predictor

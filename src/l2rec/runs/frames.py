@@ -1,0 +1,104 @@
+"""The k best items of many users as a table: user_id, item_id, score, rank."""
+
+from __future__ import annotations
+
+__all__ = ["COLUMNS", "recommendations"]
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from l2rec.data.ragged import Ragged
+from l2rec.errors import ConfigError, DataError
+from l2rec.evaluation.ranking import top_k
+from l2rec.runs.predictor import Predictor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Frame = Literal["polars", "pandas", "arrow"]
+COLUMNS = ("user_id", "item_id", "score", "rank")
+BLOCK = 256
+"""Users who are scored at once."""
+
+
+def recommendations(
+    predictor: Predictor,
+    histories: Mapping[str, Sequence[str]],
+    k: int = 10,
+    *,
+    filter_viewed: bool = True,
+    items_to_recommend: Sequence[str] | None = None,
+    frame: Frame = "polars",
+) -> Any:
+    """Rank the next items for many users at once.
+
+    Args:
+        predictor: the model.
+        histories: item ids of each user, oldest first, by the user's id.
+        k: most items of a user.
+        filter_viewed: leave out the items of the user's history.
+        items_to_recommend: item ids that may be recommended; None: all.
+        frame: library of the table that is returned.
+
+    Returns:
+        A table of rows by user, in the order of ``histories``, best item first: ``user_id``,
+        ``item_id``, ``score`` float32, ``rank`` from 1. A user for whom fewer than ``k`` items are
+        left has fewer rows.
+
+    Raises:
+        DataError: an empty history, unknown ids, or k outside 1..N. ConfigError: another frame.
+    """
+    if frame not in ("polars", "pandas", "arrow"):
+        raise ConfigError(f"frame={frame!r}: choose polars, pandas or arrow")
+    users = list(histories)
+    empty = [user for user in users if not len(histories[user])]
+    if empty:
+        raise DataError(f"user {empty[0]!r} has an empty history: give at least one item id")
+    rows = predictor.rows(list(histories.values()))
+    candidates = None
+    if items_to_recommend is not None:
+        if not len(items_to_recommend):
+            raise DataError("items_to_recommend is empty: give item ids, or None for all")
+        candidates = predictor.rows([list(items_to_recommend)])[0]
+
+    def scores(block: Ragged) -> Tensor:
+        return predictor.scores(predictor.encode(block))
+
+    best = top_k(
+        scores,
+        rows,
+        predictor.check_k(k),
+        exclude=rows if filter_viewed else None,
+        candidates=candidates,
+        batch_size=BLOCK,
+    )
+    listed = best.items >= 0
+    at, place = np.nonzero(listed)
+    ids = np.asarray(predictor.ids, dtype=object)
+    columns = {
+        "user_id": [users[row] for row in at],
+        "item_id": list(ids[best.items[listed]]),
+        "score": best.scores[listed],
+        "rank": (place + 1).astype(np.int64),
+    }
+    return _table(columns, frame)
+
+
+def _table(columns: Mapping[str, Any], frame: Frame) -> Any:
+    """Return columns as a table of a library, strings typed even where there are no rows."""
+    import pyarrow as pa
+
+    texts = {name: pa.array(columns[name], pa.string()) for name in ("user_id", "item_id")}
+    table = pa.table({**columns, **texts})
+    if frame == "arrow":
+        return table
+    if frame == "polars":
+        import polars as pl
+
+        return pl.from_arrow(table)
+    try:
+        return table.to_pandas()
+    except ModuleNotFoundError:
+        raise ConfigError("frame='pandas' needs pandas: pip install pandas") from None

@@ -1,0 +1,236 @@
+"""fit and recommend: the same training and the same scores as the command's, as tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+from sklearn.base import clone
+from tests.support.errors import one_line
+from tests.support.runs import Quiet, assert_same_weights
+
+import l2rec
+from l2rec import L2Rec
+from l2rec.config import load_recipe
+from l2rec.data.dataset import Dataset
+from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.runs.folder import load_run_config
+from l2rec.runs.train import train_run
+
+QUICK = {"max_steps": 4}
+OWN = '''
+from l2rec.methods.sasrec import SASRec
+
+class Mine(SASRec):
+    """SASRec under another name."""
+'''
+
+
+@pytest.fixture(scope="module")
+def fitted(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> L2Rec:
+    run = tmp_path_factory.mktemp("runs") / "fitted"
+    return L2Rec("sasrec", training=QUICK, out=run, progress=False).fit(chains)
+
+
+def test_fit_is_the_training_of_the_command(fitted: L2Rec, chains: Dataset, tmp_path: Path) -> None:
+    config = load_recipe("sasrec", ["training.max_steps=4"])
+    report = train_run(config, chains.path, tmp_path / "run", progress=Quiet(), recipe="sasrec")
+    assert_same_weights(fitted.run_, tmp_path / "run")
+    assert fitted.report_["scores"] == report["scores"]
+    assert fitted.report_["recipe"] == "sasrec"
+
+
+def test_recommend_gives_each_user_what_the_predictor_does(fitted: L2Rec, chains: Dataset) -> None:
+    found = fitted.recommend(k=5)
+    assert found.columns == ["user_id", "item_id", "score", "rank"]
+    assert found["user_id"].unique(maintain_order=True).to_list() == chains.user_ids.to_pylist()
+    ids = chains.item_ids.to_pylist()
+    for number in (0, 7, chains.n_users - 1):
+        user = chains.user_ids[number].as_py()
+        history = [ids[i] for i in chains.sequences[number]]
+        expected = fitted.predictor_.recommend(history, 5).items
+        rows = found.filter(pl.col("user_id") == user)
+        assert rows["item_id"].to_list() == [item["id"] for item in expected]
+        np.testing.assert_allclose(
+            rows["score"], [i["score"] for i in expected], rtol=1e-5, atol=1e-6
+        )
+        assert rows["rank"].to_list() == [1, 2, 3, 4, 5]
+
+
+def test_viewed_items_and_candidates(fitted: L2Rec, chains: Dataset) -> None:
+    user, ids = chains.user_ids[0].as_py(), chains.item_ids.to_pylist()
+    history = {ids[i] for i in chains.sequences[0]}
+    everything = fitted.recommend([user], chains.n_items, filter_viewed=False)
+    assert set(everything["item_id"]) == set(ids)
+    unseen = fitted.recommend([user], chains.n_items)
+    assert set(unseen["item_id"]) == set(ids) - history
+    some = [*sorted(history)[:2], *sorted(set(ids) - history)[:3]]
+    allowed = fitted.recommend([user], 10, items_to_recommend=some)
+    assert set(allowed["item_id"]) == set(some[2:])
+    assert allowed["rank"].to_list() == [1, 2, 3]
+    order = [item for item in unseen["item_id"] if item in some]
+    assert allowed["item_id"].to_list() == order
+
+
+def test_histories_of_people_who_are_not_in_the_data(fitted: L2Rec) -> None:
+    found = fitted.recommend({"new": ["i1", "i2"], "other": ["i3"]}, 2)
+    assert found["user_id"].to_list() == ["new", "new", "other", "other"]
+    expected = fitted.predictor_.recommend(["i1", "i2"], 2).items
+    assert found["item_id"].to_list()[:2] == [item["id"] for item in expected]
+
+
+def test_other_tables(fitted: L2Rec, chains: Dataset) -> None:
+    user = chains.user_ids[3].as_py()
+    ours = fitted.recommend([user], 3)
+    pandas = fitted.recommend([user], 3, frame="pandas")
+    assert type(pandas).__module__.startswith("pandas")
+    assert list(pandas["item_id"]) == ours["item_id"].to_list()
+    assert fitted.recommend([user], 3, frame="arrow").column_names == ours.columns
+    seen = fitted.recommend({"u": ["i1"]}, 3, items_to_recommend=["i1"])
+    assert seen.shape == (0, 4) and seen.schema["item_id"] == pl.String
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"users": ["nobody"]}, "user 'nobody' is not among the 40 users"),
+        ({"users": {"u": []}}, "user 'u' has an empty history"),
+        ({"users": {"u": ["x"]}}, "unknown item ids: 'x'"),
+        ({"k": 0}, r"k=0: the catalog has 30 items; choose 1\.\.30"),
+        ({"items_to_recommend": []}, "items_to_recommend is empty"),
+        ({"items_to_recommend": ["x"]}, "unknown item ids: 'x'"),
+        ({"frame": "spark"}, "frame='spark': choose polars, pandas or arrow"),
+        ({"users": "u1"}, "users='u1': give a list of user ids"),
+    ],
+)
+def test_what_cannot_be_recommended(
+    fitted: L2Rec, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises((DataError, ConfigError), match=message) as e:
+        fitted.recommend(**arguments)
+    one_line(e)
+
+
+def test_a_finished_run_is_loaded_again(fitted: L2Rec) -> None:
+    again = L2Rec.load(fitted.run_)
+    assert again.recommend(k=3).equals(fitted.recommend(k=3))
+    assert again.report_ == fitted.report_
+
+
+def test_keys_of_the_recipe_are_its_groups(tmp_path: Path) -> None:
+    model = L2Rec(
+        "l2rec-plus",
+        model={"views": ["semantic"], "table_lr": 1e-05},
+        backbone="org/name",
+        split="tied-day",
+        seed=7,
+    )
+    config = model.config
+    assert config.model.views == ("semantic",) or list(config.model.views) == ["semantic"]
+    assert (config.backbone.name, config.split.kind, config.seed) == ("org/name", "tied-day", 7)
+    assert config.model.table_lr == 1e-05
+    with pytest.raises(ConfigError, match=r"unknown key 'training.epoch'; did you mean 'epochs'"):
+        _ = L2Rec("sasrec", training={"epoch": 1}).config
+    with pytest.raises(ConfigError, match="give a dictionary of the recipe's keys"):
+        _ = L2Rec("sasrec", model="big").config  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no recipe 'sasrek'; did you mean 'sasrec'"):
+        _ = L2Rec("sasrek").config
+
+
+def test_parameters_are_those_of_scikit_learn() -> None:
+    model = L2Rec("sasrec", training=QUICK, seed=3)
+    copy = clone(model)
+    assert copy is not model and copy.get_params() == model.get_params()
+    assert copy.set_params(seed=4).config.seed == 4
+    with pytest.raises(ConfigError, match="L2Rec has no parameter 'sed'"):
+        copy.set_params(sed=4)
+
+
+def test_what_is_not_fitted_says_so(chains: Dataset, fitted: L2Rec) -> None:
+    with pytest.raises(ConfigError, match=r"not fitted: call fit\(dataset\) first"):
+        L2Rec("sasrec").recommend()
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        L2Rec("sasrec", out=fitted.run_, progress=False).fit(chains)
+
+
+def test_a_run_without_a_folder_goes_with_its_model(chains: Dataset) -> None:
+    model = L2Rec("sasrec", training=QUICK, progress=False).fit(str(chains.path))
+    run = model.run_
+    assert (run / "report.json").is_file()
+    del model
+    assert not run.exists()
+
+
+# -- a method of one's own -----------------------------------------------------------------------
+
+
+def test_a_method_in_a_file_is_trained_and_loaded(
+    chains: Dataset, fitted: L2Rec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    model = L2Rec("mine.py:Mine", training=QUICK | {"lr": 1e-3}, out="run", progress=False)
+    model.fit(chains)
+    monkeypatch.chdir("/")
+    assert load_run_config(tmp_path / "run")[0].method == f"{tmp_path}/mine.py:Mine"
+    again = l2rec.load(tmp_path / "run")
+    assert type(again.model).__name__ == "Mine"
+    assert again.recommend(["i1"], 3).items == model.predictor_.recommend(["i1"], 3).items
+    with pytest.raises(ConfigError, match="put it into a package that others can install") as e:
+        again.save_pretrained(tmp_path / "published")
+    one_line(e)
+
+
+def test_a_recipe_names_a_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "mine.py").write_text(OWN)
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"method": "mine.py:Mine"}))
+    (tmp_path / "other.yaml").write_text("extends: recipes/mine.yaml\nmodel: {dim: 8}\n")
+    monkeypatch.chdir("/")
+    for recipe in (folder / "mine.yaml", tmp_path / "other.yaml"):
+        assert load_recipe(str(recipe)).method == f"{folder}/mine.py:Mine"
+    with pytest.raises(ConfigError, match="unknown key 'dims'; did you mean 'dim'"):
+        load_recipe(f"{folder}/mine.py:Mine", ["model.dims=8"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("class Mine:\n", "expected an indented block"),
+        ("import nowhere_at_all", "No module named 'nowhere_at_all'"),
+        ("x = undefined", "name 'undefined' is not defined"),
+        ("x = 1", "has no attribute 'Mine'"),
+        ("class Mine: pass", "is no method: it has no Config"),
+    ],
+)
+def test_a_file_that_is_no_method(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=reason) as e:
+        load_recipe(f"{tmp_path}/mine.py:Mine")
+    one_line(e)
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        load_recipe(f"{tmp_path}/none.py:Mine")
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = {"torch", "transformers", "polars", "pandas", "pyarrow", "huggingface_hub", "rich"}
+    code = f"import sys, l2rec; print({heavy} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"
+
+
+def test_loading_a_local_run_does_not_import_the_hub_client(sasrec_run: Path) -> None:
+    code = (
+        "import sys, l2rec; l2rec.load(sys.argv[1]).recommend(['i1'], 2); "
+        "print({'huggingface_hub', 'httpx2', 'jinja2'} & set(sys.modules))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, sasrec_run], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == "set()"
