@@ -107,9 +107,12 @@ class Predictor:
     """A trained model with its catalog: everything by external ids.
 
     Attributes:
-        model: the method. ids: external item ids by item int. texts: their texts.
-        vectors: [N, D] item vectors, None for a method that only ranks. version: short hash of
-        the trained tensors. blend: co-occurrence and repeats beside the method, None without.
+        model: the method.
+        ids: external item ids by item int.
+        texts: their texts.
+        vectors: [N, D] item vectors, None for a method that only ranks.
+        version: short hash of the trained tensors.
+        blend: co-occurrence and repeats beside the method, None without.
     """
 
     def __init__(
@@ -338,7 +341,8 @@ def load(run: str | Path) -> Predictor:
 
     Raises:
         CheckpointError: missing or torn files, another backbone than the run was made on, or
-            tensors that do not fit. BackboneError: its backbone is gone or cannot be loaded.
+            tensors that do not fit.
+        BackboneError: its backbone is gone or cannot be loaded.
     """
     folder = read_run(Path(run))
     if unfinished(folder.path):
