@@ -11,7 +11,7 @@ READY  := .venv/.ready
 OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-slow check-lowest check-newest dist fix bench clean venv
+.PHONY: help demo test check check-slow check-lowest check-newest dist docs fix bench clean venv
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ demo: $(READY)  ## MovieLens-100K in minutes: prepare, train, blend, score, reco
 test: $(READY)  ## the whole test suite: offline, no GPU
 	$(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-check: $(READY)  ## the gate: format, lint, types, import rules, tests
+check: $(READY)  ## the gate: format, lint, types, import rules, tests, the documentation site among them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict src
@@ -53,6 +53,9 @@ check-newest: $(READY)  ## the tests with the newest versions there are
 dist: $(READY)  ## build the wheel and the sdist into dist/
 	rm -rf dist
 	$(BIN)/uv build --out-dir dist .
+
+docs: $(READY)  ## the documentation site, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 fix: $(READY)  ## format, and repair what the linter can
 	$(BIN)/ruff format .

@@ -265,7 +265,7 @@ class TakesNewItems(Protocol):
 class ExpertLoad:
     """Share of the tokens' choices that each of E experts received, in J adapted matrices.
 
-    ``matrices``: [J] names. ``experts``: by view, [J][E] shares; those of a matrix add up to 1.
+    ``matrices``: [J] names. ``experts``: by view, J lists of E shares; each adds up to 1.
     ``user``: by view, [J] the user's share, 0 to 1, in what the routers decide by; empty where they
     do not know the user.
     """

@@ -389,7 +389,9 @@ class L2Rec(nn.Module):
     """The recommender. Only experts, P_U, ACF and, with form=catalog, its few tensors are trained.
 
     Args:
-        config: options. catalog: the items' texts. backbone: the frozen language model.
+        config: options.
+        catalog: the items' texts.
+        backbone: the frozen language model.
         cache: folder for token tables and text vectors, keyed by content; None keeps nothing.
     """
 

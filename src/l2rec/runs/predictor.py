@@ -119,9 +119,12 @@ class Predictor:
 
     Attributes:
         run: folder it was loaded from, None for one that was made of another predictor.
-        model: the method. ids: external item ids by item int. texts: their texts.
-        vectors: [N, D] item vectors, None for a method that only ranks. version: short hash of
-        the trained tensors. blend: co-occurrence and repeats beside the method, None without.
+        model: the method.
+        ids: external item ids by item int.
+        texts: their texts.
+        vectors: [N, D] item vectors, None for a method that only ranks.
+        version: short hash of the trained tensors.
+        blend: co-occurrence and repeats beside the method, None without.
         sample: users as the trained model gave them, None if nobody wrote them down.
     """
 
@@ -420,8 +423,9 @@ def load(
 
     Raises:
         CheckpointError: missing or torn files, another backbone than the run was made on, or
-            tensors that do not fit. BackboneError: its backbone is gone or cannot be loaded.
-            ConfigError: a run of the hub that needs ``trust_remote_code``.
+            tensors that do not fit.
+        BackboneError: its backbone is gone or cannot be loaded.
+        ConfigError: a run of the hub that needs ``trust_remote_code``.
     """
     place = hub.located(run, revision=revision, trust_remote_code=trust_remote_code)
     folder = read_run(place)

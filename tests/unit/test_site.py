@@ -1,0 +1,86 @@
+"""The documentation site: every page is found, and the tutorial's commands do what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from l2rec.cli import app
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def _pages(nav: object) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return [page for part in parts for page in _pages(part)]  # type: ignore[attr-defined]
+
+
+def test_every_document_is_in_the_contents() -> None:
+    listed = _pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    written = {path.relative_to(DOCS).as_posix() for path in DOCS.glob("*.md")}
+    results = {f"results/{path.name}" for path in (ROOT / "results").glob("*.md")}
+    assert set(listed) == written | results | {"index.md", "commands.md"}
+    assert len(listed) == len(set(listed))
+
+
+def test_the_page_of_the_commands_has_every_command_and_option() -> None:
+    pages = _hooks()
+    text = pages["commands"]()
+    names = [c.name or c.callback.__name__ for c in app.registered_commands]  # type: ignore[union-attr]
+    for name in names:
+        assert f"\n## {name.replace('_', '-')}\n" in text
+    assert "| `--resume` |" in text
+
+
+def test_links_lead_to_pages_or_become_words(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", site],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    home = (site / "index.html").read_text()
+    assert 'href="serving/"' in home and 'href="results/"' in home
+    assert "dlrm.py" in (site / "downstream" / "index.html").read_text()
+    fetched = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:css|js|woff2?)[^"]*)"', home)
+    assert not fetched, "a page fetches nothing from elsewhere"
+
+
+@pytest.mark.slow
+def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
+    """Run its commands in their order, but for the installation and the server."""
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.S)
+    bash = shutil.which("bash")
+    assert bash is not None
+    for language, code in blocks:
+        if "pip install" in code or "curl" in code:
+            continue
+        command = [bash, "-euc", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, code + done.stderr
+    same = [
+        yaml.safe_load((tmp_path / "data" / name / "dataset.json").read_text())
+        for name in ("ml-100k", "films")
+    ]
+    assert same[0]["fingerprint"] == same[1]["fingerprint"]
+    assert (tmp_path / "runs" / "films-blended" / "report.html").is_file()
+
+
+def _hooks() -> dict[str, object]:
+    import runpy
+
+    return runpy.run_path(str(DOCS / "site" / "pages.py"))
