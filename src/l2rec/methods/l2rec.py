@@ -636,6 +636,11 @@ class L2Rec(nn.Module):
             h = h + self.blend * _mean_until(states, parts, newest, every)
         return h
 
+    def _read_last(self, part: ViewInput, states: Tensor) -> Tensor:
+        """Return h^v [B, D] float32 after the last block of each row."""
+        segments = part.segments
+        return self._read(part.view, states, segments, segments.last, every=False)
+
     # -- training --------------------------------------------------------------------------------
 
     def stages(self, lr: float, weight_decay: float) -> list[Stage]:
@@ -902,16 +907,13 @@ class L2Rec(nn.Module):
                 depths[f"layer {number}"] = split_groups(states, packing)
             found: dict[str, dict[View, Tensor]] = {
                 depth: {
-                    part.view: self._read(part.view, h.float(), part.segments)[part.segments.last]
+                    part.view: self._read_last(part, h.float())
                     for part, h in zip(inputs, states, strict=True)
                 }
                 for depth, states in depths.items()
             }
             found["h"] = {
-                part.view: self.items.place(
-                    part.view,
-                    self._read(part.view, h, part.segments)[part.segments.last],
-                )
+                part.view: self.items.place(part.view, self._read_last(part, h))
                 for part, h in zip(inputs, last, strict=True)
             }
             found["h~"] = {view: self.fusion.residual(view, h) for view, h in found["h"].items()}
