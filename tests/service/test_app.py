@@ -330,7 +330,7 @@ def test_an_item_is_recommended_in_the_next_request_and_after_a_restart(serve: S
         (
             [{"id": str(n), "text": "x"} for n in range(6)],
             409,
-            "0 rows were added since table was loaded, at most 5 may be; restart or deploy",
+            "0 rows were added since catalog was loaded, at most 5 may be; restart or deploy",
         ),
     ],
 )
