@@ -124,7 +124,6 @@ def test_commands_of_the_document(
                 value = json.loads(answer.stdout)
                 assert "detail" not in value, (command, value)
             done.append(command)
-            print(command)
     assert sum(command.startswith("curl") for command in done) >= 8
     assert (tmp_path / "exported" / "user_encoder.onnx").is_file()
     assert sum(command.startswith("l2rec") for command in done) >= 10
