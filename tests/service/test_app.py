@@ -223,7 +223,7 @@ def test_a_batch_answers_as_single_requests_do(
     ]
 
     async def main() -> tuple[list[Any], list[Any], float]:
-        async with running(run, log_url, cache=0) as (app, client):
+        async with running(run, log_url, cache=0, slice_tokens=4096) as (app, client):
             single = [await embed(client, [history]) for history in histories]
             together = await asyncio.gather(*(embed(client, [history]) for history in histories))
             all_at_once = await embed(client, histories)

@@ -122,6 +122,7 @@ class Service:
             encode_jobs,
             self.worker,
             max_cost=settings.slice_tokens,
+            max_wait=settings.batch_ms / 1000,
             patience=settings.queue,
             later=True,
             observe=self._batched,
