@@ -531,11 +531,15 @@ def test_a_frozen_model_computes_its_rows_once() -> None:
     kept = model.encode_items(np.arange(N + 1))
     torch.testing.assert_close(kept[:N], vectors)
     assert len(model.items.rows) == N + 1
-    # Training, and weights that are loaded, end it.
-    model.train()
-    assert model.items.rows is not model.items.rows
-    model.eval()
     torch.testing.assert_close(model.encode_items(added), kept[N:])
+    # Training, and weights that are loaded, end it; of items that were added since, their rows are
+    # all there is.
+    model.train()
+    with pytest.raises(RuntimeError, match="1 items were added to a model that no longer learns"):
+        _ = model.items.rows
+    model.items.shrink(N)
+    model.entry.shrink(N)
+    assert model.items.rows is not model.items.rows
     model.freeze()
     load_trained(model, {n: t + 0.1 for n, t in trained_tensors(model).items()}, "test")
     assert not torch.allclose(model.encode_items(np.arange(N)), vectors, atol=1e-3)

@@ -935,7 +935,7 @@ def test_another_version_is_noticed(
     request.addfinalizer(other.close)
     page = visit("#h=i1&h=i2", of=other)
     wait_for_ranking(page)
-    page.wait_for_function("() => document.querySelector('#live b')?.textContent === 'table'")
+    page.wait_for_function("() => document.querySelector('#live b')?.textContent === 'catalog'")
     other.app.state.live.swap("live", load_version(other_run.run))
     page.select_option("#k", "20")
     page.wait_for_function("() => document.querySelector('#live b').textContent === 'other'")
