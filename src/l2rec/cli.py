@@ -350,13 +350,17 @@ def train(
     what each is.
 
     Example: `l2rec train l2rec-plus --data data/ml-100k --out runs/ml training.epochs=5`
+
+    Several processes or machines train the same run together (docs/processes.md):
+    `torchrun --nproc-per-node 8 -m l2rec train l2rec --data DATA --out RUN`
     """
     from l2rec.config import load_recipe
     from l2rec.console import Console
+    from l2rec.runs.launch import joined
     from l2rec.runs.train import train_run
 
     config = load_recipe(recipe, [*(overrides or ()), *_split(split, valid_from, test_from)])
-    with Console() as console:
+    with joined() as world, Console(quiet=not world.main) as console:
         report = train_run(
             config,
             data,
@@ -367,7 +371,8 @@ def train(
             recipe=recipe,
             command=shlex.join(["l2rec", *sys.argv[1:]]),
         )
-        console.scores(report)
+        if world.main:
+            console.scores(report)
         console.line(f"report: {out}/report.html")
         console.line(_next("l2rec", "recommend", out, "--history", "ID,ID,ID"))
 

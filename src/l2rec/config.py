@@ -40,6 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from l2rec.errors import ConfigError, nearest
 
 Options = TypeVar("Options", bound=BaseModel)
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 SplitKind = Literal["auto", "leave-one-out", "tied-day", "time", "given"]
 
 
@@ -107,7 +108,14 @@ class TrainingConfig(_Closed):
     checkpoint_minutes: float = Field(3.0, ge=0)
     """Minutes between checkpoints within an epoch."""
     log_every: int = Field(10, ge=1)
-    """Steps between log lines and TensorBoard points."""
+    """Steps between log lines and points of the tracker."""
+    tracker: Tracker = "tensorboard"
+    """Where points go: TensorBoard files in the run folder, or the server that MLflow, Weights &
+    Biases or trackio is set up for; these take `pip install 'l2rec[distributed]'` and their own
+    package."""
+    gather_negatives: bool = True
+    """Of several processes (`torchrun`, `accelerate launch`): in-batch negatives and expert loads
+    are those of the whole batch, not of each process' own rows."""
 
 
 class SplitConfig(_Closed):

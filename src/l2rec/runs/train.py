@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from l2rec.evaluation.ranks import protocol_of
 from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
 from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.methods.floors import floors_of
+from l2rec.modules import processes
 from l2rec.modules.backbone import Backbone
 from l2rec.protocols import Cached, Progress, ReadsTexts
+from l2rec.runs import launch
 from l2rec.runs.checkpoint import (
     load_tensors,
     load_trained,
@@ -93,6 +96,8 @@ def train_run(
             on other data); tensors that belong to its items are left out. A resumed run keeps
             the start it had.
 
+    Launched as several processes (`l2rec.runs.launch`), they train together; the first writes.
+
     Returns:
         The report, as written to ``report.json``.
 
@@ -102,11 +107,20 @@ def train_run(
     """
     started = time.monotonic()
     dataset = open_dataset(data)
-    with working_on(out):
-        identity = claim(out, config, dataset, resume)
+    with launch.joined() as world, ExitStack() as stack:
+        progress = progress if world.main else launch.Silent()
+
+        def claimed() -> dict[str, Any] | None:
+            stack.enter_context(working_on(out))
+            return claim(out, config, dataset, resume)
+
+        def already() -> dict[str, Any] | None:
+            return finished_report(out) if load_run_config(out)[0] == config else None
+
+        identity = world.from_main(claimed)
         if identity is not None:
-            report = finished_report(out)
-            if report is not None and load_run_config(out)[0] == config:
+            report = world.from_main(already)
+            if report is not None:
                 progress.line(f"{out} is finished: these are its scores")
                 return report
             init = None if identity.get("init") is None else Path(identity["init"])
@@ -114,16 +128,20 @@ def train_run(
         split, backbone, model = fitted.split, fitted.backbone, fitted.model
         sets = beside_leave_one_out(dataset, split)
         scores = score(model, split, sets, progress)
-        scores.write(out, dataset, split)
-        vectors = catalog_vectors(model)
-        if vectors is not None:
-            write_item_vectors(out, vectors)
-        for entry in model.cached if isinstance(model, Cached) else ():
-            (out / "cache").mkdir(exist_ok=True)
-            shutil.copy2(entry, out / "cache" / entry.name)
-        ids = dataset.item_ids.to_pylist()
-        predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
-        diagnostics = diagnose(predictor, split, dataset)
+
+        def kept() -> dict[str, Any]:
+            scores.write(out, dataset, split)
+            vectors = catalog_vectors(model)
+            if vectors is not None:
+                write_item_vectors(out, vectors)
+            for entry in model.cached if isinstance(model, Cached) else ():
+                (out / "cache").mkdir(exist_ok=True)
+                shutil.copy2(entry, out / "cache" / entry.name)
+            ids = dataset.item_ids.to_pylist()
+            predictor = Predictor(model, ids, list(dataset.texts()), vectors, version_of(out))
+            return diagnose(predictor, split, dataset)
+
+        diagnostics = world.from_main(kept)
         start = (
             PRETRAINED
             if init is not None
@@ -132,16 +150,21 @@ def train_run(
             else UNTRAINED_BACKBONE
         )
         floors = _floor_scores(fitted, dataset, sets, out, start, progress)
-        report = _report(config, dataset, fitted, scores, floors)
-        report |= {
-            "recipe": recipe,
-            "command": command,
-            "wall_seconds": round(time.monotonic() - started, 1),
-        }
-        write_json(out / "diagnostics.json", diagnostics)
-        write_json(out / "report.json", report)
-        write_report(out)
-        return report
+
+        def reported() -> dict[str, Any]:
+            report = _report(config, dataset, fitted, scores, floors)
+            report |= {
+                "processes": world.size,
+                "recipe": recipe,
+                "command": command,
+                "wall_seconds": round(time.monotonic() - started, 1),
+            }
+            write_json(out / "diagnostics.json", diagnostics)
+            write_json(out / "report.json", report)
+            write_report(out)
+            return report
+
+        return world.from_main(reported)
 
 
 def validate_run(
@@ -193,17 +216,23 @@ def _fit(
     backbone = backbone_of(config)
     if backbone is not None:
         progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
-    model = build_model(config, Catalog(dataset.catalog), backbone, dataset.path / "cache")
+    world = processes.current()
+    with launch.first_on_each_machine():  # it fills the cache for the others
+        model = build_model(config, Catalog(dataset.catalog), backbone, dataset.path / "cache")
     check_backbone(out, identity, backbone)
-    if (out / START).is_file():
+    if begun := world.from_main((out / START).is_file):
         load_trained(model, load_tensors(out / START)[0], str(out / START))
     elif init is not None:
         _check_start(init, dataset, split, progress)
         progress.line(_start_from(model, init))
-    write_identity(out, config, dataset, backbone, init)
-    clear_partial(out)
-    if not (out / START).is_file():
-        save_tensors(out / START, trained_tensors(model))
+
+    def written() -> None:
+        write_identity(out, config, dataset, backbone, init)
+        clear_partial(out)
+        if not begun:
+            save_tensors(out / START, trained_tensors(model))
+
+    world.from_main(written)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = "" if backbone is None else "; the backbone is frozen"
     texts = _texts_read(model, backbone, dataset)
