@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["app", "main"]
 
+import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -36,6 +38,10 @@ Run = Annotated[
     Path, typer.Argument(help="Run folder written by `l2rec train`.", show_default=False)
 ]
 
+CACHE = Path("~/.cache/l2rec")
+"""Where named sources are downloaded to."""
+COLUMN_OPTIONS = tuple(field.name for field in dataclasses.fields(Columns))
+"""Options of `prepare` that name columns: a log of newer events has those of the first one."""
 SplitKind = Annotated[
     str | None,
     typer.Option(
@@ -210,9 +216,7 @@ def prepare(
             help="auto; none: they are text; backslash: those after a backslash are text (CSV)."
         ),
     ] = Columns.quotes,
-    cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
-        "~/.cache/l2rec"
-    ),
+    cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = CACHE,
     formats: Annotated[
         bool,
         typer.Option(
@@ -235,15 +239,9 @@ def prepare(
     `l2rec prepare runs/ml/events.db --items runs/ml/catalog.parquet --out data/served`
     """
     del formats  # printed by its callback
-    import contextlib
-    import tempfile
-
     from l2rec.config import from_options
     from l2rec.data.prepare import PrepareConfig
     from l2rec.data.prepare import prepare as run_prepare
-    from l2rec.data.sources import locate
-    from l2rec.service.events import is_event_log
-    from l2rec.service.export import export_log
 
     options = {
         "k_core": k_core,
@@ -268,13 +266,7 @@ def prepare(
     }
     config = from_options(PrepareConfig, options)
     with contextlib.ExitStack() as stack:
-        if is_event_log(source):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
-            url = source if "://" in source else f"sqlite:///{source}"
-            path, items = export_log(url, folder, types=events.split(","), catalog=items)
-            template: str | None = "{text}"
-        else:
-            path, template = locate(source, cache.expanduser())
+        path, items, template = _log_at(stack, source, items, events, cache)
         if template and not text:
             config = config.model_copy(update={"text": template})
         dataset = run_prepare(path, out, config, items=items, format=format)
@@ -283,6 +275,31 @@ def prepare(
         f"events, fingerprint {dataset.fingerprint}"
     )
     typer.echo(_next_of(out, dataset))
+
+
+def _log_at(
+    stack: contextlib.ExitStack,
+    source: str,
+    items: Path | None,
+    events: str | None = None,
+    cache: Path = CACHE,
+) -> tuple[Path, Path | None, str | None]:
+    """Find a log: a path, a public source by its name, or an event log, which is exported until
+    the stack ends. Return it, its catalog, and the template of its texts.
+    """
+    import tempfile
+
+    from l2rec.data.sources import locate
+    from l2rec.service.events import is_event_log
+    from l2rec.service.export import export_log
+
+    if not is_event_log(source):
+        path, template = locate(source, cache.expanduser())
+        return path, items, template
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
+    url = source if "://" in source else f"sqlite:///{source}"
+    types = (events or _event_types()).split(",")
+    return *export_log(url, folder, types=types, catalog=items), "{text}"
 
 
 @app.command()
@@ -375,6 +392,69 @@ def train(
             console.scores(report)
         console.line(f"report: {out}/report.html")
         console.line(_next("l2rec", "recommend", out, "--history", "ID,ID,ID"))
+
+
+@app.command()
+def update(
+    run: Run,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of its recipe: training.epochs=5")
+    ] = None,
+    events: Annotated[  # type: ignore[assignment]
+        str, typer.Option(help="Log of newer events: any file that `l2rec prepare` reads.")
+    ] = ...,
+    out: Annotated[Path, typer.Option(help="Run folder to write.")] = ...,  # type: ignore[assignment]
+    items: Annotated[
+        Path | None, typer.Option(help="Catalog with the new items, if it lies elsewhere.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+    grown: Annotated[
+        Path | None, typer.Option(help="Folder for the data set with the newer events: OUT-data.")
+    ] = None,
+    drop_unknown_items: Annotated[
+        bool, typer.Option(help="Drop events of items that no catalog has.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint.")
+    ] = False,
+) -> None:
+    """Bring a run up to date with newer events: items, users and counts, in a few epochs from its
+    weights instead of a full training.
+
+    The new run stands on the data set of RUN with the newer events added, which is written beside
+    it, and is validated and tested on the newest events like any other. The log has the columns of
+    the first one. A blended run is blended again.
+
+    Example: `l2rec update runs/ml --events new.csv --items items.csv --out runs/ml-monday`
+    """
+    from l2rec.console import Console
+    from l2rec.data.formats.open import open_source
+    from l2rec.runs.folder import open_run_dataset
+    from l2rec.runs.launch import joined
+    from l2rec.studies.update import update_run
+
+    options = open_run_dataset(run, data).meta.get("options") or {}
+    named = {name: options[name] for name in COLUMN_OPTIONS if name in options}
+    with contextlib.ExitStack() as stack:
+        path, catalog, _ = _log_at(stack, events, items)
+        newer = open_source(path, items=catalog, columns=Columns(**named))
+        world = stack.enter_context(joined())
+        console = stack.enter_context(Console(quiet=not world.main))
+        report = update_run(
+            run,
+            newer,
+            out,
+            progress=console,
+            data=data,
+            grown=grown,
+            overrides=overrides or (),
+            drop_unknown_items=drop_unknown_items,
+            resume=resume,
+            command=shlex.join(["l2rec", *sys.argv[1:]]),
+        )
+        if world.main:
+            console.scores(report)
+        console.line(_next("l2rec", "deploy", out, "--to", "serving"))
 
 
 @app.command()

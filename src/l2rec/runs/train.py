@@ -23,11 +23,11 @@ import torch
 
 from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
-from l2rec.data.dataset import GIVEN, Dataset, open_dataset
+from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import LEAVE_ONE_OUT, Cases, Split
 from l2rec.data.text import share_read
 from l2rec.disk import working_on, write_json
-from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.errors import ConfigError
 from l2rec.evaluation.ranks import protocol_of
 from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
 from l2rec.evaluation.tied_day import beside_leave_one_out
@@ -36,13 +36,7 @@ from l2rec.modules import processes
 from l2rec.modules.backbone import Backbone
 from l2rec.protocols import Cached, Progress, ReadsTexts
 from l2rec.runs import launch
-from l2rec.runs.checkpoint import (
-    load_tensors,
-    load_trained,
-    save_tensors,
-    trained_tensors,
-    without_gone,
-)
+from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
     check_backbone,
@@ -69,6 +63,7 @@ from l2rec.runs.predictor import (
 )
 from l2rec.runs.report import write_report
 from l2rec.runs.scoring import Scores, compared, rank, score
+from l2rec.runs.start import check_start, start_from, unseen
 
 UNTRAINED = "untrained"
 UNTRAINED_BACKBONE = "untrained backbone"
@@ -84,6 +79,7 @@ def train_run(
     progress: Progress,
     resume: bool = False,
     init: Path | None = None,
+    update: bool = False,
     recipe: str = "",
     command: str = "",
 ) -> dict[str, Any]:
@@ -95,6 +91,8 @@ def train_run(
         init: a finished run whose trained tensors are the start (fine-tuning after pre-training
             on other data); tensors that belong to its items are left out. A resumed run keeps
             the start it had.
+        update: the data are those of ``init`` with newer events and items (`l2rec.data.extend`):
+            the rows of its items are kept, and what it was trained on does not validate.
 
     Launched as several processes (`l2rec.runs.launch`), they train together; the first writes.
 
@@ -124,7 +122,7 @@ def train_run(
                 progress.line(f"{out} is finished: these are its scores")
                 return report
             init = None if identity.get("init") is None else Path(identity["init"])
-        fitted = _fit(config, dataset, out, progress, identity, init, resume)
+        fitted = _fit(config, dataset, out, progress, identity, init, resume, update=update)
         split, backbone, model = fitted.split, fitted.backbone, fitted.model
         sets = beside_leave_one_out(dataset, split)
         scores = score(model, split, sets, progress)
@@ -206,6 +204,8 @@ def _fit(
     init: Path | None,
     resume: bool,
     hopeless: Callable[[float], bool] = lambda score: False,
+    *,
+    update: bool = False,
 ) -> _Fitted:
     """Build the model, write the identity of the run, train."""
     progress.line(
@@ -213,6 +213,9 @@ def _fit(
         f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
     )
     split = training_split(config, dataset)
+    if update:
+        assert init is not None
+        split = unseen(init, dataset, split, progress)
     backbone = backbone_of(config)
     if backbone is not None:
         progress.line(f"backbone {backbone.name}: reading {dataset.n_items:,} item texts")
@@ -223,8 +226,8 @@ def _fit(
     if begun := world.from_main((out / START).is_file):
         load_trained(model, load_tensors(out / START)[0], str(out / START))
     elif init is not None:
-        _check_start(init, dataset, split, progress)
-        progress.line(_start_from(model, init))
+        check_start(init, dataset, split, progress)
+        progress.line(start_from(model, init, dataset if update else None))
 
     def written() -> None:
         write_identity(out, config, dataset, backbone, init)
@@ -267,85 +270,6 @@ def _texts_read(model: Any, backbone: Backbone | None, dataset: Dataset) -> dict
         return {}
     read, cut = share_read(dataset.texts(), backbone.tokenizer, model.text_tokens)
     return {"limit": model.text_tokens, "tokens_read": round(read, 4), "items_cut": round(cut, 4)}
-
-
-def _check_start(init: Path, dataset: Dataset, split: Split, progress: Progress) -> None:
-    """Refuse a start that was trained on other events of this very data set: on its test, perhaps.
-
-    Its own start counts too. Warn of one whose data are the same log, prepared in another way.
-
-    Raises:
-        CheckpointError: it was.
-    """
-    start: Path | None = init
-    while start is not None and (start / "config.yaml").is_file():
-        config, identity = load_run_config(start)
-        theirs = _protocol_there(config, identity, dataset)
-        if theirs is not None and theirs != split.protocol:
-            raise CheckpointError(
-                f"--init {start} was trained on this data by another split ({theirs}, not "
-                f"{split.protocol}), so it may have seen the test; pre-train with the same split"
-            )
-        if theirs is None and _same_ids(_trained_on(identity), dataset):
-            progress.line(
-                f"warning: --init {start} was trained on data of the same users and items "
-                f"({identity['dataset']['path']}); if they are the same events in another order, "
-                f"or were split in another way, it may have seen the test"
-            )
-        start = None if identity.get("init") is None else Path(identity["init"])
-
-
-def _protocol_there(config: RunConfig, identity: Mapping[str, Any], dataset: Dataset) -> str | None:
-    """Return by which protocol a run was trained on a data set, alone or merged with others; None
-    if it was not, as far as can be told.
-    """
-    if identity["dataset"]["fingerprint"] == dataset.fingerprint:
-        return split_of(config, dataset).protocol
-    whole = _trained_on(identity)
-    if whole is None or dataset.fingerprint not in whole.parts.values():
-        return None
-    theirs = split_of(config, whole)
-    if theirs.kind == GIVEN and dataset.splits is None:
-        return LEAVE_ONE_OUT  # what `merge` gives to parts without splits
-    return theirs.protocol
-
-
-def _trained_on(identity: Mapping[str, Any]) -> Dataset | None:
-    """Open the data set of a run; None if it is no longer there."""
-    try:
-        dataset = open_dataset(Path(identity["dataset"]["path"]))
-    except DataError:
-        return None
-    return dataset if dataset.fingerprint == identity["dataset"]["fingerprint"] else None
-
-
-def _same_ids(one: Dataset | None, other: Dataset) -> bool:
-    return (
-        one is not None
-        and (one.n_users, one.n_items) == (other.n_users, other.n_items)
-        and set(one.item_ids.to_pylist()) == set(other.item_ids.to_pylist())
-        and set(one.user_ids.to_pylist()) == set(other.user_ids.to_pylist())
-    )
-
-
-def _start_from(model: Any, init: Path) -> str:
-    """Load the trained tensors of another run that are not rows of its items; return a line that
-    says so.
-    """
-    load_run_config(init)  # refuses what is no run
-    own = trained_tensors(model)
-    tensors = without_gone(load_tensors(init / "model.safetensors")[0], own)
-    of_items = type(model).item_tensors
-    shared = {n: t for n, t in tensors.items() if n not in of_items}
-    wrong = [n for n, t in shared.items() if n not in own or own[n].shape != t.shape]
-    missing = sorted(own.keys() - shared.keys() - of_items)
-    if wrong or missing:
-        raise CheckpointError(
-            f"--init {init}: {(wrong or missing)[0]} does not fit this recipe; pre-train with the "
-            "same backbone and model options"
-        )
-    load_trained(model, {**own, **shared}, str(init))
-    return f"starting from {init}: {len(shared)} tensors, the rows of its items left out"
 
 
 def _floor_scores(
