@@ -60,9 +60,9 @@ def test_read_again(precision: str, tmp_path: Path) -> None:
         read_vectors(path)
 
 
-def test_an_unknown_precision_is_refused(table_run: Finished, tmp_path: Path) -> None:
+def test_an_unknown_precision_is_refused(catalog_run: Finished, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="float32, int8, binary") as error:
-        embed_run(table_run.run, tmp_path, Quiet(), precision="int4")
+        embed_run(catalog_run.run, tmp_path, Quiet(), precision="int4")
     one_line(error)
     path = tmp_path / "x.parquet"
     table = vectors_table(["a"], ROWS, "v", "int8")
@@ -72,21 +72,23 @@ def test_an_unknown_precision_is_refused(table_run: Finished, tmp_path: Path) ->
         read_vectors(path)
 
 
-def test_embed_says_what_a_precision_loses(table_run: Finished, tmp_path: Path, call: Call) -> None:
-    done = call("embed", table_run.run, "--out", tmp_path / "v", "--precision", "binary")
+def test_embed_says_what_a_precision_loses(
+    catalog_run: Finished, tmp_path: Path, call: Call
+) -> None:
+    done = call("embed", catalog_run.run, "--out", tmp_path / "v", "--precision", "binary")
     assert done.code == 0, done.err
     for word in ("float32", "int8", "binary, rescored", "saving", "recall@10"):
         assert word in done.out
-    losses = embed_run(table_run.run, tmp_path / "w", Quiet(), precision="int8").losses
+    losses = embed_run(catalog_run.run, tmp_path / "w", Quiet(), precision="int8").losses
     assert [loss["bytes"] for loss in losses.values()] == [128, 32, 4, 36]
     assert losses["float32"]["recall@10"] == 1.0
     assert losses["binary"]["recall@10"] < losses["binary, rescored"]["recall@10"]
     assert losses["int8"]["recall@10"] > 0.9
 
-    predictor = load(table_run.run)
-    dataset = open_run_dataset(table_run.run, None)
-    test = split_of(load_run_config(table_run.run)[0], dataset).test
+    predictor = load(catalog_run.run)
+    dataset = open_run_dataset(catalog_run.run, None)
+    test = split_of(load_run_config(catalog_run.run)[0], dataset).test
     plain = evaluate(predictor, test.histories, test.targets, users=test.users).metrics()
     for name in ("ndcg@10", "ndcg@10_masked"):
         assert losses["float32"][name] == pytest.approx(plain[name], abs=1e-3)
-    assert embed_run(table_run.run, tmp_path / "x", Quiet()).losses == {}
+    assert embed_run(catalog_run.run, tmp_path / "x", Quiet()).losses == {}
