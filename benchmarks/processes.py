@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--steps", type=int, default=40, help="of each training (default %(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="timed rounds (default %(default)s)")
     args = p.parse_args(sys.argv[1:] if argv is None else argv)
+    if len(set(args.cores)) < len(args.cores):
+        p.error(f"--cores {args.cores}: name each core once")
     steps, rounds = (5, 1) if args.quick else (args.steps, args.rounds)
     contenders = {1: args.cores[:1], len(args.cores): args.cores}
     rates: dict[int, list[float]] = {count: [] for count in contenders}

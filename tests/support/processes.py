@@ -117,6 +117,19 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return float((a - b).norm() / a.norm())
 
 
+def _differences(model: nn.Module, stage: Stage, batch: Batch) -> dict[str, float]:
+    """Compare one process with all: loss, and gradients with and without the others' rows."""
+    with processes.alone():
+        alone = _gradients(model, stage, batch, True)
+    both = _gradients(model, stage, batch, True)
+    apart = _gradients(model, stage, batch, False)
+    return {
+        "loss": abs(both["loss"] / alone["loss"] - 1),
+        "gathered": _difference(alone, both),
+        "apart": _difference(alone, apart),
+    }
+
+
 def _compare(folder: Path, names: list[str]) -> None:
     rng = np.random.default_rng(0)
     results = {}
@@ -130,15 +143,10 @@ def _compare(folder: Path, names: list[str]) -> None:
                     stage.begin_epoch(0)
                 made = stage.batches(rows, seed=0, epoch=0, batch_users=99, batch_tokens=10**6)
                 batch = next(made.iterate())
-                with processes.alone():
-                    alone = _gradients(model, stage, batch, True)
-                both = _gradients(model, stage, batch, True)
-                apart = _gradients(model, stage, batch, False)
-                results[f"{name}: {stage.name}"] = {
-                    "loss": abs(both["loss"] / alone["loss"] - 1),
-                    "gathered": _difference(alone, both),
-                    "apart": _difference(alone, apart),
-                }
+                results[f"{name}: {stage.name}"] = _differences(model, stage, batch)
+                if name == names[0]:
+                    one = _differences(model, stage, batch.take(np.array([1])))
+                    results[f"one row, {name}: {stage.name}"] = one
         path = folder / f"{world.rank}.json"
         path.write_text(json.dumps(results))
 
