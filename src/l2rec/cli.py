@@ -400,10 +400,11 @@ def update(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value of its recipe: training.epochs=5")
     ] = None,
-    events: Annotated[  # type: ignore[assignment]
+    *,
+    events: Annotated[
         str, typer.Option(help="Log of newer events: any file that `l2rec prepare` reads.")
-    ] = ...,
-    out: Annotated[Path, typer.Option(help="Run folder to write.")] = ...,  # type: ignore[assignment]
+    ],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
     items: Annotated[
         Path | None, typer.Option(help="Catalog with the new items, if it lies elsewhere.")
     ] = None,
@@ -412,7 +413,7 @@ def update(
         Path | None, typer.Option(help="Folder for the data set with the newer events: OUT-data.")
     ] = None,
     drop_unknown_items: Annotated[
-        bool, typer.Option(help="Drop events of items that no catalog has.")
+        bool, typer.Option("--drop-unknown-items", help="Drop events of items no catalog has.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint.")

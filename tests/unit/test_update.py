@@ -76,6 +76,15 @@ def test_an_item_that_no_catalog_has_is_refused_or_dropped(chains: Dataset, tmp_
     assert grown.n_events == chains.n_events + 1
 
 
+def test_another_unit_of_time_is_noticed(chains: Dataset, tmp_path: Path) -> None:
+    user, item = chains.user_ids[0].as_py(), chains.item_ids[0].as_py()
+    events, _ = log(tmp_path / "log", [(user, item, float(chains.timestamps.min()) - 1)], [])
+    with pytest.raises(DataError, match="one unit of time") as error:
+        extend(chains, open_source(events, columns=Columns()), tmp_path / "x", progress=False)
+    one_line(error)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_run_goes_on_from_its_weights(
     catalog_run: Finished, chains: Dataset, tmp_path: Path, call: Call
 ) -> None:

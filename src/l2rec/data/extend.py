@@ -39,7 +39,7 @@ def extend(
 
     Raises:
         DataError: ``dataset`` came with splits or without times, events of items without a text
-            (unless ``drop_unknown_items``), or whatever `prepare` refuses.
+            (unless ``drop_unknown_items``), a log that is all older, or whatever `prepare` refuses.
     """
     options = dataset.meta.get("options") or {}
     if dataset.splits is not None:
@@ -56,8 +56,16 @@ def extend(
 
     def events() -> Iterator[pa.RecordBatch]:
         yield from _events(dataset)
+        newest = -np.inf
         for batch in newer.events():
+            newest = max(newest, float(np.max(batch["timestamp"].to_numpy(), initial=-np.inf)))
             yield batch.select(list(COLUMNS))
+        if newest < float(dataset.timestamps.min()):
+            raise DataError(
+                f"{newer.files[0]}: its newest event (time {newest:.15g}) is older than all of "
+                f"{dataset.path} (from {float(dataset.timestamps.min()):.15g} on); are both in one "
+                "unit of time?"
+            )
 
     def catalog(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from frame.select("item_id", *names).to_arrow().to_batches()
