@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["app", "main"]
 
+import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -36,6 +38,10 @@ Run = Annotated[
     Path, typer.Argument(help="Run folder written by `l2rec train`.", show_default=False)
 ]
 
+CACHE = Path("~/.cache/l2rec")
+"""Where named sources are downloaded to."""
+COLUMN_OPTIONS = tuple(field.name for field in dataclasses.fields(Columns))
+"""Options of `prepare` that name columns: a log of newer events has those of the first one."""
 SplitKind = Annotated[
     str | None,
     typer.Option(
@@ -220,9 +226,7 @@ def prepare(
             help="auto; none: they are text; backslash: those after a backslash are text (CSV)."
         ),
     ] = Columns.quotes,
-    cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = Path(
-        "~/.cache/l2rec"
-    ),
+    cache: Annotated[Path, typer.Option(help="Where named sources are downloaded to.")] = CACHE,
     formats: Annotated[
         bool,
         typer.Option(
@@ -246,16 +250,11 @@ def prepare(
     `l2rec prepare runs/ml/events.db --after data/ml-100k --out data/served`
     """
     del formats  # printed by its callback
-    import contextlib
-    import tempfile
-
     from l2rec.config import from_options
     from l2rec.data.prepare import PrepareConfig
     from l2rec.data.prepare import prepare as run_prepare
-    from l2rec.data.sources import locate
     from l2rec.errors import ConfigError
     from l2rec.service.events import is_event_log
-    from l2rec.service.export import export_log
 
     options = {
         "k_core": k_core,
@@ -286,20 +285,13 @@ def prepare(
                     f"--text {text!r}: items of an event log have the texts that they are served "
                     "with; leave it out, and change texts with PUT /v1/items"
                 )
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
-            url = source if "://" in source else f"sqlite:///{source}"
-            path, items = export_log(
-                url, folder, types=events.split(","), catalog=items, after=after
-            )
-            template: str | None = "{text}"
             if keep_all_items is None:
                 config = config.model_copy(update={"keep_all_items": True})
-        else:
-            if after is not None:
-                raise ConfigError(
-                    f"--after {after}: {source} is no event log; l2rec merge joins data sets"
-                )
-            path, template = locate(source, cache.expanduser())
+        elif after is not None:
+            raise ConfigError(
+                f"--after {after}: {source} is no event log; l2rec merge joins data sets"
+            )
+        path, items, template = _log_at(stack, source, items, events, cache, after)
         if template and not text:
             config = config.model_copy(update={"text": template})
         dataset = run_prepare(path, out, config, items=items, format=format)
@@ -308,6 +300,33 @@ def prepare(
         f"events, fingerprint {dataset.fingerprint}"
     )
     typer.echo(_next_of(out, dataset))
+
+
+def _log_at(
+    stack: contextlib.ExitStack,
+    source: str,
+    items: Path | None,
+    events: str | None = None,
+    cache: Path = CACHE,
+    after: Path | None = None,
+) -> tuple[Path, Path | None, str | None]:
+    """Find a log: a path, a public source by its name, or an event log, which is exported until
+    the stack ends, after what a data set has of it. Return it, its catalog, and the template of
+    its texts.
+    """
+    import tempfile
+
+    from l2rec.data.sources import locate
+    from l2rec.service.events import is_event_log
+    from l2rec.service.export import export_log
+
+    if not is_event_log(source):
+        path, template = locate(source, cache.expanduser())
+        return path, items, template
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
+    url = source if "://" in source else f"sqlite:///{source}"
+    types = (events or _event_types()).split(",")
+    return *export_log(url, folder, types=types, catalog=items, after=after), "{text}"
 
 
 @app.command()
@@ -402,13 +421,17 @@ def train(
     what each is.
 
     Example: `l2rec train l2rec-plus --data data/ml-100k --out runs/ml training.epochs=5`
+
+    Several processes or machines train the same run together (docs/processes.md):
+    `torchrun --nproc-per-node 8 -m l2rec train l2rec --data DATA --out RUN`
     """
     from l2rec.config import load_recipe
     from l2rec.console import Console
+    from l2rec.runs.launch import joined
     from l2rec.runs.train import train_run
 
     config = load_recipe(recipe, [*(overrides or ()), *_split(split, valid_from, test_from)])
-    with Console() as console:
+    with joined() as world, Console(quiet=not world.main) as console:
         report = train_run(
             config,
             data,
@@ -419,9 +442,74 @@ def train(
             recipe=recipe,
             command=shlex.join(["l2rec", *sys.argv[1:]]),
         )
-        console.scores(report)
+        if world.main:
+            console.scores(report)
         console.line(f"report: {out}/report.html")
         console.line(_next("l2rec", "recommend", out, "--history", "ID,ID,ID"))
+
+
+@app.command()
+def update(
+    run: Run,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of its recipe: training.epochs=5")
+    ] = None,
+    *,
+    events: Annotated[
+        str, typer.Option(help="Log of newer events: any file that `l2rec prepare` reads.")
+    ],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    items: Annotated[
+        Path | None, typer.Option(help="Catalog with the new items, if it lies elsewhere.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+    grown: Annotated[
+        Path | None, typer.Option(help="Folder for the data set with the newer events: OUT-data.")
+    ] = None,
+    drop_unknown_items: Annotated[
+        bool, typer.Option("--drop-unknown-items", help="Drop events of items no catalog has.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint.")
+    ] = False,
+) -> None:
+    """Bring a run up to date with newer events: items, users and counts, in a few epochs from its
+    weights instead of a full training.
+
+    The new run stands on the data set of RUN with the newer events added, which is written beside
+    it, and is validated and tested on the newest events like any other. The log has the columns of
+    the first one. A blended run is blended again.
+
+    Example: `l2rec update runs/ml --events new.csv --items items.csv --out runs/ml-monday`
+    """
+    from l2rec.console import Console
+    from l2rec.data.formats.open import open_source
+    from l2rec.runs.folder import open_run_dataset
+    from l2rec.runs.launch import joined
+    from l2rec.studies.update import update_run
+
+    options = open_run_dataset(run, data).meta.get("options") or {}
+    named = {name: options[name] for name in COLUMN_OPTIONS if name in options}
+    with contextlib.ExitStack() as stack:
+        path, catalog, _ = _log_at(stack, events, items)
+        newer = open_source(path, items=catalog, columns=Columns(**named))
+        world = stack.enter_context(joined())
+        console = stack.enter_context(Console(quiet=not world.main))
+        report = update_run(
+            run,
+            newer,
+            out,
+            progress=console,
+            data=data,
+            grown=grown,
+            overrides=overrides or (),
+            drop_unknown_items=drop_unknown_items,
+            resume=resume,
+            command=shlex.join(["l2rec", *sys.argv[1:]]),
+        )
+        if world.main:
+            console.scores(report)
+        console.line(_next("l2rec", "deploy", out, "--to", "serving"))
 
 
 @app.command()
@@ -1065,20 +1153,30 @@ def embed(
     out: Annotated[Path, typer.Option(help="Folder for items.parquet and users.parquet.")],
     users: Annotated[bool, typer.Option(help="Also write vectors of the data set's users.")] = True,
     data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of the vectors: float32, int8, or binary (their signs).")
+    ] = "float32",
 ) -> None:
     """Write item vectors and user vectors as Parquet: id, vector, version.
 
     Scores are their inner products. A run of `l2rec blend` adds more to them, which `l2rec
     recommend` and `l2rec serve` do.
+
+    With int8 or binary, prints what vectors of each precision lose on the test users (items of
+    float32's best ten, NDCG@10) beside what they save.
+
+    Example: `l2rec embed runs/ml --out vectors --precision int8`
     """
-    from l2rec.console import Console
+    from l2rec.console import Console, print_losses
     from l2rec.runs.embed import embed_run
 
     _must_be_folder(out)
     with Console() as console:
-        written = embed_run(run, out, console, with_users=users, data=data)
-        for path, count, dim in written:
-            console.line(f"{path}: {count:,} vectors of {dim} numbers")
+        written = embed_run(run, out, console, with_users=users, data=data, precision=precision)
+        for path, count, dim in written.files:
+            console.line(f"{path}: {count:,} vectors of {dim} numbers, {precision}")
+    if written.losses:
+        print_losses(written.losses)
 
 
 @app.command()
@@ -1118,7 +1216,7 @@ def index(
     vectors: Annotated[Path, typer.Argument(help="items.parquet of `l2rec embed`.")],
     out: Annotated[Path, typer.Option(help="Index folder to write.")],
     kind: Annotated[
-        str, typer.Option(help="auto (by size), exact, flat, hnsw, ivf, milvus.")
+        str, typer.Option(help="auto (by size), exact, flat, hnsw, ivf, int8, binary, milvus.")
     ] = "auto",
     queries: Annotated[
         Path | None, typer.Option(help="users.parquet of the queries; by default the items.")

@@ -47,6 +47,7 @@ from l2rec.errors import ConfigError, nearest
 Options = TypeVar("Options", bound=BaseModel)
 METHOD = re.compile(r"[^:]+:[A-Za-z_]\w*")
 """Import path of a method where the name of a recipe could stand."""
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 SplitKind = Literal["auto", "leave-one-out", "tied-day", "time", "given"]
 
 
@@ -114,7 +115,14 @@ class TrainingConfig(_Closed):
     checkpoint_minutes: float = Field(3.0, ge=0)
     """Minutes between checkpoints within an epoch."""
     log_every: int = Field(10, ge=1)
-    """Steps between log lines and TensorBoard points."""
+    """Steps between log lines and points of the tracker."""
+    tracker: Tracker = "tensorboard"
+    """Where points go: TensorBoard files in the run folder, or the server that MLflow, Weights &
+    Biases or trackio is set up for; these take `pip install 'l2rec[distributed]'` and their own
+    package."""
+    gather_negatives: bool = True
+    """Of several processes (`torchrun`, `accelerate launch`): in-batch negatives and expert loads
+    are those of the whole batch, not of each process' own rows."""
 
 
 class SplitConfig(_Closed):

@@ -249,6 +249,19 @@ EXPOSURE: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
 """Columns of `print_exposure`, and how a row fills them."""
 
 
+def print_losses(losses: Mapping[str, Mapping[str, float]]) -> None:
+    """Print what vectors of each precision save and lose, on standard output."""
+    table = Table(title="test users, by the precision of vectors")
+    table.add_column("precision")
+    columns = list(next(iter(losses.values())))
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for precision, values in losses.items():
+        cells = [f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values.values()]
+        table.add_row(precision, *cells)
+    _out().print(table)
+
+
 def print_plan(planned: Plan) -> None:
     """Print the cells of an experiment on standard output, in the order in which they are run."""
     out = _out()

@@ -4,6 +4,8 @@
     flat     FAISS over all rows: exact as well
     hnsw     FAISS graph
     ivf      FAISS inverted lists
+    int8     FAISS over all rows, a byte for each number
+    binary   FAISS over all rows, a bit for each number (RaBitQ), the best scored once more in int8
     milvus   a Milvus server by URI (token from L2REC_MILVUS_TOKEN), or a file with milvus-lite
 
 Rows are numbered as in the vectors an index was built from. On disk an index is a folder with a
@@ -36,7 +38,7 @@ from l2rec.data.vectors import Floats, off_unit, read_vectors, vectors_hash
 from l2rec.disk import replacing_folder
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError, StorageError
 
-KINDS = ("exact", "flat", "hnsw", "ivf", "milvus")
+KINDS = ("exact", "flat", "hnsw", "ivf", "int8", "binary", "milvus")
 FORMAT = 2
 EXACT_ROWS = 100_000
 """Rows that exact search scores in less time than encoding a history takes:
@@ -48,6 +50,10 @@ ASKED, SCORED = 1000, 200_000_000
 """Most queries that recall and speed are measured with, and most inner products for that."""
 AT_ONCE = 32
 """Queries of one search when speed is measured: about a batch of the service."""
+SMALL = {"int8": "SQ8", "binary": "RaBitQ,Refine(SQ8)"}
+"""FAISS's names of the kinds that keep rows in fewer bits."""
+RESCORED = 10.0
+"""Rows that binary scores once more, for each one that is asked for."""
 LINKS, CONSTRUCTION = 32, 200
 """Links of a node of an HNSW graph, and breadth of the search that builds it."""
 BREADTH = 128
@@ -109,7 +115,7 @@ def build(vectors: Floats, kind: str = "auto", **options: Any) -> Index:
         raise ConfigError(f"index kind {kind!r} has no option {min(odd)!r}")
     if kind == "exact":
         return Exact(vectors)
-    if kind in ("flat", "hnsw", "ivf"):
+    if kind in ("flat", "hnsw", "ivf", *SMALL):
         return Faiss.build(vectors, kind, **options)
     if kind == "milvus":
         return Milvus.build(vectors, **options)
@@ -235,7 +241,7 @@ def _faiss() -> Any:
 
 
 class Faiss:
-    """FAISS index of kind flat, hnsw or ivf."""
+    """FAISS index of kind flat, hnsw, ivf, int8 or binary."""
 
     def __init__(self, kind: str, index: Any) -> None:
         self.kind, self.index = kind, index
@@ -267,6 +273,11 @@ class Faiss:
         elif kind == "hnsw":
             index = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
             index.hnsw.efConstruction, index.hnsw.efSearch = CONSTRUCTION, ef
+        elif kind in SMALL:
+            index = faiss.index_factory(dim, SMALL[kind], faiss.METRIC_INNER_PRODUCT)
+            if kind == "binary":
+                index.k_factor = RESCORED
+            index.train(vectors)
         else:
             # FAISS warns below 39 rows a list: too few to find its centre.
             lists = lists or max(1, min(rows // 39, round(4 * rows**0.5)))
@@ -509,6 +520,8 @@ FILES = {
     "flat": {"ids": "parquet", "index": "faiss"},
     "hnsw": {"ids": "parquet", "index": "faiss"},
     "ivf": {"ids": "parquet", "index": "faiss"},
+    "int8": {"ids": "parquet", "index": "faiss"},
+    "binary": {"ids": "parquet", "index": "faiss"},
     "milvus": {"ids": "parquet"},
 }
 """Files of each kind, by role, with their suffix; a file is named ``ROLE-HASH.SUFFIX``."""

@@ -1,12 +1,11 @@
 """What every method promises, asked of every file in ``l2rec/methods``: a new one is found by
-itself. It needs a line in ``OPTIONS`` only where its defaults do not fit sixteen items.
+itself. It needs a line in ``OPTIONS`` of `tests.support.methods` only where its defaults do not fit
+sixteen items.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.support import models, tiny
+from tests.support import models
+from tests.support.methods import METHODS, N, build
 from tests.support.runs import Quiet
 from torch import Tensor, nn
 
-from l2rec import methods, protocols
+from l2rec import protocols
 from l2rec.config import TrainingConfig
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
@@ -37,60 +37,10 @@ from l2rec.runs.loop import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-N = 16
-TINY: dict[str, Any] = {
-    "dim": 32,
-    "hidden": 32,
-    "inner": 48,
-    "heads": 2,
-    "max_items": 6,
-    "dropout": 0.1,
-    "attention_dropout": 0.1,
-    "adaptor_dropout": 0.1,
-    "text_tokens": 12,
-    "item_tokens": 8,
-    "max_tokens": 96,
-    "rank": 4,
-    "pretrain_epochs": 2,
-    "embed_epochs": 2,
-    "embed_batch": 8,
-    "sasrec_epochs": 2,
-    "levels": 2,
-    "digits": 4,
-    "id_tokens": 3,
-    "codes": 8,
-    "code_dim": 16,
-    "code_hidden": (16,),
-    "code_epochs": 2,
-    "code_passes": 5,
-    "head_dim": 16,
-    "beams": 2 * N,
-}
-"""Of these, every method gets what it has."""
-OPTIONS: dict[str, dict[str, Any]] = {
-    "L2Rec": {
-        "form": "catalog",
-        "item_residual": True,
-        "user_norm": True,
-        "project_items": False,
-        "table_lr": 1e-2,
-        "semantic_items": 2,
-        "view_experts": 4,
-        "router_width": 4,
-    },
-    # One tower for both sides knows who walks near whom on the cycle, but hardly who walks ahead.
-    "LEARN": {"item_tower": "b"},
-    # Text-only batches move fewer tensors than the stage declares.
-    "LLaRA": {"curriculum": 0},
-    "ILoRA": {"curriculum": 0, "head": "items"},
-}
-"""What a method needs besides."""
 PAPER = {"form": "paper", "item_residual": False}
 """L2Rec without what its catalog form has besides."""
 METRICS = {"L2Rec": "ndcg@10_masked"}
 """What a history holds is no negative of its loss: nothing is said of the scores of that."""
-FAMILIES = {"LLaRA": "tied"}
-"""Backbone of what cannot do with a BERT, as it is configured here."""
 USUAL = (1e-2, 15)
 BUDGET = {
     "BERT4Rec": (3e-3, 50),
@@ -106,20 +56,6 @@ BUDGET = {
 """Learning rate and epochs of what learns the chain slowly, or takes long about an epoch."""
 
 
-def found() -> dict[str, Any]:
-    """The class of every method file, by name. Floors have no options and are none."""
-    classes = {}
-    for info in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
-        for name, value in vars(importlib.import_module(info.name)).items():
-            own = inspect.isclass(value) and value.__module__ == info.name
-            if own and hasattr(value, "Config") and hasattr(value, "uses_backbone"):
-                classes[name] = value
-    return classes
-
-
-METHODS = found()
-
-
 @dataclass
 class Trained:
     """A method that has seen the chain, with its options and data."""
@@ -129,17 +65,6 @@ class Trained:
     model: Any
     split: Split
     catalog: Catalog
-
-
-def options(name: str) -> dict[str, Any]:
-    known = METHODS[name].Config.model_fields
-    return {k: v for k, v in TINY.items() if k in known} | OPTIONS.get(name, {})
-
-
-def build(name: str, catalog: Catalog, seed: int = 0, family: str = "", **more: Any) -> Any:
-    family = family or FAMILIES.get(name, "bert")
-    backbone = tiny.random_backbone(family) if METHODS[name].uses_backbone else None
-    return models.build(METHODS[name], options(name) | more, catalog, backbone, seed=seed)
 
 
 @pytest.fixture(scope="module")

@@ -114,14 +114,16 @@ def test_losses_are_their_formulas() -> None:
     expected = sum(-row[0] + math.log(sum(map(math.exp, row))) for row in rows) / 2
     assert float(losses.sampled_softmax_loss(positive, negative)) == pytest.approx(expected)
 
-    scores = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0], [2.0, 2.0, 0.0]], dtype=torch.float64)
-    same = torch.tensor([[True, False, True], [False] * 3, [False] * 3])
-    kept = [[1.0, 2.0], [0.0, 1.0, -1.0], [2.0, 2.0, 0.0]]
-    own = [1.0, 1.0, 0.0]
+    users = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 2.0]])
+    items = torch.tensor([[0.0, 1.0], [3.0, 0.0], [0.0, -1.0]])
+    kept = [[0.0, 1.0], [0.8, 0.6, -0.8], [0.0, -1.0]]  # the first and the last are of one user
+    own = [0.0, 0.6, -1.0]
     expected = sum(
-        -score + math.log(sum(map(math.exp, row))) for row, score in zip(kept, own, strict=True)
+        -score / 0.5 + math.log(sum(math.exp(s / 0.5) for s in row))
+        for row, score in zip(kept, own, strict=True)
     )
-    assert float(losses.in_batch_loss(scores, same)) == pytest.approx(expected / 3)
+    found = losses.in_batch_loss(users, items, torch.tensor([7, 8, 7]), temperature=0.5)
+    assert float(found) == pytest.approx(expected / 3)
 
 
 def test_rows_of_like_length_are_read_together() -> None:

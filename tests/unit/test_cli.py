@@ -51,6 +51,7 @@ VERBS = {
     ],
     "describe": ["--json"],
     "train": ["--data", "--out", "--split", "--valid-from", "--test-from", "--resume", "--init"],
+    "update": ["--events", "--out", "--items", "--data", "--grown", "--resume"],
     "floors": ["--split", "--valid-from", "--test-from", "--backbone", "--out", "--json"],
     "tune": ["--data", "--out", "--trials", "--search", "--seed", "--json"],
     "recipes": [],
@@ -62,7 +63,7 @@ VERBS = {
     ],
     "fusion": ["--alpha", "--dominant", "--split", "--data", "--json"],
     "recommend": ["--history", "--user", "--new-item", "--include-seen", "--json"],
-    "embed": ["--out", "--users", "--data"],
+    "embed": ["--out", "--users", "--data", "--precision"],
     "onnx": ["--out", "--data"],
     "diagnose": ["--by", "--users", "--separator", "--k", "--data", "--out", "--json"],
     "publish": ["--out", "--to", "--license", "--public", "--dataset", "--backbone", "--limits"],
@@ -432,7 +433,7 @@ def test_nan_is_one_line(
     outcome = call("train", recipe, "--data", catalog_run.data, "--out", tmp_path / "run")
     assert outcome.code == 2 and outcome.out == ""
     last = outcome.err.splitlines()[-1]
-    assert re.match(r"l2rec: step 5: the loss part rec.* is not finite.*lower training\.lr", last)
+    assert re.match(r"l2rec: step 13: the loss part rec.* is not finite.*lower training\.lr", last)
     outcome = call("recommend", tmp_path / "run", "--history", "i1", "--json")
     assert outcome.code == 0 and len(json.loads(outcome.out)["items"]) == 10
 

@@ -790,7 +790,7 @@ def test_user_history(catalog_run: Finished, chains: Dataset) -> None:
 @pytest.mark.parametrize("items", ["catalog", "paper"])
 def test_embed(items: str, request: pytest.FixtureRequest, chains: Dataset, tmp_path: Path) -> None:
     finished: Finished = request.getfixturevalue(f"{items}_run")
-    written = embed_run(finished.run, tmp_path, Quiet())
+    written = embed_run(finished.run, tmp_path, Quiet()).files
     assert written == [(tmp_path / "items.parquet", 30, 32), (tmp_path / "users.parquet", 40, 32)]
     predictor = load(finished.run)
     tables = {name: pq.read_table(tmp_path / f"{name}.parquet") for name in ("items", "users")}
@@ -809,7 +809,7 @@ def test_embed(items: str, request: pytest.FixtureRequest, chains: Dataset, tmp_
         expected = [by_id[i] for i in ids["items"]]
         assert scores[user].tolist() == pytest.approx(expected, abs=2e-3)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    assert len(embed_run(finished.run, tmp_path / "b", Quiet(), with_users=False)) == 1
+    assert len(embed_run(finished.run, tmp_path / "b", Quiet(), with_users=False).files) == 1
 
 
 def test_vectors_are_finite(moved: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = ["Batch", "TrainingBatches", "plan_batches"]
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,29 @@ class Batch:
     histories: Ragged
     targets: npt.NDArray[np.integer]
     negatives: npt.NDArray[np.integer]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def terms(self) -> int:
+        """How many targets a loss of this batch is the mean over; rows where it has none."""
+        return len(self.targets) or len(self)
+
+    def take(self, rows: npt.NDArray[np.integer]) -> Self:
+        """Select rows, with their targets and negatives."""
+        targets = self.targets
+        if len(targets) == len(self):
+            targets = targets[rows]
+        elif len(targets):
+            targets = Ragged(targets, self.histories.offsets).take(rows).values
+        return replace(
+            self,
+            users=self.users[rows],
+            histories=self.histories.take(rows),
+            targets=targets,
+            negatives=self.negatives[rows],
+        )
 
 
 PACK = 8

@@ -12,7 +12,7 @@ In memory are the ids, the catalog, a byte or eight per user and item, and one c
 
 from __future__ import annotations
 
-__all__ = ["PrepareConfig", "may_write", "prepare", "write_parquet"]
+__all__ = ["PrepareConfig", "build", "item_text", "may_write", "prepare", "write_parquet"]
 
 import contextlib
 import json
@@ -223,13 +223,8 @@ def _read_catalog(source: Source, state: _State) -> _Catalog | None:
         state.notes.append("no catalog: items have no text, only their ids are known")
         return None
     known = (*source.fields, *source.more_fields)
+    text = item_text(config.text, source.fields, known)
     named = [name for _, name in template or [] if name is not None]
-    for name in named:
-        if name not in known:
-            raise DataError(
-                f"text={config.text!r} names the field {name!r}, which the catalog does not "
-                f"have{nearest(name, known)}; it has {', '.join(known) or 'only ids'}"
-            )
     extra = [name for name in source.more_fields if name in named]
     fields = (*source.fields, *extra)
     frames = []
@@ -242,7 +237,6 @@ def _read_catalog(source: Source, state: _State) -> _Catalog | None:
             f"give a catalog with items, or none at all"
         )
     frame = _without_duplicates(pl.concat(frames), state)
-    text = _default_text(source.fields) if template is None else _apply(template)
     frame = frame.with_columns(text.alias("__text"))
     if "text" in fields and frame["__text"].equals(frame["text"].str.strip_chars()):
         frame = frame.drop("text")  # it is the text already
@@ -289,6 +283,26 @@ def _without_duplicates(frame: pl.DataFrame, state: _State) -> pl.DataFrame:
     state.counters["duplicate_catalog_rows"] = rows - len(frame)
     state.notes.append(f"{rows - len(frame):,} repeated catalog rows were left out")
     return frame
+
+
+def item_text(template: str | None, fields: Sequence[str], known: Sequence[str]) -> pl.Expr:
+    """Return the text of an item: the template filled, or by default its ``fields`` joined.
+
+    known: all fields that a template may name.
+
+    Raises:
+        DataError: the template is none, or names another field.
+    """
+    if template is None:
+        return _default_text(fields)
+    parts = _parse_template(template)
+    for _, name in parts:
+        if name is not None and name not in known:
+            raise DataError(
+                f"text={template!r} names the field {name!r}, which the catalog does not "
+                f"have{nearest(name, known)}; it has {', '.join(known) or 'only ids'}"
+            )
+    return _apply(parts)
 
 
 def _parse_template(template: str) -> list[tuple[str, str | None]]:

@@ -1,8 +1,15 @@
-"""Item and user vectors as Parquet: id, vector, version of the model they come from."""
+"""Item and user vectors as Parquet: id, vector, version of the model they come from.
+
+    float32   as they are
+    int8      v = s q, one scale s for all: inner products of q rank as those of v, up to rounding
+    binary    signs, eight to a byte, the first the highest bit: for Hamming distances
+
+Databases take all three as they stand in the file; `read_vectors` gives float32 again.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Vectors", "read_vectors", "vectors_table"]
+__all__ = ["PRECISIONS", "Vectors", "bytes_of", "read_vectors", "rounded", "vectors_table"]
 
 import hashlib
 import json
@@ -19,6 +26,9 @@ from l2rec.errors import CheckpointError
 
 UNIT_WITHIN = 0.01
 """Largest deviation of a unit vector's length from 1."""
+
+PRECISIONS = ("float32", "int8", "binary")
+INT8_MOST = 127
 
 Floats = npt.NDArray[np.float32]
 
@@ -41,27 +51,76 @@ class Vectors:
     version: str
 
 
-def vectors_table(ids: Sequence[str], vectors: Floats, version: str) -> pa.Table:
-    """Build the table that `l2rec embed` writes: id, vector [D] float32, version.
+def bytes_of(dim: int, precision: str) -> int:
+    """Return the bytes of a vector of ``dim`` numbers."""
+    return {"float32": 4 * dim, "int8": dim, "binary": -(-dim // 8)}[precision]
 
-    Its metadata has the number of rows, D, and a hash of ids, vectors and version together.
+
+def rounded(vectors: Floats, precision: str) -> Floats:
+    """Return what a precision leaves of vectors [N, D], as float32; of binary the signs, at unit
+    length.
+    """
+    stored, scale = _stored(vectors, precision)
+    return _restored(stored, precision, scale, vectors.shape[1])
+
+
+def _stored(vectors: Floats, precision: str) -> tuple[npt.NDArray[np.generic], float]:
+    """Return the rows that are written, [N, bytes or numbers of a row], and their scale."""
+    if precision == "int8":
+        scale = float(np.abs(vectors).max(initial=0.0)) / INT8_MOST or 1.0
+        return np.rint(vectors / np.float32(scale)).clip(-127, 127).astype(np.int8), scale
+    if precision == "binary":
+        return np.packbits(vectors > 0, axis=1), 1.0
+    assert precision == "float32", precision
+    return np.ascontiguousarray(vectors, dtype=np.float32), 1.0
+
+
+def _restored(stored: npt.NDArray[np.generic], precision: str, scale: float, dim: int) -> Floats:
+    """Return stored rows as float32 [N, D]."""
+    if precision == "binary":
+        bits = np.unpackbits(stored.astype(np.uint8), axis=1, count=dim)
+        return (2 * bits.astype(np.float32) - 1) / np.float32(dim**0.5)
+    found: Floats = stored.astype(np.float32)
+    return found * np.float32(scale) if precision == "int8" else found
+
+
+def vectors_table(
+    ids: Sequence[str], vectors: Floats, version: str, precision: str = "float32"
+) -> pa.Table:
+    """Build the table that `l2rec embed` writes: id, vector, version.
+
+    A vector is [D] float32 or int8, or of binary [bytes] uint8. Its metadata has the number of
+    rows, D, the precision with its scale, and a hash of ids, vectors (as `read_vectors` returns
+    them) and version together.
     """
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     rows, dim = vectors.shape
     assert len(ids) == rows
+    stored, scale = _stored(vectors, precision)
+    metadata = {
+        "l2rec.version": version,
+        "l2rec.rows": str(rows),
+        "l2rec.dim": str(dim),
+        "l2rec.sha256": vectors_hash(ids, _restored(stored, precision, scale, dim), version),
+    }
+    if precision != "float32":
+        metadata |= {"l2rec.precision": precision, "l2rec.scale": repr(scale)}
+    flat, width = pa.array(stored.reshape(-1)), stored.shape[1]
     return pa.table(
         {
             "id": pa.array(ids, pa.string()),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim),
+            "vector": pa.FixedSizeListArray.from_arrays(flat, width),
             "version": pa.array([version] * rows, pa.string()),
         },
-        metadata={
-            "l2rec.version": version,
-            "l2rec.rows": str(rows),
-            "l2rec.dim": str(dim),
-            "l2rec.sha256": vectors_hash(ids, vectors, version),
-        },
+        metadata=metadata,
     )
+
+
+def _width(dim: int, precision: str) -> int:
+    """Return how many numbers a stored row of D has. Raises ValueError for another precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"vectors of precision {precision!r}")
+    return bytes_of(dim, precision) if precision == "binary" else dim
 
 
 def vectors_hash(ids: Sequence[str], vectors: Floats, version: str) -> str:
@@ -71,7 +130,8 @@ def vectors_hash(ids: Sequence[str], vectors: Floats, version: str) -> str:
 
 
 def read_vectors(path: Path) -> Vectors:
-    """Read vectors that `l2rec embed` wrote, and check that they are complete and unchanged.
+    """Read vectors that `l2rec embed` wrote, of any precision, and check that they are complete and
+    unchanged.
 
     Raises:
         CheckpointError: another file, rows missing or edited, several versions, an id twice,
@@ -83,17 +143,19 @@ def read_vectors(path: Path) -> Vectors:
         version, digest = stored["l2rec.version"], stored["l2rec.sha256"]
         rows, dim = int(stored["l2rec.rows"]), int(stored["l2rec.dim"])
         ids, versions = table["id"].to_pylist(), set(table["version"].to_pylist())
+        precision = stored.get("l2rec.precision", "float32")
+        scale, width = float(stored.get("l2rec.scale", 1.0)), _width(dim, precision)
         # A copy, since arrays of Arrow are read-only and torch warns about those.
-        flat = np.array(table["vector"].combine_chunks().flatten(), dtype=np.float32)
+        flat = np.array(table["vector"].combine_chunks().flatten())
     except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} holds no vectors of `l2rec embed`: {reason}") from error
-    if len(ids) != rows or flat.size != rows * dim:
+    if len(ids) != rows or flat.size != rows * width:
         raise CheckpointError(
-            f"{path}: {len(ids)} rows and {flat.size} numbers, {rows} of {dim} were written; "
+            f"{path}: {len(ids)} rows and {flat.size} numbers, {rows} of {width} were written; "
             "embed the run again"
         )
-    vectors = flat.reshape(rows, dim)
+    vectors = _restored(flat.reshape(rows, width), precision, scale, dim)
     if versions - {version}:
         raise CheckpointError(f"{path}: vectors of several versions; embed the run again")
     if digest != vectors_hash(ids, vectors, version):

@@ -11,7 +11,8 @@ __all__ = ["Evaluation", "evaluate", "evaluate_each", "top_k"]
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from l2rec.metrics import (
     rank_values,
     ranking_metrics,
 )
+from l2rec.modules import processes
 from l2rec.protocols import Recommender, Scorer, TopK
 
 _TOP = 20
@@ -174,7 +176,8 @@ def evaluate_each(
     """Evaluate several scorers in one pass: all score a block of users before the next block.
 
     Work that they share can so be done once for each block. ``scorers``: by name, each created
-    when the pass begins. Arguments and errors are those of `evaluate`.
+    when the pass begins. Arguments and errors are those of `evaluate`. Processes that train
+    together rank a part of the blocks each, and all have the whole result.
     """
     rows = len(targets)
     offsets = None
@@ -194,12 +197,13 @@ def evaluate_each(
         )
     _check_items(wanted, n_items, "target")
     _check_items(histories.values, n_items, "history")
+    world = processes.current()
     evaluations = {
         name: Evaluation(
-            ranks=np.empty(len(wanted), dtype=np.float64),
-            ranks_masked=np.empty(len(wanted), dtype=np.float64),
+            ranks=np.zeros(len(wanted), dtype=np.float64),
+            ranks_masked=np.zeros(len(wanted), dtype=np.float64),
             users=user_ints,
-            top=np.empty((rows, min(_TOP, n_items)), dtype=np.int32),
+            top=np.zeros((rows, min(_TOP, n_items)), dtype=np.int32),
             targets=wanted,
             n_items=n_items,
             offsets=offsets,
@@ -208,7 +212,10 @@ def evaluate_each(
     }
     with torch.inference_mode():
         ready = {name: scorer() for name, scorer in scorers.items()}
-        for block in _blocks(rows, _block_rows(n_items) if batch_size is None else batch_size):
+        size = _block_rows(n_items) if batch_size is None else batch_size
+        if world.size > 1:
+            size = min(size, max(1, -(-rows // world.size)))
+        for block in islice(_blocks(rows, size), world.rank, None, world.size):
             read = _rows(histories, block)
             at = block if offsets is None else slice(offsets[block.start], offsets[block.stop])
             sizes = None if offsets is None else np.diff(offsets[block.start : block.stop + 1])
@@ -219,7 +226,17 @@ def evaluate_each(
                 )
             if progress is not None:
                 progress(block.stop)
-    return evaluations
+    if world.size == 1:
+        return evaluations
+    return {
+        name: replace(
+            result,
+            ranks=world.total(result.ranks),
+            ranks_masked=world.total(result.ranks_masked),
+            top=world.total(result.top),
+        )
+        for name, result in evaluations.items()
+    }
 
 
 def top_k(

@@ -58,6 +58,7 @@ from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.experts import load_balance, top_n
 from l2rec.modules.item_table import ItemTable
 from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.processes import everyone
 from l2rec.modules.sequences import as_index, encode_rows, last_of, pad, sequence_batches
 from l2rec.protocols import Losses, Stage, decayed
 
@@ -439,11 +440,15 @@ def alignment_loss(states: Tensor, users: Tensor, temperature: float) -> Tensor:
         states: u_k [B, K, h].
         users: [B] int64; other rows of the same user are no negatives.
         temperature: divides the cosines.
+
+    Where a batch is dealt out over processes, negatives are the rows of all of them.
     """
     unit = F.normalize(states, dim=-1).transpose(0, 1)  # [K, B, h]
+    others, first = everyone(F.normalize(states, dim=-1))
     count, rows = unit.shape[:2]
     k, j = (~torch.eye(count, dtype=torch.bool, device=unit.device)).nonzero(as_tuple=True)
-    scores = unit[k] @ unit[j].mT / temperature  # [K (K - 1), B, B]
-    same = (users[:, None] == users).fill_diagonal_(False)
-    positive = torch.arange(rows, device=unit.device).repeat(len(k))
+    scores = unit[k] @ others.transpose(0, 1)[j].mT / temperature  # [K (K - 1), B, B of all]
+    own = first + torch.arange(rows, device=unit.device)
+    same = (users[:, None] == everyone(users)[0]).scatter(1, own[:, None], False)
+    positive = own.repeat(len(k))
     return F.cross_entropy(scores.masked_fill(same, -math.inf).flatten(0, 1), positive)

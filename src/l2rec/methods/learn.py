@@ -55,6 +55,7 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.frozen_text import FrozenText
 from l2rec.modules.objectives import cosine
+from l2rec.modules.processes import everyone
 from l2rec.modules.sequences import (
     FEW_ROWS,
     as_index,
@@ -216,16 +217,21 @@ class LEARN(nn.Module):
         else:
             targets = self.item_states(sampled.cpu().numpy())
 
+        # The targets of all processes, where a batch is dealt out over several.
+        users, first = everyone(torch.from_numpy(batch.users).to(states.device))
+        h_row_of_all, t_row = h_row + first, everyone(t_row + first)[0]
+        targets, sampled = everyone(targets)[0], everyone(sampled)[0]
+
         # Which of the sampled items are targets of which users (who may have several rows).
         distinct, column = sampled.unique(return_inverse=True)
-        user = torch.from_numpy(np.unique(batch.users, return_inverse=True)[1]).to(states.device)
-        targeted = torch.zeros(len(rows), len(distinct), dtype=torch.bool, device=states.device)
+        user = users.unique(return_inverse=True)[1]
+        targeted = torch.zeros(len(users), len(distinct), dtype=torch.bool, device=states.device)
         targeted[user[t_row], column] = True
         scores = cosine(states[h_row, h_at], targets) / config.temperature
         total = dense_all_action_loss(
             scores - self.log_share[sampled] if config.log_q else scores,
-            pairs=h_row[:, None] == t_row,
-            negatives=~targeted[user[h_row]][:, column],
+            pairs=h_row_of_all[:, None] == t_row,
+            negatives=~targeted[user[h_row_of_all]][:, column],
             rows=h_row,
         )
         computed = computed_positions(h_real) + computed_positions(t_real)

@@ -64,7 +64,7 @@ from l2rec.modules.backbone import Attend, Backbone, Packing, pack
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.losses import in_batch_loss
-from l2rec.modules.objectives import catalog_loss, cosine
+from l2rec.modules.objectives import catalog_loss
 from l2rec.modules.sequences import (
     as_index,
     check_new_texts,
@@ -384,9 +384,8 @@ class RecFormer(nn.Module):
         histories, targets = split_rows(batch.histories)
         users, words_of_users, user_readings = self._with_words(self._rows(histories))
         items, words_of_items, item_readings = self._with_words(self._rows(one_each(targets)))
-        scores = cosine(users.z, items.z) / config.temperature
-        target = as_index(targets, scores.device)
-        contrast = in_batch_loss(scores, target[:, None] == target)
+        target = as_index(targets, users.z.device)
+        contrast = in_batch_loss(users.z, items.z, target, temperature=config.temperature)
         words = words_of_users + words_of_items
         parts = {"contrast": contrast.detach(), "words": words.detach()}
         return _losses(contrast + config.mlm * words, parts, user_readings + item_readings)

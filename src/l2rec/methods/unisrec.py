@@ -57,7 +57,7 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.frozen_text import FrozenText
 from l2rec.modules.losses import in_batch_loss
-from l2rec.modules.objectives import cosine, fused_catalog_loss
+from l2rec.modules.objectives import fused_catalog_loss
 from l2rec.modules.sequences import (
     FEW_ROWS,
     as_index,
@@ -267,14 +267,13 @@ class UniSRec(nn.Module):
         states, real = self(rows, table)
 
         targets = torch.from_numpy(columns[len(rows.values) :]).to(device)
-        scores = cosine(states[real], table[targets]) / tau  # [P, P]
-        item = in_batch_loss(scores, targets[:, None] == targets)
+        wanted = as_index(batch.targets, device)
+        item = in_batch_loss(states[real], table[targets], wanted, temperature=tau)
         total, parts = item, {"item": item.detach()}
         if self.config.sequence_weight:
             users = torch.from_numpy(batch.users).to(device)
             other = self._other_view(rows, distinct, table)
-            scores = cosine(last_of(states, real), other) / tau  # [B, B]
-            sequence = in_batch_loss(scores, users[:, None] == users)
+            sequence = in_batch_loss(last_of(states, real), other, users, temperature=tau)
             total = total + self.config.sequence_weight * sequence
             parts["sequence"] = sequence.detach()
         return Losses(total, parts, len(targets), computed_positions(real))

@@ -60,6 +60,7 @@ from l2rec.modules.adapters import Adapter, Forward, side_by_side
 from l2rec.modules.backbone import Group, split
 from l2rec.modules.fused import Matrix, Part
 from l2rec.modules.kept import Keeps
+from l2rec.modules.processes import summed
 
 Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 """Experts: B_i [d_out, R] and A_i [R, d_in] of each."""
@@ -178,13 +179,16 @@ def load_balance(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         scores: [..., n, E] fused scores g_hat of Eq. 5. chosen: alike, bool, those in Top-N.
 
+    Tokens are those of all processes where a batch is dealt out.
+
     Returns:
         The term of each router, [...], and f [..., E], each expert's share of the choices
         (detached).
     """
-    share = chosen.to(scores.dtype).mean(-2)
+    share = summed(chosen.to(scores.dtype).sum(-2))
     share = share / share.sum(-1, keepdim=True)
-    probability = (scores / scores.sum(-1, keepdim=True)).mean(-2)
+    tokens = summed(scores.new_tensor(float(scores.shape[-2])))
+    probability = summed((scores / scores.sum(-1, keepdim=True)).sum(-2)) / tokens
     return scores.shape[-1] * (share * probability).sum(-1), share.detach()
 
 

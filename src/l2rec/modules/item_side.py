@@ -31,6 +31,7 @@ from l2rec.modules.experts import Routing
 from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_text import catalog_vectors, text_vectors
 from l2rec.modules.objectives import Cells, contrastive_loss, cosine, fused_catalog_loss
+from l2rec.modules.processes import Part, everyone, from_first
 from l2rec.modules.sequences import as_index, history_cells, one_each
 from l2rec.modules.text_table import TextTable
 from l2rec.modules.views import View
@@ -181,27 +182,36 @@ class EncodedItems:
         views: Views,
         encode: Encode,
     ) -> Comparison:
-        """Contrast with the positives of the batch and each user's sampled items, encoded once."""
-        distinct = np.unique(np.concatenate((targets, batch.negatives.reshape(-1))))
-        encoded = encode(one_each(distinct), views)
-        positive = torch.from_numpy(np.searchsorted(distinct, targets)).to(encoded.fused.device)
-        allowed = self._negatives(batch, distinct, positive)
-        rec = contrastive_loss(cosine(users, encoded.fused) / temperature, positive, allowed)
+        """Contrast with the positives of the batch and each user's sampled items, encoded once.
+
+        Of a batch that is dealt out over processes, each encodes a part of the items of all.
+        """
+        device = self._backbone.device
+        wanted, _ = everyone(as_index(targets, device))
+        sampled, _ = everyone(as_index(batch.negatives.reshape(-1), device))
+        distinct = torch.cat((wanted, sampled)).unique().cpu().numpy()
+        part = Part.of(len(distinct))
+        encoded = encode(one_each(distinct[part.rows]), views)
+        positive = torch.from_numpy(np.searchsorted(distinct, targets)).to(device)
+        positives = torch.from_numpy(np.searchsorted(distinct, wanted.cpu().numpy())).to(device)
+        scores = cosine(users, part.joined(encoded.fused)) / temperature
+        rec = contrastive_loss(scores, positive, self._negatives(batch, distinct, positives))
         return _comparison(rec, encoded)
 
     def _negatives(
-        self, batch: Batch, distinct: npt.NDArray[np.integer], positive: Tensor
+        self, batch: Batch, distinct: npt.NDArray[np.integer], positives: Tensor
     ) -> Tensor:
-        """Mark the negatives [P, n] bool: the positives of the batch, and each user's own sampled
-        items (or, with ``share_negatives``, everybody's). The positive's column is set by the loss.
+        """Mark the negatives [B, n] bool: the ``positives`` of the batch (columns, int64), and each
+        user's own sampled items (or, with ``share_negatives``, everybody's). The column of the
+        row's own positive is set by the loss.
         """
-        device = positive.device
+        device = positives.device
         if self._share_negatives:
-            return torch.ones(len(positive), len(distinct), dtype=torch.bool, device=device)
+            return torch.ones(len(batch), len(distinct), dtype=torch.bool, device=device)
         allowed = torch.zeros(len(batch.users), len(distinct), dtype=torch.bool, device=device)
         sampled = torch.from_numpy(np.searchsorted(distinct, batch.negatives)).to(device)
         allowed.scatter_(1, sampled, True)
-        allowed[:, positive.unique()] = True
+        allowed[:, positives.unique()] = True
         return allowed
 
     def add(self, tokens: Ragged) -> None:
@@ -294,14 +304,16 @@ class CatalogItems(nn.Module):
         """Return the items that a step compares with, ascending [n], and the log of how many each
         of them stands for [n, 1] float32; None where these are all.
         """
-        count, wanted = len(self.semantic), np.unique(targets)
+        count, device = len(self.semantic), self.semantic.device
+        wanted = everyone(as_index(targets, device))[0].unique().cpu().numpy()
         if not self._sampled or len(wanted) + self._sampled >= count:
             return np.arange(count), None
-        items = np.union1d(wanted, torch.randperm(count)[: self._sampled].numpy())
+        drawn = from_first(torch.randperm(count)[: self._sampled].to(device))
+        items = np.union1d(wanted, drawn.cpu().numpy())
         others = len(items) - len(wanted)
         stands_for = np.where(np.isin(items, wanted), 1.0, (count - len(wanted)) / max(1, others))
         log = torch.from_numpy(np.log(stands_for)).float()
-        return items, log[:, None].to(self.semantic.device)
+        return items, log[:, None].to(device)
 
     def compare(
         self,
@@ -313,7 +325,10 @@ class CatalogItems(nn.Module):
         views: Views,
         encode: Encode,
     ) -> Comparison:
-        """Compare with the whole catalog, or with a sample of it."""
+        """Compare with the whole catalog, or with a sample of it.
+
+        Of a batch that is dealt out over processes, each encodes a part of these items.
+        """
         device = self.semantic.device
         chosen, log = self._compared(targets)
         without = self._held(batch.histories, position, targets)
@@ -322,12 +337,13 @@ class CatalogItems(nn.Module):
             targets = np.searchsorted(chosen, targets)
         encoded: Encoded | None = None
         if "behavioral" in views:
-            encoded = encode(one_each(chosen), ("behavioral",))
-            fused = encoded.fused
+            part = Part.of(len(chosen))
+            encoded = encode(one_each(chosen[part.rows]), ("behavioral",))
+            fused = of_behavior = part.joined(encoded.fused)
         if "semantic" in views:
             semantic = self.semantic.index_select(0, as_index(chosen, device))
             _, _, semantic, _ = self._fusion(None, semantic, project=self._project)
-            fused = semantic if encoded is None else self._fusion.fuse(encoded.fused, semantic)[0]
+            fused = semantic if encoded is None else self._fusion.fuse(of_behavior, semantic)[0]
         scaled = F.normalize(users.float(), dim=-1) / temperature
         items = F.normalize(fused.float(), dim=-1)
         if log is not None:  # as one more dimension of the inner product

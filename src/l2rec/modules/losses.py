@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from l2rec.modules.objectives import cosine
+from l2rec.modules.processes import everyone
+
 
 def binary_loss(positive: Tensor, negative: Tensor) -> Tensor:
     """Compute -log sigmoid(s+) - sum_j log(1 - sigmoid(s-_j)), mean over positions: a scalar.
@@ -39,13 +42,20 @@ def sampled_softmax_loss(positive: Tensor, negative: Tensor) -> Tensor:
     return (torch.logsumexp(torch.cat((positive[:, None], negative), 1), 1) - positive).mean()
 
 
-def in_batch_loss(scores: Tensor, same: Tensor | None = None) -> Tensor:
-    """Compute InfoNCE of row i with column i, mean over rows: a scalar.
+def in_batch_loss(
+    rows: Tensor, columns: Tensor, who: Tensor | None = None, *, temperature: float
+) -> Tensor:
+    """Compute InfoNCE of row i with column i by their cosines, mean over rows: a scalar.
 
-    scores: [B, B]. same: [B, B] bool, True where a column is no negative of a row (the same item
-    or user); the diagonal is always the positive.
+    Where a batch is dealt out over processes, the columns of all of them are negatives.
+
+    rows, columns: [B, h]. who: [B] int64, the item or user of each: of two alike, one is no
+    negative of the other. temperature: divides the cosines.
     """
-    if same is not None:
-        off = same & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        scores = scores.masked_fill(off, float("-inf"))
-    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+    columns, first = everyone(columns)
+    scores = cosine(rows, columns) / temperature
+    own = first + torch.arange(len(scores), device=scores.device)
+    if who is not None:
+        same = who[:, None] == everyone(who)[0]
+        scores = scores.masked_fill(same.scatter(1, own[:, None], False), float("-inf"))
+    return F.cross_entropy(scores, own)

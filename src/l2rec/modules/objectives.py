@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from l2rec.modules.processes import everyone
+
 FUSED_SCORES, FUSED_ROWS = 1 << 22, 256
 """Sizes of a block of `fused_catalog_loss`: about so many scores, a few MB that stay in the
 processor's cache, but at least so many rows, because fewer make slow matrix products.
@@ -149,11 +151,18 @@ def bpc_loss(
             not negatives of each other.
         temperature: tau of r = sim / tau.
         weight: lambda of the squared distance.
+
+    Where a batch is dealt out over processes, negatives are the rows of all of them.
     """
-    scores = cosine(behavioral, semantic) / temperature  # [B, B], row B -> column S
-    same = users[:, None] == users[None, :]
-    same.fill_diagonal_(False)
-    scores = scores.masked_fill(same, float("-inf"))
-    rows = torch.arange(len(users), device=users.device)
+    others, first = everyone(users)
+    own = first + torch.arange(len(users), device=users.device)  # columns of the positives
+    same = users[:, None] == others
+    same.scatter_(1, own[:, None], False)
+
+    def contrast(rows: Tensor, columns: Tensor) -> Tensor:
+        scores = cosine(rows, everyone(columns)[0]) / temperature
+        return F.cross_entropy(scores.masked_fill(same, float("-inf")), own)
+
     distance = (behavioral.float() - semantic.float()).square().sum(-1).mean()
-    return F.cross_entropy(scores, rows) + F.cross_entropy(scores.T, rows) + weight * distance
+    both = contrast(behavioral, semantic) + contrast(semantic, behavioral)
+    return both + weight * distance

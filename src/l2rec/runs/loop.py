@@ -8,6 +8,9 @@ Methods are known through `l2rec.protocols` alone. All randomness is a function 
 (seed, epoch, batch) or of the random state saved in each checkpoint, so a run that is killed and
 resumed ends with the same weights as one that is not.
 
+Several processes run it in step (`l2rec.runs.launch`): each has its rows of a batch, all have the
+mean loss and the same weights, the first writes, and its clock counts.
+
 One rule chooses the best step of every method: NDCG@10 on validation, the history masked
 (`SELECT`). What a method that compares vectors says of items the user already has hides what it
 knows of the next one; repeats are the business of a blend (`l2rec.modules.cooccurrence.Blend`).
@@ -38,8 +41,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2rec.config import TrainingConfig
 from l2rec.data.batches import Batch
@@ -47,6 +51,7 @@ from l2rec.data.splits import Split
 from l2rec.disk import write_text
 from l2rec.errors import CheckpointError, TrainingError
 from l2rec.evaluation.ranking import Evaluation, evaluate
+from l2rec.modules import processes
 from l2rec.protocols import (
     Calibrated,
     EpochBatches,
@@ -57,6 +62,7 @@ from l2rec.protocols import (
     Trainable,
     updates,
 )
+from l2rec.runs import launch
 from l2rec.runs.checkpoint import (
     State,
     latest_state,
@@ -69,14 +75,15 @@ from l2rec.runs.checkpoint import (
     write_state,
 )
 from l2rec.runs.machine import peak_memory_mb
+from l2rec.runs.trackers import Points, tracking
 
 SELECT = "ndcg@10_masked"
 """Validation metric that chooses the best step."""
 SELECT_EARLIER = "ndcg@10"
 """The metric of runs that earlier versions began: they go on with it."""
 
-Points = Callable[[str, int, dict[str, float]], None]
-"""Writer of TensorBoard points: kind, step, values by name."""
+Averaged = Callable[[Tensor], Tensor]
+"""A loss -> the same, but its gradients will be the means over all processes."""
 
 
 @dataclass
@@ -148,16 +155,50 @@ class _Window:
     loss: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, done: list[Losses], seconds: float) -> None:
-        """Add one step: all updates of one batch."""
+    def add(self, done: _Done) -> None:
+        """Add one step."""
         self.steps += 1
-        self.seconds += seconds
-        for losses in done:
-            self.tokens += losses.tokens
-            self.computed += losses.computed_tokens
-            self.loss += float(losses.total.detach())
-            for name, part in losses.parts.items():
-                self.parts[name] = self.parts.get(name, 0.0) + float(part)
+        self.seconds += done.seconds
+        self.tokens += done.tokens
+        self.computed += done.computed
+        self.loss += done.loss
+        for name, part in done.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + part
+
+
+@dataclass
+class _Done:
+    """What one step did: all updates of one batch, in all processes."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    computed: int = 0
+    loss: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, losses: Losses, weight: float) -> None:
+        """Add an update, whose loss has this weight among the processes'."""
+        self.tokens += losses.tokens
+        self.computed += losses.computed_tokens
+        self.loss += weight * float(losses.total.detach())
+        for name, part in losses.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + weight * float(part)
+
+    def of_all(self) -> _Done:
+        """Put together what the processes did: mean losses, sums of tokens, the first's clock."""
+        world = processes.current()
+        if world.size == 1:
+            return self
+        own = [self.seconds * world.main, self.tokens, self.computed, self.loss / world.size]
+        own += [self.parts[name] / world.size for name in sorted(self.parts)]
+        seconds, tokens, computed, loss, *parts = world.total(np.array(own)).tolist()
+        return _Done(
+            seconds,
+            round(tokens),
+            round(computed),
+            loss,
+            dict(zip(sorted(self.parts), parts, strict=True)),
+        )
 
 
 @dataclass
@@ -207,32 +248,14 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     state = latest_state(run) if resume else None
     first = 0 if state is None else int(state.counters["step"]) + 1
-    with _tensorboard(run, first) as points:
+    world = processes.current()
+    if world.from_main(lambda: first) != first:
+        raise CheckpointError(f"{run} is not one folder: all processes need it on a shared disk")
+    options = config.model_dump(mode="json") | {"seed": seed, "method": type(model).__name__}
+    with tracking(config.tracker, run, first, options) as points:
         return _train_stages(
             _Run(model, split, config, seed, run, progress, points, hopeless), state
         )
-
-
-@contextmanager
-def _tensorboard(run: Path, first: int) -> Iterator[Points]:
-    """Write points to RUN/tensorboard, replacing those from step ``first`` on.
-
-    A full disk is no error here: the files that matter report it.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    board = SummaryWriter(str(run / "tensorboard"), purge_step=first)
-
-    def points(kind: str, step: int, values: dict[str, float]) -> None:
-        with suppress(OSError):
-            for name, value in values.items():
-                board.add_scalar(f"{kind}/{name}", value, step)
-
-    try:
-        yield points
-    finally:
-        with suppress(OSError):
-            board.close()
 
 
 # -- stages --------------------------------------------------------------------------------------
@@ -254,7 +277,11 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
         if number > first:
             _begin_stage(run, number, stage, stages[number - 1])
         with gradients_only_for(run.model, stage):
-            stopped = _train_stage(run, stage, state if number == first else None)
+            state_of_stage = state if number == first else None
+            if state_of_stage is not None:  # before the processes compare their weights
+                load_trained(run.model, state_of_stage.model, f"{run.folder}/state")
+            with launch.averaging(run.model) as averaged:
+                stopped = _train_stage(run, stage, state_of_stage, averaged)
         if stopped == "pruned":
             break
         if stopped == "max_minutes" and number + 1 < len(stages):
@@ -277,7 +304,8 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
 
 def _start(run: _Run) -> None:
     """Validate the untrained model: the score to beat."""
-    (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+    if processes.current().main:
+        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
     run.untrained = run.best = _validate(run, 0.0)
     run.counters.best = run.untrained[run.counters.select]
     run.counters.next_eval = run.config.eval_every
@@ -296,11 +324,14 @@ def _resume(run: _Run, state: State) -> None:
             f"{run.folder}/state was written by another version of l2rec ({error}); resume it "
             "with that version, or train into another folder"
         ) from error
-    _trim_log(run.folder / "metrics.jsonl", c.step)
+    world = processes.current()
+    if world.main:
+        _trim_log(run.folder / "metrics.jsonl", c.step)
     run.progress.line(f"resuming at step {c.step}, epoch {c.epoch}")
     best = run.folder / "model.safetensors"
     if c.best_step == c.step:  # the kill may have come before this state became the best model
-        save_tensors(best, state.model, step=str(c.step))
+        if world.main:
+            save_tensors(best, state.model, step=str(c.step))
     else:
         load_tensors(best)  # a torn file is reported now, not after hours of training
 
@@ -347,11 +378,10 @@ def gradients_only_for(model: nn.Module, stage: Stage) -> Iterator[None]:
 # -- one stage -----------------------------------------------------------------------------------
 
 
-def _train_stage(run: _Run, stage: Stage, state: State | None) -> str:
+def _train_stage(run: _Run, stage: Stage, state: State | None, averaged: Averaged) -> str:
     """Train one stage to its end and return why it ended."""
     optimizer = _optimizer(stage)
     if state is not None:
-        load_trained(run.model, state.model, f"{run.folder}/state")
         restore_optimizer(optimizer, state.optimizer)
         if reached := _limit_reached(run):
             return reached
@@ -359,7 +389,7 @@ def _train_stage(run: _Run, stage: Stage, state: State | None) -> str:
     run.saved_at = time.monotonic()
     run.model.train()
     for batch, position, last in _batches_left(run, stage):
-        _step(run, stage, batch, optimizer, planned)
+        _step(run, stage, batch, optimizer, planned, averaged)
         ended = _limit_reached(run) or ("epochs" if last else "")
         validating = bool(ended) or _validation_due(run, stage, position)
         if validating or run.counters.step % run.config.log_every == 0:
@@ -370,7 +400,7 @@ def _train_stage(run: _Run, stage: Stage, state: State | None) -> str:
             _save_state(run, optimizer)  # first: the best model can be restored from it
             if better:
                 _save_best(run)
-        elif _state_due(run):
+        elif processes.current().main and _state_due(run):
             _save_state(run, optimizer)
         if ended:
             return ended
@@ -445,23 +475,30 @@ def _limit_reached(run: _Run) -> str:
 
 
 def _step(
-    run: _Run, stage: Stage, batch: Batch, optimizer: torch.optim.Optimizer, planned: int
+    run: _Run,
+    stage: Stage,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    planned: int,
+    averaged: Averaged,
 ) -> None:
     """Make the updates that the loss of one batch asks for, and count them as one step."""
     started = time.monotonic()
     share = _rate(run, planned)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
-    done = []
-    for losses in updates(stage.loss(batch)):
-        _update(run, losses, optimizer)
-        done.append(losses)
-    seconds = time.monotonic() - started
-    c = run.counters
-    c.step, c.batch, c.seconds = c.step + 1, c.batch + 1, c.seconds + seconds
-    c.tokens += sum(losses.tokens for losses in done)
-    c.computed += sum(losses.computed_tokens for losses in done)
-    run.window.add(done, seconds)
+    c, done = run.counters, _Done()
+    draw = (run.seed, c.step)
+    with launch.dealt(batch, gather=run.config.gather_negatives, draw=draw) as (rows, weight):
+        for losses in updates(stage.loss(rows)):
+            _update(run, losses, averaged(weight * losses.total), optimizer)
+            done.add(losses, weight)
+    done.seconds = time.monotonic() - started
+    done = done.of_all()
+    c.step, c.batch, c.seconds = c.step + 1, c.batch + 1, c.seconds + done.seconds
+    c.tokens += done.tokens
+    c.computed += done.computed
+    run.window.add(done)
 
 
 def try_steps(
@@ -481,14 +518,17 @@ def try_steps(
         run.model.train()
         for batch in batches:
             before = run.counters.seconds
-            _step(run, stage, batch, optimizer, planned)
+            _step(run, stage, batch, optimizer, planned, lambda total: total)
             yield run.counters.seconds - before
 
 
-def _update(run: _Run, losses: Losses, optimizer: torch.optim.Optimizer) -> None:
-    """Make one update of the weights, gradients clipped to ``training.clip``."""
+def _update(run: _Run, losses: Losses, total: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Make one update of the weights, gradients clipped to ``training.clip``.
+
+    total: what is differentiated, the losses' own as a part of all processes'.
+    """
     optimizer.zero_grad(set_to_none=True)
-    losses.total.backward()
+    total.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, run.config.clip)
     _check_finite(run, losses, norm)
@@ -597,13 +637,14 @@ def validation_of(
 
 def _save_best(run: _Run) -> None:
     """Write the present weights to RUN/model.safetensors."""
-    save_tensors(
-        run.folder / "model.safetensors", trained_tensors(run.model), step=str(run.counters.step)
-    )
+    if processes.current().main:
+        path, step = run.folder / "model.safetensors", str(run.counters.step)
+        save_tensors(path, trained_tensors(run.model), step=step)
 
 
 def _load_best(run: _Run) -> None:
     """Load RUN/model.safetensors into the model."""
+    processes.current().barrier()  # it is written
     tensors, _ = load_tensors(run.folder / "model.safetensors")
     load_trained(run.model, tensors, str(run.folder))
 
@@ -614,6 +655,8 @@ def _state_due(run: _Run) -> bool:
 
 def _save_state(run: _Run, optimizer: torch.optim.Optimizer) -> None:
     """Write a state to resume from."""
+    if not processes.current().main:
+        return
     counters = {
         **asdict(run.counters),
         "window": asdict(run.window),
@@ -703,6 +746,8 @@ def _padding(tokens: int, computed: int) -> float:
 
 def _append(run: _Run, record: dict[str, Any]) -> None:
     """Append one line to RUN/metrics.jsonl."""
+    if not processes.current().main:
+        return
     try:
         with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,25 +24,21 @@ import torch
 
 from l2rec.config import RunConfig
 from l2rec.data.catalog import Catalog
-from l2rec.data.dataset import GIVEN, Dataset, open_dataset
+from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import LEAVE_ONE_OUT, Cases, Split
 from l2rec.data.text import share_read
 from l2rec.disk import working_on, write_json
-from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.errors import ConfigError
 from l2rec.evaluation.ranks import protocol_of
 from l2rec.evaluation.tied_day import PROTOCOL as TIED_DAY
 from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.methods.floors import floors_of
+from l2rec.modules import processes
 from l2rec.modules.backbone import Backbone
 from l2rec.protocols import Cached, Progress, ReadsTexts
-from l2rec.runs.checkpoint import (
-    load_tensors,
-    load_trained,
-    save_tensors,
-    trained_tensors,
-    without_gone,
-)
+from l2rec.runs import launch
+from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
     Sample,
@@ -72,6 +69,7 @@ from l2rec.runs.predictor import (
 )
 from l2rec.runs.report import write_report
 from l2rec.runs.scoring import Scores, compared, rank, score, with_cold_items
+from l2rec.runs.start import check_start, start_from, unseen
 
 UNTRAINED = "untrained"
 UNTRAINED_BACKBONE = "untrained backbone"
@@ -92,6 +90,7 @@ def train_run(
     progress: Progress,
     resume: bool = False,
     init: Path | None = None,
+    update: bool = False,
     recipe: str = "",
     command: str = "",
 ) -> dict[str, Any]:
@@ -103,6 +102,10 @@ def train_run(
         init: a finished run whose trained tensors are the start (fine-tuning after pre-training
             on other data); tensors that belong to its items are left out. A resumed run keeps
             the start it had.
+        update: the data are those of ``init`` with newer events and items (`l2rec.data.extend`):
+            the rows of its items are kept, and what it was trained on does not validate.
+
+    Launched as several processes (`l2rec.runs.launch`), they train together; the first writes.
 
     Returns:
         The report, as written to ``report.json``.
@@ -113,33 +116,46 @@ def train_run(
     """
     started = time.monotonic()
     dataset = open_dataset(data)
-    with working_on(out):
-        identity = claim(out, config, dataset, resume)
+    with launch.joined() as world, ExitStack() as stack:
+        progress = progress if world.main else launch.Silent()
+
+        def claimed() -> dict[str, Any] | None:
+            stack.enter_context(working_on(out))
+            return claim(out, config, dataset, resume)
+
+        def already() -> dict[str, Any] | None:
+            return finished_report(out) if load_run_config(out)[0] == config else None
+
+        identity = world.from_main(claimed)
         if identity is not None:
-            report = finished_report(out)
-            if report is not None and load_run_config(out)[0] == config:
+            report = world.from_main(already)
+            if report is not None:
                 progress.line(f"{out} is finished: these are its scores")
                 return report
             init = None if identity.get("init") is None else Path(identity["init"])
-        fitted = _fit(config, dataset, out, progress, identity, init, resume)
+        fitted = _fit(config, dataset, out, progress, identity, init, resume, update=update)
         split, backbone, model = fitted.split, fitted.backbone, fitted.model
         sets = beside_leave_one_out(dataset, split)
         # Cold items are added to another model, so that this one goes on without them.
         ranked = with_cold_items(load_folder(read_run(out)), dataset) if dataset.n_cold else model
         scores = score(ranked, split, sets, progress)
-        scores.write(out, dataset, split)
-        vectors = catalog_vectors(model)
-        if vectors is not None:
-            write_item_vectors(out, vectors)
-        for entry in model.cached if isinstance(model, Cached) else ():
-            (out / "cache").mkdir(exist_ok=True)
-            shutil.copy2(entry, out / "cache" / entry.name)
-        known = Catalog(dataset.warm_catalog)
-        ids = known.table["item_id"].to_pylist()
-        predictor = Predictor(model, ids, known.texts, vectors, version_of(out))
-        if vectors is not None:
-            write_sample(out, _sample(predictor, dataset, backbone))
-        diagnostics = diagnose(predictor, split, dataset)
+
+        def kept() -> dict[str, Any]:
+            scores.write(out, dataset, split)
+            vectors = catalog_vectors(model)
+            if vectors is not None:
+                write_item_vectors(out, vectors)
+            for entry in model.cached if isinstance(model, Cached) else ():
+                (out / "cache").mkdir(exist_ok=True)
+                shutil.copy2(entry, out / "cache" / entry.name)
+            known = Catalog(dataset.warm_catalog)
+            ids = known.table["item_id"].to_pylist()
+            predictor = Predictor(model, ids, known.texts, vectors, version_of(out))
+            if vectors is not None:
+                write_sample(out, _sample(predictor, dataset, backbone))
+            return diagnose(predictor, split, dataset)
+
+        diagnostics = world.from_main(kept)
         start = (
             PRETRAINED
             if init is not None
@@ -148,16 +164,21 @@ def train_run(
             else UNTRAINED_BACKBONE
         )
         floors = _floor_scores(config, fitted, dataset, sets, out, start, progress)
-        report = _report(config, dataset, fitted, scores, floors)
-        report |= {
-            "recipe": recipe,
-            "command": command,
-            "wall_seconds": round(time.monotonic() - started, 1),
-        }
-        write_json(out / "diagnostics.json", diagnostics)
-        write_json(out / "report.json", report)
-        write_report(out)
-        return report
+
+        def reported() -> dict[str, Any]:
+            report = _report(config, dataset, fitted, scores, floors)
+            report |= {
+                "processes": world.size,
+                "recipe": recipe,
+                "command": command,
+                "wall_seconds": round(time.monotonic() - started, 1),
+            }
+            write_json(out / "diagnostics.json", diagnostics)
+            write_json(out / "report.json", report)
+            write_report(out)
+            return report
+
+        return world.from_main(reported)
 
 
 def _sample(predictor: Predictor, dataset: Dataset, backbone: Backbone | None) -> Sample:
@@ -213,6 +234,8 @@ def _fit(
     init: Path | None,
     resume: bool,
     hopeless: Callable[[float], bool] = lambda score: False,
+    *,
+    update: bool = False,
 ) -> _Fitted:
     """Build the model, write the identity of the run, train."""
     progress.line(
@@ -220,20 +243,29 @@ def _fit(
         f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
     )
     split = training_split(config, dataset)
+    if update:
+        assert init is not None
+        split = unseen(init, dataset, split, progress)
     backbone = backbone_of(config)
     if backbone is not None:
         progress.line(f"backbone {backbone.name}: reading {dataset.n_warm:,} item texts")
-    model = build_model(config, Catalog(dataset.warm_catalog), backbone, dataset.path / "cache")
+    world = processes.current()
+    with launch.first_on_each_machine():  # it fills the cache for the others
+        model = build_model(config, Catalog(dataset.warm_catalog), backbone, dataset.path / "cache")
     check_backbone(out, identity, backbone)
-    if (out / START).is_file():
+    if begun := world.from_main((out / START).is_file):
         load_trained(model, load_tensors(out / START)[0], str(out / START))
     elif init is not None:
-        _check_start(init, dataset, split, progress)
-        progress.line(_start_from(model, init))
-    write_identity(out, config, dataset, backbone, init)
-    clear_partial(out)
-    if not (out / START).is_file():
-        save_tensors(out / START, trained_tensors(model))
+        check_start(init, dataset, split, progress)
+        progress.line(start_from(model, init, dataset if update else None))
+
+    def written() -> None:
+        write_identity(out, config, dataset, backbone, init)
+        clear_partial(out)
+        if not begun:
+            save_tensors(out / START, trained_tensors(model))
+
+    world.from_main(written)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = "" if backbone is None else "; the backbone is frozen"
     texts = _texts_read(model, backbone, dataset)
@@ -269,90 +301,6 @@ def _texts_read(model: Any, backbone: Backbone | None, dataset: Dataset) -> dict
     texts = dataset.texts()[: dataset.n_warm]
     read, cut = share_read(texts, backbone.tokenizer, model.text_tokens)
     return {"limit": model.text_tokens, "tokens_read": round(read, 4), "items_cut": round(cut, 4)}
-
-
-def _check_start(init: Path, dataset: Dataset, split: Split, progress: Progress) -> None:
-    """Refuse a start that was trained on other events of this very data set: on its test, perhaps.
-
-    Its own start counts too. Warn of one whose data are the same log, prepared in another way.
-
-    Raises:
-        CheckpointError: it was.
-    """
-    start: Path | None = init
-    while start is not None and (start / "config.yaml").is_file():
-        config, identity = load_run_config(start)
-        theirs = _protocol_there(config, identity, dataset)
-        if theirs is not None and theirs != split.protocol:
-            raise CheckpointError(
-                f"--init {start} was trained on this data by another split ({theirs}, not "
-                f"{split.protocol}), so it may have seen the test; pre-train with the same split"
-            )
-        if theirs is None and _same_ids(_trained_on(identity), dataset):
-            progress.line(
-                f"warning: --init {start} was trained on data of the same users and items "
-                f"({identity['dataset']['path']}); if they are the same events in another order, "
-                f"or were split in another way, it may have seen the test"
-            )
-        start = None if identity.get("init") is None else Path(identity["init"])
-
-
-def _protocol_there(config: RunConfig, identity: Mapping[str, Any], dataset: Dataset) -> str | None:
-    """Return by which protocol a run was trained on a data set, alone or merged with others; None
-    if it was not, as far as can be told.
-    """
-    if identity["dataset"]["fingerprint"] == dataset.fingerprint:
-        return split_of(config, dataset).protocol
-    if (
-        dataset.n_cold
-        and identity["dataset"]["fingerprint"] == dataset.meta["cold"]["of"]["fingerprint"]
-    ):
-        return "all items warm"
-    whole = _trained_on(identity)
-    if whole is None or dataset.fingerprint not in whole.parts.values():
-        return None
-    theirs = split_of(config, whole)
-    if theirs.kind == GIVEN and dataset.splits is None:
-        return LEAVE_ONE_OUT  # what `merge` gives to parts without splits
-    return theirs.protocol
-
-
-def _trained_on(identity: Mapping[str, Any]) -> Dataset | None:
-    """Open the data set of a run; None if it is no longer there."""
-    try:
-        dataset = open_dataset(Path(identity["dataset"]["path"]))
-    except DataError:
-        return None
-    return dataset if dataset.fingerprint == identity["dataset"]["fingerprint"] else None
-
-
-def _same_ids(one: Dataset | None, other: Dataset) -> bool:
-    return (
-        one is not None
-        and (one.n_users, one.n_items) == (other.n_users, other.n_items)
-        and set(one.item_ids.to_pylist()) == set(other.item_ids.to_pylist())
-        and set(one.user_ids.to_pylist()) == set(other.user_ids.to_pylist())
-    )
-
-
-def _start_from(model: Any, init: Path) -> str:
-    """Load the trained tensors of another run that are not rows of its items; return a line that
-    says so.
-    """
-    load_run_config(init)  # refuses what is no run
-    own = trained_tensors(model)
-    tensors = without_gone(load_tensors(init / "model.safetensors")[0], own)
-    of_items = type(model).item_tensors
-    shared = {n: t for n, t in tensors.items() if n not in of_items}
-    wrong = [n for n, t in shared.items() if n not in own or own[n].shape != t.shape]
-    missing = sorted(own.keys() - shared.keys() - of_items)
-    if wrong or missing:
-        raise CheckpointError(
-            f"--init {init}: {(wrong or missing)[0]} does not fit this recipe; pre-train with the "
-            "same backbone and model options"
-        )
-    load_trained(model, {**own, **shared}, str(init))
-    return f"starting from {init}: {len(shared)} tensors, the rows of its items left out"
 
 
 def _floor_scores(

@@ -1,0 +1,114 @@
+"""A finished run brought up to date: newer events, items and counts, without a full training.
+
+    data set + newer log ──► the data set grown: known items keep their ints   l2rec.data.extend
+    run ──► a run on it that starts from its weights, for a few epochs         l2rec.runs.train
+    ──► blended again, if the run was                                          l2rec.studies.blend
+
+The new run is tested as any other: by the newest events, which nothing was trained on.
+"""
+
+from __future__ import annotations
+
+__all__ = ["EPOCHS", "PATIENCE", "update_run"]
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from l2rec.config import RunConfig, override_values, resolve
+from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.extend import extend
+from l2rec.data.formats.source import Source
+from l2rec.errors import CheckpointError
+from l2rec.modules import processes
+from l2rec.protocols import Progress
+from l2rec.runs.folder import (
+    BLEND,
+    find_backbone,
+    load_run_config,
+    open_run_dataset,
+    require_finished,
+)
+from l2rec.runs.train import train_run
+from l2rec.studies.blend import blend_run
+
+EPOCHS, PATIENCE = 3, 1
+"""``training.epochs`` and ``training.patience`` of an update, which starts where a run ended."""
+
+
+def update_run(
+    run: Path,
+    newer: Source,
+    out: Path,
+    *,
+    progress: Progress,
+    data: Path | None = None,
+    grown: Path | None = None,
+    overrides: Sequence[str] = (),
+    drop_unknown_items: bool = False,
+    resume: bool = False,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train RUN on from its weights with newer events; write OUT as a run. Return its report.
+
+    Args:
+        newer: the log of newer events. Those of users and items that are known carry their ids.
+        data: the data set of the run, if it was moved.
+        grown: folder for the data set of OUT; ``OUT-data`` by default. With ``resume`` it is there.
+        overrides: ``key=value`` of the recipe. By default that of the run with a few epochs.
+        drop_unknown_items: drop events of items that neither catalog has.
+
+    Raises:
+        CheckpointError: the run is not finished, its data set is not there, or it cannot be
+            trained on from there. DataError: the log cannot be added to its data set.
+    """
+    require_finished(run)
+    config, identity = load_run_config(run)
+    config = _few_epochs(find_backbone(run, config, identity), overrides)
+    world = processes.current()
+    folder = world.from_main(
+        lambda: _grown(run, newer, out, data, grown, drop_unknown_items, resume).path
+    )
+    blended = (run / BLEND).is_file()
+    trained = out.with_name(f"{out.name}-trained") if blended else out
+    report = train_run(
+        config,
+        folder,
+        trained,
+        progress=progress,
+        resume=resume,
+        init=run,
+        update=True,
+        recipe=f"update of {run.name}",
+        command=command,
+    )
+    if not blended:
+        return report
+    return world.from_main(lambda: blend_run(trained, out, progress=progress, command=command))
+
+
+def _few_epochs(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Return the recipe of a run with the few epochs of an update, and with other changes."""
+    values = config.model_dump(mode="json")
+    values["training"] |= {"epochs": EPOCHS, "patience": PATIENCE}
+    for key, value in override_values(overrides).items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    return resolve(values, where="update")
+
+
+def _grown(
+    run: Path,
+    newer: Source,
+    out: Path,
+    data: Path | None,
+    grown: Path | None,
+    drop_unknown_items: bool,
+    resume: bool,
+) -> Dataset:
+    """Write the data set of the new run, or open the one that a run to resume has."""
+    folder = grown or out.with_name(f"{out.name}-data")
+    if resume and folder.exists():
+        return open_dataset(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; choose another --grown, or --resume")
+    return extend(open_run_dataset(run, data), newer, folder, drop_unknown_items=drop_unknown_items)

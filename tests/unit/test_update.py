@@ -1,0 +1,180 @@
+"""A run brought up to date: newer events, users and items, from its weights, without leakage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from tests.support import runs
+from tests.support.command import Call
+from tests.support.errors import one_line
+from tests.support.runs import Finished, Quiet
+
+from l2rec.data.dataset import Dataset
+from l2rec.data.extend import extend
+from l2rec.data.formats.columns import Columns
+from l2rec.data.formats.open import open_source
+from l2rec.data.synthetic import simple_text
+from l2rec.errors import CheckpointError, DataError
+from l2rec.runs.checkpoint import load_tensors
+from l2rec.runs.predictor import load
+from l2rec.studies.blend import blend_run
+from l2rec.studies.update import update_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Row = tuple[str, str, float]
+
+
+def log(folder: Path, rows: list[Row], items: list[str]) -> tuple[Path, Path]:
+    """Write a log of newer events and the catalog of its items."""
+    folder.mkdir(exist_ok=True)
+    events, catalog = folder / "new.parquet", folder / "items.parquet"
+    columns = ("user_id", "item_id", "timestamp")
+    pl.DataFrame(rows, schema=list(columns), orient="row").write_parquet(events)
+    texts = [simple_text(1000 + n) for n in range(len(items))]
+    pl.DataFrame({"item_id": items, "text": texts}).write_parquet(catalog)
+    return events, catalog
+
+
+def newer(dataset: Dataset, tmp_path: Path) -> tuple[Path, Path]:
+    """Give every second user a known and a new item, and let a new user begin."""
+    users, items = dataset.user_ids.to_pylist(), dataset.item_ids.to_pylist()
+    late = float(dataset.timestamps.max()) + 10
+    rows = [(u, items[n % 7], late + 1) for n, u in enumerate(users[::2])]
+    rows += [(u, "new", late + 2) for u in users[::2]]
+    rows += [("anna", items[3], late), ("anna", "new", late + 1), ("anna", items[4], late + 3)]
+    return log(tmp_path / "log", rows, ["new", "newer", items[0]])
+
+
+def test_a_data_set_grows(chains: Dataset, tmp_path: Path) -> None:
+    events, catalog = newer(chains, tmp_path)
+    source = open_source(events, items=catalog, columns=Columns())
+    grown = extend(chains, source, tmp_path / "grown", progress=False)
+    before = chains.n_items
+    assert grown.item_ids.to_pylist() == [*chains.item_ids.to_pylist(), "new", "newer"]
+    assert grown.texts()[:before] == chains.texts(), "a known item keeps its text"
+    assert grown.texts()[before] == simple_text(1000)
+    assert grown.n_users == chains.n_users + 1 and grown.user_ids[-1].as_py() == "anna"
+    for user in range(chains.n_users):
+        added = 2 * (user % 2 == 0)
+        old, now = chains.sequences[user], grown.sequences[user]
+        assert now[: len(old)].tolist() == old.tolist() and len(now) == len(old) + added
+
+
+def test_an_item_that_no_catalog_has_is_refused_or_dropped(chains: Dataset, tmp_path: Path) -> None:
+    late = float(chains.timestamps.max()) + 1
+    user, item = chains.user_ids[0].as_py(), chains.item_ids[0].as_py()
+    events, _ = log(tmp_path / "log", [(user, item, late), (user, "x", late + 1)], [])
+    source = open_source(events, columns=Columns())
+    with pytest.raises(DataError, match="--drop-unknown-items"):
+        extend(chains, source, tmp_path / "grown", progress=False)
+    grown = extend(chains, source, tmp_path / "grown", drop_unknown_items=True, progress=False)
+    assert grown.n_events == chains.n_events + 1
+
+
+def test_another_unit_of_time_is_noticed(chains: Dataset, tmp_path: Path) -> None:
+    user, item = chains.user_ids[0].as_py(), chains.item_ids[0].as_py()
+    events, _ = log(tmp_path / "log", [(user, item, float(chains.timestamps.min()) - 1)], [])
+    with pytest.raises(DataError, match="one unit of time") as error:
+        extend(chains, open_source(events, columns=Columns()), tmp_path / "x", progress=False)
+    one_line(error)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_goes_on_from_its_weights(
+    catalog_run: Finished, chains: Dataset, tmp_path: Path, call: Call
+) -> None:
+    events, catalog = newer(chains, tmp_path)
+    out = tmp_path / "monday"
+    done = call(
+        "update", catalog_run.run, "training.max_steps=2", "--events", events, "--items", catalog,
+        "--out", out,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "2 items are new" in done.err and "next: l2rec deploy" in done.err
+    start = load_tensors(out / "state/start.safetensors")[0]
+    earlier = load_tensors(catalog_run.run / "model.safetensors")[0]
+    assert start.keys() == earlier.keys()
+    for name, tensor in earlier.items():
+        if name.endswith(("table.residual", "items.semantic")):
+            assert torch.equal(start[name][: chains.n_items], tensor), name
+            assert len(start[name]) == chains.n_items + 2
+        elif not name.endswith(("table.held", "table.mean")):
+            assert torch.equal(start[name], tensor), name
+    report = json.loads((out / "report.json").read_text())
+    assert report["dataset"]["items"] == chains.n_items + 2
+    assert report["users_tested"] == chains.n_users + 1
+    assert "before fine-tuning" in report["scores"]
+    history = chains.item_ids.to_pylist()[:3]
+    assert len(load(out).recommend([*history, "new"], k=5).items) == 5
+
+
+def test_a_blended_run_is_blended_again(
+    catalog_run: Finished, chains: Dataset, tmp_path: Path
+) -> None:
+    blended = tmp_path / "blended"
+    blend_run(catalog_run.run, blended, progress=Quiet())
+    events, catalog = newer(chains, tmp_path)
+    source = open_source(events, items=catalog, columns=Columns())
+    out = tmp_path / "out"
+    report = update_run(blended, source, out, progress=Quiet(), overrides=["training.max_steps=1"])
+    assert report["method"] == "L2Rec + co-occurrence"
+    counts = load_tensors(out / "blend.safetensors")[0]
+    assert len(counts["together.offsets"]) == chains.n_items + 3  # of the new items too
+
+
+def short(tmp_path: Path, backbone: Path) -> tuple[Finished, float]:
+    """Train on users of six events, and one who has two: both are trained on."""
+    items = [f"i{n}" for n in range(8)]
+    rows = [(f"u{n}", items[(n + t) % 8], float(t)) for n in range(12) for t in range(6)]
+    rows += [("few", items[0], 1.0), ("few", items[1], 3.0)]
+    catalog = pl.DataFrame({"item_id": items, "text": [simple_text(n) for n in range(8)]})
+    schema = ["user_id", "item_id", "timestamp"]
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    data = Dataset.from_frames(frame, catalog, tmp_path / "short", progress=False)
+    config = runs.config(backbone, "catalog", max_steps=1)
+    return runs.finished(config, data.path, tmp_path / "short-run"), 7.0
+
+
+def test_what_was_trained_on_does_not_validate(tmp_path: Path, backbone_folder: Path) -> None:
+    run, late = short(tmp_path, backbone_folder)
+    events, _ = log(tmp_path / "log", [("few", "i2", late), ("u0", "i3", late)], [])
+    quiet = Quiet()
+    update_run(
+        run.run,
+        open_source(events, columns=Columns()),
+        tmp_path / "out",
+        progress=quiet,
+        overrides=["training.max_steps=1"],
+    )
+    assert any(line.startswith("1 users do not validate") for line in quiet.lines)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["users_tested"] == 13
+    first = runs.log(tmp_path / "out", "valid")[0]
+    assert first["recall@10"] == 1.0  # of eight items
+
+
+def test_a_test_event_that_was_trained_on_is_refused(tmp_path: Path, backbone_folder: Path) -> None:
+    run, _ = short(tmp_path, backbone_folder)
+    events, _ = log(tmp_path / "log", [("few", "i2", 2.0)], [])  # before the last event of few
+    source = open_source(events, columns=Columns())
+    with pytest.raises(CheckpointError, match="such as 'few'") as error:
+        update_run(run.run, source, tmp_path / "out", progress=Quiet())
+    one_line(error)
+
+
+def test_another_split_is_refused(catalog_run: Finished, chains: Dataset, tmp_path: Path) -> None:
+    events, catalog = newer(chains, tmp_path)
+    source = open_source(events, items=catalog, columns=Columns())
+    with pytest.raises(CheckpointError, match="was trained with the split leave-one-out"):
+        update_run(
+            catalog_run.run,
+            source,
+            tmp_path / "out",
+            progress=Quiet(),
+            overrides=["split.kind=tied-day"],
+        )
