@@ -208,8 +208,16 @@ def method_class(path: str) -> Any:
         else:
             module_name, _, name = path.partition(":")
             method = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError, OSError, SyntaxError, NameError) as error:
-        raise ConfigError(f"method={path!r} cannot be imported: {error}") from error
+    except (
+        ImportError,
+        AttributeError,
+        ValueError,
+        TypeError,
+        OSError,
+        SyntaxError,
+        NameError,
+    ) as e:
+        raise ConfigError(f"method={path!r} cannot be imported: {e}") from e
     if not hasattr(method, "Config"):
         raise ConfigError(f"method={path!r} is no method: it has no Config; name module:Class")
     return method

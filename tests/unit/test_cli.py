@@ -52,6 +52,8 @@ VERBS = {
     "describe": ["--json"],
     "train": ["--data", "--out", "--split", "--valid-from", "--test-from", "--resume", "--init"],
     "update": ["--events", "--out", "--items", "--data", "--grown", "--resume"],
+    "cold": ["--out", "--share", "--seed"],
+    "alignment": ["--out", "--users", "--seed", "--data", "--json"],
     "floors": ["--split", "--valid-from", "--test-from", "--backbone", "--out", "--json"],
     "tune": ["--data", "--out", "--trials", "--search", "--seed", "--json"],
     "recipes": [],

@@ -84,11 +84,12 @@ class Popular(Predictor):
 
     def with_items(self, items: Mapping[str, str]) -> Predictor:
         grown = super().with_items(items)
+        taken: Counts = self.model
         for item in items:
             before, row = self.row_of(item), grown.row_of(item)
             if before is not None:
-                self.model.counts[row] = self.model.counts[before]
-        return Popular(self.model, grown.ids, grown.texts, None, self.version)
+                taken.counts[row] = taken.counts[before]
+        return Popular(taken, grown.ids, grown.texts, None, self.version)
 
 
 def popular(run: Path, items: ItemState) -> Version:
