@@ -88,7 +88,7 @@ def test_a_bad_run_is_not_deployed(catalog_run: Finished, bad_run: Path, tmp_pat
     folder = tmp_path / "serving"
     deploy(catalog_run.run, folder)
     before = (folder / "live.json").read_bytes()
-    with pytest.raises(CheckpointError, match="bad: scores that are not finite numbers"):
+    with pytest.raises(CheckpointError, match="item vectors that are not finite numbers: torn or badly trained"):
         deploy(bad_run, folder)
     with pytest.raises(CheckpointError, match="is not a run folder: it has no config"):
         deploy(tmp_path, folder, shadow=True)
@@ -142,10 +142,10 @@ def test_a_start_with_a_current_run_that_is_bad(
     (folder / "live.json").write_text(json.dumps(value))
     version, run, problem = load_first(read_deployment(folder), log)
     assert run == catalog_run.run.resolve() and version.version == load(run).version
-    assert problem == "bad: scores that are not finite numbers"
+    assert problem == "item vectors that are not finite numbers: torn or badly trained"
     value["previous"] = []
     (folder / "live.json").write_text(json.dumps(value))
-    with pytest.raises(CheckpointError, match="bad: scores that are not finite"):
+    with pytest.raises(CheckpointError, match="item vectors that are not finite"):
         load_first(read_deployment(folder), log)
     log.close()
 
@@ -259,7 +259,7 @@ def test_a_bad_candidate_never_displaces_a_good_one(
             before = live.current()
             for number, (text, reason) in enumerate(
                 [
-                    (candidate(good, bad_run), "bad: scores that are not finite numbers"),
+                    (candidate(good, bad_run), "item vectors that are not finite numbers: torn or badly trained"),
                     (candidate(good, torn), "catalog.parquet: missing or torn"),
                     (candidate(good, Path("/etc")), "/etc is not a run folder"),
                     ("{", "live.json: not readable"),

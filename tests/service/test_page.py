@@ -173,7 +173,7 @@ def test_an_item(serve: Serve, catalog_run: Finished) -> None:
     assert get(client, "/v1/items/a%2Fb")["id"] == "a/b"
     assert len(get(client, "/v1/items/a%2Fb/neighbours", k=3)["items"]) == 3
     for path in ("/v1/items/none", "/v1/items/none/neighbours"):
-        assert error(client.get(path), 404) == "no item 'none' in table"
+        assert error(client.get(path), 404) == "no item 'none' in catalog"
 
 
 @pytest.mark.parametrize("name", ["catalog", "sasrec"])
@@ -204,7 +204,7 @@ def test_a_method_without_vectors_has_no_neighbours(
     version = client.app.state.live.current()  # type: ignore[attr-defined]
     version.__dict__["matrix"] = None
     message = error(client.get("/v1/items/i3/neighbours"), 409)
-    assert message == "table has no item vectors: its method only ranks"
+    assert message == "catalog has no item vectors: its method only ranks"
     assert get(client, "/v1/live")["can"]["neighbours"] is False
 
 

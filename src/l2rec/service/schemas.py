@@ -151,7 +151,7 @@ class Recommend(Closed):
     read the others. What a user's own events name is always skipped."""
     segment: Name | None = None
     """Segment of the user, for one who is not known; that of `PUT /v1/users`, if left out."""
-    k: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MAX_K)] = 10
+    k: Annotated[int, Field(ge=1, le=MAX_K), BeforeValidator(_whole)] = 10
     exclude_seen: bool = True
     """Leave out the items of the history."""
     allow: Annotated[list[Id], Field(max_length=MAX_LIST)] | None = None
