@@ -88,7 +88,9 @@ def test_a_bad_run_is_not_deployed(catalog_run: Finished, bad_run: Path, tmp_pat
     folder = tmp_path / "serving"
     deploy(catalog_run.run, folder)
     before = (folder / "live.json").read_bytes()
-    with pytest.raises(CheckpointError, match="item vectors that are not finite numbers: torn or badly trained"):
+    with pytest.raises(
+        CheckpointError, match="item vectors that are not finite numbers: torn or badly trained"
+    ):
         deploy(bad_run, folder)
     with pytest.raises(CheckpointError, match="is not a run folder: it has no config"):
         deploy(tmp_path, folder, shadow=True)
@@ -259,7 +261,10 @@ def test_a_bad_candidate_never_displaces_a_good_one(
             before = live.current()
             for number, (text, reason) in enumerate(
                 [
-                    (candidate(good, bad_run), "item vectors that are not finite numbers: torn or badly trained"),
+                    (
+                        candidate(good, bad_run),
+                        "item vectors that are not finite numbers: torn or badly trained",
+                    ),
                     (candidate(good, torn), "catalog.parquet: missing or torn"),
                     (candidate(good, Path("/etc")), "/etc is not a run folder"),
                     ("{", "live.json: not readable"),

@@ -13,6 +13,7 @@ from tests.support.command import Call
 from tests.support.errors import one_line
 from tests.support.runs import Finished, Quiet
 
+from l2rec.data.cold import hold_out_items
 from l2rec.data.dataset import Dataset
 from l2rec.data.extend import extend
 from l2rec.data.formats.columns import Columns
@@ -74,6 +75,14 @@ def test_an_item_that_no_catalog_has_is_refused_or_dropped(chains: Dataset, tmp_
         extend(chains, source, tmp_path / "grown", progress=False)
     grown = extend(chains, source, tmp_path / "grown", drop_unknown_items=True, progress=False)
     assert grown.n_events == chains.n_events + 1
+
+
+def test_data_with_cold_items_do_not_grow(chains: Dataset, tmp_path: Path) -> None:
+    held = hold_out_items(chains.path, tmp_path / "cold", 0.2)
+    events, catalog = newer(chains, tmp_path)
+    source = open_source(events, items=catalog, columns=Columns())
+    with pytest.raises(DataError, match="has cold items, which newer events would make warm"):
+        extend(held, source, tmp_path / "grown", progress=False)
 
 
 def test_another_unit_of_time_is_noticed(chains: Dataset, tmp_path: Path) -> None:

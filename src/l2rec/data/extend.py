@@ -38,10 +38,16 @@ def extend(
     carried over.
 
     Raises:
-        DataError: ``dataset`` came with splits or without times, events of items without a text
-            (unless ``drop_unknown_items``), a log that is all older, or whatever `prepare` refuses.
+        DataError: ``dataset`` has cold items, splits of its own or no times, events of items
+            without a text (unless ``drop_unknown_items``), a log that is all older, or whatever
+            `prepare` refuses.
     """
     options = dataset.meta.get("options") or {}
+    if dataset.n_cold:
+        raise DataError(
+            f"{dataset.path} has cold items, which newer events would make warm; extend the data "
+            "set that it was made of"
+        )
     if dataset.splits is not None:
         raise DataError(
             f"{dataset.path} came with splits of its own, which newer events do not have; prepare "
