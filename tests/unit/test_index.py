@@ -564,7 +564,9 @@ def killed(folder: Path, mode: str, kinds: str) -> list[list[str]]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are of POSIX")
-@pytest.mark.parametrize("mode", ["first", "steps", "any time"])
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("first", "steps")), "any time"]
+)
 def test_a_kill_leaves_the_old_index_or_the_new_one(mode: str, tmp_path: Path) -> None:
     found = killed(tmp_path, mode, "exact,flat")
     old, new = ["exact", "600", "600", "one"], ["flat", "700", "700", "two"]
