@@ -20,7 +20,7 @@ __all__ = ["FORMAT", "VERSION", "Dataset", "content_fingerprint", "open_dataset"
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,9 @@ GIVEN = "given"
 VERSION = 1
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+EVENTS_AT_ONCE = 1 << 20
+"""Events of a batch that is handed out, about."""
+EVENT_COLUMNS = {"user_id": pa.string(), "item_id": pa.string(), "timestamp": pa.float64()}
 BLOCK_EVENTS = 1 << 22  # events read at once when a statistic needs a scan
 
 
@@ -256,6 +259,32 @@ class Dataset:
             return len(np.unique(users[at > self.offsets[users]]))
 
         return of(TEST) if of(VALID) else 0
+
+    def event_batches(
+        self,
+        *,
+        users: pa.Array | None = None,
+        items: pa.Array | None = None,
+        more: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the events as user_id, item_id (string) and timestamp (float64): users in their
+        order, about a million events at a time, no user cut.
+
+        users, items: other names, [U] and [N]. more: further columns by name, [E] each.
+        """
+        users = self.user_ids if users is None else users
+        items = self.item_ids if items is None else items
+        for first, last in user_blocks(self.offsets, EVENTS_AT_ONCE):
+            start, stop = int(self.offsets[first]), int(self.offsets[last])
+            counts = np.diff(self.offsets[first : last + 1])
+            columns = {
+                "user_id": users.take(pa.array(np.repeat(np.arange(first, last), counts))),
+                "item_id": items.take(pa.array(np.asarray(self.items[start:stop]))),
+                "timestamp": pa.array(np.asarray(self.timestamps[start:stop])),
+            }
+            arrays = [columns[name].cast(kind) for name, kind in EVENT_COLUMNS.items()]
+            arrays += [pa.array(np.asarray(of_all[start:stop])) for of_all in (more or {}).values()]
+            yield pa.RecordBatch.from_arrays(arrays, [*EVENT_COLUMNS, *(more or {})])
 
     def _repeats(self) -> int:
         """Count the events whose user has an earlier event with the same item."""

@@ -12,14 +12,10 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from l2rec.data.dataset import Dataset, user_blocks
+from l2rec.data.dataset import EVENT_COLUMNS, Dataset
 from l2rec.data.formats.source import Source
 from l2rec.data.prepare import PrepareConfig, build, item_text
 from l2rec.errors import DataError
-
-EVENTS_AT_ONCE = 1 << 20
-COLUMNS = ("user_id", "item_id", "timestamp")
-TYPES = (pa.string(), pa.string(), pa.float64())
 
 
 def extend(
@@ -61,11 +57,11 @@ def extend(
     fields = tuple(name for name in frame.columns if name != "item_id")
 
     def events() -> Iterator[pa.RecordBatch]:
-        yield from _events(dataset)
+        yield from dataset.event_batches()
         newest = -np.inf
         for batch in newer.events():
             newest = max(newest, float(np.max(batch["timestamp"].to_numpy(), initial=-np.inf)))
-            yield batch.select(list(COLUMNS))
+            yield batch.select(list(EVENT_COLUMNS))
         if newest < float(dataset.timestamps.min()):
             raise DataError(
                 f"{newer.files[0]}: its newest event (time {newest:.15g}) is older than all of "
@@ -116,16 +112,3 @@ def _catalog(dataset: Dataset, newer: Source, template: str | None) -> pl.DataFr
     fresh = rows.join(known.select("item_id"), on="item_id", how="anti", maintain_order="left")
     fresh = fresh.select([name for name in known.columns if name in fresh.columns])
     return pl.concat([known, fresh], how="diagonal").fill_null("")
-
-
-def _events(dataset: Dataset) -> Iterator[pa.RecordBatch]:
-    for first, last in user_blocks(dataset.offsets, EVENTS_AT_ONCE):
-        start, stop = int(dataset.offsets[first]), int(dataset.offsets[last])
-        counts = np.diff(dataset.offsets[first : last + 1])
-        columns = (
-            dataset.user_ids.take(pa.array(np.repeat(np.arange(first, last), counts))),
-            dataset.item_ids.take(pa.array(np.asarray(dataset.items[start:stop]))),
-            pa.array(np.asarray(dataset.timestamps[start:stop])),
-        )
-        arrays = [column.cast(kind) for column, kind in zip(columns, TYPES, strict=True)]
-        yield pa.RecordBatch.from_arrays(arrays, list(COLUMNS))

@@ -14,13 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from l2rec.data.dataset import Dataset, open_dataset, user_blocks
+from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.formats.source import Source
 from l2rec.data.parts import leave_one_out_marks
 from l2rec.data.prepare import PrepareConfig, build
 from l2rec.errors import DataError
-
-EVENTS_AT_ONCE = 1 << 20
 
 
 def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True) -> Dataset:
@@ -88,20 +86,11 @@ def _prefixed(name: str, ids: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | p
 
 
 def _events(dataset: Dataset, *, with_splits: bool) -> Iterator[pa.RecordBatch]:
-    users = _prefixed(dataset.name, dataset.user_ids)
-    items = _prefixed(dataset.name, dataset.item_ids)
-    splits = _splits(dataset) if with_splits else None
-    for first, last in user_blocks(dataset.offsets, EVENTS_AT_ONCE):
-        start, stop = int(dataset.offsets[first]), int(dataset.offsets[last])
-        counts = np.diff(dataset.offsets[first : last + 1])
-        columns = {
-            "user_id": users.take(pa.array(np.repeat(np.arange(first, last), counts))),
-            "item_id": items.take(pa.array(np.asarray(dataset.items[start:stop]))),
-            "timestamp": np.asarray(dataset.timestamps[start:stop]),
-        }
-        if splits is not None:
-            columns["split"] = np.asarray(splits[start:stop])
-        yield pa.RecordBatch.from_pydict(columns)
+    return dataset.event_batches(
+        users=_prefixed(dataset.name, dataset.user_ids),
+        items=_prefixed(dataset.name, dataset.item_ids),
+        more={"split": _splits(dataset)} if with_splits else {},
+    )
 
 
 def _splits(dataset: Dataset) -> npt.NDArray[np.int8]:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from l2rec.data.catalog import Catalog, with_separator
-from l2rec.data.dataset import Dataset, open_dataset, user_blocks
+from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.errors import ConfigError, DataError
 from l2rec.service.events import POSITIVE, SCHEMA, TYPES, EventLog, Plan, is_event_log
 
@@ -23,7 +23,6 @@ NAMES = {"user": "user_id", "item": "item_id", "type": "event_type", "timestamp"
 """Columns of the log -> columns of events.parquet."""
 EARLIER = "earlier"
 """Type of the events of a data set without types."""
-EVENTS_AT_ONCE = 1 << 20
 EXPORTED = pa.schema([(new, SCHEMA.field(old).type) for old, new in NAMES.items()])
 
 
@@ -81,24 +80,12 @@ def export_log(
 
 def _events(dataset: Dataset) -> Iterator[pa.RecordBatch]:
     """Yield the events of a data set as `EXPORTED`."""
-    names = dataset.event_type_names
-    for first, last in user_blocks(dataset.offsets, EVENTS_AT_ONCE):
-        start, stop = int(dataset.offsets[first]), int(dataset.offsets[last])
-        users = np.repeat(np.arange(first, last), np.diff(dataset.offsets[first : last + 1]))
-        types = np.full(stop - start, EARLIER, dtype=object)
-        if dataset.event_types is not None:
-            types = np.asarray(names, dtype=object)[dataset.event_types[start:stop]]
-        yield pa.RecordBatch.from_arrays(
-            [
-                dataset.user_ids.take(pa.array(users)).cast(pa.string()),
-                dataset.item_ids.take(pa.array(np.asarray(dataset.items[start:stop]))).cast(
-                    pa.string()
-                ),
-                pa.array(types, pa.string()),
-                pa.array(np.asarray(dataset.timestamps[start:stop])),
-            ],
-            schema=EXPORTED,
-        )
+    more = {} if dataset.event_types is None else {"type": dataset.event_types}
+    names = pa.array(dataset.event_type_names, pa.string())
+    for batch in dataset.event_batches(more=more):
+        types = names.take(batch["type"]) if more else pa.array([EARLIER] * len(batch))
+        columns = [batch["user_id"], batch["item_id"], types, batch["timestamp"]]
+        yield pa.RecordBatch.from_arrays(columns, schema=EXPORTED)
 
 
 def _oldest(log: EventLog, types: Sequence[str]) -> float:
