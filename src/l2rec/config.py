@@ -22,6 +22,7 @@ __all__ = [
     "from_options",
     "load_recipe",
     "method_class",
+    "names_file",
     "recipe_names",
     "resolve",
 ]
@@ -202,7 +203,7 @@ def method_class(path: str) -> Any:
         ConfigError: it cannot be imported, or is no method.
     """
     try:
-        if _names_file(path):
+        if names_file(path):
             file, _, name = path.rpartition(":")
             method = getattr(_module_of(Path(file)), name)
         else:
@@ -223,7 +224,8 @@ def method_class(path: str) -> Any:
     return method
 
 
-def _names_file(method: str) -> bool:
+def names_file(method: str) -> bool:
+    """Tell whether a method is named by a file, ``FILE.py:Name``, and not by an import path."""
     return ".py:" in method
 
 
@@ -248,7 +250,7 @@ def _module_of(file: Path) -> ModuleType:
 def _with_whole_path(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the keys of a recipe; a method in a file has its whole path, seen from ``folder``."""
     method = values.get("method")
-    if not isinstance(method, str) or not _names_file(method):
+    if not isinstance(method, str) or not names_file(method):
         return values
     file, _, name = method.rpartition(":")
     return {**values, "method": f"{(folder / file).resolve()}:{name}"}

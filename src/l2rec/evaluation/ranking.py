@@ -81,29 +81,27 @@ class Evaluation:
     def take(self, rows: IntArray | npt.NDArray[np.bool_]) -> Evaluation:
         """Select histories (ints or a mask) as a new Evaluation."""
         rows = np.arange(len(self))[rows]
-        at, offsets = target_rows(rows, self.offsets)
-        return Evaluation(
-            self.ranks[at],
-            self.ranks_masked[at],
-            self.users[rows],
-            self.top[rows],
-            self.targets[at],
-            self.n_items,
-            offsets,
-        )
+        return self._selected(rows, *target_rows(rows, self.offsets))
 
     def of_targets(self, which: npt.NDArray[np.bool_]) -> Evaluation:
         """Select targets ([T] bool): what is left of the histories that have one of them."""
         histories, offsets = targets_taken(which, self.offsets)
-        at = np.flatnonzero(which)
-        return Evaluation(
-            self.ranks[at],
-            self.ranks_masked[at],
-            self.users[histories],
-            self.top[histories],
-            self.targets[at],
-            self.n_items,
-            offsets,
+        return self._selected(histories, np.flatnonzero(which), offsets)
+
+    def _selected(
+        self,
+        histories: npt.NDArray[np.int64],
+        targets: npt.NDArray[np.int64],
+        offsets: npt.NDArray[np.int64] | None,
+    ) -> Evaluation:
+        return replace(
+            self,
+            ranks=self.ranks[targets],
+            ranks_masked=self.ranks_masked[targets],
+            users=self.users[histories],
+            top=self.top[histories],
+            targets=self.targets[targets],
+            offsets=offsets,
         )
 
 

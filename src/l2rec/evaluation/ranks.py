@@ -14,7 +14,7 @@ __all__ = [
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -73,33 +73,27 @@ class Ranks:
 
     def take(self, rows: npt.NDArray[np.int64]) -> Ranks:
         """Select rows, in the given order."""
-        at, offsets = target_rows(rows, self.offsets)
-        return Ranks(
-            [self.users[row] for row in rows.tolist()],
-            self.ranks[at],
-            self.ranks_masked[at],
-            self.targets[at],
-            self.fingerprint,
-            self.protocol,
-            None if self.top is None else self.top[rows],
-            offsets,
-            self.warm,
-        )
+        return self._selected(rows, *target_rows(rows, self.offsets))
 
     def of_targets(self, which: npt.NDArray[np.bool_]) -> Ranks:
         """Select targets ([T] bool): what is left of the rows that have one of them."""
         rows, offsets = targets_taken(which, self.offsets)
-        at = np.flatnonzero(which)
-        return Ranks(
-            [self.users[row] for row in rows.tolist()],
-            self.ranks[at],
-            self.ranks_masked[at],
-            self.targets[at],
-            self.fingerprint,
-            self.protocol,
-            None if self.top is None else self.top[rows],
-            offsets,
-            self.warm,
+        return self._selected(rows, np.flatnonzero(which), offsets)
+
+    def _selected(
+        self,
+        rows: npt.NDArray[np.int64],
+        targets: npt.NDArray[np.int64],
+        offsets: npt.NDArray[np.int64] | None,
+    ) -> Ranks:
+        return replace(
+            self,
+            users=[self.users[row] for row in rows.tolist()],
+            ranks=self.ranks[targets],
+            ranks_masked=self.ranks_masked[targets],
+            targets=self.targets[targets],
+            top=None if self.top is None else self.top[rows],
+            offsets=offsets,
         )
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from l2rec.config import BackboneConfig, RunConfig, method_class
+from l2rec.config import BackboneConfig, RunConfig, method_class, names_file
 from l2rec.disk import replacing_folder, write_json, write_text
 from l2rec.errors import CheckpointError, ConfigError
 from l2rec.modules.backbone import MINILM_HUB, load_tokenizer
@@ -88,7 +88,7 @@ def save_pretrained(
             check_id(name)
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license):
         raise ConfigError(f"license={license!r}: give an identifier, such as apache-2.0")
-    if ".py:" in config.method:
+    if names_file(config.method):
         raise ConfigError(
             f"{run} has its method in a file of this machine, {config.method}; put it into a "
             "package that others can install, and train by its import path"
