@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from tests.support import runs
 
 from l2rec import demo
-from l2rec.config import RunConfig
+from l2rec.config import RunConfig, load_recipe
 from l2rec.data.sources import SOURCES
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import DataError
@@ -44,17 +45,25 @@ def test_the_demo(
 
     def recipe(name: str, overrides: list[str]) -> RunConfig:
         asked.append((name, overrides))
+        if name == demo.RIVAL:
+            return load_recipe("sasrec", ["model.dim=16", "training.epochs=1"])
         return runs.config(backbone_folder, epochs=1)
 
     monkeypatch.setattr(demo, "fetch", fetch)
     monkeypatch.setattr(demo, "load_recipe", recipe)
     run, data = tmp_path / "run", tmp_path / "data"
     demo.run_demo(run, data, 3.5)
-    assert asked == ["movielens-100k", (demo.RECIPE, ["training.max_minutes=3.5"])]
+    limit = ["training.max_minutes=3.5"]
+    assert asked == ["movielens-100k", (demo.RECIPE, limit), (demo.RIVAL, limit)]
     out, blended = capsys.readouterr().out, tmp_path / "run-blended"
     assert (blended / "report.html").is_file() and f"{blended}/report.html" in out
-    assert "L2Rec + co-occurrence │" in out and "L2Rec                 │" in out
-    assert out.count("recommended") == 3 and "untrained backbone" in out
+    rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert rows[: rows.index("SASRec + co-occurrence") + 1] == [
+        *("popularity", "last item neighbour", "co-occurrence", "untrained backbone"),
+        *("L2Rec", "SASRec", "L2Rec + co-occurrence", "SASRec + co-occurrence"),
+    ]
+    assert out.count("recommended") == 3
+    assert len(re.findall(r"new1 is rank \d+ of \d+ \(new: known by its text alone\)", out)) == 3
     assert "(1990), Drama" in out  # the texts are made by the template of the source
     assert f"l2rec recommend {blended} --user 0" in out
 
@@ -103,3 +112,4 @@ def test_a_demo_of_other_data(
 def test_the_recipe_and_the_source_are_shipped() -> None:
     config = demo.load_recipe(demo.RECIPE, ["training.max_minutes=0.5"])
     assert config.training.max_minutes == 0.5 and demo.SOURCE in SOURCES
+    assert demo.load_recipe(demo.RIVAL, []).training.max_minutes is None
