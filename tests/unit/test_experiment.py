@@ -600,6 +600,31 @@ def test_runs_that_stand_elsewhere_are_taken(
         assert {one.state for one in planned.cells} == {State.MISSING}
 
 
+def test_numbers_that_were_kept_are_taken(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    path = experiments.written(tmp_path / "e.yaml", rows=[ROW | {"blend": True}], seeds=[1])
+    first = run(planned_of(path, chains, tmp_path / "first"), progress=runs.Quiet())
+    page, _ = write_page(first)
+    kept = tmp_path / "kept"
+    for one in first.cells:
+        (kept / one.cell.path.name).mkdir(parents=True)
+        for name in ("config.yaml", "report.json", "ranks.parquet"):
+            shutil.copy(one.cell.path / name, kept / one.cell.path.name / name)
+    count = len(processes.begun)
+    second = run(planned_of(path, chains, tmp_path / "2", take=kept), progress=runs.Quiet())
+    assert {one.state for one in second.cells} == {State.FINISHED}
+    assert len(processes.begun) == count
+    standing = planned_of(path, chains, tmp_path / "2").cells
+    assert {one.state for one in standing} == {State.FINISHED}
+    again, _ = write_page(second)
+    assert again.sections == page.sections
+    # A blend is made of a model, which was not kept.
+    shutil.rmtree(kept / "narrow-blended-s1")
+    planned = planned_of(path, chains, tmp_path / "3", take=kept)
+    assert {one.state for one in planned.cells} == {State.MISSING}
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(
     chains: Dataset, tmp_path: Path, processes: Processes
 ) -> None:

@@ -38,7 +38,8 @@ from l2rec.config import RunConfig, load_recipe, recipe_names
 from l2rec.data.dataset import open_dataset
 from l2rec.disk import read_json, write_json
 from l2rec.errors import ConfigError, L2RecError
-from l2rec.runs.folder import finished_report, load_run_config, read_report
+from l2rec.runs.folder import MODEL, RANKS, finished_report, load_run_config, read_report
+from l2rec.runs.loop import SELECT
 from l2rec.runs.numbers import as_duration
 from l2rec.studies.experiment.definition import BLENDED, Experiment, Row, folder_of
 
@@ -235,8 +236,11 @@ def plan(
             raise ConfigError(f"two data sets are called {name!r}; give each once")
     grid = _Grid(experiment, out, tuple(overrides), None if source is None else _data(source))
     cells, left_out = grid.cells(sets)
-    found = {} if take is None else _runs_below(take)
-    looked = tuple(look_at(cell, found) for cell in cells)
+    found = () if take is None else _runs_below(take)
+    looked = [look_at(cell, found) for cell in cells]
+    models = [run for run in found if not _numbers_alone(run.path)]
+    needed = {base for one in looked if not one.done for base in one.cell.needs}
+    looked = [look_at(one.cell, models) if one.cell in needed else one for one in looked]
     return Plan(experiment, out, tuple(sets), _estimated(looked), tuple(left_out))
 
 
@@ -360,33 +364,56 @@ def _below(cell: Cell) -> Iterator[Cell]:
 
 # -- what stands ---------------------------------------------------------------------------------
 
-Runs = Mapping[str, list[tuple[Path, RunConfig]]]
-"""Finished runs by the fingerprint of their data."""
+
+@dataclass(frozen=True)
+class _Run:
+    """A finished run that was trained from no other, or a blend of one."""
+
+    path: Path
+    fingerprint: str
+    config: RunConfig
+    blended: bool
 
 
-def _runs_below(folder: Path) -> Runs:
-    """Find the finished runs below a folder that were trained from no other and are not blended.
+def _runs_below(folder: Path) -> list[_Run]:
+    """Find the finished runs below a folder whose best step was chosen as now, also those of which
+    the numbers alone were kept.
 
     Raises:
         ConfigError: there is no such folder.
     """
     if not folder.is_dir():
         raise ConfigError(f"--take {folder}: no such folder")
-    found: dict[str, list[tuple[Path, RunConfig]]] = {}
+    found = []
     for path in sorted(folder.rglob("config.yaml")):
         try:
             config, identity = load_run_config(path.parent)
-            if finished_report(path.parent) is None:
+            if not _finished(path.parent) or identity.get("init") is not None:
                 continue
+            report = read_report(path.parent)
         except L2RecError:
             continue
-        if identity.get("init") is None and "blend" not in identity:
-            runs = found.setdefault(identity["dataset"]["fingerprint"], [])
-            runs.append((path.parent, config))
+        if report.get("selected_by") == SELECT:
+            of = identity["dataset"]["fingerprint"]
+            found.append(_Run(path.parent, of, config, "blend" in report))
     return found
 
 
-def look_at(cell: Cell, found: Runs | None = None) -> Planned:
+def _finished(run: Path) -> bool:
+    return _numbers_alone(run) or finished_report(run) is not None
+
+
+def _numbers_alone(run: Path) -> bool:
+    """Check for what `results/collect.py` keeps of a finished run: scores and ranks, no model, of
+    which nothing else can be made.
+    """
+    return (
+        all((run / name).is_file() for name in ("report.json", RANKS))
+        and not (run / MODEL).exists()
+    )
+
+
+def look_at(cell: Cell, found: Iterable[_Run] = ()) -> Planned:
     """Say what stands of a cell, in its folder or among the runs ``found``."""
     try:
         state, note = _state(cell)
@@ -394,12 +421,13 @@ def look_at(cell: Cell, found: Runs | None = None) -> Planned:
             return Planned(cell, state, seconds_of(read_report(cell.path)), "measured")
     except L2RecError as error:
         state, note = State.OTHER, str(error)
-    if state is State.MISSING and cell.config is not None and not cell.needs:
-        for path, config in (found or {}).get(cell.data.fingerprint, ()):
-            if config == cell.config:
-                return Planned(
-                    cell, State.FOUND, seconds_of(read_report(path)), "measured", str(path)
-                )
+    trained = cell.needs[0] if cell.blended else cell
+    if state is State.MISSING and trained.config is not None and not trained.needs:
+        sought = cell.data.fingerprint, trained.config, cell.blended
+        for run in found:
+            if (run.fingerprint, run.config, run.blended) == sought:
+                seconds = seconds_of(read_report(run.path))
+                return Planned(cell, State.FOUND, seconds, "measured", str(run.path))
     return Planned(cell, state, None, "unknown", note)
 
 
@@ -427,7 +455,7 @@ def _state(cell: Cell) -> tuple[State, str]:
         return State.OTHER, "a run with another start"
     if cell.blended != ("blend" in identity):
         return State.OTHER, "blended" if "blend" in identity else "not blended"
-    return (State.BEGUN if finished_report(cell.path) is None else State.FINISHED), ""
+    return (State.FINISHED if _finished(cell.path) else State.BEGUN), ""
 
 
 def _recipe_of(cell: Cell) -> dict[str, Any]:
