@@ -1,0 +1,130 @@
+"""The commands that the documents show, collected: blocks of code, and spans between backticks."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "GOVERNANCE.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples" / "README.md",
+)
+PROGRAMS = (
+    *("l2rec", "python", "make", "pip", "pytest", "curl", "torchrun", "accelerate"),
+    *("docker", "hf"),
+)
+"""What a command begins with."""
+SHELL = "bash"
+"""Language of the blocks that are commands."""
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+_SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+_PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*|\.\.\.|…")
+_ENDS = {"&&", ";", "|", "||"}
+
+
+class Block(NamedTuple):
+    """A fenced block: its language ("" for none), its text, and the line it begins on."""
+
+    language: str
+    text: str
+    line: int
+
+
+class Command(NamedTuple):
+    """A command as its words, and where it stands. ``whole``: in a block, to be typed as it is;
+    a span in a sentence may leave out what the sentence says, such as the folder.
+    """
+
+    words: tuple[str, ...]
+    where: str
+    whole: bool
+
+
+def blocks(document: Path) -> list[Block]:
+    """Find the fenced blocks of a document."""
+    text = document.read_text()
+    return [
+        Block(found[1], found[2], text.count("\n", 0, found.start()) + 1)
+        for found in _FENCE.finditer(text)
+    ]
+
+
+def commands(document: Path) -> Iterator[Command]:
+    """Yield every command of a document: all of its blocks for a shell, and between backticks what
+    begins with a program.
+    """
+    for block in blocks(document):
+        if block.language == SHELL:
+            for words in of_shell(block.text):
+                yield Command(words, f"{document.name}:{block.line}", True)
+    text = document.read_text()
+    prose = _FENCE.sub(lambda found: "\n" * found[0].count("\n"), text)
+    for span in _SPAN.finditer(prose):
+        if span[1].split()[0] in PROGRAMS and " " in span[1]:
+            where = f"{document.name}:{prose.count(chr(10), 0, span.start()) + 1}"
+            for words in of_shell(span[1].replace("\n", " ")):
+                yield Command(words, where, False)
+
+
+def of_shell(script: str) -> Iterator[tuple[str, ...]]:
+    """Yield the simple commands of a script as their words. Variables that it sets are filled in;
+    of a loop, the first round is taken.
+    """
+    variables: dict[str, str] = {}
+    for line in _lines(script):
+        for words in _simple(line):
+            if words[0] == "for":
+                variables[words[1]] = words[3]
+                continue
+            words = words[1:] if words[0] == "do" else words
+            if not words or words[0] == "done":
+                continue
+            if found := re.fullmatch(r"(\w+)=(\S*)", words[0]):
+                variables[found[1]] = found[2]
+                continue
+            yield tuple(_filled(word, variables) for word in words)
+
+
+def placeholder(word: str) -> bool:
+    """Tell whether a word stands for what the reader puts there: DATA, RUN, three dots."""
+    return any(_PLACEHOLDER.fullmatch(part) for part in re.split(r"[=/]", word))
+
+
+def _filled(word: str, variables: dict[str, str]) -> str:
+    for name, value in variables.items():
+        word = re.sub(rf"\$(?:{name}\b|{{{name}}})", lambda _, value=value: value, word)
+    return word
+
+
+def _lines(script: str) -> Iterator[str]:
+    """Join what goes over several lines: after a backslash, and within quotes."""
+    command = ""
+    for line in script.splitlines():
+        command += line
+        try:
+            shlex.split(command, comments=True)
+        except ValueError:  # within quotes, or a backslash at the end
+            command = command[:-1] if command.endswith("\\") else f"{command}\n"
+            continue
+        yield command
+        command = ""
+    assert not command.strip(), command
+
+
+def _simple(line: str) -> Iterator[list[str]]:
+    """Split a line where a command ends."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for word in [*lexer, ";"]:
+        if word not in _ENDS:
+            words.append(word)
+        elif words:
+            yield words
+            words = []
