@@ -50,6 +50,8 @@ def on_page_markdown(text: str, page: Page, config: Any, files: Files) -> str:
         start = posixpath.dirname(here) or "."
         return f"[{words}]({posixpath.relpath(uri, start)}{place or ''})"
 
+    if here == "index.md":  # the pictures of the README, which are HTML, lie beside its pages here
+        text = re.sub(r'(src|srcset)="docs/', r'\1="', text)
     return LINK.sub(link, text)
 
 

@@ -31,7 +31,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from l2rec.runs.numbers import NONE, as_count, as_percent, as_score, formatted
@@ -52,6 +52,11 @@ HISTORY_SHOWN = 10
 """Newest items of a history that are printed."""
 
 
+def _rest() -> Column:
+    """Return a column that takes the width that the others leave, and is cut there."""
+    return Column(ratio=1, no_wrap=True, overflow="ellipsis")
+
+
 class Console:
     """Progress of training and evaluation (a `protocols.Progress`), on standard error."""
 
@@ -60,12 +65,13 @@ class Console:
         self._live = self._console.is_terminal and not quiet
         self._bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", table_column=_rest()),
             console=self._console,
+            expand=True,
             disable=not self._live,
         )
         self._tasks: dict[str, TaskID] = {}

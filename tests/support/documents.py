@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from l2rec.data.prepare import PrepareConfig, prepare
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "GOVERNANCE.md")),
@@ -21,6 +25,8 @@ PROGRAMS = (
 """What a command begins with."""
 SHELL = "bash"
 """Language of the blocks that are commands."""
+
+KINDS = ("Comedy", "Drama", "Sci-Fi", "Action")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
@@ -94,6 +100,26 @@ def of_shell(script: str) -> Iterator[tuple[str, ...]]:
 def placeholder(word: str) -> bool:
     """Tell whether a word stands for what the reader puts there: DATA, RUN, three dots."""
     return any(_PLACEHOLDER.fullmatch(part) for part in re.split(r"[=/]", word))
+
+
+def films(folder: Path) -> Path:
+    """Write a small data set with the ids and the fields of MovieLens, in RecBole's files:
+    data/ml-100k.
+    """
+    source, draw = folder / "source", np.random.default_rng(0)
+    source.mkdir(parents=True)
+    items = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
+    for item in range(1, 201):
+        kinds = " ".join(dict.fromkeys(KINDS[k] for k in (item % 4, item % 3)))
+        items.append(f"{item}\tred hat {item % 7}\t{1990 + item % 9}\t{kinds}")
+    events = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for user in range(1, 51):
+        for time, item in enumerate(draw.integers(1, 201, 8)):
+            events.append(f"{user}\t{item}\t{8e8 + 100 * time + user}")
+    (source / "x.item").write_text("\n".join(items) + "\n")
+    (source / "x.inter").write_text("\n".join(events) + "\n")
+    config = PrepareConfig(text="{movie_title} ({release_year}), {class}", keep_all_items=True)
+    return prepare(source, folder / "data" / "ml-100k", config, progress=False).path
 
 
 def _filled(word: str, variables: dict[str, str]) -> str:

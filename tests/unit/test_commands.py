@@ -1,17 +1,17 @@
-"""Every command that the documents show is one: programs, verbs, options, recipes, files, addresses.
+"""Every command that the documents show is one: verbs, options, recipes, files, addresses exist.
 
-Nothing is run here; `tests/examples/test_documents.py` runs those that a small data set is enough for.
+Nothing is run here; `tests/examples/test_documents.py` runs those that small data are enough for.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
 import json
 import re
 import tomllib
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -207,7 +207,7 @@ def _pip(command: Command) -> None:
 def _pytest(command: Command) -> None:
     markers = [m.partition(":")[0] for m in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
     words = list(command.words[1:])
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in pairwise(words):
         assert option != "-m" or value in markers, value
     paths = [word.partition("::")[0] for word in words if word.startswith("tests")]
     texts = [(ROOT / path).read_text() for path in paths if path.endswith(".py")]
