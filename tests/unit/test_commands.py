@@ -37,12 +37,16 @@ STOPS = ("Exit", "MissingParameter")
 """Ends of a reading that are no error: `--help`; and in a sentence, what it leaves out."""
 
 
+def _named(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
 @pytest.fixture(autouse=True)
 def _at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # where the commands of the documents are typed
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_named)
 def test_commands_are_what_they_seem(document: Path) -> None:
     wrong = []
     for command in documents.commands(document):
@@ -54,7 +58,7 @@ def test_commands_are_what_they_seem(document: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_named)
 def test_blocks_of_commands_say_so_and_python_is_python(document: Path) -> None:
     for block in documents.blocks(document):
         if not block.language:
@@ -123,7 +127,7 @@ def test_scripts_are_read_as_a_shell_reads_them() -> None:
 def _l2rec(command: Command) -> None:
     """Read the words as the command line would, then what they name: recipes, splits, formats."""
     words = [word for word in command.words[1:] if word not in ("...", "…")]
-    if not words or placeholder(words[0]):
+    if not words or placeholder(words[0]) or words == ["--help"]:
         return
     verb = VERBS[words[0]]
     try:

@@ -14,6 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import l2rec
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = ("help", "demo", "test", "check", "fix", "bench", "clean", "dist")
@@ -36,6 +38,10 @@ def requirements() -> list[Requirement]:
 def test_version_is_the_top_of_the_changelog() -> None:
     versions = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert versions[0] == PROJECT["version"]
+
+
+def test_the_package_says_the_version() -> None:
+    assert l2rec.__version__ == PROJECT["version"]
 
 
 def test_citation_has_the_version() -> None:
