@@ -69,13 +69,17 @@ def commands(document: Path) -> Iterator[Command]:
         if block.language == SHELL:
             for words in of_shell(block.text):
                 yield Command(words, f"{document.name}:{block.line}", True)
-    text = document.read_text()
-    prose = _FENCE.sub(lambda found: "\n" * found[0].count("\n"), text)
+    prose = _FENCE.sub(lambda found: "\n" * found[0].count("\n"), document.read_text())
+    yield from spans(prose, document.name)
+
+
+def spans(prose: str, name: str) -> Iterator[Command]:
+    """Yield what stands between backticks and begins with a program."""
     for span in _SPAN.finditer(prose):
         if span[1].split()[0] in PROGRAMS and " " in span[1]:
-            where = f"{document.name}:{prose.count(chr(10), 0, span.start()) + 1}"
+            line = prose.count("\n", 0, span.start()) + 1
             for words in of_shell(span[1].replace("\n", " ")):
-                yield Command(words, where, False)
+                yield Command(words, f"{name}:{line}", False)
 
 
 def of_shell(script: str) -> Iterator[tuple[str, ...]]:

@@ -9,7 +9,7 @@ import ast
 import json
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -48,8 +48,18 @@ def _at_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_named)
 def test_commands_are_what_they_seem(document: Path) -> None:
+    _check(documents.commands(document))
+
+
+def test_commands_in_the_help_are_what_they_seem() -> None:
+    examples = [c for name, verb in VERBS.items() for c in documents.spans(verb.help or "", name)]
+    assert len(examples) > len(VERBS) / 2
+    _check(examples)
+
+
+def _check(commands: Iterable[Command]) -> None:
     wrong = []
-    for command in documents.commands(document):
+    for command in commands:
         try:
             CHECKS[command.words[0]](command)
         except Exception as error:
