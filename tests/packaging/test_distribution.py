@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINNED = (ROOT / "constraints.txt").read_text()
 CPU = "https://download.pytorch.org/whl/cpu"
-EVENTS = "\n".join(f"u{u},i{(u * 3 + n) % 9},{n}" for u in range(12) for n in range(6))
+EVENTS = "\n".join(f"u{u},i{(u * 3 + n) % 20},{n}" for u in range(12) for n in range(6))
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 

@@ -31,6 +31,20 @@ def test_the_floors_in_the_document_are_those_that_were_measured() -> None:
     assert module.floors_table() in (ROOT / "docs" / "ties.md").read_text()
 
 
+def test_the_pictures_of_the_readme_are_there_in_both_themes_and_small() -> None:
+    shown = re.findall(r'(?:src|srcset)="([^"]+)"', (ROOT / "README.md").read_text())
+    files = [ROOT / path for path in shown]
+    assert {path.stem for path in files} == {
+        f"{name}-{theme}" for name in ("demo", "report", "page") for theme in ("light", "dark")
+    }
+    assert sum(path.stat().st_size for path in files) < 300_000
+    for path in files:
+        if path.suffix == ".svg":
+            text = path.read_text()
+            assert "$ l2rec demo" in text.replace("&#160;", " ")
+            assert "@font-face" not in text and "url(http" not in text, "it fetches nothing"
+
+
 def test_files_that_documents_name_exist() -> None:
     missing = []
     for document in DOCUMENTS:

@@ -188,7 +188,9 @@ def exposure_of(
         )
     predictor = load(run)
     if not 1 <= k <= dataset.n_items:
-        raise DataError(f"k={k}: the catalog has {dataset.n_items} items")
+        raise DataError(
+            f"k={k}: the catalog has {dataset.n_items} items; choose 1..{dataset.n_items}"
+        )
     cases = _some(split.test)
     values = rank(predictor, cases, progress).values(METRIC, masked=True)
     top = top_k(predictor.scorer(), cases.histories, k, exclude=cases.histories).items
