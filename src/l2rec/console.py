@@ -141,12 +141,15 @@ def _out() -> RichConsole:
 
 
 def print_table(title: str, facts: Mapping[str, Any]) -> None:
-    """Print names and values on standard output, nested values on one line."""
+    """Print names and values on standard output, nested values on one line; nothing is left out
+    but what is None or empty.
+    """
     table = Table(title=escape(title), show_header=False)
     table.add_column("name")
-    table.add_column("value", justify="right", overflow="fold")
+    table.add_column("value", overflow="fold")
     for name, value in facts.items():
-        table.add_row(escape(str(name)), escape(_shown(value)))
+        if not _empty(value):
+            table.add_row(escape(str(name)), escape(_shown(value)))
     _out().print(table)
 
 
@@ -549,10 +552,16 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, Mapping, Sequence)) and not value)
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "  ".join(f"{k} {_shown(v)}" for k, v in value.items())
-    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return "  ".join(f"{k} {_shown(v)}" for k, v in value.items() if not _empty(v))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or isinstance(value, str):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"

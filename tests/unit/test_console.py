@@ -118,10 +118,11 @@ def test_scores(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_table_of_facts(capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"users": 12345, "density": 0.00123456, "note": "[red]x[/red]", "none": None}
-    print_table("a [b]", facts | {"nested": {"a": 1, "b": True}, "list": [1, 2.5]})
+    print_table("a [b]", facts | {"nested": {"a": 1, "b": True, "c": None}, "list": [1, 2.5]})
     out = capsys.readouterr().out
-    for shown in ("a [b]", "12,345", "0.001235", "[red]x[/red]", "None", "a 1  b True", "1; 2.5"):
+    for shown in ("a [b]", "12,345", "0.001235", "[red]x[/red]", "a 1  b yes ", "1; 2.5"):
         assert shown in out, shown
+    assert "none" not in out.lower() and "c " not in out
 
 
 def test_recommendations(capsys: pytest.CaptureFixture[str]) -> None:
