@@ -187,7 +187,7 @@ def main() -> None:
         for theme in THEMES:
             for name, place, wait_for in (
                 ("report", f"{run.as_uri()}/report.html", "table"),
-                ("page", f"{address}/#{asked}", "#results li"),
+                ("page", f"{address}/#{asked}", "main li"),
             ):
                 picture = photograph(browser, place, wait_for, theme)
                 picture.save(PICTURES / f"{name}-{theme}.png", optimize=True)

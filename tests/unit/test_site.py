@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -80,7 +82,26 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "films-blended" / "report.html").is_file()
 
 
-def _hooks() -> dict[str, object]:
-    import runpy
+def test_the_terminal_of_the_pictures_shows_what_stood_in_the_end() -> None:
+    made = _script("pictures")
+    green, plain = "\x1b[32m", "\x1b[0m"
+    written = (
+        "first\r\n\x1b[?25lbar  0/2\r\n\x1b[2K\x1b[1A\x1b[2Kline\r\n"
+        f"bar  1/2\r\x1b[2Kbar  {green}2/2{plain}\r\n\x1b[?25hlast"
+    )
+    lines = made["screen"](written)
+    assert lines == ["first", "line", f"bar  {green}2/2{plain}", "last"]
+    svg = made["draw"]([*lines, "x" * (made["COLUMNS"] + 1)], made["LIGHT"])
+    rows = re.findall(r">([^<>]+)</text>", svg)
+    assert [row.replace("&#160;", " ").strip() for row in rows if row.strip()] == [
+        *("first", "line", "bar", "2/2", "last", "x" * made["COLUMNS"], "x"),
+    ]
+    assert "HEIGHT" not in svg and "BACKGROUND" not in svg and "@font-face" not in svg
 
-    return runpy.run_path(str(DOCS / "site" / "pages.py"))
+
+def _hooks() -> dict[str, Any]:
+    return _script("pages")
+
+
+def _script(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(DOCS / "site" / f"{name}.py"))
