@@ -31,7 +31,7 @@ model.fit(dataset)
 
 # id, vector, version: what a warehouse, a vector database or another model's features can take.
 with Console() as console:
-    for path, rows, width in embed_run(model.run_, out / "vectors", console):
+    for path, rows, width in embed_run(model.run_, out / "vectors", console).files:
         print(f"{path}: {rows} vectors of {width} numbers")
 
 # `exact` needs nothing; "hnsw" or "ivf" need the extra faiss, "milvus" a server.

@@ -57,6 +57,7 @@ def test_links_lead_to_pages_or_become_words(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     home = (site / "index.html").read_text()
     assert 'href="serving/"' in home and 'href="results/"' in home
+    assert 'src="pictures/demo-light.svg"' in home and (site / "pictures/demo-light.svg").is_file()
     assert "dlrm.py" in (site / "downstream" / "index.html").read_text()
     fetched = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:css|js|woff2?)[^"]*)"', home)
     assert not fetched, "a page fetches nothing from elsewhere"
