@@ -36,10 +36,12 @@ model.fit(dataset)
 predictor = model.predictor_
 predictor.add_items(dict(cold.select("item_id", "title").iter_rows()))
 
-# A customer with two things of an aisle: where do that aisle's new things come in the ranking?
-aisle_of = dict(items.select("item_id", "aisle").iter_rows())
+# A customer who has what a project needs before the new thing, of its brand (after it, where it is
+# the first): where does the new thing come among all that they do not have?
+brand_of = {item: (item[:2], item[-1]) for item in items["item_id"]}  # an aisle, and a brand
 for new in cold["item_id"]:
-    aisle = aisle_of[new]
-    history = [item for item in known["item_id"] if aisle_of[item] == aisle][:2]
-    ranking = [found["id"] for found in predictor.recommend(history, predictor.n_items - 2).items]
+    others = [item for item in known["item_id"] if brand_of[item] == brand_of[new]]
+    history = [item for item in others if item < new][-2:] or others[:2]
+    k = predictor.n_items - len(history)
+    ranking = [found["id"] for found in predictor.recommend(history, k).items]
     print(f"{predictor.text_of(new):40} rank {ranking.index(new) + 1} of {len(ranking)}")
