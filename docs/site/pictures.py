@@ -43,8 +43,8 @@ HISTORY = ("50", "172", "181", "204", "195")
 """Films of the page: the science fiction that everybody knows."""
 CHOSEN = "96"
 """The film whose reasons are open."""
-CUT = "user 322"
-"""The recording ends before the second user."""
+USER = re.compile(r"user \S+, \d+ films")
+"""Begins what is shown of a user; the picture ends before the second one."""
 
 LIGHT = TerminalTheme(
     (255, 255, 255),
@@ -175,7 +175,7 @@ def main() -> None:
             shutil.rmtree(work / folder, ignore_errors=True)
         recording.write_bytes(record([*L2REC, "demo"], work))
     lines = screen(recording.read_bytes().decode())
-    end = next(n for n, line in enumerate(lines) if line.startswith(CUT))
+    _, end, *_ = (n for n, line in enumerate(lines) if USER.match(line))
     for name, theme in THEMES.items():
         shown = ["$ l2rec demo", *lines[:end], "..."]
         (PICTURES / f"demo-{name}.svg").write_text(draw(shown, theme))
