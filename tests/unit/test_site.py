@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.support import documents
 
 from l2rec.cli import app
 
@@ -66,10 +67,9 @@ def test_links_lead_to_pages_or_become_words(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     """Run its commands in their order, but for the installation and the server."""
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.S)
     bash = shutil.which("bash")
     assert bash is not None
-    for language, code in blocks:
+    for language, code, _ in documents.blocks(DOCS / "tutorial.md"):
         if "pip install" in code or "curl" in code:
             continue
         command = [bash, "-euc", code] if language == "bash" else [sys.executable, "-c", code]
