@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from l2rec.data.prepare import PrepareConfig, prepare
+from l2rec.data.synthetic import COLOURS, MATERIALS, THINGS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (
@@ -112,10 +114,11 @@ def films(folder: Path) -> Path:
     """
     source, draw = folder / "source", np.random.default_rng(0)
     source.mkdir(parents=True)
+    titles = list(product(COLOURS, MATERIALS, THINGS))  # words of the tiny tokenizer: no two alike
     items = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
     for item in range(1, 201):
         kinds = " ".join(dict.fromkeys(KINDS[k] for k in (item % 4, item % 3)))
-        items.append(f"{item}\tred hat {item % 7}\t{1990 + item % 9}\t{kinds}")
+        items.append(f"{item}\t{' '.join(titles[item])}\t{1990 + item % 9}\t{kinds}")
     events = ["user_id:token\titem_id:token\ttimestamp:float"]
     for user in range(1, 51):
         for time, item in enumerate(draw.integers(1, 201, 8)):
