@@ -1448,6 +1448,13 @@ def serve(
     ],
     threads: Annotated[int, typer.Option(help="Threads of the model; 0: one for each core.")] = 0,
     access_log: Annotated[bool, _setting("access_log", "One log line for each request.")],
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host whose pictures the page shows: https://HOST, or https: for all. Can be "
+            "given several times."
+        ),
+    ] = None,
 ) -> None:
     """Serve recommendations over HTTP until SIGTERM.
 
@@ -1478,6 +1485,7 @@ def serve(
         batch_ms=batch_ms,
         shutdown=shutdown,
         access_log=access_log,
+        images=tuple(images or ()),
     )
     gc.disable()  # thousands of modules come: a fifth of the start would go into collections
     try:

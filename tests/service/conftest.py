@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 from tests.support import runs
+from tests.support.browser import FLAGS, LAPTOP, WATCH, Open, Server, aborted
 from tests.support.runs import Finished
 from tests.support.service import Serve, postgres_address
 
 from l2rec.data.dataset import Dataset
 from l2rec.service.app import create_app
+from l2rec.service.events import Event, EventLog
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
-from l2rec.service.settings import Settings
+from l2rec.service.settings import Experiment, Settings
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +61,6 @@ def serve(catalog_run: Finished, log_url: str) -> Iterator[Serve]:
     """Return a function that opens a client of an app with these settings; several in turn are
     restarts of one server.
     """
-    from l2rec.service.events import EventLog
-
     opened: list[TestClient] = []
 
     def start(run: Path | None = None, *, log: Any = None, **settings: Any) -> TestClient:
@@ -74,3 +75,53 @@ def serve(catalog_run: Finished, log_url: str) -> Iterator[Serve]:
     yield start
     for client in opened:
         client.__exit__(None, None, None)
+
+
+# -- a real browser ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(blended_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = EventLog(f"sqlite:///{tmp_path_factory.mktemp('log') / 'events.db'}")
+    log.append([Event(f"e{n}", "walter", f"i{n}", "click", float(n)) for n in (4, 5, 6)])
+    made = Server(blended_run.run, log, experiment=Experiment(name="plus"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        made = running.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def visit(browser: Any, server: Server) -> Iterator[Open]:
+    """Opens the page. What the console says, or a policy that is broken, fails the test."""
+    contexts, said, pages = [], [], []
+
+    def opened(at: str = "", *, of: Server = server, quiet: bool = True, **options: Any) -> Any:
+        context = browser.new_context(**(options or LAPTOP))
+        context.set_default_timeout(20_000)
+        context.add_init_script(WATCH)
+        contexts.append(context)
+        page = context.new_page()
+        if quiet:
+            page.on("console", lambda m: said.append(m.text) if m.type != "log" else None)
+            page.on("requestfailed", lambda r: said.append(r.url) if aborted(r) else None)
+        page.on("pageerror", lambda e: said.append(str(e)))
+        page.goto(f"{of.url}/{at}")
+        pages.append(page)
+        return page
+
+    yield opened
+    broken = [part for page in pages for part in page.evaluate("window.broken")]
+    for context in contexts:
+        context.close()
+    assert not said and not broken

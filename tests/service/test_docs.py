@@ -62,7 +62,7 @@ def test_commands_of_the_document(
                 continue
             if "serving/events.db" in words:
                 clicks = [
-                    {"id": f"{u}-{i}", "user": f"s{u}", "item": i, "type": "click"}
+                    {"id": f"{len(done)}-{u}-{i}", "user": f"s{u}", "item": i, "type": "click"}
                     for u in range(9)
                     for i in ("50", "172", "181", "7")
                 ]

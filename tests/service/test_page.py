@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,21 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 from starlette.testclient import TestClient
+from tests.support.browser import PHONE, TABLET, Open, Server, contrast
 from tests.support.runs import Finished
-from tests.support.service import READ_KEY, Serve, error, in_thread
+from tests.support.service import READ_KEY, Serve, error
 
 from l2rec.data.dataset import Dataset
 from l2rec.errors import StorageError
 from l2rec.runs.predictor import load
 from l2rec.service import explain
-from l2rec.service.app import create_app
 from l2rec.service.events import Event, EventLog
 from l2rec.service.experiments import record_arms, record_plan
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
+from l2rec.service.routes.page import FILES
 from l2rec.service.search import Items, plain
-from l2rec.service.settings import Experiment, Settings
+from l2rec.service.settings import Experiment
 from l2rec.studies.abtest.analysis import conclude
 from l2rec.studies.abtest.simulate import events_of, simulate
 
@@ -54,7 +54,9 @@ def test_the_page_and_its_files(serve: Serve) -> None:
     client = serve(read_keys=(SecretStr(READ_KEY),))
     page = client.get("/")
     assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
-    kinds = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
+    types = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+    kinds = {f.name: types[f.suffix] for f in FILES.iterdir() if f.suffix in types}
+    assert {"app.js", "style.css", "icon.svg"} <= set(kinds)
     files = {"/": "text/html"} | {f"/static/{name}": kind for name, kind in kinds.items()}
     for path, kind in files.items():
         file = client.get(path)
@@ -167,6 +169,10 @@ def test_an_item(serve: Serve, catalog_run: Finished) -> None:
     assert found == {
         "id": "i5",
         "text": version.texts[5],
+        "title": version.attributes_of(5)["title"],
+        "labels": [],
+        "image": None,
+        "link": None,
         "attributes": version.attributes_of(5),
     }
     put(client, **{"a/b": "an id with a slash"})
@@ -327,99 +333,6 @@ def test_what_cannot_be_explained(body: Any, status: int, message: str, serve: S
 
 
 # -- a real browser ------------------------------------------------------------------------------
-
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-LAPTOP = {"viewport": {"width": 1280, "height": 800}}
-TABLET = {"viewport": {"width": 900, "height": 800}}
-PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-Open = Callable[..., Any]
-
-
-class Server:
-    """A real server of a run, in a thread; `reference` is another copy of its model."""
-
-    def __init__(self, run: Path, log: EventLog, **settings: Any) -> None:
-        self.app = create_app(Settings(rate=0, **settings), Live(load_version(run)), log)
-        # For what is expected: the served model belongs to the server's thread.
-        self.reference = load(run)
-        self._stack = ExitStack()
-        self.url = self._stack.enter_context(in_thread(self.app))
-
-    def close(self) -> None:
-        self._stack.close()
-
-
-@pytest.fixture(scope="module")
-def server(blended_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = EventLog(f"sqlite:///{tmp_path_factory.mktemp('log') / 'events.db'}")
-    log.append([Event(f"e{n}", "walter", f"i{n}", "click", float(n)) for n in (4, 5, 6)])
-    made = Server(blended_run.run, log, experiment=Experiment(name="plus"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    with playwright.sync_playwright() as running:
-        made = running.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield made
-        made.close()
-
-
-WATCH = """
-window.shifts = 0;
-window.broken = [];
-new PerformanceObserver((list) => {
-  for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifts += entry.value;
-}).observe({ type: "layout-shift", buffered: true });
-document.addEventListener("securitypolicyviolation", (event) => {
-  window.broken.push(event.violatedDirective);
-});
-"""
-
-
-@pytest.fixture
-def visit(browser: Any, server: Server) -> Iterator[Open]:
-    """Opens the page. What the console says, or a policy that is broken, fails the test."""
-    contexts, said, pages = [], [], []
-
-    def opened(at: str = "", *, of: Server = server, quiet: bool = True, **options: Any) -> Any:
-        context = browser.new_context(**(options or LAPTOP))
-        context.set_default_timeout(20_000)
-        context.add_init_script(WATCH)
-        contexts.append(context)
-        page = context.new_page()
-        if quiet:
-            page.on("console", lambda m: said.append(m.text) if m.type != "log" else None)
-            page.on("requestfailed", lambda r: said.append(r.url) if aborted(r) else None)
-        page.on("pageerror", lambda e: said.append(str(e)))
-        page.goto(f"{of.url}/{at}")
-        pages.append(page)
-        return page
-
-    yield opened
-    broken = [part for page in pages for part in page.evaluate("window.broken")]
-    for context in contexts:
-        context.close()
-    assert not said and not broken
-
-
-def aborted(request: Any) -> bool:
-    """Whether a request failed otherwise than by being given up."""
-    return "ERR_ABORTED" not in str(request.failure)
 
 
 def chips(page: Any) -> list[str]:
@@ -647,7 +560,7 @@ def test_neighbours(visit: Open, server: Server) -> None:
 
 
 def test_what_is_around(visit: Open, server: Server) -> None:
-    page, version = visit(), server.app.state.live.current()
+    page, version = visit("#view=live"), server.app.state.live.current()
     page.wait_for_selector("#facts dt")
     scores = version.report["scores"][version.report["method"]]
     assert page.inner_text("#live b") == version.name
@@ -656,6 +569,7 @@ def test_what_is_around(visit: Open, server: Server) -> None:
     assert version.version in facts and version.report["dataset"]["fingerprint"] in facts
     assert "30" in facts and "exact" in facts and "40 users" in facts
     assert "popularity" in page.inner_text("#scores")
+    page.click("#to-experiments")
     page.wait_for_function("() => document.querySelector('#experiment').innerText.includes('plus')")
     page.wait_for_selector("#experiment .quiet")
     assert "6%" in page.inner_text("#experiment")
@@ -687,7 +601,7 @@ def running(catalog_run: Finished, tmp_path: Path) -> Iterator[Callable[[float],
 
 
 def test_an_experiment_with_a_result(visit: Open, running: Callable[[float], Server]) -> None:
-    page = visit(of=running(0.3))
+    page = visit("#view=experiments", of=running(0.3))
     page.wait_for_selector("#experiment tbody tr")
     found = page.evaluate("fetch('v1/experiments/plus').then((answer) => answer.json())")
     shown, one = page.inner_text("#experiment"), found["result"]["metrics"]["ctr"]
@@ -718,7 +632,7 @@ def test_an_experiment_with_a_result(visit: Open, running: Callable[[float], Ser
 
 
 BROKEN_WORDS = """
-[...document.querySelectorAll('footer .table th, footer .table td')].flatMap((cell) => {
+[...document.querySelectorAll('#experiments .table th, #experiments .table td')].flatMap((cell) => {
   const node = cell.firstChild;
   if (!node || node.nodeType !== 3) return [];
   return [...node.data.matchAll(/[^\\s-]+/g)].filter(({ 0: word, index }) => {
@@ -732,7 +646,7 @@ BROKEN_WORDS = """
 
 
 def test_arms_that_are_not_as_planned(visit: Open, running: Callable[[float], Server]) -> None:
-    page = visit(of=running(0.5))
+    page = visit("#view=experiments", of=running(0.5))
     page.wait_for_selector("#experiment tbody tr")
     alarms = page.locator("#experiment .alarm").all_inner_texts()
     assert any("The arms are not as planned" in alarm and "50.00%" in alarm for alarm in alarms)
@@ -841,34 +755,6 @@ def test_a_panel_over_the_page(visit: Open) -> None:
     assert page.evaluate("document.querySelectorAll('[inert]').length") == 0
 
 
-def contrast(page: Any, selector: str) -> float:
-    """Of a text and what lies behind it, as WCAG counts it."""
-    return float(
-        page.evaluate(
-            """selector => {
-              const made = document.createElement("canvas");
-              const canvas = made.getContext("2d", { willReadFrequently: true });
-              const of = (colour) => {
-                canvas.clearRect(0, 0, 1, 1);
-                canvas.fillStyle = colour;
-                canvas.fillRect(0, 0, 1, 1);
-                return [...canvas.getImageData(0, 0, 1, 1).data];
-              };
-              const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
-                .map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
-                .reduce((sum, c, n) => sum + c * [0.2126, 0.7152, 0.0722][n], 0);
-              const node = document.querySelector(selector);
-              const ground = (other) => of(getComputedStyle(other).backgroundColor);
-              let behind = node;
-              while (ground(behind)[3] < 255) behind = behind.parentElement;
-              const pair = [light(of(getComputedStyle(node).color)), light(ground(behind))];
-              return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
-            }""",
-            selector,
-        )
-    )
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark(scheme: str, visit: Open) -> None:
     page = visit("#h=i1&h=i2", viewport={"width": 1280, "height": 800}, color_scheme=scheme)
@@ -899,7 +785,6 @@ def test_nothing_shifts_and_the_focus_is_seen(visit: Open) -> None:
     page = visit("#h=i1&h=i2")
     wait_for_ranking(page)
     page.wait_for_selector("#why .gate")
-    page.wait_for_selector("#experiment .quiet")
     assert page.evaluate("window.shifts") < 0.02
     page.focus(".skip")
     stops: list[str] = []
@@ -918,7 +803,7 @@ def test_nothing_shifts_and_the_focus_is_seen(visit: Open) -> None:
         page.keyboard.press("Tab")
     # Lists are one stop each; arrows move within.
     assert {"skip", "theme", "search", "open", "k", "pick", "tab-why", "why"} <= set(stops)
-    assert stops.count("pick") == stops.count("open") == 1 and len(stops) < 14
+    assert stops.count("pick") == stops.count("open") == 1 and len(stops) < 18
     page.focus(".skip")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.className") == "pick"

@@ -34,6 +34,17 @@ class Scan(Exact):
         return super().search(queries, k)
 
 
+class Backwards(Exact):
+    """An exact index that lists the last of equal rows first."""
+
+    def __init__(self, vectors: Any) -> None:
+        super().__init__(vectors[::-1].copy())
+
+    def search(self, queries: Any, k: int) -> Any:
+        rows, scores = super().search(queries, k)
+        return len(self) - 1 - rows, scores
+
+
 class Plain:
     """A predictor as far as ranking knows one."""
 
@@ -314,6 +325,18 @@ def test_an_index_that_finds_something_else(catalog_run: Finished) -> None:
     nothing = replace(version, deleted=frozenset(range(30)))
     with pytest.raises(CheckpointError, match="no item can be recommended"):
         check_version(nothing)
+
+
+def test_an_index_that_lists_equal_items_in_another_order(catalog_run: Finished) -> None:
+    version = load_version(catalog_run.run)
+    version = version.with_items({f"n{n}": ("heavy red hat", {}) for n in range(40)})
+    assert version.matrix is not None
+    matrix = version.matrix.numpy()
+    other = replace(version, index=Backwards(matrix), indexed=len(version))
+    check_version(other)
+    user = encode(version, version.predictor.rows([["n1"]]))[0]
+    lists = [set(rank([Query(v, user, 10)])[0].rows.tolist()) for v in (other, version)]
+    assert lists[0] != lists[1]  # or the test could not fail
 
 
 def test_an_index_of_the_run_folder(copied: Path) -> None:

@@ -129,7 +129,13 @@ def test_serve_takes_its_defaults_from_the_settings(
     assert call("serve", "run", "--experiment", "e").code == 0
     assert started == [Settings(), Settings(experiment=Experiment(name="e"))]
 
-    elsewhere = {"target", "log", "experiment", "control"}  # no default, or not of the settings
+    elsewhere = {
+        "target",
+        "log",
+        "experiment",
+        "control",
+        "images",
+    }  # no default, or not of the settings
     expected = {name: default_of(name) for name in names if name not in {*elsewhere, "threads"}}
     assert expected.pop("salt") == "" and expected.pop("access_log") is True  # shown as a flag
     shown = re.findall(r"\[default: (.+?)\]", call("serve", "--help").out)

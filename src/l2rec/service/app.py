@@ -25,7 +25,7 @@ from l2rec.service.batching import Busy
 from l2rec.service.events import EventLog
 from l2rec.service.follow import Follower, Shadow, keep_in_sync
 from l2rec.service.live import Live
-from l2rec.service.routes import browse, explain, page
+from l2rec.service.routes import browse, explain, operate, page
 from l2rec.service.routes import live as live_routes
 from l2rec.service.routes.answers import ANY, as_refused
 from l2rec.service.routes.events import write_routes
@@ -90,7 +90,7 @@ def create_app(
     write_routes(app, service)
     probe_routes(app, service)
     app.include_router(page.router)
-    for routes in (live_routes, browse, explain):
+    for routes in (live_routes, browse, explain, operate):
         app.include_router(routes.router, responses=ANY)
     app.mount("/static", page.static, name="static")
     _errors(app, service)

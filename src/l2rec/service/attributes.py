@@ -23,7 +23,8 @@ class Attributes:
     """Attributes of the items of a catalog, by row.
 
     Several values of one item stand in its string with ``|`` between them, or with what the column
-    of the catalog says.
+    of the catalog says. Where that is a blank, commas come before it: RecBole's ``token_seq`` are
+    words between blanks, but some of its files have lists between commas in them.
 
     Args:
         rows: number of items, N.
@@ -97,18 +98,43 @@ class Attributes:
             mask &= one
         return mask
 
+    def parts(self, name: str, value: str) -> list[str]:
+        """Return the values in a string of a column."""
+        listed = self._listed(name, pa.array([value], pa.string()))
+        return [part for part in listed[0].as_py().split("|") if part]
+
+    def values(self, name: str, served: Mask, most: int) -> tuple[list[tuple[str, int]], int]:
+        """Return the commonest values of an attribute with the number of items that have each, at
+        most ``most`` and commonest first, and how many values there are.
+
+        served: [N] bool, the items that are counted.
+        """
+        parts, rows = self._split(name)
+        wanted = pc.and_(pa.array(served[rows]), pc.not_equal(parts, ""))
+        counts = pa.Table.from_struct_array(pc.value_counts(parts.filter(wanted)))
+        order = [("counts", "descending"), ("values", "ascending")]
+        first = counts.take(pc.sort_indices(counts, order)[:most])
+        found = zip(first["values"].to_pylist(), first["counts"].to_pylist(), strict=True)
+        return list(found), len(counts)
+
     def _split(self, name: str) -> tuple[pa.Array, Rows]:
         """Return the values of a column and the row of each; a column is split once."""
         if name not in self._parts:
-            column = self._columns[name]
-            if name in self._separators:
-                plain = pc.invert(pc.match_substring(column, "|"))
-                listed = pc.replace_substring(column, self._separators[name], "|")
-                column = pc.if_else(plain, listed, column)
-            lists = pc.split_pattern(column, "|")
+            lists = pc.split_pattern(self._listed(name, self._columns[name]), "|")
             rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
             self._parts[name] = (pc.list_flatten(lists), rows.astype(np.int64))
         return self._parts[name]
+
+    def _listed(self, name: str, column: pa.Array) -> pa.Array:
+        """Return strings of a column with ``|`` between their values."""
+        separator = self._separators.get(name)
+        if separator is None:
+            return column
+        listed = pc.replace_substring(column, separator, "|")
+        if separator == " ":
+            commas = pc.replace_substring_regex(column, r",\s*", "|")
+            listed = pc.if_else(pc.match_substring(column, ","), commas, listed)
+        return pc.if_else(pc.match_substring(column, "|"), column, listed)
 
     def changed(self, rows: Mapping[int, Mapping[str, str]]) -> Attributes:
         """Return a copy in which these rows have these attributes and no others.

@@ -1,7 +1,8 @@
 """The versions that are live, their exchange, and live.json, which names them.
 
     DIR/live.json   {"current": RUN, "previous": [RUN, ...], "shadow": RUN or null,
-                     "weights": {RUN: hash}}
+                     "weights": {RUN: hash},
+                     "steps": [{"at", "by", "action", "run", "version"}, ...]}   newest first
 
 `l2rec deploy` and `l2rec rollback` write it whole or not at all; a server of DIR follows it. A
 candidate is loaded and checked beside the live version and only then takes its place; one that
@@ -13,6 +14,7 @@ from __future__ import annotations
 __all__ = [
     "Deployment",
     "Live",
+    "Step",
     "Version",
     "deploy",
     "end_shadow",
@@ -20,11 +22,16 @@ __all__ = [
     "rollback",
 ]
 
+import getpass
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from l2rec.disk import read_json, write_json
 from l2rec.errors import CheckpointError, ConfigError, L2RecError
@@ -35,6 +42,9 @@ from l2rec.service.version import Version
 FILE = "live.json"
 PREVIOUS = 10
 """Runs that can be rolled back to."""
+STEPS = 50
+"""Deployments and roll-backs that are remembered."""
+Action = Literal["deploy", "rollback", "shadow", "end shadow"]
 
 
 @dataclass
@@ -116,15 +126,29 @@ class Live:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A change of what is served: when (unix seconds), by whom, what, and the run that it was
+    about. version: hash of the run's tensors; None where it is not known.
+    """
+
+    at: float
+    by: str
+    action: Action
+    run: str
+    version: str | None
+
+
+@dataclass(frozen=True)
 class Deployment:
     """Content of live.json. ``previous``: newest first. ``weights``: hash of each run's tensors
-    when it was deployed.
+    when it was deployed. ``steps``: newest first, at most `STEPS`; none of earlier versions.
     """
 
     current: Path
     previous: tuple[Path, ...] = ()
     shadow: Path | None = None
     weights: Mapping[str, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
 
     def expected(self, run: Path) -> str | None:
         """Return the hash that a run was deployed with, if it is known."""
@@ -168,16 +192,35 @@ def read_deployment(folder: Path) -> Deployment:
         tuple(Path(run) for run in previous),
         None if shadow is None else Path(shadow),
         weights,
+        _steps(value.get("steps", []), f"{path}: steps: not a list of steps; {again}"),
     )
 
 
-def _write(folder: Path, deployment: Deployment) -> Deployment:
-    """Write live.json, and return the deployment without the hashes of runs it no longer names."""
+def _steps(value: Any, unlike: str) -> tuple[Step, ...]:
+    """Read the steps.
+
+    Raises:
+        CheckpointError: ``unlike``, where they are not of the form of `Step`.
+    """
+    try:
+        return tuple(TypeAdapter(list[Step]).validate_python(value))
+    except ValidationError:
+        raise CheckpointError(unlike) from None
+
+
+def _write(
+    folder: Path, deployment: Deployment, action: Action, run: Path, by: str | None
+) -> Deployment:
+    """Write live.json, and return the deployment with a step more, and without the hashes of runs
+    that it no longer names.
+    """
+    step = Step(time.time(), by or _whoever(), action, str(run), deployment.expected(run))
     runs = [deployment.current, *deployment.previous]
     runs += [] if deployment.shadow is None else [deployment.shadow]
     known = deployment.weights
     weights = {str(run): known[str(run)] for run in runs if str(run) in known}
-    deployment = replace(deployment, weights=weights)
+    steps = (step, *deployment.steps)[:STEPS]
+    deployment = replace(deployment, weights=weights, steps=steps)
     write_json(
         folder / FILE,
         {
@@ -185,10 +228,20 @@ def _write(folder: Path, deployment: Deployment) -> Deployment:
             "previous": [str(run) for run in deployment.previous],
             "shadow": None if deployment.shadow is None else str(deployment.shadow),
             "weights": weights,
+            "steps": [asdict(step) for step in steps],
         },
         remedy="free some space",
     )
     return deployment
+
+
+def _whoever() -> str:
+    """Name who runs this process, and where."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no such user, as in many containers
+        user = f"user {os.getuid()}"
+    return f"{user}@{platform.node()}"
 
 
 def deploy(
@@ -219,15 +272,17 @@ def deploy(
                 f"{folder} has nothing that a shadow could be compared with; deploy a current "
                 f"run first: l2rec deploy RUN --to {folder}"
             )
-        return _write(folder, Deployment(run, weights=weights))
+        return _write(folder, Deployment(run, weights=weights), "deploy", run, None)
     if run != known.current:
         _check_gains(known.current, run, shadow or allow_loss, say)
     if shadow:
-        return _write(folder, Deployment(known.current, known.previous, run, weights))
+        return _write(folder, replace(known, shadow=run, weights=weights), "shadow", run, None)
     older = [known.current, *known.previous]
     previous = tuple(other for other in older if other != run)[:PREVIOUS]
     left = None if known.shadow == run else known.shadow
-    return _write(folder, Deployment(run, previous, left, weights))
+    return _write(
+        folder, Deployment(run, previous, left, weights, known.steps), "deploy", run, None
+    )
 
 
 def _check_gains(current: Path, run: Path, allow_loss: bool, say: Callable[[str], None]) -> None:
@@ -251,19 +306,39 @@ def _check_gains(current: Path, run: Path, allow_loss: bool, say: Callable[[str]
         )
 
 
-def rollback(folder: Path) -> Deployment:
+def rollback(
+    folder: Path,
+    *,
+    leaving: tuple[str, str | None] | None = None,
+    by: str | None = None,
+    check: bool = True,
+) -> Deployment:
     """Make the newest previous run of a folder the current one again.
 
+    Args:
+        leaving: name and hash of the run that is expected to be the current one; any by default.
+        by: who does it; by default who runs this process.
+        check: load the run first. A server of the folder does it anyway, and refuses a bad one.
+
     Raises:
-        ConfigError: there is no previous run.
+        ConfigError: there is no previous run, or another one is the current one.
         CheckpointError: it can no longer be served.
     """
     known = read_deployment(folder)
+    current = (known.current.name, known.expected(known.current))
+    if leaving is not None and leaving != current:
+        raise ConfigError(
+            f"{leaving[0]} (version {leaving[1]}) is no longer what is deployed, {current[0]} "
+            f"(version {current[1]}) is: look again"
+        )
     if not known.previous:
         raise ConfigError(f"{folder}: nothing was deployed before {known.current}")
     run, *older = known.previous
-    check_version(load_version(run, expected=known.expected(run)))
-    return _write(folder, Deployment(run, tuple(older), known.shadow, known.weights))
+    if check:
+        check_version(load_version(run, expected=known.expected(run)))
+    elif not run.is_dir():
+        raise CheckpointError(f"{run} was served before {known.current}, and is no longer there")
+    return _write(folder, replace(known, current=run, previous=tuple(older)), "rollback", run, by)
 
 
 def end_shadow(run: Path, folder: Path) -> Deployment:
@@ -275,4 +350,5 @@ def end_shadow(run: Path, folder: Path) -> Deployment:
     known = read_deployment(folder)
     if known.shadow != run.resolve():
         raise ConfigError(f"{run} is not the shadow of {folder}: {known.shadow or 'none'} is")
-    return _write(folder, Deployment(known.current, known.previous, None, known.weights))
+    assert known.shadow is not None
+    return _write(folder, replace(known, shadow=None), "end shadow", known.shadow, None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Metrics"]
+__all__ = ["Failure", "Metrics"]
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,13 +24,33 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 JOBS = (1, 2, 4, 8, 16, 32, 64, 128)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SHARE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+FAILURES = 50
+"""Requests that failed which are remembered."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that was answered with an error. at: unix seconds. detail: line of the answer."""
+
+    at: float
+    method: str
+    route: str
+    status: int
+    detail: str
+    request: str
 
 
 class Metrics:
-    """Metrics of one server, in a registry that no other server shares."""
+    """Metrics of one server, in a registry that no other server shares.
+
+    failures: the newest requests that failed, oldest first; the metrics have only their number.
+    """
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
+        self.failures: deque[Failure] = deque(maxlen=FAILURES)
+        started = time.time()
+        self.gauge("l2rec_start_time_seconds", "Unix seconds of the start.", lambda: started)
         self.requests = Counter(
             "l2rec_requests",
             "Requests that were answered.",

@@ -18,6 +18,7 @@ __all__ = [
     "Refused",
     "charge",
     "current_key",
+    "current_writer",
     "problem",
 ]
 
@@ -30,13 +31,13 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from l2rec.service.metrics import Metrics
+from l2rec.service.metrics import Failure, Metrics
 from l2rec.service.settings import Settings
 
 Scope = MutableMapping[str, Any]
@@ -76,13 +77,20 @@ HEADERS = [
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
-    (
-        b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-        b"font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-        b"frame-ancestors 'none'",
-    ),
 ]
+
+
+def policy(images: Sequence[str]) -> tuple[bytes, bytes]:
+    """Return the header with the content security policy: nothing from elsewhere but the pictures
+    of these hosts.
+    """
+    pictures = " ".join(["'self'", "data:", *images])
+    text = (
+        f"default-src 'none'; script-src 'self'; style-src 'self'; img-src {pictures}; "
+        "font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return b"content-security-policy", text.encode()
 
 
 class Refused(Exception):
@@ -151,10 +159,13 @@ class RateLimit:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who a request is of: the number of a key, and the limit that it has a share of."""
+    """Who a request is of: the number of a key, the limit that it has a share of, and, if it may
+    write, the name that its changes are noted under.
+    """
 
     key: int
     limit: RateLimit
+    writer: str | None
 
 
 _CALLER: ContextVar[Caller | None] = ContextVar("l2rec_caller", default=None)
@@ -165,6 +176,12 @@ def current_key() -> int:
     """Return the number of the key of the request that is being answered, 0 outside of any."""
     caller = _CALLER.get()
     return 0 if caller is None else caller.key
+
+
+def current_writer() -> str | None:
+    """Return the name of who may write in the request that is being answered; None for nobody."""
+    caller = _CALLER.get()
+    return None if caller is None else caller.writer
 
 
 def charge(tokens: float) -> None:
@@ -218,8 +235,12 @@ class Guard:
         self._read = [key.get_secret_value().encode() for key in settings.read_keys]
         self._write = [key.get_secret_value().encode() for key in settings.write_keys]
         self._limit = RateLimit(settings.rate)
+        self._headers = [*HEADERS, policy(settings.images)]
         self.inflight = 0
         self._inflight_of: Counter[int] = Counter()
+        metrics.gauge(
+            "l2rec_inflight_requests", "Requests in progress.", lambda: float(self.inflight)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -228,19 +249,21 @@ class Guard:
                 return
             await self.app(scope, receive, send)
             return
-        started, sent = time.perf_counter(), 0
+        started, sent, detail = time.perf_counter(), 0, ""
         scope["l2rec.request"] = request = uuid.uuid4().hex
         counted = scope["path"] not in PROBES
 
         async def answer(message: Message) -> None:
-            nonlocal sent
+            nonlocal sent, detail
+            if sent >= 400 and not detail:
+                detail = _detail(message.get("body", b""))
             if message["type"] == "http.response.start":
                 sent = int(message["status"])
                 headers = [*message.get("headers", [])]
                 if b"cache-control" not in {name.lower() for name, _ in headers}:
                     headers.append((b"cache-control", b"no-store"))
                 request_id = (b"x-request-id", request.encode())
-                message["headers"] = [*headers, *HEADERS, request_id]
+                message["headers"] = [*headers, *self._headers, request_id]
             await send(message)
 
         self.inflight += counted
@@ -261,6 +284,9 @@ class Guard:
             template = getattr(route, "path", None) or "other"
             seconds = time.perf_counter() - started
             self._metrics.answered(template, scope["method"], sent, seconds)
+            if sent >= 400 and counted:
+                failure = Failure(time.time(), scope["method"], template, sent, detail, request)
+                self._metrics.failures.append(failure)
             if self.settings.access_log:
                 logger.info(
                     "%s %s %d %.1f ms %s", scope["method"], template, sent, 1000 * seconds, request
@@ -281,7 +307,7 @@ class Guard:
         key = PUBLIC_KEY
         if not is_public(method, path):
             key = self._key(headers, may_write(method, path))
-            _CALLER.set(Caller(key, self._limit))
+            _CALLER.set(Caller(key, self._limit, self._writer(key)))
             if wait := self._limit.wait(key):
                 self._metrics.refused.labels("rate").inc()
                 raise Refused(429, f"more than {settings.rate:g} tokens a minute", retry_after=wait)
@@ -363,6 +389,12 @@ class Guard:
             raise Refused(403, "a read key: items and events need a write key")
         return match
 
+    def _writer(self, key: int) -> str | None:
+        """Return a name for who has a key; None for a read key."""
+        if not self.settings.secured:
+            return "somebody at this machine"
+        return None if key < len(self._read) else f"write key {key - len(self._read) + 1}"
+
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """Read the whole body.
 
@@ -402,6 +434,15 @@ class Guard:
             if depth_of(body, DEPTH) > DEPTH:
                 raise Refused(400, f"JSON deeper than {DEPTH} levels")
         return body
+
+
+def _detail(body: bytes) -> str:
+    """Return the detail of problem details; "" of anything else."""
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return ""
+    return str(value.get("detail", "")) if isinstance(value, dict) else ""
 
 
 async def _refuse(send: Send, refused: Refused, request: str) -> None:

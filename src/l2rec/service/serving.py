@@ -146,6 +146,11 @@ class Service:
             "l2rec_queue_histories", "Histories that wait.", lambda: len(self.encoding)
         )
         self.metrics.gauge(
+            "l2rec_queue_slices",
+            "Texts and histories that wait to be embedded or explained.",
+            lambda: len(self.embedding) + len(self.encoding_later),
+        )
+        self.metrics.gauge(
             "l2rec_user_cache_entries", "User vectors in the cache.", lambda: len(self._cache)
         )
         self.changed()

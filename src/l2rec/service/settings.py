@@ -13,7 +13,7 @@ __all__ = [
 import ipaddress
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -22,6 +22,8 @@ from l2rec.studies.arms import SHARE
 
 READ_KEYS, WRITE_KEYS = "L2REC_READ_KEYS", "L2REC_WRITE_KEYS"
 SHORTEST_KEY = 16
+IMAGES = r"^(https:|https?://[a-z0-9.-]+(:\d{1,5})?)$"
+"""Where pictures may come from: it goes into a header, so nothing else may stand in it."""
 
 
 class Experiment(BaseModel):
@@ -82,6 +84,10 @@ class Settings(BaseModel):
 
     access_log: bool = True
     """One log line for each request."""
+
+    images: tuple[Annotated[str, Field(pattern=IMAGES)], ...] = ()
+    """Hosts whose pictures the page shows, ``https://HOST``, or ``https:`` for all of them. The
+    browser of whoever looks at the page asks these hosts for them."""
 
     experiment: Experiment | None = None
 

@@ -1,8 +1,9 @@
-"""Items, neighbours and users, for the page.
+"""Items, neighbours, attributes and users, for the page.
 
 - GET /v1/items: items by words or ids
 - GET /v1/items/{id}: one item
 - GET /v1/items/{id}/neighbours: the items with the nearest vectors
+- GET /v1/attributes: what items can be filtered by
 - GET /v1/users: users by id
 - GET /v1/users/{id}: the history of one user
 """
@@ -29,6 +30,7 @@ from l2rec.service.routes.state import (
     Memory,
     current_version,
     example,
+    fields_of,
     item_at,
     memory_of,
     row_of,
@@ -36,6 +38,8 @@ from l2rec.service.routes.state import (
 )
 from l2rec.service.search import Items
 from l2rec.service.security import Refused
+from l2rec.service.serving import Service
+from l2rec.service.shown import facets
 from l2rec.service.version import Version
 
 router = APIRouter(tags=["page"])
@@ -84,6 +88,33 @@ class Neighbours(BaseModel):
 
     items: list[Neighbour]
     version: str
+
+
+class AttributeValue(BaseModel):
+    """A value of an attribute, and the number of items that have it."""
+
+    value: str
+    items: int
+
+
+class Attribute(BaseModel):
+    """An attribute that items can be filtered by. values: commonest first, without those too long
+    for a label. total: how many values there are.
+    """
+
+    name: str
+    values: list[AttributeValue]
+    total: int
+
+
+class AttributeList(BaseModel):
+    """The attributes of the catalog, without titles, pictures and links."""
+
+    model_config = example(
+        attributes=[{"name": "class", "values": [{"value": "Drama", "items": 725}], "total": 19}]
+    )
+
+    attributes: list[Attribute]
 
 
 class User(BaseModel):
@@ -136,14 +167,14 @@ async def items(
     without words all items; with ``id`` the known ones of these ids, in that order, whatever the
     limit.
     """
-    version = current_version(request)
+    service, version = service_of(request), current_version(request)
     if id:
         known = [row for i in id if (row := version.predictor.row_of(i)) is not None]
-        named = [item_at(version, row) for row in known if not version.hidden[row]]
+        named = [item_at(service, version, row) for row in known if not version.hidden[row]]
         return ItemList(items=named, total=len(named))
     index = await _items_of(memory_of(request), version)
     rows = await asyncio.to_thread(index.find, version, q)
-    part = [item_at(version, int(row)) for row in rows[offset : offset + limit]]
+    part = [item_at(service, version, int(row)) for row in rows[offset : offset + limit]]
     return ItemList(items=part, total=len(rows))
 
 
@@ -171,10 +202,8 @@ async def neighbours(
     if version.matrix is None:
         raise Refused(409, f"{version.name} has no item vectors: its method only ranks")
     near = await asyncio.to_thread(_nearest, version, of, k)
-    listed = [
-        Neighbour(id=version.ids[row], text=version.texts[row], score=cosine)
-        for row, cosine in near
-    ]
+    service = service_of(request)
+    listed = [Neighbour(**fields_of(service, version, row), score=cosine) for row, cosine in near]
     return Neighbours(items=listed, version=version.version)
 
 
@@ -201,8 +230,30 @@ async def item(request: Request, id: Annotated[schemas.Id, InPath(examples=["50"
     """Return one item with its attributes."""
     version = current_version(request)
     row = row_of(version, id)
-    return ItemDetails(
-        id=version.ids[row], text=version.texts[row], attributes=version.attributes_of(row)
+    fields = fields_of(service_of(request), version, row)
+    return ItemDetails(**fields, attributes=version.attributes_of(row))
+
+
+@router.get("/v1/attributes")
+async def attributes(
+    request: Request, limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 50
+) -> AttributeList:
+    """List the attributes that items can be filtered by, with their commonest values."""
+    version, memory = current_version(request), memory_of(request)
+    async with memory.preparing:
+        if memory.filters is None or memory.filters[0] is not version:
+            found = await asyncio.to_thread(facets, version.attributes, ~version.hidden, MAX_LIMIT)
+            memory.filters = (version, found)
+        known = memory.filters[1]
+    return AttributeList(
+        attributes=[
+            Attribute(
+                name=name,
+                values=[AttributeValue(value=v, items=n) for v, n in values[:limit]],
+                total=total,
+            )
+            for name, values, total in known
+        ]
     )
 
 
@@ -237,23 +288,23 @@ async def user(request: Request, id: Annotated[schemas.Id, InPath(examples=["42"
     try:
         known = await service.audience.history(version, id, SHOWN)
         if known.logged:
-            shown = _served(version, known.items)
-            return History(user=id, source="events", items=shown, next=None)
+            items = _served(service, version, known.items)
+            return History(user=id, source="events", items=items, next=None)
     except StorageError as error:
         away = error
     person = await asyncio.to_thread(service.audience.people(version).get, id, SHOWN)
     if person is None:
         raise away or Refused(404, f"user {id!r} has no history here")
-    newest = [] if person.next is None else _served(version, [person.next])
+    newest = [] if person.next is None else _served(service, version, [person.next])
     return History(
         user=id,
         source="data",
-        items=_served(version, person.history),
+        items=_served(service, version, person.history),
         next=newest[0] if newest else None,
     )
 
 
-def _served(version: Version, ids: Sequence[str]) -> list[Item]:
+def _served(service: Service, version: Version, ids: Sequence[str]) -> list[Item]:
     """Return those of the items that the version can recommend."""
     rows = [row for i in ids if (row := version.predictor.row_of(i)) is not None]
-    return [item_at(version, row) for row in rows if not version.hidden[row]]
+    return [item_at(service, version, row) for row in rows if not version.hidden[row]]

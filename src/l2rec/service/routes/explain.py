@@ -14,10 +14,12 @@ from l2rec.service import explain as reasons
 from l2rec.service.ranking import Query, score
 from l2rec.service.routes.answers import NOT_FOUND
 from l2rec.service.routes.state import (
+    ITEM,
     Item,
     Memory,
     current_version,
     example,
+    fields_of,
     item_at,
     memory_of,
     service_of,
@@ -70,7 +72,7 @@ class Reasons(BaseModel):
     """
 
     model_config = example(
-        item={"id": "181", "text": "Return of the Jedi (1983)"},
+        item=ITEM,
         score=0.71,
         added=None,
         gate=0.55,
@@ -80,8 +82,7 @@ class Reasons(BaseModel):
             "shares": {"semantic": [[0.75, 0.25]], "behavioral": [[0.5, 0.5]]},
         },
         history=[
-            {"id": "50", "text": "Star Wars (1977)", "score": 0.42},
-            {"id": "172", "text": "The Empire Strikes Back (1980)", "score": 0.56},
+            {**ITEM, "id": "50", "text": "Star Wars (1977)", "title": "Star Wars", "score": 0.42},
         ],
         version="0f3a6d1c2b4e5f60",
     )
@@ -119,7 +120,7 @@ async def explain(request: Request, body: Explain) -> Reasons:
     without = reasons.effects(len(history), scores)
     whole = everyone[0]
     return Reasons(
-        item=item_at(version, row),
+        item=item_at(service, version, row),
         score=scores[0],
         added=float(whole.added[whole.rows == row].sum()) if len(whole.rows) else None,
         gate=whole.gate,
@@ -131,8 +132,8 @@ async def explain(request: Request, body: Explain) -> Reasons:
             shares=experts.shares,
         ),
         history=[
-            Without(id=i, text=version.texts[int(n)], score=left)
-            for i, n, left in zip(history, rows[0], without, strict=True)
+            Without(**fields_of(service, version, int(n)), score=left)
+            for n, left in zip(rows[0], without, strict=True)
         ],
         version=version.version,
     )

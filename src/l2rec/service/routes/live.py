@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from l2rec.protocols import Inspectable
 from l2rec.service.routes.state import SCORES, example, service_of
+from l2rec.service.security import current_writer
 from l2rec.service.version import Version
 
 router = APIRouter(tags=["page"])
@@ -60,6 +61,7 @@ class Abilities(BaseModel):
 class State(BaseModel):
     """The live version. scores: on the test split, of the model (first) and of the floors beside
     it. items: number that can be recommended; added: rows that came since it was loaded.
+    may_write: whether whoever asks may also change things.
     """
 
     model_config = example(
@@ -84,6 +86,7 @@ class State(BaseModel):
         control=None,
         shadow=None,
         refused=None,
+        may_write=False,
     )
 
     name: str
@@ -101,6 +104,7 @@ class State(BaseModel):
     control: OtherVersion | None
     shadow: OtherVersion | None
     refused: RefusedRun | None
+    may_write: bool
 
 
 @router.get("/v1/live")
@@ -138,6 +142,7 @@ async def live(request: Request) -> State:
         control=_named(service.live.control),
         shadow=_named(service.live.shadow),
         refused=None if not refused else RefusedRun.model_validate(refused),
+        may_write=current_writer() is not None,
     )
 
 

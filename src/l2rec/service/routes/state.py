@@ -14,6 +14,7 @@ from l2rec.service.explain import Experts
 from l2rec.service.search import Items
 from l2rec.service.security import Refused
 from l2rec.service.serving import Service
+from l2rec.service.shown import shown
 from l2rec.service.version import Version
 
 
@@ -22,28 +23,50 @@ def example(**value: Any) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [value]})
 
 
-ITEM = {"id": "7", "text": "Solaris (1972), Sci-Fi"}
+ITEM = {
+    "id": "7",
+    "text": "Solaris (1972), Sci-Fi",
+    "title": "Solaris",
+    "labels": [{"name": "release_year", "value": "1972"}, {"name": "class", "value": "Sci-Fi"}],
+    "image": None,
+    "link": "https://example.com/solaris",
+}
 SCORES = {"recall@10": 0.0965, "ndcg@10": 0.0425, "mrr": 0.0422}
 
 
+class Label(BaseModel):
+    """One value of an attribute."""
+
+    name: str
+    value: str
+
+
 class Item(BaseModel):
-    """One item of the catalog."""
+    """One item of the catalog. text: what the model reads. title, labels, image, link: what people
+    see, from its attributes; image and link are addresses of the web.
+    """
 
     model_config = example(**ITEM)
 
     id: str
     text: str
+    title: str
+    labels: list[Label]
+    image: str | None
+    link: str | None
 
 
 @dataclass
 class Memory:
     """Memory of the routes of one app between requests.
 
-    items: search index of the live version. experts: those of the histories explained last, by
+    items: search index of the live version. filters: what its items can be filtered by, and the
+    version that this is of. experts: those of the histories explained last, by
     serial and history. preparing: a lock.
     """
 
     items: Items | None = None
+    filters: tuple[Version, list[Any]] | None = None
     experts: OrderedDict[tuple[int, tuple[str, ...]], Experts | None] = field(
         default_factory=OrderedDict
     )
@@ -70,9 +93,23 @@ def current_version(request: Request) -> Version:
     return service_of(request).live.current()
 
 
-def item_at(version: Version, row: int) -> Item:
+def fields_of(service: Service, version: Version, row: int) -> dict[str, Any]:
+    """Return the fields of an `Item`: of that of a row."""
+    text = version.texts[row]
+    seen = shown(version.attributes, row, text, service.settings.images)
+    return {
+        "id": version.ids[row],
+        "text": text,
+        "title": seen.title,
+        "labels": [Label(name=name, value=value) for name, value in seen.labels],
+        "image": seen.image,
+        "link": seen.link,
+    }
+
+
+def item_at(service: Service, version: Version, row: int) -> Item:
     """Return the item of a row."""
-    return Item(id=version.ids[row], text=version.texts[row])
+    return Item(**fields_of(service, version, row))
 
 
 def row_of(version: Version, item: str) -> int:
