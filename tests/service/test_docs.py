@@ -36,6 +36,10 @@ def test_commands_of_the_document(
         pytest.skip("no curl")
     monkeypatch.chdir(tmp_path)
     data = documents.films(tmp_path)
+    fields = "item_id,movie_title,release_year,class"
+    Path("items.csv").write_text(f"{fields}\nn1,a whale,1999,Drama\nn2,a drill,2001,Comedy\n")
+    later = [f"{user},{item},{9e8}" for user in range(1, 10) for item in ("n1", "n2")]
+    Path("new.csv").write_text("\n".join(["user_id,item_id,timestamp", *later]) + "\n")
     for name, seed in (("ml", 0), ("new", 1)):
         config = runs.config(backbone_folder, epochs=1)
         runs.finished(config.model_copy(update={"seed": seed}), data, Path("runs") / name)
