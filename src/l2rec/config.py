@@ -112,7 +112,7 @@ class TrainingConfig(_Closed):
     does not fit a card. Each layer is put together when it runs, which costs time; what is learned
     is the same. One process alone has the whole backbone."""
     eval_every: float = Field(1.0, gt=0)
-    """Epochs between validations (all users)."""
+    """Epochs between validations (of all users, or of ``split.users``)."""
     patience: int = Field(5, ge=1)
     """Validations without a better NDCG@10, the history masked, before training stops. It chooses
     the best step of every method: what a method that compares vectors says of items the user has

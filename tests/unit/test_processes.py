@@ -206,6 +206,10 @@ def test_what_cannot_be_divided_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(type(bare), "quantized", "4bit")
         with pytest.raises(BackboneError, match=r"quantize=4bit cannot be divided; set training"):
             sharding.shard(bare, alone, here)
+    with monkeypatch.context() as patch:
+        patch.setattr(bare, "before_pass", print)
+        with pytest.raises(BackboneError, match="run packed alone"), bare.unpacked():
+            pass
     monkeypatch.setattr(sharding, "call_order", lambda _, blocks: [*blocks, blocks[0]])
     with pytest.raises(BackboneError, match="runs a block of its layers twice"):
         sharding.shard(bare, alone, here)

@@ -141,13 +141,11 @@ def split_events(
 
 def _of_few(split: Split, most: int) -> Split:
     """Keep at most so many cases of validation and of test, evenly spread."""
-    few = {
-        name: _spread(cases, most) for name, cases in (("valid", split.valid), ("test", split.test))
-    }
-    if len(few["valid"]) == len(split.valid) and len(few["test"]) == len(split.test):
+    valid, test = _spread(split.valid, most), _spread(split.test, most)
+    if len(valid) == len(split.valid) and len(test) == len(split.test):
         return split
-    protocol = f"{split.protocol}; {len(few['test']):,} of {len(split.test):,} cases of test"
-    return replace(split, protocol=protocol, **few)
+    protocol = f"{split.protocol}; {len(test):,} of {len(split.test):,} cases of test"
+    return replace(split, protocol=protocol, valid=valid, test=test)
 
 
 def _spread(cases: Cases, most: int) -> Cases:

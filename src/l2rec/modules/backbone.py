@@ -593,7 +593,15 @@ class Backbone(nn.Module):
         """Yield the Hugging Face model as it is by itself: on grids of tokens, with a cache.
 
         No packed pass may run meanwhile.
+
+        Raises:
+            BackboneError: its layers are divided among processes.
         """
+        if self.before_pass is not None:
+            raise BackboneError(
+                "layers that are divided among processes run packed alone, and not the search of "
+                "this method; set training.shard=false"
+            )
         with with_attention(self.model, own_attention(self.model)):
             yield self.model
 

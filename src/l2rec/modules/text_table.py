@@ -104,7 +104,8 @@ class TextTable(Keeps):
                 f"{self._without_text} items were added to a model that no longer learns; load the "
                 "run again to train it"
             )
-        text, residual, held = self.text, self.residual, self.held
+        text, held = self.text, self.held
+        residual: Tensor | None = self.residual
         if items is not None:
             text = text.index_select(0, items)
             if residual is not None:
