@@ -13,6 +13,7 @@ leaves what it made in DIR: a step that was done is not done again, its figures 
              in every step, without the test and its floors
     vectors  of all items and of some users, as `l2rec embed` makes them
     index    `l2rec index`, each kind
+    search   the ten best items of users, 32 at once
     free     updates of free item vectors r_i alone, of as many items as a step reads
 
 Seconds are of the processor, which other processes disturb less than the clock. Peak is the largest
@@ -22,6 +23,8 @@ resident set of the whole process, interpreter, libraries and mapped files inclu
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -41,8 +44,9 @@ from l2rec.config import RunConfig, load_recipe
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import open_dataset
 from l2rec.data.synthetic import N_TEXTS
-from l2rec.data.vectors import vectors_table
-from l2rec.index import build_folder
+from l2rec.data.vectors import read_vectors, vectors_table
+from l2rec.index import Index, build, build_folder
+from l2rec.index import load as load_index
 from l2rec.modules.item_side import RESIDUAL_DROPOUT
 from l2rec.modules.text_table import TextTable
 from l2rec.runs.launch import Silent
@@ -59,6 +63,8 @@ FREE, ROWS = 3, 9000
 """Updates of r_i alone, and the items that a step reads."""
 RECIPE = "l2rec-plus"
 KINDS = ("int8", "binary")
+AT_ONCE, SEARCHED = 32, 96
+"""Queries of one search, and of all."""
 BLOCKS, TIMED = 20, 1 << 16
 """Blocks of users, and items, whose encoding is timed."""
 Row = dict[str, Any]
@@ -127,8 +133,10 @@ def train(folder: Path, steps: int, users: int) -> list[Row]:
 
 
 def vectors(folder: Path, steps: int, users: int) -> list[Row]:
-    dataset, predictor = open_dataset(folder / "data"), load(folder / "run")
-    started = time.process_time()
+    dataset, run = open_dataset(folder / "data"), folder / "run"
+    # What was read of the texts, as `l2rec train` leaves it in a finished run.
+    shutil.copytree(dataset.path / "cache", run / "cache", copy_function=os.link)
+    predictor, started = load(run), time.process_time()
     predictor.model.encode_items(np.arange(TIMED, dtype=np.int32) % dataset.n_items)
     of_items = (time.process_time() - started) / TIMED
     some = np.unique(np.linspace(0, dataset.n_users - 1, users * BLOCKS).astype(np.int64))
@@ -182,7 +190,7 @@ def free(folder: Path, steps: int, users: int) -> list[Row]:
     return [{"step": "free", "of": "steps", "done": FREE, "all": None, "each": each(marks[1:])}]
 
 
-def index(folder: Path, steps: int, users: int, *, kind: str) -> list[Row]:
+def indexed(folder: Path, steps: int, users: int, *, kind: str) -> list[Row]:
     given, started = folder / "vectors", time.process_time()
     out, queries = folder / f"index-{kind}", given / "users.parquet"
     facts = build_folder(given / "items.parquet", out, kind=kind, queries=queries)
@@ -196,17 +204,35 @@ def index(folder: Path, steps: int, users: int, *, kind: str) -> list[Row]:
             "each": seconds / rows,
             "disk_mb": facts["megabytes"],
             "recall": facts["recall@10"],
-            "queries": facts["queries per second"],
-            "exact_queries": facts["exact queries per second"],
         }
     ]
+
+
+def search(folder: Path, steps: int, users: int) -> list[Row]:
+    given = folder / "vectors"
+    queries = read_vectors(given / "users.parquet").vectors
+    found = []
+    for kind in ("exact", *KINDS):
+        if kind == "exact":
+            index: Index = build(read_vectors(given / "items.parquet").vectors, kind)
+        else:
+            index, _, _ = load_index(folder / f"index-{kind}")
+        index.search(queries[:AT_ONCE], 10)
+        marks = [(0, time.process_time())]
+        for start in range(0, SEARCHED, AT_ONCE):
+            index.search(queries.take(np.arange(start, start + AT_ONCE), axis=0, mode="wrap"), 10)
+            marks.append((start + AT_ONCE, time.process_time()))
+        done = {"step": f"search {kind}", "of": "queries", "done": SEARCHED, "all": None}
+        found.append(done | {"each": each(marks)})
+    return found
 
 
 STEPS: dict[str, Callable[[Path, int, int], list[Row]]] = {
     "texts": texts,
     "train": train,
     "vectors": vectors,
-    **{f"index-{kind}": partial(index, kind=kind) for kind in KINDS},
+    **{f"index-{kind}": partial(indexed, kind=kind) for kind in KINDS},
+    "search": search,
     "free": free,
 }
 
@@ -265,7 +291,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("peak_mb", "peak MB"),
             ("disk_mb", "disk MB"),
             ("recall", "recall@10"),
-            ("queries", "queries/s"),
         ],
         rows=rows,
         notes=[

@@ -80,7 +80,9 @@ def test_a_log_goes_through_every_step(tmp_path: Path) -> None:
     command = [sys.executable, FOLDER / "industrial.py", "--keep", tmp_path, "--steps", "6"]
     subprocess.run([*command, "--users", "10", "--json", file], env=os.environ, check=True)
     rows = {row["step"]: row for row in json.loads(file.read_text())["rows"]}
-    assert list(rows) == ["texts", "train", "items", "users", "index int8", "index binary", "free"]
+    searches = ["search exact", "search int8", "search binary"]
+    made = ["texts", "train", "items", "users", "index int8", "index binary"]
+    assert list(rows) == [*made, *searches, "free"]
     assert rows["train"]["done"] == 6 and rows["users"]["done"] == 200
     assert all(row["each"] > 0 and row["peak_mb"] > 0 for row in rows.values())
     assert rows["index int8"]["recall"] > 0.9
