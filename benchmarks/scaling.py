@@ -239,7 +239,7 @@ def shown_time(seconds: float) -> str:
         if seconds >= size:
             per = 86_400 if unit == "days" else size
             return f"{seconds / per:#.3g} {unit}".replace(". ", " ")
-    return f"{seconds:#.2g} s"
+    return f"{seconds:#.2g} s".replace(". ", " ")
 
 
 def shown_rate(value: float) -> str:
@@ -439,7 +439,7 @@ def page(found: Documents) -> str:
         "## The log of industrial size on one core",
         "Generated: 1,500,000 users, 611,000 items, 42,000,000 events; all-MiniLM-L6-v2, the "
         "behavioural view of l2rec-plus. Training and users in part; hours of all are the seconds "
-        "of one times their number.",
+        "of one times their number. `free` is AdamW over r_i alone.",
         industrial(found["industrial"]),
         *found["industrial"]["notes"],
     ]

@@ -66,7 +66,13 @@ def test_sizes_are_written_with_units(value: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(30.0, "30. s"), (90.0, "1.50 min"), (5400, "1.50 hours"), (3 * 86_400, "3.00 days")],
+    [
+        (30.0, "30 s"),
+        (3.6, "3.6 s"),
+        (90.0, "1.50 min"),
+        (5400, "1.50 hours"),
+        (3 * 86_400, "3.00 days"),
+    ],
 )
 def test_times_are_written_with_units(value: float, text: str) -> None:
     assert scaling.shown_time(value) == text
