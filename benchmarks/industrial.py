@@ -297,8 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.n_events:,} events, "
             "drawn at random: there is nothing to learn, and scores stay at chance. "
             f"{N_TEXTS:,} texts are distinct, so some twenty items share a vector, and recall, "
-            "where ties count, is the easiest there is. All steps are one epoch. Items and users were "
-            "encoded in one process, whose peak stands at both.",
+            "where ties count, is the easiest there is. All steps are one epoch. Items and users "
+            "were encoded in one process, whose peak stands at both.",
             f"{RECIPE} {' '.join(OVERRIDES)}. Other processes used the machine too.",
         ],
     )
