@@ -90,12 +90,12 @@ class Clock(Silent):
         )
 
 
-def each(marks: Sequence[tuple[int, float]]) -> float:
-    """Return the median seconds of one, from how many were done when; a new count is left out."""
-    pairs = pairwise(marks)
-    return median(
-        (end - begin) / (after - done) for (done, begin), (after, end) in pairs if after > done
-    )
+def each(marks: Sequence[tuple[int, float]]) -> float | None:
+    """Return the median seconds of one, from how many were done when; None if all were at once. A
+    count that begins anew is left out.
+    """
+    pairs = [(a, b) for a, b in pairwise(marks) if b[0] > a[0]]
+    return median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs) if pairs else None
 
 
 def config(steps: int, users: int, *more: str) -> RunConfig:
