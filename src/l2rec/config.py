@@ -107,8 +107,12 @@ class TrainingConfig(_Closed):
     checkpointing: bool = False
     """Gradient checkpointing: keep only the inputs of the backbone's blocks for the backward, and
     compute the rest once more there. The same gradients from less memory, in more time."""
+    shard: bool = False
+    """Of several processes: divide the backbone's frozen layers among them (FSDP2), for one that
+    does not fit a card. Each layer is put together when it runs, which costs time; what is learned
+    is the same. One process alone has the whole backbone."""
     eval_every: float = Field(1.0, gt=0)
-    """Epochs between validations (all users)."""
+    """Epochs between validations (of all users, or of ``split.users``)."""
     patience: int = Field(5, ge=1)
     """Validations without a better NDCG@10, the history masked, before training stops. It chooses
     the best step of every method: what a method that compares vectors says of items the user has
@@ -136,6 +140,9 @@ class SplitConfig(_Closed):
     between 0 and 1, the share of events before it."""
     test_from: float | str | None = None
     """The first moment of test, likewise."""
+    users: int | None = Field(None, ge=1)
+    """Most users who are validated, and who are tested, evenly spread over all: ranking the whole
+    catalog for millions takes longer than training. All users are trained on."""
 
     @field_validator("valid_from", "test_from", mode="before")
     @classmethod

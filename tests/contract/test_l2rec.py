@@ -584,6 +584,24 @@ def test_items_without_text_do_not_break_the_catalog() -> None:
         assert bool(model.scorer()(Ragged.from_rows([[0], [0, 19], [3, 0]])).isfinite().all())
 
 
+def test_equal_texts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = tiny.random_backbone("bert")
+    rows = [[5, 6, 7], [8], [5, 6, 9], [8], [5, 6]]
+    tokens = Ragged.from_rows(rows)
+    apart = torch.cat(
+        [item_text.text_vectors(bare, tokens.take(np.array([i])), 2) for i in range(5)]
+    )
+    read, plain = [], item_text.read_texts
+
+    def counted(*args: Any) -> Any:
+        read.append(len(args[1]))
+        return plain(*args)
+
+    monkeypatch.setattr(item_text, "read_texts", counted)
+    torch.testing.assert_close(item_text.text_vectors(bare, tokens, 2), apart)
+    assert read == [2]  # cut to two tokens, three of them are one
+
+
 def test_text_vectors_come_from_the_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = tiny.small(**CATALOG)
     first = L2Rec(options, Catalog.of_texts(TEXTS), tiny.random_backbone(), cache=tmp_path)
@@ -723,6 +741,38 @@ def test_the_loss_of_a_sample_by_the_book(views: tuple[str, ...]) -> None:
     assert found == pytest.approx(np.mean(each), rel=1e-5)
 
 
+def test_a_step_with_a_sample_computes_the_rows_it_reads() -> None:
+    """Loss and gradients are those of all rows; of one call, equal items have equal noise."""
+    model = shaken(build(**CATALOG | {"sampled_items": 4}))
+    assert isinstance(model.items, CatalogItems)
+    batch = one_batch(model, Ragged.from_rows([[3, 1, 4, 1], [6, 5, 3], [2, 4]]))
+    begin(model)
+    found = {}
+    for training in (False, True):
+        model.train(training)
+        model.items.table.dropout = 0.0
+        model.zero_grad()
+        torch.manual_seed(3)
+        loss = model.loss(batch).total
+        loss.backward()
+        found[training] = float(loss.detach()), model.items.table.residual.grad.clone()
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-4, atol=1e-7)
+
+    model.items.table.dropout = 0.5
+    items = np.array([7, 2, 7])
+    some = model.train().items.look_up()(items)
+    assert torch.equal(some[0], some[2]) and not torch.equal(some, model.items.look_up()(items))
+
+
+def test_without_the_semantic_view_nothing_is_kept_of_it() -> None:
+    model = shaken(build(**CATALOG | {"views": ("behavioral",)}))
+    tensors = trained_tensors(model)
+    assert "items.semantic" not in tensors
+    # Earlier versions wrote it.
+    load_trained(model, {**tensors, "items.semantic": torch.zeros(N, 32)}, "a run")
+
+
 def test_a_sample_stands_for_the_catalog_on_average() -> None:
     model = build(**CATALOG | {"sampled_items": 4})
     assert isinstance(model.items, CatalogItems)
@@ -820,7 +870,7 @@ def test_the_user_enters_the_routers_at_the_scale_of_what_is_processed() -> None
     alone = HISTORIES
     plain, scaled = build(), build(user_norm=True)
     for model, wanted in ((plain, False), (scaled, True)):
-        rows = model.items.rows
+        rows = model.items.look_up()
         for view in model.config.views:
             u = model._input(view, alone, rows).u
             unit = torch.allclose(u.square().mean(-1), torch.ones(len(u)), rtol=1e-3)

@@ -202,6 +202,24 @@ def test_states_of_many_items_and_of_added_ones() -> None:
     assert len(grown) == 1
 
 
+@pytest.mark.parametrize("shift", [15, 2])
+def test_without_a_reader_states_are_a_sample(
+    shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is that of all states, from few of them; a file of all serves too."""
+    monkeypatch.setattr(entry, "SAMPLE_SHIFT", shift)
+    bare = backbone()
+    tokens = Ragged.from_rows([list(range(5, 5 + n)) for n in (3, 1, 9, 4, 2)])
+    whole = LayerEntry(bare, tokens, ITEM_TOKENS, 2, tmp_path / "whole")
+    for cache in (None, tmp_path / "sample", tmp_path / "sample", tmp_path / "whole"):
+        few = LayerEntry(bare, tokens, ITEM_TOKENS, 2, cache, read=False)
+        assert few.scale == pytest.approx(whole.scale, rel=1e-6)
+        assert few.costs(slice(None)).tolist() == whole.costs(slice(None)).tolist()
+        assert (len(few._states) < len(whole._states)) is (shift == 2)
+    assert few.cached == whole.cached
+    assert [f.name[:7] for f in (tmp_path / "sample").iterdir()] == ["sample-"]
+
+
 @pytest.mark.parametrize("layers", [3, -3, 9, -9])
 def test_too_many_layers_are_refused(layers: int) -> None:
     with pytest.raises(BackboneError, match="has 3 layers; choose 0 to 2, or -1 to -2 for"):

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from tests.support import methods, processes, runs
+import torch
+from tests.support import methods, processes, runs, tiny
 
 from l2rec.data.batches import Batch
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
-from l2rec.errors import ConfigError
+from l2rec.errors import BackboneError, ConfigError
+from l2rec.modules import sharding
+from l2rec.modules.layers import layers_of
+from l2rec.modules.processes import World
 from l2rec.runs import launch
+from l2rec.runs.checkpoint import load_tensors
 from l2rec.runs.train import train_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,3 +177,51 @@ def test_several_processes_need_accelerate(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ConfigError, match=r"pip install 'l2rec\[distributed\]'"), launch.joined():
         pass
+
+
+def test_divided_layers_train_what_whole_ones_do(
+    recipe: Path, alone: Path, chains: Dataset, backbone_folder: Path, tmp_path: Path
+) -> None:
+    """FSDP2: each of two holds a part of the backbone; one goes on with the whole of it."""
+    run = tmp_path / "divided"
+    printed = processes.together(2, *train(recipe, chains.path, run), "training.shard=true")
+    (held, of) = re.search(r"([\d,]+) of ([\d,]+) frozen weights are here", printed[0]).groups()
+    assert 0.5 < int(held.replace(",", "")) / int(of.replace(",", "")) < 0.9  # words are whole
+    assert_same_run(run, alone)
+    ours, theirs = (load_tensors(r / "model.safetensors")[0] for r in (run, alone))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+
+    (run / "report.json").unlink()
+    shutil.rmtree(max((run / "state").glob("step-*")))
+    config = runs.config(backbone_folder, "paper", log_every=1, epochs=2)
+    quiet = runs.Quiet()
+    train_run(config, chains.path, run, progress=quiet, resume=True)
+    assert any(line.startswith("resuming at step") for line in quiet.lines)
+    assert_same_run(run, alone)
+
+
+def test_what_cannot_be_divided_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare, alone, here = tiny.random_backbone("qwen3"), World(), torch.device("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bare), "quantized", "4bit")
+        with pytest.raises(BackboneError, match=r"quantize=4bit cannot be divided; set training"):
+            sharding.shard(bare, alone, here)
+    with monkeypatch.context() as patch:
+        patch.setattr(bare, "before_pass", print)
+        with pytest.raises(BackboneError, match="run packed alone"), bare.unpacked():
+            pass
+    monkeypatch.setattr(sharding, "call_order", lambda _, blocks: [*blocks, blocks[0]])
+    with pytest.raises(BackboneError, match="runs a block of its layers twice"):
+        sharding.shard(bare, alone, here)
+
+
+def test_blocks_are_named_in_the_order_of_a_pass() -> None:
+    for family, names in (
+        ("qwen3", ["self_attn", "mlp"]),
+        ("bert", ["attention", "intermediate", "output"]),
+    ):
+        bare = tiny.random_backbone(family)
+        name, layers = layers_of(bare.model)
+        of = {module: path for path, module in bare.model.named_modules()}
+        found = [[of[b] for b in blocks] for blocks in sharding._blocks(bare, layers)]
+        assert found == [[f"{name}.{n}.{block}" for block in names] for n in range(len(layers))]

@@ -230,6 +230,20 @@ def test_sets_beside_leave_one_out_are_what_a_whole_evaluation_gives(tied: Datas
         assert np.array_equal(getattr(found, name), getattr(whole, name)), name
 
 
+def test_sets_are_of_those_who_are_tested(tied: Dataset) -> None:
+    split = split_events(tied, users=10)
+    sets = beside_leave_one_out(tied, split)
+    assert sets is not None and 0 < len(sets) < len(split.test) == 10
+    own = evaluate(Fixed(), split.test.histories, split.test.targets, users=split.test.users)
+
+    def rank(cases: Any) -> Evaluation:
+        return evaluate(Fixed(), cases.histories, cases.targets, users=cases.users)
+
+    found = ranked_as_sets(own, split, sets, rank)
+    whole = evaluate(Fixed(), sets.histories, sets.targets, users=sets.users)
+    assert np.array_equal(found.ranks, whole.ranks)
+
+
 def test_no_event_of_a_set_was_trained_on(tied: Dataset) -> None:
     split = split_events(tied)
     sets = beside_leave_one_out(tied, split)

@@ -84,6 +84,19 @@ def test_fewer_users_are_trained_on_and_all_evaluated(
     assert rows_of(with_fewer_users(split, share, seed).train) == kept
 
 
+def test_few_are_evaluated_and_all_trained_on() -> None:
+    rows = [[(float(i), u + i) for i in range(4)] for u in range(9)]
+    dataset = timed(rows)
+    whole, few = split_events(dataset), split_events(dataset, users=4)
+    assert rows_of(few.train) == rows_of(whole.train)
+    for ours, theirs in ((few.valid, whole.valid), (few.test, whole.test)):
+        assert ours.users.tolist() == [0, 2, 5, 8]
+        kept = [case for case in cases_of(theirs) if case[0] in (0, 2, 5, 8)]
+        assert cases_of(ours) == kept
+    assert few.protocol == "leave-one-out; 4 of 9 cases of test"
+    assert split_events(dataset, users=9).protocol == whole.protocol
+
+
 def test_dtypes_are_those_promised() -> None:
     split = leave_one_out(Ragged.from_rows([[1, 2, 3], [4]]))
     assert split.test.users.dtype == np.int64

@@ -117,6 +117,7 @@ def split_events(
     kind: SplitKind = "auto",
     valid_from: float | str | None = None,
     test_from: float | str | None = None,
+    users: int | None = None,
 ) -> Split:
     """Split a data set in one of the four ways; there is somebody to validate and to test.
 
@@ -127,13 +128,30 @@ def split_events(
         valid_from: first moment of validation, with ``time``: a date such as 2023-11-28, a number
             in the unit of the timestamps, or, between 0 and 1, the share of events before it.
         test_from: first moment of test, likewise.
+        users: most cases of validation and of test, evenly spread over all; None: all.
 
     Raises:
         DataError: nobody can be validated or tested, a split by time of events that have none, or
             one of the log's own where it has none.
     """
     split = _split_events(dataset, kind, valid_from, test_from)
-    return _without_cold(split, dataset) if dataset.n_cold else split
+    split = _without_cold(split, dataset) if dataset.n_cold else split
+    return split if users is None else _of_few(split, users)
+
+
+def _of_few(split: Split, most: int) -> Split:
+    """Keep at most so many cases of validation and of test, evenly spread."""
+    valid, test = _spread(split.valid, most), _spread(split.test, most)
+    if len(valid) == len(split.valid) and len(test) == len(split.test):
+        return split
+    protocol = f"{split.protocol}; {len(test):,} of {len(split.test):,} cases of test"
+    return replace(split, protocol=protocol, valid=valid, test=test)
+
+
+def _spread(cases: Cases, most: int) -> Cases:
+    if len(cases) <= most:
+        return cases
+    return cases.take(np.linspace(0, len(cases) - 1, most).astype(np.int64))
 
 
 def _split_events(

@@ -25,6 +25,7 @@ def beside_leave_one_out(dataset: Dataset, split: Split) -> Cases | None:
     if split.kind != LEAVE_ONE_OUT or not dataset.order.last_two or dataset.n_cold:
         return None
     sets = last_tied_day(dataset)
+    sets = sets.take(np.isin(sets.users, split.test.users))  # those who are tested
     return sets if len(sets) else None
 
 

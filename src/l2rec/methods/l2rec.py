@@ -77,11 +77,10 @@ from l2rec.modules.backbone import (
 from l2rec.modules.entry import Entry, LayerEntry, WordEntry
 from l2rec.modules.experts import DPMoE, Routing, ViewSlice, user_share
 from l2rec.modules.fusion import AdaptiveFusion
-from l2rec.modules.item_side import CatalogItems, EncodedItems, ItemSide
+from l2rec.modules.item_side import CatalogItems, EncodedItems, ItemSide, LookUp
 from l2rec.modules.item_text import separators
 from l2rec.modules.objectives import bpc_loss
 from l2rec.modules.sequences import (
-    as_index,
     check_new_texts,
     evaluating,
     in_batches,
@@ -294,7 +293,11 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
 
 def _entry(config: L2RecConfig, backbone: Backbone, tokens: Ragged, cache: Path | None) -> Entry:
     if config.item_layers:
-        return LayerEntry(backbone, tokens, config.item_tokens, config.item_layers, cache)
+        pooled = config.form == "paper" and config.behavioral_pool == "embeddings"
+        read = "semantic" in config.views or pooled
+        return LayerEntry(
+            backbone, tokens, config.item_tokens, config.item_layers, cache, read=read
+        )
     return WordEntry(backbone, tokens, config.item_tokens)
 
 
@@ -315,6 +318,7 @@ def _item_side(
             residual=config.item_residual,
             sampled=config.sampled_items,
             project=config.project_items,
+            semantic="semantic" in config.views,
             fusion=fusion,
             cache=cache,
         )
@@ -528,7 +532,7 @@ class L2Rec(nn.Module):
         *,
         views: Views | None = None,
         every: bool = False,
-        rows: Tensor | None = None,
+        rows: LookUp | None = None,
         of_items: bool = False,
     ) -> UserState:
         """Pass the views of every history through the one backbone in one pass, then fuse them.
@@ -537,11 +541,11 @@ class L2Rec(nn.Module):
             histories: item ints, oldest first, no row empty; only the newest ``max_items`` count.
             views: the views to read, by default the config's.
             every: one prediction per (kept) position instead of one per row.
-            rows: `ItemSide.rows`, where they were computed already.
+            rows: `ItemSide.look_up`, where it was called already.
             of_items: the histories of one stand for items to compare users with.
         """
         views = self.config.views if views is None else views
-        rows = self.items.rows if rows is None else rows
+        rows = self.items.look_up() if rows is None else rows
         # Positions of the newest max_items, in the caller's flat items.
         recent = Ragged(np.arange(len(histories.values)), histories.offsets)
         recent = recent.tail(self.config.max_items)
@@ -577,13 +581,13 @@ class L2Rec(nn.Module):
             computed_tokens=packing.computed,
         )
 
-    def _input(self, view: View, items: Ragged, rows: Tensor) -> ViewInput:
+    def _input(self, view: View, items: Ragged, rows: LookUp) -> ViewInput:
         """Build a view by Eq. 1 or 2, and u of Eq. 6."""
         config = self.config
         if view == "semantic":
             x, segments = self.entry.read(items, config.max_tokens, config.semantic_items)
         else:
-            x = self.projector(rows.index_select(0, as_index(items.values, rows.device)))
+            x = self.projector(rows(items.values))
             segments = Segments.of_items(torch.from_numpy(items.lengths).to(x.device))
         if self.places is not None:
             place = segments.place[segments.block]
@@ -720,7 +724,7 @@ class L2Rec(nn.Module):
     def loss(self, batch: Batch) -> Losses:
         """Return L = L_Rec + gamma L_BPC + beta L_LB."""
         config = self.config
-        rows = self.items.rows
+        rows = self.items.look_up()
         state = self(batch.histories, every=self._every, rows=rows)
         position = state.position.numpy()
         items = self.items.compare(
@@ -763,7 +767,7 @@ class L2Rec(nn.Module):
         return self._unit_vectors(histories)
 
     def _unit_vectors(
-        self, histories: Ragged, *, rows: Tensor | None = None, of_items: bool = False
+        self, histories: Ragged, *, rows: LookUp | None = None, of_items: bool = False
     ) -> Tensor:
         if not len(histories):
             return torch.zeros(0, self.backbone.dim, device=self.backbone.device)
@@ -796,12 +800,12 @@ class L2Rec(nn.Module):
         keep: Callable[[UserState], Kept],
         *,
         views: Views | None = None,
-        rows: Tensor | None = None,
+        rows: LookUp | None = None,
         of_items: bool = False,
     ) -> tuple[list[Kept], Tensor]:
         """Return what ``keep`` keeps of the state of each batch, and where each row went."""
         with evaluating(self):
-            rows = self.items.rows if rows is None else rows
+            rows = self.items.look_up() if rows is None else rows
             return in_batches(
                 histories,
                 self.costs(histories),
@@ -820,13 +824,13 @@ class L2Rec(nn.Module):
             return self._encode_texts(texts)
         return self._item_vectors(np.asarray(items, dtype=np.int32), self._rows())
 
-    def _rows(self) -> Tensor:
-        """Return `ItemSide.rows` without training's noise."""
+    def _rows(self) -> LookUp:
+        """Return `ItemSide.look_up` without training's noise."""
         with evaluating(self):
-            return self.items.rows
+            return self.items.look_up()
 
     @torch.inference_mode()
-    def _item_vectors(self, items: npt.NDArray[np.integer], rows: Tensor) -> Tensor:
+    def _item_vectors(self, items: npt.NDArray[np.integer], rows: LookUp) -> Tensor:
         return self._unit_vectors(one_each(items), rows=rows, of_items=True)
 
     def _encode_texts(self, texts: list[str]) -> Tensor:

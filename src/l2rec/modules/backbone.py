@@ -527,6 +527,10 @@ class Backbone(nn.Module):
         # Left out, zeros are cut from a buffer that is as long as one row may be.
         self._typed = any(name.endswith("token_type_ids") for name, _ in model.named_buffers())
         self._passes = 0
+        self.before_pass: Callable[[int, int], None] | None = None
+        """Called with the layers of a pass, first and last + 1 (-1: all the rest)."""
+        self.known_hash: str | None = None
+        """What `weight_hash` returns of weights that are no longer whole here."""
         self.max_positions = _longest_row(config, self._position_offset)
         self.positions_in_words = _positions_in_words(model)
         """Positions are added to the words alone: layers do not know them."""
@@ -589,7 +593,15 @@ class Backbone(nn.Module):
         """Yield the Hugging Face model as it is by itself: on grids of tokens, with a cache.
 
         No packed pass may run meanwhile.
+
+        Raises:
+            BackboneError: its layers are divided among processes.
         """
+        if self.before_pass is not None:
+            raise BackboneError(
+                "layers that are divided among processes run packed alone, and not the search of "
+                "this method; set training.shard=false"
+            )
         with with_attention(self.model, own_attention(self.model)):
             yield self.model
 
@@ -609,7 +621,7 @@ class Backbone(nn.Module):
         """Run the layers below a cut: packed inputs [N, word_dim] -> states [N, D]."""
         self._check_length(packing)
         x = inputs_embeds[None].to(self.dtype)
-        return cut.lower(lambda: self._run(x, packing)).squeeze(0)
+        return cut.lower(lambda: self._run(x, packing, (0, cut.below))).squeeze(0)
 
     def upper(self, cut: LayerCut, states: Tensor, packing: Packing) -> Tensor:
         """Run the layers above a cut: packed states [N, D] -> last hidden states [N, D].
@@ -622,7 +634,9 @@ class Backbone(nn.Module):
             self._check_length(packing)
         words = self.word_embeddings.weight
         unread = words.new_zeros(()).expand(1, len(states), self.word_dim)
-        output = cut.upper(states[None].to(self.dtype), lambda: self._run(unread, packing))
+        output = cut.upper(
+            states[None].to(self.dtype), lambda: self._run(unread, packing, (cut.below, -1))
+        )
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
 
     @contextmanager
@@ -653,10 +667,14 @@ class Backbone(nn.Module):
                 f"{self.max_positions}; lower max_tokens or text_tokens"
             )
 
-    def _run(self, inputs_embeds: Tensor, packing: Packing) -> Any:
+    def _run(
+        self, inputs_embeds: Tensor, packing: Packing, layers: tuple[int, int] = (0, -1)
+    ) -> Any:
         self._passes += 1
         if self._passes % memory.PASSES == 0:  # now: what the last pass took is free
             memory.trim()
+        if self.before_pass is not None:
+            self.before_pass(*layers)
         token = _PACKING.set(packing)
         try:
             inputs: dict[str, Any] = {
@@ -676,6 +694,8 @@ class Backbone(nn.Module):
 
         Tensors that are kept in float32 are hashed in the backbone's dtype.
         """
+        if self.known_hash is not None:
+            return self.known_hash
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             flat = tensor.detach().reshape(-1)

@@ -35,6 +35,8 @@ from l2rec.modules.views import Segments, mean_of, semantic_tokens
 
 POOLED_TOGETHER = 4096
 """Items whose tokens are pooled at once."""
+SAMPLE_SHIFT = 15
+"""Of fewer than 2 to the power of this plus one states, `scale` looks at all."""
 RECENT_NUMBERS = 1 << 22
 """Numbers of the states of added items that are kept in memory."""
 
@@ -174,28 +176,40 @@ class LayerEntry:
         backbone: the frozen language model, which is cut here.
         tokens: token ids of the N texts, without special ones. item_tokens: most of a text.
         layers: K, see `LayerCut`. cache: folder for the states; None keeps them in memory alone.
+        read: False where nobody calls `read` or `pooled`: only the states that `scale` looks at are
+            computed and kept, which of a large catalog are few.
 
     Raises:
         BackboneError: the backbone cannot be cut. CheckpointError: the cache cannot be written.
     """
 
     def __init__(
-        self, backbone: Backbone, tokens: Ragged, item_tokens: int, layers: int, cache: Path | None
+        self,
+        backbone: Backbone,
+        tokens: Ragged,
+        item_tokens: int,
+        layers: int,
+        cache: Path | None,
+        *,
+        read: bool = True,
     ) -> None:
         self._backbone, self._item_tokens = backbone, item_tokens
         self._cut, self.width = backbone.cut(layers), backbone.dim
         self.layers = self._cut.below
         self._places = _numbered(self._layout(tokens))
         """Where the states of each item are."""
+        self._read = read
         self.cached: list[Path] = []
         if backbone.device.type == "meta":  # shapes alone
-            shape = len(self._places.values), backbone.dim
-            self._states = torch.empty(shape, dtype=backbone.dtype, device="meta")
+            count = len(self._places.values) if read else len(self._looked_at())
+            self._states = torch.empty(count, backbone.dim, dtype=backbone.dtype, device="meta")
         elif cache is None:
-            self._states = self._computed(tokens)
+            self._states = self._computed(tokens) if read else self._sample(tokens)
         else:
             self.cached = [self._file(tokens, cache)]
             self._states = self._mapped(self.cached[0])
+            if not read and len(self._states) > len(self._looked_at()):
+                self._states = self._states[torch.from_numpy(self._looked_at())]
         self._later = Ragged.from_rows([])
         """Tokens of items that were added to the catalog."""
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
@@ -213,14 +227,34 @@ class LayerEntry:
         """
         backbone = self._backbone
         key = catalog_key(backbone, tokens, self._cut.below, self._item_tokens)
-        path = cache / f"states-{key}.npy"
-        if not path.is_file():
+        whole, sample = cache / f"states-{key}.npy", cache / f"sample-{key}.npy"
+        path = whole if self._read or whole.is_file() else sample
+        if path.is_file():
+            return path
+        with replacing(path, remedy="free some space, or set item_layers=0") as partial:
+            if not self._read:
+                with partial.open("wb") as file:
+                    np.save(file, self._sample(tokens).cpu().view(torch.uint8).numpy())
+                return path
             shape = len(self._places.values), backbone.dim * backbone.dtype.itemsize
-            with replacing(path, remedy="free some space, or set item_layers=0") as partial:
-                mapped = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-                self._compute(tokens, torch.from_numpy(mapped).view(backbone.dtype))
-                mapped.flush()
+            mapped = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+            self._compute(tokens, torch.from_numpy(mapped).view(backbone.dtype))
+            mapped.flush()
         return path
+
+    def _looked_at(self) -> npt.NDArray[np.int64]:
+        """Return the places of the states that `scale` looks at, up to some ten thousand."""
+        count = int(self._places.offsets[-1])
+        return np.arange(0, count, max(1, count >> SAMPLE_SHIFT))
+
+    def _sample(self, tokens: Ragged) -> Tensor:
+        """Compute the states that `scale` looks at, and no more texts than hold them."""
+        at, offsets = self._looked_at(), self._layout(tokens)
+        texts = np.searchsorted(offsets, at, side="right") - 1
+        some, of = np.unique(texts, return_inverse=True)
+        starts = self._layout(tokens.take(some))[:-1]
+        inside = as_index(starts[of] + at - offsets[texts], self._backbone.device)
+        return self._computed(tokens.take(some)).index_select(0, inside)
 
     def _mapped(self, path: Path) -> Tensor:
         # Copy on write: nothing is written, but torch wants memory that could be.
@@ -246,6 +280,7 @@ class LayerEntry:
 
     def _take(self, index: Tensor) -> Tensor:
         """Return the states [n, D] at the given places [n] int64."""
+        assert self._read, "only a sample of the states was kept"
         known = len(self._states)
         new = index >= known
         if not len(self._later) or not bool(new.any()):
@@ -280,8 +315,10 @@ class LayerEntry:
     @property
     def scale(self) -> float:
         """Root mean square of the states, of up to some ten thousand tokens."""
-        some = self._states[:: max(1, len(self._states) >> 15)].float()
-        return float(some.square().mean().sqrt())
+        states = self._states
+        if self._read:
+            states = states[:: max(1, len(states) >> SAMPLE_SHIFT)]
+        return float(states.float().square().mean().sqrt())
 
     def read(self, histories: Ragged, max_tokens: int, max_items: int) -> tuple[Tensor, Segments]:
         """Look up the states of the newest items."""

@@ -53,6 +53,8 @@ class Encoded(Protocol):
     def computed_tokens(self) -> int: ...
 
 
+LookUp = Callable[[IntArray], Tensor]
+"""Item ints [n] -> what the behavioural view reads of them, [n, D] float32."""
 Views = tuple[View, ...]
 Encode = Callable[[Ragged, Views], Encoded]
 """Histories of one item, and the views to read -> their encoding."""
@@ -84,9 +86,12 @@ class ItemSide(Protocol):
     def rows(self) -> Tensor:
         """What the behavioural view reads of every item, [N, D] float32.
 
-        Computed at each call, in training with noise: take it once for a step or an evaluation and
-        hand it to what follows.
+        Computed at each call, in training with noise.
         """
+        ...
+
+    def look_up(self) -> LookUp:
+        """Return a function that takes `rows`: of one call for a step or an evaluation."""
         ...
 
     def place(self, view: View, h: Tensor) -> Tensor:
@@ -167,6 +172,10 @@ class EncodedItems:
             self.rows = entry.pooled()
         else:
             self.rows = torch.empty(0, entry.width, device=backbone.device)
+
+    def look_up(self) -> LookUp:
+        """Return a function that takes the rows."""
+        return rows_of(self.rows)
 
     def place(self, view: View, h: Tensor) -> Tensor:
         """Return h itself, or at unit length."""
@@ -253,7 +262,7 @@ class CatalogItems(nn.Module):
         text_tokens: most tokens of a text. text_dropout: dropout of the text vectors in training.
         residual: a trained r_i, zero at the start, for the items that training holds.
         sampled: most other items that a step compares with; 0: all. fusion: ACF, the users' own.
-        project: P_v of Eq. 7 for items too.
+        project: P_v of Eq. 7 for items too. semantic: the semantic view is read.
         cache: folder for text vectors; None keeps nothing.
     """
 
@@ -270,6 +279,7 @@ class CatalogItems(nn.Module):
         residual: bool,
         sampled: int,
         project: bool,
+        semantic: bool,
         fusion: AdaptiveFusion,
         cache: Path | None,
     ) -> None:
@@ -282,14 +292,38 @@ class CatalogItems(nn.Module):
         self.table = TextTable(
             vectors, RESIDUAL_DROPOUT, text_dropout, linear=False, residual=residual
         ).to(backbone.device)
-        self.register_buffer("semantic", torch.zeros_like(vectors))
-        self.semantic: Tensor
+        self.semantic: Tensor | None
+        self.register_buffer("semantic", torch.zeros_like(vectors) if semantic else None)
+
+    @property
+    def count(self) -> int:
+        """Items of the catalog that training knows."""
+        return len(self.table.held)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the items are."""
+        return self.table.mean.device
 
     @property
     def rows(self) -> Tensor:
         """norm(e_i + r_i) [N, D] float32."""
         table: Tensor = self.table()
         return table
+
+    def look_up(self) -> LookUp:
+        """Return a function that takes the rows; with a sample, in training, one that computes them
+        for the items that are asked for, in each call with noise of its own.
+        """
+        if not (self.training and self._sampled):
+            return rows_of(self.rows)
+
+        def some(items: IntArray) -> Tensor:
+            distinct, place = np.unique(items, return_inverse=True)
+            rows: Tensor = self.table(as_index(distinct, self.device))
+            return rows.index_select(0, as_index(place, self.device))
+
+        return some
 
     def place(self, view: View, h: Tensor) -> Tensor:
         """Return h at unit length; the semantic one centred as the texts are."""
@@ -298,13 +332,14 @@ class CatalogItems(nn.Module):
 
     def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
         """Compute the semantic vectors anew."""
-        self.semantic.copy_(encode(one_each(np.arange(len(self.semantic), dtype=np.int32))))
+        assert self.semantic is not None
+        self.semantic.copy_(encode(one_each(np.arange(self.count, dtype=np.int32))))
 
     def _compared(self, targets: npt.NDArray[np.integer]) -> tuple[IntArray, Tensor | None]:
         """Return the items that a step compares with, ascending [n], and the log of how many each
         of them stands for [n, 1] float32; None where these are all.
         """
-        count, device = len(self.semantic), self.semantic.device
+        count, device = self.count, self.device
         wanted = everyone(as_index(targets, device))[0].unique().cpu().numpy()
         if not self._sampled or len(wanted) + self._sampled >= count:
             return np.arange(count), None
@@ -329,7 +364,7 @@ class CatalogItems(nn.Module):
 
         Of a batch that is dealt out over processes, each encodes a part of these items.
         """
-        device = self.semantic.device
+        device = self.device
         chosen, log = self._compared(targets)
         without = self._held(batch.histories, position, targets)
         if log is not None:
@@ -341,6 +376,7 @@ class CatalogItems(nn.Module):
             encoded = encode(one_each(chosen[part.rows]), ("behavioral",))
             fused = of_behavior = part.joined(encoded.fused)
         if "semantic" in views:
+            assert self.semantic is not None
             semantic = self.semantic.index_select(0, as_index(chosen, device))
             _, _, semantic, _ = self._fusion(None, semantic, project=self._project)
             fused = semantic if encoded is None else self._fusion.fuse(of_behavior, semantic)[0]
@@ -358,10 +394,9 @@ class CatalogItems(nn.Module):
         self, histories: Ragged, position: IntArray, targets: npt.NDArray[np.integer]
     ) -> Cells:
         """Return the scores that the loss leaves out: what a prefix holds, but for its target."""
-        row, column = history_cells(histories, position, len(self.semantic))
+        row, column = history_cells(histories, position, self.count)
         other = column != torch.from_numpy(targets.astype(np.int64))[row]
-        device = self.semantic.device
-        return Cells(row[other].to(device), column[other].to(device))
+        return Cells(row[other].to(self.device), column[other].to(self.device))
 
     def add(self, tokens: Ragged) -> None:
         """Add rows that are their texts alone."""
@@ -378,6 +413,11 @@ class CatalogItems(nn.Module):
     def freeze(self) -> None:
         """Compute the rows once."""
         self.table.keep()
+
+
+def rows_of(rows: Tensor) -> LookUp:
+    """Return a function that takes rows [N, D] that are there already."""
+    return lambda items: rows.index_select(0, as_index(items, rows.device))
 
 
 def _comparison(rec: Tensor, encoded: Encoded | None) -> Comparison:

@@ -14,6 +14,7 @@ __all__ = [
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -97,17 +98,36 @@ def read_texts(
 
 @torch.no_grad()
 def text_vectors(backbone: Backbone, tokens: Ragged, max_tokens: int) -> Tensor:
-    """Average the backbone's outputs over each text, at unit length: [n, D] float32.
+    """Average the backbone's outputs over each text, at unit length: [n, D] float32. Equal ones are
+    read once.
 
     tokens: n rows of token ids without special tokens, each cut to ``max_tokens``.
     """
     if backbone.device.type == "meta":  # shapes alone
         return torch.empty(len(tokens), backbone.dim, device="meta")
-    out = torch.zeros(len(tokens), backbone.dim, device=backbone.device)
-    for batch in read_texts(backbone, tokens, max_tokens, backbone):
+    first, same = _distinct(tokens.head(max_tokens))
+    out = torch.zeros(len(first), backbone.dim, device=backbone.device)
+    for batch in read_texts(backbone, tokens.take(first), max_tokens, backbone):
         rows = torch.from_numpy(batch.rows).to(out.device)
         out[rows] = mean_of(batch.states, batch.text, len(rows))
-    return F.normalize(out, dim=-1)
+    out = F.normalize(out, dim=-1)
+    return out if len(first) == len(tokens) else out[torch.from_numpy(same).to(out.device)]
+
+
+def _distinct(rows: Ragged) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the first of each kind of equal rows, ascending, and of which kind each row is."""
+    known: dict[bytes, int] = {}
+    values = np.ascontiguousarray(rows.values)
+    ends = rows.offsets.tolist()
+    same = np.fromiter(
+        (
+            known.setdefault(values[start:stop].tobytes(), len(known))
+            for start, stop in pairwise(ends)
+        ),
+        dtype=np.int64,
+        count=len(rows),
+    )
+    return np.unique(same, return_index=True)[1], same
 
 
 def catalog_key(backbone: Backbone, tokens: Ragged, *settings: float) -> str:

@@ -9,6 +9,7 @@ so a few random rows are run both ways.
 from __future__ import annotations
 
 __all__ = [
+    "call_order",
     "check_cut",
     "check_exact",
     "check_search",
@@ -112,6 +113,22 @@ def check_search(backbone: Backbone, longest: int) -> None:
     with _one_line(backbone.name, backbone.model, "cannot search with beams"):
         if not any(_searches(backbone, longest, seed) for seed in range(DRAWS)):
             raise ValueError(f"its states differ in rows of {longest} tokens")
+
+
+@torch.no_grad()
+def call_order(backbone: Backbone, modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return those of the modules that a packed pass calls, in its order, each as often as it is
+    called.
+    """
+    called: list[nn.Module] = []
+    handles = [m.register_forward_pre_hook(lambda m, _: called.append(m)) for m in modules]
+    try:
+        (row,) = _random_rows(backbone, [2])
+        backbone(backbone.embed(row), _packing(backbone, [2]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
 
 
 def _searches(backbone: Backbone, longest: int, seed: int) -> bool:

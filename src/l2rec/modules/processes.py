@@ -4,6 +4,7 @@
     Part          rows that the processes divide among themselves, and their results put together
     everyone      rows of all processes, with gradients: in-batch negatives
     summed        sums over all processes, with gradients
+    Lockstep      passes of layers that are divided among the processes
 
 Losses are written for the rows at hand. The training loop deals the rows of a batch out
 (`l2rec.runs.loop`) and averages gradients over the processes, each loss weighed by its share of
@@ -18,6 +19,7 @@ the processes afterwards, as all gradients are, it is that of the mean loss.
 from __future__ import annotations
 
 __all__ = [
+    "Lockstep",
     "Part",
     "World",
     "alone",
@@ -29,7 +31,7 @@ __all__ = [
     "summed",
 ]
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -49,12 +51,58 @@ Result = TypeVar("Result")
 Numbers = TypeVar("Numbers", bound=np.generic)
 
 
+class Lockstep:
+    """Passes of layers that are divided among processes: all take part in each, in one order.
+
+    A process begins a pass by saying which kind it is (`begin`). If another one is at another kind,
+    or has nothing to pass (`finish`), it still puts the layers together for those who run them. So
+    processes may read different numbers of batches; only a pass with gradients has to be one of
+    all.
+    """
+
+    def __init__(self, group: Any, size: int, device: torch.device) -> None:
+        self.group, self._size, self._device = group, size, device
+        self._kinds: list[Callable[[], None]] = []
+
+    def add(self, kinds: Sequence[Callable[[], None]]) -> int:
+        """Take kinds of passes, the same in all processes; return the number of the first.
+
+        kinds: what a process calls that only takes part.
+        """
+        self._kinds += kinds
+        return len(self._kinds) - len(kinds)
+
+    def _told(self, kind: int | None) -> list[int]:
+        """Tell the others the kind of the next pass; return how many are at each."""
+        counts = torch.zeros(len(self._kinds), dtype=torch.int64, device=self._device)
+        if kind is not None:
+            counts[kind] = 1
+        dist.all_reduce(counts, group=self.group)
+        return counts.tolist()
+
+    def begin(self, kind: int) -> None:
+        """Return when it is this kind's turn: the pass has to follow."""
+        while True:
+            counts = self._told(kind)
+            turn = next(number for number, count in enumerate(counts) if count)
+            if turn == kind:
+                assert not torch.is_grad_enabled() or counts[kind] == self._size, counts
+                return
+            self._kinds[turn]()
+
+    def finish(self) -> None:
+        """Take part in the others' passes until all have come here."""
+        while self._kinds and any(counts := self._told(None)):
+            self._kinds[next(number for number, count in enumerate(counts) if count)]()
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those of one training.
 
     rank: from 0. size: number of processes. group: theirs, for what is not the average of
     gradients. device: where a collective's tensors lie. accelerator: Accelerate's, None when alone.
+    lockstep: passes of layers that are divided, None when alone.
     """
 
     rank: int = 0
@@ -62,21 +110,29 @@ class World:
     group: Any = None
     device: torch.device = CPU
     accelerator: Any = None
+    lockstep: Lockstep | None = None
 
     @property
     def main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
+    def finish_passes(self) -> None:
+        """Take part in the others' passes until all have come here."""
+        if self.lockstep is not None:
+            self.lockstep.finish()
+
     def barrier(self) -> None:
         """Wait for the others."""
         if self.size > 1:
+            self.finish_passes()
             dist.barrier(group=self.group)
 
     def total(self, values: npt.NDArray[Numbers]) -> npt.NDArray[Numbers]:
         """Add up arrays of one shape over all processes."""
         if self.size == 1:
             return values
+        self.finish_passes()
         shared = torch.from_numpy(values).to(self.device)
         dist.all_reduce(shared, group=self.group)
         return shared.cpu().numpy()
@@ -96,6 +152,7 @@ class World:
                     box[0] = call()
             except L2RecError as error:
                 box[1] = error
+        self.finish_passes()
         dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
         if box[1] is not None:
             raise box[1]

@@ -93,20 +93,28 @@ class TextTable(Keeps):
         if self._kept is not None:
             self._kept = self._kept[:count]
 
-    def forward(self) -> Tensor:
-        """Return T [N, D] float32."""
+    def forward(self, items: Tensor | None = None) -> Tensor:
+        """Return T [N, D] float32, or the rows of ``items`` [n] int64 alone, none of them added
+        after training: where they are few, noise and gradients of all would be most of a step.
+        """
         if self._kept is not None:
-            return self._kept
+            return self._kept if items is None else self._kept.index_select(0, items)
         if self._without_text:
             raise RuntimeError(
                 f"{self._without_text} items were added to a model that no longer learns; load the "
                 "run again to train it"
             )
-        text = F.dropout(self.text, self.text_dropout, self.training)
-        rows = self._adapted(text)
-        if self.residual is not None:
-            residual = F.dropout(self.residual, self.dropout, self.training)
-            trained = len(self.residual)
-            own = torch.addcmul(rows[:trained], residual, self.held)
+        text, held = self.text, self.held
+        residual: Tensor | None = self.residual
+        if items is not None:
+            text = text.index_select(0, items)
+            if residual is not None:
+                residual, held = residual.index_select(0, items), held.index_select(0, items)
+        rows = self._adapted(F.dropout(text, self.text_dropout, self.training))
+        if residual is not None:
+            trained = len(residual)
+            own = torch.addcmul(
+                rows[:trained], F.dropout(residual, self.dropout, self.training), held
+            )
             rows = torch.cat((own, rows[trained:]))
         return F.normalize(rows, dim=-1)

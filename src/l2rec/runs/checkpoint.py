@@ -38,8 +38,9 @@ from l2rec.protocols import SizedByData
 
 KEEP_STATES = 2
 """Newest states that are not deleted; the older one serves if the newest is torn."""
-GONE = frozenset({"skip", "spread"})
-"""Tensors that L2Rec and blends of earlier versions had and never read."""
+GONE = frozenset({"skip", "spread", "items.semantic"})
+"""Tensors that L2Rec and blends of earlier versions had and never read; the last without the
+semantic view."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:

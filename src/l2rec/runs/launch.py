@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from l2rec.data.batches import Batch
 from l2rec.errors import ConfigError, TrainingError
 from l2rec.modules import processes
-from l2rec.modules.processes import World
+from l2rec.modules.processes import Lockstep, World
 from l2rec.protocols import Progress
 
 PATIENCE = timedelta(days=1)
@@ -75,7 +75,9 @@ def _world(size: int) -> World:
     # A group of its own: sums inside a loss never stand in line between DDP's.
     group = torch.distributed.new_group(timeout=PATIENCE)
     rank = accelerator.process_index
-    world = World(rank, size, group, accelerator.device, accelerator)
+    # And one for layers that are divided, which are also put together between DDP's sums.
+    lockstep = Lockstep(torch.distributed.new_group(timeout=PATIENCE), size, accelerator.device)
+    world = World(rank, size, group, accelerator.device, accelerator, lockstep)
     answered = int(world.total(np.ones(1, dtype=np.int64))[0])
     if not answered == size == accelerator.num_processes:
         raise TrainingError(f"{size} processes were launched, {answered} answer")
@@ -89,8 +91,13 @@ def first_on_each_machine() -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    with world.accelerator.local_main_process_first():
-        yield
+    first = world.accelerator.is_local_main_process
+    if not first:
+        world.barrier()
+    yield
+    if first:
+        world.barrier()
+    world.finish_passes()
 
 
 class Silent(Progress):

@@ -35,6 +35,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
 from l2rec.evaluation.ranking import top_k
+from l2rec.modules import processes
 from l2rec.modules.backbone import Backbone, load_backbone, load_tokenizer
 from l2rec.modules.cooccurrence import Blend
 from l2rec.protocols import (
@@ -79,7 +80,14 @@ def backbone_of(config: RunConfig) -> Backbone | None:
     """Load the backbone of a config, or None for a method that has no use for one."""
     if not method_class(config.method).uses_backbone:
         return None
-    backbone = load_backbone(config.backbone, device())
+    world = processes.current()
+    if config.training.shard and world.size > 1:
+        from l2rec.modules.sharding import shard  # slow to import, and rarely asked for
+
+        backbone = load_backbone(config.backbone, "cpu")
+        shard(backbone, world, torch.device(device()))
+    else:
+        backbone = load_backbone(config.backbone, device())
     if config.training.checkpointing:
         backbone.recompute()
     return backbone

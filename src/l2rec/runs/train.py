@@ -250,6 +250,11 @@ def _fit(
     if backbone is not None:
         progress.line(f"backbone {backbone.name}: reading {dataset.n_warm:,} item texts")
     world = processes.current()
+    if backbone is not None and backbone.before_pass is not None:
+        from l2rec.modules.sharding import weights_here  # slow to import, and rarely asked for
+
+        here, whole = weights_here(backbone), backbone.size
+        progress.line(f"{here:,} of {whole:,} frozen weights are here, the rest in others")
     with launch.first_on_each_machine():  # it fills the cache for the others
         model = build_model(config, Catalog(dataset.warm_catalog), backbone, dataset.path / "cache")
     check_backbone(out, identity, backbone)
