@@ -104,7 +104,9 @@ def synchronize(device: str) -> None:
 
 
 def resident_mb(field: str) -> float:
-    """Read VmRSS (now) or VmHWM (largest since the last reset) of this process, in MB, on Linux.
+    """Read VmRSS or RssAnon (now) or VmHWM (largest since the last reset) of this process, in MB.
+
+    On Linux.
 
     Raises:
         OSError: the system does not report it.

@@ -1156,6 +1156,36 @@ def embed(
     precision: Annotated[
         str, typer.Option(help="Of the vectors: float32, int8, or binary (their signs).")
     ] = "float32",
+    histories: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of the data set's users: Parquet (a file or a folder) with user_id and "
+            "history, a list of item ids, oldest first."
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Instead of the run's items: Parquet with item_id and text."),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="Who encodes shards: local (this process), or ray (a cluster's)."),
+    ] = "local",
+    shard_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Write shards of so many rows; 16,384 with --engine ray, --histories or --texts.",
+            show_default=False,
+        ),
+    ] = None,
+    cpus: Annotated[
+        int | None,
+        typer.Option(
+            help="With ray, on nodes without cards: cores of a process, each with its own model; "
+            "by default 1.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write item vectors and user vectors as Parquet: id, vector, version.
 
@@ -1165,14 +1195,39 @@ def embed(
     With int8 or binary, prints what vectors of each precision lose on the test users (items of
     float32's best ten, NDCG@10) beside what they save.
 
-    Example: `l2rec embed runs/ml --out vectors --precision int8`
+    More rows than memory or one machine is good for go into shards: OUT/users/shard-00000.parquet
+    and so on, and a manifest. A command that was killed computes the missing ones when it is given
+    again. `--engine ray` deals shards out to the cluster that RAY_ADDRESS names or `ray start`
+    began (`pip install 'l2rec[ray]'`); run, data set and OUT are on a disk that all its machines
+    see. docs/cluster.md has more.
+
+    Example: `l2rec embed runs/ml --out vectors --precision int8`, or
+    `l2rec embed runs/ml --out vectors --histories tonight/ --engine ray`
     """
     from l2rec.console import Console, print_losses
-    from l2rec.runs.embed import embed_run
+    from l2rec.errors import ConfigError
+    from l2rec.runs.embed import Sharding, embed_run
 
     _must_be_folder(out)
+    if cpus is not None and engine != "ray":
+        raise ConfigError(f"--cpus {cpus} is for --engine ray")
+    given = {"rows": shard_rows, "cpus": cpus}
+    sharding = Sharding(
+        engine, **{name: value for name, value in given.items() if value is not None}
+    )
+    shards = engine != "local" or shard_rows is not None
     with Console() as console:
-        written = embed_run(run, out, console, with_users=users, data=data, precision=precision)
+        written = embed_run(
+            run,
+            out,
+            console,
+            with_users=users,
+            data=data,
+            precision=precision,
+            histories=histories,
+            texts=texts,
+            sharding=sharding if shards else None,
+        )
         for path, count, dim in written.files:
             console.line(f"{path}: {count:,} vectors of {dim} numbers, {precision}")
     if written.losses:
@@ -1227,18 +1282,46 @@ def index(
     uri: Annotated[
         str | None, typer.Option(help="Address of Milvus: a server, or a file ending in .db.")
     ] = None,
+    alias: Annotated[
+        str | None,
+        typer.Option(help="With milvus: name of the collection for other programs; see below."),
+    ] = None,
+    partition_by: Annotated[
+        str | None,
+        typer.Option(help="With milvus: field of the items that searches can be confined to."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data set folder whose catalog has that field.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build an index of item vectors, and print its recall against exact search.
 
     The vectors are checked first: they must be exactly those that `l2rec embed` wrote.
 
+    With milvus, a new version is built as a collection beside the one before. When it is complete
+    and finds what it should, `--alias` is moved to it in one step, and the collection before is
+    deleted: programs that search by the alias meet the old rows or the new ones. `--partition-by`
+    makes a field the partition key: a search for some of its values reads only where they lie.
+
     Example: `l2rec index vectors/items.parquet --out vectors/index --queries vectors/users.parquet`
+    or `l2rec index v/items.parquet --out v/index --kind milvus --uri http://host:19530 --alias shop
+    --partition-by brand --data data/shop`
     """
     from l2rec.console import print_table
     from l2rec.index import build_folder
 
-    facts = build_folder(vectors, out, kind=kind, queries=queries, k=k, uri=uri)
+    facts = build_folder(
+        vectors,
+        out,
+        kind=kind,
+        queries=queries,
+        k=k,
+        uri=uri,
+        alias=alias,
+        partition_by=partition_by,
+        data=data,
+    )
     if as_json:
         _print_json(facts)
     else:
@@ -1581,6 +1664,7 @@ def _interrupted(arguments: list[str]) -> str:
         "tune": "; go on with the same command",
         "experiment": "; go on with the same command",
         "prepare": "; what was at --out before is as it was",
+        "embed": "; shards that are finished are kept: go on with the same command",
     }
     verb = next((argument for argument in arguments if not argument.startswith("-")), "")
     return f"l2rec: interrupted{after.get(verb, '')}\n"

@@ -64,7 +64,8 @@ def replacing(
         CheckpointError: (or ``error``) the disk is full, or ``path`` cannot be written; what was
             at ``path`` is still there.
     """
-    partial = path.parent / f".{path.name}.{os.getpid()}.part"
+    # By chance and not by process: on a shared disk, another machine's has the same number.
+    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()

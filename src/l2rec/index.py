@@ -15,14 +15,16 @@ manifest exchanges it: after a kill at any moment the folder holds the old index
 
 from __future__ import annotations
 
-__all__ = ["KINDS", "Index", "build", "build_folder", "load", "recall", "save"]
+__all__ = ["KINDS", "Attribute", "Index", "build", "build_folder", "load", "recall", "save"]
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2rec.data.catalog import Catalog
+from l2rec.data.dataset import open_dataset
 from l2rec.data.vectors import Floats, off_unit, read_vectors, vectors_hash
 from l2rec.disk import replacing_folder
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError, StorageError
@@ -63,6 +67,12 @@ WIDEST = 1 << 16
 MILVUS_MOST = 16_384
 """Most rows that Milvus returns for a query."""
 MILVUS_SECONDS = 10.0
+MILVUS_BYTES = 65_535
+"""Longest string that Milvus takes."""
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+"""Names of fields and aliases that Milvus takes."""
+LEAST = 0.8
+"""Recall that a collection must reach before an alias is moved to it."""
 
 Rows = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -89,11 +99,20 @@ class Index(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Attribute:
+    """Attribute of the rows that a search can be confined to: its name, and [N] values."""
+
+    name: str
+    values: list[str]
+
+
 def build(vectors: Floats, kind: str = "auto", **options: Any) -> Index:
     """Build an index of vectors [N, D] float32.
 
     kind: one of `KINDS`, or ``auto`` for one that suits the number of rows. options: ``uri``,
-    ``collection`` and ``ef`` of Milvus; ``lists`` and ``probes`` of ivf; ``ef`` of hnsw.
+    ``collection``, ``ef``, ``ids`` and ``attribute`` of Milvus; ``lists`` and ``probes`` of ivf;
+    ``ef`` of hnsw.
 
     Raises:
         ConfigError: an unknown kind or option, a library that is missing.
@@ -109,7 +128,11 @@ def build(vectors: Floats, kind: str = "auto", **options: Any) -> Index:
         )
     if kind == "auto":
         kind = _fitting(vectors)
-    allowed = {"ivf": {"lists", "probes"}, "hnsw": {"ef"}, "milvus": {"uri", "collection", "ef"}}
+    allowed = {
+        "ivf": {"lists", "probes"},
+        "hnsw": {"ef"},
+        "milvus": {"uri", "collection", "ef", "ids", "attribute"},
+    }
     odd = options.keys() - allowed.get(kind, set())
     if odd and kind in KINDS:
         raise ConfigError(f"index kind {kind!r} has no option {min(odd)!r}")
@@ -323,16 +346,23 @@ class Milvus:
     """A collection of a Milvus server, or of a file (milvus-lite, one process at a time).
 
     ef: breadth of a search in its HNSW graph. None for a collection of an l2rec that left the type
-    of the index to Milvus, and its breadth with it.
+    of the index to Milvus, and its breadth with it. attribute: name of the field that divides the
+    collection into partitions, if one does.
     """
 
     kind = "milvus"
 
     def __init__(
-        self, uri: str, collection: str, rows: int, dim: int, ef: int | None = None
+        self,
+        uri: str,
+        collection: str,
+        rows: int,
+        dim: int,
+        ef: int | None = None,
+        attribute: str | None = None,
     ) -> None:
         self.uri, self.collection, self.rows, self.dim = _milvus_uri(uri), collection, rows, dim
-        self.ef = ef
+        self.ef, self.attribute = ef, attribute
         try:
             from pymilvus import MilvusClient
         except ImportError:
@@ -366,8 +396,13 @@ class Milvus:
         uri: str | None = None,
         collection: str | None = None,
         ef: int = BREADTH,
+        ids: Sequence[str] | None = None,
+        attribute: Attribute | None = None,
     ) -> Milvus:
-        """Fill a collection, by default named by a hash of the vectors, unless it is complete."""
+        """Fill a collection, by default named by a hash of the vectors, unless it is complete.
+
+        ids: of the rows, for other programs: the field item_id. attribute: the partition key.
+        """
         if uri is None:
             raise ConfigError("kind=milvus needs a uri: a server's, or a file ending in .db")
         _check_range("ef", ef, WIDEST)
@@ -376,10 +411,12 @@ class Milvus:
         if "://" not in uri:
             Path(uri).resolve().parent.mkdir(parents=True, exist_ok=True)
         rows, dim = vectors.shape
-        index = cls(uri, collection, rows, dim, ef)
+        columns = _columns(ids, attribute, rows)
+        name = None if attribute is None else attribute.name
+        index = cls(uri, collection, rows, dim, ef, name)
         if index._ask(index._graph) and index._count() == len(vectors):
             return index
-        index._ask(lambda: index._fill(vectors))
+        index._ask(lambda: index._fill(vectors, columns))
         return index
 
     def _graph(self) -> bool:
@@ -390,8 +427,8 @@ class Milvus:
         kinds = [self.client.describe_index(self.collection, name) for name in names]
         return any(kind.get("index_type") == "HNSW" for kind in kinds)
 
-    def _fill(self, vectors: Floats) -> None:
-        """Write the collection anew, its graph, and load it.
+    def _fill(self, vectors: Floats, columns: Mapping[str, Sequence[str]]) -> None:
+        """Write the collection anew, its graph, and load it. ``columns``: of strings, [N] each.
 
         The rows come first, then the graph, then the loading: milvus-lite builds what it searches
         when a collection is loaded, and compares with every row of one that was loaded before.
@@ -402,12 +439,22 @@ class Milvus:
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=self.dim)
+        for name in columns:
+            schema.add_field(
+                name,
+                DataType.VARCHAR,
+                max_length=MILVUS_BYTES,
+                is_partition_key=name == self.attribute,
+            )
         self.client.create_collection(self.collection, schema=schema, consistency_level="Strong")
         for start in range(0, self.rows, 1000):
             part = vectors[start : start + 1000].tolist()
             self.client.insert(
                 self.collection,
-                [{"id": start + n, "vector": vector} for n, vector in enumerate(part)],
+                [
+                    {"id": n, "vector": vector, **{name: c[n] for name, c in columns.items()}}
+                    for n, vector in enumerate(part, start)
+                ],
             )
         self.client.flush(self.collection)
         graph = MilvusClient.prepare_index_params()
@@ -446,15 +493,54 @@ class Milvus:
         """Delete the collection."""
         self._ask(lambda: self.client.drop_collection(self.collection))
 
+    def take_over(self, earlier: set[str], alias: str | None, prefix: str) -> None:
+        """Let an alias, and those of earlier collections, name this collection; delete those.
+
+        Moving an alias is one step for Milvus: a search by it meets the old rows or the new ones.
+        The collection that the alias named before is an earlier one too, if it has the prefix: of
+        a build that was killed.
+
+        Raises:
+            ConfigError: the alias is the name of a collection. StorageError: Milvus is away.
+        """
+        client = self.client
+        collections = self._ask(client.list_collections)
+        if alias in collections:
+            raise ConfigError(f"--alias {alias}: a collection has this name; choose another")
+        known = set(self._ask(client.list_aliases)["aliases"])
+        earlier, moved = set(earlier), set()
+        if alias is not None:
+            moved.add(alias)
+            if alias in known:
+                target = self._ask(lambda: client.describe_alias(alias))["collection_name"]
+                earlier |= {target} if target.startswith(prefix) else set()
+        earlier = (earlier & set(collections)) - {self.collection}
+        for collection in earlier:
+            moved |= set(self._ask(partial(client.list_aliases, collection))["aliases"])
+        for name in sorted(moved):
+            point = client.alter_alias if name in known else client.create_alias
+            self._ask(partial(point, self.collection, name))
+        for collection in earlier:
+            self._ask(partial(client.drop_collection, collection))
+
     def __len__(self) -> int:
         return self.rows
 
-    def search(self, queries: Floats, k: int) -> tuple[Rows, Floats]:
+    def search(self, queries: Floats, k: int, *, within: Sequence[str] = ()) -> tuple[Rows, Floats]:
         """Search as `Index.search`; returns at most 16,384 rows for a query.
 
+        within: values of the attribute; rows that have another are not found.
+
         Raises:
-            StorageError: Milvus is away.
+            StorageError: Milvus is away. ConfigError: within, of a collection without partitions.
         """
+        confined = {}
+        if within:
+            if self.attribute is None:
+                raise ConfigError("this index has no partitions; build it with --partition-by")
+            # Written out: milvus-lite has no templates of filters.
+            values = json.dumps(list(within), ensure_ascii=False)
+            confined = {"filter": f"{self.attribute} in {values}"}
         asked = _asked(queries, self.dim, k)
         rows, scores = _nothing(len(asked), k)
         limit = min(k, self.rows, MILVUS_MOST)
@@ -470,6 +556,7 @@ class Milvus:
                     limit=limit,
                     search_params=breadth,
                     timeout=MILVUS_SECONDS,
+                    **confined,
                 )
             )
             for at, hits in enumerate(answers, start):
@@ -477,6 +564,30 @@ class Milvus:
                 rows[at, : len(best)] = [row for _, row in best]
                 scores[at, : len(best)] = [-score for score, _ in best]
         return rows, scores
+
+
+def _columns(
+    ids: Sequence[str] | None, attribute: Attribute | None, rows: int
+) -> dict[str, Sequence[str]]:
+    """Return the columns of strings that a collection has beside its vectors, [N] each.
+
+    Raises:
+        ConfigError: an attribute that cannot be a field. DataError: a string that is too long.
+    """
+    columns: dict[str, Sequence[str]] = {} if ids is None else {"item_id": ids}
+    if attribute is not None:
+        if not NAME.fullmatch(attribute.name) or attribute.name in ("id", "vector", "item_id"):
+            raise ConfigError(
+                f"--partition-by {attribute.name}: Milvus takes letters, digits and _; id, "
+                "vector and item_id are taken; rename the field"
+            )
+        columns[attribute.name] = attribute.values
+    for name, strings in columns.items():
+        assert len(strings) == rows
+        longest = max(strings, key=lambda text: len(text.encode()))
+        if len(longest.encode()) > MILVUS_BYTES:
+            raise DataError(f"{name} {longest[:40]!r}... is longer than {MILVUS_BYTES} bytes")
+    return columns
 
 
 def searched(index: Index) -> str:
@@ -527,8 +638,13 @@ FILES = {
 """Files of each kind, by role, with their suffix; a file is named ``ROLE-HASH.SUFFIX``."""
 
 
-def save(index: Index, folder: Path, *, ids: Sequence[str], version: str) -> None:
+def save(
+    index: Index, folder: Path, *, ids: Sequence[str], version: str, alias: str | None = None
+) -> None:
     """Write an index with the ids of its rows, whole or not at all.
+
+    A collection of Milvus then takes over from those that the folder had before: aliases of theirs,
+    and ``alias``, name it, and they are deleted. If that fails, saving again goes on with it.
 
     A new folder is renamed as one. Into a folder that is an index already, the files are moved one
     by one under names of their content, the manifest last.
@@ -548,7 +664,12 @@ def save(index: Index, folder: Path, *, ids: Sequence[str], version: str) -> Non
     ) as staged:
         _write(index, staged, ids, version)
         before = _collection_of(folder)
-    if before is not None and before.collection != getattr(index, "collection", None):
+    if isinstance(index, Milvus):
+        same = before is not None and before.uri == index.uri
+        earlier = {before.collection} if before is not None and same else set()
+        index.take_over(earlier, alias, _collection_prefix(folder))
+        before = None if same else before
+    if before is not None:  # of another Milvus, or before an index of another kind
         with contextlib.suppress(StorageError):
             before.drop()
 
@@ -588,6 +709,8 @@ def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> None
     else:
         assert isinstance(index, Milvus)
         options = {"uri": index.uri, "collection": index.collection, "ef": index.ef}
+        if index.attribute is not None:
+            options["attribute"] = index.attribute
     manifest = {
         "format": FORMAT,
         "kind": index.kind,
@@ -716,29 +839,48 @@ def build_folder(
     queries: Path | None = None,
     k: int = 10,
     uri: str | None = None,
+    alias: str | None = None,
+    partition_by: str | None = None,
+    data: Path | None = None,
 ) -> dict[str, Any]:
     """Read vectors, build an index, measure and save it; return the facts to print.
 
+    Of Milvus: ``alias``, a name that the collection has from then on, and ``partition_by``, a field
+    of the items in the data set ``data`` that divides it into partitions.
+
     Raises:
-        CheckpointError: vectors that are not whole, or a folder that is no index.
-        ConfigError: an unknown kind, k below 1. DataError: queries of another model.
+        CheckpointError: vectors that are not whole, a folder that is no index, or too low a recall
+            for the alias.
+        ConfigError: an unknown kind, k below 1. DataError: queries of another model, a field that
+            the items do not have.
         StorageError: Milvus is away.
     """
     if k < 1:
         raise ConfigError(f"k={k}; choose 1 or more")
-    if uri is not None and kind != "milvus":
-        raise ConfigError(f"a uri is for --kind milvus, not {kind}")
+    for name, option in (("a uri", uri), ("an alias", alias), ("--partition-by", partition_by)):
+        if option is not None and kind != "milvus":
+            raise ConfigError(f"{name} is for --kind milvus, not {kind}")
+    if alias is not None and not NAME.fullmatch(alias):
+        raise ConfigError(f"--alias {alias}: Milvus takes letters, digits and _, no digit first")
+    if (partition_by is None) != (data is None):
+        raise ConfigError("--partition-by FIELD and --data DATA, which has the field, go together")
     given = read_vectors(source)
     asked = given if queries is None else read_vectors(queries)
     if asked.version != given.version:
         raise DataError(f"{queries} is of model {asked.version}, {source} of {given.version}")
     if not given.ids or not asked.ids:
         raise DataError(f"{queries if given.ids else source} has no rows")
-    options = {}
+    options: dict[str, Any] = {}
+    attribute = None
     if kind == "milvus":
+        if partition_by is not None and data is not None:
+            attribute = _attribute(data, partition_by, given.ids)
         # For this folder alone, and the same name when a killed build is tried again.
-        content = vectors_hash(given.ids, given.vectors, given.version)
-        options = {"uri": uri, "collection": _collection_prefix(out) + content[:16]}
+        content = [vectors_hash(given.ids, given.vectors, given.version), "item_id"]
+        content += [] if attribute is None else [attribute.name, *attribute.values]
+        name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        options = {"uri": uri, "collection": _collection_prefix(out) + name}
+        options |= {"ids": given.ids, "attribute": attribute}
     started = time.monotonic()
     index = build(given.vectors, kind, **options)
     built = time.monotonic() - started
@@ -747,7 +889,22 @@ def build_folder(
     some = asked.vectors[np.unique(np.linspace(0, len(asked.ids) - 1, most).astype(np.int64))]
     results, speed = _timed(index, some, wanted)
     exact, exact_speed = _timed(Exact(given.vectors), some, wanted)
-    save(index, out, ids=given.ids, version=given.version)
+    found = _recall(given.vectors, some, results[0], exact)
+    if alias is not None and found < LEAST:
+        raise CheckpointError(
+            f"the collection finds {found:.0%} of what exact search finds, {LEAST:.0%} are needed "
+            f"to give it the alias {alias}, which stays as it was"
+        )
+    facts: dict[str, Any] = {}
+    if isinstance(index, Milvus):
+        facts["collection"] = index.collection
+        if alias is not None:
+            facts["alias"] = alias
+        if attribute is not None:
+            best = exact[0][:, 0]
+            inside = _recall_within(index, given.vectors, attribute, some, best, wanted)
+            facts[f"recall@{wanted} within one {attribute.name}"] = round(inside, 4)
+    save(index, out, ids=given.ids, version=given.version, alias=alias)
     written = _manifest(out)["files"].values()
     return {
         "kind": index.kind,
@@ -755,7 +912,8 @@ def build_folder(
         "rows": len(index),
         "dim": given.vectors.shape[1],
         "version": given.version,
-        f"recall@{wanted}": round(_recall(given.vectors, some, results[0], exact), 4),
+        f"recall@{wanted}": round(found, 4),
+        **facts,
         "queries": len(some),
         "queries per second": round(speed, 1),
         "exact queries per second": round(exact_speed, 1),
@@ -775,3 +933,40 @@ def _timed(index: Index, queries: Floats, k: int) -> tuple[tuple[Rows, Floats], 
     seconds = max(time.monotonic() - started, 1e-9)
     rows, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
     return (rows, scores), len(queries) / seconds
+
+
+def _attribute(data: Path, name: str, ids: Sequence[str]) -> Attribute:
+    """Read an attribute of items from a data set's catalog.
+
+    Raises:
+        DataError: no such field, one of several values, or items that the catalog does not have.
+    """
+    catalog = Catalog(open_dataset(data).catalog)
+    values = dict(zip(catalog.table["item_id"].to_pylist(), catalog.field(name), strict=True))
+    if name in catalog.separators:
+        raise DataError(
+            f"{name} has several values of one item, and a row lies in one partition; choose a "
+            "field of one value"
+        )
+    unknown = [item for item in ids if item not in values]
+    if unknown:
+        raise DataError(f"{len(unknown)} items, such as {unknown[0]!r}, are not in {data}")
+    return Attribute(name, [values[item] for item in ids])
+
+
+def _recall_within(
+    index: Milvus, vectors: Floats, attribute: Attribute, queries: Floats, best: Rows, k: int
+) -> float:
+    """Compute the recall of searches that are confined to one value: that of each query's ``best``
+    row, [B].
+    """
+    values = np.array(attribute.values, dtype=object)
+    hits, wanted = 0.0, 0
+    for value in dict.fromkeys(values[best].tolist()):
+        asked, rows = queries[values[best] == value], np.flatnonzero(values == value)
+        of_value, scores = Exact(vectors[rows]).search(asked, min(k, len(rows)))
+        found = index.search(asked, of_value.shape[1], within=[value])[0]
+        found = np.where(np.isin(found, rows), found, -1)  # what is outside is no hit
+        hits += _recall(vectors, asked, found, (rows[of_value], scores)) * of_value.size
+        wanted += of_value.size
+    return hits / wanted

@@ -25,6 +25,9 @@ from typer.testing import CliRunner
 
 from l2rec import index as ix
 from l2rec.cli import app
+from l2rec.data.catalog import with_separator
+from l2rec.data.dataset import open_dataset
+from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.vectors import read_vectors, vectors_hash, vectors_table
 from l2rec.errors import CheckpointError, ConfigError, DataError, StorageError
 from l2rec.index import Exact, build, build_folder, load, recall, save
@@ -294,6 +297,202 @@ def test_a_search_says_how_broad_it_is(tmp_path: Path) -> None:
     save(wide, tmp_path / "index", ids=IDS, version="v1")
     for index in (wide, load(tmp_path / "index")[0]):
         assert ix.searched(index) == "HNSW graph, 32 links, ef 300"
+
+
+@milvus_is_loud
+def test_an_alias_is_moved_to_the_new_version(tmp_path: Path) -> None:
+    """A client of the alias finds the new rows, by the items' ids, and the old collection is gone;
+    an alias that the folder once had stays with it.
+    """
+    uri, out = options("milvus", tmp_path)["uri"], tmp_path / "index"
+    one, two = embedded(tmp_path / "1", VECTORS), embedded(tmp_path / "2", VECTORS[::-1], "v2")
+    build_folder(one, out, kind="milvus", uri=uri)
+    before = load(out)[0]
+    assert isinstance(before, ix.Milvus)
+    facts = build_folder(two, out, kind="milvus", uri=uri, alias="shop")
+    assert facts["alias"] == "shop" and facts["collection"] != before.collection
+    client = before.client
+
+    def found() -> Any:
+        hits = client.search("shop", VECTORS[:1].tolist(), limit=1, output_fields=["item_id"])
+        return hits[0][0]["entity"]["item_id"]
+
+    assert found() == "item-599" and client.list_collections() == [facts["collection"]]
+    build_folder(one, out, kind="milvus", uri=uri)
+    assert found() == "item-0" and len(client.list_collections()) == 1
+    build_folder(two, tmp_path / "other", kind="milvus", uri=uri, alias="shop")
+    assert found() == "item-599", "an index of another folder takes the alias"
+    assert len(client.list_collections()) == 2, "and leaves the collection of this one"
+    load(out)
+    with pytest.raises(ConfigError, match=r"--alias l2rec_.*: a collection has this name"):
+        build_folder(two, out, kind="milvus", uri=uri, alias=facts["collection"])
+
+
+@milvus_is_loud
+def test_an_alias_stays_where_the_new_version_is_not_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, out = options("milvus", tmp_path)["uri"], tmp_path / "index"
+    one, two = embedded(tmp_path / "1", VECTORS), embedded(tmp_path / "2", VECTORS[::-1], "v2")
+    before = build_folder(one, out, kind="milvus", uri=uri, alias="shop")["collection"]
+    search = ix.Milvus.search
+    monkeypatch.setattr(
+        ix.Milvus, "search", lambda *a, **o: (0 * search(*a, **o)[0], search(*a, **o)[1])
+    )
+    with pytest.raises(CheckpointError, match="the alias shop, which stays as it was") as raised:
+        build_folder(two, out, kind="milvus", uri=uri, alias="shop")
+    assert one_line(raised)
+    monkeypatch.undo()
+    index, _, version = load(out)
+    assert isinstance(index, ix.Milvus) and version == "v1"
+    assert index.client.describe_alias("shop")["collection_name"] == before
+
+
+@milvus_is_loud
+def test_an_alias_after_a_kill_before_it_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, out = options("milvus", tmp_path)["uri"], tmp_path / "index"
+    one, two = embedded(tmp_path / "1", VECTORS), embedded(tmp_path / "2", VECTORS[::-1], "v2")
+    build_folder(one, out, kind="milvus", uri=uri, alias="shop")
+    monkeypatch.setattr(ix.Milvus, "take_over", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build_folder(two, out, kind="milvus", uri=uri, alias="shop")
+    monkeypatch.undo()
+    index = load(out)[0]
+    assert isinstance(index, ix.Milvus) and len(index.client.list_collections()) == 2
+    build_folder(two, out, kind="milvus", uri=uri, alias="shop")
+    assert index.client.list_collections() == [index.collection]
+    assert index.client.describe_alias("shop")["collection_name"] == index.collection
+
+
+def test_a_server_keeps_what_an_alias_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server refuses to delete a collection that has an alias; milvus-lite deletes both. So the
+    alias is moved first, in one call.
+    """
+    calls: list[str] = []
+
+    class Server:
+        collections, aliases = ["l2rec_a_1", "l2rec_a_2"], {"shop": "l2rec_a_1"}
+
+        def list_collections(self) -> list[str]:
+            return list(self.collections)
+
+        def list_aliases(self, of: str = "") -> dict[str, list[str]]:
+            return {"aliases": [a for a, c in self.aliases.items() if of in ("", c)]}
+
+        def describe_alias(self, alias: str) -> dict[str, str]:
+            return {"collection_name": self.aliases[alias]}
+
+        def create_alias(self, collection: str, alias: str) -> None:
+            assert alias not in self.aliases, "a server refuses"
+            self.aliases[alias] = collection
+            calls.append(f"create {alias}")
+
+        def alter_alias(self, collection: str, alias: str) -> None:
+            assert alias in self.aliases, "a server refuses"
+            self.aliases[alias] = collection
+            calls.append(f"alter {alias}")
+
+        def drop_collection(self, collection: str) -> None:
+            assert collection not in self.aliases.values(), "a server refuses"
+            self.collections.remove(collection)
+            calls.append(f"drop {collection}")
+
+    index = ix.Milvus.__new__(ix.Milvus)
+    index.uri, index.collection, index.client = "http://host:19530", "l2rec_a_2", Server()
+    index.take_over(set(), "shop", "l2rec_a_")
+    assert calls == ["alter shop", "drop l2rec_a_1"]
+    index.take_over({"l2rec_a_1"}, "second", "l2rec_a_")
+    assert calls[2:] == ["create second"]
+    assert Server.aliases == {"shop": "l2rec_a_2", "second": "l2rec_a_2"}
+
+
+@milvus_is_loud
+def test_a_search_within_partitions(tmp_path: Path) -> None:
+    uri, out = options("milvus", tmp_path)["uri"], tmp_path / "index"
+    brands = ['a "b"', "c'd", "e\\f", "Größe", ""]
+    values = np.array([brands[n % 5] for n in range(600)])
+    table = pa.table({"item_id": IDS, "text": IDS, "brand": values, "tags": ["x|y"] * 600})
+    tags = with_separator(table.schema.field("tags"), "|")
+    table = table.cast(table.schema.set(3, tags))
+    data = catalog_as_data_set(tmp_path / "data", table)
+    items = embedded(tmp_path / "items.parquet", VECTORS)
+    given: dict[str, Any] = {"kind": "milvus", "uri": uri, "data": data}
+    facts = build_folder(items, out, partition_by="brand", **given)
+    assert facts["recall@10 within one brand"] > 0.9
+    index = load(out)[0]
+    assert isinstance(index, ix.Milvus) and index.attribute == "brand"
+    for some in (*([brand] for brand in brands), brands[:2]):
+        rows = np.flatnonzero(np.isin(values, some))
+        best = rows[np.argmax(QUERIES @ VECTORS[rows].T, axis=1)]
+        found = index.search(QUERIES, 200, within=some)[0]
+        assert np.isin(found[found >= 0], rows).all() and (found >= 0).sum(1).max() > 100
+        assert (found[:, 0] == best).mean() > 0.9
+    hits = index.client.query(index.collection, filter='item_id == "item-7"', limit=2)
+    assert [(hit["id"], hit["brand"]) for hit in hits] == [(7, "e\\f")]
+
+    with pytest.raises(DataError, match="tags has several values of one item"):
+        build_folder(items, out, partition_by="tags", **given)
+    with pytest.raises(DataError, match=r"no field 'brant'; did you mean 'brand'\?"):
+        build_folder(items, out, partition_by="brant", **given)
+    other = embedded(tmp_path / "o.parquet", VECTORS[:3], ids=["item-1", "new", "item-2"])
+    with pytest.raises(DataError, match="1 items, such as 'new', are not in"):
+        build_folder(other, out, partition_by="brand", **given)
+    plain = build(VECTORS, "milvus", uri=uri)
+    with pytest.raises(ConfigError, match="has no partitions; build it with --partition-by"):
+        plain.search(QUERIES, 3, within=["x"])  # type: ignore[call-arg]
+
+
+def catalog_as_data_set(folder: Path, catalog: pa.Table) -> Path:
+    """Write a data set of a catalog: one user who had the first three items."""
+    source = folder.parent / "log"
+    source.mkdir()
+    names = [name for name in catalog.column_names if name not in ("item_id", "text")]
+    pq.write_table(catalog, source / "items.parquet")
+    events = {
+        "user_id": ["u"] * 3,
+        "item_id": catalog["item_id"].slice(0, 3),
+        "timestamp": [1, 2, 3],
+    }
+    pq.write_table(pa.table(events), source / "events.parquet")
+    config = PrepareConfig(keep_all_items=True, text="{text}")
+    prepare(source / "events.parquet", folder, config, items=source / "items.parquet")
+    assert set(names) <= set(open_dataset(folder).catalog.column_names)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alias": "shop"}, "an alias is for --kind milvus, not auto"),
+        ({"kind": "milvus", "alias": "1-shop"}, "--alias 1-shop: Milvus takes letters, digits"),
+        ({"kind": "milvus", "partition_by": "x"}, "--partition-by FIELD and --data DATA"),
+        ({"data": Path("x")}, "--partition-by FIELD and --data DATA"),
+    ],
+)
+def test_options_of_milvus(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    items = embedded(tmp_path / "items.parquet", VECTORS)
+    with pytest.raises(ConfigError, match=message):
+        build_folder(items, tmp_path / "index", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        (
+            ix.Attribute("a-b", ["x"] * 600),
+            "--partition-by a-b: Milvus takes letters, digits and _; id,",
+        ),
+        (ix.Attribute("vector", ["x"] * 600), "vector and item_id are taken"),
+        (ix.Attribute("brand", ["é" * 33_000] * 600), "brand .é.*is longer than 65535 bytes"),
+    ],
+)
+def test_attributes_that_cannot_be_fields(
+    tmp_path: Path, attribute: ix.Attribute, message: str
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        build(VECTORS, "milvus", uri=str(tmp_path / "m.db"), attribute=attribute)
 
 
 @milvus_is_loud

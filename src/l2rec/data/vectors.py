@@ -4,12 +4,22 @@
     int8      v = s q, one scale s for all: inner products of q rank as those of v, up to rounding
     binary    signs, eight to a byte, the first the highest bit: for Hamming distances
 
-Databases take all three as they stand in the file; `read_vectors` gives float32 again.
+Databases take all three as they stand in the file; `read_vectors` gives float32 again. More vectors
+than one file should hold are a folder of shards, each such a file, and a manifest that names them.
 """
 
 from __future__ import annotations
 
-__all__ = ["PRECISIONS", "Vectors", "bytes_of", "read_vectors", "rounded", "vectors_table"]
+__all__ = [
+    "MANIFEST",
+    "PRECISIONS",
+    "Vectors",
+    "bytes_of",
+    "read_vectors",
+    "rounded",
+    "scale_of",
+    "vectors_table",
+]
 
 import hashlib
 import json
@@ -22,6 +32,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 
 UNIT_WITHIN = 0.01
@@ -29,6 +40,9 @@ UNIT_WITHIN = 0.01
 
 PRECISIONS = ("float32", "int8", "binary")
 INT8_MOST = 127
+
+MANIFEST = "vectors.json"
+"""Name of the file that says which shards a folder of vectors has, and whether that is all."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -60,14 +74,21 @@ def rounded(vectors: Floats, precision: str) -> Floats:
     """Return what a precision leaves of vectors [N, D], as float32; of binary the signs, at unit
     length.
     """
-    stored, scale = _stored(vectors, precision)
+    stored, scale = _stored(vectors, precision, None)
     return _restored(stored, precision, scale, vectors.shape[1])
 
 
-def _stored(vectors: Floats, precision: str) -> tuple[npt.NDArray[np.generic], float]:
+def scale_of(vectors: Floats) -> float:
+    """Return the scale of vectors [N, D] in int8: that of their largest number."""
+    return float(np.abs(vectors).max(initial=0.0)) / INT8_MOST or 1.0
+
+
+def _stored(
+    vectors: Floats, precision: str, scale: float | None
+) -> tuple[npt.NDArray[np.generic], float]:
     """Return the rows that are written, [N, bytes or numbers of a row], and their scale."""
     if precision == "int8":
-        scale = float(np.abs(vectors).max(initial=0.0)) / INT8_MOST or 1.0
+        scale = scale_of(vectors) if scale is None else scale
         return np.rint(vectors / np.float32(scale)).clip(-127, 127).astype(np.int8), scale
     if precision == "binary":
         return np.packbits(vectors > 0, axis=1), 1.0
@@ -85,9 +106,15 @@ def _restored(stored: npt.NDArray[np.generic], precision: str, scale: float, dim
 
 
 def vectors_table(
-    ids: Sequence[str], vectors: Floats, version: str, precision: str = "float32"
+    ids: Sequence[str],
+    vectors: Floats,
+    version: str,
+    precision: str = "float32",
+    scale: float | None = None,
 ) -> pa.Table:
     """Build the table that `l2rec embed` writes: id, vector, version.
+
+    scale: of int8, where other vectors have it already; numbers beyond it are cut to it.
 
     A vector is [D] float32 or int8, or of binary [bytes] uint8. Its metadata has the number of
     rows, D, the precision with its scale, and a hash of ids, vectors (as `read_vectors` returns
@@ -96,7 +123,7 @@ def vectors_table(
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     rows, dim = vectors.shape
     assert len(ids) == rows
-    stored, scale = _stored(vectors, precision)
+    stored, scale = _stored(vectors, precision, scale)
     metadata = {
         "l2rec.version": version,
         "l2rec.rows": str(rows),
@@ -130,13 +157,51 @@ def vectors_hash(ids: Sequence[str], vectors: Floats, version: str) -> str:
 
 
 def read_vectors(path: Path) -> Vectors:
-    """Read vectors that `l2rec embed` wrote, of any precision, and check that they are complete and
-    unchanged.
+    """Read vectors that `l2rec embed` wrote, a file or a folder of shards, of any precision, and
+    check that they are complete and unchanged.
 
     Raises:
         CheckpointError: another file, rows missing or edited, several versions, an id twice,
             numbers that are not finite, or some vectors of unit length and others not.
     """
+    found = _read_shards(path) if path.is_dir() else _read_file(path)[0]
+    ids, vectors, rows = found.ids, found.vectors, len(found.ids)
+    if len(set(ids)) != rows:
+        raise CheckpointError(f"{path}: an id twice; embed the run again")
+    if not np.isfinite(vectors).all():
+        raise CheckpointError(f"{path}: numbers that are not finite; the run is badly trained")
+    off = np.flatnonzero(off_unit(vectors))
+    if 0 < len(off) < rows / 2:  # some methods have vectors of any length, but then most are off
+        length = float(np.linalg.norm(vectors[off[0]]))
+        raise CheckpointError(
+            f"{path}: {len(off)} of {rows} vectors are not of unit length, such as that of "
+            f"{ids[off[0]]!r} ({length:.3g}); the run is torn or badly trained"
+        )
+    return found
+
+
+def _read_shards(folder: Path) -> Vectors:
+    """Read the shards of a folder in their order. Raises as `read_vectors`."""
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} holds no vectors of `l2rec embed`: no {MANIFEST} in it")
+    manifest = read_json(folder / MANIFEST)
+    if not manifest.get("complete"):
+        raise CheckpointError(f"{folder} is not complete; give the same `l2rec embed` again")
+    parts = []
+    for shard in manifest["shards"]:
+        part, digest = _read_file(folder / shard["name"])
+        if digest != shard["sha256"] or part.version != manifest["version"]:
+            raise CheckpointError(
+                f"{folder / shard['name']} is not the shard that {MANIFEST} names; embed the run "
+                "again"
+            )
+        parts.append(part)
+    ids = [name for part in parts for name in part.ids]
+    return Vectors(ids, np.concatenate([part.vectors for part in parts]), manifest["version"])
+
+
+def _read_file(path: Path) -> tuple[Vectors, str]:
+    """Read the vectors of one file, and their hash. Raises as `read_vectors`."""
     try:
         table = pq.ParquetFile(path).read()
         stored = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
@@ -160,15 +225,4 @@ def read_vectors(path: Path) -> Vectors:
         raise CheckpointError(f"{path}: vectors of several versions; embed the run again")
     if digest != vectors_hash(ids, vectors, version):
         raise CheckpointError(f"{path} was changed after it was written; embed the run again")
-    if len(set(ids)) != rows:
-        raise CheckpointError(f"{path}: an id twice; embed the run again")
-    if not np.isfinite(vectors).all():
-        raise CheckpointError(f"{path}: numbers that are not finite; the run is badly trained")
-    off = np.flatnonzero(off_unit(vectors))
-    if 0 < len(off) < rows / 2:  # some methods have vectors of any length, but then most are off
-        length = float(np.linalg.norm(vectors[off[0]]))
-        raise CheckpointError(
-            f"{path}: {len(off)} of {rows} vectors are not of unit length, such as that of "
-            f"{ids[off[0]]!r} ({length:.3g}); the run is torn or badly trained"
-        )
-    return Vectors(ids, vectors, version)
+    return Vectors(ids, vectors, version), digest
