@@ -182,6 +182,9 @@ def _python(command: Command) -> None:
     words = command.words[1:]
     if words[0] == "-m":
         return _module(command)
+    if words[0] == "-c":
+        compile(words[1], command.where, "exec")
+        return
     if placeholder(words[0].removesuffix(".py")):
         return
     assert (ROOT / words[0]).is_file(), f"no {words[0]}"
@@ -238,7 +241,7 @@ def _curl(command: Command) -> None:
     body = words[words.index("-d") + 1] if "-d" in words else None
     method = words[words.index("-X") + 1] if "-X" in words else "GET" if body is None else "POST"
     assert method.lower() in _routes()[path], f"{method.lower()} {path}"
-    if body is not None:
+    if body is not None and not body.startswith("@"):  # of a file
         json.loads(body)
 
 
