@@ -27,7 +27,7 @@ RIVAL = "movielens-100k/sasrec"
 SOURCE = "movielens-100k"
 USERS = 3
 SHOWN = 5
-NEW_FILM = ("new1", "Solaris (1972), Sci-Fi")
+NEW_FILM = ("Solaris", "Solaris (1972), Sci-Fi")
 """A film that MovieLens-100K does not have."""
 
 

@@ -63,7 +63,7 @@ def test_the_demo(
         *("L2Rec", "SASRec", "L2Rec + co-occurrence", "SASRec + co-occurrence"),
     ]
     assert out.count("recommended") == 3
-    assert len(re.findall(r"new1 is rank \d+ of \d+ \(new: known by its text alone\)", out)) == 3
+    assert len(re.findall(r"Solaris is rank \d+ of \d+ \(new: known by its text alone\)", out)) == 3
     assert "(1990), Drama" in out  # the texts are made by the template of the source
     assert f"l2rec recommend {blended} --user 0" in out
 
