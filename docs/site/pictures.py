@@ -37,7 +37,7 @@ COLUMNS, ROWS = 100, 50
 CELL = 12.2, 24.4
 """Width and height of a character in rich's SVG."""
 SIZE = {"width": 1280, "height": 960}
-COLOURS = 96
+COLOURS = 64
 """Colours of a picture: pages are flat, and files small."""
 HISTORY = ("50", "172", "181", "204", "195")
 """Films of the page: the science fiction that everybody knows."""
