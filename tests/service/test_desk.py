@@ -231,7 +231,7 @@ def test_an_item_is_added_changed_and_deleted(visit: Open, start: Start) -> None
     page.fill("#item-attributes li:last-child .value", "red|blue")
     page.click("#item-form .primary")
     wait_for_text(page, "#outcome", "n/1 is new")
-    assert page.locator("#catalog-count").inner_text() == "31"
+    wait_for_text(page, "#catalog-count", "31")
     # Another attribute: kept. Another text: asked first, and then updated.
     page.fill("#item-attributes li:last-child .value", "green")
     page.click("#item-form .primary")
