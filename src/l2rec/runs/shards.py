@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,9 +249,19 @@ class Encoder:
         with replacing(self.job.folder / shard.name, remedy=SPACE) as partial:
             pq.write_table(table, partial)
 
+    @cached_property
+    def _everybody(self) -> npt.NDArray[np.int64]:
+        assert self.dataset is not None
+        return users_with_events(self.dataset)
+
+    @cached_property
+    def _scale(self) -> float:
+        assert self.predictor.vectors is not None
+        return scale_of(self.predictor.vectors.float().cpu().numpy())
+
     def _users(self, shard: Shard) -> tuple[list[str], Tensor, None]:
         assert self.dataset is not None
-        users = users_with_events(self.dataset)[shard.first : shard.last]
+        users = self._everybody[shard.first : shard.last]
         ids: list[str] = self.dataset.user_ids.take(pa.array(users)).to_pylist()
         return ids, encode_users(self.predictor, self.dataset.sequences.take(users)), None
 
@@ -272,9 +283,7 @@ class Encoder:
                 blocks.append(self.predictor.encode_items(texts[start : start + BLOCK]).cpu())
         except DataError as error:
             raise self._of(shard, error) from error
-        assert self.predictor.vectors is not None
-        scale = scale_of(self.predictor.vectors.float().cpu().numpy())
-        return ids, torch.cat(blocks), scale
+        return ids, torch.cat(blocks), self._scale
 
     def _columns(self, shard: Shard, kind: pa.DataType) -> tuple[list[str], list[Any]]:
         """Read ids and what is encoded of them, none of them null."""
@@ -416,12 +425,12 @@ def write(
         if len(missing) < len(shards):
             there = len(shards) - len(missing)
             progress.line(f"{folder}: {there:,} of {len(shards):,} shards are there already")
-        done = 0
+        done, wanted = 0, sum(shard.last - shard.first for shard in missing)
         encoded = _by_ray(job, missing, cpus) if engine == "ray" else _locally(job, missing)
         if missing:
             for count in encoded:
                 done += count
-                progress.validating(done, sum(shard.last - shard.first for shard in missing))
+                progress.validating(done, wanted)
         named = [{"name": s.name, **(_facts_of(folder / s.name) or {})} for s in shards]
         if lost := [each["name"] for each in named if "rows" not in each]:
             raise CheckpointError(
