@@ -10,13 +10,16 @@ import gc
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from l2rec._version import __version__
 from l2rec.data.formats.columns import Columns
 from l2rec.errors import L2RecError
 
@@ -64,11 +67,21 @@ def _split(kind: str | None, valid_from: str | None, test_from: str | None) -> l
     return [f"split.{name}={value}" for name, value in options.items() if value is not None]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"l2rec {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version),
+    ] = False,
 ) -> None:
-    del debug  # read in `main`
+    del debug, version  # read in `main` and above
 
 
 class _Default:
@@ -1638,6 +1651,9 @@ def main() -> None:
     # Set before torch is imported: threads that spin while they wait lose most of their speed as
     # soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What a scheduler or `kill` sends is an interruption as Ctrl-C is one. (`serve` has its own.)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     arguments = sys.argv[1:]
     # People write it after the verb as well as before.
     debug = ["--debug"] if "--debug" in arguments else []
@@ -1655,6 +1671,10 @@ def main() -> None:
         if stop.code == 130:  # typer has caught the KeyboardInterrupt
             sys.stderr.write(_interrupted(arguments))
         raise
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _interrupted(arguments: list[str]) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,11 @@ def test_a_folder_with_a_run(call: Call, catalog_run: Finished, tmp_path: Path) 
     outcome = call(*arguments, "--resume")
     assert outcome.code == 0 and "is finished: these are its scores" in outcome.err
     assert "untrained backbone" in outcome.out
+
+
+def test_it_says_its_version(call: Call) -> None:
+    outcome = call("--version")
+    assert (outcome.code, outcome.out) == (0, f"l2rec {version('l2rec')}\n")
 
 
 @pytest.mark.parametrize("where", ["before", "after"])

@@ -53,7 +53,7 @@ from l2rec.studies.experiment.plan import (
 )
 from l2rec.studies.experiment.report import to_json, write_page
 from l2rec.studies.experiment.results import compared, read_results
-from l2rec.studies.experiment.run import run
+from l2rec.studies.experiment.run import PATIENCE, run
 
 ROW = {"name": "narrow", "recipe": "sasrec", "overrides": ["model.dim=8"]}
 WIDE = {"name": "wide", "recipe": "sasrec", "overrides": ["model.dim=16"]}
@@ -784,7 +784,10 @@ def test_cells_are_processes(chains: Dataset, tmp_path: Path, one_thread: None) 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_real_processes_are_stopped_and_go_on(chains: Dataset, tmp_path: Path) -> None:
-    """Two rows, two seeds, SIGTERM in the middle of one: nothing runs on, and the rest follows."""
+    """Two rows, two seeds, SIGTERM in the middle of one: nothing runs on, and the rest follows.
+
+    SIGINT is ignored, as it is in all that a shell begins with `&`.
+    """
     path = experiments.written(
         tmp_path / "e.yaml",
         overrides=[*experiments.FIXED[1:], "training.epochs=100", "training.patience=100"],
@@ -793,13 +796,16 @@ def test_real_processes_are_stopped_and_go_on(chains: Dataset, tmp_path: Path) -
     words = ["experiment", str(path), "--data", str(chains.path), "--out", str(out), "--jobs", "2"]
     command = [*PROGRAM, *words]
     cells = out / "cells" / "chains"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deaf = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
+    process = subprocess.Popen(deaf, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     give_up = time.monotonic() + 120
     while not list(cells.glob("*/config.yaml")) and time.monotonic() < give_up:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
+    told = time.monotonic()
     said = process.communicate(timeout=120)[0].decode()
+    assert time.monotonic() - told < PATIENCE  # after that it would have been killed
     assert process.returncode == 130 and "interrupted; go on with the same command" in said
     for folder in cells.iterdir():
         with working_on(folder):  # no process is left that works on it

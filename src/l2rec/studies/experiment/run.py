@@ -17,12 +17,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from l2rec.disk import replacing_folder, working_on, write_json
 from l2rec.errors import CheckpointError, ConfigError
@@ -67,7 +66,7 @@ def run(planned: Plan, *, progress: Progress, jobs: int = 1, hours: float | None
         raise ConfigError(f"--jobs {jobs}: one or more")
     if hours is not None and hours <= 0:
         raise ConfigError(f"--hours {hours:g}: a number above 0")
-    with working_on(planned.out), _stopped_by_sigterm():
+    with working_on(planned.out):
         _take(planned, progress)
         grid = _Running(looked_again(planned), progress, jobs, hours)
         try:
@@ -75,23 +74,6 @@ def run(planned: Plan, *, progress: Progress, jobs: int = 1, hours: float | None
         finally:
             grid.stop()
         return grid.planned
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM an interruption as Ctrl-C is one, where signals can be caught."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _take(planned: Plan, progress: Progress) -> None:
@@ -162,7 +144,7 @@ class _Running:
         """Interrupt all processes, and wait until they have ended."""
         for job in self.running:
             with contextlib.suppress(ProcessLookupError):
-                job.process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+                job.process.terminate()  # SIGINT is ignored where a shell began us with `&`
         ends = time.monotonic() + PATIENCE
         for job in self.running:
             try:
