@@ -41,7 +41,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import N_TEXTS, simple_text
 from l2rec.data.text import tokenize
 from l2rec.methods.l2rec import L2Rec
-from l2rec.modules.backbone import load_backbone, minilm_source, native_bfloat16
+from l2rec.modules.backbone import fast_bfloat16, load_backbone, minilm_source
 from l2rec.modules.item_text import separators, text_vectors
 from l2rec.modules.views import semantic_tokens
 from l2rec.runs.predictor import build_model
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--rounds", type=int, default=3, help="timed rounds (default %(default)s)")
     p.add_argument(
         "--dtypes",
-        default="float32,bfloat16" if native_bfloat16() else "float32",
+        default="float32,bfloat16" if fast_bfloat16() else "float32",
         help="of the frozen weights, comma-separated (default %(default)s: what is native here)",
     )
     p.add_argument("--memory-of", choices=["items", "users"], help="only this, as a number of MB")

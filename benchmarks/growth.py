@@ -32,7 +32,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import simple_text
 from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
-from l2rec.modules.backbone import native_bfloat16
+from l2rec.modules.backbone import fast_bfloat16
 from l2rec.protocols import Scorer
 
 LAST = 3
@@ -69,7 +69,7 @@ def timed(
 
 
 def fastest_dtype() -> str:
-    return "bfloat16" if native_bfloat16() else "float32"
+    return "bfloat16" if fast_bfloat16() else "float32"
 
 
 def one_step(work: Workload, device: str) -> Contender:

@@ -63,7 +63,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from l2rec.config import BackboneConfig
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import Attend, Backbone, Packing, load_backbone, native_bfloat16, pack
+from l2rec.modules.backbone import Attend, Backbone, Packing, fast_bfloat16, load_backbone, pack
 from l2rec.modules.experts import DPMoE, ViewSlice
 from l2rec.modules.views import BehavioralProjector, mean_of
 
@@ -528,7 +528,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtypes",
         nargs="+",
         choices=list(DTYPES),
-        default=list(DTYPES) if native_bfloat16() else ["float32"],
+        default=list(DTYPES) if fast_bfloat16() else ["float32"],
         help="of the frozen weights (default: what is native here)",
     )
     p.add_argument("--rows", type=int, default=0, help="texts (default: 32; 8 of qwen3)")

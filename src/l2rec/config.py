@@ -64,7 +64,7 @@ class BackboneConfig(_Closed):
     file of Llama or Qwen (or a folder with one), which is read as plain weights."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``auto``: bfloat16 where the processor multiplies it natively, else float32. Weights saved in
+    """``auto``: bfloat16 where the processor multiplies it faster, else float32. Weights saved in
     float16 are rounded to bfloat16 by the former; ``float32`` keeps them as they are."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
     """Hold the matrices of linear layers in 8 bits (int8, a scale for each row) or 4 (NF4), which

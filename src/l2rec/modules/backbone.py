@@ -789,13 +789,24 @@ def minilm_source() -> str:
     return MINILM_HUB
 
 
-def native_bfloat16() -> bool:
-    """Return True if this processor (or a CUDA device) multiplies bfloat16 natively."""
+def fast_bfloat16() -> bool:
+    """Return True if this processor (or a CUDA device) multiplies bfloat16 faster than float32."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = Path("/proc/cpuinfo")
-    return "AVX512" in capability and flags.is_file() and "avx512_bf16" in flags.read_text()
+    described = Path("/proc/cpuinfo")
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability() or not described.is_file():
+        return False
+    return multiplies_bfloat16(described.read_text())
+
+
+def multiplies_bfloat16(cpuinfo: str) -> bool:
+    """Return what `fast_bfloat16` says of a processor with AVX-512, by its /proc/cpuinfo.
+
+    Intel's AVX-512 has half as many products of bfloat16 in a cycle as of float32, AMD's twice as
+    many; Intel's are fast where there is AMX (findings/onednn-bfloat16-without-amx.sh).
+    """
+    words = set(cpuinfo.split())
+    return ("amx_bf16" if "GenuineIntel" in words else "avx512_bf16") in words
 
 
 def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") -> Backbone:
@@ -935,7 +946,7 @@ def _load_gguf(config: BackboneConfig, file: Path) -> tuple[nn.Module, Any, Any]
 
 def _dtype(config: BackboneConfig) -> torch.dtype:
     return {
-        "auto": torch.bfloat16 if native_bfloat16() else torch.float32,
+        "auto": torch.bfloat16 if fast_bfloat16() else torch.float32,
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
     }[config.dtype]
