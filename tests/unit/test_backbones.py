@@ -16,7 +16,14 @@ from transformers import CONFIG_MAPPING, AutoModel
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules import backbone as backbone_module
-from l2rec.modules.backbone import Attend, Backbone, Packing, load_backbone, pack
+from l2rec.modules.backbone import (
+    Attend,
+    Backbone,
+    Packing,
+    load_backbone,
+    multiplies_bfloat16,
+    pack,
+)
 
 ENCODER: dict[str, Any] = {
     "vocab_size": 60,
@@ -494,6 +501,22 @@ def saved(folder: Path, family: str, changes: dict[str, Any], draw: float) -> Pa
     model.save_pretrained(folder)
     tiny.tokenizer("qwen").save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "faster"),
+    [
+        ("GenuineIntel", "avx512f avx512_bf16 avx512_fp16", False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "avx512f avx512_vnni", False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx512f avx512_vnni", False),
+    ],
+)
+def test_where_bfloat16_is_the_faster(vendor: str, flags: str, faster: bool) -> None:
+    """Intel's AVX-512 multiplies it half as fast as float32; AMD's twice as fast."""
+    described = f"vendor_id\t: {vendor}\nmodel name\t: any\nflags\t\t: fpu {flags}\n"
+    assert multiplies_bfloat16(described) is faster
 
 
 def loaded(folder: Path, dtype: Literal["float32", "bfloat16"], **changes: Any) -> Backbone:
