@@ -66,7 +66,10 @@ def _world(size: int) -> World:
             f"{size} processes were launched, which takes Accelerate: "
             "pip install 'l2rec[distributed]'"
         ) from None
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # by one loss of several
+    ddp = DistributedDataParallelKwargs(
+        find_unused_parameters=True,  # by one loss of several
+        gradient_as_bucket_view=True,  # no copies of the gradients
+    )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # methods choose the dtypes of their products
