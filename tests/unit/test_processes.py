@@ -30,6 +30,7 @@ from l2rec.modules.layers import layers_of
 from l2rec.modules.processes import World
 from l2rec.runs import launch
 from l2rec.runs.checkpoint import load_tensors
+from l2rec.runs.launch import rows_of
 from l2rec.runs.train import train_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,8 +74,8 @@ def test_rows_are_dealt_out_once() -> None:
     users = np.arange(5)
     negatives = np.arange(10, dtype=np.int32).reshape(5, 2)
     whole = Batch(users, histories, histories.values + 10, negatives)
-    parts = [whole.take(rows) for rows in (np.array([0, 3, 4]), np.array([1, 2]))]
-    assert np.concatenate([part.users for part in parts]).tolist() == [0, 3, 4, 1, 2]
+    parts = [whole.take(rows_of(histories.lengths, rank, 2)) for rank in range(2)]
+    assert [part.users.tolist() for part in parts] == [[1, 3, 4], [0, 2]]
     for part in parts:
         assert part.targets.tolist() == (part.histories.values + 10).tolist()
         assert part.histories.lengths.tolist() == [lengths[user] for user in part.users]
@@ -82,6 +83,18 @@ def test_rows_are_dealt_out_once() -> None:
     assert sum(part.terms for part in parts) == whole.terms == sum(lengths)
     last = Batch(users, histories, users + 20, negatives).take(np.array([4, 1]))
     assert last.targets.tolist() == [24, 21] and last.terms == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_all_read_about_as_many_tokens(size: int) -> None:
+    lengths = np.random.default_rng(size).integers(1, 50, 64)
+    dealt = [rows_of(lengths, rank, size) for rank in range(size)]
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(64))
+    assert all((np.diff(rows) > 0).all() for rows in dealt)
+    rows = [len(some) for some in dealt]
+    tokens = [int(lengths[some].sum()) for some in dealt]
+    assert max(rows) - min(rows) <= 2
+    assert max(tokens) - min(tokens) <= lengths.max()
 
 
 def train(recipe: Path, data: Path, out: Path) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ learns, and a run may be resumed by another number of them. One process needs no
 
 from __future__ import annotations
 
-__all__ = ["Silent", "averaging", "dealt", "first_on_each_machine", "joined"]
+__all__ = ["Silent", "averaging", "dealt", "first_on_each_machine", "joined", "rows_of"]
 
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.batches import Batch
+from l2rec.data.ragged import IntArray
 from l2rec.errors import ConfigError, TrainingError
 from l2rec.modules import processes
 from l2rec.modules.processes import Lockstep, World
@@ -151,6 +152,16 @@ def averaging(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         world.accelerator.free_memory()
 
 
+def rows_of(lengths: IntArray, rank: int, size: int) -> IntArray:
+    """Return the rows that are one process' own, ascending: dealt out from the longest to the
+    shortest, there and back, so that all read about as many tokens.
+    """
+    turn = np.arange(len(lengths)) % (2 * size)
+    mine = (turn == rank) | (turn == 2 * size - 1 - rank)
+    rows: IntArray = np.sort(np.argsort(-lengths, kind="stable")[mine])
+    return rows
+
+
 @contextmanager
 def dealt(batch: Batch, *, gather: bool, draw: tuple[int, int]) -> Iterator[tuple[Batch, float]]:
     """Yield this process' rows of a batch, and the weight of their loss in the mean over processes.
@@ -168,8 +179,7 @@ def dealt(batch: Batch, *, gather: bool, draw: tuple[int, int]) -> Iterator[tupl
         return
     part, among = batch, None
     if len(batch) >= world.size:
-        order = np.argsort(-batch.histories.lengths, kind="stable")
-        part, among = batch.take(np.sort(order[world.rank :: world.size])), world
+        part, among = batch.take(rows_of(batch.histories.lengths, world.rank, world.size)), world
     weight = part.terms * world.size / batch.terms if among else 1.0
     own_draws: Any = nullcontext()
     if among is not None:
