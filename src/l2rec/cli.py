@@ -710,6 +710,9 @@ def experiment(
     hours: Annotated[
         float | None, typer.Option(help="Fit the grid into this time; says what is left out.")
     ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="The first so many seeds of each row alone.")
+    ] = None,
     source: Annotated[
         Path | None, typer.Option(help="Data set that rows are pre-trained on, where they are.")
     ] = None,
@@ -759,6 +762,7 @@ def experiment(
         source=source,
         overrides=[word for word in more or () if "=" in word],
         take=take,
+        seeds=seeds,
     )
     if hours is not None and (plan or render):
         planned = fitted(planned, hours * 3600, jobs)

@@ -671,6 +671,20 @@ def test_a_budget_leaves_out_and_says_so(
         run(planned, progress=runs.Quiet(), jobs=0)
 
 
+def test_the_first_seeds_alone(chains: Dataset, tmp_path: Path, processes: Processes) -> None:
+    path = experiments.written(tmp_path / "e.yaml", seeds=[4, 2])
+    out = tmp_path / "out"
+    done = run(planned_of(path, chains, out, seeds=1), progress=runs.Quiet())
+    assert keys(done) == ["chains/narrow-s4", "chains/wide-s4"] and len(processes.begun) == 2
+    _, (text, _) = write_page(done)
+    for left in ("chains/narrow-s2", "chains/wide-s2"):
+        assert f"{left}: left out: --seeds 1" in text.read_text()
+    done = run(planned_of(path, chains, out), progress=runs.Quiet())  # and goes on
+    assert len(done.cells) == 4 and len(processes.begun) == 4 and not done.left_out
+    with pytest.raises(ConfigError, match="--seeds 0"):
+        planned_of(path, chains, out, seeds=0)
+
+
 def test_starts_and_fusions(chains: Dataset, tmp_path: Path, processes: Processes) -> None:
     source = chain_dataset(tmp_path / "source", 40, 20, 8, seed=5)
     path = experiments.written(

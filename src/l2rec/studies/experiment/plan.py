@@ -212,6 +212,7 @@ def plan(
     source: Path | None = None,
     overrides: Sequence[str] = (),
     take: Path | None = None,
+    seeds: int | None = None,
 ) -> Plan:
     """Lay out the cells of an experiment and look at what stands of them. Nothing is written.
 
@@ -222,19 +223,23 @@ def plan(
             starts from them are left out.
         overrides: ``key=value`` of all rows, after their own.
         take: folder of other runs, in which finished ones are looked for.
+        seeds: the first so many of each row's seeds (or averages of seeds); None: all.
 
     Raises:
-        ConfigError: a recipe or override that cannot be, or two data sets of one name.
+        ConfigError: a recipe or override that cannot be, no seed, or two data sets of one name.
         DataError: a data set that cannot be opened.
     """
     if any(override.startswith("seed=") for override in overrides):
         raise ConfigError("seeds are those of the experiment; leave the override seed= out")
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: one or more")
     sets = [_data(path) for path in data]
     names = [one.name for one in (*sets, *([] if source is None else [_data(source)]))]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two data sets are called {name!r}; give each once")
-    grid = _Grid(experiment, out, tuple(overrides), None if source is None else _data(source))
+    start = None if source is None else _data(source)
+    grid = _Grid(experiment, out, tuple(overrides), start, seeds)
     cells, left_out = grid.cells(sets)
     found = () if take is None else _runs_below(take)
     looked = [look_at(cell, found) for cell in cells]
@@ -257,12 +262,14 @@ class _Grid:
     out: Path
     overrides: tuple[str, ...]
     source: Data | None
+    seeds: int | None
     built: dict[tuple[str, str, tuple[int, ...]], Cell] = field(default_factory=dict)
     configs: dict[tuple[str, str], tuple[str, RunConfig]] = field(default_factory=dict)
 
     def cells(self, sets: Sequence[Data]) -> tuple[list[Cell], list[LeftOut]]:
         """Return all cells by importance: more seeds come after more data sets, and these after
-        more rows; and those that need a ``source`` which is not given.
+        more rows; and those that are left out: without the ``source`` they need, or beyond the
+        ``seeds`` that are wanted.
         """
         rows = self.experiment.ordered()
         places: dict[Cell, tuple[int, ...]] = {}
@@ -279,6 +286,9 @@ class _Grid:
             for at_data, (data, split) in enumerate(self._grids(sets)):
                 for at_seed, seeds in enumerate(self.experiment.groups_of(row)):
                     cell = self.cell(row, data, split, seeds)
+                    if self.seeds is not None and at_seed >= self.seeds:
+                        left_out.append(LeftOut(cell.key, f"--seeds {self.seeds}"))
+                        continue
                     places[cell] = (at_seed, at_data, at_row, 0)
                     if row.blend:
                         places[self._blend(cell)] = (at_seed, at_data, at_row, 1)
