@@ -19,6 +19,7 @@ from tests.support.command import Call, Outcome
 from tests.support.runs import Finished
 
 from l2rec import __main__, cli
+from l2rec.cli import production
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import chain_dataset
@@ -120,7 +121,7 @@ def test_serve_takes_its_defaults_from_the_settings(
 ) -> None:
     from l2rec.service.settings import Experiment, Settings, default_of
 
-    names = inspect.signature(cli.serve).parameters
+    names = inspect.signature(production.serve).parameters
     started: list[Settings] = []
 
     def server(target: Path, settings: Settings, **_: Any) -> None:
