@@ -24,7 +24,8 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are not in docs/."""
     pages = {"index.md": (ROOT / "README.md").read_text(), "commands.md": commands()}
-    pages |= {f"results/{p.name}": p.read_text() for p in (ROOT / "results").glob("*.md")}
+    written = (ROOT / "results").rglob("*.md")
+    pages |= {p.relative_to(ROOT).as_posix(): p.read_text() for p in written}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files

@@ -31,7 +31,7 @@ def _pages(nav: object) -> list[str]:
 def test_every_document_is_in_the_contents() -> None:
     listed = _pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     written = {path.relative_to(DOCS).as_posix() for path in DOCS.glob("*.md")}
-    results = {f"results/{path.name}" for path in (ROOT / "results").glob("*.md")}
+    results = {p.relative_to(ROOT).as_posix() for p in (ROOT / "results").rglob("*.md")}
     assert set(listed) == written | results | {"index.md", "commands.md"}
     assert len(listed) == len(set(listed))
 
