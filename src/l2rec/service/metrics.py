@@ -30,7 +30,9 @@ FAILURES = 50
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that was answered with an error. at: unix seconds. detail: line of the answer."""
+    """A request that was answered with an error. at: unix seconds. detail: line of the answer,
+    which may name ids. request: its id, as in the log.
+    """
 
     at: float
     method: str

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from l2rec.service import live, schemas
 from l2rec.service.live import Action
+from l2rec.service.metrics import Failure
 from l2rec.service.routes.answers import CANNOT, WRITING
 from l2rec.service.routes.state import example, service_of
 from l2rec.service.security import Refused, current_writer
@@ -31,19 +32,6 @@ STEP = {
     "run": "ml-tuesday",
     "version": "0f3a6d1c2b4e5f60",
 }
-
-
-class Failed(BaseModel):
-    """A request that was answered with an error. at: unix seconds. detail: line of the answer,
-    which may name ids. request: its id, as in the log.
-    """
-
-    at: float
-    method: str
-    route: str
-    status: int
-    detail: str
-    request: str
 
 
 class Failures(BaseModel):
@@ -62,7 +50,7 @@ class Failures(BaseModel):
         ]
     )
 
-    failures: list[Failed]
+    failures: list[Failure]
 
 
 class Run(BaseModel):
@@ -124,7 +112,7 @@ class RolledBack(Run):
 async def failures(request: Request) -> Failures:
     """List the newest requests that were answered with an error, by this process."""
     newest = reversed(service_of(request).metrics.failures)
-    return Failures(failures=[Failed(**asdict(failure)) for failure in newest])
+    return Failures(failures=list(newest))
 
 
 @router.get("/v1/deployments", responses=CANNOT)
