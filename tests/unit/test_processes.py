@@ -81,6 +81,8 @@ def test_rows_are_dealt_out_once() -> None:
         assert part.histories.lengths.tolist() == [lengths[user] for user in part.users]
         assert part.negatives.tolist() == negatives[part.users].tolist()
     assert sum(part.terms for part in parts) == whole.terms == sum(lengths)
+    newest = Batch(users, histories, whole.targets, negatives, 2)
+    assert newest.terms == 8 and newest.take(np.array([2, 4])).terms == 4
     last = Batch(users, histories, users + 20, negatives).take(np.array([4, 1]))
     assert last.targets.tolist() == [24, 21] and last.terms == 2
 

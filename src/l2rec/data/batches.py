@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Batch", "TrainingBatches", "plan_batches"]
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -21,13 +22,15 @@ class Batch:
     ``users``: [B] int64. ``histories``: B rows of item ints, oldest first, the input.
     ``targets``: the next items. With supervision ``last`` [B], one per row; with ``all`` one per
     input item, aligned with ``histories.values``; with ``sequence`` none. ``negatives``: [B, k]
-    int32 sampled items (k may be 0).
+    int32 sampled items (k may be 0). ``window``: with ``all``, a loss is of so many of the newest
+    targets of each row.
     """
 
     users: npt.NDArray[np.int64]
     histories: Ragged
     targets: npt.NDArray[np.integer]
     negatives: npt.NDArray[np.integer]
+    window: int = sys.maxsize
 
     def __len__(self) -> int:
         return len(self.users)
@@ -35,6 +38,8 @@ class Batch:
     @property
     def terms(self) -> int:
         """How many targets a loss of this batch is the mean over; rows where it has none."""
+        if len(self.targets) > len(self):  # one for every input item
+            return int(np.minimum(self.histories.lengths, self.window).sum())
         return len(self.targets) or len(self)
 
     def take(self, rows: npt.NDArray[np.integer]) -> Self:
@@ -138,7 +143,7 @@ class TrainingBatches:
             ends = sequences.offsets[:-1][users] + position
             sizes = np.minimum(position, max_items)
         self.users, self._ends, self._sizes = users, ends, sizes
-        self._supervision, self._values = supervision, sequences.values
+        self._supervision, self._values, self._window = supervision, sequences.values, window
         total = np.concatenate(([0], np.cumsum(item_costs[np.asarray(sequences.values)])))
         costs = total[ends] - total[ends - sizes]
         self._plan = plan_batches(costs, rng, max_rows=batch_users, max_cost=batch_tokens)
@@ -161,4 +166,4 @@ class TrainingBatches:
         targets = self._values[following]
         rng = np.random.default_rng([*self._rng, number])
         negatives = rng.integers(self.n_items, size=(len(chosen), self.negatives), dtype=np.int32)
-        return Batch(self.users[chosen], histories, np.asarray(targets), negatives)
+        return Batch(self.users[chosen], histories, np.asarray(targets), negatives, self._window)
