@@ -144,6 +144,18 @@ def test_balance_is_of_the_last_level_in_training_alone() -> None:
     assert even.training
 
 
+def test_balance_compares_squared_distances() -> None:
+    """As the published code of LC-Rec and LETTER does."""
+    x = clustered(200)
+    model = quantizer(sinkhorn=0.02)
+    model.fill(x, seed=0)
+    found = model(x)[1]
+    left, book = found.residuals[:, -1].detach(), model.codebooks[-1].detach()
+    squared = (left[:, None] - book[None]).square().sum(-1)
+    assert torch.equal(found.codes[:, -1], balanced(squared, 0.02))
+    assert not torch.equal(found.codes[:, -1], balanced(squared.sqrt(), 0.02))
+
+
 def test_usage_by_hand() -> None:
     codes = torch.tensor([[0, 1], [0, 1], [1, 1], [1, 0]])
     found = usage(codes, 4)

@@ -106,7 +106,8 @@ class ResidualQuantizer(nn.Module):
         residual, codes, vectors, residuals = z, [], [], []
         for level, book in enumerate(self.codebooks):
             if self.training and self.sinkhorn and level == self.levels - 1:
-                code = balanced(torch.cdist(residual.detach(), book.detach()), self.sinkhorn)
+                distances = torch.cdist(residual.detach(), book.detach()).square()
+                code = balanced(distances, self.sinkhorn)
             else:
                 code = _nearest(residual, book)
             codes.append(code)

@@ -452,12 +452,19 @@ def _batches_left(run: _Run, stage: Stage) -> Iterator[tuple[Batch, float, bool]
     c, epochs = run.counters, _epochs(run, stage)
     for epoch in range(c.epoch, epochs):
         if stage.begin_epoch is not None and c.batch == 0:
-            stage.begin_epoch(epoch)
+            _begin_epoch(run, stage.begin_epoch, epoch)
         batches = _batches(run, stage, epoch)
         for done, batch in enumerate(batches.iterate(c.batch), start=c.batch + 1):
             last = epoch + 1 == epochs and done == len(batches)
             yield batch, epoch + done / len(batches), last
         c.epoch, c.batch = epoch + 1, 0
+
+
+def _begin_epoch(run: _Run, begin: Callable[[int], None], epoch: int) -> None:
+    """Do what a stage does before an epoch, such as encoding all items; it is training time."""
+    started = time.monotonic()
+    begin(epoch)
+    run.counters.seconds += _Done(time.monotonic() - started).of_all().seconds
 
 
 def _limit_reached(run: _Run) -> str:
