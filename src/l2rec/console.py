@@ -430,11 +430,9 @@ def print_downstream(report: Mapping[str, Any]) -> None:
         cells = [number(report["floors"][floor].get(metric)) for floor in floors]
         cells += [spread(result["control"]), spread(result["treatment"])]
         if result["difference"] is not None:
-            cells += [
-                f"{result['difference']:+.4f}",
-                f"{result['low']:+.4f} .. {result['high']:+.4f}",
-            ]
-            cells += [f"{result['p']:.2g}", f"{result['p_holm']:.2g}"]
+            low, high = number(result["low"], "+.4f"), number(result["high"], "+.4f")
+            cells += [f"{result['difference']:+.4f}", f"{low} .. {high}"]
+            cells += [number(result[name], ".2g") for name in ("p", "p_holm")]
         table.add_row(metric, *cells)
     out.print(table)
 

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import log_loss, roc_auc_score
 from tests.support import runs
 from tests.support.command import Call
@@ -178,12 +179,17 @@ def test_comparison_by_hand() -> None:
     seeds = np.std([0.2, 0.3], ddof=1)
     assert m["error_users"] == pytest.approx(users) and m["sd_seeds"] == pytest.approx(seeds)
     whole = math.sqrt(users**2 + seeds**2 / 2)
-    assert m["high"] - m["low"] == pytest.approx(2 * 1.959964 * whole, rel=1e-6)
-    assert m["p"] == pytest.approx(math.erfc(0.25 / whole / math.sqrt(2)))
+    freedom = whole**4 / (users**4 / 2 + (seeds**2 / 2) ** 2 / 1)  # Satterthwaite
+    t = stats.t(freedom)
+    assert m["high"] - m["low"] == pytest.approx(2 * t.ppf(0.975) * whole, rel=1e-6)
+    assert m["p"] == pytest.approx(2 * t.sf(0.25 / whole))
     assert m["p_holm"] == m["p"]  # one metric was tested
     assert found["none"]["difference"] is None and found["none"]["control"]["mean"] is None
     one = compared({name: runs[:1] for name, runs in arms.items()}, 3, 0.05)["m"]
-    assert one["sd_seeds"] is None and one["control"]["sd"] is None
+    assert one["difference"] == pytest.approx(0.2) and one["error_users"] > 0
+    assert one["control"]["sd"] is None
+    for of_seeds in ("sd_seeds", "low", "high", "p", "p_holm"):  # one seed does not tell
+        assert one[of_seeds] is None
 
 
 def test_user_hash_is_splitmix64() -> None:
@@ -488,7 +494,7 @@ def test_a_planted_gain_is_found_and_noise_is_none(road: Road, tmp_path: Path) -
 
     told = gains(planted(road.data, tmp_path / "taste"))
     noise = gains(planted(road.data, tmp_path / "noise", seed=0))
-    assert told["recall@5"]["difference"] > 0.05 and told["recall@5"]["p"] < 0.01
+    assert told["recall@5"]["difference"] > 0.05 and told["recall@5"]["p"] < 0.05
     assert told["click gauc"]["difference"] > 0.02
     for metric, most in (("recall@5", 0.03), ("click gauc", 0.02)):
         assert noise[metric]["difference"] < most, metric

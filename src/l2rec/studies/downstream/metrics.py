@@ -151,11 +151,11 @@ def compared(
 
     Trainings with the same seed are paired. Both the users and the seeds are a sample, so the
     variance of the difference is the sum of two: that over users of the mean of the seeds (delta
-    method), and that over seeds divided by their number. p is two-sided, normal; ``p_holm`` is
-    corrected for all metrics.
+    method), and that over seeds divided by their number. Interval and p, two-sided, are of
+    Student's t with the degrees of freedom by Satterthwaite (1946); one seed says nothing of what
+    seeds vary, and has neither. ``p_holm`` is corrected for all metrics.
     """
-    from scipy.special import ndtri
-    from scipy.stats import norm
+    from scipy.special import stdtr, stdtrit
 
     differences: dict[str, dict[str, Any]] = {}
     for metric in arms[CONTROL][0]:
@@ -170,20 +170,28 @@ def compared(
         by_seed = np.array([t.value - c.value for t, c in real])
         influence = np.mean([t.influence - c.influence for t, c in real], axis=0)
         error = math.sqrt(float(influence.var(ddof=1)) / n_users) if n_users > 1 else math.nan
-        seeds = float(by_seed.std(ddof=1)) if len(real) > 1 else 0.0
-        whole = math.sqrt(error**2 + seeds**2 / len(real))
         difference = float(by_seed.mean())
-        half = float(ndtri(1 - alpha / 2)) * whole
-        z = difference / whole if whole > 0 else (math.inf if difference else 0.0)
-        differences[metric] |= {
-            "difference": difference,
-            "low": difference - half,
-            "high": difference + half,
-            "error_users": error,
-            "sd_seeds": seeds if len(real) > 1 else None,
-            "p": 2.0 * float(norm.sf(abs(z))),
-        }
-    tested = [m for m, result in differences.items() if result["difference"] is not None]
+        found: dict[str, float | None] = {"low": None, "high": None, "sd_seeds": None, "p": None}
+        if len(real) > 1:
+            seeds = float(by_seed.std(ddof=1))
+            parts = [error**2, seeds**2 / len(real)]
+            whole = math.sqrt(sum(parts))
+            counts = [n_users - 1, len(real) - 1]
+            uncertain = sum(v**2 / n for v, n in zip(parts, counts, strict=True))
+            freedom = sum(parts) ** 2 / uncertain if uncertain else math.inf
+            half = float(stdtrit(freedom, 1 - alpha / 2)) * whole
+            t = difference / whole if whole > 0 else (math.inf if difference else 0.0)
+            found = {
+                "low": difference - half,
+                "high": difference + half,
+                "sd_seeds": seeds,
+                "p": 2.0 * float(stdtr(freedom, -abs(t))),
+            }
+        differences[metric] |= {"difference": difference, "error_users": error, **found}
+    tested = [m for m, result in differences.items() if result.get("p") is not None]
+    for result in differences.values():
+        if result["difference"] is not None:
+            result["p_holm"] = None
     for metric, p in zip(tested, holm([differences[m]["p"] for m in tested]), strict=True):
         differences[metric]["p_holm"] = p
     return differences
