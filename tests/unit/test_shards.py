@@ -175,6 +175,101 @@ def test_a_shard_that_was_exchanged(catalog_run: Finished, tmp_path: Path) -> No
         read_vectors(folder)
 
 
+def test_rows_that_changed_are_not_taken_for_those_that_were_encoded(
+    catalog_run: Finished, tmp_path: Path
+) -> None:
+    """The two files have the same layout, counts and statistics: what a footer tells of them."""
+    source, names = tmp_path / "h.parquet", [f"u{n}" for n in range(4)]
+    footers = []
+    for middle in ("i2", "i3"):
+        rows = [["i1", middle], ["i1", "i4"], ["i4", "i1"], ["i2", "i3"]]
+        pq.write_table(pa.table({"user_id": names, "history": rows}), source)
+        footers.append(
+            source.read_bytes()[-8 - int.from_bytes(source.read_bytes()[-8:-4], "little") :]
+        )
+        if middle == "i2":
+            embed_run(catalog_run.run, tmp_path / "v", Quiet(), histories=source)
+    assert footers[0] == footers[1]
+    with pytest.raises(CheckpointError, match=r"has vectors of source .* delete it,"):
+        embed_run(catalog_run.run, tmp_path / "v", Quiet(), histories=source)
+
+
+def test_a_shard_is_kept_only_if_it_is_whole_and_of_the_plan(
+    catalog_run: Finished, tmp_path: Path
+) -> None:
+    """A flipped byte, other rows, another precision: all are encoded anew, the rest is kept."""
+    arguments: dict[str, Any] = {"sharding": Sharding(rows=8)}
+    embed_run(catalog_run.run, tmp_path / "v", Quiet(), **arguments)
+    embed_run(catalog_run.run, tmp_path / "bits", Quiet(), precision="binary", **arguments)
+    folder = tmp_path / "v" / "users"
+    whole = files(folder)
+    vector = read_vectors(folder).vectors[0].tobytes()
+    first = bytearray(whole["shard-00000.parquet"])
+    first[first.index(vector[:16])] ^= 1
+    (folder / "shard-00000.parquet").write_bytes(first)
+    shutil.copy(folder / "shard-00002.parquet", folder / "shard-00001.parquet")
+    shutil.copy(tmp_path / "bits" / "users" / "shard-00003.parquet", folder)
+    progress = Quiet()
+    embed_run(catalog_run.run, tmp_path / "v", progress, **arguments)
+    assert any("2 of 5 shards are there already" in line for line in progress.lines)
+    assert files(folder) == whole
+
+    # While the manifest names no shards yet, the precision tells them apart.
+    (folder / MANIFEST).write_text(
+        json.dumps({**json.loads(whole[MANIFEST]), "complete": False, "shards": []})
+    )
+    shutil.copy(tmp_path / "bits" / "users" / "shard-00003.parquet", folder)
+    embed_run(catalog_run.run, tmp_path / "v", Quiet(), **arguments)
+    assert files(folder) == whole
+
+
+def test_a_run_that_changes_while_it_is_encoded(catalog_run: Finished, tmp_path: Path) -> None:
+    """A process that loads the run later writes nothing of another version."""
+    predictor = load(catalog_run.run)
+    known, predictor.version = predictor.version, "0a0a0a0a"
+    source = shards.Source("users", catalog_run.run, catalog_run.data)
+    with pytest.raises(CheckpointError, match=f"is of version {known} now, and was of 0a0a0a0a"):
+        shards.write(source, tmp_path / "v", predictor, Quiet(), precision="float32")
+    assert not list((tmp_path / "v").glob("shard-*"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "message"),
+    [
+        (
+            {"user_id": ["a", "b"], "history": [["i1"], ["i1", None]]},
+            "histories",
+            r"given\.parquet, rows 0 to 1: 1 item ids in history are null",
+        ),
+        (
+            {"user_id": ["a", "b", "a", "b"], "history": [["i1"], ["i1"], ["i2"], []]},
+            "histories",
+            r"given\.parquet: user_id 'a' is in 2 rows; every row needs its own",
+        ),
+        (
+            {"item_id": ["a", "b", "b"], "text": ["one", "two", "three"]},
+            "texts",
+            r"given\.parquet: item_id 'b' is in 2 rows; every row needs its own",
+        ),
+    ],
+)
+def test_what_spoils_a_result_is_found_before_anything_is_encoded(
+    catalog_run: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    columns: dict[str, list[Any]],
+    kind: str,
+    message: str,
+) -> None:
+    source = tmp_path / "given.parquet"
+    pq.write_table(pa.table(columns), source)
+    monkeypatch.setattr(shards, "Encoder", None)
+    given: dict[str, Any] = {kind: source, "with_users": kind == "histories"}
+    with pytest.raises(DataError, match=message) as raised:
+        embed_run(catalog_run.run, tmp_path / "v", Quiet(), **given)
+    assert one_line(raised)
+
+
 @pytest.mark.parametrize(
     ("columns", "kind", "message"),
     [

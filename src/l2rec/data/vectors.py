@@ -15,6 +15,7 @@ __all__ = [
     "PRECISIONS",
     "Vectors",
     "bytes_of",
+    "read_file",
     "read_vectors",
     "rounded",
     "scale_of",
@@ -164,7 +165,7 @@ def read_vectors(path: Path) -> Vectors:
         CheckpointError: another file, rows missing or edited, several versions, an id twice,
             numbers that are not finite, or some vectors of unit length and others not.
     """
-    found = _read_shards(path) if path.is_dir() else _read_file(path)[0]
+    found = _read_shards(path) if path.is_dir() else read_file(path)[0]
     ids, vectors, rows = found.ids, found.vectors, len(found.ids)
     if len(set(ids)) != rows:
         raise CheckpointError(f"{path}: an id twice; embed the run again")
@@ -189,7 +190,7 @@ def _read_shards(folder: Path) -> Vectors:
         raise CheckpointError(f"{folder} is not complete; give the same `l2rec embed` again")
     parts = []
     for shard in manifest["shards"]:
-        part, digest = _read_file(folder / shard["name"])
+        part, digest = read_file(folder / shard["name"])
         if digest != shard["sha256"] or part.version != manifest["version"]:
             raise CheckpointError(
                 f"{folder / shard['name']} is not the shard that {MANIFEST} names; embed the run "
@@ -200,8 +201,12 @@ def _read_shards(folder: Path) -> Vectors:
     return Vectors(ids, np.concatenate([part.vectors for part in parts]), manifest["version"])
 
 
-def _read_file(path: Path) -> tuple[Vectors, str]:
-    """Read the vectors of one file, and their hash. Raises as `read_vectors`."""
+def read_file(path: Path) -> tuple[Vectors, str]:
+    """Read the vectors of one file, and their hash.
+
+    Raises:
+        CheckpointError: another file, rows missing or edited, several versions.
+    """
     try:
         table = pq.ParquetFile(path).read()
         stored = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 __all__ = ["ENGINES", "SHARD_ROWS", "Source", "encode_users", "ready", "users_with_events", "write"]
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,21 +23,22 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
-from l2rec.data.vectors import MANIFEST, scale_of, vectors_table
-from l2rec.disk import read_json, replacing, working_on, write_json
+from l2rec.data.vectors import MANIFEST, read_file, scale_of, vectors_table
+from l2rec.disk import digest_of, read_json, replacing, working_on, write_json
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError
 from l2rec.protocols import Progress
 from l2rec.runs.folder import open_run_dataset
 from l2rec.runs.predictor import Predictor, load
 from l2rec.runs.scoring import with_cold_items
 
-FORMAT = 1
+FORMAT = 2
 ENGINES = ("local", "ray")
 BLOCK = 1024
 """Rows that the model is given at once."""
@@ -130,12 +130,42 @@ class Source:
         return found
 
     def facts(self) -> dict[str, Any]:
-        """Return what tells these rows from others: the data set's fingerprint, or hashes of the
-        files' footers.
+        """Return what tells these rows from others: the data set's fingerprint, or the files'
+        hashes.
         """
         if self.parquet is None:
             return {"dataset": open_run_dataset(self.run, self.data).fingerprint}
-        return {"files": {file.name: _footer_hash(file) for file in _parquet_files(self.parquet)}}
+        return {"files": {file.name: digest_of(file) for file in _parquet_files(self.parquet)}}
+
+    def check(self) -> None:
+        """Read all Parquet files once, for what would stop the encoding or spoil its result.
+
+        Raises:
+            DataError: something is null, or of a type that cannot be encoded; an id twice.
+        """
+        if self.parquet is None:
+            return
+        ids: list[pa.Array] = []
+        for file in _parquet_files(self.parquet):
+            first, opened = 0, pq.ParquetFile(file)
+            try:
+                for batch in opened.iter_batches(READ_ROWS, columns=list(COLUMNS[self.kind])):
+                    place = _place(file, first, first + len(batch))
+                    table = pa.Table.from_batches([batch])
+                    names, values = _columns_of(table, self.kind, place)
+                    if self.kind == "histories":  # who has an empty list is left out
+                        names = names.filter(pc.greater(pc.list_value_length(values), 0))
+                    ids += names.chunks
+                    first += len(batch)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+        counts = pc.value_counts(pa.chunked_array(ids, pa.large_string()))
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(twice):
+            raise DataError(
+                f"{self.parquet}: {COLUMNS[self.kind][0]} {twice[0]['values'].as_py()!r} is in "
+                f"{twice[0]['counts'].as_py()} rows; every row needs its own"
+            )
 
     def _rows_of(self, file: Path) -> int:
         try:
@@ -201,13 +231,30 @@ def _parquet_files(path: Path) -> list[Path]:
     return files
 
 
-def _footer_hash(file: Path) -> str:
-    """Hash the footer of a Parquet file: its layout, counts and statistics."""
-    with file.open("rb") as opened:
-        opened.seek(-8, 2)
-        length = int.from_bytes(opened.read(4), "little")
-        opened.seek(-8 - length, 2)
-        return hashlib.sha256(opened.read()).hexdigest()[:16]
+def _place(file: Path | None, first: int, last: int) -> str:
+    """Say where rows lie, for an error."""
+    return f"{file}, rows {first:,} to {last - 1:,}"
+
+
+def _columns_of(table: pa.Table, kind: str, place: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Return ids and what is encoded of them, as `COLUMNS` names them, none of them null.
+
+    Raises:
+        DataError: something is null, or of a type that cannot be encoded.
+    """
+    names = COLUMNS[kind]
+    text = pa.large_string()
+    try:
+        ids = table[names[0]].cast(text)
+        values = table[names[1]].cast(pa.large_list(text) if kind == "histories" else text)
+    except pa.ArrowException as error:
+        raise DataError(f"{place}: {str(error).splitlines()[0]}") from error
+    for name, column in zip(names, (ids, values), strict=True):
+        if column.null_count:
+            raise DataError(f"{place}: {column.null_count} rows have no {name}")
+    if kind == "histories" and (nulls := pc.list_flatten(values).null_count):
+        raise DataError(f"{place}: {nulls} item ids in {names[1]} are null")
+    return ids, values
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -219,21 +266,33 @@ def _is_list(kind: pa.DataType) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to encode any shard; paths are absolute."""
+    """What a process needs to encode any shard; paths are absolute. ``version``: that of the run
+    that every shard is to be of.
+    """
 
     source: Source
     folder: Path
     precision: str
+    version: str
 
 
 class Encoder:
-    """A run in this process, that encodes shards and writes them."""
+    """A run in this process, that encodes shards and writes them.
+
+    Raises:
+        CheckpointError: the run is another than when the command began.
+    """
 
     def __init__(self, job: Job) -> None:
         source = job.source
         needed = source.kind == "users" or source.data is not None
         self.dataset = open_run_dataset(source.run, source.data) if needed else None
         self.job, self.predictor = job, ready(source.run, self.dataset)
+        if self.predictor.version != job.version:
+            raise CheckpointError(
+                f"{source.run} is of version {self.predictor.version} now, and was of "
+                f"{job.version} when this began; give another --out"
+            )
         self._read = getattr(self, f"_{source.kind}")
 
     def __call__(self, shard: Shard) -> None:
@@ -266,7 +325,7 @@ class Encoder:
         return ids, encode_users(self.predictor, self.dataset.sequences.take(users)), None
 
     def _histories(self, shard: Shard) -> tuple[list[str], Tensor, None]:
-        ids, histories = self._columns(shard, pa.large_list(pa.string()))
+        ids, histories = self._columns(shard)
         known = [n for n, history in enumerate(histories) if history]
         try:
             rows = self.predictor.rows([histories[n] for n in known])
@@ -276,7 +335,7 @@ class Encoder:
 
     def _texts(self, shard: Shard) -> tuple[list[str], Tensor, float]:
         """Encode texts; in int8, with the scale of the run's own items."""
-        ids, texts = self._columns(shard, pa.string())
+        ids, texts = self._columns(shard)
         blocks = [torch.zeros(0, _dim(self.predictor))]
         try:
             for start in range(0, len(texts), BLOCK):
@@ -285,22 +344,16 @@ class Encoder:
             raise self._of(shard, error) from error
         return ids, torch.cat(blocks), self._scale
 
-    def _columns(self, shard: Shard, kind: pa.DataType) -> tuple[list[str], list[Any]]:
+    def _columns(self, shard: Shard) -> tuple[list[str], list[Any]]:
         """Read ids and what is encoded of them, none of them null."""
-        names = COLUMNS[self.job.source.kind]
-        table = shard.read(names)
-        try:
-            ids, values = table[names[0]].cast(pa.string()), table[names[1]].cast(kind)
-        except pa.ArrowException as error:
-            raise self._of(shard, error) from error
-        for name, column in zip(names, (ids, values), strict=True):
-            if column.null_count:
-                raise self._of(shard, f"{column.null_count} rows have no {name}")
+        kind = self.job.source.kind
+        place = _place(shard.file, shard.first, shard.last)
+        ids, values = _columns_of(shard.read(COLUMNS[kind]), kind, place)
         return ids.to_pylist(), values.to_pylist()
 
     def _of(self, shard: Shard, reason: object) -> DataError:
         """Return an error that says where its rows lie."""
-        return DataError(f"{shard.file}, rows {shard.first:,} to {shard.last - 1:,}: {reason}")
+        return DataError(f"{_place(shard.file, shard.first, shard.last)}: {reason}")
 
 
 def _locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
@@ -396,8 +449,8 @@ def write(
     rows: int = SHARD_ROWS,
     cpus: int = 1,
 ) -> tuple[Path, int, int]:
-    """Encode a source into a folder of shards, but for those that are there; return the folder, the
-    rows and D.
+    """Encode a source into a folder of shards, but for those that are there and whole; return the
+    folder, the rows and D.
 
     predictor: the run, whose version is written; processes load it again.
 
@@ -406,7 +459,7 @@ def write(
         ConfigError: as `_by_ray`. DataError: rows that cannot be encoded.
     """
     folder = folder.resolve()
-    job = Job(_absolute(source), folder, precision)
+    job = Job(_absolute(source), folder, precision, predictor.version)
     plan = {
         "format": FORMAT,
         "kind": source.kind,
@@ -419,26 +472,35 @@ def write(
     shards = job.source.shards(rows)
     if not shards:
         raise DataError(f"{source.parquet or source.data}: no rows to encode")
+    source.check()
     with working_on(folder):
-        _claim(folder, plan)
-        missing = [shard for shard in shards if _facts_of(folder / shard.name) is None]
+        named = _claim(folder, plan)
+        kept = {
+            shard.name: facts
+            for shard in shards
+            if (facts := _facts_of(folder / shard.name, plan))
+            and facts["sha256"] == named.get(shard.name, facts["sha256"])
+        }
+        missing = [shard for shard in shards if shard.name not in kept]
         if len(missing) < len(shards):
-            there = len(shards) - len(missing)
-            progress.line(f"{folder}: {there:,} of {len(shards):,} shards are there already")
+            progress.line(f"{folder}: {len(kept):,} of {len(shards):,} shards are there already")
         done, wanted = 0, sum(shard.last - shard.first for shard in missing)
         encoded = _by_ray(job, missing, cpus) if engine == "ray" else _locally(job, missing)
         if missing:
             for count in encoded:
                 done += count
                 progress.validating(done, wanted)
-        named = [{"name": s.name, **(_facts_of(folder / s.name) or {})} for s in shards]
-        if lost := [each["name"] for each in named if "rows" not in each]:
-            raise CheckpointError(
-                f"{folder / lost[0]} was written and is not there: is {folder} on a disk that all "
-                "machines see?"
-            )
-        total = sum(each["rows"] for each in named)
-        manifest = {**plan, "complete": True, "rows": total, "shards": named}
+        for shard in missing:
+            facts = _facts_of(folder / shard.name, plan)
+            if facts is None:
+                raise CheckpointError(
+                    f"{folder / shard.name} was written and is not there, or not whole: is "
+                    f"{folder} on a disk that all machines see?"
+                )
+            kept[shard.name] = facts
+        total = sum(each["rows"] for each in kept.values())
+        entries = [{"name": shard.name, **kept[shard.name]} for shard in shards]
+        manifest = {**plan, "complete": True, "rows": total, "shards": entries}
         write_json(folder / MANIFEST, manifest, remedy=SPACE)
         for leftover in folder.glob(".shard-*.part"):  # of processes that died
             with suppress(OSError):
@@ -455,8 +517,9 @@ def _absolute(source: Source) -> Source:
     return Source(source.kind, source.run.resolve(), **places)
 
 
-def _claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Begin a manifest in an empty folder, or compare that of an earlier command.
+def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, str]:
+    """Begin a manifest in an empty folder, or compare that of an earlier command; return the hash
+    of each shard that it names.
 
     Raises:
         CheckpointError: the folder is something else, or of something else.
@@ -465,7 +528,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
         if any(not file.name.startswith(".") for file in folder.iterdir()):
             raise CheckpointError(f"{folder} is not empty and has no {MANIFEST}; choose another")
         write_json(folder / MANIFEST, {**plan, "complete": False}, remedy=SPACE)
-        return
+        return {}
     found = read_json(folder / MANIFEST)
     for name, value in plan.items():
         if found.get(name) != value:
@@ -473,12 +536,19 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
                 f"{folder} has vectors of {name} {found.get(name)}, not {value}; delete it, or "
                 "choose another --out"
             )
+    return {shard["name"]: shard["sha256"] for shard in found.get("shards", [])}
 
 
-def _facts_of(path: Path) -> dict[str, Any] | None:
-    """Return rows and hash of a shard's file by its footer; None where there is none."""
+def _facts_of(path: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """Read a whole shard and return its rows and hash; None where it is not there, damaged, or not
+    of the plan.
+    """
     try:
-        footer = pq.read_metadata(path)
-        return {"rows": footer.num_rows, "sha256": footer.metadata[b"l2rec.sha256"].decode()}
-    except (OSError, KeyError, TypeError, pa.ArrowException):
+        found, digest = read_file(path)
+        precision = pq.read_metadata(path).metadata.get(b"l2rec.precision", b"float32").decode()
+    except (CheckpointError, OSError):
         return None
+    facts = (found.version, precision, found.vectors.shape[1])
+    if facts != (plan["version"], plan["precision"], plan["dim"]):
+        return None
+    return {"rows": len(found.ids), "sha256": digest}
