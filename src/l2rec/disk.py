@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = [
     "LOCK",
     "digest_of",
+    "locked",
     "move_into_place",
     "read_json",
     "replacing",
@@ -163,12 +164,12 @@ def replacing_folder(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            with _lock(path.parent):
+            with locked(path.parent):
                 _delete_leftovers(path, "part")
                 staged = _sibling(path, "part")
                 staged.mkdir()
                 stack.callback(shutil.rmtree, staged, ignore_errors=True)
-                stack.enter_context(_lock(staged))  # for as long as this writer lives
+                stack.enter_context(locked(staged))  # for as long as this writer lives
             try:
                 yield staged
             except L2RecError as reason:  # of a file in it: name the folder that the user named
@@ -178,7 +179,7 @@ def replacing_folder(
                 raise
             for inner in (*staged.rglob("*"), staged):
                 _flush_folder(inner) if inner.is_dir() else _flush_file(inner)
-            with _lock(path.parent):
+            with locked(path.parent):
                 if manifest is None or not path.exists():
                     _exchange(staged, path)
                 else:
@@ -226,13 +227,13 @@ def _sibling(path: Path, suffix: str) -> Path:
 def _delete_leftovers(path: Path, suffix: str) -> None:
     """Delete the siblings of a folder that killed writers left."""
     for folder in path.parent.glob(f".{glob.escape(path.name)}.*.{suffix}"):
-        with suppress(OSError), _lock(folder, wait=False) as locked:
-            if locked:
+        with suppress(OSError), locked(folder, wait=False) as alone:
+            if alone:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _lock(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
     """Keep out other processes of this machine that lock the same folder; a kill ends that too.
 
     Yields False, and keeps nobody out, where the folder is locked already and ``wait`` is off, or
@@ -245,11 +246,11 @@ def _lock(folder: Path, *, wait: bool = True) -> Iterator[bool]:
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        locked = False
+        held = False
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-        yield locked
+            held = True
+        yield held
     finally:
         os.close(handle)
 

@@ -39,7 +39,7 @@ import pyarrow.parquet as pq
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import open_dataset
 from l2rec.data.vectors import Floats, off_unit, read_vectors, vectors_hash
-from l2rec.disk import replacing_folder
+from l2rec.disk import locked, replacing_folder, write_text
 from l2rec.errors import CheckpointError, ConfigError, DataError, L2RecError, StorageError
 
 KINDS = ("exact", "flat", "hnsw", "ivf", "int8", "binary", "milvus")
@@ -399,7 +399,8 @@ class Milvus:
         ids: Sequence[str] | None = None,
         attribute: Attribute | None = None,
     ) -> Milvus:
-        """Fill a collection, by default named by a hash of the vectors, unless it is complete.
+        """Fill a collection, by default named by a hash of the vectors, unless it is complete; then
+        count its rows.
 
         ids: of the rows, for other programs: the field item_id. attribute: the partition key.
         """
@@ -417,6 +418,7 @@ class Milvus:
         if index._ask(index._graph) and index._count() == len(vectors):
             return index
         index._ask(lambda: index._fill(vectors, columns))
+        index.check()
         return index
 
     def _graph(self) -> bool:
@@ -644,7 +646,8 @@ def save(
     """Write an index with the ids of its rows, whole or not at all.
 
     A collection of Milvus then takes over from those that the folder had before: aliases of theirs,
-    and ``alias``, name it, and they are deleted. If that fails, saving again goes on with it.
+    and ``alias``, name it, and they are deleted. The manifest names them until that is done; if it
+    fails, saving again goes on with it.
 
     A new folder is renamed as one. Into a folder that is an index already, the files are moved one
     by one under names of their content, the manifest last.
@@ -659,23 +662,41 @@ def save(
         raise DataError("an id twice; every row of an index needs its own")
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is not an index; choose another folder")
+    before = _collections_of(folder)
+    if isinstance(index, Milvus):
+        before.discard((index.uri, index.collection))
     with replacing_folder(
         folder, manifest=MANIFEST, belongs=_belongs, remedy="free some space"
     ) as staged:
-        _write(index, staged, ids, version)
-        before = _collection_of(folder)
+        _write(index, staged, ids, version, before)
     if isinstance(index, Milvus):
-        same = before is not None and before.uri == index.uri
-        earlier = {before.collection} if before is not None and same else set()
+        earlier = {collection for uri, collection in before if uri == index.uri}
         index.take_over(earlier, alias, _collection_prefix(folder))
-        before = None if same else before
-    if before is not None:  # of another Milvus, or before an index of another kind
-        with contextlib.suppress(StorageError):
-            before.drop()
+    for uri, collection in before:
+        if not isinstance(index, Milvus) or uri != index.uri:
+            with contextlib.suppress(L2RecError):
+                Milvus(uri, collection, 0, 0).drop()
+    if before:
+        _forget(folder, before)
 
 
-def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> None:
-    """Write the files of an index and its manifest into an empty folder."""
+def _forget(folder: Path, replaced: set[tuple[str, str]]) -> None:
+    """Take collections that were replaced out of the manifest of an index."""
+    with locked(folder.parent):  # as an exchange of the folder by another writer
+        manifest = _manifest(folder)
+        waiting = {(uri, name) for uri, name in manifest.pop("replaces", [])}
+        if waiting & replaced:
+            if waiting - replaced:
+                manifest["replaces"] = sorted(waiting - replaced)
+            _write_manifest(folder / MANIFEST, manifest)
+
+
+def _write(
+    index: Index, folder: Path, ids: Sequence[str], version: str, before: set[tuple[str, str]]
+) -> None:
+    """Write the files of an index and its manifest into an empty folder. ``before``: (uri, name) of
+    the collections that it replaces.
+    """
     written = {}
 
     def write(role: str, to: Callable[[Any], object]) -> None:
@@ -720,8 +741,14 @@ def _write(index: Index, folder: Path, ids: Sequence[str], version: str) -> None
         "options": options,
         "files": written,
     }
-    manifest["sha256"] = _seal(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    if before:
+        manifest["replaces"] = sorted(before)
+    _write_manifest(folder / MANIFEST, manifest)
+
+
+def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1) + "\n"
+    write_text(path, text, remedy="free some space")
 
 
 def _belongs(file: Path) -> bool:
@@ -736,16 +763,20 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _collection_of(folder: Path) -> Milvus | None:
-    """Open the Milvus collection of the index in a folder, if it was filled for this folder."""
+def _collections_of(folder: Path) -> set[tuple[str, str]]:
+    """Return (uri, name) of the Milvus collections that were filled for the index in a folder: its
+    own, and those that it was to replace when a save was killed.
+    """
     with contextlib.suppress(L2RecError):
         manifest = _manifest(folder)
+        found = {(uri, collection) for uri, collection in manifest.get("replaces", [])}
         options = manifest["options"]
         if manifest["kind"] == "milvus" and options["collection"].startswith(
             _collection_prefix(folder)
         ):
-            return Milvus(rows=manifest["rows"], dim=manifest["dim"], **options)
-    return None
+            found.add((options["uri"], options["collection"]))
+        return found
+    return set()
 
 
 def load(folder: Path) -> tuple[Index, list[str], str]:

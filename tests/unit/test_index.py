@@ -366,6 +366,56 @@ def test_an_alias_after_a_kill_before_it_was_moved(
     assert index.client.describe_alias("shop")["collection_name"] == index.collection
 
 
+@milvus_is_loud
+def test_aliases_of_an_earlier_collection_after_a_kill_before_they_were_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest of the new version names what it is to replace, until that is done: the same
+    command goes on, and so does another one.
+    """
+    uri, out = options("milvus", tmp_path)["uri"], tmp_path / "index"
+    one, two, three = (embedded(tmp_path / v, VECTORS, v) for v in ("v1", "v2", "v3"))
+
+    def killed(source: Path, **kind: str) -> None:
+        with monkeypatch.context() as patch:
+            for name in ("take_over", "drop"):
+                patch.setattr(ix.Milvus, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                build_folder(source, out, **kind)
+
+    first = build_folder(one, out, kind="milvus", uri=uri, alias="shop")["collection"]
+    killed(two, kind="milvus", uri=uri)
+    index = load(out)[0]
+    assert isinstance(index, ix.Milvus)
+    assert index.client.describe_alias("shop")["collection_name"] == first != index.collection
+    build_folder(two, out, kind="milvus", uri=uri)
+    assert index.client.list_collections() == [index.collection]
+    assert index.client.describe_alias("shop")["collection_name"] == index.collection
+    assert "replaces" not in json.loads((out / ix.MANIFEST).read_text())
+
+    killed(three, kind="milvus", uri=uri)
+    killed(one, kind="exact")
+    assert len(index.client.list_collections()) == 2
+    build_folder(one, out, kind="exact")
+    assert index.client.list_collections() == []
+    assert load(out)[2] == "v1"
+
+
+@milvus_is_loud
+def test_rows_that_milvus_lost_while_it_was_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = options("milvus", tmp_path)["uri"]
+    from pymilvus import MilvusClient
+
+    insert = MilvusClient.insert
+    monkeypatch.setattr(
+        MilvusClient, "insert", lambda self, name, rows: insert(self, name, rows[1:])
+    )
+    with pytest.raises(CheckpointError, match="has 599 rows, not 600; build the index again"):
+        build(VECTORS, "milvus", uri=uri)
+
+
 def test_a_server_keeps_what_an_alias_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server refuses to delete a collection that has an alias; milvus-lite deletes both. So the
     alias is moved first, in one call.
