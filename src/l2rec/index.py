@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -605,8 +606,34 @@ def searched(index: Index) -> str:
 
 
 def _collection_prefix(folder: Path) -> str:
-    """Return the prefix of the names of collections that belong to the index in a folder."""
-    return f"l2rec_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}_"
+    """Return the prefix of the names of collections that belong to the index in a folder.
+
+    A hash of the folder's path, so that a copy owns nothing, and of its token.
+    """
+    text = str(folder.resolve())
+    with contextlib.suppress(FileNotFoundError):
+        text = f"{_token_of(folder).read_text(encoding='utf-8').strip()} {text}"
+    return f"l2rec_{hashlib.sha256(text.encode()).hexdigest()[:16]}_"
+
+
+def _token_of(folder: Path) -> Path:
+    """Return the file that has the random token of an index: a folder of the same path on another
+    machine has another one, so that neither deletes the collections of the other.
+
+    It lies beside the folder: a copy of that does not take it along, and a build that fails leaves
+    no folder without an index.
+    """
+    place = folder.resolve()
+    return place.parent / f".{place.name}.owner"
+
+
+def _own_collections(folder: Path) -> None:
+    """Write the token of an index before its first collection.
+
+    One that an l2rec without tokens has filled a collection for keeps it, and goes without.
+    """
+    if not _token_of(folder).exists() and not _collections_of(folder):
+        write_text(_token_of(folder), secrets.token_hex(16) + "\n", remedy="free some space")
 
 
 def _milvus_uri(uri: str) -> str:
@@ -770,12 +797,10 @@ def _collections_of(folder: Path) -> set[tuple[str, str]]:
     with contextlib.suppress(L2RecError):
         manifest = _manifest(folder)
         found = {(uri, collection) for uri, collection in manifest.get("replaces", [])}
-        options = manifest["options"]
-        if manifest["kind"] == "milvus" and options["collection"].startswith(
-            _collection_prefix(folder)
-        ):
-            found.add((options["uri"], options["collection"]))
-        return found
+        if manifest["kind"] == "milvus":
+            found.add((manifest["options"]["uri"], manifest["options"]["collection"]))
+        prefix = _collection_prefix(folder)  # a copy has the manifest of another folder
+        return {(uri, collection) for uri, collection in found if collection.startswith(prefix)}
     return set()
 
 
@@ -906,6 +931,7 @@ def build_folder(
     if kind == "milvus":
         if partition_by is not None and data is not None:
             attribute = _attribute(data, partition_by, given.ids)
+        _own_collections(out)
         # For this folder alone, and the same name when a killed build is tried again.
         content = [vectors_hash(given.ids, given.vectors, given.version), "item_id"]
         content += [] if attribute is None else [attribute.name, *attribute.values]

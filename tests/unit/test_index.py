@@ -255,6 +255,45 @@ def test_a_collection_belongs_to_one_folder_and_must_be_whole(tmp_path: Path) ->
 
 
 @milvus_is_loud
+def test_folders_of_one_path_on_two_machines_have_collections_of_their_own(tmp_path: Path) -> None:
+    """Two machines, one server: the same vectors into the same path, then others on one of them."""
+    uri, out = options("milvus", tmp_path)["uri"], tmp_path / "v" / "index"
+    one, two = embedded(tmp_path / "1", VECTORS), embedded(tmp_path / "2", VECTORS[::-1], "v2")
+    theirs = build_folder(one, out, kind="milvus", uri=uri)["collection"]
+    out.parent.rename(tmp_path / "of another machine")
+    ours = build_folder(one, out, kind="milvus", uri=uri)["collection"]
+    assert ours != theirs
+    index = load(out)[0]
+    assert isinstance(index, ix.Milvus)
+    newer = build_folder(two, out, kind="milvus", uri=uri)["collection"]
+    assert set(index.client.list_collections()) == {theirs, newer}
+
+    # A copy of the folder owns nothing, though it lies where the one that was copied lay.
+    (tmp_path / "other").mkdir()
+    shutil.move(out, tmp_path / "other" / "index")
+    shutil.move(out.parent, tmp_path / "of a third machine")
+    shutil.copytree(tmp_path / "other" / "index", out)
+    build_folder(one, out, kind="milvus", uri=uri)
+    assert len(index.client.list_collections()) == 3
+
+
+@milvus_is_loud
+def test_a_folder_from_before_there_were_tokens_keeps_its_collections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, out = options("milvus", tmp_path)["uri"], tmp_path / "index"
+    one, two = embedded(tmp_path / "1", VECTORS), embedded(tmp_path / "2", VECTORS[::-1], "v2")
+    with monkeypatch.context() as patch:
+        patch.setattr(ix, "_own_collections", lambda folder: None)
+        first = build_folder(one, out, kind="milvus", uri=uri, alias="shop")["collection"]
+    second = build_folder(two, out, kind="milvus", uri=uri)["collection"]
+    index = load(out)[0]
+    assert isinstance(index, ix.Milvus) and second[:23] == first[:23]
+    assert index.client.list_collections() == [second]
+    assert index.client.describe_alias("shop")["collection_name"] == second
+
+
+@milvus_is_loud
 def test_the_recall_that_is_printed_is_that_of_the_index_that_is_loaded(tmp_path: Path) -> None:
     """milvus-lite builds what it searches when a collection is loaded; before, it is exact."""
     uri = options("milvus", tmp_path)["uri"]
