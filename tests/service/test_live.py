@@ -296,6 +296,42 @@ def test_a_bad_candidate_never_displaces_a_good_one(
     asyncio.run(main())
 
 
+def test_a_run_that_is_trained_anew_in_place_is_served_once_it_is_deployed(
+    catalog_run: Finished, other_run: Finished, tmp_path: Path, log_url: str
+) -> None:
+    folder, run, candidate_run = tmp_path / "serving", tmp_path / "run", tmp_path / "next"
+
+    def train(place: Path, made: Finished) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(made.run, place)
+
+    train(run, catalog_run)
+    train(candidate_run, catalog_run)
+    deploy(run, folder)
+    deploy(candidate_run, folder, shadow=True)
+
+    async def main() -> None:
+        async with following(folder, EventLog(log_url)) as (app, client):
+            live = app.state.live
+            first = live.current().version
+            await until(lambda: live.shadow is not None)
+            await client.put("/v1/items", json={"items": [{"id": "n1", "text": "red hat"}]})
+            train(candidate_run, other_run)
+            deploy(candidate_run, folder, shadow=True)
+            await until(lambda: live.shadow.version != first)
+            assert live.current().version == first
+            loaded = metric_of(app.state.metrics, "l2rec_candidates_total", result="loaded")
+            assert loaded == 2, "the live run was not loaded again"
+            train(run, other_run)
+            with pytest.raises(ConfigError, match="a shadow needs a folder of its own"):
+                deploy(run, folder, shadow=True)
+            deploy(run, folder)
+            await until(lambda: live.current().version != first)
+            assert live.current().version == live.shadow.version and live.refused is None
+
+    asyncio.run(main())
+
+
 def candidate(text: str, run: Path) -> str:
     value = json.loads(text)
     return json.dumps(value | {"current": str(run)})

@@ -139,13 +139,14 @@ class Follower:
             self._seen = None
 
     async def _apply(self, wanted: Deployment) -> None:
-        if wanted.current != self.current:
+        live = self.service.live
+        if _is_other(wanted.current, self.current, live.version, wanted):
             version = await self._load(wanted.current, wanted)
             if version is not None:
                 await self.service.replace("live", version)
                 self.current = wanted.current
                 logger.info("live: %s, version %s", version.name, version.version)
-        if wanted.shadow != self.shadow:
+        if _is_other(wanted.shadow, self.shadow, live.shadow, wanted):
             candidate = None
             if wanted.shadow is not None:
                 candidate = await self._load(wanted.shadow, wanted)
@@ -186,6 +187,15 @@ class Follower:
     def close(self) -> None:
         """End the thread that loads."""
         self._loader.close()
+
+
+def _is_other(
+    run: Path | None, loaded: Path | None, version: Version | None, wanted: Deployment
+) -> bool:
+    """Tell whether a run is another one than is loaded, or the same folder with other weights."""
+    if run is None or run != loaded:
+        return run != loaded
+    return version is not None and wanted.expected(run) not in (None, version.version)
 
 
 # -- shadow --------------------------------------------------------------------------------------

@@ -276,6 +276,10 @@ def deploy(
     if run != known.current:
         _check_gains(known.current, run, shadow or allow_loss, say)
     if shadow:
+        if run == known.current and known.expected(run) not in (None, version.version):
+            raise ConfigError(  # one hash stands for a folder: the live version would follow it
+                f"{run} is what is served, and was trained anew; a shadow needs a folder of its own"
+            )
         return _write(folder, replace(known, shadow=run, weights=weights), "shadow", run, None)
     older = [known.current, *known.previous]
     previous = tuple(other for other in older if other != run)[:PREVIOUS]
