@@ -202,7 +202,7 @@ def indexed(folder: Path, steps: int, users: int, *, kind: str) -> list[Row]:
             "done": rows,
             "all": rows,
             "each": seconds / rows,
-            "disk_mb": facts["megabytes"],
+            "disk_mb": facts["megabytes"] * 1e6 / 2**20,
             "recall": facts["recall@10"],
         }
     ]
@@ -238,7 +238,7 @@ STEPS: dict[str, Callable[[Path, int, int], list[Row]]] = {
 
 
 def size_mb(path: Path) -> float:
-    """Return the size of a file, or of all files of a folder."""
+    """Return the size of a file, or of all files of a folder, in 2^20 bytes, as of memory."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files) / 2**20
 

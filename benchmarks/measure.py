@@ -104,7 +104,8 @@ def synchronize(device: str) -> None:
 
 
 def resident_mb(field: str) -> float:
-    """Read VmRSS or RssAnon (now) or VmHWM (largest since the last reset) of this process, in MB.
+    """Read VmRSS or RssAnon (now) or VmHWM (largest since the last reset) of this process, in MB
+    of 2^20 bytes, as all that is measured here.
 
     On Linux.
 

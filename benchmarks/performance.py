@@ -122,7 +122,8 @@ def page(found: Mapping[str, Document], plots: Mapping[str, str]) -> str:
         "# Performance",
         "Written by `python benchmarks/performance.py`: every figure comes from the command under "
         "its table, run on the machine that is named there. Compare ratios and slopes; seconds "
-        "depend on the machine. A goal that was not reached stays in the table.",
+        "depend on the machine. A MB is 2^20 bytes. A goal that was not reached stays in the "
+        "table.",
         "## Goals",
         table(
             [("path", "path"), ("goal", "goal"), ("measured", "measured"), ("reached", "reached")],

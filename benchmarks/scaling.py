@@ -180,7 +180,7 @@ def costs(found: Documents) -> dict[str, Cost]:
     add("preparation", "prepare", "preparing an event", log["seconds"] / log["events"], "{:.2e} s")
     size = log["disk_mb"] * 2**20 / log["events"]
     add("preparation", "disk", "an event of a data set on disk", size, "{:.1f} bytes")
-    peak = log["peak_mb"] / 1024
+    peak = gigabytes(log["peak_mb"])
     add("preparation", "peak", "most memory of preparing", peak, "{:.1f} GB")
 
     bare, ours = (row(found["step"], case=STEP, contender=name) for name in ("bare", "l2rec"))
@@ -202,7 +202,7 @@ def costs(found: Documents) -> dict[str, Cost]:
     add(at, "train", f"a step of {BATCH} users (MiniLM)", step["train"]["each"], "{:.2f} s")
     free = step["free"]["each"]
     add(at, "free", "updating r_i of 611,000 items, in a step", free, "{:.2f} s")
-    add(at, "free_peak", "and its memory", step["free"]["peak_mb"] / 1024, "{:.1f} GB")
+    add(at, "free_peak", "and its memory", gigabytes(step["free"]["peak_mb"]), "{:.1f} GB")
     ranked = step["train"]["ranked_each"]
     add(at, "rank", "ranking a user among 611,000 items", ranked, "{:.3f} s")
     add(at, "item", "an item vector, from its text vector", step["items"]["each"], "{:.1e} s")
@@ -217,6 +217,11 @@ def costs(found: Documents) -> dict[str, Cost]:
     what = "distinct requests (MiniLM, MovieLens-100K)"
     add("serving", "served", what, served["rate"], "{:,.0f} a second")
     return unit
+
+
+def gigabytes(mb: float) -> float:
+    """Convert the MB of a measurement, 2^20 bytes each, to the page's GB, a power of ten."""
+    return mb * 2**20 / 1e9
 
 
 STEP = "qwen3, q,v, bfloat16"
@@ -422,7 +427,8 @@ def page(found: Documents) -> str:
     blocks = [
         "# Data that no single machine trains on",
         "Written by `python benchmarks/scaling.py`. A figure is measured (with its command, "
-        "machine and day), an assumption (with its source), or arithmetic (with its formula). To "
+        "machine and day), an assumption (with its source), or arithmetic (with its formula). MB, "
+        "GB, TB and PB are powers of ten. To "
         "make the page for another machine, run the commands below the first table there, each "
         "with `--json results/performance/PART.json`, then this one.",
         "## Measured",
@@ -486,7 +492,12 @@ def logs(plan: Plan, unit: Mapping[str, Cost]) -> str:
 
 def industrial(document: Mapping[str, Any]) -> str:
     columns: Sequence[tuple[str, str]] = [tuple(c) for c in document["columns"]]
-    return table(columns, document["rows"])
+    sizes = ("peak_mb", "disk_mb")
+    rows = [
+        row | {key: 1e3 * gigabytes(row[key]) for key in sizes if key in row}
+        for row in document["rows"]
+    ]
+    return table(columns, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -57,6 +57,29 @@ def test_the_page_is_the_one_that_its_command_writes() -> None:
     assert scaling.page(scaling.documents()) == scaling.PAGE.read_text(encoding="utf-8")
 
 
+def test_measured_sizes_come_in_powers_of_ten() -> None:
+    """Measurements are in 2^20 bytes, all of them, and the page is not."""
+    found = scaling.documents()
+    unit, free = scaling.costs(found), scaling.row(found["industrial"], step="free")
+    assert unit["free_peak"].value == pytest.approx(free["peak_mb"] * 2**20 / 1e9)
+    log = scaling.row(found["preparation"], step="prepare")
+    assert unit["peak"].value == pytest.approx(log["peak_mb"] * 2**20 / 1e9)
+    columns, rows = [("peak_mb", "peak MB"), ("disk_mb", "disk MB")], [{"peak_mb": 1e3}]
+    text = scaling.industrial({"columns": columns, "rows": [*rows, {"disk_mb": 100.0}]})
+    assert "1,049" in text and "105" in text
+
+
+def test_an_index_is_measured_in_the_unit_of_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    industrial = script("industrial")
+    facts = {"rows": 2, "megabytes": 1.048576, "recall@10": 1.0}
+    monkeypatch.setattr(industrial, "build_folder", lambda *_, **__: facts)
+    assert industrial.indexed(tmp_path, 0, 0, kind="int8")[0]["disk_mb"] == pytest.approx(1)
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    assert industrial.size_mb(tmp_path) == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(1.5e9, "1.50 GB"), (2e13, "20.0 TB"), (512e6, "512 MB"), (4e3, "4.00 kB")]
 )
