@@ -66,6 +66,19 @@ def test_a_data_set_grows(chains: Dataset, tmp_path: Path) -> None:
         assert now[: len(old)].tolist() == old.tolist() and len(now) == len(old) + added
 
 
+def test_events_that_are_there_already_are_not_added_again(chains: Dataset, tmp_path: Path) -> None:
+    events, catalog = newer(chains, tmp_path)
+    source = open_source(events, items=catalog, columns=Columns())
+    grown = extend(chains, source, tmp_path / "grown", progress=False)
+    rows = pl.read_parquet(events)
+    later = rows.head(1).with_columns(pl.col("timestamp") + 10)
+    pl.concat([rows, rows.head(1), later]).write_parquet(events)  # the first now twice, one newer
+    source = open_source(events, items=catalog, columns=Columns())
+    again = extend(grown, source, tmp_path / "again", progress=False)
+    assert again.n_events == grown.n_events + 2
+    assert f"{len(rows)} events of the log were there already; left out" in again.meta["notes"]
+
+
 def test_an_item_that_no_catalog_has_is_refused_or_dropped(chains: Dataset, tmp_path: Path) -> None:
     late = float(chains.timestamps.max()) + 1
     user, item = chains.user_ids[0].as_py(), chains.item_ids[0].as_py()

@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from l2rec.data.dataset import EVENT_COLUMNS, Dataset
 from l2rec.data.formats.source import Source
@@ -30,8 +31,9 @@ def extend(
 
     Known items come first and keep their ints and texts; those that the log's catalog has besides
     follow. Their texts are its field ``text``, or made as those of ``dataset`` were. Every event
-    and every item stays: filters such as ``k_core`` are not applied again. Event types are not
-    carried over.
+    and every item stays: filters such as ``k_core`` are not applied again. Events of the log that
+    ``dataset`` has already (user, item and time; one copy there stands for one in the log) are not
+    repeated. Event types are not carried over.
 
     Raises:
         DataError: ``dataset`` has cold items, splits of its own or no times, events of items
@@ -58,16 +60,18 @@ def extend(
 
     def events() -> Iterator[pa.RecordBatch]:
         yield from dataset.event_batches()
-        newest = -np.inf
+        known, newest = _Known(dataset), -np.inf
         for batch in newer.events():
             newest = max(newest, float(np.max(batch["timestamp"].to_numpy(), initial=-np.inf)))
-            yield batch.select(list(EVENT_COLUMNS))
+            yield known.without(batch.select(list(EVENT_COLUMNS)))
         if newest < float(dataset.timestamps.min()):
             raise DataError(
                 f"{newer.files[0]}: its newest event (time {newest:.15g}) is older than all of "
                 f"{dataset.path} (from {float(dataset.timestamps.min()):.15g} on); are both in one "
                 "unit of time?"
             )
+        if known.found:
+            newer.notes.append(f"{known.found:,} events of the log were there already; left out")
 
     def catalog(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from frame.select("item_id", *names).to_arrow().to_batches()
@@ -90,6 +94,40 @@ def extend(
     )
     origin = f"{dataset.name} + {newer.files[0].name}"
     return build(source, Path(out), config, origin=origin, progress=progress)
+
+
+class _Known:
+    """Events of a data set, to leave out of a log that has them too. ``found``: left out so far."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._ids = dataset.user_ids.cast(pa.string()), dataset.item_ids.cast(pa.string())
+        users = np.repeat(np.arange(dataset.n_users), np.diff(dataset.offsets))
+        events = {"user": users, "item": dataset.items, "time": dataset.timestamps}
+        self._copies = pl.DataFrame(events).group_by("user", "item", "time").len("copies")
+        self._copies = self._copies.cast({"user": pl.Int32, "item": pl.Int32})
+        self._met: dict[tuple[int, int, float], int] = {}
+        self.found = 0
+
+    def without(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Return the events of a batch that the data set does not have."""
+        users, items = self._ids
+        columns = {
+            "user": pc.index_in(batch["user_id"], value_set=users),
+            "item": pc.index_in(batch["item_id"], value_set=items),
+            "time": batch["timestamp"],
+        }
+        frame = cast(pl.DataFrame, pl.from_arrow(pa.table(columns))).with_row_index("row")
+        known = frame.join(self._copies, on=["user", "item", "time"], maintain_order="left")
+        left_out = []
+        for row, user, item, time, copies in known.iter_rows():
+            met = self._met.get((user, item, time), 0)
+            if met < copies:
+                self._met[user, item, time] = met + 1
+                left_out.append(row)
+        self.found += len(left_out)
+        keep = np.ones(len(batch), bool)
+        keep[left_out] = False
+        return batch.filter(pa.array(keep))
 
 
 def _catalog(dataset: Dataset, newer: Source, template: str | None) -> pl.DataFrame:
