@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,14 @@ def written(path: Path, **changes: Any) -> Path:
     }
     path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
     return path
+
+
+def collector() -> Any:
+    """Load the script `results/collect.py` as a module."""
+    path = Path(__file__).parents[2] / "results" / "collect.py"
+    module = module_from_spec(spec := spec_from_file_location("collect", path))  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
 
 
 class Processes:

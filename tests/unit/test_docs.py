@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import yaml
+from tests.support import experiments
 
 from l2rec.methods.l2rec import L2RecConfig
 
@@ -25,10 +25,7 @@ def test_every_option_of_l2rec_is_in_the_table_with_its_default() -> None:
 
 
 def test_the_floors_in_the_document_are_those_that_were_measured() -> None:
-    path = ROOT / "results" / "collect.py"
-    module = module_from_spec(spec := spec_from_file_location("collect", path))  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    assert module.floors_table() in (ROOT / "docs" / "ties.md").read_text()
+    assert experiments.collector().floors_table() in (ROOT / "docs" / "ties.md").read_text()
 
 
 def test_the_pictures_of_the_readme_are_there_in_both_themes_and_small() -> None:

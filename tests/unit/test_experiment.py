@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 from tests.support import experiments, logs, runs
@@ -601,16 +602,17 @@ def test_runs_that_stand_elsewhere_are_taken(
 
 
 def test_numbers_that_were_kept_are_taken(
-    chains: Dataset, tmp_path: Path, processes: Processes
+    chains: Dataset, tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = experiments.written(tmp_path / "e.yaml", rows=[ROW | {"blend": True}], seeds=[1])
     first = run(planned_of(path, chains, tmp_path / "first"), progress=runs.Quiet())
     page, _ = write_page(first)
     kept = tmp_path / "kept"
+    results = experiments.collector()
+    monkeypatch.setattr(results, "HERE", kept)
     for one in first.cells:
-        (kept / one.cell.path.name).mkdir(parents=True)
-        for name in ("config.yaml", "report.json", "ranks.parquet"):
-            shutil.copy(one.cell.path / name, kept / one.cell.path.name / name)
+        results.keep(one.cell.path.name, one.cell.path)
+        assert "user" not in pq.read_schema(kept / one.cell.path.name / "ranks.parquet").names
     count = len(processes.begun)
     second = run(planned_of(path, chains, tmp_path / "2", take=kept), progress=runs.Quiet())
     assert {one.state for one in second.cells} == {State.FINISHED}
@@ -623,6 +625,74 @@ def test_numbers_that_were_kept_are_taken(
     shutil.rmtree(kept / "narrow-blended-s1")
     planned = planned_of(path, chains, tmp_path / "3", take=kept)
     assert {one.state for one in planned.cells} == {State.MISSING}
+
+
+def test_what_a_killed_call_left_is_no_obstacle(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    path = experiments.written(tmp_path / "e.yaml", seeds=[1])
+    run(planned_of(path, chains, tmp_path / "first"), progress=runs.Quiet())
+    cells = tmp_path / "out" / "cells" / "chains"
+    (cells / "narrow-s1").mkdir(parents=True)
+    (cells / "narrow-s1" / ".l2rec.lock").touch()
+    (cells / "wide-s1").symlink_to(tmp_path / "gone")
+    count = len(processes.begun)
+    planned = planned_of(path, chains, tmp_path / "out", take=tmp_path / "first")
+    done = run(planned, progress=runs.Quiet())
+    assert {one.state for one in done.cells} == {State.FINISHED}
+    assert all((cells / f"{name}-s1").is_symlink() for name in ("narrow", "wide"))
+    assert len(processes.begun) == count
+    # Without a run to take, a link to one that is gone is trained anew; other files stay.
+    (cells / "wide-s1").unlink()
+    (cells / "wide-s1").symlink_to(tmp_path / "gone")
+    (cells / "narrow-s1").unlink()
+    (cells / "narrow-s1").mkdir()
+    (cells / "narrow-s1" / "notes.txt").touch()
+    planned = planned_of(path, chains, tmp_path / "out")
+    assert [one.state for one in run(planned, progress=runs.Quiet()).cells] == [
+        State.MISSING,
+        State.FINISHED,
+    ]
+    planned = planned_of(path, chains, tmp_path / "out", take=tmp_path / "first")
+    quiet = runs.Quiet()
+    assert run(planned, progress=quiet).cells[0].state is State.MISSING
+    assert any("not taken" in line for line in quiet.lines)
+    assert [file.name for file in (cells / "narrow-s1").iterdir()] == ["notes.txt"]
+
+
+def test_a_cell_made_of_what_is_another_now_is_not_finished(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    first, second = (
+        chain_dataset(tmp_path / name, 40, 20, 8, seed=seed) for name, seed in (("s", 5), ("t", 6))
+    )
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        seeds=[1, 2],
+        rows=[
+            ROW | {"name": "before", "pretraining": True},
+            ROW | {"name": "after", "init": "before", "blend": True},
+            ROW,
+            {"name": "two", "average_of": {"rows": ["narrow"], "seeds": [[1, 2]]}},
+        ],
+    )
+    out = tmp_path / "out"
+
+    def states(data: Dataset, source: Dataset, *overrides: str) -> dict[str, tuple[State, str]]:
+        planned = planned_of(path, data, out, source=source.path, overrides=overrides)
+        return {one.cell.path.name: (one.state, one.note) for one in planned.cells}
+
+    run(planned_of(path, chains, out, source=first.path), progress=runs.Quiet())
+    assert {state for state, _ in states(chains, first).values()} == {State.FINISHED}
+    other = states(chains, second)
+    for name in ("after-s1", "after-blended-s1"):
+        assert other[name] == (State.OTHER, "a run with another start")
+    assert other["two-s1+2"][0] is other["narrow-s1"][0] is State.FINISHED
+    changed = states(chains, first, "training.epochs=1")["two-s1+2"]
+    assert changed == (State.OTHER, "made of chains/narrow-s1, which is gone or another now")
+    data = chain_dataset(tmp_path / "chains", 50, 30, 8, seed=9)  # of the same name
+    state, note = states(data, first)["two-s1+2"]
+    assert (state, note) == (State.OTHER, f"made on data {chains.fingerprint}")
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(

@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -141,13 +141,13 @@ def write_ranks(
 
 def read_ranks(
     path: str | os.PathLike[str],
-    everyone: tuple[list[str], npt.NDArray[np.int64]] | None = None,
+    everyone: Callable[[], tuple[list[str], npt.NDArray[np.int64]]] | None = None,
 ) -> Ranks:
     """Read ranks that `write_ranks` wrote.
 
     Args:
-        everyone: ids [M] and targets [M] of all evaluated users in the data set's order; needed
-            for a file that stores ranks alone, in that order.
+        everyone: returns ids [M] and targets [M] of all evaluated users in the data set's order;
+            needed for a file that stores ranks alone, in that order.
 
     Raises:
         CheckpointError: a missing, torn or other file, or one of ranks alone without ``everyone``.
@@ -156,11 +156,11 @@ def read_ranks(
         table = pq.ParquetFile(path).read()
         stored = table.schema.metadata or {}
         if "user" not in table.column_names and "rank" in table.column_names:
-            if everyone is None or len(everyone[0]) != len(table):
+            users, targets = ([], np.empty(0, np.int64)) if everyone is None else everyone()
+            if len(users) != len(table):
                 raise CheckpointError(
                     f"{os.fspath(path)} keeps ranks alone, not whose; name their data set (--data)"
                 )
-            users, targets = everyone
         else:
             users, targets = table["user"].to_pylist(), _flat(table["target"])
         return Ranks(

@@ -37,6 +37,7 @@ __all__ = [
     "cut_by_time",
     "find_backbone",
     "finished_report",
+    "is_empty",
     "load_run_config",
     "load_shown_config",
     "open_run_dataset",
@@ -147,11 +148,16 @@ def _renamed(value: Any) -> Any:
     return value.replace(*EARLIER_NAME) if isinstance(value, str) else value
 
 
+def is_empty(out: Path) -> bool:
+    """Check for a folder that holds nothing but what a killed process left behind."""
+    return all(p.name.endswith(".part") or p.name == LOCK for p in out.iterdir())
+
+
 def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[str, Any] | None:
     """Refuse a folder that holds something else, and to mix two runs. Return the identity of the
     run to go on with, or None for a new one. Call it inside `disk.working_on` the folder.
     """
-    if all(p.name.endswith(".part") or p.name == LOCK for p in out.iterdir()):
+    if is_empty(out):
         return None
     if not (out / "config.yaml").is_file():
         raise CheckpointError(f"{out} is not empty and not a run folder; choose another --out")

@@ -24,6 +24,7 @@ __all__ = [
     "compare_runs",
     "over_seeds",
     "population",
+    "ranked_users",
     "read_run",
 ]
 
@@ -33,6 +34,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +136,15 @@ def read_run(path: Path, dataset: Dataset | None = None, *, tied_day: bool = Fal
         )
     users = None
     if dataset is not None and not tied_day:
-        cases = split_of(config, dataset).test
-        users = _ids(dataset, cases), cases.targets.values.astype(np.int64)
+        users = partial(ranked_users, config, dataset)
     ranks = read_ranks(path / (TIED_RANKS if tied_day else RANKS), users)
     return FinishedRun(path, config, identity, read_report(path), ranks)
+
+
+def ranked_users(config: RunConfig, dataset: Dataset) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Return the ids [M] and targets of the users whom a run ranks for its test, in their order."""
+    cases = split_of(config, dataset).test
+    return _ids(dataset, cases), cases.targets.values.astype(np.int64)
 
 
 def _ids(dataset: Dataset, cases: Cases) -> list[str]:

@@ -450,9 +450,15 @@ def _state(cell: Cell) -> tuple[State, str]:
     if cell.config is None and not cell.blended:
         if not (cell.path / "report.json").is_file():
             return State.MISSING, ""
-        if _made_of(read_json(cell.path / "report.json")) == _made_of(_recipe_of(cell)):
-            return State.FINISHED, ""
-        return State.OTHER, "made of other runs, or with another weight"
+        report = read_json(cell.path / "report.json")
+        if _made_of(report) != _made_of(_recipe_of(cell)):
+            return State.OTHER, "made of other runs, or with another weight"
+        if report["dataset"]["fingerprint"] != cell.data.fingerprint:
+            return State.OTHER, f"made on data {report['dataset']['fingerprint']}"
+        for need in cell.needs:  # the report names folders, not what was in them
+            if _state(need)[0] is not State.FINISHED:
+                return State.OTHER, f"made of {need.key}, which is gone or another now"
+        return State.FINISHED, ""
     if not (cell.path / "config.yaml").is_file():
         return State.MISSING, ""
     config, identity = load_run_config(cell.path)
@@ -461,11 +467,25 @@ def _state(cell: Cell) -> tuple[State, str]:
         return State.OTHER, f"a run on data {identity['dataset']['fingerprint']}"
     if config != trained.config:
         return State.OTHER, "a run of another recipe"
-    if (identity.get("init") is None) != (not trained.needs):
+    if not _started_from(trained.needs, identity.get("init")):
         return State.OTHER, "a run with another start"
     if cell.blended != ("blend" in identity):
         return State.OTHER, "blended" if "blend" in identity else "not blended"
     return (State.FINISHED if _finished(cell.path) else State.BEGUN), ""
+
+
+def _started_from(needs: Sequence[Cell], init: str | None) -> bool:
+    """Say whether a run's start, where it has one, is what the cell it needs is now."""
+    if init is None or not needs:
+        return init is None and not needs
+    (need,) = needs
+    start = Path(init)
+    if not start.exists() and start.parts[-2:] == need.path.parts[-2:]:
+        start = need.path  # folders may have moved
+    if not (start / "config.yaml").is_file():
+        return False
+    config, identity = load_run_config(start)
+    return (config, identity["dataset"]["fingerprint"]) == (need.config, need.data.fingerprint)
 
 
 def _recipe_of(cell: Cell) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from l2rec.data.dataset import open_dataset
 from l2rec.errors import DataError, L2RecError
 from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import SeededTest, holm, seeded_test
 from l2rec.runs.folder import RANKS, read_report
 from l2rec.runs.scoring import PARTS, is_part
-from l2rec.studies.compare import Score, over_seeds
+from l2rec.studies.compare import Score, over_seeds, ranked_users
 from l2rec.studies.experiment.definition import MASKED, Comparison
 from l2rec.studies.experiment.plan import Cell, Plan, State
 
@@ -55,6 +56,8 @@ class Done:
         return Done(self.cell, self.report, ranks, part)
 
 
+Ranked = tuple[list[str], npt.NDArray[np.int64]]
+"""Users whose ranks are stored, and their targets."""
 Results = Mapping[str, Mapping[str, Sequence[Done]]]
 """Finished cells by data set (and split), and by row."""
 
@@ -64,12 +67,13 @@ def read_results(planned: Plan) -> Results:
     with cold items, cold and warm targets also apart.
     """
     found: dict[str, dict[str, list[Done]]] = {}
+    ranked: dict[str, Ranked] = {}
     lines = [n for row in planned.experiment.rows for n in planned.experiment.lines_of(row)]
     standing = [one.cell for one in planned.cells if one.state is State.FINISHED]
     for cell in sorted(standing, key=lambda cell: (lines.index(cell.line), cell.seeds)):
         if not cell.row.pretraining:
             by_line = found.setdefault(cell.grid, {})
-            by_line.setdefault(cell.line, []).append(_read(cell))
+            by_line.setdefault(cell.line, []).append(_read(cell, ranked))
     order = list(dict.fromkeys(one.cell.grid for one in planned.cells))
     results: dict[str, dict[str, list[Done]]] = {}
     for grid in (grid for grid in order if grid in found):
@@ -88,9 +92,20 @@ def part_of(grid: str, targets: str) -> str:
     return grid if targets in ("", "all") else f"{grid}, {targets} targets"
 
 
-def _read(cell: Cell) -> Done:
+def _read(cell: Cell, ranked: dict[str, Ranked]) -> Done:
+    """Read a cell. ``ranked``: users whose ranks were kept without them, by data and split."""
+    trained = cell.needs[0] if cell.blended else cell
+
+    def everyone() -> Ranked:
+        assert trained.config is not None  # an average keeps whose ranks it has
+        key = f"{cell.data.path} {trained.config.split}"
+        if key not in ranked:
+            ranked[key] = ranked_users(trained.config, open_dataset(cell.data.path))
+        return ranked[key]
+
     path = cell.path / RANKS
-    return Done(cell, read_report(cell.path), read_ranks(path) if path.is_file() else None)
+    ranks = read_ranks(path, everyone) if path.is_file() else None
+    return Done(cell, read_report(cell.path), ranks)
 
 
 def score_of(done: Sequence[Done], metric: str) -> Score | None:

@@ -26,7 +26,7 @@ from typing import Any
 from l2rec.disk import replacing_folder, working_on, write_json
 from l2rec.errors import CheckpointError, ConfigError
 from l2rec.protocols import Progress
-from l2rec.runs.folder import read_report
+from l2rec.runs.folder import is_empty, read_report
 from l2rec.runs.machine import hardware, versions
 from l2rec.runs.numbers import MAIN, as_duration, as_score
 from l2rec.studies.experiment.plan import (
@@ -81,18 +81,42 @@ def _take(planned: Plan, progress: Progress) -> None:
     for one in planned.cells:
         if one.state is not State.FOUND:
             continue
-        source = Path(one.note).resolve()
-        one.cell.path.parent.mkdir(parents=True, exist_ok=True)
+        source, path = Path(one.note).resolve(), one.cell.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not _cleared(path):
+            progress.line(f"{one.cell.key}: not taken, {path} is in use or holds other files")
+            continue
         try:
-            one.cell.path.symlink_to(source, target_is_directory=True)
+            path.symlink_to(source, target_is_directory=True)
             how = f"linked to {source}"
         except OSError:
-            shutil.copytree(source, one.cell.path)
+            with replacing_folder(path, remedy="free some space and take it again") as folder:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
             how = f"copied from {source}"
         state = read_state(planned.out)
         state["taken"][one.cell.key] = how
         write_state(planned.out, state)
         progress.line(f"{one.cell.key}: {how}")
+
+
+def _cleared(path: Path) -> bool:
+    """Delete what a killed call left of a cell before its first file: a folder without content, or
+    a link to a run that is gone. Return whether the place is free.
+    """
+    if path.is_symlink():
+        if not path.exists():
+            path.unlink()
+    elif path.is_dir():
+        try:
+            with working_on(path):
+                if not is_empty(path):
+                    return False
+                for part in path.glob(".*.part"):
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+            path.rmdir()
+        except (CheckpointError, OSError):  # a process works there, or has just begun to
+            return False
+    return not path.exists()
 
 
 @dataclass
@@ -191,6 +215,8 @@ class _Running:
 
     def _begin(self, one: Planned) -> None:
         cell = one.cell
+        if cell.path.is_symlink():
+            _cleared(cell.path)
         if cell.config is not None:
             try:
                 with working_on(cell.path):
