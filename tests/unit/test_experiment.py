@@ -35,6 +35,7 @@ from l2rec.disk import read_json, working_on
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.significance import holm, paired_values_test, seeded_test
 from l2rec.runs.predictor import backbone_of, build_model
+from l2rec.runs.train import train_run
 from l2rec.studies.experiment.definition import (
     Experiment,
     Row,
@@ -599,6 +600,23 @@ def test_runs_that_stand_elsewhere_are_taken(
             path, where, tmp_path / "third", take=tmp_path / "first", overrides=overrides
         )
         assert {one.state for one in planned.cells} == {State.MISSING}
+
+
+def test_a_run_that_was_resumed_with_other_options_is_none_of_the_grid(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    first = experiments.written(tmp_path / "e.yaml", rows=[ROW], seeds=[1])
+    done = run(planned_of(first, chains, tmp_path / "1"), progress=runs.Quiet())
+    planned = planned_of(first, chains, tmp_path / "2", overrides=["training.lr=0.01"])
+    (cell,) = (one.cell for one in planned.cells)
+    assert cell.config is not None
+    shutil.copytree(done.cells[0].cell.path, cell.path)
+    train_run(cell.config, chains.path, cell.path, progress=runs.Quiet(), resume=True)
+    for out, state in (("2", State.OTHER), ("3", State.MISSING)):
+        (one,) = planned_of(
+            first, chains, tmp_path / out, take=tmp_path / "2", overrides=["training.lr=0.01"]
+        ).cells
+        assert one.state is state
 
 
 def test_numbers_that_were_kept_are_taken(

@@ -189,7 +189,15 @@ def test_resume_with_more_epochs_goes_on(catalog_run: Finished, tmp_path: Path) 
     config = runs.config(catalog_run.backbone, epochs=3)
     report = train_run(config, catalog_run.data, run, progress=Quiet(), resume=True)
     assert report["steps"] == read_json(catalog_run.run / "report.json")["steps"] * 3 // 2
-    assert folder.load_run_config(run)[0].training.epochs == 3
+    saved, identity = folder.load_run_config(run)
+    assert saved.training.epochs == 3 and folder.resumed_from(identity) == [{"epochs": 2}]
+    config = runs.config(catalog_run.backbone, epochs=4, lr=0.001)
+    train_run(config, catalog_run.data, run, progress=Quiet(), resume=True)
+    lr = saved.training.lr
+    noted = [{"epochs": 2}, {"lr": lr, "epochs": 3}]
+    assert folder.resumed_from(folder.load_run_config(run)[1]) == noted
+    blend_run(run, tmp_path / "blended", progress=Quiet())
+    assert folder.resumed_from(folder.load_run_config(tmp_path / "blended")[1]) == noted
 
 
 def test_a_report_is_not_of_an_earlier_training(

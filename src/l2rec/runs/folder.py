@@ -45,6 +45,7 @@ __all__ = [
     "read_report",
     "read_run",
     "require_finished",
+    "resumed_from",
     "split_of",
     "training_split",
     "unfinished",
@@ -87,6 +88,8 @@ from l2rec.runs.checkpoint import load_tensors, save_tensors
 RUN_VERSION = 1
 EARLIER_NAME = ("nearby items", "co-occurrence")
 """Name of a floor, and of a blend with it, in earlier run folders and now."""
+EARLIER_TRAINING = "earlier_training"
+"""Key of config.yaml, see `resumed_from`."""
 HELD = {"none": "unquantised weights", "8bit": "8-bit weights", "4bit": "4-bit weights"}
 NEVER = "was this run ever checkpointed?"
 MODEL, BLEND, ITEMS = "model.safetensors", "blend.safetensors", "items.safetensors"
@@ -156,6 +159,8 @@ def is_empty(out: Path) -> bool:
 def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[str, Any] | None:
     """Refuse a folder that holds something else, and to mix two runs. Return the identity of the
     run to go on with, or None for a new one. Call it inside `disk.working_on` the folder.
+
+    Where options of ``training`` are others now, what they were is noted in it (`resumed_from`).
     """
     if is_empty(out):
         return None
@@ -182,7 +187,19 @@ def claim(out: Path, config: RunConfig, dataset: Dataset, resume: bool) -> dict[
             f"{out} was started on data {identity['dataset']['fingerprint']}, this is "
             f"{dataset.fingerprint}; resume it with the data it was started on"
         )
+    now = config.training.model_dump(mode="json")
+    was = saved.training.model_dump(mode="json")
+    was = {key: value for key, value in was.items() if value != now[key]}
+    if was:
+        identity = {**identity, EARLIER_TRAINING: [*resumed_from(identity), was]}
     return identity
+
+
+def resumed_from(identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a run's options of ``training`` were before each resume that changed some: it is
+    not the run that its config says.
+    """
+    return list(identity.get(EARLIER_TRAINING) or ())
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -261,10 +278,18 @@ def clear_partial(out: Path) -> None:
 
 
 def write_identity(
-    out: Path, config: RunConfig, dataset: Dataset, backbone: Backbone | None, init: Path | None
+    out: Path,
+    config: RunConfig,
+    dataset: Dataset,
+    backbone: Backbone | None,
+    init: Path | None,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write config.yaml and catalog.parquet: what a run says of itself from its first moment."""
-    identity = {
+    """Write config.yaml and catalog.parquet: what a run says of itself from its first moment.
+
+    ``earlier``: `resumed_from`.
+    """
+    identity: dict[str, Any] = {
         "run_version": RUN_VERSION,
         "init": None if init is None else str(init),
         "config": config.model_dump(mode="json"),
@@ -284,6 +309,8 @@ def write_identity(
         },
         "backbone_folder": _places(out, backbone),
     }
+    if earlier:
+        identity[EARLIER_TRAINING] = list(earlier)
     write_text(out / "config.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
     with replacing(out / "catalog.parquet") as partial:
         pq.write_table(dataset.warm_catalog, partial)

@@ -49,6 +49,7 @@ from l2rec.runs.folder import (
     load_run_config,
     open_run_dataset,
     read_run,
+    resumed_from,
     split_of,
     training_split,
     unfinished,
@@ -265,7 +266,7 @@ def _fit(
         progress.line(start_from(model, init, dataset if update else None))
 
     def written() -> None:
-        write_identity(out, config, dataset, backbone, init)
+        write_identity(out, config, dataset, backbone, init, resumed_from(identity or {}))
         clear_partial(out)
         if not begun:
             save_tensors(out / START, trained_tensors(model))

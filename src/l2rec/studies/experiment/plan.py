@@ -38,7 +38,14 @@ from l2rec.config import RunConfig, load_recipe, recipe_names
 from l2rec.data.dataset import open_dataset
 from l2rec.disk import read_json, write_json
 from l2rec.errors import ConfigError, L2RecError
-from l2rec.runs.folder import MODEL, RANKS, finished_report, load_run_config, read_report
+from l2rec.runs.folder import (
+    MODEL,
+    RANKS,
+    finished_report,
+    load_run_config,
+    read_report,
+    resumed_from,
+)
 from l2rec.runs.loop import SELECT
 from l2rec.runs.numbers import as_duration
 from l2rec.studies.experiment.definition import BLENDED, Experiment, Row, folder_of
@@ -400,6 +407,8 @@ def _runs_below(folder: Path) -> list[_Run]:
             config, identity = load_run_config(path.parent)
             if not _finished(path.parent) or identity.get("init") is not None:
                 continue
+            if resumed_from(identity):
+                continue  # its config is that of its end
             report = read_report(path.parent)
         except L2RecError:
             continue
@@ -469,6 +478,8 @@ def _state(cell: Cell) -> tuple[State, str]:
         return State.OTHER, "a run of another recipe"
     if not _started_from(trained.needs, identity.get("init")):
         return State.OTHER, "a run with another start"
+    if resumed_from(identity):
+        return State.OTHER, "a run whose training options were changed when it was resumed"
     if cell.blended != ("blend" in identity):
         return State.OTHER, "blended" if "blend" in identity else "not blended"
     return (State.FINISHED if _finished(cell.path) else State.BEGUN), ""
@@ -485,6 +496,8 @@ def _started_from(needs: Sequence[Cell], init: str | None) -> bool:
     if not (start / "config.yaml").is_file():
         return False
     config, identity = load_run_config(start)
+    if resumed_from(identity):
+        return False
     return (config, identity["dataset"]["fingerprint"]) == (need.config, need.data.fingerprint)
 
 
