@@ -229,6 +229,16 @@ def test_a_shipped_experiment_can_be_planned(name: str, chains: Dataset, tmp_pat
         assert experiment.statistics or lines & for_rows
 
 
+def test_both_methods_read_as_much_of_a_text(tmp_path: Path, chains: Dataset) -> None:
+    planned = plan(load_experiment("l2rec-vs-hdrec"), [chains.path], tmp_path / "out")
+    for cell in (one.cell for one in planned.cells):
+        if cell.config is not None and "whole texts" not in cell.line:
+            options = cell.config.model_dump()["model"]
+            assert options["item_tokens"] == 24, cell.line
+            if "behavioral" in options.get("views", ()):
+                assert options["text_tokens"] == 24, cell.line
+
+
 def test_recipes_are_those_of_the_data_set(tmp_path: Path) -> None:
     games = chain_dataset(tmp_path / "games-days", 30, 20, 7, seed=1)
     other = chain_dataset(tmp_path / "other", 30, 20, 7, seed=2)
