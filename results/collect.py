@@ -27,6 +27,7 @@ import yaml
 
 from l2rec.data.dataset import open_dataset
 from l2rec.runs.folder import cut_by_time, load_run_config, split_of
+from l2rec.runs.train import PRETRAINED, UNTRAINED, UNTRAINED_BACKBONE
 from l2rec.studies.compare import FLOORS
 
 HERE = Path(__file__).parent
@@ -39,6 +40,8 @@ TIED, ORDERED = ("beauty", "games-days", "steam"), ("scientific", "games", "yelp
 """Data sets with times, and those of which only the order is left."""
 COLUMNS = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
 MAIN = "ndcg@10_masked"
+STARTS = (UNTRAINED, UNTRAINED_BACKBONE, PRETRAINED)
+"""Names under which a report has the scores of the method before its first step."""
 SHOWN = 3
 """Methods that the README shows as they are, and as many blended."""
 
@@ -193,8 +196,8 @@ def made(name: str, report: Report) -> str:
 
 def untrained(report: Report) -> float:
     """Return what the method scores before its first step."""
-    named = [n for n in report["scores"] if n not in (*FLOORS, report["method"])]
-    score: float = report["scores"][named[0]]["ndcg@10"]
+    name = next(name for name in STARTS if name in report["scores"])
+    score: float = report["scores"][name]["ndcg@10"]
     return score
 
 

@@ -28,6 +28,13 @@ def test_the_floors_in_the_document_are_those_that_were_measured() -> None:
     assert experiments.collector().floors_table() in (ROOT / "docs" / "ties.md").read_text()
 
 
+def test_a_blend_was_untrained_what_its_run_was() -> None:
+    score = {"ndcg@10": 0.2}
+    blended = {"M + co-occurrence": score, "M": score, "popularity": score}
+    report = {"method": "M + co-occurrence", "scores": {**blended, "untrained": {"ndcg@10": 0.1}}}
+    assert experiments.collector().untrained(report) == 0.1
+
+
 def test_the_pictures_of_the_readme_are_there_in_both_themes_and_small() -> None:
     shown = re.findall(r'(?:src|srcset)="([^"]+)"', (ROOT / "README.md").read_text())
     files = [ROOT / path for path in shown]
