@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -22,6 +23,7 @@ from l2rec.data.synthetic import simple_text
 from l2rec.errors import CheckpointError, DataError
 from l2rec.runs.checkpoint import load_tensors
 from l2rec.runs.predictor import load
+from l2rec.runs.train import evaluate_run
 from l2rec.studies.blend import blend_run
 from l2rec.studies.update import update_run
 
@@ -178,6 +180,33 @@ def test_what_was_trained_on_does_not_validate(tmp_path: Path, backbone_folder: 
     assert report["users_tested"] == 13
     first = runs.log(tmp_path / "out", "valid")[0]
     assert first["recall@10"] == 1.0  # of eight items
+
+
+def test_what_an_earlier_start_was_trained_on_does_not_validate(
+    tmp_path: Path, backbone_folder: Path
+) -> None:
+    """The update of an update, its blend and an evaluation leave the user out as well."""
+    run, late = short(tmp_path, backbone_folder)
+    blend_run(run.run, tmp_path / "0", progress=Quiet())
+    for n, row in enumerate([("few", "i2", late), ("u0", "i3", late + 1)]):
+        events, _ = log(tmp_path / f"log{n}", [row], [])
+        quiet = Quiet()
+        update_run(
+            tmp_path / str(n),
+            open_source(events, columns=Columns()),
+            tmp_path / str(n + 1),
+            progress=quiet,
+            overrides=["training.max_steps=1"],
+        )
+        out = " ".join(quiet.lines)
+        assert out.count("1 users do not validate") == 2  # in training and for the weights
+        assert "chosen on 12 validation users" in out
+    quiet = Quiet()
+    assert evaluate_run(tmp_path / "2", "valid", quiet)["users"] == 12
+    shutil.rmtree(run.run)
+    shutil.rmtree(tmp_path / "0")
+    assert evaluate_run(tmp_path / "2", "valid", quiet)["users"] == 13
+    assert "goes on from, or its data set is gone" in quiet.lines[-1]
 
 
 def test_a_test_event_that_was_trained_on_is_refused(tmp_path: Path, backbone_folder: Path) -> None:

@@ -283,11 +283,13 @@ def write_identity(
     dataset: Dataset,
     backbone: Backbone | None,
     init: Path | None,
+    *,
+    update: bool = False,
     earlier: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write config.yaml and catalog.parquet: what a run says of itself from its first moment.
 
-    ``earlier``: `resumed_from`.
+    ``update``: its data are those of ``init``, and newer events. ``earlier``: `resumed_from`.
     """
     identity: dict[str, Any] = {
         "run_version": RUN_VERSION,
@@ -309,6 +311,8 @@ def write_identity(
         },
         "backbone_folder": _places(out, backbone),
     }
+    if update:
+        identity["update"] = True
     if earlier:
         identity[EARLIER_TRAINING] = list(earlier)
     write_text(out / "config.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))

@@ -7,7 +7,7 @@ start_from    its trained tensors
 
 from __future__ import annotations
 
-__all__ = ["check_start", "start_from", "unseen"]
+__all__ = ["check_start", "start_from", "unseen", "unseen_of"]
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -95,7 +95,8 @@ def _same_ids(one: Dataset | None, other: Dataset) -> bool:
 
 
 def unseen(init: Path, dataset: Dataset, split: Split, progress: Progress) -> Split:
-    """Leave out of validation what an earlier run on a part of these data was trained on.
+    """Leave out of validation what an earlier run on a part of these data was trained on, or what
+    that one went on from by updates.
 
     Such are the last events of users who had too few to be tested then. Test events are newer.
 
@@ -103,6 +104,36 @@ def unseen(init: Path, dataset: Dataset, split: Split, progress: Progress) -> Sp
         CheckpointError: its data set is gone or was split otherwise, or it was trained on a test
             event.
     """
+    return unseen_of(init, dataset, _unseen_by(init, dataset, split, progress), progress)
+
+
+def unseen_of(run: Path, dataset: Dataset, split: Split, progress: Progress) -> Split:
+    """Leave out of validation what the runs were trained on that a run is an update of, each of the
+    one before. Warn where the first of them are gone.
+    """
+    start = _updated_from(run)
+    while start is not None:
+        there = (start / "config.yaml").is_file()
+        if not there or _trained_on(load_run_config(start)[1]) is None:
+            progress.line(
+                f"warning: {start}, which {run} goes on from, or its data set is gone: events that "
+                "it was trained on may validate"
+            )
+            break
+        split = _unseen_by(start, dataset, split, progress)
+        start = _updated_from(start)
+    return split
+
+
+def _updated_from(run: Path) -> Path | None:
+    """Return the run that another is an update of; None if it is no update."""
+    identity = load_run_config(run)[1]
+    start = identity.get("init") if identity.get("update") else None
+    return None if start is None else Path(start)
+
+
+def _unseen_by(init: Path, dataset: Dataset, split: Split, progress: Progress) -> Split:
+    """Leave out of validation what one run was trained on."""
     config, identity = load_run_config(init)
     before = _trained_on(identity)
     if before is None:

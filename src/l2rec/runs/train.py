@@ -70,7 +70,7 @@ from l2rec.runs.predictor import (
 )
 from l2rec.runs.report import write_report
 from l2rec.runs.scoring import Scores, compared, rank, score, with_cold_items
-from l2rec.runs.start import check_start, start_from, unseen
+from l2rec.runs.start import check_start, start_from, unseen, unseen_of
 
 UNTRAINED = "untrained"
 UNTRAINED_BACKBONE = "untrained backbone"
@@ -244,6 +244,7 @@ def _fit(
         f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}"
     )
     split = training_split(config, dataset)
+    update = update or (init is not None and bool((identity or {}).get("update")))
     if update:
         assert init is not None
         split = unseen(init, dataset, split, progress)
@@ -266,7 +267,8 @@ def _fit(
         progress.line(start_from(model, init, dataset if update else None))
 
     def written() -> None:
-        write_identity(out, config, dataset, backbone, init, resumed_from(identity or {}))
+        earlier = resumed_from(identity or {})
+        write_identity(out, config, dataset, backbone, init, update=update, earlier=earlier)
         clear_partial(out)
         if not begun:
             save_tensors(out / START, trained_tensors(model))
@@ -401,6 +403,7 @@ def evaluate_run(
         raise ConfigError(f"{run}: {_why_no_tied_day(split_name, split)}")
     of_parts: dict[str, Any] = {}
     if split_name == "valid":
+        split = unseen_of(run, dataset, split, progress)
         evaluation, protocol = rank(predictor, split.valid, progress), split.protocol
     else:
         scores = score(with_cold_items(predictor, dataset), split, sets, progress)

@@ -44,6 +44,7 @@ from l2rec.runs.machine import device
 from l2rec.runs.predictor import backbone_of, load
 from l2rec.runs.report import write_report
 from l2rec.runs.scoring import rank, score, with_cold_items
+from l2rec.runs.start import unseen_of
 
 TEXT_TOKENS = 128
 COPIED = ("catalog.parquet", MODEL, "metrics.jsonl")
@@ -71,7 +72,7 @@ def blend_run(
     predictor, (config, identity) = load(run), load_run_config(run)
     if predictor.blend is not None:
         raise CheckpointError(f"{run} is blended already; blend the run it was made of")
-    split = training_split(config, dataset)
+    split = unseen_of(run, dataset, training_split(config, dataset), progress)
     started = time.monotonic()
     blend = Blend(dataset.n_warm).to(device())
     blend.calibrate(
