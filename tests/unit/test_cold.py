@@ -36,6 +36,7 @@ from l2rec.studies.experiment.definition import load_experiment
 from l2rec.studies.experiment.plan import plan
 from l2rec.studies.experiment.report import page, to_json
 from l2rec.studies.experiment.run import run as run_plan
+from l2rec.studies.exposure import exposure_of
 
 ITEMS = 24
 SASREC = ["training.max_steps=6", "model.dim=8", "model.dropout=0", "training.batch_users=16"]
@@ -226,6 +227,16 @@ def test_what_knows_ids_alone_ranks_them_last(ids_alone: Path, cold: Dataset) ->
     is_cold = ranks.targets >= cold.n_warm
     assert set(ranks.ranks[is_cold]) == {cold.n_warm + (cold.n_cold + 1) / 2}
     assert ranks.ranks[~is_cold].max() <= cold.n_warm
+
+
+def test_it_is_said_how_often_they_are_listed(
+    run: Finished, ids_alone: Path, cold: Dataset
+) -> None:
+    for path, listed in ((run.run, True), (ids_alone, False)):
+        report = exposure_of(path, ["popularity"], progress=runs.Quiet())
+        groups = {row["group"]: row for row in report["items"]["popularity"]}
+        assert groups["cold"]["items"] >= cold.n_cold and groups["cold"]["next"] > 0
+        assert (groups["cold"]["exposure"] > 0) is listed
 
 
 def test_blends_and_averages_have_both_parts(

@@ -38,7 +38,7 @@ from l2rec.metrics import coverage, popularity_bias
 from l2rec.protocols import Progress
 from l2rec.runs.folder import load_run_config, open_run_dataset, require_finished, training_split
 from l2rec.runs.predictor import load
-from l2rec.runs.scoring import rank
+from l2rec.runs.scoring import rank, with_cold_items
 from l2rec.studies.compare import HEAD, MEDIUM, SHORT
 
 Floats = npt.NDArray[np.floating]
@@ -186,7 +186,7 @@ def exposure_of(
             f"--by {unknown[0]}: no attribute of the items or users{nearest(unknown[0], known)} "
             f"(there are: {', '.join(known)}; --users FILE brings those of users)"
         )
-    predictor = load(run)
+    predictor = with_cold_items(load(run), dataset)
     if not 1 <= k <= dataset.n_items:
         raise DataError(
             f"k={k}: the catalog has {dataset.n_items} items; choose 1..{dataset.n_items}"
