@@ -74,12 +74,12 @@ def test_a_killed_trial_is_taken_up_again(
     def killed(*arguments: Any, **named: Any) -> TrainingResult:
         asked = 0
 
-        def until(score: float) -> bool:
+        def until(score: float, number: int) -> bool:
             nonlocal asked
             asked += 1
             if asked == 2:
                 raise Killed
-            return bool(named["hopeless"](score))
+            return bool(named["hopeless"](score, number))
 
         return training.validate_run(*arguments, **{**named, "hopeless": until})
 
@@ -89,6 +89,16 @@ def test_a_killed_trial_is_taken_up_again(
     assert len(list((tmp_path / "cut").glob("trial-*"))) == 1
     again = search(chains.path, tmp_path / "cut", 2)
     assert again.trials == whole.trials  # by number too, as the progress lines have it
+    assert compared_at(tmp_path / "whole") == [[0, 1], [0, 1]]
+    assert compared_at(tmp_path / "cut") == [[0], [1], [0, 1]]
+
+
+def compared_at(out: Path) -> list[list[int]]:
+    """Return the numbers of the validations at which each trial was compared with others."""
+    import optuna
+
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{out / 'study.db'}")
+    return [sorted(trial.intermediate_values) for trial in study.trials]
 
 
 def test_a_trial_that_trails_is_stopped(
@@ -101,7 +111,7 @@ def test_a_trial_that_trails_is_stopped(
         nonlocal number
         number += 1
         score = 0.9 - 0.1 * number
-        stopped = next((at for at in range(10) if hopeless(score)), None)
+        stopped = next((at for at in range(10) if hopeless(score, at)), None)
         ended = "epochs" if stopped is None else f"pruned at {stopped}"
         return TrainingResult(1, 1, {"ndcg@10_masked": score}, {}, 0, 0, 0, ended)
 

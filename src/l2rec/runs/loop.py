@@ -110,6 +110,8 @@ class _Counters:
     best_step: int = 0
     bad: int = 0
     """Validations of this stage since the best one."""
+    selections: int = 0
+    """Validations so far that choose the best step, that of the untrained model not counted."""
     cut: bool = False
     """Whether ``max_minutes`` ended a stage before this one."""
     seconds: float = 0.0
@@ -212,7 +214,7 @@ class _Run:
     folder: Path
     progress: Progress
     points: Points
-    hopeless: Callable[[float], bool]
+    hopeless: Callable[[float, int], bool]
     pruned: bool = False
     stages: int = 1
     """Number of stages of the method."""
@@ -233,12 +235,13 @@ def train(
     run: Path,
     progress: Progress,
     resume: bool = False,
-    hopeless: Callable[[float], bool] = lambda score: False,
+    hopeless: Callable[[float, int], bool] = lambda score, number: False,
 ) -> TrainingResult:
     """Train to early stopping; the model and RUN/model.safetensors then hold the best step.
 
     ``hopeless`` receives the score that selects (`SELECT`) of each validation of a stage that
-    does; if it returns True, the run ends ("pruned").
+    does, and its number, from 0, earlier processes included; if it returns True, the run ends
+    ("pruned").
 
     Raises:
         TrainingError: the loss became NaN or infinite (step and cause are named; the last good
@@ -519,7 +522,7 @@ def try_steps(
     progress: Progress,
 ) -> Iterator[float]:
     """Take one step of a stage with each batch, and yield its seconds; nothing is written."""
-    run = _Run(model, split, config, 0, Path(), progress, lambda *_: None, lambda _: False)
+    run = _Run(model, split, config, 0, Path(), progress, lambda *_: None, lambda *_: False)
     optimizer = _optimizer(stage)
     planned = _planned_steps(run, stage)
     with gradients_only_for(run.model, stage):
@@ -601,7 +604,9 @@ def _validate_stage(run: _Run, stage: Stage, position: float) -> bool:
     c = run.counters
     score = metrics[c.select]
     c.next_eval = position + run.config.eval_every
-    run.pruned = stage.select and run.hopeless(score)
+    if stage.select:
+        run.pruned = run.hopeless(score, c.selections)
+        c.selections += 1
     if score > c.best or not stage.select:
         c.best, c.best_step, c.bad, run.best = score, c.step, 0, metrics
         return True

@@ -203,7 +203,7 @@ def validate_run(
     *,
     progress: Progress,
     resume: bool = False,
-    hopeless: Callable[[float], bool] = lambda score: False,
+    hopeless: Callable[[float, int], bool] = lambda score, number: False,
 ) -> TrainingResult:
     """Train as `train_run` does, and stop there: the test split is not looked at."""
     dataset = open_dataset(data)
@@ -234,7 +234,7 @@ def _fit(
     identity: Mapping[str, Any] | None,
     init: Path | None,
     resume: bool,
-    hopeless: Callable[[float], bool] = lambda score: False,
+    hopeless: Callable[[float, int], bool] = lambda score, number: False,
     *,
     update: bool = False,
 ) -> _Fitted:

@@ -148,12 +148,9 @@ def _run(
     import optuna
 
     resume = (folder / "config.yaml").is_file()
-    validations = _validations(folder)
 
-    def hopeless(score: float) -> bool:
-        nonlocal validations
-        trial.report(score, validations)
-        validations += 1
+    def hopeless(score: float, number: int) -> bool:
+        trial.report(score, number)
         return bool(trial.should_prune())
 
     try:
@@ -372,12 +369,6 @@ def _ended_trials(study: optuna.Study) -> list[Trial]:
         for number, trial in enumerate(ended, start=1)
     ]
     return sorted(trials, key=lambda trial: 1.0 if trial.score is None else -trial.score)
-
-
-def _validations(folder: Path) -> int:
-    """Count the validations that a resumed trial had before it was killed."""
-    log = folder / "metrics.jsonl"
-    return log.read_text(encoding="utf-8").count('"event": "valid"') if log.is_file() else 0
 
 
 def _write_best(out: Path, recipe: str, overrides: Sequence[str], best: Trial) -> Path:
