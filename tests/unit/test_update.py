@@ -149,6 +149,11 @@ def test_a_blended_run_is_blended_again(
     assert report["method"] == "L2Rec + co-occurrence"
     counts = load_tensors(out / "blend.safetensors")[0]
     assert len(counts["together.offsets"]) == chains.n_items + 3  # of the new items too
+    quiet = Quiet()
+    again = update_run(
+        blended, source, out, progress=quiet, overrides=["training.max_steps=1"], resume=True
+    )
+    assert again == report and quiet.lines == [f"{out} is finished: these are its scores"]
 
 
 def short(tmp_path: Path, backbone: Path) -> tuple[Finished, float]:

@@ -25,6 +25,7 @@ from l2rec.protocols import Progress
 from l2rec.runs.folder import (
     BLEND,
     find_backbone,
+    finished_report,
     load_run_config,
     open_run_dataset,
     require_finished,
@@ -70,6 +71,11 @@ def update_run(
         lambda: _grown(run, newer, out, data, grown, drop_unknown_items, resume).path
     )
     blended = (run / BLEND).is_file()
+    if resume and blended:
+        done = world.from_main(lambda: _blended_already(out, config))
+        if done is not None:
+            progress.line(f"{out} is finished: these are its scores")
+            return done
     trained = out.with_name(f"{out.name}-trained") if blended else out
     report = train_run(
         config,
@@ -94,6 +100,13 @@ def _few_epochs(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for key, value in override_values(overrides).items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
     return resolve(values, where="update")
+
+
+def _blended_already(out: Path, config: RunConfig) -> dict[str, Any] | None:
+    """Return the report of a finished blend of an update by this recipe, or None."""
+    if not (out / BLEND).is_file() or load_run_config(out)[0] != config:
+        return None
+    return finished_report(out)
 
 
 def _grown(
