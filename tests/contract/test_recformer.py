@@ -467,6 +467,30 @@ def test_full_tuning_trains_a_copy(family: str, tmp_path: Path) -> None:
     assert torch.equal(other.scorer()(HISTORIES), model.scorer()(HISTORIES))
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_inputs_are_dropped_in_training_alone(tuning: str) -> None:
+    model = build(tuning=tuning, dropout=0.5, pretrain_epochs=0)
+    stage = model.stages(1e-2, 0.0)[-1]
+    if tuning == "lora":  # B starts at zero
+        for p in model.lora.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    batch = one_batch(model, HISTORIES, 1)
+    if stage.begin_epoch is not None:
+        stage.begin_epoch(0)
+    for training in (True, False):
+        model.train(training)
+        first, second = (float(stage.loss(batch).total.detach()) for _ in range(2))
+        assert (first != second) is training
+
+
+def test_it_says_how_much_of_a_text_it_reads() -> None:
+    """Six tokens of an item, of which the key takes its own."""
+    model = build()
+    key = len(model.backbone.tokenizer("text", add_special_tokens=False)["input_ids"])
+    assert model.text_tokens == 6 - min(key, 5)
+    assert int(model.tokens.ids.lengths.max()) <= 6
+
+
 def test_stages_train_what_they_read() -> None:
     model = build()
     named = {id(p): n for n, p in model.named_parameters()}

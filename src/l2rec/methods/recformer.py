@@ -26,7 +26,7 @@ Choices and deviations:
 
 - ``tuning=lora`` trains low-rank updates of the frozen backbone, ``full`` (the paper's) a float32
   copy of all its weights but the word embeddings. The paper's Longformer, whose attention cannot
-  read packed rows, is not used.
+  read packed rows, is not used. Layers drop nothing inside, where the authors' do.
 - A and B start at zero and are added to the backbone's own position and type embeddings.
 - ``keys`` names the catalog's fields that are read as key-value pairs; ``text`` is the prepared
   text. A new item has a value for the first key alone.
@@ -105,7 +105,8 @@ class RecFormerConfig(BaseModel):
     alpha: float = Field(16.0, gt=0)
     """Scale of the updates: they are multiplied by ``alpha / rank``."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout rate of the inputs of the low-rank updates."""
+    """Dropout rate of the inputs of the low-rank updates; for ``tuning=full``, of the inputs of the
+    first layer."""
 
     # stages and losses
     pretrain_epochs: int = Field(32, ge=0)
@@ -235,13 +236,25 @@ class RecFormer(nn.Module):
         """N, number of items, with those added later."""
         return len(self.tokens.ids)
 
+    @property
+    def text_tokens(self) -> int:
+        """Most tokens of a value that are read, beside its key."""
+        budget = self.config.item_tokens // len(self.config.keys)
+        return min(budget - len(self._name(key)) for key in self.config.keys)
+
+    def _name(self, key: str) -> list[int]:
+        """Return the tokens of a key, at most all of its share but one."""
+        budget = self.config.item_tokens // len(self.config.keys)
+        name: list[int] = self.backbone.tokenizer(key, add_special_tokens=False)["input_ids"]
+        return name[: budget - 1]
+
     def _tokenize(self, fields: Sequence[Sequence[str]], cache: Path | None = None) -> ItemTokens:
         """Tokenise items by their values, given as one list for each of the first keys."""
         tokenizer, config = self.backbone.tokenizer, self.config
         budget = config.item_tokens // len(config.keys)
         ids: list[Ragged] = []
         for key, texts in zip(config.keys, fields, strict=False):
-            name = tokenizer(key, add_special_tokens=False)["input_ids"][: budget - 1]
+            name = self._name(key)
             values = tokenize(texts, tokenizer, budget, cache).head(budget - len(name))
             named = (values.lengths > 0) * len(name)  # a key without a value is left out
             offsets = np.concatenate(([0], np.cumsum(named)))
@@ -313,6 +326,7 @@ class RecFormer(nn.Module):
         if self.config.tuning == "lora":
             with self.lora.enabled():
                 return self.backbone(x, packing)  # type: ignore[no-any-return]
+        x = F.dropout(x, self.config.dropout, self.training)
         tuned = (w.to(self.backbone.dtype) for w in self.tuned)
         weights = dict(zip(self._names, tuned, strict=True))
         return functional_call(self.backbone, weights, (x, packing))  # type: ignore[no-any-return]

@@ -28,7 +28,9 @@ leaves them open. Choices and deviations:
   rate does not depend on the size of a batch.
 - Rows are padded on the right in both stages: position 0 is a row's oldest item in both.
 - A row hides at least one item. A drawn negative that is in the row does not count.
-- Attributes are the words of the item texts, or the values of raw fields (``attributes``).
+- Attributes are the words of the item texts, or the values of raw fields (``attributes``). The
+  row of S3-Rec in UniSRec's paper has the items themselves as attributes, and their text vectors
+  for F.
 - Pre-training has a fixed length (``pretrain_epochs``). The authors fine-tune several of its
   checkpoints and choose the best: here that is one run for each length. 0 leaves stage 2 alone,
   which is SASRec.

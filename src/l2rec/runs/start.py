@@ -208,7 +208,7 @@ def start_from(model: Any, init: Path, grown: Dataset | None = None) -> str:
         )
     before = pq.read_metadata(init / "catalog.parquet").num_rows
     rows = {
-        name: _with_rows(own[name], tensors[name], before, f"{init}: {name}")
+        name: _with_rows(own[name], tensors[name], before, grown.n_items, f"{init}: {name}")
         for name in of_items & tensors.keys() & own.keys()
     }
     load_trained(model, {**own, **shared, **rows}, str(init))
@@ -216,11 +216,12 @@ def start_from(model: Any, init: Path, grown: Dataset | None = None) -> str:
     return f"starting from {init}: {len(shared) + len(rows)} tensors; {new:,} items are new"
 
 
-def _with_rows(own: Tensor, earlier_rows: Tensor, before: int, what: str) -> Tensor:
-    """Return a tensor of the items with the earlier run's rows first, and its own after them; its
-    own where it has no rows of items.
+def _with_rows(own: Tensor, earlier_rows: Tensor, before: int, after: int, what: str) -> Tensor:
+    """Return a tensor of the ``after`` items with the earlier run's rows first, and its own after
+    them; its own where it has no rows of items.
     """
-    if len(earlier_rows) == before and earlier_rows.shape[1:] == own.shape[1:]:
+    lengths = len(earlier_rows), len(own)
+    if lengths == (before, after) and earlier_rows.shape[1:] == own.shape[1:]:
         rows = own.clone()
         rows[:before] = earlier_rows
         return rows
