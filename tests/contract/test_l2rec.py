@@ -687,11 +687,13 @@ def positions_of(model: L2Rec, batch: Batch) -> Iterator[tuple[Tensor, int, set[
         yield users[p] @ items.T / model.config.temperature, target, held
 
 
-def by_the_book(model: L2Rec, batch: Batch) -> list[float]:
-    """Return the loss of each position against the whole catalog, but for what its prefix holds."""
+def by_the_book(model: L2Rec, batch: Batch, known: int = N) -> list[float]:
+    """Return the loss of each position against the first items of the catalog, but for what its
+    prefix holds.
+    """
     each = []
     for r, target, held in positions_of(model, batch):
-        others = torch.stack([r[i] for i in range(N) if i not in held])
+        others = torch.stack([r[i] for i in range(known) if i not in held])
         each.append(float(torch.logsumexp(others, 0) - r[target]))
     return each
 
@@ -711,6 +713,24 @@ def test_the_loss_of_the_catalog_by_the_book(views: tuple[str, ...], project_ite
         each, total = by_the_book(model, batch), float(model.loss(batch).total)
     assert len(each) == len(batch.targets)
     assert total == pytest.approx(np.mean(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("sampled", [0, 3, N])
+def test_items_that_training_never_holds_are_no_negatives(sampled: int) -> None:
+    """They can only be pushed away, and are known by a text that others may share."""
+    options = CATALOG | {"balance": 0.0, "bpc": 0.0, "sampled_items": sampled}
+    model = shaken(build(**options)).eval()
+    assert isinstance(model.items, CatalogItems)
+    model.items.restrict(np.arange(10))
+    batch = one_batch(model, Ragged.from_rows([[3, 1, 4, 1, 5, 9], [6, 5, 3, 6, 5], [2, 8]]))
+    begin(model)
+    chosen, log = model.items._compared(batch.targets)
+    assert set(batch.targets.tolist()) <= set(chosen.tolist()) <= set(range(10))
+    if log is None:
+        assert chosen.tolist() == list(range(10))
+        with torch.no_grad():
+            each, total = by_the_book(model, batch, 10), float(model.loss(batch).total)
+        assert total == pytest.approx(np.mean(each), rel=1e-5)
 
 
 @pytest.mark.parametrize("views", [("semantic", "behavioral"), ("behavioral",), ("semantic",)])

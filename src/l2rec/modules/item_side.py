@@ -337,14 +337,17 @@ class CatalogItems(nn.Module):
 
     def _compared(self, targets: npt.NDArray[np.integer]) -> tuple[IntArray, Tensor | None]:
         """Return the items that a step compares with, ascending [n], and the log of how many each
-        of them stands for [n, 1] float32; None where these are all.
+        of them stands for [n, 1] float32; None where these are all that training holds. Another
+        item, which is never to be predicted, would only be pushed away by its text.
         """
-        count, device = self.count, self.device
+        device = self.device
+        known = np.flatnonzero(self.table.held.flatten().cpu().numpy())
+        count = len(known)
         wanted = everyone(as_index(targets, device))[0].unique().cpu().numpy()
         if not self._sampled or len(wanted) + self._sampled >= count:
-            return np.arange(count), None
+            return known, None
         drawn = from_first(torch.randperm(count)[: self._sampled].to(device))
-        items = np.union1d(wanted, drawn.cpu().numpy())
+        items = np.union1d(wanted, known[drawn.cpu().numpy()])
         others = len(items) - len(wanted)
         stands_for = np.where(np.isin(items, wanted), 1.0, (count - len(wanted)) / max(1, others))
         log = torch.from_numpy(np.log(stands_for)).float()
@@ -360,14 +363,14 @@ class CatalogItems(nn.Module):
         views: Views,
         encode: Encode,
     ) -> Comparison:
-        """Compare with the whole catalog, or with a sample of it.
+        """Compare with all items that training holds, or with a sample of them.
 
         Of a batch that is dealt out over processes, each encodes a part of these items.
         """
         device = self.device
         chosen, log = self._compared(targets)
         without = self._held(batch.histories, position, targets)
-        if log is not None:
+        if len(chosen) < self.count:
             without = _among(without, chosen)
             targets = np.searchsorted(chosen, targets)
         encoded: Encoded | None = None
