@@ -26,9 +26,9 @@ pipeline, and compares every position with the whole catalog: behavioural item v
 in every step, semantic ones once an epoch. Every position predicts its next item in one pass, for
 which attention is causal over items and u is the mean up to each item, so that no prediction sees
 what follows it. The semantic output is the newest item plus a learned share of the mean. What the
-prefix holds already is no negative, nor is an item that training never meets. u has RMS 1 (``user_norm``), since it enters the routers beside
-inputs of that scale; with ``item_residual`` an item has a trained r_i beside its text, E^B =
-P_U(norm(e_i + r_i)), none if training never meets it.
+prefix holds already is no negative, nor is an item that training never meets. u has RMS 1
+(``user_norm``), since it enters the routers beside inputs of that scale; with ``item_residual`` an
+item has a trained r_i beside its text, E^B = P_U(norm(e_i + r_i)), none if training never meets it.
 
 - ``project_items=false``: P_v of Eq. 7 is of users alone. With P_v on both sides, as in the paper,
   a user of one item and that item have one vector: what follows an item is looked for near it.
