@@ -27,6 +27,7 @@ from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
+from l2rec.service.serving import Service
 from l2rec.service.settings import Experiment, Settings
 from l2rec.service.version import Version
 from l2rec.studies.abtest.analysis import analyze
@@ -351,6 +352,33 @@ def test_another_server_of_the_same_database_takes_items_over(serve: Serve) -> N
     while "n1" not in (now := recommend(second, history=["i1"], k=40)) or "i4" in now:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("deletes", [True, False])
+def test_what_another_server_undoes_before_the_next_sync_is_undone_here(
+    deletes: bool, catalog_run: Finished, log_url: str
+) -> None:
+    log, other = EventLog(log_url), EventLog(log_url)
+    item = {"n1": ("heavy red hat", {})}
+    other.put_items(item)
+    if not deletes:
+        other.delete_items(["n1"])
+
+    async def main() -> None:
+        service = Service(Settings(), Live(load_version(catalog_run.run)), log)
+        assert await service.sync() is deletes
+        if deletes:
+            await service.delete(["n1"])
+            other.put_items(item)
+        else:
+            await service.put(item)
+            other.delete_items(["n1"])
+        assert await service.sync()
+        assert service.live.current().serves("n1") is deletes
+        assert not await service.sync()
+        await service.close()
+
+    asyncio.run(main())
 
 
 class Broken:

@@ -138,6 +138,7 @@ def test_popularity_as_the_control_arm(
         items = [{"id": "n1", "text": "heavy red hat"}, {"id": best[0], "text": "another text"}]
         assert client.put("/v1/items", json={"items": items}).status_code == 200
         assert listed(user, ["n1"], exclude_seen=False) == [*best, "n1"]
+        assert listed(user, ["i1", "i2"], exclude_seen=False) == [*best, "n1"]  # asked before
         client.request("DELETE", "/v1/items", params={"id": best[1]})
         assert best[1] not in listed(user, ["n1"])
 

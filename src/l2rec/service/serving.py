@@ -94,6 +94,16 @@ def _by_version(jobs: Sequence[J], run: Callable[[Version, list[J]], Sequence[T]
     return [results[number] for number in range(len(jobs))]
 
 
+_Key = tuple[int, int, bytes]
+
+
+def _key(version: Version, row: npt.NDArray[np.integer]) -> _Key:
+    """Return the key of a history in the cache."""
+    # What a method that only ranks says of a user is one score per item, and items may be added.
+    scores = len(version) if version.predictor.vectors is None else 0
+    return version.serial, scores, row.tobytes()
+
+
 class Service:
     """Threads, batches, cache and versions of one server.
 
@@ -137,7 +147,7 @@ class Service:
         # No waiting here: requests that come while one batch is ranked are the next batch.
         self.ranking: Batcher[Query, Ranked] = Batcher(rank, self._ranker, max_cost=RANKED_TOGETHER)
         self.audience = Audience(log, self.stored)
-        self._cache: OrderedDict[tuple[int, bytes], User] = OrderedDict()
+        self._cache: OrderedDict[_Key, User] = OrderedDict()
         self.changing = asyncio.Lock()
         """Lock for deriving a version from a loaded one and putting it in its place."""
         self._items: ItemState | None = None
@@ -206,7 +216,7 @@ class Service:
         return [next(rest) if user is None else user for user in found]
 
     def _cached(self, version: Version, row: npt.NDArray[np.integer]) -> User | None:
-        key = (version.serial, row.tobytes())
+        key = _key(version, row)
         cached = self._cache.get(key)
         if cached is None:
             self.metrics.cache.labels("miss").inc()
@@ -220,7 +230,7 @@ class Service:
         if self.settings.cache and any(
             loaded.serial == version.serial for loaded in self.live.all().values()
         ):
-            self._cache[version.serial, job.row.tobytes()] = user
+            self._cache[_key(version, job.row)] = user
             # The vector of a method that only ranks is as long as the catalog.
             most = min(self.settings.cache, max(1, CACHED_NUMBERS // user.vector.numel()))
             while len(self._cache) > most:
@@ -320,6 +330,7 @@ class Service:
             charge(sum(self._costs(text for text, _ in items.values())))
             # First the steps that the items can fail, then the disk, then the swap.
             fresh = {"live": await self._with(live, "live", items)}
+            self._items = None  # another server may undo this before the next sync
             await self.stored("put_items", self.log.put_items, dict(items))
             for role, version in self.live.all().items():
                 if role != "live":
@@ -353,6 +364,7 @@ class Service:
             unknown = [item for item in ids if live.predictor.row_of(item) is None]
             if unknown:
                 raise Refused(404, f"unknown item ids: {', '.join(map(repr, unknown))}")
+            self._items = None  # another server may undo this before the next sync
             await self.stored("delete_items", self.log.delete_items, list(ids))
             self._swap({role: v.without_items(ids) for role, v in self.live.all().items()})
         self.metrics.items.labels("deleted").inc(len(ids))
