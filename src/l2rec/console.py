@@ -355,7 +355,10 @@ def print_experiment(result: Mapping[str, Any]) -> None:
             )
     left_out = {reason: n for reason, n in result.get("left_out", {}).items() if n}
     if left_out:
-        counts = (f"{n:,} users {reason.replace('_', ' ')}" for reason, n in left_out.items())
+        counts = (
+            f"{n:,} {'' if 'event' in reason else 'users '}{reason.replace('_', ' ')}"
+            for reason, n in left_out.items()
+        )
         _out().print("left out: " + ", ".join(counts))
     served = result.get("served", [])
     for one in served:

@@ -430,6 +430,7 @@ def test_storage_that_fails_leaves_reads_and_recovers(serve: Serve, log_url: str
     ("change", "message"),
     [
         ({"arm": "treatment"}, "events.0: an arm without its experiment; give both"),
+        ({"experiment": "x"}, "events.0: an experiment without the arm; give both"),
         ({"timestamp": time.time() + 90_000}, "events.0.timestamp: "),
         ({"timestamp": 1e10}, "events.0.timestamp: 10000000000 is more than a day ahead of"),
         ({"timestamp": "5"}, "events.0.timestamp: Input should be a valid number"),
@@ -443,7 +444,7 @@ def test_events_that_are_refused(change: Any, message: str, serve: Serve) -> Non
     client = serve()
     answer = client.post("/v1/events", json={"events": [event]})
     assert error(answer, 422).startswith(message)
-    fine = event | {"id": "b", "arm": None, "timestamp": int(time.time()) + 60}
+    fine = event | {"id": "b", "experiment": None, "arm": None, "timestamp": int(time.time()) + 60}
     assert client.post("/v1/events", json={"events": [fine]}).json()["stored"] == 1
 
 

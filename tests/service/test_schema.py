@@ -31,6 +31,7 @@ NOT_IN_A_SCHEMA = (
     " is given twice",
     "this is a column of every catalog",
     "an arm without its experiment",
+    "an experiment without the arm",
     "is more than a day ahead of this server's clock",
     " different attributes; items have at most",
 )

@@ -87,6 +87,8 @@ def test_events_are_counted_by_user() -> None:
         event("a", "click", 50.0, x=""),
         event("a", "click", 50.0 - 30 * DAY, x=""),  # too long before
         event("z", "exposure", x="another"),
+        event("a", "click") | {"arm": None},  # of no arm
+        event("nobody", "exposure") | {"arm": None},
     ]
     frame = pl.DataFrame(rows)
     counted = count_users(frame, "x", 14.0, None)
@@ -102,7 +104,8 @@ def test_events_are_counted_by_user() -> None:
     found = analyze(frame, "x")
     assert found["arms"]["treatment"] == {"users": 2, "exposures": 2, "clicks": 1, "replies": 1}
     assert found["metrics"]["ctr"]["control"] == pytest.approx((0.5 + 0) / 2)
-    assert found["left_out"] == {"crossed_over": 1, "never_exposed": 1}
+    assert found["left_out"] == {"crossed_over": 1, "never_exposed": 1, "events_without_arm": 2}
+    assert sum(period["control"]["clicks"] for period in found["over_time"]["periods"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,7 @@ def test_events_are_counted_by_user() -> None:
     [
         ([event("a", "exposure")], "y", "no events of experiment 'y'; the log has: x"),
         ([event("a", "exposure", a="B")], "x", "arm 'B' of experiment 'x'"),
-        ([event("a", "exposure") | {"arm": None}, event("b", "click")], "x", "arm None of exp"),
+        ([event("a", "exposure") | {"arm": None}], "x", "none of the 1 events of .* names an arm"),
         ([event("a", "exposure"), event("b", "exposure")], "x", "0 exposed users in treatment"),
     ],
 )
@@ -626,10 +629,12 @@ def test_the_first_days_may_be_left_out() -> None:
         event("late", "click", 203.0),
         event("t", "exposure", 204.0, a="treatment"),
         event("s", "exposure", 205.0, a="treatment"),
+        event("a", "click", 101.0) | {"arm": None},
+        event("a", "click", 201.0) | {"arm": None},
     ]
     found = analyze(pl.DataFrame(rows), "x", since=150.0)
     assert found["arms"]["control"] == {"users": 2, "exposures": 2, "clicks": 0, "replies": 0}
-    assert found["left_out"] == {"crossed_over": 1, "never_exposed": 1}
+    assert found["left_out"] == {"crossed_over": 1, "never_exposed": 1, "events_without_arm": 1}
     assert (found["from"], found["to"]) == (200.0, 205.0)
     users = count_users(pl.DataFrame(rows), "x", 14.0, 150.0).users
     assert users.exposures_before.tolist() == [1, 0, 0, 0], (

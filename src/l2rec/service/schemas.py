@@ -329,6 +329,8 @@ class EventIn(Closed):
     def _arm_of_what(self) -> EventIn:
         if self.arm is not None and self.experiment is None:
             raise ValueError("an arm without its experiment; give both, as the answer has them")
+        if self.experiment is not None and self.arm is None:
+            raise ValueError("an experiment without the arm; give both, as the answer has them")
         return self
 
 

@@ -45,7 +45,11 @@ def over_time(
     users, time = counted.users, pl.col("timestamp")
     rows = (
         needed_columns(events)
-        .filter(pl.col("experiment") == name, time >= (begin if since is None else since))
+        .filter(
+            pl.col("experiment") == name,
+            pl.col("arm").is_not_null(),
+            time >= (begin if since is None else since),
+        )
         .join(counted.ids.to_frame().lazy().with_row_index("row"), on="user")
         .group_by("row", ((time - begin) // width).cast(pl.Int64).alias("period"))
         .agg(*counts_of(pl.lit(value=True)))

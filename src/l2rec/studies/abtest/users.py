@@ -96,7 +96,7 @@ def counts_of(rows: pl.Expr, suffix: str = "") -> list[pl.Expr]:
 @dataclass(frozen=True)
 class Counted:
     """Users of an experiment. ids: [M] strings, sorted. first, last: times of its events. left_out:
-    numbers of users that are not among them, by reason.
+    numbers of users that are not among them, by reason, and of events that name no arm.
     """
 
     users: Users
@@ -115,9 +115,11 @@ def count_users(events: Log, name: str, pre_days: float, since: float | None) ->
     log = needed_columns(events)
     arms, time = pl.col("arm"), pl.col("timestamp")
     within = time >= (-math.inf if since is None else since)
-    wrong = arms.is_null() | ~arms.is_in([TREATMENT, CONTROL])
+    wrong = ~arms.is_in([TREATMENT, CONTROL])
+    named = log.filter(pl.col("experiment") == name)
+    armless = int(named.filter(arms.is_null() & within).select(pl.len()).collect().item())
     table = (
-        log.filter(pl.col("experiment") == name)
+        named.filter(arms.is_not_null())
         .group_by("user")
         .agg(
             *counts_of(within),
@@ -131,6 +133,8 @@ def count_users(events: Log, name: str, pre_days: float, since: float | None) ->
         )
         .collect()
     )
+    if table.is_empty() and armless:
+        raise DataError(f"none of the {armless:,} events of experiment {name!r} names an arm")
     if table.is_empty():
         known = ", ".join(experiments(log)[:5]) or "none"
         raise DataError(f"no events of experiment {name!r}; the log has: {known}")
@@ -163,5 +167,9 @@ def count_users(events: Log, name: str, pre_days: float, since: float | None) ->
         exposures_before=table["exposures_before"].to_numpy(),
         events_before={m: table[f"{m}_before"].to_numpy() for m in METRICS},
     )
-    left_out = {"crossed_over": crossed, "never_exposed": unexposed}
+    left_out = {
+        "crossed_over": crossed,
+        "never_exposed": unexposed,
+        "events_without_arm": armless,
+    }
     return Counted(users, table["user"], first, last, left_out)
