@@ -80,6 +80,8 @@ def test_the_whole_catalog_may_stay(tmp_path: Path) -> None:
     note = "1 items without events are kept; --no-keep-all-items leaves them out"
     assert note in dataset.meta["notes"]
     assert rows_of(dataset)["u"] == ["c", "a", "b"]
+    dataset = make(tmp_path, keep_all_items=True, k_core=2)
+    assert dataset.item_ids.to_pylist() == ["a", "z", "b"]  # of c there was one event
 
 
 def test_template_fills_fields_and_may_name_numbers(tmp_path: Path) -> None:

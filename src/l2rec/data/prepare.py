@@ -22,7 +22,7 @@ import string
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -596,6 +596,12 @@ def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Remaining:
             f"no event is left of {len(log.users):,} after filtering with {limits}, "
             f"drop_textless={config.drop_textless}; choose smaller limits"
         )
+    if config.keep_all_items and config.k_core > 1:
+        # What has no event at all does not have too few: it is kept as an item without events.
+        seen = np.zeros(len(items), dtype=np.bool_)
+        for at in log.chunks(state.chunk):
+            seen[log.items[at]] = True
+        return replace(remaining, items=remaining.items | (items & ~seen))
     return remaining
 
 
