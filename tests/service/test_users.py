@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from starlette.testclient import TestClient
 from tests.support.runs import Finished
 from tests.support.service import Serve, error, metric_of
 
-from l2rec.data.dataset import open_dataset
+from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.runs.folder import user_history
 from l2rec.runs.predictor import load
 from l2rec.service.app import create_app
-from l2rec.service.events import EventLog
+from l2rec.service.audience import Audience
+from l2rec.service.events import Event, EventLog
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
 from l2rec.service.people import People
@@ -89,6 +92,36 @@ def test_what_the_data_set_has_from_the_log_does_not_count_twice(
     counts = Counter(dataset.item_ids.take(dataset.items.tolist()).to_pylist())
     assert people.counts() == counts
     assert people.counts(["u5", "nobody"]) == Counter(whole)
+
+
+def test_a_past_in_milliseconds_and_what_is_of_the_log_in_it(
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("u", "i1", 1e12), ("u", "i2", 1.7e12), ("v", "i2", 1.7e12 + 500)]
+    events = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    data = Dataset.from_frames(events, out=tmp_path / "data", progress=False)
+    monkeypatch.setattr("l2rec.service.people.open_run_dataset", lambda *_: data)
+    log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
+    logged = [("u", "i2", 1.7e9), ("v", "i2", 1.7e9 + 0.5), ("v", "i3", 1.7e9 + 1)]
+    log.append([Event(f"{n}", u, i, "click", at) for n, (u, i, at) in enumerate(logged)])
+    version = load_version(catalog_run.run)
+
+    async def stored(_: str, call: Any, *given: Any) -> Any:
+        return call(*given)
+
+    async def counted() -> dict[str, float]:
+        popular = await Audience(log, stored).popular(version, None)
+        return {item: popular.counts[version.predictor.row_of(item)] for item in ("i1", "i2", "i3")}
+
+    async def history() -> list[str]:
+        return (await Audience(log, stored).history(version, "u", 9)).items
+
+    assert asyncio.run(history()) == ["i1", "i2"]
+    assert asyncio.run(counted()) == {"i1": 1, "i2": 2, "i3": 1}
+    # Times that are later than any of the log: nothing in the data set is of it.
+    far = events.with_columns(pl.col("timestamp") * 2)
+    data = Dataset.from_frames(far, out=tmp_path / "far", progress=False)
+    assert asyncio.run(counted()) == {"i1": 1, "i2": 4, "i3": 1}
 
 
 def test_without_its_data_set_a_run_knows_the_log_alone(

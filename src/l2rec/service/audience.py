@@ -21,6 +21,8 @@ from l2rec.service.version import Version
 
 POPULAR_SECONDS = 60.0
 """Age at which what is popular is counted anew."""
+DAY = 86_400.0
+"""Seconds that an event of the log may be ahead."""
 SEGMENTS = 64
 """Segments whose popular items are remembered."""
 
@@ -116,8 +118,13 @@ class Audience:
         now = time.monotonic()
         if known is not None and now - known[0] < POPULAR_SECONDS:
             return known[1]
-        logged, users = await self._stored("counts", self._counts, segment)
-        counted = await asyncio.to_thread(self.people(version).counts, users)
+        people = self.people(version)
+        # The data set may hold what the log has: an event counts once, as one of the data set.
+        newest = await asyncio.to_thread(lambda: people.newest)
+        if newest is not None and newest > time.time() + DAY:
+            newest = None  # later than any event of the log can be: such times are not the log's
+        logged, users = await self._stored("counts", self._counts, segment, newest)
+        counted = await asyncio.to_thread(people.counts, users)
         popular = await asyncio.to_thread(_by_count, version, (logged, counted), segment)
         self._popular.pop(key, None)
         self._popular[key] = (now, popular)
@@ -125,10 +132,14 @@ class Audience:
             del self._popular[next(iter(self._popular))]
         return popular
 
-    def _counts(self, segment: str | None) -> tuple[dict[str, int], list[str] | None]:
-        """Return the counts of a segment in the log, and its users; None for everybody."""
+    def _counts(
+        self, segment: str | None, after: float | None
+    ) -> tuple[dict[str, int], list[str] | None]:
+        """Return the counts of a segment in the log after a time, and its users; None for
+        everybody.
+        """
         users = None if segment is None else self._log.users_in(segment)
-        return self._log.counts(segment), users
+        return self._log.counts(segment, after), users
 
 
 def _known(version: Version, items: Sequence[str]) -> list[str]:

@@ -288,14 +288,18 @@ class EventLog:
         with self._reading() as connection:
             return connection.execute(query).scalar_one()  # type: ignore[no-any-return]
 
-    def counts(self, segment: str | None = None) -> dict[str, int]:
-        """Count the clicks and replies of each item: by everybody, or by users of a segment."""
+    def counts(self, segment: str | None = None, after: float | None = None) -> dict[str, int]:
+        """Count the clicks and replies of each item: by everybody, or by users of a segment; all,
+        or those after a time.
+        """
         from sqlalchemy import func, select
 
         e, u = self._events.c, self._users.c
         query = select(e.item, func.count()).where(_positive(e)).group_by(e.item)
         if segment is not None:
             query = query.where(e.user == u.user, u.segment == segment)
+        if after is not None:
+            query = query.where(e.timestamp > after)
         with self._reading() as connection:
             return {str(item): int(count) for item, count in connection.execute(query)}
 

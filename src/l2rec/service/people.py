@@ -108,7 +108,7 @@ class People:
 
     def history(self, user: str, most: int, before: float | None = None) -> list[str]:
         """Return the newest ``most`` items of a user, all events included, or only those before a
-        time; none of a user who is not known.
+        time, in seconds since 1970; none of a user who is not known.
         """
         row = self._row(user)
         if row is None or self._data is None:
@@ -116,8 +116,22 @@ class People:
         items = self._data.sequences[row]
         if before is not None:
             start, stop = self._data.offsets[row : row + 2]
+            before *= self._per_second
             items = items[: np.searchsorted(self._data.timestamps[start:stop], before)]
         return self._names(items[-most:])
+
+    @cached_property
+    def newest(self) -> float | None:
+        """Time of the newest event, in seconds since 1970; None without one."""
+        if self._data is None or not len(self._data.timestamps):
+            return None
+        return float(self._data.timestamps.max()) / self._per_second
+
+    @property
+    def _per_second(self) -> float:
+        """How many of the data set's unit of time are a second."""
+        assert self._data is not None
+        return self._data.order.per_second or 1.0
 
     def _names(self, items: IntArray) -> list[str]:
         assert self._data is not None
