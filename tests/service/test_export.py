@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -12,7 +13,11 @@ from tests.support.service import Serve
 from typer.testing import CliRunner
 
 from l2rec.cli import app
-from l2rec.data.dataset import open_dataset
+from l2rec.data.cold import hold_out_items
+from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.extend import extend
+from l2rec.data.formats.open import open_source
+from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.errors import ConfigError, DataError, StorageError
 from l2rec.runs.predictor import load
 from l2rec.runs.train import train_run
@@ -101,6 +106,85 @@ def test_what_cannot_be_exported(log: Path, tmp_path: Path) -> None:
     only.close()
     with pytest.raises(DataError, match="knows no item texts; give the catalog with --items"):
         export_log(f"sqlite:///{tmp_path / 'only.db'}", tmp_path)
+
+
+def clicks(path: Path, *rows: tuple[str, str, float]) -> str:
+    log = EventLog(f"sqlite:///{path}")
+    log.append([Event(f"{n}", u, i, "click", at) for n, (u, i, at) in enumerate(rows)])
+    log.close()
+    return f"sqlite:///{path}"
+
+
+def past(out: Path, scale: float = 1.0, **options: Any) -> Dataset:
+    columns = ["user_id", "item_id", "timestamp"]
+    rows = [("u", item, scale * (1e9 + n)) for n, item in enumerate("abc")]
+    items = pl.DataFrame({"item_id": list("abc"), "text": list("abc")})
+    events = pl.DataFrame(rows, schema=columns, orient="row")
+    return Dataset.from_frames(events, items, out, progress=False, **options)
+
+
+def turn(url: str, after: Path, folder: Path) -> Dataset:
+    """Prepare the events of a log after a data set."""
+    folder.mkdir()
+    events, items = export_log(url, folder, after=after)
+    config = PrepareConfig(text="{text}", keep_all_items=True)
+    return prepare(events, folder / "data", config, items=items, progress=False)
+
+
+def test_what_a_data_set_has_of_the_log_is_left_out_one_for_one(tmp_path: Path) -> None:
+    first = [("u", "a", 1.7e9), ("u", "a", 1.7e9), ("u", "b", 1.7e9 + 1)]
+    url = clicks(tmp_path / "a.db", *first)
+    more = clicks(tmp_path / "b.db", *first, first[0], ("u", "c", 1.7e9 + 2))
+    base = past(tmp_path / "base")
+    served = turn(url, base.path, tmp_path / "served")
+    newer = open_source(tmp_path / "served/events.parquet", items=tmp_path / "served/items.parquet")
+    grown = extend(base, newer, tmp_path / "grown", progress=False)
+    assert served.event_types is not None and grown.event_types is None
+    for name, dataset in (("served", served), ("grown", grown)):
+        assert dataset.n_events == 6
+        assert turn(url, dataset.path, tmp_path / f"{name}-same").n_events == 6
+        again = turn(more, dataset.path, tmp_path / f"{name}-more")
+        assert again.n_events == 8
+        assert turn(more, again.path, tmp_path / f"{name}-last").n_events == 8
+
+
+def test_clicks_follow_a_past_in_milliseconds(tmp_path: Path) -> None:
+    url = clicks(tmp_path / "events.db", ("u", "c", 1.7e9), ("u", "a", 1.7e9 + 0.25))
+    served = turn(url, past(tmp_path / "base", 1000.0).path, tmp_path / "served")
+    assert served.timestamps.tolist()[2:] == [1e12 + 2000, 1.7e12, 1.7e12 + 250]
+    assert turn(url, served.path, tmp_path / "again").n_events == 5
+
+
+def test_what_the_log_cannot_come_after(tmp_path: Path) -> None:
+    url = clicks(tmp_path / "events.db", ("u", "a", 1.7e9))
+    ordered = past(tmp_path / "ordered", timestamp=None)
+    hold_out_items(past(tmp_path / "base").path, tmp_path / "cold", 0.34)
+    for folder, message in ((ordered.path, "has no times"), (tmp_path / "cold", "has cold items")):
+        with pytest.raises(DataError, match=message):
+            export_log(url, tmp_path, after=folder)
+
+
+def test_a_run_of_a_log_with_other_columns_is_updated_by_an_event_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = pl.DataFrame({"who": ["u"], "item_id": ["a"], "timestamp": [1e9], "kind": ["buy"]})
+    items = pl.DataFrame({"item_id": ["a"], "text": ["a"]})
+    names = {"user": "who", "event_type": "kind", "only": ("buy",)}
+    base = Dataset.from_frames(events, items, tmp_path / "base", progress=False, **names)
+    clicks(tmp_path / "events.db", ("u", "a", 1.7e9))
+    found = []
+
+    def update(_: Path, newer: Any, *__: Any, **___: Any) -> dict[str, Any]:
+        found.append(extend(base, newer, tmp_path / "grown", progress=False).n_events)
+        raise DataError("no run")
+
+    monkeypatch.setattr("l2rec.runs.folder.open_run_dataset", lambda *_: base)
+    monkeypatch.setattr("l2rec.studies.update.update_run", update)
+    arguments = ["update", str(tmp_path), "--events", str(tmp_path / "events.db")]
+    arguments += ["--items", str(base.path / "catalog.parquet"), "--out", str(tmp_path / "out")]
+    with pytest.raises(DataError, match="no run"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert found == [2]
 
 
 def test_from_postgresql_as_from_sqlite(log: Path, tmp_path: Path, postgres_url: str) -> None:

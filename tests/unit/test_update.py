@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -79,6 +80,57 @@ def test_events_that_are_there_already_are_not_added_again(chains: Dataset, tmp_
     again = extend(grown, source, tmp_path / "again", progress=False)
     assert again.n_events == grown.n_events + 2
     assert f"{len(rows)} events of the log were there already; left out" in again.meta["notes"]
+
+
+def test_newer_events_are_of_the_types_that_the_data_set_was_made_of(tmp_path: Path) -> None:
+    rows = [("u", item, 1e9 + n) for n, item in enumerate("abc")]
+    events = pl.DataFrame(rows, schema=["user", "item_id", "timestamp"], orient="row")
+    events = events.with_columns(kind=pl.Series(["click", "exposure", "click"]))
+    names = {"user": "user", "event_type": "kind"}
+    base = Dataset.from_frames(
+        events, out=tmp_path / "base", progress=False, only=("click",), **names
+    )
+    later = events.with_columns(pl.col("timestamp") + 10)
+    later.write_csv(tmp_path / "later.csv")
+    source = open_source(tmp_path / "later.csv", columns=Columns(**names))
+    grown = extend(base, source, tmp_path / "grown", progress=False)
+    assert grown.n_events == 4 and grown.item_ids.to_pylist() == ["a", "c"]
+    note = "1 events of the log are not of the types that the data set was made of (click); left"
+    assert any(line.startswith(note) for line in grown.meta["notes"])
+    last = later.with_columns(pl.col("timestamp") + 10)
+    last.write_csv(tmp_path / "last.csv")
+    source = open_source(tmp_path / "last.csv", columns=Columns(**names))
+    again = extend(grown, source, tmp_path / "again", progress=False)  # its columns and types too
+    assert again.n_events == 6
+    assert all(again.meta["options"][k] == base.meta["options"][k] for k in ("only", *names))
+    chosen = replace(source, chosen=True)
+    whole = extend(grown, chosen, tmp_path / "whole", drop_unknown_items=True, progress=False)
+    assert whole.n_events == 7
+    last.filter(pl.col("kind") != "click").write_csv(tmp_path / "shown.csv")
+    for file, columns, message in (
+        ("last.csv", Columns(user="user"), r"has no event types, and .* was made of click only"),
+        ("shown.csv", Columns(**names), "none of its 1 events is of the types"),
+    ):
+        source = open_source(tmp_path / file, columns=columns)
+        with pytest.raises(DataError, match=message) as error:
+            extend(grown, source, tmp_path / "refused", progress=False)
+        one_line(error)
+
+
+def test_texts_are_made_as_the_first_were_at_every_update(tmp_path: Path) -> None:
+    events = pl.DataFrame({"user_id": ["u"], "item_id": ["a"], "timestamp": [1e9]})
+    items = pl.DataFrame({"item_id": ["a"], "title": ["A"], "brand": ["x"]})
+    data = Dataset.from_frames(
+        events, items, tmp_path / "0", progress=False, text="{title} by {brand}"
+    )
+    for n, item in enumerate("bc"):
+        folder = tmp_path / f"log{item}"
+        folder.mkdir()
+        events.with_columns(item_id=pl.lit(item), timestamp=2e9 + n).write_csv(folder / "new.csv")
+        items.with_columns(item_id=pl.lit(item), brand=pl.lit(item)).write_csv(folder / "items.csv")
+        source = open_source(folder / "new.csv", items=folder / "items.csv", columns=Columns())
+        data = extend(data, source, tmp_path / f"{n + 1}", progress=False)
+    assert data.texts() == ["A by x", "A by b", "A by c"]
 
 
 def test_an_item_that_no_catalog_has_is_refused_or_dropped(chains: Dataset, tmp_path: Path) -> None:

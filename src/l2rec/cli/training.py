@@ -7,6 +7,7 @@ __all__ = ["doctor", "recipes", "train", "tune", "update"]
 import contextlib
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -168,13 +169,16 @@ def update(
     from l2rec.data.formats.open import open_source
     from l2rec.runs.folder import open_run_dataset
     from l2rec.runs.launch import joined
+    from l2rec.service.events import is_event_log
     from l2rec.studies.update import update_run
 
     options = open_run_dataset(run, data).meta.get("options") or {}
     named = {name: options[name] for name in COLUMN_OPTIONS if name in options}
     with contextlib.ExitStack() as stack:
         path, catalog, _ = log_at(stack, events, items)
-        newer = open_source(path, items=catalog, columns=Columns(**named))
+        logged = is_event_log(events)  # then its columns and types are those of the export
+        columns = Columns() if logged else Columns(**named)
+        newer = replace(open_source(path, items=catalog, columns=columns), chosen=logged)
         world = stack.enter_context(joined())
         console = stack.enter_context(Console(quiet=not world.main))
         report = update_run(

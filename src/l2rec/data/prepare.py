@@ -155,11 +155,13 @@ def build(
     progress: bool = False,
     chunk_events: int = CHUNK_EVENTS,
     order: EventOrder | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Prepare a log that is open already. ``origin``: its name in dataset.json.
 
     ``chunk_events``: events in memory at a time; the result does not depend on it. ``order``: facts
-    about the order of events where they are known; by default they are measured.
+    about the order of events where they are known; by default they are measured. ``recorded``:
+    options that dataset.json names in place of those of ``config``.
     """
     report = _Report(progress)
     may_write(out)
@@ -174,7 +176,10 @@ def build(
         remaining = _filter(log, catalog, state)
         item_ok = _write_events(log, catalog, remaining, folder, state)
         _write_tables(log, catalog, remaining.users, item_ok, folder)
-        _write_meta(source, catalog, folder, state, name=out.name, origin=origin, order=order)
+        options = config.model_dump(mode="json") | dict(recorded or {})
+        _write_meta(
+            source, catalog, folder, state, options, name=out.name, origin=origin, order=order
+        )
         shutil.rmtree(work)
     dataset = open_dataset(out)
     report.notes(dataset)
@@ -875,6 +880,7 @@ def _write_meta(
     catalog: _Catalog,
     folder: Path,
     state: _State,
+    options: Mapping[str, Any],
     *,
     name: str,
     origin: str,
@@ -913,7 +919,7 @@ def _write_meta(
             "files": [{"name": f.name, "bytes": f.stat().st_size} for f in source.files],
             **({"parts": dict(source.parts)} if source.parts else {}),
         },
-        "options": state.config.model_dump(mode="json"),
+        "options": dict(options),
         "counters": state.counters,
         "notes": notes,
     }

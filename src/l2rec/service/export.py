@@ -16,13 +16,12 @@ import pyarrow.parquet as pq
 
 from l2rec.data.catalog import Catalog, with_separator
 from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.extend import EARLIER, Known, may_grow
 from l2rec.errors import ConfigError, DataError
 from l2rec.service.events import POSITIVE, SCHEMA, TYPES, EventLog, Plan, is_event_log
 
 NAMES = {"user": "user_id", "item": "item_id", "type": "event_type", "timestamp": "timestamp"}
 """Columns of the log -> columns of events.parquet."""
-EARLIER = "earlier"
-"""Type of the events of a data set without types."""
 EXPORTED = pa.schema([(new, SCHEMA.field(old).type) for old, new in NAMES.items()])
 
 
@@ -43,30 +42,37 @@ def export_log(
         catalog: Parquet or CSV with item_id and text, such as a run's catalog.parquet; that of
             ``after`` by default.
         after: data set whose events come first. Events of the log that it has already, since it
-            was prepared from the same log, are not repeated.
+            was prepared from the same log, are not repeated. Times are in its unit.
 
     Raises:
         ConfigError: an unknown type.
-        DataError: no such events, or a catalog without its columns.
+        DataError: no such events, a catalog without its columns, or a data set that newer events
+            cannot follow.
         StorageError: the log cannot be read.
     """
     unknown = [name for name in types if name not in TYPES]
     if unknown or not types:
         raise ConfigError(f"event types {unknown or '()'}: choose from {', '.join(TYPES)}")
     earlier = None if after is None else open_dataset(after)
+    if earlier is not None:
+        may_grow(earlier)
+    per_second = 1.0 if earlier is None else earlier.order.per_second or 1.0
     if catalog is None and earlier is not None:
         catalog = earlier.path / "catalog.parquet"
     log = EventLog(url, create=False)
     try:
-        known = None if earlier is None else _since(earlier, _oldest(log, types))
+        known = None
+        if earlier is not None:
+            known = Known(earlier, since=_oldest(log, types) * per_second, types=True)
         events, rows = folder / "events.parquet", 0
         with pq.ParquetWriter(events, EXPORTED) as writer:
             for batch in () if earlier is None else _events(earlier):
                 writer.write_batch(batch)
             for logged in log.read(types=types):
                 columns = [logged[name] for name in NAMES]
+                columns[-1] = pc.multiply(columns[-1], per_second)
                 batch = pa.RecordBatch.from_arrays(columns, schema=EXPORTED)
-                writer.write_batch(batch if known is None else _without(batch, known))
+                writer.write_batch(batch if known is None else known.without(batch))
                 rows += len(batch)
         put = log.texts()
     finally:
@@ -92,24 +98,6 @@ def _oldest(log: EventLog, types: Sequence[str]) -> float:
     """Return the time of the oldest event of these types; infinity without one."""
     oldest = [pc.min(batch["timestamp"]).as_py() for batch in log.read(types=types)]
     return min(oldest, default=float("inf"))
-
-
-def _since(dataset: Dataset, time: float) -> pl.DataFrame:
-    """Return the events of a data set from a time on: those that the log may have too."""
-    parts = [batch.filter(pc.greater_equal(batch["timestamp"], time)) for batch in _events(dataset)]
-    frame = pl.from_arrow(pa.Table.from_batches(parts, schema=EXPORTED))
-    assert isinstance(frame, pl.DataFrame)
-    return frame
-
-
-def _without(batch: pa.RecordBatch, known: pl.DataFrame) -> pa.RecordBatch:
-    """Return the events of a batch that are not known."""
-    frame = pl.from_arrow(batch)
-    assert isinstance(frame, pl.DataFrame)
-    fresh = frame.with_row_index("row").join(
-        known, on=list(NAMES.values()), how="anti", maintain_order="left"
-    )
-    return batch.take(fresh["row"].to_arrow())
 
 
 def _catalog(path: Path | None, put: Mapping[str, tuple[str, Mapping[str, str]]]) -> pa.Table:

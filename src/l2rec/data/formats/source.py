@@ -33,7 +33,8 @@ class Source:
     ``more_fields`` are read only when a text template names them. ``separators``: what stands
     between the values of a field that has several. ``files``: the files read.
     ``notes``: what the user should know of the files, complete when all was read. ``parts``:
-    fingerprints of the data sets that were merged, by name.
+    fingerprints of the data sets that were merged, by name. ``chosen``: whether the events are
+    those of chosen types already.
     """
 
     format: str
@@ -45,6 +46,7 @@ class Source:
     separators: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parts: Mapping[str, str] = field(default_factory=dict)
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
