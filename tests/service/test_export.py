@@ -164,10 +164,10 @@ def test_what_the_log_cannot_come_after(tmp_path: Path) -> None:
             export_log(url, tmp_path, after=folder)
 
 
-def test_a_run_of_a_log_with_other_columns_is_updated_by_an_event_log(
+def test_a_run_of_a_log_with_other_columns_and_times_is_updated_by_an_event_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events = pl.DataFrame({"who": ["u"], "item_id": ["a"], "timestamp": [1e9], "kind": ["buy"]})
+    events = pl.DataFrame({"who": ["u"], "item_id": ["a"], "timestamp": [1e12], "kind": ["buy"]})
     items = pl.DataFrame({"item_id": ["a"], "text": ["a"]})
     names = {"user": "who", "event_type": "kind", "only": ("buy",)}
     base = Dataset.from_frames(events, items, tmp_path / "base", progress=False, **names)
@@ -175,7 +175,7 @@ def test_a_run_of_a_log_with_other_columns_is_updated_by_an_event_log(
     found = []
 
     def update(_: Path, newer: Any, *__: Any, **___: Any) -> dict[str, Any]:
-        found.append(extend(base, newer, tmp_path / "grown", progress=False).n_events)
+        found.extend(extend(base, newer, tmp_path / "grown", progress=False).timestamps.tolist())
         raise DataError("no run")
 
     monkeypatch.setattr("l2rec.runs.folder.open_run_dataset", lambda *_: base)
@@ -184,7 +184,7 @@ def test_a_run_of_a_log_with_other_columns_is_updated_by_an_event_log(
     arguments += ["--items", str(base.path / "catalog.parquet"), "--out", str(tmp_path / "out")]
     with pytest.raises(DataError, match="no run"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert found == [2]
+    assert found == [1e12, 1.7e12]
 
 
 def test_from_postgresql_as_from_sqlite(log: Path, tmp_path: Path, postgres_url: str) -> None:

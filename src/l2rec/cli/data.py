@@ -217,10 +217,11 @@ def log_at(
     events: str | None = None,
     cache: Path = CACHE,
     after: Path | None = None,
+    per_second: float = 1.0,
 ) -> tuple[Path, Path | None, str | None]:
     """Find a log: a path, a public source by its name, or an event log, which is exported until
-    the stack ends, after what a data set has of it. Return it, its catalog, and the template of
-    its texts.
+    the stack ends, after what a data set has of it, or in a unit of time of which ``per_second``
+    are a second. Return it, its catalog, and the template of its texts.
     """
     import tempfile
 
@@ -234,7 +235,10 @@ def log_at(
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
     url = source if "://" in source else f"sqlite:///{source}"
     types = (events or event_types()).split(",")
-    return *export_log(url, folder, types=types, catalog=items, after=after), "{text}"
+    exported = export_log(
+        url, folder, types=types, catalog=items, after=after, per_second=per_second
+    )
+    return *exported, "{text}"
 
 
 def describe(

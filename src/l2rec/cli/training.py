@@ -172,10 +172,11 @@ def update(
     from l2rec.service.events import is_event_log
     from l2rec.studies.update import update_run
 
-    options = open_run_dataset(run, data).meta.get("options") or {}
+    dataset = open_run_dataset(run, data)
+    options = dataset.meta.get("options") or {}
     named = {name: options[name] for name in COLUMN_OPTIONS if name in options}
     with contextlib.ExitStack() as stack:
-        path, catalog, _ = log_at(stack, events, items)
+        path, catalog, _ = log_at(stack, events, items, per_second=dataset.order.per_second or 1.0)
         logged = is_event_log(events)  # then its columns and types are those of the export
         columns = Columns() if logged else Columns(**named)
         newer = replace(open_source(path, items=catalog, columns=columns), chosen=logged)

@@ -32,6 +32,7 @@ def export_log(
     types: Sequence[str] = POSITIVE,
     catalog: Path | None = None,
     after: Path | None = None,
+    per_second: float = 1.0,
 ) -> tuple[Path, Path]:
     """Write events.parquet and items.parquet into ``folder``, and return their paths.
 
@@ -43,6 +44,7 @@ def export_log(
             ``after`` by default.
         after: data set whose events come first. Events of the log that it has already, since it
             was prepared from the same log, are not repeated. Times are in its unit.
+        per_second: how many of the unit of time are a second, without ``after``.
 
     Raises:
         ConfigError: an unknown type.
@@ -56,7 +58,7 @@ def export_log(
     earlier = None if after is None else open_dataset(after)
     if earlier is not None:
         may_grow(earlier)
-    per_second = 1.0 if earlier is None else earlier.order.per_second or 1.0
+        per_second = earlier.order.per_second or 1.0
     if catalog is None and earlier is not None:
         catalog = earlier.path / "catalog.parquet"
     log = EventLog(url, create=False)
