@@ -624,7 +624,7 @@ def test_an_experiment_with_a_result(visit: Open, running: Callable[[float], Ser
             "old => document.querySelector('#experiment svg').getAttribute('width') !== old",
             arg=wide,
         )
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.wait_for_function("document.documentElement.scrollWidth <= innerWidth")
         broken = page.evaluate(BROKEN_WORDS)
         assert broken == [], "words that are broken in two"
     last = page.locator("#experiment svg >> nth=0").get_attribute("aria-label")

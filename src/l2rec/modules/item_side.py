@@ -292,6 +292,7 @@ class CatalogItems(nn.Module):
         self.table = TextTable(
             vectors, RESIDUAL_DROPOUT, text_dropout, linear=False, residual=residual
         ).to(backbone.device)
+        self._known: IntArray = np.arange(len(vectors))
         self.semantic: Tensor | None
         self.register_buffer("semantic", torch.zeros_like(vectors) if semantic else None)
 
@@ -340,9 +341,7 @@ class CatalogItems(nn.Module):
         of them stands for [n, 1] float32; None where these are all that training holds. Another
         item, which is never to be predicted, would only be pushed away by its text.
         """
-        device = self.device
-        known = np.flatnonzero(self.table.held.flatten().cpu().numpy())
-        count = len(known)
+        device, known, count = self.device, self._known, len(self._known)
         wanted = everyone(as_index(targets, device))[0].unique().cpu().numpy()
         if not self._sampled or len(wanted) + self._sampled >= count:
             return known, None
@@ -410,8 +409,11 @@ class CatalogItems(nn.Module):
         self.table.shrink(count)
 
     def restrict(self, items: npt.NDArray[np.integer]) -> None:
-        """Give a free residual to the items that training holds, and to no others."""
+        """Give a free residual to the items that training holds, and to no others, and compare with
+        them alone.
+        """
         self.table.restrict(items)
+        self._known = np.unique(items)
 
     def freeze(self) -> None:
         """Compute the rows once."""
