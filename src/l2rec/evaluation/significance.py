@@ -9,6 +9,7 @@ __all__ = [
     "holm",
     "paired_test",
     "paired_values_test",
+    "satterthwaite",
     "seeded_test",
     "without_rounding",
 ]
@@ -144,13 +145,22 @@ def seeded_test(
     of_seeds = [float(side.mean(1).var(ddof=1)) / len(side) for side in (a, b)]
     parts = [paired.standard_error**2, *of_seeds]
     counts = [a.shape[1] if users is None else len(np.unique(users)), len(a), len(b)]
-    variance = sum(parts)
-    if variance > 0:
-        freedom = variance**2 / sum(v**2 / (n - 1) for v, n in zip(parts, counts, strict=True))
-        p = 2.0 * float(stdtr(freedom, -abs(paired.difference) / math.sqrt(variance)))
+    error, freedom = satterthwaite(parts, counts)
+    if error > 0:
+        p = 2.0 * float(stdtr(freedom, -abs(paired.difference) / error))
     else:
         p = 0.0 if paired.difference else 1.0
-    return SeededTest(*plain, math.sqrt(sum(of_seeds)), math.sqrt(variance), p)
+    return SeededTest(*plain, math.sqrt(sum(of_seeds)), error, p)
+
+
+def satterthwaite(parts: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Return the standard error of a sum and its degrees of freedom (Satterthwaite, 1946).
+
+    parts: squared standard errors of what is summed. counts: of how many values each is.
+    """
+    variance = sum(parts)
+    uncertain = sum(v**2 / (n - 1) for v, n in zip(parts, counts, strict=True))
+    return math.sqrt(variance), variance**2 / uncertain if uncertain else math.inf
 
 
 def by_segment(

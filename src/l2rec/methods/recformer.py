@@ -239,23 +239,25 @@ class RecFormer(nn.Module):
     @property
     def text_tokens(self) -> int:
         """Most tokens of a value that are read, beside its key."""
-        budget = self.config.item_tokens // len(self.config.keys)
-        return min(budget - len(self._name(key)) for key in self.config.keys)
+        return min(self._share - len(self._name(key)) for key in self.config.keys)
+
+    @property
+    def _share(self) -> int:
+        """Tokens of an item for each key with its value."""
+        return self.config.item_tokens // len(self.config.keys)
 
     def _name(self, key: str) -> list[int]:
         """Return the tokens of a key, at most all of its share but one."""
-        budget = self.config.item_tokens // len(self.config.keys)
         name: list[int] = self.backbone.tokenizer(key, add_special_tokens=False)["input_ids"]
-        return name[: budget - 1]
+        return name[: self._share - 1]
 
     def _tokenize(self, fields: Sequence[Sequence[str]], cache: Path | None = None) -> ItemTokens:
         """Tokenise items by their values, given as one list for each of the first keys."""
         tokenizer, config = self.backbone.tokenizer, self.config
-        budget = config.item_tokens // len(config.keys)
         ids: list[Ragged] = []
         for key, texts in zip(config.keys, fields, strict=False):
             name = self._name(key)
-            values = tokenize(texts, tokenizer, budget, cache).head(budget - len(name))
+            values = tokenize(texts, tokenizer, self._share, cache).head(self._share - len(name))
             named = (values.lengths > 0) * len(name)  # a key without a value is left out
             offsets = np.concatenate(([0], np.cumsum(named)))
             names = np.tile(np.asarray(name, dtype=np.int32), int((named > 0).sum()))

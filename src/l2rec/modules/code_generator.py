@@ -33,8 +33,8 @@ PAD = 0
 SEARCHED = 64
 """Histories whose beams are searched at once."""
 PASSES = 4
-"""Passes of a batch: rows of like length in each, padded to its own longest. In one pass, three
-quarters of the tokens would be padding."""
+"""Passes of a batch: rows of like length in each, padded to its own longest. In one pass, most of
+the tokens would be padding."""
 
 
 class GeneratorConfig(BaseModel):

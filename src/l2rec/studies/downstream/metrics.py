@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from l2rec.evaluation.significance import holm
+from l2rec.evaluation.significance import holm, satterthwaite
 from l2rec.studies.downstream.daily import Doubles, Exposures, Ints
 from l2rec.studies.downstream.features import Clicks
 from l2rec.studies.downstream.options import ARMS, CONTROL, TASKS, TREATMENT
@@ -171,17 +171,15 @@ def compared(
         influence = np.mean([t.influence - c.influence for t, c in real], axis=0)
         error = math.sqrt(float(influence.var(ddof=1)) / n_users) if n_users > 1 else math.nan
         difference = float(by_seed.mean())
-        found: dict[str, float | None] = {"low": None, "high": None, "sd_seeds": None, "p": None}
-        if len(real) > 1:
+        unknown = ("low", "high", "sd_seeds", "p", "p_holm")
+        found: dict[str, float | None] = dict.fromkeys(unknown)
+        if len(real) > 1 and n_users > 1:
             seeds = float(by_seed.std(ddof=1))
-            parts = [error**2, seeds**2 / len(real)]
-            whole = math.sqrt(sum(parts))
-            counts = [n_users - 1, len(real) - 1]
-            uncertain = sum(v**2 / n for v, n in zip(parts, counts, strict=True))
-            freedom = sum(parts) ** 2 / uncertain if uncertain else math.inf
+            parts, counts = [error**2, seeds**2 / len(real)], [n_users, len(real)]
+            whole, freedom = satterthwaite(parts, counts)
             half = float(stdtrit(freedom, 1 - alpha / 2)) * whole
             t = difference / whole if whole > 0 else (math.inf if difference else 0.0)
-            found = {
+            found |= {
                 "low": difference - half,
                 "high": difference + half,
                 "sd_seeds": seeds,
@@ -189,9 +187,6 @@ def compared(
             }
         differences[metric] |= {"difference": difference, "error_users": error, **found}
     tested = [m for m, result in differences.items() if result.get("p") is not None]
-    for result in differences.values():
-        if result["difference"] is not None:
-            result["p_holm"] = None
     for metric, p in zip(tested, holm([differences[m]["p"] for m in tested]), strict=True):
         differences[metric]["p_holm"] = p
     return differences
