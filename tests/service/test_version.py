@@ -13,11 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.runs import Finished
+from tests.support.runs import Finished, Quiet
+from tests.support.service import Serve
 
+from l2rec.config import load_recipe
+from l2rec.data.dataset import Dataset
+from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.index import Exact, build, save
 from l2rec.runs.checkpoint import load_tensors, save_tensors
+from l2rec.runs.train import train_run
 from l2rec.service.attributes import Attributes
 from l2rec.service.loading import check_version, load_version
 from l2rec.service.ranking import Query, User, encode, rank
@@ -382,3 +387,46 @@ def test_a_model_of_ids_alone_takes_no_items(catalog_run: Finished) -> None:
     assert version.brought_to(({"n1": ("hat", {})}, frozenset())) is version
     with pytest.raises(ConfigError, match="ranks the items it was trained on"):
         version.with_items({"n1": ("hat", {})})
+
+
+# -- a method that names items by tokens, and reaches those of its beam alone ----------------------
+
+
+@pytest.fixture(scope="module")
+def beam_run(chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "p5"
+    small = ["dim=8", "layers=1", "heads=1", "head_dim=8", "inner=8", "beams=4", "digits=6"]
+    config = load_recipe("p5", [*(f"model.{option}" for option in small), "training.max_steps=2"])
+    train_run(config, chains.path, run, progress=Quiet(), recipe="p5")
+    return run
+
+
+def test_what_a_beam_reaches_is_served(beam_run: Path, serve: Serve) -> None:
+    version = load_version(beam_run)
+    check_version(version)
+    user = encode(version, Ragged.from_rows([[3, 4]]))[0]
+    ranked = rank([Query(version, user, 10)])[0]
+    assert len(ranked.rows) == 4 and np.isfinite(ranked.scores).all()
+    client = serve(beam_run)
+    assert client.get("/readyz").status_code == 200
+    body = {"history": ["i3", "i4"], "k": 10, "exclude_seen": False}
+    found = client.post("/v1/recommend", json=body).json()["items"]
+    assert [item["id"] for item in found] == [version.ids[row] for row in ranked.rows]
+    other = next(item for item in version.ids if item not in {one["id"] for one in found})
+    for item, score in ((found[0]["id"], found[0]["score"]), (other, None)):
+        why = client.post("/v1/explain", json={"history": body["history"], "item": item})
+        assert why.status_code == 200, why.text
+        assert why.json()["score"] == (score and pytest.approx(score, abs=1e-5))
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_a_beam_that_gives_no_numbers(beam_run: Path, bad: str) -> None:
+    version = load_version(beam_run)
+    vector = torch.full((len(version),), -torch.inf)
+    vector[3] = float(bad)
+    predictor = version.predictor
+    predictor._scorer = lambda rows: vector.repeat(len(rows), 1)
+    with pytest.raises(CheckpointError, match="scores that are not finite numbers"):
+        check_version(version)
+    vector[3] = 0.0
+    check_version(version)

@@ -11,8 +11,19 @@ encodes the variants beside other requests, and keeps them for the next item tha
 
 from __future__ import annotations
 
-__all__ = ["MOST", "Experts", "Explanation", "effects", "experts", "explain", "label", "variants"]
+__all__ = [
+    "MOST",
+    "Experts",
+    "Explanation",
+    "effects",
+    "experts",
+    "explain",
+    "label",
+    "reached",
+    "variants",
+]
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,14 +53,16 @@ class Experts:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Reasons for the rank of an item. score: its score. added: the part that no inner product
+    """Reasons for the rank of an item. score: its score; None where a search among tokens that name
+    items did not find it. added: the part that no inner product
     gives, such as co-occurrence; None where nothing is added. gate: mean delta, None without one.
     experts: None without any. without: its score without each item of the history, oldest first;
-    None where it was not computed: for items older than `MOST`, and for the only one.
+    None where it was not computed, for items older than `MOST` and for the only one, and where the
+    item was not found.
     """
 
     item: str
-    score: float
+    score: float | None
     added: float | None
     gate: float | None
     experts: Experts | None
@@ -65,9 +78,14 @@ def variants(history: Sequence[T], most: int = MOST) -> list[list[T]]:
     return [list(history), *left]
 
 
+def reached(score: float) -> float | None:
+    """Return a score; None for -inf, that of an item which a search did not find."""
+    return None if score == -math.inf else float(score)
+
+
 def effects(length: int, scores: Sequence[float]) -> list[float | None]:
     """Turn scores of the `variants` of a history of ``length`` into the score without each item."""
-    left = [float(score) for score in scores[1:]]
+    left = [reached(score) for score in scores[1:]]
     return [*[None] * (length - len(left)), *left]
 
 
@@ -118,7 +136,7 @@ def explain(predictor: Predictor, history: Sequence[str], item: str | None = Non
     prior = encoded.prior
     return Explanation(
         item=item,
-        score=scores[0],
+        score=reached(scores[0]),
         added=None if prior is None else float(prior[0, row]),
         gate=encoded.gates[0],
         experts=experts(predictor, history),

@@ -122,7 +122,10 @@ def check_version(version: Version) -> None:
     rows = version.predictor.rows(histories)
     users = encode(version, rows)
     vectors = torch.stack([user.vector for user in users])
-    if not bool(torch.isfinite(vectors).all()):
+    good = torch.isfinite(vectors)
+    if version.matrix is None:  # these are scores, -inf where a search found no item
+        good |= good.any(-1, keepdim=True) & vectors.isneginf()
+    if not bool(good.all()):
         raise CheckpointError(f"{version.name}: scores that are not finite numbers")
     if version.matrix is None:
         return

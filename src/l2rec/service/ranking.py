@@ -161,7 +161,12 @@ def rank_exactly(query: Query) -> Ranked:
 
 
 def _best(rows: Rows, scores: npt.NDArray[np.float32], k: int) -> Ranked:
-    """Return the k best rows, best first; equal scores in order of rows."""
+    """Return the k best rows, best first; equal scores in order of rows. What scores -inf is not
+    listed: a search among tokens that names items has not found it.
+    """
+    reached = scores > -np.inf
+    if not reached.all():
+        rows, scores = rows[reached], scores[reached]
     if len(rows) > 4 * k:
         some = np.argpartition(-scores, k)[: k + 1]
         some = np.flatnonzero(scores >= scores[some].min())  # with all that tie with the last

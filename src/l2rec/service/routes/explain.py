@@ -48,7 +48,8 @@ class Explain(Closed):
 
 class Without(Item):
     """An item of the history. score: score of the explained item if this one had never been; None
-    where that was not computed: for the only item, and for items older than the newest 50.
+    where that was not computed, for the only item and for items older than the newest 50, and where
+    the explained item was not found.
     """
 
     score: float | None
@@ -66,7 +67,8 @@ class Experts(BaseModel):
 
 
 class Reasons(BaseModel):
-    """Reasons for the rank of an item. added: the part of the score that comes from co-occurrence
+    """Reasons for the rank of an item. score: null where the method searches among tokens that name
+    items, and did not find this one. added: the part of the score that comes from co-occurrence
     and repeats, not from vectors. gate: 1 all behavioural, 0 all semantic. Both, and experts, are
     null for methods that have none.
     """
@@ -88,7 +90,7 @@ class Reasons(BaseModel):
     )
 
     item: Item
-    score: float
+    score: float | None
     added: float | None
     gate: float | None
     experts: Experts | None
@@ -121,7 +123,7 @@ async def explain(request: Request, body: Explain) -> Reasons:
     whole = everyone[0]
     return Reasons(
         item=item_at(service, version, row),
-        score=scores[0],
+        score=reasons.reached(scores[0]),
         added=float(whole.added[whole.rows == row].sum()) if len(whole.rows) else None,
         gate=whole.gate,
         experts=None

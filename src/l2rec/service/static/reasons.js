@@ -14,6 +14,7 @@ export function reasons(found) {
 }
 
 function scored(found) {
+  if (found.score === null) return block("No score", "The search of this method has not found the item for this history.");
   const parts = found.added === null ? null : `${decimals(found.score - found.added)} by its vector, ${signed(found.added)} by co-occurrence with the history`;
   return block(`Score ${decimals(found.score)}`, parts);
 }
@@ -33,6 +34,7 @@ function gate(value) {
 }
 
 function effects(found) {
+  if (found.score === null) return null;
   const title = "What each item of the history does";
   const known = found.history.map((one, n) => ({ ...one, n, effect: one.score === null ? null : found.score - one.score })).reverse();
   const some = known.filter((one) => one.effect !== null);
