@@ -28,7 +28,7 @@ from l2rec.data.synthetic import TOPICS, simulated_exposures
 from l2rec.data.vectors import vectors_table
 from l2rec.disk import read_json
 from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
-from l2rec.runs.embed import embed_run
+from l2rec.runs.embed import Sharding, embed_run
 from l2rec.runs.predictor import load
 from l2rec.runs.train import train_run
 from l2rec.studies.downstream.daily import DAY, Exposures, Known, daily_log, exposures
@@ -425,6 +425,21 @@ def test_vectors_of_embed_are_read(road: Road, tmp_path: Path) -> None:
     assert frozen.about["items_without"] > 0  # the newest items were not in the run's catalog
     assert (frozen.items == 0).all(1).sum() == frozen.about["items_without"]
     assert frozen.about["users_without"] == road.data.n_users - len(table)
+
+
+def test_vectors_of_shards_are_read(road: Road, tmp_path: Path) -> None:
+    embed_run(road.run, tmp_path / "whole", Quiet())
+    embed_run(road.run, tmp_path / "shards", Quiet(), sharding=Sharding(rows=3))
+    known = Known(daily_log(road.data), {}, average=1)
+    whole, shards = (
+        vectors_of_files(tmp_path / name, road.data, 5.0)(known) for name in ("whole", "shards")
+    )
+    users = np.arange(road.data.n_users)
+    np.testing.assert_array_equal(shards.users(users, users), whole.users(users, users))
+    np.testing.assert_array_equal(shards.items, whole.items)
+    embed_run(road.run, tmp_path / "shards", Quiet())
+    with pytest.raises(CheckpointError, match="users.parquet and a folder users of shards"):
+        vectors_of_files(tmp_path / "shards", road.data, 5.0)
 
 
 def test_vectors_that_do_not_fit(road: Road, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.vectors import read_vectors
-from l2rec.errors import ConfigError, DataError
+from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.protocols import Embedder, Progress, TakesNewItems
 from l2rec.runs.folder import open_run_dataset
 from l2rec.runs.predictor import Predictor, load
@@ -143,10 +143,10 @@ def vectors_of_files(folder: Path, dataset: Dataset, until: float) -> Callable[[
     `vectors_of_run` does.
 
     Raises:
-        CheckpointError: missing or damaged files.
+        CheckpointError: missing or damaged files, or a file and a folder of shards.
         DataError: items and users of two models, or none of the data set's ids.
     """
-    items, users = read_vectors(folder / "items.parquet"), read_vectors(folder / "users.parquet")
+    items, users = (read_vectors(_written(folder, name)) for name in ("items", "users"))
     if items.version != users.version:
         raise DataError(
             f"{folder}: items of model {items.version}, users of {users.version}; embed them again"
@@ -168,6 +168,16 @@ def vectors_of_files(folder: Path, dataset: Dataset, until: float) -> Callable[[
         "users_without": dataset.n_users - users_known,
     }
     return lambda _: Frozen(of_items, until, lambda user, day: of_users[user], about)
+
+
+def _written(folder: Path, name: str) -> Path:
+    """Return what `l2rec embed` wrote, one file or a folder of shards. Raises CheckpointError."""
+    whole, shards = folder / f"{name}.parquet", folder / name
+    if whole.exists() and shards.exists():
+        raise CheckpointError(
+            f"{folder} has {whole.name} and a folder {name} of shards; delete the older one"
+        )
+    return shards if shards.exists() else whole
 
 
 def _aligned(ids: list[str], vectors: Floats, wanted: Any) -> tuple[Floats, int]:
