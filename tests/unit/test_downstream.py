@@ -435,10 +435,11 @@ def test_vectors_of_shards_are_read(road: Road, tmp_path: Path) -> None:
         vectors_of_files(tmp_path / name, road.data, 5.0)(known) for name in ("whole", "shards")
     )
     users = np.arange(road.data.n_users)
-    np.testing.assert_array_equal(shards.users(users, users), whole.users(users, users))
+    found, wanted = shards.users(users, users), whole.users(users, users)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)  # other batches round otherwise
     np.testing.assert_array_equal(shards.items, whole.items)
     embed_run(road.run, tmp_path / "shards", Quiet())
-    with pytest.raises(CheckpointError, match="users.parquet and a folder users of shards"):
+    with pytest.raises(CheckpointError, match=r"users\.parquet and a folder users of shards"):
         vectors_of_files(tmp_path / "shards", road.data, 5.0)
 
 
