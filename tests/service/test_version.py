@@ -13,16 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.runs import Finished, Quiet
+from tests.support.runs import Finished
 from tests.support.service import Serve
 
-from l2rec.config import load_recipe
-from l2rec.data.dataset import Dataset
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.index import Exact, build, save
 from l2rec.runs.checkpoint import load_tensors, save_tensors
-from l2rec.runs.train import train_run
 from l2rec.service.attributes import Attributes
 from l2rec.service.loading import check_version, load_version
 from l2rec.service.ranking import Query, User, encode, rank
@@ -390,15 +387,6 @@ def test_a_model_of_ids_alone_takes_no_items(catalog_run: Finished) -> None:
 
 
 # -- a method that names items by tokens, and reaches those of its beam alone ----------------------
-
-
-@pytest.fixture(scope="module")
-def beam_run(chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "p5"
-    small = ["dim=8", "layers=1", "heads=1", "head_dim=8", "inner=8", "beams=4", "digits=6"]
-    config = load_recipe("p5", [*(f"model.{option}" for option in small), "training.max_steps=2"])
-    train_run(config, chains.path, run, progress=Quiet(), recipe="p5")
-    return run
 
 
 def test_what_a_beam_reaches_is_served(beam_run: Path, serve: Serve) -> None:

@@ -74,6 +74,16 @@ def sasrec_run(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
+def beam_run(one_thread: None, chains: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a method that names items by tokens, and scores those alone that its beam reaches."""
+    run = tmp_path_factory.mktemp("runs") / "p5"
+    small = ["dim=8", "layers=1", "heads=1", "head_dim=8", "inner=8", "beams=4", "digits=6"]
+    config = load_recipe("p5", [*(f"model.{option}" for option in small), "training.max_steps=2"])
+    train_run(config, chains.path, run, progress=runs.Quiet(), recipe="p5")
+    return run
+
+
+@pytest.fixture(scope="session")
 def blended_run(catalog_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Blend the catalog run with co-occurrence. Copy the folder before changing anything in it."""
     run = tmp_path_factory.mktemp("runs") / "blended"

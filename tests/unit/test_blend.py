@@ -101,6 +101,26 @@ def test_what_is_saved_is_what_is_loaded(catalog_run: Finished) -> None:
     assert torch.equal(again.scorer(model)(rows), made.scorer(model)(rows))
 
 
+def test_what_a_beam_did_not_reach_is_as_the_last_that_it_reached(
+    beam_run: Path, tmp_path: Path
+) -> None:
+    model = load(beam_run).model
+    made, histories = by_hand(0.5, -8.0, model.n_items), Ragged.from_rows(HISTORIES)
+    plain = model.scorer()(histories)
+    assert plain.isneginf().any(1).all()
+    met = made.together.recall(histories).toarray()
+    scores = made.scorer(model)(histories)
+    for row, history in enumerate(HISTORIES):
+        found = plain[row][~plain[row].isneginf()]
+        whole = torch.where(plain[row].isneginf(), found.min(), plain[row])
+        for item in range(model.n_items):
+            expected = float((whole[item] - whole.mean()) / whole.std())
+            expected += -8.0 if item in history else 0.5 * met[row, item]
+            assert float(scores[row, item]) == pytest.approx(expected, abs=1e-4)
+    blend_run(beam_run, tmp_path / "blended", progress=Quiet())
+    assert len(load(tmp_path / "blended").recommend(["i3", "i4"], 10).items) == 10
+
+
 def test_weights_follow_what_validation_says(catalog_run: Finished) -> None:
     """Where the counts tell the target they weigh much, and never more than they are worth."""
     model = load(catalog_run.run).model

@@ -234,7 +234,8 @@ class Blend(nn.Module):
 
         s = z + w m [i not in history] + rho [i in history]
 
-    z: the method's scores, centred and scaled to deviation 1 for each user. Nothing is trained, so
+    z: the method's scores, centred and scaled to deviation 1 for each user; items that a search
+    among tokens did not reach count as the last that it reached. Nothing is trained, so
     every method can wear it: its worth shows in what it adds to the counts. A run has it in a file
     of its own, beside a model that knows nothing of it.
 
@@ -277,7 +278,7 @@ class Blend(nn.Module):
         score = method.scorer()
 
         def blended(histories: Ragged) -> Tensor:
-            z = self._standard(score(histories).float())
+            z = self._standard(_reached(score(histories).float()))
             return z + self._term(histories, z)
 
         return blended
@@ -306,7 +307,7 @@ class Blend(nn.Module):
         self.together.count(sequences, texts)
 
         def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
-            z = self._standard(scorer(rows).float())
+            z = self._standard(_reached(scorer(rows).float()))
             met, seen = self.together.dense(rows, z.shape[1])
             return z, met.to(z), seen.to(z.device)
 
@@ -314,6 +315,12 @@ class Blend(nn.Module):
         best = choose(parts, self.together.n_items, histories, targets, tried, progress)
         self.near.fill_(best.near)
         self.repeat.fill_(best.repeat)
+
+
+def _reached(scores: Tensor) -> Tensor:
+    """Return scores [B, N] with each -inf in the place of the lowest that is none."""
+    lowest = scores.masked_fill(scores.isneginf(), math.inf).amin(1, keepdim=True)
+    return torch.maximum(scores, lowest)
 
 
 def _csr(values: Floats, rows: IntArray, columns: IntArray, shape: tuple[int, int]) -> Sparse:
