@@ -733,6 +733,24 @@ def test_items_that_training_never_holds_are_no_negatives(sampled: int) -> None:
         assert total == pytest.approx(np.mean(each), rel=1e-5)
 
 
+def test_the_prior_of_items_beside_the_mean_over_events() -> None:
+    """All events' losses and kappa/2 |r_i|^2, over the number of events."""
+    options = CATALOG | {"balance": 0.0, "bpc": 0.0, "item_residual": True}
+    rows = Ragged.from_rows([[3, 1, 4, 1, 5, 9], [6, 5, 3, 6, 5], [2, 8]])
+    plain, held = (shaken(build(**options, residual_prior=k)).eval() for k in (0.0, 7.0))
+    parts = []
+    for model in (plain, held):
+        begin(model)
+        model.calibrate(rows, rows, rows.values)
+        parts.append(model.loss(one_batch(model, rows)))
+    assert isinstance(held.items, CatalogItems) and "prior" not in parts[0].parts
+    r = held.items.table.residual
+    assert r is not None
+    by_hand = sum(7.0 / 2 * x**2 for x in r.detach().double().flatten().tolist()) / 13
+    assert by_hand > 0 and parts[1].parts["prior"].item() == pytest.approx(by_hand, rel=1e-5)
+    assert parts[1].total.item() == pytest.approx(parts[0].total.item() + by_hand, rel=1e-5)
+
+
 @pytest.mark.parametrize("views", [("semantic", "behavioral"), ("behavioral",), ("semantic",)])
 def test_the_loss_of_a_sample_by_the_book(views: tuple[str, ...]) -> None:
     """The same over a few items, those that were drawn counted for all that were not."""

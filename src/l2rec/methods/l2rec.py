@@ -110,6 +110,7 @@ Nothing is added at a later layer: there the scale is that of its states."""
 OPTIONS_OF_FORMS = {
     "text_dropout": "catalog",
     "item_residual": "catalog",
+    "residual_prior": "catalog",
     "sampled_items": "catalog",
     "behavioral_pool": "paper",
     "normalize_views": "paper",
@@ -206,6 +207,9 @@ class L2RecConfig(BaseModel):
     item_residual: bool = False
     """Ours: a trained r_i beside the text of every item that training holds. Of form=catalog
     alone."""
+    residual_prior: float = Field(0.0, ge=0)
+    """Ours: kappa; r_i ~ N(0, 1/kappa), so that items of few events stay near their texts. 0 is no
+    prior. Of form=catalog alone."""
     sampled_items: int = Field(0, ge=0)
     """Ours: items, beside those to predict, that a step compares with, for catalogs too large to
     encode in every step; 0: all. Of form=catalog alone."""
@@ -316,6 +320,7 @@ def _item_side(
             text_tokens=config.text_tokens,
             text_dropout=config.text_dropout,
             residual=config.item_residual,
+            prior=config.residual_prior,
             sampled=config.sampled_items,
             project=config.project_items,
             semantic="semantic" in config.views,
@@ -722,7 +727,7 @@ class L2Rec(nn.Module):
         return costs
 
     def loss(self, batch: Batch) -> Losses:
-        """Return L = L_Rec + gamma L_BPC + beta L_LB."""
+        """Return L = L_Rec + gamma L_BPC + beta L_LB, and ours, the prior of r_i."""
         config = self.config
         rows = self.items.look_up()
         state = self(batch.histories, every=self._every, rows=rows)
@@ -753,6 +758,10 @@ class L2Rec(nn.Module):
             terms = [term for routing in routings for term in routing.balance.values()]
             parts["balance"] = torch.cat(terms).mean()
             total = total + config.balance * parts["balance"]
+        prior = self.items.prior()
+        if prior is not None:
+            parts["prior"] = prior
+            total = total + prior
         return Losses(
             total,
             {name: part.detach() for name, part in parts.items()},

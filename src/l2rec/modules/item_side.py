@@ -124,7 +124,11 @@ class ItemSide(Protocol):
         ...
 
     def restrict(self, items: npt.NDArray[np.integer]) -> None:
-        """Take note of the items that training holds, in any order, repeated or not."""
+        """Take note of the items that training holds, one for each event."""
+        ...
+
+    def prior(self) -> Tensor | None:
+        """Return what the loss adds for an item's own parameters, a scalar; None for nothing."""
         ...
 
     def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
@@ -239,6 +243,10 @@ class EncodedItems:
     def restrict(self, items: npt.NDArray[np.integer]) -> None:
         """Do nothing: no item has parameters of its own."""
 
+    def prior(self) -> Tensor | None:
+        """Return None: there is nothing to hold back."""
+        return None
+
     def refresh(self, encode: Callable[[Ragged], Tensor]) -> None:
         """Do nothing: items are encoded in every step."""
 
@@ -261,6 +269,7 @@ class CatalogItems(nn.Module):
         backbone: the frozen language model. tokens: token ids of the N texts.
         text_tokens: most tokens of a text. text_dropout: dropout of the text vectors in training.
         residual: a trained r_i, zero at the start, for the items that training holds.
+        prior: kappa of `prior`; 0 is none.
         sampled: most other items that a step compares with; 0: all. fusion: ACF, the users' own.
         project: P_v of Eq. 7 for items too. semantic: the semantic view is read.
         cache: folder for text vectors; None keeps nothing.
@@ -277,6 +286,7 @@ class CatalogItems(nn.Module):
         text_tokens: int,
         text_dropout: float,
         residual: bool,
+        prior: float,
         sampled: int,
         project: bool,
         semantic: bool,
@@ -293,6 +303,7 @@ class CatalogItems(nn.Module):
             vectors, RESIDUAL_DROPOUT, text_dropout, linear=False, residual=residual
         ).to(backbone.device)
         self._known: IntArray = np.arange(len(vectors))
+        self._prior, self._events = prior, 1
         self.semantic: Tensor | None
         self.register_buffer("semantic", torch.zeros_like(vectors) if semantic else None)
 
@@ -413,7 +424,16 @@ class CatalogItems(nn.Module):
         them alone.
         """
         self.table.restrict(items)
-        self._known = np.unique(items)
+        self._known, self._events = np.unique(items), len(items)
+
+    def prior(self) -> Tensor | None:
+        """Return kappa / 2E sum_i |r_i|^2, of E events of training: beside a mean over these, r_i ~
+        N(0, 1/kappa), so that an item of few events stays near its text.
+        """
+        residual = self.table.residual
+        if residual is None or not self._prior:
+            return None
+        return self._prior / (2 * self._events) * residual.square().sum()
 
     def freeze(self) -> None:
         """Compute the rows once."""
