@@ -549,7 +549,7 @@ def test_wrong_encoding(tmp_path: Path) -> None:
     text = b"user_id,item_id,timestamp\nu,i,1\n\xe9,i,2\n"
     message = csv_error(tmp_path, text)
     assert "log.csv, line 3: byte 0xe9 at position 32 is not utf-8" in message
-    assert message.endswith("for example --encoding latin-1")
+    assert message.endswith("for example --encoding cp1252 (Windows) or latin-1")
 
 
 def test_unknown_encoding(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_two_logs_and_others(tmp_path: Path) -> None:
     log = write(tmp_path / "m" / "MicroLens-50k_pairs.csv", TABLE)
     write(tmp_path / "m" / "MicroLens-100k_pairs.csv", TABLE)
     message = refusal(tmp_path / "m")
-    assert "has 2 logs of MicroLens (MicroLens-100k_pairs.csv, MicroLens-50k_pairs.csv)" in message
+    assert "has 2 logs of MicroLens (MicroLens-50k_pairs.csv, MicroLens-100k_pairs.csv)" in message
     assert events_of(open_source(log)) == EVENTS
     other = write(tmp_path / "x_pairs.csv", "user_id,item_id,timestamp\nu,i,1\n")
     assert open_source(other).format == "csv"

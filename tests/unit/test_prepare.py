@@ -66,6 +66,8 @@ def test_order_ints_and_counters(tmp_path: Path) -> None:
     assert dataset.timestamps.tolist() == [5, 5, 1, 3, 3, 1]
     assert dataset.meta["counters"]["items_dropped"] == 1
     assert dataset.meta["notes"] == [
+        "1 items of the catalog without events (after filtering) are left out; --keep-all-items "
+        "keeps them, to serve them by their texts",
         "2 users have fewer than 3 events; they are trained on but cannot be evaluated",
         "1 items have no text; they can be read in a history but only their id is known; "
         "use --drop-textless to drop them",

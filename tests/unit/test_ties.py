@@ -333,7 +333,13 @@ def test_a_warning_needs_many_ties_more_than_chance_and_no_rule() -> None:
     assert order_of(ascending=180).warning is None
     assert order_of(tied_items=299, ascending=299).warning is None
     assert order_of(ascending=300, ties="item").warning is None
-    assert order_of(tied_items=0, ascending=0).warning is None
+    assert order_of(tied=0, tied_items=0, ascending=0).warning is None
+
+
+def test_a_warning_of_a_log_that_is_there_twice() -> None:
+    warning = order_of(tied_items=0, ascending=0).warning
+    assert warning is not None and warning.startswith("40.0% of events repeat the one before them")
+    assert order_of(tied=200, tied_items=0, ascending=0).warning is None, "some buy two of a thing"
 
 
 def test_facts_add_up() -> None:

@@ -53,7 +53,7 @@ from l2rec.data.formats.source import Source
 from l2rec.data.moments import moment
 from l2rec.data.parts import MIN_EVENTS, SPLITS, leave_one_out_marks
 from l2rec.data.splits import LEAVE_ONE_OUT
-from l2rec.data.ties import EventOrder, TieBreaker, Ties
+from l2rec.data.ties import UNITS, EventOrder, TieBreaker, Ties, unit_of
 from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import DataError, nearest
 
@@ -468,6 +468,8 @@ class _Wanted:
 
     def __init__(self, config: PrepareConfig) -> None:
         self.only, self.before = config.only, config.before
+        if self.before is not None and config.timestamp is None:
+            raise DataError("--before needs times, and --timestamp none leaves the order alone")
         self.left_out = self.passed = 0
         self.types: dict[str, None] = {}
 
@@ -484,10 +486,19 @@ class _Wanted:
             known = pa.array(self.only, pa.string())
             rows = rows.filter(pc.is_in(rows["event_type"].cast(pa.string()), value_set=known))
         if self.before is not None:
-            rows = rows.filter(pc.less(rows["timestamp"], self.before))
+            rows = rows.filter(pc.less(rows["timestamp"], self._limit(rows["timestamp"])))
         self.left_out += len(table) - len(rows)
         self.passed += len(rows)
         return rows
+
+    def _limit(self, times: pa.ChunkedArray) -> float:
+        """Return ``before`` in the unit of these times, where it is in seconds, as of a date."""
+        assert self.before is not None
+        scale = {name: per_second for name, _, per_second in UNITS}
+        if not len(times) or scale.get(unit_of(self.before), 1.0) > 1:
+            return self.before
+        ends = pc.min_max(times).as_py()
+        return self.before * scale.get(unit_of(max(abs(ends["min"]), abs(ends["max"]))), 1.0)
 
     def check(self, source: Source) -> None:
         """Raise DataError for a type that no event has, or where no event passed."""
@@ -596,6 +607,11 @@ def _filter(log: _Log, catalog: _Catalog, state: _State) -> _Remaining:
         chunk=state.chunk,
     )
     if not remaining.users.any():
+        if (np.asarray(log.items) < 0).all():
+            raise DataError(
+                f"no event is left: {'; '.join(state.notes)}; the catalog's ids are such as "
+                f"{catalog.ids[0].as_py()!r} (are zeros at the front of ids lost?)"
+            )
         limits = f"k_core={config.k_core}, min_history={config.min_history}"
         raise DataError(
             f"no event is left of {len(log.users):,} after filtering with {limits}, "
@@ -697,6 +713,12 @@ def _write_events(
     if unused := int((item_ok & (item_counts == 0)).sum()):
         state.notes.append(
             f"{unused:,} items without events are kept; --no-keep-all-items leaves them out"
+        )
+    left_out = int((~item_ok & (item_counts == 0)).sum())
+    if left_out and catalog.fields:
+        state.notes.append(
+            f"{left_out:,} items of the catalog without events (after filtering) are left out; "
+            f"--keep-all-items keeps them, to serve them by their texts"
         )
     _renumber(written["items"], item_ok, state.chunk)
     for array in written.values():

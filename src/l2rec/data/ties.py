@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-__all__ = ["EventOrder", "TieBreaker", "Ties", "item_ranks", "measure_order"]
+__all__ = ["UNITS", "EventOrder", "TieBreaker", "Ties", "item_ranks", "measure_order", "unit_of"]
 
 import hashlib
 from collections.abc import Iterable
@@ -22,6 +22,8 @@ from l2rec.data.parts import MIN_EVENTS
 
 Ties = Literal["file", "hash", "item"]
 
+COPIES_SHARE = 0.2
+"""Share of neighbours that are one event twice from which the log is warned of."""
 ARTEFACT_SHARE, ARTEFACT_PAIRS = 0.6, 300
 """Share of ascending pairs, and number of pairs, from which chance does not explain the order."""
 UNITS = (
@@ -41,6 +43,11 @@ IDS_AT_ONCE = 1 << 16
 
 Longs = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
+
+
+def unit_of(time: float) -> str:
+    """Tell the unit of times since 1970 by the size of one; "unknown" for a small one."""
+    return next((name for name, smallest, _ in UNITS if abs(time) >= smallest), "unknown")
 
 
 # ---------------------------------------------------------------- facts
@@ -100,7 +107,16 @@ class EventOrder:
 
     @property
     def warning(self) -> str | None:
-        """Sentence that warns of an order inside ties that did not happen, or None."""
+        """Sentence that warns of events that are there twice, or else of an order inside ties that
+        did not happen; None where neither is to be seen.
+        """
+        copies = self.tied - self.tied_items
+        if copies > COPIES_SHARE * self.neighbours and copies >= ARTEFACT_PAIRS:
+            return (
+                f"{_percent(copies, self.neighbours)} of events repeat the one before them, same "
+                f"user, item and time: is the log there twice? Where a user's last event is the "
+                f"one before it, scores say nothing; remove the copies"
+            )
         share = _share(self.ascending, self.tied_items)
         if self.ties == "item" or share is None:
             return None

@@ -13,7 +13,7 @@ from l2rec.errors import DataError
 
 _ISO = (
     r"^(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(:\d{2}(?:\.\d+)?)?)?"
-    r" ?(Z|UTC|[+-]\d{2}:?\d{2})?$"
+    r" ?(Z|UTC|[+-]\d{2}(?::?\d{2})?)?$"
 )
 _ADVICE = (
     "give seconds since 1970 or, in all rows, dates such as 2023-11-28 or 2023-11-28T23:08:57Z (or "
@@ -21,6 +21,10 @@ _ADVICE = (
 )
 
 
+PLAIN_SECONDS = (9e8, 3e9)
+"""Numbers that are seconds of 1998 to 2065, and finer units of no event: of January 1970."""
+RUN_TOGETHER = (19700101000000, 21000101000000)
+"""Numbers that are dates without separators: as milliseconds they are of the years 2594 to 2635."""
 MILLISECONDS_FROM = 1e11
 """A time from which milliseconds are meant: in seconds it is the year 5138, in these 1973."""
 
@@ -39,6 +43,7 @@ class Clock:
     def __init__(self) -> None:
         self._form: str | None = None
         self._example = ""
+        self._of_scale: dict[str, str] = {}
 
     def seconds(
         self, times: pa.Array, where: Where, unit: int = 1
@@ -46,12 +51,17 @@ class Clock:
         """Return seconds. ``unit``: how many of a number are a second; dates need none.
 
         Raises:
-            DataError: a time is neither a number nor a date, or some are numbers and some dates.
+            DataError: a time is neither a number nor a date, or some are numbers and some dates,
+                or some numbers are seconds and some of a finer unit.
         """
         column = cast(pl.Series, pl.from_arrow(times))
-        if column.dtype.is_temporal():
+        if column.dtype in (pl.Categorical, pl.Enum):
+            column = column.cast(pl.String)
+        if column.dtype in (pl.Date, pl.Datetime):
             seconds = column.cast(pl.Datetime("us")).dt.epoch("us") / 1e6
             self._check_form("a date", column, seconds, where)
+        elif column.dtype.is_nested() or column.dtype.is_temporal() or column.dtype == pl.Binary:
+            raise DataError(f"{where(0)}: timestamps of type {column.dtype}; {_ADVICE}")
         else:
             column = column.str.strip_chars() if column.dtype == pl.String else column
             seconds = column.cast(pl.Float64, strict=False)
@@ -68,6 +78,8 @@ class Clock:
             if self._form == "a date" and not shown.startswith("is"):
                 shown = f"{value!r} is not a date"
             raise DataError(f"{where(row)}: timestamp {shown}; {_ADVICE}")
+        if unit == 1 and self._form == "a number":
+            self._check_scale(column, seconds.to_numpy(), where)
         # NumPy divides where Polars multiplies by a fraction: the nearest number, as others read
         # 0.288 from text.
         return seconds.to_numpy() / (unit if self._form == "a number" else 1)
@@ -83,6 +95,31 @@ class Clock:
             raise DataError(
                 f"{where(row)}: timestamp {column[row]!r} is {form}, but {self._example} is "
                 f"{self._form}; write all times in one form, as seconds since 1970 or as dates"
+            )
+
+    def _check_scale(
+        self, column: pl.Series, numbers: np.ndarray[Any, np.dtype[np.float64]], where: Where
+    ) -> None:
+        """Raise DataError where some numbers are seconds and some of a finer unit, or are dates
+        without separators.
+        """
+        low, high = RUN_TOGETHER
+        for at in np.flatnonzero((numbers >= low) & (numbers < high))[:1]:
+            raise DataError(
+                f"{where(int(at))}: timestamp {column[int(at)]!r} looks like a date without "
+                f"separators; {_ADVICE}"
+            )
+        for scale, found in (
+            ("seconds", (numbers >= PLAIN_SECONDS[0]) & (numbers < PLAIN_SECONDS[1])),
+            ("a finer unit", numbers >= MILLISECONDS_FROM),
+        ):
+            at = int(found.argmax()) if len(found) else 0
+            if len(found) and found[at] and scale not in self._of_scale:
+                self._of_scale[scale] = f"{column[at]!r} ({where(at)})"
+        if len(self._of_scale) > 1:
+            raise DataError(
+                f"timestamps in two units: {self._of_scale['seconds']} looks like seconds, "
+                f"{self._of_scale['a finer unit']} like milliseconds or finer; write all in one"
             )
 
 
@@ -107,7 +144,7 @@ def _iso(texts: pl.Series) -> pl.Series:
     )
     offset = pl.col("offset").str.replace_all(r"[Z:UTC]", "")
     minutes = offset.str.slice(1, 2).cast(pl.Float64, strict=False) * 60
-    minutes += offset.str.slice(3, 2).cast(pl.Float64, strict=False)
+    minutes += offset.str.slice(3, 2).cast(pl.Float64, strict=False).fill_null(0.0)
     sign = pl.when(offset.str.starts_with("-")).then(-1.0).otherwise(1.0)
     moment = pl.concat_str(
         pl.col("day"),

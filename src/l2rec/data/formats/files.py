@@ -70,7 +70,7 @@ def listing(path: Path) -> dict[str, File]:
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path of the source")
     if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        inside = sorted((p for p in path.iterdir() if not p.name.startswith(".")), key=_in_order)
         if len(inside) == 1 and inside[0].is_dir():
             return listing(inside[0])
         files = [File(p) for p in inside if p.is_file()]
@@ -83,6 +83,12 @@ def listing(path: Path) -> dict[str, File]:
         taken = file.name in found and file.member is not None
         found[str(file.member) if taken else file.name] = file
     return found
+
+
+def _in_order(path: Path) -> list[tuple[int, str]]:
+    """Return the key by which part-2 comes before part-10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if n % 2 else (-1, part) for n, part in enumerate(parts)]
 
 
 def is_folder(path: Path) -> bool:
@@ -252,7 +258,7 @@ def reading(file: File, encoding: str = "utf-8") -> Iterator[None]:
         raise _bad_encoding(file, encoding) from error
     except LookupError as error:
         raise DataError(
-            f"encoding={encoding!r} is not known ({error}); choose utf-8, latin-1 or utf-16"
+            f"encoding={encoding!r} is not known ({error}); choose utf-8, cp1252, latin-1 or utf-16"
         ) from error
     except UnicodeError as error:
         raise DataError(f"{file} cannot be read as {encoding}: {error}") from error
@@ -287,7 +293,7 @@ def _bad_encoding(file: File, encoding: str) -> DataError:
                     f"{file}, line {line + before.count(chr(10)) + 1}: byte "
                     f"{error.object[error.start]:#04x} at position "
                     f"{position + error.start - waiting:,} is not {encoding} ({error.reason}); "
-                    f"pass the file's encoding, for example --encoding latin-1"
+                    f"pass the file's encoding, for example --encoding cp1252 (Windows) or latin-1"
                 )
             position += len(block)
     return DataError(f"{file} is not {encoding}; pass the file's encoding with --encoding")

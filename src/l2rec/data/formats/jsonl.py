@@ -91,7 +91,14 @@ def _json_line(file: File, line: str, number: int) -> Row:
             f"{file}, line {number} is neither a JSON object nor a Python dict: "
             f"{line.strip()[:60]!r}; repair or remove that line"
         )
-    return row
+    return _whole(row) if "\\ud" in line.lower() else row
+
+
+def _whole(row: Row) -> Row:
+    """Replace halves of characters, which texts have that were cut inside an emoji."""
+    text = json.dumps(row, ensure_ascii=False).encode("utf-16", "surrogatepass")
+    found: Row = json.loads(text.decode("utf-16", "replace"))
+    return found
 
 
 def first_rows(file: File, encoding: str, rows: int = 100) -> list[Row]:
@@ -158,6 +165,22 @@ def text_of(value: Any, joint: str = ", ") -> str | None:
     return json.dumps(value) if isinstance(value, bool) else flat(value, joint)
 
 
+def id_of(value: Any, key: str, where: str) -> str | None:
+    """Turn an id into text; a whole number is the same id with and without a decimal point.
+
+    Raises:
+        DataError: it is an object or a list.
+    """
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{key}.{name}" for name in value)
+        raise DataError(f"{where}: the id {key!r} is an object; name what is in it: {inside}")
+    if isinstance(value, (list, tuple)):
+        raise DataError(f"{where}: the id {key!r} is a list; ids are texts or numbers")
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return text_of(value)
+
+
 # ---------------------------------------------------------------- events
 
 
@@ -174,7 +197,7 @@ def line_events(
             for block, first in line_blocks(file, context.block_bytes, encoding):
                 if not block.strip():
                     continue
-                columns = _columns(file, block, first, keys.names, schema)
+                columns = _columns(file, block, first, keys, schema)
                 rows = len(columns[keys.user])
                 order = pa.array(np.arange(total, total + rows, dtype=np.float64))
                 total += rows
@@ -208,15 +231,22 @@ def _schema(rows: Sequence[Row], keys: Keys) -> pa.Schema | None:
 
 
 def _columns(
-    file: File, block: bytes, first: int, names: Sequence[str], schema: pa.Schema | None
+    file: File, block: bytes, first: int, keys: Keys, schema: pa.Schema | None
 ) -> dict[str, pa.Array]:
+    names = keys.names
     table = None if schema is None else json_block(block, schema)
     if table is not None:
         table = table.combine_chunks()
         return {name: table[name].combine_chunks() for name in names}
-    rows = json_lines(file, block, first)
+    rows, where = json_lines(file, block, first), line_in_block(file, block, first)
+
+    def text(row: Row, number: int, name: str) -> str | None:
+        value = value_at(row, name)
+        is_id = name in (keys.user, keys.item)
+        return id_of(value, name, where(number)) if is_id else text_of(value)
+
     return {
-        name: pa.array([text_of(value_at(row, name)) for row in rows], pa.string())
+        name: pa.array([text(row, n, name) for n, row in enumerate(rows)], pa.string())
         for name in names
     }
 
@@ -292,10 +322,7 @@ def line_catalog(
     """
     encoding = context.columns.encoding
     rows = first_rows(file, encoding, CATALOG_ROWS)
-    if all(value_at(row, item) is None for row in rows):
-        raise one_value(file, encoding) or _missing_key(
-            file, item, "item", rows, "; a log with keys or columns needs to have the same one"
-        )
+    item = _key_of_ids(file, item, rows, context)
     texts, others = _fields(rows, item, file, context.notes)
     keys = {name: (name,) for name in (*texts, *others)} | dict(named or {})
     first = texts if named is None else tuple(named)
@@ -313,13 +340,40 @@ def line_catalog(
                 }
                 if marked_up:
                     columns = {name: clean(text, name) for name, text in columns.items()}
-                ids = pa.array([text_of(value_at(row, item)) for row in rows], pa.string())
-                yield catalog_batch(ids, columns, line_in_block(file, block, line))
+                where = line_in_block(file, block, line)
+                ids = [id_of(value_at(row, item), item, where(n)) for n, row in enumerate(rows)]
+                yield catalog_batch(pa.array(ids, pa.string()), columns, where)
         if left_out:
             context.notes.append(f"{file.name}: lines without {item!r} were left out: {left_out:,}")
 
     more = tuple(name for name in (*texts, *others) if name not in first)
-    return CatalogReader(catalog, first, more)
+    several = [name for name in (*first, *more) if _several(rows, keys[name])]
+    return CatalogReader(catalog, first, more, dict.fromkeys(several, ", "))
+
+
+def _key_of_ids(file: File, item: str, rows: Sequence[Row], context: Context) -> str:
+    """Return the key of a catalog's ids: ``item``, the log's, or, where that is inside an object
+    there, a name that catalogs have.
+
+    Raises:
+        DataError: no line has it.
+    """
+    names = (item, item.rpartition(".")[2], "item_id", "id") if "." in item else (item,)
+    for name in names:
+        if any(value_at(row, name) is not None for row in rows):
+            if name != item:
+                context.notes.append(f"{file.name}: ids of items are read from {name!r}")
+            return name
+    raise one_value(file, context.columns.encoding) or _missing_key(
+        file, item, "item", rows, "; a log with keys or columns needs to have the same one"
+    )
+
+
+def _several(rows: Iterable[Row], keys: Sequence[str]) -> bool:
+    """Tell whether a field has lists of values, and nothing else."""
+    values = [value_at(row, key) for row in rows for key in keys]
+    values = [value for value in values if value is not None]
+    return bool(values) and all(isinstance(value, (list, tuple)) for value in values)
 
 
 def _fields(

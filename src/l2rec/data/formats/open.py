@@ -103,10 +103,24 @@ def _unread(folder: Path, opened: Source, context: Context) -> list[str]:
         and file.path not in opened.files
         and name not in told
     ]
+    left += [name for name in _in_subfolders(folder, opened) if name not in told]
     if not left:
         return []
     shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
     return [f"read as {opened.format}; not read: {shown}; give the path of a file to read it alone"]
+
+
+def _in_subfolders(folder: Path, opened: Source) -> list[str]:
+    """Name the files below the folder that was listed which may be logs, and were not read."""
+    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if len(inside) == 1 and inside[0].is_dir():
+        return _in_subfolders(inside[0], opened)
+    found = sorted(path for pattern in ("*/*", "*/*/*") for path in folder.glob(pattern))
+    return [
+        str(path.relative_to(folder))
+        for path in found
+        if path.is_file() and File(path).ends(*LOG_ENDINGS) and path not in opened.files
+    ]
 
 
 def _open_source(

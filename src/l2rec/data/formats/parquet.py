@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from l2rec.data.catalog import separator_of
 from l2rec.data.formats.columns import Columns
+from l2rec.data.formats.dates import Clock
 from l2rec.data.formats.fields import joined
 from l2rec.data.formats.files import (
     File,
@@ -122,7 +123,7 @@ def _parquet_events(
     rows = max(1, context.block_bytes // 32)  # an event takes about so many bytes
 
     def events() -> Iterator[pa.RecordBatch]:
-        total = 0
+        total, clock = 0, Clock()
         for number, file in enumerate(files):
             first = 0
             with reading(file):
@@ -134,6 +135,7 @@ def _parquet_events(
                         batch[event_type] if event_type else None,
                         lambda row, file=file, first=first: f"{file}, row {first + row + 1}",  # type: ignore[misc]
                         splits=split_column(number if given else None, batch),
+                        clock=clock,
                     )
                     first += batch.num_rows
                     total += batch.num_rows
@@ -164,7 +166,7 @@ def parquet_catalog(file: File, item: str) -> CatalogReader:
                 )
                 first += batch.num_rows
 
-    separators = {
+    separators = {name: ", " for name in texts if is_list(kinds[name])} | {
         name: between for name in texts if (between := separator_of(schema.field(name))) is not None
     }
     return CatalogReader(catalog, texts, more, separators)

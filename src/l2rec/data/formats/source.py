@@ -58,8 +58,34 @@ class Context:
     notes: list[str] = field(default_factory=list)
 
 
+WHOLE_UP_TO = 2.0**53
+"""Whole numbers that a float64 tells apart."""
+
+
 def _strings(column: pa.Array) -> pa.Array:
     return column if column.type == pa.string() else column.cast(pa.string())
+
+
+def _ids(column: pa.Array, what: str, where: Where) -> pa.Array:
+    """Return ids as strings. Whole numbers that come as floats, as where one was missing, are
+    written as whole numbers, and UUIDs as UUIDs are.
+
+    Raises:
+        DataError: they are neither texts nor numbers.
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _ids(column.dictionary_decode(), what, where)
+    if getattr(kind, "extension_name", "") == "arrow.uuid":
+        return pa.array([None if one is None else str(one) for one in column.to_pylist()])
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        raise DataError(f"{where(0)}: {what} ids of type {kind}; write them as text or as numbers")
+    if pa.types.is_floating(kind):
+        numbers = column.cast(pa.float64())
+        fits = pc.less(pc.abs(numbers), WHOLE_UP_TO)
+        if pc.all(pc.and_(fits, pc.equal(pc.floor(numbers), numbers))).as_py():
+            column = numbers.cast(pa.int64())
+    return _strings(column)
 
 
 def event_batch(
@@ -77,7 +103,7 @@ def event_batch(
     ``unit``: how many of a timestamp are a second. ``splits``: int8 into `SPLITS`, of each event.
     ``clock``: that of the batches before, where times may be texts.
     """
-    columns = {"user_id": _strings(users), "item_id": _strings(items)}
+    columns = {"user_id": _ids(users, "user", where), "item_id": _ids(items, "item", where)}
     for what, ids in (("user", columns["user_id"]), ("item", columns["item_id"])):
         missing = pc.fill_null(pc.equal(ids, ""), True)
         if pc.any(missing).as_py():
@@ -94,10 +120,9 @@ def event_batch(
 
 def catalog_batch(ids: Any, fields: dict[str, Any], where: Where) -> pa.RecordBatch:
     """Make ids and text fields strings without nulls."""
-    columns = {
-        name: pc.fill_null(_strings(as_arrow(column)), "")
-        for name, column in {"item_id": ids, **fields}.items()
-    }
+    columns = {"item_id": pc.fill_null(_ids(as_arrow(ids), "item", where), "")}
+    for name, column in fields.items():
+        columns[name] = pc.fill_null(_strings(as_arrow(column)), "")
     missing = pc.equal(columns["item_id"], "")
     if pc.any(missing).as_py():
         row = int(pc.index(missing, True).as_py())
