@@ -610,6 +610,8 @@ def print_recommendations(history: Sequence[tuple[str, str]], result: Recommenda
     if result.gate is not None:
         gate = f"  (gate δ = {result.gate:.2f}: 1 is all behavioural, 0 all semantic)"
     out.print(f"[bold]recommended[/bold]{gate}")
+    if not result.items:
+        out.print("  nothing: what this method finds for this history is in it already")
     for rank, listed in enumerate(result.items, 1):
         text = escape(_short(listed["text"]))
         out.print(

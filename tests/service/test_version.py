@@ -418,3 +418,17 @@ def test_a_beam_that_gives_no_numbers(beam_run: Path, bad: str) -> None:
         check_version(version)
     vector[3] = 0.0
     check_version(version)
+
+
+def test_where_all_that_a_beam_reaches_is_deleted(beam_run: Path, serve: Serve) -> None:
+    client = serve(beam_run, rate=0)
+    body = {"history": ["i0"], "k": 30, "exclude_seen": False}
+    found = [item["id"] for item in client.post("/v1/recommend", json=body).json()["items"]]
+    for item in found:
+        assert client.delete("/v1/items", params={"id": item}).status_code == 200
+    answer = client.post("/v1/recommend", json=body).json()
+    assert answer["fallback"] and answer["items"], "what is popular, not nothing"
+    assert not {item["id"] for item in answer["items"]} & {*found}
+    assert client.get("/readyz").status_code == 200, client.get("/readyz").text
+    why = client.post("/v1/explain", json={"history": ["i0"]})
+    assert why.status_code == 404 and "nothing is left to recommend" in why.json()["detail"]

@@ -28,6 +28,17 @@ def test_scores_are_the_mean(catalog_run: Finished, paper_run: Finished) -> None
     torch.testing.assert_close(found, (each[0] + each[1]) / 2)
 
 
+def test_what_one_run_did_not_reach_is_not_lost_for_the_others(
+    beam_run: Path, sasrec_run: Path
+) -> None:
+    histories = Ragged.from_rows([[0, 1], [3]])
+    beam, every = (load(run).scorer()(histories) for run in (beam_run, sasrec_run))
+    found = Average([beam_run, sasrec_run]).scorer()(histories)
+    for row in range(2):
+        lowest = beam[row][~beam[row].isneginf()].min()
+        torch.testing.assert_close(found[row], (beam[row].clamp(min=lowest) + every[row]) / 2)
+
+
 def test_a_run_averaged_with_itself_is_itself(catalog_run: Finished, tmp_path: Path) -> None:
     found = average_runs(
         [catalog_run.run, catalog_run.run], tmp_path / "both", progress=runs.Quiet()

@@ -114,11 +114,14 @@ def test_what_a_beam_did_not_reach_is_as_the_last_that_it_reached(
         found = plain[row][~plain[row].isneginf()]
         whole = torch.where(plain[row].isneginf(), found.min(), plain[row])
         for item in range(model.n_items):
-            expected = float((whole[item] - whole.mean()) / whole.std())
+            expected = float((whole[item] - found.mean()) / found.std(correction=0))
             expected += -8.0 if item in history else 0.5 * met[row, item]
             assert float(scores[row, item]) == pytest.approx(expected, abs=1e-4)
     blend_run(beam_run, tmp_path / "blended", progress=Quiet())
     assert len(load(tmp_path / "blended").recommend(["i3", "i4"], 10).items) == 10
+    one = torch.full((1, model.n_items), -torch.inf)
+    one[0, 5] = -1.5
+    assert made._standard(one).eq(0).all(), "one item that was reached tells no scale"
 
 
 def test_weights_follow_what_validation_says(catalog_run: Finished) -> None:

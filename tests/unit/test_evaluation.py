@@ -550,3 +550,12 @@ def test_values_of_one_user_are_not_independent() -> None:
         assert found == pytest.approx((plain.difference, plain.standard_error, plain.t, plain.p))
     with pytest.raises(DataError, match="needs 2 or more users"):
         paired_values_test(a, b, np.zeros(30, dtype=int))
+
+
+def test_an_item_that_scores_minus_infinity_is_in_no_list() -> None:
+    scores = torch.full((30, 30), -torch.inf)
+    scores[:, [4, 9, 2]] = torch.tensor([3.0, 2.0, 1.0])
+    found = evaluate(Table(scores), Ragged.from_rows([[0], [4]]), np.array([9, 5]))
+    assert found.top[:, :3].tolist() == [[4, 9, 2]] * 2
+    assert (found.top[:, 3:] == -1).all()
+    assert found.ranks.tolist() == [2.0, 3 + (27 + 1) / 2]

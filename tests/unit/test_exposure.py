@@ -21,6 +21,7 @@ from l2rec.data.splits import leave_one_out
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranking import evaluate
 from l2rec.runs.predictor import load
+from l2rec.studies import exposure
 from l2rec.studies.exposure import exposure_of, item_attribute
 
 FIELD = "text"
@@ -138,6 +139,32 @@ def test_scores_of_groups_are_those_of_the_evaluator(
     assert rows["third"]["users"] + rows["odd"]["users"] == report["cases"] == 40
     assert report["overall"]["ndcg@10"] == pytest.approx(values.mean())
     assert [row["group"] for row in report["users"]["history"]] == ["6-10 events"]
+
+
+def test_a_list_without_items_is_no_list_of_no_group(
+    beam_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a search finds may be in the history already."""
+
+    def narrow(predictor: Any, *_: Any) -> Any:
+        score = predictor.scorer()
+
+        class Narrow:
+            n_items = predictor.n_items
+
+            def scorer(self) -> Any:
+                return lambda rows: (s := score(rows)).where(s == s.amax(1, keepdim=True), -np.inf)
+
+        return Narrow()
+
+    monkeypatch.setattr(exposure, "with_cold_items", narrow)
+    found = exposure.exposure_of(beam_run, ["popularity"], progress=Quiet(), k=K)
+    assert 0 < found["empty_lists"] < found["cases"]
+    shares = [row["exposure"] for row in found["items"]["popularity"]]
+    assert sum(shares) == pytest.approx(1)
+    assert found["overall"]["popularity_bias"] is not None
+    [everyone] = found["both"][0]["groups"]
+    assert sum(part["exposure"] for part in everyone["shares"].values()) == pytest.approx(1)
 
 
 def test_the_command_prints_and_writes_it(

@@ -15,15 +15,20 @@ from tests.support.command import Call
 from tests.support.errors import one_line
 from tests.support.runs import Finished, Quiet
 
+from l2rec.config import load_recipe, method_class
+from l2rec.data.catalog import Catalog
 from l2rec.data.cold import hold_out_items
 from l2rec.data.dataset import Dataset
 from l2rec.data.extend import extend
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
+from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import simple_text
 from l2rec.errors import CheckpointError, DataError
+from l2rec.methods.p5 import P5
 from l2rec.runs.checkpoint import load_tensors
 from l2rec.runs.predictor import load
+from l2rec.runs.start import refuse_of_one_catalog, start_from
 from l2rec.runs.train import evaluate_run
 from l2rec.studies.blend import blend_run
 from l2rec.studies.update import update_run
@@ -286,3 +291,33 @@ def test_another_split_is_refused(catalog_run: Finished, chains: Dataset, tmp_pa
             progress=Quiet(),
             overrides=["split.kind=tied-day"],
         )
+
+
+@pytest.mark.parametrize("method", ["p5", "tiger", "letter", "idgenrec"])
+def test_items_that_are_codes_of_one_catalog_do_not_grow(method: str) -> None:
+    found = method_class(load_recipe(method, []).method)
+    with pytest.raises(CheckpointError, match="codes or words to the items of one catalog"):
+        refuse_of_one_catalog(found, Path("run"))
+
+
+def test_such_a_run_is_refused_before_anything_is_written(
+    beam_run: Path, chains: Dataset, tmp_path: Path
+) -> None:
+    events, catalog = newer(chains, tmp_path)
+    source = open_source(events, items=catalog, columns=Columns())
+    with pytest.raises(CheckpointError, match="P5 gives codes or words"):
+        update_run(beam_run, source, tmp_path / "out", progress=Quiet(), data=chains.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
+
+
+def test_a_start_elsewhere_leaves_the_numbers_of_items_to_the_data_at_hand(
+    beam_run: Path, chains: Dataset
+) -> None:
+    """Numbers are those of this data's sequences, not of chance."""
+    config = load(beam_run).model.config
+    fresh, started = (P5(config, Catalog(chains.catalog)) for _ in range(2))
+    start_from(started, beam_run)
+    nothing = Ragged.from_rows([])
+    for model in (fresh, started):
+        model.calibrate(chains.sequences, nothing, nothing.values)
+    assert torch.equal(started.generator.codes, fresh.generator.codes)

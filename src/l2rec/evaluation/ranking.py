@@ -301,7 +301,8 @@ def _rank_block(
     """
     scores = _score(scorer, histories, n_items)
     # Top-k first: it also finds NaN, which the counts would not see.
-    _, top = _best(scores, min(_TOP, n_items), first)
+    values, top = _best(scores, min(_TOP, n_items), first)
+    top = top.masked_fill(values.isneginf(), -1)
     if sizes is not None:
         row_of = np.repeat(np.arange(len(histories)), sizes)
         histories = _outside(histories, row_of, targets.numpy(), n_items).take(row_of)

@@ -35,7 +35,7 @@ Deviations:
   user's whole sequence, test item included (issue 1 of their repository); a method here is given
   no test item.
 
-Items beyond the beam have no score, so MRR is that of the beam.
+Items beyond the beam tie behind it, each at the mean of the ranks that are left.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class IDGenRec(nn.Module):
 
     Config = IDGenRecConfig
     uses_backbone = True
+    one_catalog = True
     item_tensors = frozenset({"generator.codes", "generator.t5.shared.weight"})
     sized_by_data = frozenset({"generator.codes"})
     """The longest id may become longer with new items and in rounds."""

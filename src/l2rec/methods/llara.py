@@ -12,9 +12,9 @@ Liao, Li, Yang, Wu, Yuan, Wang, He. SIGIR '24, https://arxiv.org/abs/2312.02445
 SASRec is trained first, on the same training prefixes, in a stage of its own.
 
 ``head=titles`` is the paper's form. Ranking is a beam search among the titles of the catalog
-(`l2rec.modules.beam`), without a list of candidates in the prompt. What the beam does not reach has
-no score: beyond ``beams`` the ranking ends, so MRR is that of the beam. Items of one title tie. It
-needs a decoder-only backbone whose output layer is its word embeddings.
+(`l2rec.modules.beam`), without a list of candidates in the prompt. What the beam does not reach
+ties behind it. Items of one title tie. It needs a decoder-only backbone whose output layer is its
+word embeddings.
 
 ``head=items`` is ours, not the paper's: the state h at the end of the prompt is compared with
 another projection of all items, h . Proj'(e_i), and the loss is the softmax over the catalog. It

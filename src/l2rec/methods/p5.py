@@ -83,11 +83,12 @@ class P5Config(GeneratorConfig):
 
 
 class P5(nn.Module):
-    """The recommender. Items beyond the beam have no score, so MRR is that of the beam."""
+    """The recommender. Items beyond the beam tie behind it."""
 
     Config = P5Config
     uses_backbone = False
-    item_tensors = frozenset({"generator.codes"})
+    one_catalog = True
+    item_tensors = frozenset({"generator.codes", "numbered"})
     sized_by_data = frozenset({"generator.codes"})
     """How deep a tree of clusters is, only the training sequences tell."""
 

@@ -17,8 +17,9 @@ Deviations:
 - The quantiser's epochs and the T5's are those of a processor, not the paper's 20,000 and 200,000
   steps.
 
-Items that the beam does not reach have no score: beyond ``beams`` the ranking ends, so MRR is that
-of the beam. Items of one code (only where more than ``codes`` share the others) tie.
+Items that the beam does not reach tie behind it, each at the mean of the ranks that are left: of
+MRR they have next to nothing. Items of one code (only where more than ``codes`` share the others)
+tie.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class TIGER(nn.Module):
 
     Config = TIGERConfig
     uses_backbone = True
+    one_catalog = True
     item_tensors = frozenset({"generator.codes"})
     counts = True
     """Whether one more code tells items apart that share the quantiser's."""

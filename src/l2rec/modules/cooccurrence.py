@@ -27,6 +27,7 @@ __all__ = [
     "CoOccurrence",
     "Weights",
     "choose",
+    "reached",
     "text_neighbors",
 ]
 
@@ -54,6 +55,8 @@ CHOSEN_ON = 10_000
 is within the noise of two thousand users."""
 BLOCK_SCORES = 1 << 20
 """Scores that `choose` computes at once; on a GPU, which wants few and large blocks, 16 times."""
+SAME = 1e-6
+"""Deviation up to which the scores that a search reached are one score."""
 REPEATS = (-8.0, 0.0, 2.0)
 """Values of rho for `Blend`, whose scores have deviation 1: -8 never recommends a repeat."""
 TEXT_SHARE = 0.2
@@ -234,8 +237,8 @@ class Blend(nn.Module):
 
         s = z + w m [i not in history] + rho [i in history]
 
-    z: the method's scores, centred and scaled to deviation 1 for each user; items that a search
-    among tokens did not reach count as the last that it reached. Nothing is trained, so
+    z: the method's scores, centred and scaled to deviation 1 for each user: those of the items that
+    a search among tokens reached, of which the last stands for all others. Nothing is trained, so
     every method can wear it: its worth shows in what it adds to the counts. A run has it in a file
     of its own, beside a model that knows nothing of it.
 
@@ -270,15 +273,21 @@ class Blend(nn.Module):
 
     def _standard(self, scores: Tensor) -> Tensor:
         """Return z [B, N]."""
-        mean = scores[:, : self.together.n_items].mean(1, keepdim=True)
-        return (scores - mean) / self._spread(scores)
+        if not scores.isneginf().any():
+            mean = scores[:, : self.together.n_items].mean(1, keepdim=True)
+            return (scores - mean) / self._spread(scores)
+        found = ~scores.isneginf()
+        count = found.sum(1, keepdim=True).clamp(min=1)
+        apart = reached(scores) - torch.where(found, scores, 0.0).sum(1, keepdim=True) / count
+        spread = (torch.where(found, apart, 0.0).square().sum(1, keepdim=True) / count).sqrt()
+        return torch.where(spread > SAME, apart / spread.clamp(min=SAME), 0.0)
 
     def scorer(self, method: Recommender) -> Scorer:
         """Return the scorer of s."""
         score = method.scorer()
 
         def blended(histories: Ragged) -> Tensor:
-            z = self._standard(_reached(score(histories).float()))
+            z = self._standard(score(histories).float())
             return z + self._term(histories, z)
 
         return blended
@@ -307,7 +316,7 @@ class Blend(nn.Module):
         self.together.count(sequences, texts)
 
         def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
-            z = self._standard(_reached(scorer(rows).float()))
+            z = self._standard(scorer(rows).float())
             met, seen = self.together.dense(rows, z.shape[1])
             return z, met.to(z), seen.to(z.device)
 
@@ -317,7 +326,7 @@ class Blend(nn.Module):
         self.repeat.fill_(best.repeat)
 
 
-def _reached(scores: Tensor) -> Tensor:
+def reached(scores: Tensor) -> Tensor:
     """Return scores [B, N] with each -inf in the place of the lowest that is none."""
     lowest = scores.masked_fill(scores.isneginf(), math.inf).amin(1, keepdim=True)
     return torch.maximum(scores, lowest)

@@ -25,7 +25,7 @@ from l2rec.data.dataset import GIVEN, Dataset, open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import LEAVE_ONE_OUT, TIED_DAY, Cases, Split
 from l2rec.errors import CheckpointError, DataError
-from l2rec.protocols import Coded, Progress
+from l2rec.protocols import Progress
 from l2rec.runs.checkpoint import load_tensors, load_trained, trained_tensors, without_gone
 from l2rec.runs.folder import load_run_config, split_of
 
@@ -202,10 +202,7 @@ def start_from(model: Any, init: Path, grown: Dataset | None = None) -> str:
     if grown is None:
         load_trained(model, {**own, **shared}, str(init))
         return f"starting from {init}: {len(shared)} tensors, the rows of its items left out"
-    if isinstance(model, Coded):
-        raise CheckpointError(
-            f"{init}: {type(model).__name__} gives codes to the items of one catalog; train it anew"
-        )
+    refuse_of_one_catalog(type(model), init)
     before = pq.read_metadata(init / "catalog.parquet").num_rows
     rows = {
         name: _with_rows(own[name], tensors[name], before, grown.n_items, f"{init}: {name}")
@@ -214,6 +211,17 @@ def start_from(model: Any, init: Path, grown: Dataset | None = None) -> str:
     load_trained(model, {**own, **shared, **rows}, str(init))
     new = grown.n_items - before
     return f"starting from {init}: {len(shared) + len(rows)} tensors; {new:,} items are new"
+
+
+def refuse_of_one_catalog(method: Any, run: Path) -> None:
+    """Raise CheckpointError for a method to which an item is codes or words of one catalog: with
+    other items they would be others, and what was learned of them of no use.
+    """
+    if getattr(method, "one_catalog", False):
+        raise CheckpointError(
+            f"{run}: {method.__name__} gives codes or words to the items of one catalog; train it "
+            "anew"
+        )
 
 
 def _with_rows(own: Tensor, earlier_rows: Tensor, before: int, after: int, what: str) -> Tensor:

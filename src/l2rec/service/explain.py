@@ -127,7 +127,9 @@ def explain(predictor: Predictor, history: Sequence[str], item: str | None = Non
     if item is None:
         best = predictor.recommend(history, 1).items
         if not best:
-            raise DataError("every item is in the history: name the one to explain")
+            raise DataError(
+                "nothing is left to recommend after this history: name the item to explain"
+            )
         item = best[0]["id"]
     row = int(predictor.rows([[item]])[0][0])
     rows = predictor.rows(variants(history))

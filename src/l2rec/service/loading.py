@@ -18,7 +18,7 @@ from l2rec.index import load as load_index
 from l2rec.runs.folder import read_report, read_run, require_finished, unfinished
 from l2rec.runs.predictor import Predictor, load_folder
 from l2rec.service.attributes import Attributes
-from l2rec.service.ranking import Query, encode, rank, rank_exactly, score
+from l2rec.service.ranking import Query, are_numbers, encode, rank, rank_exactly, score
 from l2rec.service.version import ItemState, Version
 
 INDEX = "index"
@@ -122,10 +122,7 @@ def check_version(version: Version) -> None:
     rows = version.predictor.rows(histories)
     users = encode(version, rows)
     vectors = torch.stack([user.vector for user in users])
-    good = torch.isfinite(vectors)
-    if version.matrix is None:  # these are scores, -inf where a search found no item
-        good |= good.any(-1, keepdim=True) & vectors.isneginf()
-    if not bool(good.all()):
+    if not are_numbers(version, vectors):
         raise CheckpointError(f"{version.name}: scores that are not finite numbers")
     if version.matrix is None:
         return

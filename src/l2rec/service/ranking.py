@@ -6,7 +6,7 @@ it touches, so that an index can search for the rest.
 
 from __future__ import annotations
 
-__all__ = ["Query", "Ranked", "User", "encode", "rank", "score"]
+__all__ = ["Query", "Ranked", "User", "are_numbers", "encode", "rank", "score"]
 
 import logging
 from collections.abc import Sequence
@@ -55,6 +55,16 @@ def encode(version: Version, rows: Ragged) -> list[User]:
         User(vector.clone(), gate, found, row[found])
         for vector, gate, found, row in zip(vectors, encoded.gates, some, dense, strict=True)
     ]
+
+
+def are_numbers(version: Version, vectors: Tensor) -> bool:
+    """Tell whether vectors of users [B, D] are finite numbers. Where a method only ranks, these are
+    scores, of which some may be -inf: of items that a search did not find.
+    """
+    good = torch.isfinite(vectors)
+    if version.matrix is None:
+        good |= good.any(-1, keepdim=True) & vectors.isneginf()
+    return bool(good.all())
 
 
 def score(version: Version, user: User, rows: Rows) -> Floats:

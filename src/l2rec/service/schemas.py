@@ -191,9 +191,10 @@ class Arm(BaseModel):
 class Recommended(BaseModel):
     """Recommended items, best first.
 
-    gate: 1 all behavioural, 0 all semantic. fallback: nothing is known of the user, so these are
-    the items with the most clicks and replies, by users of the segment, or by everybody where
-    segment is null; a score is then their number. unknown: ids of the history that were skipped.
+    gate: 1 all behavioural, 0 all semantic. fallback: nothing is known of the user, or the method's
+    search found nothing that may be listed, so these are the items with the most clicks and
+    replies, by users of the segment, or by everybody where segment is null; a score is then their
+    number. unknown: ids of the history that were skipped.
     """
 
     model_config = ConfigDict(

@@ -29,7 +29,7 @@ from l2rec.service.events import Event, EventLog
 from l2rec.service.experiments import record_arms
 from l2rec.service.live import Live
 from l2rec.service.metrics import Metrics
-from l2rec.service.ranking import Query, Ranked, User, encode, rank
+from l2rec.service.ranking import Query, Ranked, User, are_numbers, encode, rank
 from l2rec.service.security import Refused, charge, current_key
 from l2rec.service.settings import Settings
 from l2rec.service.version import Change, ItemState, ItemTexts, Version
@@ -468,6 +468,7 @@ def _infer(version: Version) -> None:
     row = int(np.flatnonzero(~version.hidden)[0])
     user = encode(version, Ragged.from_rows([[row]]))[0]
     ranked = rank([Query(version, user, 1)])[0]
-    if not len(ranked.rows) or not np.isfinite(ranked.scores).all():
+    found = len(ranked.rows) or version.matrix is None  # a search may find what is deleted alone
+    if not found or not are_numbers(version, user.vector[None]):
         raise ArithmeticError("scores that are not finite numbers")
     version.predictor.verify_users(1)

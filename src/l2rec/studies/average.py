@@ -22,6 +22,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
 from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import CheckpointError
+from l2rec.modules.cooccurrence import reached
 from l2rec.protocols import Progress, Scorer
 from l2rec.runs.folder import load_run_config, open_run_dataset, read_report, split_of
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
@@ -30,23 +31,30 @@ from l2rec.runs.scoring import score, summed_up, with_cold_items
 
 
 class Average:
-    """Several recommenders of one catalog as one: the mean of their scores. Cold items of a
-    ``dataset`` are added.
+    """Several recommenders of one catalog as one: the mean of their scores. What one of them did
+    not reach counts as the last that it reached. Cold items of a ``dataset`` are added.
     """
 
     def __init__(self, runs: Sequence[Path], dataset: Dataset | None = None) -> None:
         self._runs = [load(run) for run in runs]
         if dataset is not None:
             self._runs = [with_cold_items(run, dataset) for run in self._runs]
+        self._n_warm = self._runs[0].n_items if dataset is None else dataset.n_warm
         self.n_items = self._runs[0].n_items
 
     def scorer(self) -> Scorer:
         """Return histories -> mean scores [B, N]."""
         scorers = [run.scorer() for run in self._runs]
 
+        def of_one(scorer: Scorer, histories: Ragged) -> Tensor:
+            scores = scorer(histories).clone()
+            warm = scores[:, : self._n_warm]
+            warm.copy_(reached(warm))  # -inf in one of the runs would leave the others no say
+            return scores
+
         def mean(histories: Ragged) -> Tensor:
-            first, *others = scorers
-            return sum((scorer(histories) for scorer in others), first(histories)) / len(scorers)
+            first, *others = (of_one(scorer, histories) for scorer in scorers)
+            return sum(others, first) / len(scorers)
 
         return mean
 

@@ -213,6 +213,7 @@ def exposure_of(
         "k": k,
         "cases": len(cases),
         "of_cases": len(split.test),
+        "empty_lists": int((~seen.some).sum()),
         "overall": _by_users(everyone, seen)[0] | {"gini": _gini(top, dataset.n_items)},
         "items": {one.name: _by_items(one, seen) for one in items},
         "users": {one.name: _by_users(one, seen) for one in people},
@@ -228,6 +229,11 @@ class _Lists:
     top: npt.NDArray[np.int64]
     scores: Floats
     counts: npt.NDArray[np.integer]
+
+    @property
+    def some(self) -> npt.NDArray[np.bool_]:
+        """Say which lists have an item, [M]: what a search finds may be in the history already."""
+        return np.asarray((self.top >= 0).any(1))
 
     def listed(self, shares: Floats) -> Floats:
         """Return the mean share of each group in each list, [M, G]; 0 for an empty list."""
@@ -267,7 +273,7 @@ def _by_items(attribute: Attribute, seen: _Lists) -> list[dict[str, Any]]:
     shares = attribute.shares
     targets = _means(seen.cases.targets, shares)
     trained = seen.counts @ shares / max(1, seen.counts.sum())
-    exposed, chosen = seen.listed(shares).mean(0), targets.mean(0)
+    exposed, chosen = _mean(seen.listed(shares), seen.some), targets.mean(0)
     return [
         {
             "group": group,
@@ -291,19 +297,21 @@ def _by_users(attribute: Attribute, seen: _Lists) -> list[dict[str, Any]]:
     chosen = {
         "history": _means(seen.cases.histories, head)[:, 0],
         "next": _means(seen.cases.targets, head)[:, 0],
-        "exposure": seen.listed(head)[:, 0],
     }
+    exposed = seen.listed(head)
     rows = []
     for g, group in enumerate(attribute.groups):
         inside = attribute.shares[:, g] > 0
-        histories = seen.cases.histories.take(np.flatnonzero(inside))
+        listed = inside & seen.some
+        histories = seen.cases.histories.take(np.flatnonzero(listed))
         rows.append(
             {
                 "group": group,
                 "users": len(np.unique(seen.cases.users[inside])),
                 **_score(seen.scores, attribute.shares[:, g]),
                 **{f"head_{name}": float(values[inside].mean()) for name, values in chosen.items()},
-                "popularity_bias": _bias(seen.top[inside], histories, seen.counts),
+                "head_exposure": float(_mean(exposed, listed)[0]),
+                "popularity_bias": _bias(seen.top[listed], histories, seen.counts),
                 "coverage": coverage(seen.top[inside], len(seen.counts)),
             }
         )
@@ -313,11 +321,15 @@ def _by_users(attribute: Attribute, seen: _Lists) -> list[dict[str, Any]]:
 def _bias(
     top: npt.NDArray[np.int64], histories: Ragged, counts: npt.NDArray[np.integer]
 ) -> float | None:
-    """Return `popularity_bias`; None where no history has an item that was trained on, or a list is
-    empty.
-    """
+    """Return `popularity_bias`; None where no history has an item that was trained on."""
     trained = bool(counts[histories.values].sum())
-    return popularity_bias(top, histories, counts) if trained and (top[:, 0] >= 0).all() else None
+    return popularity_bias(top, histories, counts) if trained else None
+
+
+def _mean(values: Floats, rows: npt.NDArray[np.bool_]) -> Floats:
+    """Return the mean of some rows, [G]; 0 where there is none."""
+    mean: Floats = values[rows].sum(0) / max(1, int(rows.sum()))
+    return mean
 
 
 def _by_both(people: Attribute, items: Attribute, seen: _Lists) -> dict[str, Any]:
@@ -331,18 +343,18 @@ def _by_both(people: Attribute, items: Attribute, seen: _Lists) -> dict[str, Any
     cells = []
     for g, group in enumerate(people.groups):
         inside = people.shares[:, g] > 0
+        listed = inside & seen.some
+        share = _mean(exposed, listed)
         cells.append(
             {
                 "group": group,
-                "calibration": float(apart[inside].mean()),
+                "calibration": float(_mean(apart[:, None], listed)[0]),
                 "shares": {
                     name: {
                         "history": float(before[inside, i].mean()),
                         "next": float(after[inside, i].mean()),
-                        "exposure": float(exposed[inside, i].mean()),
-                        "ratio": _ratio(
-                            float(exposed[inside, i].mean()), float(before[inside, i].mean())
-                        ),
+                        "exposure": float(share[i]),
+                        "ratio": _ratio(float(share[i]), float(before[inside, i].mean())),
                     }
                     for i, name in enumerate(items.groups)
                 },

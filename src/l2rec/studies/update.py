@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l2rec.config import RunConfig, override_values, resolve
+from l2rec.config import RunConfig, method_class, override_values, resolve
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.extend import extend
 from l2rec.data.formats.source import Source
@@ -30,6 +30,7 @@ from l2rec.runs.folder import (
     open_run_dataset,
     require_finished,
 )
+from l2rec.runs.start import refuse_of_one_catalog
 from l2rec.runs.train import train_run
 from l2rec.studies.blend import blend_run
 
@@ -65,6 +66,7 @@ def update_run(
     """
     require_finished(run)
     config, identity = load_run_config(run)
+    refuse_of_one_catalog(method_class(config.method), run)
     config = _few_epochs(find_backbone(run, config, identity), overrides)
     world = processes.current()
     folder = world.from_main(

@@ -113,7 +113,9 @@ async def explain(request: Request, body: Explain) -> Reasons:
         query = Query(version, everyone[0], 1, np.unique(rows[0]).astype(np.int64))
         best = await service.ranking.submit(query, of=current_key())
         if not len(best.rows):
-            raise Refused(404, "every item is in the history: name the one to explain")
+            raise Refused(
+                404, "nothing is left to recommend after this history: name the item to explain"
+            )
         row = int(best.rows[0])
     else:
         row = int(rows[1][0])

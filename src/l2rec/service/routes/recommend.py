@@ -124,19 +124,20 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         return Asked(body, version, arm, history, unknown)
 
     async def _answer(asked: Asked, user: User | None, request: str) -> dict[str, Any]:
-        """Rank for a user, or, for None, list what is popular."""
+        """Rank for a user; list what is popular for None, and where a search finds nothing."""
         body, version = asked.body, asked.version
         without, only = _listed(version, asked.history, body)
-        segment, gate = None, None
-        if user is None:
+        segment, gate, ranked = None, None, None
+        if user is not None:
+            query = Query(version, user, body.k, without, only)
+            ranked = await service.ranking.submit(query, of=current_key())
+            gate = user.gate
+        fallback = ranked is None or (version.matrix is None and not len(ranked.rows))
+        if ranked is None or fallback:
             popular = await service.audience.popular(version, body.segment, body.user)
             ranked = popular.best(body.k, version.hidden, without, only)
             segment = popular.segment
             metrics.fallbacks.labels("catalog" if segment is None else "segment").inc()
-        else:
-            query = Query(version, user, body.k, without, only)
-            ranked = await service.ranking.submit(query, of=current_key())
-            gate = user.gate
         items = [
             {"id": version.ids[row], "score": score, "text": version.texts[row]}
             for row, score in zip(ranked.rows.tolist(), ranked.scores.tolist(), strict=True)
@@ -149,7 +150,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         return {
             "items": items,
             "gate": gate,
-            "fallback": user is None,
+            "fallback": fallback,
             "segment": segment,
             "unknown": asked.unknown,
             "version": version.version,

@@ -38,7 +38,7 @@ function effects(found) {
   const title = "What each item of the history does";
   const known = found.history.map((one, n) => ({ ...one, n, effect: one.score === null ? null : found.score - one.score })).reverse();
   const some = known.filter((one) => one.effect !== null);
-  if (!some.length) return block(title, "There is only one: without it there would be no history.");
+  if (!some.length) return block(title, known.length > 1 ? "Without any one of them the item is not found." : "There is only one: without it there would be no history.");
   const low = Math.min(0, ...some.map((one) => one.effect));
   const high = Math.max(0, ...some.map((one) => one.effect));
   const span = high - low || 1;
