@@ -826,7 +826,7 @@ else:  # killed at any time, again and again
     for number in range(4):
         wait(in_child(builds(names[number % 2], kinds[number % 2])))
     whole = (time.monotonic() - started) / 4
-    for number in range(25):
+    for number in range(12):
         child = in_child(builds(names[number % 2], kinds[number % 2]))
         time.sleep(at_random.uniform(0, whole))
         os.kill(child, signal.SIGKILL)
@@ -867,7 +867,7 @@ def test_a_kill_leaves_the_old_index_or_the_new_one(mode: str, tmp_path: Path) -
         assert states == [old] * exchanged + [new] * (len(states) - exchanged)
         assert len(states) - exchanged >= 3, "and steps after it: what was there is removed"
     else:
-        assert len(states) == 25 and all(state in (old, new) for state in states)
+        assert len(states) == 12 and all(state in (old, new) for state in states)
     known = ("one.parquet", "two.parquet", "index")
     assert all(p.name in known or p.match(".index.*.part") for p in tmp_path.iterdir()), (
         "a killed writer leaves no more than its hidden folder"
