@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from l2rec.data.dataset import EVENT_COLUMNS, Dataset
 from l2rec.data.formats.source import Source
 from l2rec.data.prepare import PrepareConfig, build, item_text
-from l2rec.data.ties import UNITS, unit_of
+from l2rec.data.ties import per_second_of, unit_of
 from l2rec.errors import DataError
 
 EARLIER = "earlier"
@@ -67,7 +67,7 @@ def extend(
                 f"{dataset.path} was made of ({', '.join(only)})"
             )
         units = dataset.order.unit, unit_of(newest)
-        if units[0] != units[1] and {*units} <= {name for name, _, _ in UNITS}:
+        if units[0] != units[1] and all(per_second_of(unit) for unit in units):
             raise DataError(
                 f"{newer.files[0]}: its newest event (time {newest:.15g}) is in {units[1]}, those "
                 f"of {dataset.path} are in {units[0]}; write the log in {units[0]}"

@@ -53,7 +53,7 @@ from l2rec.data.formats.source import Source
 from l2rec.data.moments import moment
 from l2rec.data.parts import MIN_EVENTS, SPLITS, leave_one_out_marks
 from l2rec.data.splits import LEAVE_ONE_OUT
-from l2rec.data.ties import UNITS, EventOrder, TieBreaker, Ties, unit_of
+from l2rec.data.ties import EventOrder, TieBreaker, Ties, per_second_of, unit_of
 from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import DataError, nearest
 
@@ -494,11 +494,11 @@ class _Wanted:
     def _limit(self, times: pa.ChunkedArray) -> float:
         """Return ``before`` in the unit of these times, where it is in seconds, as of a date."""
         assert self.before is not None
-        scale = {name: per_second for name, _, per_second in UNITS}
-        if not len(times) or scale.get(unit_of(self.before), 1.0) > 1:
+        if not len(times) or (per_second_of(unit_of(self.before)) or 1.0) > 1:
             return self.before
         ends = pc.min_max(times).as_py()
-        return self.before * scale.get(unit_of(max(abs(ends["min"]), abs(ends["max"]))), 1.0)
+        unit = unit_of(max(abs(ends["min"]), abs(ends["max"])))
+        return self.before * (per_second_of(unit) or 1.0)
 
     def check(self, source: Source) -> None:
         """Raise DataError for a type that no event has, or where no event passed."""

@@ -5,7 +5,15 @@
 
 from __future__ import annotations
 
-__all__ = ["UNITS", "EventOrder", "TieBreaker", "Ties", "item_ranks", "measure_order", "unit_of"]
+__all__ = [
+    "EventOrder",
+    "TieBreaker",
+    "Ties",
+    "item_ranks",
+    "measure_order",
+    "per_second_of",
+    "unit_of",
+]
 
 import hashlib
 from collections.abc import Iterable
@@ -48,6 +56,11 @@ Words = npt.NDArray[np.uint64]
 def unit_of(time: float) -> str:
     """Tell the unit of times since 1970 by the size of one; "unknown" for a small one."""
     return next((name for name, smallest, _ in UNITS if abs(time) >= smallest), "unknown")
+
+
+def per_second_of(unit: str) -> float | None:
+    """Return how many of a unit of time are a second; None where it is not known."""
+    return next((per_second for name, _, per_second in UNITS if name == unit), None)
 
 
 # ---------------------------------------------------------------- facts
@@ -103,7 +116,7 @@ class EventOrder:
     @property
     def per_second(self) -> float | None:
         """How many of the unit of time are a second; None where it is not known."""
-        return next((per_second for name, _, per_second in UNITS if name == self.unit), None)
+        return per_second_of(self.unit)
 
     @property
     def warning(self) -> str | None:
@@ -254,13 +267,12 @@ def _time_scale(
     may_be_position = position is not None and 0 <= low <= high <= position and low.is_integer()
     if may_be_position and times.share_in_steps(1.0) == 1.0:
         return "order only", None
-    unit, steps = "unknown", [("whole numbers", 1.0)]
-    for name, smallest, per_second in UNITS:
-        if max(abs(low), abs(high)) >= smallest:
-            unit, steps = name, [(step, seconds * per_second) for step, seconds in STEPS]
-            if unit != "seconds":
-                steps.append((unit, 1.0))
-            break
+    unit, steps = unit_of(max(abs(low), abs(high))), [("whole numbers", 1.0)]
+    per_second = per_second_of(unit)
+    if per_second is not None:
+        steps = [(step, seconds * per_second) for step, seconds in STEPS]
+        if unit != "seconds":
+            steps.append((unit, 1.0))
     for name, step in steps:
         if times.share_in_steps(step) >= RESOLUTION_SHARE:
             return unit, name

@@ -133,6 +133,7 @@ class IDGenRec(nn.Module):
     Config = IDGenRecConfig
     uses_backbone = True
     one_catalog = True
+    """Items are codes of one catalog: a run is not trained on with more items."""
     item_tensors = frozenset({"generator.codes", "generator.t5.shared.weight"})
     sized_by_data = frozenset({"generator.codes"})
     """The longest id may become longer with new items and in rounds."""

@@ -88,6 +88,7 @@ class P5(nn.Module):
     Config = P5Config
     uses_backbone = False
     one_catalog = True
+    """Items are codes of one catalog: a run is not trained on with more items."""
     item_tensors = frozenset({"generator.codes", "numbered"})
     sized_by_data = frozenset({"generator.codes"})
     """How deep a tree of clusters is, only the training sequences tell."""

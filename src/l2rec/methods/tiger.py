@@ -78,6 +78,7 @@ class TIGER(nn.Module):
     Config = TIGERConfig
     uses_backbone = True
     one_catalog = True
+    """Items are codes of one catalog: a run is not trained on with more items."""
     item_tensors = frozenset({"generator.codes"})
     counts = True
     """Whether one more code tells items apart that share the quantiser's."""

@@ -87,8 +87,8 @@ def is_part(part: str, targets: npt.NDArray[np.integer], warm: int) -> npt.NDArr
 
 
 class _Unknown:
-    """A recommender that does not take new items: those from its last on are below
-    all others that it scores.
+    """A recommender that does not take new items: those from its last on are below all others that
+    it scores.
     """
 
     def __init__(self, recommender: Recommender, n_items: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from l2rec.data.dataset import Dataset
@@ -47,10 +48,9 @@ class Average:
         scorers = [run.scorer() for run in self._runs]
 
         def of_one(scorer: Scorer, histories: Ragged) -> Tensor:
-            scores = scorer(histories).clone()
-            warm = scores[:, : self._n_warm]
-            warm.copy_(reached(warm))  # -inf in one of the runs would leave the others no say
-            return scores
+            warm, cold = scorer(histories).tensor_split((self._n_warm,), dim=1)
+            # -inf in one of the runs would leave the others no say.
+            return torch.cat((reached(warm), cold), dim=1)
 
         def mean(histories: Ragged) -> Tensor:
             first, *others = (of_one(scorer, histories) for scorer in scorers)

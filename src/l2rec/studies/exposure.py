@@ -22,6 +22,7 @@ __all__ = ["HISTORY", "POPULARITY", "Attribute", "exposure_of", "item_attribute"
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,7 @@ class _Lists:
     scores: Floats
     counts: npt.NDArray[np.integer]
 
-    @property
+    @cached_property
     def some(self) -> npt.NDArray[np.bool_]:
         """Say which lists have an item, [M]: what a search finds may be in the history already."""
         return np.asarray((self.top >= 0).any(1))
