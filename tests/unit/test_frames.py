@@ -20,6 +20,7 @@ from tests.support.errors import one_line
 
 import l2rec
 from l2rec.data.dataset import Dataset
+from l2rec.data.formats.dates import MILLISECONDS_FROM
 from l2rec.data.prepare import prepare
 from l2rec.errors import ConfigError, DataError, L2RecError
 
@@ -97,18 +98,19 @@ def test_the_same_data_set_as_from_files(
     assert l2rec.load_dataset is l2rec.open_dataset
 
 
+def rows(times: st.SearchStrategy[int]) -> st.SearchStrategy[list[tuple[str, str, int]]]:
+    users = st.text("ab,\"'é ", min_size=1, max_size=3)
+    items = st.text("xy;\t\n1", min_size=1, max_size=3)
+    return st.lists(st.tuples(users, items, times), min_size=1, max_size=30)
+
+
+# A log's times are of one unit: numbers that look like seconds and like milliseconds are refused.
+in_seconds = st.integers(-(2**40), int(MILLISECONDS_FROM) - 1)
+in_milliseconds = st.integers(int(MILLISECONDS_FROM), 2**40)
+
+
 @settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.text("ab,\"'é ", min_size=1, max_size=3),
-            st.text("xy;\t\n1", min_size=1, max_size=3),
-            st.integers(-(2**40), 2**40),
-        ),
-        min_size=1,
-        max_size=30,
-    )
-)
+@given(rows(in_seconds) | rows(in_milliseconds))
 def test_any_log_reads_back(rows: list[tuple[str, str, int]]) -> None:
     columns = dict(zip(EVENTS, map(list, zip(*rows, strict=True)), strict=True))
     ours = build(pa.table(columns))
