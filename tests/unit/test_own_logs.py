@@ -63,6 +63,22 @@ def test_a_date_without_separators_is_no_number_of_milliseconds(tmp_path: Path) 
     assert "line 2: timestamp '20231128140500' looks like a date without sep" in refused(log)
 
 
+def test_days_without_separators_are_no_seconds(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.csv", "user_id,item_id,timestamp\nu,a,20231128\nu,b,20231201\n")
+    assert "line 2: timestamp '20231128' looks like a date without sep" in refused(log)
+    table(
+        tmp_path / "log.parquet",
+        user_id=["u"] * 2,
+        item_id=["a"] * 2,
+        timestamp=[20231128, 19991231],
+    )
+    assert "row 1: timestamp 20231128 looks like a date" in refused(tmp_path / "log.parquet")
+    counts = write(
+        tmp_path / "counts.csv", "user_id,item_id,timestamp\nu,a,20231231\nu,b,20231232\n"
+    )
+    assert [time for _, _, time in events_of(open_source(counts))] == [20231231, 20231232]
+
+
 @pytest.mark.parametrize("offset", ["+01", "+0100", "+01:00"])
 def test_offsets_as_databases_write_them(tmp_path: Path, offset: str) -> None:
     log = write(
@@ -115,6 +131,26 @@ def test_a_newer_log_in_another_unit_is_refused(tmp_path: Path) -> None:
         extend(base, open_source(tmp_path / "later.csv"), tmp_path / "out", progress=False)
 
 
+def test_a_newer_log_without_events_is_refused(tmp_path: Path) -> None:
+    base = prepare(
+        table(tmp_path / "a.parquet"), tmp_path / "base", PrepareConfig(), progress=False
+    )
+    write(tmp_path / "later.csv", "user_id,item_id,timestamp\n")
+    with pytest.raises(DataError, match=r"later\.csv has no events"):
+        extend(base, open_source(tmp_path / "later.csv"), tmp_path / "out", progress=False)
+
+
+def test_a_newer_catalog_may_be_empty(tmp_path: Path) -> None:
+    head = "user_id,item_id,timestamp\n"
+    log = write(tmp_path / "log.csv", f"{head}u,a,1700000000\n")
+    items = write(tmp_path / "items.csv", "item_id,title\na,A\n")
+    base = prepare(log, tmp_path / "base", PrepareConfig(), items=items, progress=False)
+    later = write(tmp_path / "later.csv", f"{head}u,a,1700000001\n")
+    none = write(tmp_path / "none.csv", "item_id,title\n")
+    grown = extend(base, open_source(later, items=none), tmp_path / "out", progress=False)
+    assert (grown.n_events, grown.texts()) == (2, ["A"])
+
+
 # -- files ---------------------------------------------------------------------------------------
 
 
@@ -126,6 +162,12 @@ def test_logs_in_subfolders_are_named(tmp_path: Path) -> None:
     assert len(events_of(source)) == 1
     [note] = [note for note in source.notes if "not read" in note]
     assert "old/2022/a.parquet, old/2023.parquet" in note
+
+
+@pytest.mark.parametrize("first", ["sep=;", "SEP=,"])
+def test_a_line_for_a_spreadsheet_is_named(tmp_path: Path, first: str) -> None:
+    log = write(tmp_path / "log.csv", f"{first}\nuser_id;item_id;timestamp\nu;a;1\n")
+    assert f"line 1: '{first}' is a note to a spreadsheet" in refused(log)
 
 
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def extend(
                 f"{newer.files[0]}: none of its {others:,} events is of the types that "
                 f"{dataset.path} was made of ({', '.join(only)})"
             )
+        if newest == -np.inf:
+            raise DataError(f"{newer.files[0]} has no events; give a log with at least one")
         units = dataset.order.unit, unit_of(newest)
         if units[0] != units[1] and all(per_second_of(unit) for unit in units):
             raise DataError(
@@ -207,18 +209,19 @@ def _catalog(
     """Return item_id, the fields of the data set, and text: known items, then new ones."""
     known = cast(pl.DataFrame, pl.from_arrow(dataset.catalog)).drop("raw_text", strict=False)
     known = known.with_columns(pl.all().cast(pl.String))
-    if newer.catalog is None:
+    own = "text" in (*newer.fields, *newer.more_fields)
+    fields = tuple(dict.fromkeys((*newer.fields, *newer.more_fields)))
+    named = [] if newer.catalog is None else list(newer.catalog(fields))
+    if not named:  # no catalog, or none of whose items is new
         if any(dataset.texts()):
             return known
         batches = (_of_types(batch, only, dataset, newer) for batch in newer.events())
         ids = [pl.Series(b["item_id"]).cast(pl.String).unique() for b in batches]
-        rows = pl.DataFrame({"item_id": pl.concat(ids).unique(maintain_order=True)})
+        every = pl.concat([pl.Series(dtype=pl.String), *ids])
+        rows = pl.DataFrame({"item_id": every.unique(maintain_order=True)})
     else:
-        own = "text" in (*newer.fields, *newer.more_fields)
-        fields = tuple(dict.fromkeys((*newer.fields, *newer.more_fields)))
-        rows = cast(
-            pl.DataFrame, pl.from_arrow(pa.Table.from_batches(list(newer.catalog(fields))))
-        ).unique("item_id", keep="first", maintain_order=True)
+        table = cast(pl.DataFrame, pl.from_arrow(pa.Table.from_batches(named)))
+        rows = table.unique("item_id", keep="first", maintain_order=True)
         text = pl.col("text") if own else item_text(template, newer.fields, rows.columns)
         rows = rows.with_columns(text.alias("text"))
     fresh = rows.join(known.select("item_id"), on="item_id", how="anti", maintain_order="left")

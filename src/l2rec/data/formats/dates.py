@@ -104,7 +104,8 @@ class Clock:
         without separators.
         """
         low, high = RUN_TOGETHER
-        for at in np.flatnonzero((numbers >= low) & (numbers < high))[:1]:
+        together = (numbers >= low) & (numbers < high) | _days_run_together(numbers)
+        for at in np.flatnonzero(together)[:1]:
             raise DataError(
                 f"{where(int(at))}: timestamp {column[int(at)]!r} looks like a date without "
                 f"separators; {_ADVICE}"
@@ -121,6 +122,19 @@ class Clock:
                 f"timestamps in two units: {self._of_scale['seconds']} looks like seconds, "
                 f"{self._of_scale['a finer unit']} like milliseconds or finer; write all in one"
             )
+
+
+def _days_run_together(
+    numbers: np.ndarray[Any, np.dtype[np.float64]],
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Tell which numbers are days such as 20231128: all, or none if one of them is not.
+
+    Alone, such a number may be a second of August 1970 or a count; a whole log of them is not.
+    """
+    years, months, days = numbers // 10_000, numbers // 100 % 100, numbers % 100
+    of_days = (years >= 1970) & (years < 2100) & (months >= 1) & (months <= 12)
+    of_days &= (days >= 1) & (days <= 31) & (numbers % 1 == 0)
+    return np.full(len(numbers), bool(len(numbers)) and bool(of_days.all()))
 
 
 def seconds_of_dates(texts: pl.Series) -> pl.Series:

@@ -282,6 +282,10 @@ def read_header(file: File, separator: str, encoding: str, *, quotes: bool = Tru
             raise DataError(
                 f"{file} is empty; expected a header line with the names of the columns"
             )
+        if re.fullmatch(r"sep=.", text, re.IGNORECASE):
+            raise DataError(
+                f"{file}, line 1: {text!r} is a note to a spreadsheet and no header; delete the line"
+            )
         names = next(_cells([text], separator, quotes=quotes))
     check_names(file, names)
     return names
