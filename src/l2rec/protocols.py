@@ -220,9 +220,10 @@ class Calibrated(Protocol):
     ) -> None:
         """Do so, by the training sequences, and validation's histories and targets [B].
 
-        Called before each validation, the first of which comes before the first step. What is
-        chosen must be part of the model's state, and what validation chooses must not change what
-        the losses are.
+        Called before each validation, the first of which comes before the first step, and when a
+        training is resumed, with the weights of its state: what is called twice must change nothing
+        more. What is chosen must be part of the model's state, and what validation chooses must not
+        change what the losses are.
         """
         ...
 

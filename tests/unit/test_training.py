@@ -811,6 +811,28 @@ def test_resume_inside_an_epoch_does_not_begin_it_again(tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+class Counting(Toy):
+    """A method whose loss needs what calibration counted, which is in no state."""
+
+    events = 1
+
+    def calibrate(self, sequences: Ragged, histories: Ragged, targets: Any) -> None:
+        self.events = len(sequences.values)
+
+    def loss(self, batch: Batch) -> Losses:
+        losses = super().loss(batch)
+        return dataclasses.replace(losses, total=losses.total + self.first.sum() / self.events)
+
+
+def test_resumed_inside_an_epoch_a_model_is_calibrated(tmp_path: Path) -> None:
+    fit(tmp_path / "a", Counting())
+    crash = Counting(on_loss=crash_at(3))
+    with pytest.raises(Crash):
+        fit(tmp_path / "b", crash, checkpoint_minutes=0)
+    fit(tmp_path / "b", Counting(), resume=True)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
 class Alternating(Toy):
     """A method with two updates a batch: the first table, then the second given the new first."""
 

@@ -283,6 +283,7 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
             state_of_stage = state if number == first else None
             if state_of_stage is not None:  # before the processes compare their weights
                 load_trained(run.model, state_of_stage.model, f"{run.folder}/state")
+                _calibrate(run.model, run.split)  # what the state does not hold
             with launch.averaging(run.model) as averaged:
                 stopped = _train_stage(run, stage, state_of_stage, averaged)
         if stopped == "pruned":
@@ -634,8 +635,7 @@ def validation_of(
     ranked: Recommender, split: Split, progress: Callable[[int], None] | None = None
 ) -> Evaluation:
     """Calibrate what is calibrated on validation, and rank every validation item."""
-    if isinstance(ranked, Calibrated):
-        ranked.calibrate(split.train, *split.valid.pairs())
+    _calibrate(ranked, split)
     return evaluate(
         ranked,
         split.valid.histories,
@@ -643,6 +643,11 @@ def validation_of(
         users=split.valid.users,
         progress=progress,
     )
+
+
+def _calibrate(model: Recommender, split: Split) -> None:
+    if isinstance(model, Calibrated):
+        model.calibrate(split.train, *split.valid.pairs())
 
 
 # -- save ----------------------------------------------------------------------------------------
