@@ -102,6 +102,14 @@ def test_ranked_as_by_exact_masking(data: Any) -> None:
         assert scores[found.rows].tolist() == found.scores.tolist()
 
 
+def test_newer_rows_do_not_stand_for_those_of_the_index() -> None:
+    vectors = np.linspace(1, 0.5, 30, dtype=np.float32)[:, None].repeat(2, 1)
+    vectors[-4:] = 0.1  # newer than the index, and worse than all that is in it
+    version = plain(vectors, 26, set(range(20)))
+    found = rank([Query(version, User(torch.ones(2)), 3)])[0]
+    assert found.rows.tolist() == [20, 21, 22]
+
+
 def test_queries_of_one_version_are_searched_together() -> None:
     vectors = np.eye(20, dtype=np.float32)
     a, b = plain(vectors, 20, set()), plain(vectors, 20, set())

@@ -137,9 +137,10 @@ def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
     assert matrix is not None and index is not None
     spare = min(len(version.deleted), HEADROOM * max(query.k for query in queries))
     wanted = max(query.k + len(query.without) + len(query.user.rows) for query in queries)
-    wanted = min(wanted + spare, len(version))
+    wanted = min(wanted + spare, version.indexed)
     users = torch.stack([query.user.vector for query in queries])
-    positions, scores = index.search(users.numpy(), min(wanted, version.indexed))
+    positions, scores = index.search(users.numpy(), wanted)
+    searched = positions.shape[1]
     if len(matrix) > version.indexed:
         newer = (users @ matrix[version.indexed :].T).numpy()
         rows = np.arange(version.indexed, len(matrix), dtype=np.int64)
@@ -150,8 +151,9 @@ def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
         user = query.user
         keep = (some >= 0) & ~version.hidden[some]
         keep &= ~np.isin(some, np.concatenate((query.without, user.rows)))
+        # Newer rows are all here: only of the index's may better ones than these be missing.
+        complete = keep[:searched].sum() >= query.k or wanted == version.indexed
         some, their = some[keep], their[keep]
-        complete = len(some) >= query.k or wanted >= len(version)
         if len(user.rows):
             more = user.rows[~version.hidden[user.rows] & ~np.isin(user.rows, query.without)]
             some = np.concatenate((some, more))
