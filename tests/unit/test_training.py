@@ -866,20 +866,23 @@ def test_a_batch_may_ask_for_several_updates(tmp_path: Path) -> None:
         assert not torch.equal(*moved) and torch.equal(*same), number
 
 
-def test_a_stage_may_validate_another_recommender(tmp_path: Path) -> None:
-    """Check that the next stage does not compare its scores with another recommender's."""
+@pytest.mark.parametrize(("whole", "part"), [(5, 1), (1, 5)])
+def test_a_stage_may_validate_another_recommender(tmp_path: Path, whole: int, part: int) -> None:
+    """Check that scores of two recommenders are not compared, whichever are higher."""
     data = unique_histories()
-    other = Scripted([1], data)
+    other = Scripted([part], data)
 
     class First(Scripted):
         def stages(self, lr: float, weight_decay: float) -> list[Stage]:
             one, two = super().stages(lr, weight_decay)
             return [dataclasses.replace(one, validates=other), two]
 
-    model = First([5, 4], data, stages=2)
-    result = training.train(model, data, options(epochs=1), seed=0, run=tmp_path, progress=Quiet())
+    model, seen = First([whole, 4], data, stages=2), Quiet()
+    result = training.train(model, data, options(epochs=1), seed=0, run=tmp_path, progress=seen)
     scores = [r["ndcg@10"] for r in log(tmp_path, "valid")]
-    assert scores[1] == 1.0 and scores[0] < scores[2] < 1.0
+    assert (scores[1] > scores[0]) == (part < whole)
+    half = result.steps // 2
+    assert any(f"stage 2: two, from the best weights so far (step {half})" in x for x in seen.lines)
     assert result.valid["ndcg@10"] == scores[2] and result.best_step == result.steps
 
 

@@ -271,6 +271,8 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
     run.stages = len(stages)
     if state is None:
         _start(run)
+        if stages and stages[0].validates is not None:
+            run.counters.best = -math.inf  # the stage validates another recommender than this one
     else:
         _resume(run, state)
     stopped = "untrained"
