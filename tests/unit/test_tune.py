@@ -13,7 +13,7 @@ import yaml
 from tests.support import runs
 from tests.support.errors import one_line
 
-from l2rec.config import load_recipe
+from l2rec.config import RunConfig, load_recipe
 from l2rec.data.dataset import Dataset
 from l2rec.errors import CheckpointError, ConfigError, TrainingError
 from l2rec.runs import train as training
@@ -128,11 +128,61 @@ def test_a_training_that_fails_is_a_trial(
 
     with monkeypatch.context() as patch:
         patch.setattr(tune, "validate_run", nan)
-        with pytest.raises(TrainingError, match="none of 2 trials"):
+        with pytest.raises(TrainingError, match="none of 2 trials succeeded; the last: the loss"):
             search(chains.path, tmp_path / "s", 2)
     found = search(chains.path, tmp_path / "s", 3)
     assert [t.state for t in found.trials] == ["epochs", "failed", "failed"]
     assert found.trials[1].score is None
+
+
+def test_options_that_do_not_fit_together_are_a_trial_that_failed(
+    chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads divide the ends of the space, and no odd width between them."""
+    recipe = load_recipe("sasrec")
+
+    def refused(config: RunConfig, *arguments: Any, **named: Any) -> TrainingResult:
+        if config.model.dim == recipe.model.dim:
+            raise ConfigError("a width that the model alone refuses")
+        return TrainingResult(1, 1, {"ndcg@10_masked": 0.1}, {}, 0, 0, 0, "epochs")
+
+    monkeypatch.setattr(tune, "validate_run", refused)
+    progress = runs.Quiet()
+    found = search(
+        chains.path, tmp_path / "s", 4, search=["model.dim=[32, 128]"], progress=progress
+    )
+    assert len(found.trials) == 4
+    for trial in found.trials:
+        dim = trial.options["model.dim"]
+        fails = dim % recipe.model.heads != 0 or dim == recipe.model.dim
+        assert trial.state == ("failed" if fails else "epochs")
+    said = " ".join(line for line in progress.lines if line.startswith("failed"))
+    assert "heads=2 does not divide" in said and "the model alone refuses" in said
+
+
+def test_no_misspelt_option_occupies_a_folder(
+    chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = TrainingResult(1, 1, {"ndcg@10_masked": 0.1}, {}, 0, 0, 0, "epochs")
+    monkeypatch.setattr(tune, "validate_run", lambda *arguments, **named: ended)
+    with pytest.raises(ConfigError, match="lrr"):
+        search(chains.path, tmp_path / "s", 1, search=["training.lrr=[1e-4, 1e-2, log]"])
+    assert not (tmp_path / "s").exists()
+    search(chains.path, tmp_path / "s", 1, search=["training.lr=[1e-4, 1e-2, log]"])
+
+
+def test_a_recipe_that_changed_is_another_search(
+    chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = TrainingResult(1, 1, {"ndcg@10_masked": 0.1}, {}, 0, 0, 0, "epochs")
+    monkeypatch.setattr(tune, "validate_run", lambda *arguments, **named: ended)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: sasrec\nmodel: {layers: 2}\n")
+    search(chains.path, tmp_path / "s", 1, recipe=str(recipe))
+    recipe.write_text("extends: sasrec\nmodel: {layers: 4}\n")
+    with pytest.raises(CheckpointError, match=r"mine\.yaml as it was before its options") as error:
+        search(chains.path, tmp_path / "s", 2, recipe=str(recipe))
+    one_line(error)
 
 
 def test_what_is_refused(chains: Dataset, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ import yaml
 from l2rec.config import RunConfig, find_recipe, load_recipe, override_values
 from l2rec.data.dataset import open_dataset
 from l2rec.disk import LOCK, working_on, write_text
-from l2rec.errors import CheckpointError, ConfigError, TrainingError
+from l2rec.errors import BackboneError, CheckpointError, ConfigError, TrainingError
 from l2rec.protocols import Progress
 from l2rec.runs.loop import SELECT
 from l2rec.runs.train import validate_run
@@ -43,6 +43,8 @@ NAME = SELECT.replace("_", " ")
 """The objective, as it is printed."""
 STUDY = "l2rec"
 """Name of the study in the database."""
+REASON = "reason"
+"""Attribute of a trial that failed: its error."""
 STARTUP = 5
 """Number of trials before TPE samples, and that must finish before any trial is stopped."""
 
@@ -92,7 +94,7 @@ def tune(
         seed: seed of the sampling; trials themselves are trained with the seed of the recipe.
 
     Raises:
-        ConfigError: Optuna is not installed, or a space cannot be read.
+        ConfigError: Optuna is not installed, or a space that cannot be read or is of no option.
         CheckpointError: the folder holds another search, or no search, or another process works
             on it.
         TrainingError: all trials failed.
@@ -105,9 +107,11 @@ def tune(
         raise ConfigError(f"--trials {trials}: at least one")
     base = load_recipe(recipe, overrides)
     spaces = _spaces(search) if search else _default_spaces(base)
+    _check_ends(recipe, overrides, spaces)
     about = {
         "recipe": recipe,
         "overrides": list(overrides),
+        "options": base.model_dump(mode="json"),
         "search": spaces,
         "seed": seed,
         "data": open_dataset(data).fingerprint,
@@ -128,23 +132,28 @@ def tune(
             drawn = {key: _sample(trial, key, space) for key, space in spaces.items()}
             shown = ", ".join(f"{key}={value}" for key, value in drawn.items())
             progress.line(f"trial {done + 1} of {trials}: {shown}")
-            config = load_recipe(recipe, [*overrides, *_assignments(drawn)])
-            _run(study, trial, config, data, out / _folder(drawn), progress)
+            options = [*overrides, *_assignments(drawn)]
+            _run(study, trial, recipe, options, data, out / _folder(drawn), progress)
         ended = _ended_trials(study)
         if ended[0].score is None:
-            raise TrainingError(f"none of {len(ended)} trials succeeded; see why above")
+            raise TrainingError(f"none of {len(ended)} trials succeeded{_last_reason(study)}")
         return Tuned(ended, _write_best(out, recipe, overrides, ended[0]))
 
 
 def _run(
     study: optuna.Study,
     trial: optuna.Trial,
-    config: RunConfig,
+    recipe: str,
+    overrides: Sequence[str],
     data: Path,
     folder: Path,
     progress: Progress,
 ) -> None:
-    """Train one trial, report its score to the study and delete its folder."""
+    """Train one trial, report its score to the study and delete its folder.
+
+    Options that do not fit together are a trial that failed, as a rate that is too high is: the
+    search goes on with others.
+    """
     import optuna
 
     resume = (folder / "config.yaml").is_file()
@@ -154,11 +163,13 @@ def _run(
         return bool(trial.should_prune())
 
     try:
+        config = load_recipe(recipe, overrides)
         result = validate_run(
             config, data, folder, progress=progress, resume=resume, hopeless=hopeless
         )
-    except TrainingError as error:  # such as a learning rate too high
+    except (BackboneError, ConfigError, TrainingError) as error:
         progress.line(f"failed: {error}")
+        trial.set_user_attr(REASON, str(error))
         trial.set_user_attr("stopped", "failed")
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
     else:
@@ -205,6 +216,27 @@ def _spaces(search: Sequence[str]) -> dict[str, Any]:
             )
         spaces[key] = space
     return spaces
+
+
+def _check_ends(recipe: str, overrides: Sequence[str], spaces: Mapping[str, Any]) -> None:
+    """Refuse spaces of which neither the first values nor the last make a recipe, before there is
+    a study of them: a misspelt option, or values of another kind.
+
+    Raises:
+        ConfigError: neither do.
+    """
+    errors = []
+    for end in (0, -1):
+        values = {
+            key: (space["choose"] if isinstance(space, Mapping) else space[:2])[end]
+            for key, space in spaces.items()
+        }
+        try:
+            load_recipe(recipe, [*overrides, *_assignments(values)])
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == 2:
+        raise errors[0]
 
 
 def _number(value: Any) -> Any:
@@ -329,11 +361,17 @@ def _study(out: Path, about: Mapping[str, Any]) -> optuna.Study:
     )
     saved = study.user_attrs.get("about")
     if saved is None:
-        study.set_user_attr("about", dict(about))
-    elif saved != about:
-        key = next(key for key in about if saved.get(key) != about[key])
+        study.set_user_attr("about", saved := dict(about))
+    # A search of an earlier version did not keep all of it.
+    key = next((key for key in saved if saved[key] != about[key]), None)
+    if key == "options":
         raise CheckpointError(
-            f"{out} holds a search with {key} {saved.get(key)!r}, this is {about[key]!r}; choose "
+            f"{out} holds a search of {about['recipe']} as it was before its options changed; "
+            "choose another --out"
+        )
+    if key is not None:
+        raise CheckpointError(
+            f"{out} holds a search with {key} {saved[key]!r}, this is {about[key]!r}; choose "
             "another --out"
         )
     return study
@@ -369,6 +407,13 @@ def _ended_trials(study: optuna.Study) -> list[Trial]:
         for number, trial in enumerate(ended, start=1)
     ]
     return sorted(trials, key=lambda trial: 1.0 if trial.score is None else -trial.score)
+
+
+def _last_reason(study: optuna.Study) -> str:
+    """Write why the last trial that failed did."""
+    attributes = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
+    reasons = [found[REASON] for found in attributes if REASON in found]
+    return f"; the last: {reasons[-1]}" if reasons else ""
 
 
 def _write_best(out: Path, recipe: str, overrides: Sequence[str], best: Trial) -> Path:
