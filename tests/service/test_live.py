@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,47 @@ def test_a_run_that_changed_since_is_not_rolled_back_to(
     with pytest.raises(CheckpointError, match=r"its weights are \w+, \w+ was deployed"):
         rollback(folder)
     assert read_deployment(folder).current == other_run.run.resolve()
+
+
+def test_what_others_write_while_a_run_is_checked(
+    catalog_run: Finished,
+    other_run: Finished,
+    paper_run: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b, c = (finished.run.resolve() for finished in (catalog_run, other_run, paper_run))
+    deploy(a, tmp_path)
+    deploy(b, tmp_path)
+    meanwhile: list[Callable[[], Any]] = []
+
+    def checked(version: Any) -> None:
+        if meanwhile:
+            meanwhile.pop()()
+
+    monkeypatch.setattr("l2rec.service.live.check_version", checked)
+
+    def back() -> None:
+        rollback(tmp_path, check=False)
+
+    meanwhile.append(back)
+    deploy(c, tmp_path, shadow=True)
+    found = read_deployment(tmp_path)
+    assert (found.current, found.previous, found.shadow) == (a, (), c)
+    assert [step.action for step in found.steps[:2]] == ["shadow", "rollback"]
+    deploy(b, tmp_path)
+    meanwhile.append(back)
+    assert deploy(c, tmp_path).previous == (a,), "what was left meanwhile is not come back to"
+    meanwhile.append(lambda: deploy(b, tmp_path))
+    with pytest.raises(ConfigError, match="other was made the current run meanwhile; look again"):
+        rollback(tmp_path)
+    assert read_deployment(tmp_path).previous == (c, a)
+
+
+def test_a_folder_that_cannot_be_made(catalog_run: Finished, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot be made \(.*\); choose another folder"):
+        deploy(catalog_run.run, tmp_path / "file")
 
 
 @pytest.mark.parametrize(

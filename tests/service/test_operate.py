@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -199,6 +200,23 @@ def test_a_run_that_is_gone_is_not_gone_back_to(
     message = error(client.post("/v1/deployments/rollback", json=current), 409)
     assert message.endswith("is no longer there")
     assert client.get("/v1/deployments").json()["current"] == current
+
+
+def test_a_run_that_changed_since_is_not_gone_back_to_by_http(
+    catalog_run: Finished, other_run: Finished, tmp_path: Path
+) -> None:
+    folder, run = tmp_path / "serving", tmp_path / "copy"
+    shutil.copytree(catalog_run.run, run)
+    deploy(run, folder)
+    deploy(other_run.run, folder)
+    shutil.copy2(other_run.run / "model.safetensors", run)
+    with pytest.raises(CheckpointError, match=r"its weights are \w+, \w+ was deployed"):
+        rollback(folder, check=False)
+    shutil.copy2(catalog_run.run / "model.safetensors", run)
+    (run / "catalog.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CheckpointError, match="missing or torn"):
+        rollback(folder, check=False)
+    assert read_deployment(folder).current == other_run.run.resolve()
 
 
 def test_one_run_cannot_be_rolled_back(serve: Serve) -> None:

@@ -4,8 +4,8 @@
                      "weights": {RUN: hash},
                      "steps": [{"at", "by", "action", "run", "version"}, ...]}   newest first
 
-`l2rec deploy` and `l2rec rollback` write it whole or not at all; a server of DIR follows it. A
-candidate is loaded and checked beside the live version and only then takes its place; one that
+`l2rec deploy` and `l2rec rollback` write it whole or not at all, one after the other: each reads it
+anew once the run is checked, which takes a while. A server of DIR follows it. A candidate is loaded and checked beside the live version and only then takes its place; one that
 fails is refused, and the live version stays. No path comes from a request.
 """
 
@@ -33,10 +33,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from l2rec.disk import read_json, write_json
+from l2rec.disk import locked, read_json, write_json
 from l2rec.errors import CheckpointError, ConfigError, L2RecError
 from l2rec.service.gains import gains
-from l2rec.service.loading import check_version, load_version
+from l2rec.service.loading import check_version, load_version, read_served
 from l2rec.service.version import Version
 
 FILE = "live.json"
@@ -262,21 +262,42 @@ def deploy(
         L2RecError: the run cannot be served, or its catalog has shrunk; live.json is left as it is.
     """
     run = run.resolve()
-    known = read_deployment(folder) if (folder / FILE).is_file() else None
+    if (folder / FILE).is_file():
+        read_deployment(folder)  # one that is torn is said before the run is loaded
+    elif shadow:
+        raise ConfigError(
+            f"{folder} has nothing that a shadow could be compared with; deploy a current run "
+            f"first: l2rec deploy RUN --to {folder}"
+        )
     version = load_version(run)
     check_version(version)
-    weights = {**({} if known is None else known.weights), str(run): version.version}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be made ({error.strerror}); choose another folder for --to"
+        ) from error
+    with locked(folder):
+        return _deploy(run, version.version, folder, shadow, allow_loss, say)
+
+
+def _deploy(
+    run: Path,
+    weights_hash: str,
+    folder: Path,
+    shadow: bool,
+    allow_loss: bool,
+    say: Callable[[str], None],
+) -> Deployment:
+    """Make a run that was checked the current (or shadow) one of a folder that is locked."""
+    known = read_deployment(folder) if shadow or (folder / FILE).is_file() else None
+    weights = {**({} if known is None else known.weights), str(run): weights_hash}
     if known is None:
-        if shadow:
-            raise ConfigError(
-                f"{folder} has nothing that a shadow could be compared with; deploy a current "
-                f"run first: l2rec deploy RUN --to {folder}"
-            )
         return _write(folder, Deployment(run, weights=weights), "deploy", run, None)
     if run != known.current:
         _check_gains(known.current, run, shadow or allow_loss, say)
     if shadow:
-        if run == known.current and known.expected(run) not in (None, version.version):
+        if run == known.current and known.expected(run) not in (None, weights_hash):
             raise ConfigError(  # one hash stands for a folder: the live version would follow it
                 f"{run} is what is served, and was trained anew; a shadow needs a folder of its own"
             )
@@ -322,10 +343,11 @@ def rollback(
     Args:
         leaving: name and hash of the run that is expected to be the current one; any by default.
         by: who does it; by default who runs this process.
-        check: load the run first. A server of the folder does it anyway, and refuses a bad one.
+        check: load the run first; otherwise its files are read. A server of the folder loads it
+            anyway, and refuses a bad one.
 
     Raises:
-        ConfigError: there is no previous run, or another one is the current one.
+        ConfigError: there is no previous run, or another one is the current one, or is meanwhile.
         CheckpointError: it can no longer be served.
     """
     known = read_deployment(folder)
@@ -342,7 +364,16 @@ def rollback(
         check_version(load_version(run, expected=known.expected(run)))
     elif not run.is_dir():
         raise CheckpointError(f"{run} was served before {known.current}, and is no longer there")
-    return _write(folder, replace(known, current=run, previous=tuple(older)), "rollback", run, by)
+    else:
+        read_served(run, known.expected(run))
+    with locked(folder):
+        now = read_deployment(folder)
+        if (now.current, now.previous) != (known.current, known.previous):
+            raise ConfigError(
+                f"{folder}: {now.current} was made the current run meanwhile; look again, and roll "
+                "back if you still want to"
+            )
+        return _write(folder, replace(now, current=run, previous=tuple(older)), "rollback", run, by)
 
 
 def end_shadow(run: Path, folder: Path) -> Deployment:
@@ -351,8 +382,10 @@ def end_shadow(run: Path, folder: Path) -> Deployment:
     Raises:
         ConfigError: the run is not the shadow.
     """
-    known = read_deployment(folder)
-    if known.shadow != run.resolve():
-        raise ConfigError(f"{run} is not the shadow of {folder}: {known.shadow or 'none'} is")
-    assert known.shadow is not None
-    return _write(folder, replace(known, shadow=None), "end shadow", known.shadow, None)
+    read_deployment(folder)  # only a folder that is there can be locked
+    with locked(folder):
+        known = read_deployment(folder)
+        if known.shadow != run.resolve():
+            raise ConfigError(f"{run} is not the shadow of {folder}: {known.shadow or 'none'} is")
+        assert known.shadow is not None
+        return _write(folder, replace(known, shadow=None), "end shadow", known.shadow, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_version", "load_version", "next_serial"]
+__all__ = ["check_version", "load_version", "next_serial", "read_served"]
 
 import itertools
 import time
@@ -15,7 +15,7 @@ import torch
 from l2rec.errors import CheckpointError
 from l2rec.index import Index, build
 from l2rec.index import load as load_index
-from l2rec.runs.folder import read_report, read_run, require_finished, unfinished
+from l2rec.runs.folder import RunFolder, read_report, read_run, require_finished, unfinished
 from l2rec.runs.predictor import Predictor, load_folder
 from l2rec.service.attributes import Attributes
 from l2rec.service.ranking import Query, are_numbers, encode, rank, rank_exactly, score
@@ -37,23 +37,15 @@ def next_serial() -> int:
     return next(_serials)
 
 
-def load_version(
-    run: Path,
-    *,
-    index: str = "auto",
-    expected: str | None = None,
-    items: ItemState | None = None,
-) -> Version:
-    """Load a run folder, ready to serve, and build its index.
+def read_served(run: Path, expected: str | None = None) -> RunFolder:
+    """Read a run folder, and check that it is whole, without building its model.
 
     Args:
-        index: kind of index; auto is the one in the run folder, or one by the size of the catalog.
         expected: hash that the trained tensors must have, which were deployed when the run was
             finished; without one, the run must be finished now.
-        items: items of the event log, which the run was not trained with.
 
     Raises:
-        L2RecError: whatever is wrong with the folder.
+        CheckpointError: it is not what was deployed or trained.
     """
     if expected is None:
         require_finished(run)
@@ -67,6 +59,27 @@ def load_version(
             f"{run}: item vectors of model {folder.vectors_version}, weights {folder.version}: "
             "torn or exchanged; delete items.safetensors if the weights are right"
         )
+    return folder
+
+
+def load_version(
+    run: Path,
+    *,
+    index: str = "auto",
+    expected: str | None = None,
+    items: ItemState | None = None,
+) -> Version:
+    """Load a run folder, ready to serve, and build its index.
+
+    Args:
+        index: kind of index; auto is the one in the run folder, or one by the size of the catalog.
+        expected: as of `read_served`.
+        items: items of the event log, which the run was not trained with.
+
+    Raises:
+        L2RecError: whatever is wrong with the folder.
+    """
+    folder = read_served(run, expected)
     predictor = load_folder(folder)
     predictor.verify()
     report = {} if unfinished(run) else read_report(run)  # a deployed run may be trained on
