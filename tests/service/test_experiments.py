@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 from l2rec.cli import app
 from l2rec.data.dataset import Dataset
 from l2rec.errors import CheckpointError, ConfigError, L2RecError
-from l2rec.runs.folder import load_run_config, training_split
+from l2rec.runs.folder import load_run_config, training_split, user_history
 from l2rec.service.app import create_app
 from l2rec.service.events import Event, EventLog
 from l2rec.service.experiments import popular, record_arms, record_plan
-from l2rec.service.live import deploy
+from l2rec.service.live import Live, deploy
+from l2rec.service.loading import load_version
 from l2rec.service.server import load_live
 from l2rec.service.settings import Experiment, Settings
 from l2rec.studies.arms import arm
@@ -131,7 +132,24 @@ def test_popularity_as_the_control_arm(
             assert answer.json()["experiment"]["arm"] == "control"
             return [item["id"] for item in answer.json()["items"]]
 
-        user = next(f"u{n}" for n in range(99) if arm(f"u{n}", "plus", treatment=0.5) == "control")
+        def of_control(prefix: str) -> str:
+            names = (f"{prefix}{n}" for n in range(40))
+            return next(name for name in names if arm(name, "plus", treatment=0.5) == "control")
+
+        user = of_control("u")
+        seen = user_history(catalog_run.run, user)
+        answer = client.post("/v1/recommend", json={"user": user, "k": 40}).json()
+        assert [item["id"] for item in answer["items"]] == [i for i in best if i not in seen]
+        assert not answer["fallback"]
+        # Who is unknown gets the same, not what is popular in the log and in what is tested.
+        answer = client.post("/v1/recommend", json={"user": of_control("new"), "k": 40}).json()
+        counts = [taken[item] for item in expected]
+        assert [(one["id"], one["score"]) for one in answer["items"]] == [
+            *zip(best, counts, strict=True)
+        ]
+        many = {"requests": [{"user": of_control("new"), "k": 3}]}
+        (one,) = client.post("/v1/recommend/batch", json=many).json()["answers"]
+        assert [item["id"] for item in one["items"]] == best[:3] and not one["fallback"]
         assert listed(user, ["i1", "i2"], exclude_seen=False) == best
         assert listed(user, [best[0]]) == best[1:]
         # Items that came later are the least popular; a new text does not make one unpopular.
@@ -141,6 +159,34 @@ def test_popularity_as_the_control_arm(
         assert listed(user, ["i1", "i2"], exclude_seen=False) == [*best, "n1"]  # asked before
         client.request("DELETE", "/v1/items", params={"id": best[1]})
         assert best[1] not in listed(user, ["n1"])
+
+
+def test_what_only_the_live_version_knows_is_no_mistake_in_the_control_arm(
+    catalog_run: Finished, other_run: Finished, tmp_path: Path
+) -> None:
+    newer = {"n1": ("heavy red hat", {"color": "red"}), "i2": ("cold door", {"color": "blue"})}
+    version = load_version(catalog_run.run)
+    live = Live(version.with_items(newer), control=load_version(other_run.run))
+    settings = Settings(rate=0, experiment=Experiment(name="plus", treatment=0.5))
+    web = create_app(settings, live, EventLog(f"sqlite:///{tmp_path / 'events.db'}"))
+    with TestClient(web, base_url="http://localhost") as client:
+
+        def asked(history: list[str], **more: Any) -> Any:
+            for user in map(str, range(40)):
+                if arm(user, "plus", treatment=0.5) == "control":
+                    body = {"user": user, "history": history, **more}
+                    return client.post("/v1/recommend", json=body)
+
+        alone = asked(["i1"]).json()
+        answer = asked(["i1", "n1"]).json()
+        assert answer["unknown"] == ["n1"] and answer["items"] == alone["items"]
+        refused = asked(["i1", "n1", "zz"])
+        assert refused.status_code == 422 and refused.json()["detail"] == "unknown item ids: 'zz'"
+        assert asked(["n1"]).json()["fallback"]
+        answer = asked(["i1"], filters={"color": ["red", "blue"]}).json()
+        assert [item["id"] for item in answer["items"]] == ["i2"]
+        refused = asked(["i1"], filters={"colour": ["red"]})
+        assert refused.status_code == 422 and "did you mean 'color'" in refused.json()["detail"]
 
 
 def test_popularity_needs_the_data_of_the_run(

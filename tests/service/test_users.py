@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def test_without_its_data_set_a_run_knows_the_log_alone(
     assert recommend(client, user="u3")["fallback"]
     click(client, "u3", "i20")
     assert not recommend(client, user="u3")["fallback"]
+
+
+def test_a_run_that_was_trained_anew_in_its_folder_knows_its_own_users(
+    catalog_run: Finished, tmp_path: Path, log_url: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(catalog_run.run, run)
+    audience = Audience(EventLog(log_url), lambda *_: None)  # type: ignore[arg-type]
+    first = load_version(run)
+    assert audience.people(first).history("u3", 9)
+    assert audience.people(replace(first, name="derived")) is audience.people(first)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(catalog_run.data.resolve()), "/nowhere"))
+    second = load_version(run)
+    audience.forget_others([second])
+    assert not audience.people(second).history("u3", 9)
 
 
 def test_each_arm_knows_the_users_of_its_own_run(

@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,18 +62,19 @@ class Audience:
 
     def __init__(self, log: EventLog, stored: Stored) -> None:
         self._log, self._stored = log, stored
-        self._people: dict[Path | None, People] = {}
+        self._people: dict[int, People] = {}
         self._popular: dict[tuple[int, int, str | None], tuple[float, Popular]] = {}
         self._counting = asyncio.Lock()
 
     def people(self, version: Version) -> People:
         """Return the users of the data set of a version's run."""
-        return self._people.setdefault(version.run, People(version.run))
+        # By loading, not by folder: a run may be trained anew in its folder, on other data.
+        return self._people.setdefault(version.serial, People(version.run))
 
     def forget_others(self, versions: Iterable[Version]) -> None:
-        """Forget the users of runs that are no longer loaded."""
-        runs = {version.run for version in versions}
-        self._people = {run: people for run, people in self._people.items() if run in runs}
+        """Forget the users of versions that are no longer loaded."""
+        serials = {version.serial for version in versions}
+        self._people = {n: people for n, people in self._people.items() if n in serials}
 
     async def history(self, version: Version, user: str, most: int) -> History:
         """Return the newest ``most`` items of a user: what the data set has from before the first

@@ -121,5 +121,7 @@ def popular(run: Path, items: ItemState) -> Version:
         report={"method": POPULARITY},
         loaded_at=time.time(),
         serial=next_serial(),
+        run=run,
+        same_for_all=True,
     ).brought_to(items)
     return replace(version, loaded=len(version))

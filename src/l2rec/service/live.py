@@ -5,8 +5,9 @@
                      "steps": [{"at", "by", "action", "run", "version"}, ...]}   newest first
 
 `l2rec deploy` and `l2rec rollback` write it whole or not at all, one after the other: each reads it
-anew once the run is checked, which takes a while. A server of DIR follows it. A candidate is loaded and checked beside the live version and only then takes its place; one that
-fails is refused, and the live version stays. No path comes from a request.
+anew once the run is checked, which takes a while. A server of DIR follows it. A candidate is loaded
+and checked beside the live version and only then takes its place; one that fails is refused, and
+the live version stays. No path comes from a request.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class Version:
     replaced by a newer row of the same id). name: name of the run folder. version: short hash of
     the trained tensors. report: content of report.json. loaded_at: unix seconds. serial: number of
     the loading; with it, a row is the same item for as long as the process lives. loaded: rows it
-    was loaded with. run: the folder it was loaded from.
+    was loaded with. run: the folder it was loaded from. same_for_all: it ranks alike for everybody,
+    and so also for those of whom nothing is known.
     """
 
     predictor: Predictor
@@ -55,6 +56,7 @@ class Version:
     serial: int
     loaded: int = 0
     run: Path | None = None
+    same_for_all: bool = False
 
     @property
     def version(self) -> str:

@@ -34,15 +34,22 @@ from l2rec.studies.arms import arm
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A request for recommendations. history: ids that the version knows, empty where nothing is
-    known of the user. unknown: ids that were skipped.
+    """A request for recommendations. filtering: the version by whose attributes is filtered.
+    history: ids that the version knows, empty where nothing is known of the user. unknown: ids that
+    were skipped.
     """
 
     body: schemas.Recommend
     version: Version
+    filtering: Version
     arm: str | None
     history: Sequence[str]
     unknown: Sequence[str]
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the version ranks for who asks; otherwise what is popular is listed."""
+        return bool(self.history) or self.version.same_for_all
 
 
 def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
@@ -61,7 +68,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         """
         started = time.perf_counter()
         asked = await _asked(body)
-        user = await service.user(asked.version, asked.history) if asked.history else None
+        user = await service.user(asked.version, asked.history) if asked.ranked else None
         answer = await _answer(asked, user, request.scope["l2rec.request"])
         metrics.recommend_seconds.labels(asked.arm or "none").observe(time.perf_counter() - started)
         return as_json(answer)
@@ -79,7 +86,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         name = request.scope["l2rec.request"]
         asked = await asyncio.gather(*(_asked_or_refused(one) for one in body.requests))
         users: dict[int, User] = {}
-        read = [one for one in asked if isinstance(one, Asked) and one.history]
+        read = [one for one in asked if isinstance(one, Asked) and one.ranked]
         for version in dict.fromkeys(one.version for one in read):
             some = [one for one in read if one.version is version]
             found = await service.users(version, [one.history for one in some])
@@ -107,26 +114,27 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         """Find out who asks, and for what.
 
         Raises:
-            Refused, DataError: an unknown experiment, attribute or item. StorageError.
+            Refused, DataError: an unknown experiment, or an attribute or item that neither the live
+                version nor that of the arm knows. StorageError.
         """
         arm = _arm(settings, body)
-        version = live.of_arm(arm)
-        version.attributes.check(body.filters)
+        version, latest = live.of_arm(arm), live.current()
+        filtering = version if body.filters.keys() <= {*version.attributes.names} else latest
+        filtering.attributes.check(body.filters)
         if body.history is None:
             known = await service.audience.history(version, str(body.user), schemas.MAX_HISTORY)
-            return Asked(body, version, arm, known.items, [])
-        if body.unknown == "fail":
-            version.predictor.rows([body.history])
-            return Asked(body, version, arm, body.history, [])
+            return Asked(body, version, filtering, arm, known.items, [])
         row_of = version.predictor.row_of
         history = [item for item in body.history if row_of(item) is not None]
         unknown = [item for item in dict.fromkeys(body.history) if row_of(item) is None]
-        return Asked(body, version, arm, history, unknown)
+        if body.unknown == "fail":
+            latest.predictor.rows([unknown])
+        return Asked(body, version, filtering, arm, history, unknown)
 
     async def _answer(asked: Asked, user: User | None, request: str) -> dict[str, Any]:
         """Rank for a user; list what is popular for None, and where a search finds nothing."""
         body, version = asked.body, asked.version
-        without, only = _listed(version, asked.history, body)
+        without, only = _listed(asked)
         segment, gate, ranked = None, None, None
         if user is not None:
             query = Query(version, user, body.k, without, only)
@@ -206,18 +214,26 @@ def _arm(settings: Settings, body: schemas.Recommend) -> str | None:
     return arm(body.user, running.name, salt=running.salt, treatment=running.treatment)
 
 
-def _listed(
-    version: Version, history: Sequence[str], body: schemas.Recommend
-) -> tuple[Rows, Mask | None]:
+def _listed(asked: Asked) -> tuple[Rows, Mask | None]:
     """Translate what may be listed into rows of the version: rows that may not be, and [N] bool of
     those that alone may be, None for all.
     """
+    body, version, filtering = asked.body, asked.version, asked.filtering
     row_of = version.predictor.row_of
-    left_out = (*body.deny, *history) if body.exclude_seen else body.deny
+    left_out = (*body.deny, *asked.history) if body.exclude_seen else body.deny
     without = {row for item in left_out if (row := row_of(item)) is not None}
-    only = version.attributes.mask(body.filters) if body.filters else None
+    only = filtering.attributes.mask(body.filters) if body.filters else None
+    if only is not None and filtering is not version:
+        matching = np.flatnonzero(only & ~filtering.hidden).tolist()
+        only = _mask(version, [filtering.ids[row] for row in matching])
     if body.allow is not None:
-        allowed = np.zeros(len(version), dtype=np.bool_)
-        allowed[[row for item in body.allow if (row := row_of(item)) is not None]] = True
+        allowed = _mask(version, body.allow)
         only = allowed if only is None else only & allowed
     return np.fromiter(without, dtype=np.int64, count=len(without)), only
+
+
+def _mask(version: Version, items: Sequence[str]) -> Mask:
+    """Return [N] bool of the rows of these ids; unknown ones are ignored."""
+    mask = np.zeros(len(version), dtype=np.bool_)
+    mask[[row for item in items if (row := version.predictor.row_of(item)) is not None]] = True
+    return mask
