@@ -22,7 +22,7 @@ from l2rec.config import RunConfig, load_recipe
 from l2rec.console import Console
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.errors import ConfigError
-from l2rec.runs.folder import open_run_dataset, read_report
+from l2rec.runs.folder import load_run_config, open_run_dataset, read_report
 from l2rec.runs.frames import Frame, recommendations
 from l2rec.runs.predictor import Predictor, load
 from l2rec.runs.train import train_run
@@ -73,7 +73,9 @@ class L2Rec:
         Raises:
             CheckpointError: it is no finished run, or its data set is gone or another one.
         """
-        fitted = cls(out=run)
+        config, _ = load_run_config(Path(run))
+        groups = {name: config.model_dump(mode="json")[name] for name in GROUPS}
+        fitted = cls(config.method, **groups, seed=config.seed, out=run)
         fitted._take(Path(run), open_run_dataset(Path(run), None if data is None else Path(data)))
         return fitted
 
@@ -187,18 +189,20 @@ class L2Rec:
         )
 
     def _histories(self, users: Sequence[str] | None) -> dict[str, list[str]]:
-        """Return the item ids of users of the data set, oldest first."""
+        """Return the item ids of users of the data set, oldest first, without cold ones; of all
+        users, those who have any.
+        """
         dataset = self._fitted("_dataset")
         if isinstance(users, str):
             raise ConfigError(f"users={users!r}: give a list of user ids")
         ids = dataset.user_ids.to_pylist() if users is None else [str(user) for user in users]
         rows = list(range(dataset.n_users)) if users is None else list(map(dataset.user_index, ids))
         items = self.predictor_.ids
-        sequences = dataset.sequences
-        return {
-            user: [items[int(i)] for i in sequences[row]]
+        histories = {
+            user: [items[int(i)] for i in dataset.warm_items(row)]
             for user, row in zip(ids, rows, strict=True)
         }
+        return {user: row for user, row in histories.items() if row or users is not None}
 
     def _take(self, run: Path, dataset: Dataset) -> None:
         self.run_ = run

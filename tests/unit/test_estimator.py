@@ -17,6 +17,7 @@ from tests.support.runs import Quiet, assert_same_weights
 import l2rec
 from l2rec import L2Rec
 from l2rec.config import load_recipe
+from l2rec.data.cold import hold_out_items
 from l2rec.data.dataset import Dataset
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.runs.folder import load_run_config
@@ -75,6 +76,43 @@ def test_viewed_items_and_candidates(fitted: L2Rec, chains: Dataset) -> None:
     assert allowed["rank"].to_list() == [1, 2, 3]
     order = [item for item in unseen["item_id"] if item in some]
     assert allowed["item_id"].to_list() == order
+
+
+def test_cold_items_are_no_part_of_a_history(
+    one_thread: None, chains: Dataset, tmp_path: Path
+) -> None:
+    cold = hold_out_items(chains.path, tmp_path / "cold", 0.25)
+    model = L2Rec("sasrec", training=QUICK, progress=False).fit(cold)
+    found = model.recommend(k=1)
+    known = [user for user in range(cold.n_users) if len(cold.warm_items(user))]
+    assert found["user_id"].to_list() == [cold.user_ids[user].as_py() for user in known]
+    assert set(found["item_id"]) <= set(cold.warm_catalog["item_id"].to_pylist())
+
+
+def test_numbers_stand_for_the_ids_they_are_written_as(one_thread: None, chains: Dataset) -> None:
+    events = pl.DataFrame(
+        {
+            "user_id": np.repeat(np.arange(12), 4),
+            "item_id": [100 + (user + step) % 7 for user in range(12) for step in range(4)],
+            "timestamp": np.tile(np.arange(4), 12),
+        }
+    )
+    dataset = Dataset.from_frames(events, progress=False)
+    model = L2Rec("sasrec", training=QUICK, progress=False).fit(dataset)
+    of_texts = model.recommend({"5": ["101", "105"]}, 3, items_to_recommend=["100", "102", "103"])
+    numbers = np.array([101, 105])
+    of_numbers = model.recommend({5: numbers}, 3, items_to_recommend=[100, 102, 103])  # type: ignore
+    assert of_numbers.equals(of_texts)
+    alone = model.predictor_.recommend(numbers, 3)  # type: ignore[arg-type]
+    assert alone.items == model.predictor_.recommend(["101", "105"], 3).items
+    with pytest.raises(DataError, match=r"unknown item ids: '1011'; did you mean '101'"):
+        model.recommend({"new": [1011]})  # type: ignore[list-item]
+
+
+def test_a_loaded_model_has_the_recipe_of_its_run(fitted: L2Rec) -> None:
+    loaded = L2Rec.load(fitted.run_)
+    assert loaded.config == fitted.config
+    assert L2Rec(**loaded.get_params()).config == fitted.config
 
 
 def test_histories_of_people_who_are_not_in_the_data(fitted: L2Rec) -> None:

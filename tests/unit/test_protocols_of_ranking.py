@@ -31,6 +31,7 @@ from l2rec.evaluation.tied_day import PROTOCOL, beside_leave_one_out, ranked_as_
 from l2rec.methods.floors import Popularity
 from l2rec.metrics import ranking_metrics
 from l2rec.protocols import Scorer
+from l2rec.runs.start import check_start
 from l2rec.runs.train import evaluate_run, train_run
 from l2rec.studies.blend import blend_run
 from l2rec.studies.compare import compare_runs
@@ -390,6 +391,26 @@ def test_a_start_that_saw_the_test_among_other_data_is_refused(
         train_run(recipe(), tied.path, out, progress=Quiet(), init=init)
 
 
+def test_a_start_is_found_from_another_folder_and_told_where_it_is_gone(
+    tied: Dataset, tied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Dataset.from_frames(
+        log_of([walk(user) for user in range(9)]), out=tmp_path / "other", progress=False
+    )
+    monkeypatch.chdir(tied_run.parent)
+    through, last = tmp_path / "through", recipe("tied-day")
+    train_run(recipe(), other.path, through, progress=Quiet(), init=Path(tied_run.name))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="so it may have seen the test"):
+        train_run(last, tied.path, tmp_path / "x", progress=Quiet(), init=Path("through"))
+    config = through / "config.yaml"
+    config.write_text(config.read_text().replace(str(tied_run.resolve()), "gone"))
+    progress = Quiet()
+    train_run(last, tied.path, tmp_path / "x", progress=progress, init=through)
+    told = [line for line in progress.lines if line.startswith("warning: gone is gone")]
+    assert len(told) == 1 and "it has seen the test" in told[0]
+
+
 def test_a_start_on_the_same_log_in_another_order_is_told(
     tied: Dataset, tied_run: Path, tmp_path: Path
 ) -> None:
@@ -399,6 +420,9 @@ def test_a_start_on_the_same_log_in_another_order_is_told(
     train_run(recipe(), hashed.path, tmp_path / "x", progress=progress, init=tied_run)
     told = [line for line in progress.lines if "it may have seen the test" in line]
     assert len(told) == 1 and "data of the same users and items" in told[0]
+    progress = Quiet()  # what an update's start has seen is left out
+    check_start(tied_run, hashed, split_events(hashed), progress, update=True)
+    assert not progress.lines
 
 
 def test_moments_need_a_split_by_time() -> None:

@@ -795,6 +795,19 @@ def test_user_history(catalog_run: Finished, chains: Dataset) -> None:
         user_history(catalog_run.run, "u77")
 
 
+def test_cold_items_are_no_part_of_a_user_history(
+    catalog_run: Finished, chains: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = chains.sequences[chains.user_index("u7")]
+    least = int(row.min())
+    monkeypatch.setattr(Dataset, "n_warm", property(lambda self: least + 1))
+    known = user_history(catalog_run.run, "u7")
+    assert known and known == [f"i{item}" for item in row if item <= least]
+    monkeypatch.setattr(Dataset, "n_warm", property(lambda self: least))
+    with pytest.raises(DataError, match="user 'u7' has cold items alone"):
+        user_history(catalog_run.run, "u7")
+
+
 @pytest.mark.parametrize("items", ["catalog", "paper"])
 def test_embed(items: str, request: pytest.FixtureRequest, chains: Dataset, tmp_path: Path) -> None:
     finished: Finished = request.getfixturevalue(f"{items}_run")

@@ -140,6 +140,11 @@ class Dataset:
         """The catalog without cold items."""
         return self.catalog.slice(0, self.n_warm)
 
+    def warm_items(self, user: int) -> npt.NDArray[np.integer]:
+        """Return the item ints of a user that training may know, oldest first."""
+        row = self.sequences[user]
+        return row[row < self.n_warm]
+
     @property
     def n_events(self) -> int:
         return len(self.items)

@@ -81,7 +81,7 @@ from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split, split_events, with_fewer_users
 from l2rec.disk import LOCK, read_json, replacing, write_text
-from l2rec.errors import BackboneError, CheckpointError, ConfigError
+from l2rec.errors import BackboneError, CheckpointError, ConfigError, DataError
 from l2rec.modules.backbone import Backbone
 from l2rec.runs.checkpoint import load_tensors, save_tensors
 
@@ -293,7 +293,7 @@ def write_identity(
     """
     identity: dict[str, Any] = {
         "run_version": RUN_VERSION,
-        "init": None if init is None else str(init),
+        "init": None if init is None else str(init.resolve()),
         "config": config.model_dump(mode="json"),
         "dataset": {
             "path": str(dataset.path.resolve()),
@@ -557,10 +557,16 @@ def open_run_dataset(run: Path, data: Path | None) -> Dataset:
 
 
 def user_history(run: Path, user: str, data: Path | None = None) -> list[str]:
-    """Return the item ids of a user of the run's data set, oldest first."""
+    """Return the item ids of a user of the run's data set, oldest first, without cold ones.
+
+    Raises:
+        DataError: an unknown user, or one of cold items alone.
+    """
     dataset = open_run_dataset(run, data)
-    rows = dataset.sequences[dataset.user_index(user)]
-    return [dataset.item_ids[int(i)].as_py() for i in rows]
+    row = dataset.warm_items(dataset.user_index(user))
+    if not len(row):
+        raise DataError(f"user {user!r} has cold items alone, which {run} does not know")
+    return [dataset.item_ids[int(i)].as_py() for i in row]
 
 
 def split_of(config: RunConfig, dataset: Dataset) -> Split:

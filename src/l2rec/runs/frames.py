@@ -78,7 +78,7 @@ def recommendations(
     at, place = np.nonzero(listed)
     ids = np.asarray(predictor.ids, dtype=object)
     columns = {
-        "user_id": [users[row] for row in at],
+        "user_id": [str(users[row]) for row in at],
         "item_id": list(ids[best.items[listed]]),
         "score": best.scores[listed],
         "rank": (place + 1).astype(np.int64),

@@ -240,7 +240,8 @@ class Predictor:
         """Return the text of an item id."""
         return self.texts[int(self._ints([item])[0])]
 
-    def _ints(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
+    def _ints(self, given: Sequence[str]) -> npt.NDArray[np.int32]:
+        ids = [str(item) for item in given]  # numbers stand for their texts, as in a log
         unknown = [i for i in ids if i not in self._index]
         if unknown:
             named = ", ".join(repr(i) for i in unknown[:5])
@@ -256,7 +257,7 @@ class Predictor:
         Raises:
             DataError: an empty history, unknown ids (all are named), k outside 1..N.
         """
-        if not history:
+        if not len(history):
             raise DataError("an empty history: give at least one item id")
         rows = Ragged.from_rows([self._ints(history)])
         encoded = self.encode(rows)

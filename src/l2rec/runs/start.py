@@ -30,16 +30,25 @@ from l2rec.runs.checkpoint import load_tensors, load_trained, trained_tensors, w
 from l2rec.runs.folder import load_run_config, split_of
 
 
-def check_start(init: Path, dataset: Dataset, split: Split, progress: Progress) -> None:
+def check_start(
+    init: Path, dataset: Dataset, split: Split, progress: Progress, *, update: bool = False
+) -> None:
     """Refuse a start that was trained on other events of this very data set: on its test, perhaps.
 
-    Its own start counts too. Warn of one whose data are the same log, prepared in another way.
+    Its own start counts too. Warn of one whose data are the same log, prepared in another way, and
+    of one that is gone. Of an ``update``, what ``init`` has seen is left out: `unseen`.
 
     Raises:
         CheckpointError: it was.
     """
     start: Path | None = init
-    while start is not None and (start / "config.yaml").is_file():
+    while start is not None:
+        if not (start / "config.yaml").is_file():
+            progress.line(
+                f"warning: {start} is gone, which --init {init} began from; if it was "
+                "trained on this data by another split, it has seen the test"
+            )
+            return
         config, identity = load_run_config(start)
         theirs = _protocol_there(config, identity, dataset)
         if theirs is not None and theirs != split.protocol:
@@ -47,7 +56,8 @@ def check_start(init: Path, dataset: Dataset, split: Split, progress: Progress) 
                 f"--init {start} was trained on this data by another split ({theirs}, not "
                 f"{split.protocol}), so it may have seen the test; pre-train with the same split"
             )
-        if theirs is None and _same_ids(_trained_on(identity), dataset):
+        updated = update and start == init
+        if theirs is None and not updated and _same_ids(_trained_on(identity), dataset):
             progress.line(
                 f"warning: --init {start} was trained on data of the same users and items "
                 f"({identity['dataset']['path']}); if they are the same events in another order, "

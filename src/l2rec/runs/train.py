@@ -188,8 +188,7 @@ def _sample(predictor: Predictor, dataset: Dataset, backbone: Backbone | None) -
     """
     users = np.flatnonzero(dataset.sequences.lengths)
     users = users[np.unique(np.linspace(0, len(users) - 1, SAMPLED).astype(np.int64))]
-    sequences = (dataset.sequences[int(user)] for user in users)
-    known = (sequence[sequence < dataset.n_warm] for sequence in sequences)
+    known = (dataset.warm_items(int(user)) for user in users)
     rows = Ragged.from_rows([sequence[-SAMPLED_ITEMS:] for sequence in known if len(sequence)])
     exact = backbone is None or (backbone.dtype, backbone.quantized) == (torch.float32, "none")
     vectors = predictor.encode(rows).vectors.float().cpu()
@@ -263,7 +262,7 @@ def _fit(
     if begun := world.from_main((out / START).is_file):
         load_trained(model, load_tensors(out / START)[0], str(out / START))
     elif init is not None:
-        check_start(init, dataset, split, progress)
+        check_start(init, dataset, split, progress, update=update)
         progress.line(start_from(model, init, dataset if update else None))
 
     def written() -> None:
