@@ -247,6 +247,10 @@ def test_what_cannot_be_measured_is_refused(
 
     with pytest.raises(ConfigError, match="no run of L2Rec"):
         measured(sasrec_run)
+    before = (catalog_run.run / "report.json").read_bytes()
+    with pytest.raises(CheckpointError, match="holds no `l2rec alignment`; choose another"):
+        measure_alignment([catalog_run.run], catalog_run.run, progress=runs.Quiet())
+    assert (catalog_run.run / "report.json").read_bytes() == before
     with pytest.raises(ConfigError, match="as many of either"):
         measured(catalog_run.run, single[0])
     with pytest.raises(ConfigError, match="choose 10 to"):

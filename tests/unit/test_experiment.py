@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -342,6 +343,21 @@ def test_seeds_go_before_data_sets_and_these_before_rows(tmp_path: Path) -> None
         assert [left.key for left in part.left_out] == order[: n - 17 : -1][: 16 - n]
         assert {left.reason for left in part.left_out} <= {"the budget ends before it"}
     assert keys(fitted(whole, 1800, jobs=2)) == order[:6]
+
+
+def test_what_alone_takes_longer_than_the_time_is_left_out_with_what_is_made_of_it(
+    tmp_path: Path,
+) -> None:
+    planned = a_plan(tmp_path, {"a": 180.0, "b": 1.0, "c": 1.0, "x": 1.0}, sets=1)
+    long, short = planned.cells[0], planned.cells[1]
+    blend = Cell(
+        long.cell.row, "a, blended", long.cell.data, "", (1,), Path("x"), needs=(long.cell,)
+    )
+    planned = replace(planned, cells=(long, short, Planned(blend, State.MISSING, None, "unknown")))
+    left = fitted(planned, 3600.0, jobs=4)
+    assert left.cells == (short,)
+    assert [one.key for one in left.left_out] == [blend.key, long.cell.key]
+    assert len(fitted(planned, 3 * 3600.0, jobs=4).cells) == 3
 
 
 def test_what_is_finished_costs_nothing_and_what_is_unknown_is_not_counted(tmp_path: Path) -> None:
@@ -746,6 +762,31 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     assert torn.state is State.OTHER and "torn or edited" in torn.note
 
 
+def test_no_page_replaces_that_of_something_else(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    def refused(planned: Plan) -> str:
+        for write in (write_page, lambda one: run(one, progress=runs.Quiet())):
+            with pytest.raises(CheckpointError, match="choose another --out") as error:
+                write(planned)
+        return one_line(error)
+
+    path = experiments.written(tmp_path / "e.yaml", rows=[ROW], seeds=[1])
+    for name in ("config.yaml", "report.json"):
+        out = tmp_path / name / "out"
+        out.mkdir(parents=True)
+        (out / name).write_text("{}")
+        assert "holds a run or another study" in refused(planned_of(path, chains, out))
+        assert [file.name for file in out.iterdir()] == [name]
+    out = tmp_path / "out"
+    write_page(planned_of(path, chains, out))
+    write_page(planned_of(path, chains, out))
+    other = experiments.written(tmp_path / "o.yaml", rows=[ROW], seeds=[1], title="Others")
+    assert "'Two widths', this is 'Others'" in refused(planned_of(other, chains, out))
+    assert (out / "report.md").read_text().startswith("# Two widths\n")
+    assert processes.begun == []
+
+
 def test_a_budget_leaves_out_and_says_so(
     chains: Dataset, tmp_path: Path, processes: Processes
 ) -> None:
@@ -754,6 +795,9 @@ def test_a_budget_leaves_out_and_says_so(
     limits = ["training.max_minutes=60"]  # all that is known before any has run
     planned = planned_of(path, chains, out, overrides=limits)
     done = run(planned, progress=runs.Quiet(), hours=0.5)
+    assert processes.begun == [] and len(done.left_out) == 4
+    # Each takes an hour by itself, however many jobs there are.
+    done = run(planned, progress=runs.Quiet(), hours=0.5, jobs=4)
     assert processes.begun == [] and len(done.left_out) == 4
     _, (text, html) = write_page(done)
     for left in done.left_out:

@@ -47,7 +47,10 @@ from l2rec.runs.numbers import MAIN
 from l2rec.runs.predictor import backbone_of, build_model
 from l2rec.studies.alignment.report import write_report
 from l2rec.studies.alignment.statistics import statistics
+from l2rec.studies.folder import claim_folder
 
+REPORT = "alignment"
+"""``kind`` of the report, which tells that a folder holds this study."""
 MOST_USERS = 5000
 """Pairs of users grow with the square of their number."""
 SEMANTIC: View = "semantic"
@@ -134,10 +137,12 @@ def measure_alignment(
 
     Raises:
         ConfigError: runs that are not of L2Rec, that make no pair, or too few or many users.
-        CheckpointError: runs of different data, splits or backbones.
+        CheckpointError: runs of different data, splits or backbones; or ``out`` holds something
+            else.
     """
     if not 10 <= users <= MOST_USERS:
         raise ConfigError(f"--users {users}: choose 10 to {MOST_USERS:,}")
+    claim_folder(out, REPORT)
     kinds = _by_views(runs)
     _check_alike(runs, data)
     dataset = open_run_dataset(runs[0], data)
@@ -161,6 +166,7 @@ def measure_alignment(
     untrained = [_encoded(run, histories, trained=False) for run in first]
     arms.append(_arm(UNTRAINED, first, *_joined(untrained), seed))
     report = {
+        "kind": REPORT,
         "dataset": dataset.identity,
         "protocol": split.protocol,
         "users": len(histories),

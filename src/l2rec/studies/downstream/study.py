@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.dataset import Dataset, open_dataset
-from l2rec.disk import read_json, replacing, write_json
-from l2rec.errors import CheckpointError, ConfigError
+from l2rec.disk import replacing, write_json
+from l2rec.errors import ConfigError
 from l2rec.protocols import Progress
 from l2rec.runs.folder import open_run_dataset
 from l2rec.runs.machine import hardware, versions
@@ -53,6 +53,7 @@ from l2rec.studies.downstream.fit import (
 from l2rec.studies.downstream.metrics import Scored, compared, matching_scores, ranking_scores
 from l2rec.studies.downstream.options import ARMS, TASKS, TREATMENT, DownstreamConfig
 from l2rec.studies.downstream.vectors import Frozen, vectors_of_files, vectors_of_run
+from l2rec.studies.folder import claim_folder
 
 REPORT = "downstream"
 """``kind`` of the report, which tells that a folder holds this study."""
@@ -108,7 +109,7 @@ def run_downstream(
     started = time.monotonic()
     config = config or DownstreamConfig()
     _check_request(run, vectors, until, seeds)
-    _claim(out)
+    claim_folder(out, REPORT)
     dataset = open_dataset(data)
     if run is not None:
         until, source = _open_run(run, run_data, dataset, config, progress)
@@ -141,20 +142,6 @@ def _check_request(run: Path | None, vectors: Path | None, until: float | None, 
         )
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: choose 1 or more")
-
-
-def _claim(out: Path) -> None:
-    """Refuse a folder that holds something else."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise CheckpointError(f"{out} is a file; choose a folder for --out")
-    if any(out.iterdir()) and not (
-        (out / "report.json").is_file() and read_json(out / "report.json").get("kind") == REPORT
-    ):
-        raise CheckpointError(
-            f"{out} is not empty and holds no `l2rec downstream`; choose another --out"
-        )
 
 
 def _open_run(

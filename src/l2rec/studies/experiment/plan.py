@@ -6,8 +6,8 @@ A cell is a row on a data set with a seed, in a folder of its own:
     DIR/cells/DATASET/ROW-sSEED           a run folder, or a report and ranks made of other cells
     DIR/cells/DATASET@SPLIT/ROW-sSEED     where the experiment has several splits
 
-Nothing is remembered beside the folders but what failed and what was taken (``state.json``), so a
-grid that was stopped goes on from what stands.
+Nothing is remembered beside the folders but the experiment's title, what failed and what was taken
+(``state.json``), so a grid that was stopped goes on from what stands.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "Planned",
     "State",
+    "claim",
     "fitted",
     "look_at",
     "looked_again",
@@ -37,7 +38,7 @@ from typing import Any
 from l2rec.config import RunConfig, load_recipe, recipe_names
 from l2rec.data.dataset import open_dataset
 from l2rec.disk import read_json, write_json
-from l2rec.errors import ConfigError, L2RecError
+from l2rec.errors import CheckpointError, ConfigError, L2RecError
 from l2rec.runs.folder import (
     MODEL,
     RANKS,
@@ -525,15 +526,37 @@ def seconds_of(report: Mapping[str, Any]) -> float | None:
 
 
 def read_state(out: Path) -> dict[str, dict[str, str]]:
-    """Read what failed and what was taken from where, by the key of the cell."""
+    """Read what failed and what was taken from where, by the key of the cell; and the title of the
+    experiment.
+    """
     path = out / STATE
     state = read_json(path) if path.is_file() else {}
-    return {kind: dict(state.get(kind) or {}) for kind in ("failed", "taken")}
+    return {kind: dict(state.get(kind) or {}) for kind in ("experiment", "failed", "taken")}
 
 
 def write_state(out: Path, state: Mapping[str, Mapping[str, str]]) -> None:
     """Write what `read_state` reads."""
     write_json(out / STATE, state)
+
+
+def claim(planned: Plan) -> None:
+    """Note in its folder which experiment it is of, the first time.
+
+    Raises:
+        CheckpointError: the folder holds a run, another study or another experiment, whose pages
+            would be replaced.
+    """
+    out, title = planned.out, planned.experiment.title
+    if any((out / name).exists() for name in ("config.yaml", "report.json")):
+        raise CheckpointError(f"{out} holds a run or another study; choose another --out")
+    state = read_state(out)
+    held = state["experiment"].setdefault("title", title)
+    if held != title:
+        raise CheckpointError(
+            f"{out} holds the experiment {held!r}, this is {title!r}; choose another --out"
+        )
+    if state != read_state(out):
+        write_state(out, state)
 
 
 # -- what the rest takes -------------------------------------------------------------------------
@@ -567,18 +590,25 @@ def _estimated(cells: Iterable[Planned]) -> tuple[Planned, ...]:
     return tuple(estimate(one) for one in cells)
 
 
-def fitted(planned: Plan, seconds: float, jobs: int = 1) -> Plan:
+def fitted(planned: Plan, seconds: float, jobs: int = 1, busy: float = 0.0) -> Plan:
     """Leave out cells until the rest takes at most ``seconds`` of ``jobs`` at once: seeds go
-    before data sets, data sets before rows, and rows that are compared go last. Of cells whose
-    time is not known nothing is counted.
+    before data sets, data sets before rows, and rows that are compared go last. What takes longer
+    than ``seconds`` by itself, or with what it is made of, is left out too. Of cells whose time is
+    not known nothing is counted. ``busy``: seconds that the jobs need for what they have begun.
     """
-    rest = sum(one.seconds or 0.0 for one in planned.unfinished)
+    ends: dict[Cell, float] = {}  # at the earliest
+    for one in planned.unfinished:  # no cell stands before one that it is made of
+        begins = max((ends.get(need, 0.0) for need in one.cell.needs), default=0.0)
+        ends[one.cell] = begins + (one.seconds or 0.0)
+    late = {cell for cell, end in ends.items() if end > seconds}
+    rest = busy + sum(one.seconds or 0.0 for one in planned.unfinished if one.cell not in late)
     kept = list(planned.cells)
     left_out = []
     for one in reversed(planned.unfinished):
-        if rest <= seconds * jobs:
-            break
-        rest -= one.seconds or 0.0
+        if one.cell not in late:
+            if rest <= seconds * jobs:
+                continue
+            rest -= one.seconds or 0.0
         kept.remove(one)
         left_out.append(LeftOut(one.cell.key, "the budget ends before it"))
     return replace(planned, cells=tuple(kept), left_out=(*planned.left_out, *left_out))

@@ -29,7 +29,7 @@ from l2rec.runs.numbers import (
 )
 from l2rec.studies.compare import FLOORS
 from l2rec.studies.experiment.definition import BLENDED, MASKED, Experiment, Published
-from l2rec.studies.experiment.plan import LeftOut, Plan, State, read_state, seconds_of
+from l2rec.studies.experiment.plan import LeftOut, Plan, State, claim, read_state, seconds_of
 from l2rec.studies.experiment.results import (
     Compared,
     Done,
@@ -92,8 +92,10 @@ def write_page(planned: Plan, price: float | None = None) -> tuple[Page, list[Pa
     """Write ``report.md`` and ``report.html`` of what is finished; return the page and both paths.
 
     Raises:
-        CheckpointError: a finished cell or the folder that cannot be read or written.
+        CheckpointError: a finished cell or the folder that cannot be read or written, or a folder
+            that holds something else.
     """
+    claim(planned)
     contents = page(planned, price)
     return contents, write(contents, planned.out)
 

@@ -34,6 +34,7 @@ from l2rec.studies.experiment.plan import (
     Plan,
     Planned,
     State,
+    claim,
     fitted,
     look_at,
     looked_again,
@@ -60,13 +61,14 @@ def run(planned: Plan, *, progress: Progress, jobs: int = 1, hours: float | None
 
     Raises:
         ConfigError: no job, or no hours.
-        CheckpointError: another process works on the folder.
+        CheckpointError: another process works on the folder, or it holds something else.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: one or more")
     if hours is not None and hours <= 0:
         raise ConfigError(f"--hours {hours:g}: a number above 0")
     with working_on(planned.out):
+        claim(planned)
         _take(planned, progress)
         grid = _Running(looked_again(planned), progress, jobs, hours)
         try:
@@ -189,7 +191,7 @@ class _Running:
         apart = [o for o in self.whole.cells if o.cell in ran or o.cell.key in self.failed]
         rest = replace(self.whole, cells=tuple(o for o in self.whole.cells if o not in apart))
         # At the end of the time, nothing more is begun: not even what is of unknown time.
-        reached = fitted(rest, left * self.jobs - busy if left > 0 else -1.0)
+        reached = fitted(rest, left if left > 0 else -1.0, self.jobs, busy)
         kept = {one.cell for one in (*reached.cells, *apart)}
         cells = tuple(one for one in self.whole.cells if one.cell in kept)
         self.planned = replace(reached, cells=cells)
