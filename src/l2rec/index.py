@@ -687,8 +687,7 @@ def save(
         raise DataError(f"{len(ids)} ids for an index of {len(index)} rows")
     if len(set(ids)) != len(ids):
         raise DataError("an id twice; every row of an index needs its own")
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} is not an index; choose another folder")
+    _may_hold(folder)
     before = _collections_of(folder)
     if isinstance(index, Milvus):
         before.discard((index.uri, index.collection))
@@ -705,6 +704,14 @@ def save(
                 Milvus(uri, collection, 0, 0).drop()
     if before:
         _forget(folder, before)
+
+
+def _may_hold(folder: Path) -> None:
+    """Refuse a folder that holds something else than an index."""
+    if (folder / MANIFEST).is_file() or not folder.exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not an index; choose another folder")
 
 
 def _forget(folder: Path, replaced: set[tuple[str, str]]) -> None:
@@ -920,6 +927,7 @@ def build_folder(
         raise ConfigError(f"--alias {alias}: Milvus takes letters, digits and _, no digit first")
     if (partition_by is None) != (data is None):
         raise ConfigError("--partition-by FIELD and --data DATA, which has the field, go together")
+    _may_hold(out)  # before hours of work
     given = read_vectors(source)
     asked = given if queries is None else read_vectors(queries)
     if asked.version != given.version:

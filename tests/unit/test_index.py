@@ -702,6 +702,20 @@ def test_what_is_refused_from_disk(kind: str, tmp_path: Path) -> None:
     assert load(good)[2] == "v"
 
 
+def test_where_an_index_may_be_is_asked_before_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty, other = tmp_path / "empty", tmp_path / "other"
+    empty.mkdir()
+    save(build(VECTORS, "exact"), empty, ids=IDS, version="v")
+    assert load(empty)[2] == "v"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    monkeypatch.setattr(ix, "read_vectors", lambda source: pytest.fail("read"))
+    with pytest.raises(CheckpointError, match="is not an index; choose another folder"):
+        ix.build_folder(tmp_path / "vectors", other)
+
+
 def test_a_folder_that_is_exchanged_keeps_what_is_not_the_indexs(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "index"
     save(build(VECTORS, "exact"), folder, ids=IDS, version="one")

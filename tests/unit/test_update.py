@@ -192,6 +192,13 @@ def test_a_run_goes_on_from_its_weights(
     assert "before fine-tuning" in report["scores"]
     history = chains.item_ids.to_pylist()[:3]
     assert len(load(out).recommend([*history, "new"], k=5).items) == 5
+    tuesday = tmp_path / "tuesday.parquet"
+    pl.concat([pl.read_parquet(events)] * 2).write_parquet(tuesday)
+    other = call(
+        "update", catalog_run.run, "training.max_steps=2", "--events", tuesday, "--items", catalog,
+        "--out", out, "--resume",
+    )  # fmt: skip
+    assert other.code == 2 and "monday-data was not made of these newer events" in other.err
 
 
 def test_a_blended_run_is_blended_again(

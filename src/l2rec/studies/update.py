@@ -123,7 +123,15 @@ def _grown(
     """Write the data set of the new run, or open the one that a run to resume has."""
     folder = grown or out.with_name(f"{out.name}-data")
     if resume and folder.exists():
-        return open_dataset(folder)
+        there = open_dataset(folder)
+        theirs = [(file["name"], file["bytes"]) for file in there.meta["source"]["files"][1:]]
+        if theirs != [(file.name, file.stat().st_size) for file in newer.files]:
+            names = ", ".join(name for name, _ in theirs)
+            raise CheckpointError(
+                f"{folder} was not made of these newer events but of another log ({names}); "
+                "resume with that, or choose another --out"
+            )
+        return there
     if folder.exists():
         raise CheckpointError(f"{folder} exists; choose another --grown, or --resume")
     return extend(open_run_dataset(run, data), newer, folder, drop_unknown_items=drop_unknown_items)
