@@ -89,6 +89,8 @@ def test_events_are_counted_by_user() -> None:
         event("z", "exposure", x="another"),
         event("a", "click") | {"arm": None},  # of no arm
         event("nobody", "exposure") | {"arm": None},
+        *[event("", "exposure") | {"user": None} for _ in range(3)],  # of no user, so not of one
+        event("", "exposure", 50.0, x="") | {"user": None},
     ]
     frame = pl.DataFrame(rows)
     counted = count_users(frame, "x", 14.0, None)
@@ -104,7 +106,12 @@ def test_events_are_counted_by_user() -> None:
     found = analyze(frame, "x")
     assert found["arms"]["treatment"] == {"users": 2, "exposures": 2, "clicks": 1, "replies": 1}
     assert found["metrics"]["ctr"]["control"] == pytest.approx((0.5 + 0) / 2)
-    assert found["left_out"] == {"crossed_over": 1, "never_exposed": 1, "events_without_arm": 2}
+    assert found["left_out"] == {
+        "crossed_over": 1,
+        "never_exposed": 1,
+        "events_without_arm": 2,
+        "events_without_user": 3,
+    }
     assert sum(period["control"]["clicks"] for period in found["over_time"]["periods"]) == 1
 
 
@@ -114,6 +121,10 @@ def test_events_are_counted_by_user() -> None:
         ([event("a", "exposure")], "y", "no events of experiment 'y'; the log has: x"),
         ([event("a", "exposure", a="B")], "x", "arm 'B' of experiment 'x'"),
         ([event("a", "exposure") | {"arm": None}], "x", "none of the 1 events of .* names an arm"),
+        ([event("a", "exposure") | {"user": None}], "x", "none of the 1 events of .* and a user"),
+        ([event("a", "exposure", 1.7e12)], "x", "milliseconds: divide it by 1,000, to seconds"),
+        ([event("a", "exposure", 1.7e18)], "x", "nanoseconds: divide it by 1,000,000,000, to"),
+        ([event("a", "exposure") | {"arm": 1}], "x", "arm '1' of experiment 'x'"),
         ([event("a", "exposure"), event("b", "exposure")], "x", "0 exposed users in treatment"),
     ],
 )
@@ -602,6 +613,9 @@ def test_a_log_says_what_its_users_did() -> None:
     assert frame["id"].n_unique() == len(frame)
     assert set(frame.columns) == {"id", "item", "request", *COLUMNS}
     lazy = analyze(frame.lazy(), "home", treatment=0.5)
+    numbered = frame.with_columns(pl.col("experiment").replace_strict({"home": 7}, default=None))
+    assert experiments(numbered) == ["7"]
+    assert analyze(numbered, "7", treatment=0.5)["metrics"] == found["metrics"]
     dated = frame.with_columns(pl.from_epoch(pl.col("timestamp") * 1e6, "us"))
     for other in (lazy, analyze(dated, "home", treatment=0.5)):
         assert other["arms"] == found["arms"]
@@ -613,6 +627,9 @@ def test_a_log_says_what_its_users_did() -> None:
     assert analyze(frame, "home", treatment=0.5, pre_days=0)["metrics"]["ctr"]["cuped"] is None
     with pytest.raises(ConfigError, match="simulate ten or more"):
         simulate(3)
+    with pytest.raises(ConfigError, match=r"lift=-1.5: -1, where nobody clicks, or more"):
+        simulate(300, lift=-1.5)
+    assert simulate(300, lift=-1.0, treatment=1.0).events["ctr"].sum() == 0
 
 
 def test_the_first_days_may_be_left_out() -> None:
@@ -634,7 +651,12 @@ def test_the_first_days_may_be_left_out() -> None:
     ]
     found = analyze(pl.DataFrame(rows), "x", since=150.0)
     assert found["arms"]["control"] == {"users": 2, "exposures": 2, "clicks": 0, "replies": 0}
-    assert found["left_out"] == {"crossed_over": 1, "never_exposed": 1, "events_without_arm": 1}
+    assert found["left_out"] == {
+        "crossed_over": 1,
+        "never_exposed": 1,
+        "events_without_arm": 1,
+        "events_without_user": 0,
+    }
     assert (found["from"], found["to"]) == (200.0, 205.0)
     users = count_users(pl.DataFrame(rows), "x", 14.0, 150.0).users
     assert users.exposures_before.tolist() == [1, 0, 0, 0], (
@@ -678,11 +700,13 @@ def test_the_command_reads_tables_and_event_logs(tmp_path: Path) -> None:
 def test_what_the_command_cannot_do(tmp_path: Path) -> None:
     other = pl.DataFrame([event("a", "exposure"), event("a", "exposure", x="y")])
     other.write_parquet(tmp_path / "two.parquet")
+    other.drop("experiment").write_parquet(tmp_path / "bare.parquet")
     for options, message in (
         ([], "give a log, or --simulate USERS"),
         ([str(tmp_path / "none.parquet")], "neither an event log nor a Parquet table"),
         ([str(tmp_path / "two.parquet")], "has 2 experiments; name one"),
         (["sqlite:///" + str(tmp_path / "none.db")], "none.db: no such file"),
+        ([str(tmp_path / "bare.parquet")], "the log has no column 'experiment'; it needs"),
     ):
         with pytest.raises(L2RecError, match=message):
             CliRunner().invoke(app, ["abtest", *options], catch_exceptions=False)

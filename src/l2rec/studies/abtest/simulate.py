@@ -28,10 +28,12 @@ def simulate(
     treatment.
 
     Raises:
-        ConfigError: fewer than ten users.
+        ConfigError: fewer than ten users, or a lift that leaves a rate below nothing.
     """
     if users < 10:
         raise ConfigError(f"users={users}: simulate ten or more")
+    if not lift >= -1:
+        raise ConfigError(f"lift={lift:g}: -1, where nobody clicks, or more")
     rng = np.random.default_rng(seed)
     treated = np.array(
         [

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from l2rec.data.ties import per_second_of, unit_of
 from l2rec.errors import DataError
 from l2rec.studies.arms import CONTROL, TREATMENT
 
@@ -58,13 +59,18 @@ class Users:
 
 
 def experiments(events: Log) -> list[str]:
-    """List the experiments in a log, the one with the most events first."""
-    named = events.lazy().drop_nulls("experiment").group_by("experiment").len().collect()
-    return [str(name) for name in named.sort("len", "experiment", descending=[True, False])[:, 0]]
+    """List the experiments in a log, the one with the most events first.
+
+    Raises:
+        DataError: as `needed_columns`.
+    """
+    named = needed_columns(events).drop_nulls("experiment").group_by("experiment").len().collect()
+    ordered = named.sort("len", "experiment", descending=[True, False])
+    return ordered["experiment"].to_list()
 
 
 def needed_columns(events: Log) -> pl.LazyFrame:
-    """Select the needed columns, with timestamps in seconds.
+    """Select the needed columns, with timestamps in seconds and names as text.
 
     Raises:
         DataError: a missing column, or timestamps that are neither numbers nor dates.
@@ -80,7 +86,8 @@ def needed_columns(events: Log) -> pl.LazyFrame:
         raise DataError(
             f"the log's timestamp is {schema['timestamp']}: seconds since 1970 or dates"
         )
-    return log.select(COLUMNS)
+    names = pl.col("type", "experiment", "arm").cast(pl.String)
+    return log.with_columns(names).select(COLUMNS)
 
 
 def counts_of(rows: pl.Expr, suffix: str = "") -> list[pl.Expr]:
@@ -96,7 +103,7 @@ def counts_of(rows: pl.Expr, suffix: str = "") -> list[pl.Expr]:
 @dataclass(frozen=True)
 class Counted:
     """Users of an experiment. ids: [M] strings, sorted. first, last: times of its events. left_out:
-    numbers of users that are not among them, by reason, and of events that name no arm.
+    numbers of users that are not among them, by reason, and of events that name no arm or no user.
     """
 
     users: Users
@@ -110,16 +117,20 @@ def count_users(events: Log, name: str, pre_days: float, since: float | None) ->
     """Count events by user of an experiment, those before ``since`` (seconds since 1970) left out.
 
     Raises:
-        DataError: no such experiment, no event since ``since``, or an arm of another name.
+        DataError: no such experiment, no event since ``since``, an arm of another name, or times of
+            another unit.
     """
     log = needed_columns(events)
-    arms, time = pl.col("arm"), pl.col("timestamp")
+    arms, time, owned = pl.col("arm"), pl.col("timestamp"), pl.col("user").is_not_null()
     within = time >= (-math.inf if since is None else since)
     wrong = ~arms.is_in([TREATMENT, CONTROL])
     named = log.filter(pl.col("experiment") == name)
-    armless = int(named.filter(arms.is_null() & within).select(pl.len()).collect().item())
+    nameless = named.filter(within).select(
+        arms.is_null().sum().alias("armless"), (arms.is_not_null() & ~owned).sum().alias("userless")
+    )
+    armless, userless = nameless.collect().row(0)
     table = (
-        named.filter(arms.is_not_null())
+        named.filter(arms.is_not_null() & owned)
         .group_by("user")
         .agg(
             *counts_of(within),
@@ -133,8 +144,11 @@ def count_users(events: Log, name: str, pre_days: float, since: float | None) ->
         )
         .collect()
     )
-    if table.is_empty() and armless:
-        raise DataError(f"none of the {armless:,} events of experiment {name!r} names an arm")
+    if table.is_empty() and armless + userless:
+        raise DataError(
+            f"none of the {armless + userless:,} events of experiment {name!r} names an arm and a "
+            "user"
+        )
     if table.is_empty():
         known = ", ".join(experiments(log)[:5]) or "none"
         raise DataError(f"no events of experiment {name!r}; the log has: {known}")
@@ -146,6 +160,11 @@ def count_users(events: Log, name: str, pre_days: float, since: float | None) ->
     ).row(0)
     if first is None:
         raise DataError(f"no events of experiment {name!r} since {since}; give an earlier time")
+    if (per_second := per_second_of(unit_of(last)) or 1.0) > 1:
+        raise DataError(
+            f"the log's timestamp goes up to {last:.0f}, which are {unit_of(last)}: divide it by "
+            f"{per_second:,.0f}, to seconds since 1970, or give dates"
+        )
     # Users without an event since then are not counted as left out. Users who were in both arms at
     # any time are.
     table = table.filter(pl.col("from").is_not_null())
@@ -171,5 +190,6 @@ def count_users(events: Log, name: str, pre_days: float, since: float | None) ->
         "crossed_over": crossed,
         "never_exposed": unexposed,
         "events_without_arm": armless,
+        "events_without_user": userless,
     }
     return Counted(users, table["user"], first, last, left_out)
