@@ -563,6 +563,54 @@ def test_items_are_put_in_slices(serve: Serve, monkeypatch: pytest.MonkeyPatch) 
     assert {f"n{n}" for n in range(7)} <= set(recommend(client, history=["i1"], k=100))
 
 
+def test_items_of_other_servers_are_taken_over_in_slices(
+    catalog_run: Finished, log_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, other = EventLog(log_url), EventLog(log_url)
+    made: list[int] = []
+    plain = Version.with_items
+
+    def with_items(self: Version, items: Any) -> Version:
+        made.append(len(items))
+        return plain(self, items)
+
+    monkeypatch.setattr(Version, "with_items", with_items)
+
+    async def main() -> None:
+        live = Live(load_version(catalog_run.run))
+        service = Service(Settings(slice_tokens=8), live, log)
+        other.put_items({f"n{n}": ("heavy red hat", {}) for n in range(7)})
+        other.delete_items(["i4"])
+        assert await service.sync() and made == [2, 2, 2, 1]
+        assert live.version.serves("n6") and not live.version.serves("i4")
+        made.clear()
+        other.put_items({"n7": ("heavy red hat", {})})
+        assert await service.sync() and made == [1], "what it has already is no work"
+        await service.replace("live", load_version(catalog_run.run))
+        assert made == [1, 2, 2, 2, 2] and live.version.serves("n7")
+        await service.close()
+
+    asyncio.run(main())
+
+
+def test_items_that_storage_refused_take_room_once(serve: Serve, log_url: str) -> None:
+    log = Broken(EventLog(log_url))
+    client = serve(log=log, new_items=3, sync=0.01)
+    items = {"items": [{"id": f"n{n}", "text": "heavy red hat"} for n in range(3)]}
+    log.writes = True
+    for _ in range(3):
+        assert error(client.put("/v1/items", json=items), 503)
+        time.sleep(0.05)  # what other servers have stored is looked for meanwhile
+    log.writes = False
+    assert client.put("/v1/items", json=items).json()["changes"] == dict.fromkeys(
+        ("n0", "n1", "n2"), "new"
+    )
+    assert {"n0", "n1", "n2"} <= set(recommend(client, history=["i1"], k=40))
+    assert client.get("/v1/live").json()["added"] == 3
+    more = {"items": [{"id": "n3", "text": "heavy red hat"}]}
+    assert error(client.put("/v1/items", json=more), 409).startswith("3 rows were added")
+
+
 def test_one_key_leaves_room_for_others(catalog_run: Finished, log_url: str) -> None:
     keys = (SecretStr("a" * 16), SecretStr("b" * 16))
 

@@ -151,6 +151,9 @@ class Service:
         self.changing = asyncio.Lock()
         """Lock for deriving a version from a loaded one and putting it in its place."""
         self._items: ItemState | None = None
+        self._unstored: tuple[Version, ItemTexts, Version] | None = None
+        """The live version, items that could not be stored, and the version with them, for when
+        they are put again: the rows that they take in the model are not given back."""
         self._ready: tuple[float, asyncio.Future[list[str]]] | None = None
         self.metrics.gauge(
             "l2rec_queue_histories", "Histories that wait.", lambda: len(self.encoding)
@@ -281,8 +284,10 @@ class Service:
     # -- versions --------------------------------------------------------------------------------
 
     def changed(self) -> None:
-        """Update the metrics, and drop cached users of versions that are gone."""
+        """Update the metrics, and drop what was kept of versions that are gone."""
         versions = self.live.all()
+        if self._unstored is not None and self._unstored[0] is not versions["live"]:
+            self._unstored = None
         self.metrics.loaded(versions)
         self.audience.forget_others(versions.values())
         serials = {version.serial for version in versions.values()}
@@ -312,7 +317,7 @@ class Service:
 
     async def _put(self, items: ItemTexts) -> dict[str, Change]:
         async with self.changing:
-            live = self.live.current()
+            live, state = self.live.current(), (items, frozenset[str]())
             changes = live.changes(items)
             rows = sum(change != "kept" for change in changes.values())
             if rows and not live.takes_new_items:
@@ -321,33 +326,38 @@ class Service:
                     f"{live.name} ranks the items that it was trained on, with the texts that they "
                     "had; deploy a model that reads texts",
                 )
-            if rows and live.added + rows > self.settings.new_items:
-                raise Refused(
-                    409,
-                    f"{live.added} rows were added since {live.name} was loaded, at most "
-                    f"{self.settings.new_items} may be; restart or deploy to make room",
-                )
-            charge(sum(self._costs(text for text, _ in items.values())))
             # First the steps that the items can fail, then the disk, then the swap.
-            fresh = {"live": await self._with(live, "live", items)}
+            if self._unstored is None or self._unstored[1] != items:
+                if rows and live.added + rows > self.settings.new_items:
+                    raise Refused(
+                        409,
+                        f"{live.added} rows were added since {live.name} was loaded, at most "
+                        f"{self.settings.new_items} may be; restart or deploy to make room",
+                    )
+                charge(sum(self._costs(text for text, _ in items.values())))
+                self._unstored = (live, items, await self._with(live, "live", state))
+            fresh = {"live": self._unstored[2]}
             self._items = None  # another server may undo this before the next sync
             await self.stored("put_items", self.log.put_items, dict(items))
             for role, version in self.live.all().items():
                 if role != "live":
-                    fresh[role] = await self._with(version, role, items)
+                    fresh[role] = await self._with(version, role, state)
             self._swap(fresh)
         for change in changes.values():
             self.metrics.items.labels(change).inc()
         return changes
 
-    async def _with(self, version: Version, role: str, items: ItemTexts) -> Version:
-        """Return ``version.brought_to`` these items, made in slices."""
-        worker, pairs = self.thread_of(role), list(items.items())
-        costs = self._costs(text for text, _ in items.values())
+    async def _with(self, version: Version, role: str, state: ItemState) -> Version:
+        """Return ``version.brought_to`` this state, made in slices."""
+        put, gone = state
+        pairs = list((await asyncio.to_thread(version.missing, put)).items())
+        costs = self._costs(text for _, (text, _) in pairs)
         for some in slices(costs, self.settings.slice_tokens):
-            state = (dict(pairs[some]), frozenset[str]())
-            version = await worker.run(version.brought_to, state, urgent=True, later=True)
-        return version
+            part = (dict(pairs[some]), frozenset[str]())
+            version = await self.thread_of(role).run(
+                version.brought_to, part, urgent=True, later=True
+            )
+        return await asyncio.to_thread(version.without_items, gone)
 
     async def delete(self, ids: Sequence[str]) -> None:
         """Take items out of every answer, from the next one on.
@@ -384,7 +394,7 @@ class Service:
                 return False
             fresh = {}
             for role, version in self.live.all().items():
-                updated = await self.thread_of(role).run(version.brought_to, state, urgent=True)
+                updated = await self._with(version, role, state)
                 if updated is not version:
                     fresh[role] = updated
             self._items = state
@@ -400,7 +410,7 @@ class Service:
         async with self.changing:
             if version is not None:
                 state = await self.stored("items", self.log.items)
-                version = await self.thread_of(role).run(version.brought_to, state, urgent=True)
+                version = await self._with(version, role, state)
                 if self.settings.experiment is not None and role != "shadow":
                     roles = self.live.all() | {role: version}
                     await self.stored(

@@ -190,10 +190,21 @@ class Version:
         that it has. Call it in the thread of the models.
         """
         put, gone = state
-        if not self.takes_new_items:
-            changes = self.changes(put)
-            put = {item: it for item, it in put.items() if changes[item] == "kept"}
-        return self.with_items(put).without_items(gone)
+        return self.with_items(self.missing(put)).without_items(gone)
+
+    def missing(self, items: ItemTexts) -> ItemTexts:
+        """Return those of these items that this version has not, or has otherwise, and can take:
+        a method that cannot take new items takes the attributes of those that it has.
+        """
+
+        def lacks(item: str, change: Change) -> bool:
+            if change != "kept":
+                return self.takes_new_items
+            row = self.predictor.row_of(item)
+            assert row is not None
+            return row in self.deleted or self.attributes.of(row) != dict(items[item][1])
+
+        return {i: items[i] for i, change in self.changes(items).items() if lacks(i, change)}
 
     def without_items(self, ids: Iterable[str]) -> Version:
         """Return another version that does not recommend these, this one if it does not already;
