@@ -197,6 +197,7 @@ def test_log_of_a_data_set(tmp_path: Path) -> None:
     [
         ("u,a,1,exposure\nu,a,2,view\n", r"no events of type 'click' \(it has: exposure, view\)"),
         ("u,a,1,click\n", "no events of type 'exposure'"),
+        ("u,a,1700000000000,exposure\nu,a,1700000000001,click\n", "days; prepare the log with sec"),
         ("u,a,1,exposure\nu,a,1700000000000,click\n", "days; prepare the log with seconds"),
     ],
 )

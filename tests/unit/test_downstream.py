@@ -31,6 +31,7 @@ from l2rec.errors import CheckpointError, ConfigError, DataError, TrainingError
 from l2rec.runs.embed import Sharding, embed_run
 from l2rec.runs.predictor import load
 from l2rec.runs.train import train_run
+from l2rec.studies.downstream import study
 from l2rec.studies.downstream.daily import DAY, Exposures, Known, daily_log, exposures
 from l2rec.studies.downstream.features import Clicks, Table, attributes, periods, user_hash
 from l2rec.studies.downstream.metrics import (
@@ -243,7 +244,7 @@ def road(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Roa
 
 def no_vectors(known: Known) -> Frozen:
     n = known.log.n_items
-    return Frozen(np.zeros((n, 2), np.float32), 0.0, lambda u, d: np.zeros((len(u), 2), "f4"), {})
+    return Frozen(np.zeros((n, 2), np.float32), lambda u, d: np.zeros((len(u), 2), "f4"), {})
 
 
 def table_of(data: Dataset, config: DownstreamConfig, until: str = CUT) -> Table:
@@ -377,7 +378,6 @@ def test_vectors_of_a_run_are_of_what_was_known_that_day(road: Road) -> None:
     frozen = vectors_of_run(road.run, data, 50, Quiet())(known)
     predictor = load(road.run)
     ids = data.item_ids.to_pylist()
-    assert moment(CUT) - DAY < frozen.until < moment(CUT)
     new = [n for n, item in enumerate(ids) if predictor.row_of(item) is None]
     assert new and frozen.about["items_by_text"] == len(new) and not frozen.about["items_without"]
     by_text = predictor.encode_items([data.texts()[n] for n in new]).numpy()
@@ -415,7 +415,7 @@ def write_vectors(path: Path, ids: list[str], vectors: Any, version: str = "v") 
 def test_vectors_of_embed_are_read(road: Road, tmp_path: Path) -> None:
     embed_run(road.run, tmp_path, Quiet())
     known = Known(daily_log(road.data), {}, average=1)
-    frozen = vectors_of_files(tmp_path, road.data, until=5.0)(known)
+    frozen = vectors_of_files(tmp_path, road.data)(known)
     table = pq.read_table(tmp_path / "users.parquet")
     first = table["id"][0].as_py()
     user = road.data.user_index(first)
@@ -432,7 +432,7 @@ def test_vectors_of_shards_are_read(road: Road, tmp_path: Path) -> None:
     embed_run(road.run, tmp_path / "shards", Quiet(), sharding=Sharding(rows=3))
     known = Known(daily_log(road.data), {}, average=1)
     whole, shards = (
-        vectors_of_files(tmp_path / name, road.data, 5.0)(known) for name in ("whole", "shards")
+        vectors_of_files(tmp_path / name, road.data)(known) for name in ("whole", "shards")
     )
     users = np.arange(road.data.n_users)
     found, wanted = shards.users(users, users), whole.users(users, users)
@@ -440,7 +440,7 @@ def test_vectors_of_shards_are_read(road: Road, tmp_path: Path) -> None:
     np.testing.assert_array_equal(shards.items, whole.items)
     embed_run(road.run, tmp_path / "shards", Quiet())
     with pytest.raises(CheckpointError, match=r"users\.parquet and a folder users of shards"):
-        vectors_of_files(tmp_path / "shards", road.data, 5.0)
+        vectors_of_files(tmp_path / "shards", road.data)
 
 
 def test_vectors_that_do_not_fit(road: Road, tmp_path: Path) -> None:
@@ -448,12 +448,12 @@ def test_vectors_that_do_not_fit(road: Road, tmp_path: Path) -> None:
     write_vectors(tmp_path / "a" / "items.parquet", ids, np.eye(3))
     write_vectors(tmp_path / "a" / "users.parquet", users, np.eye(3), version="w")
     with pytest.raises(DataError, match="items of model v, users of w; embed them again"):
-        vectors_of_files(tmp_path / "a", road.data, 0.0)
+        vectors_of_files(tmp_path / "a", road.data)
     write_vectors(tmp_path / "a" / "users.parquet", ["nobody"], np.eye(1))
     with pytest.raises(DataError, match="vectors of 3 items and 0 users of"):
-        vectors_of_files(tmp_path / "a", road.data, 0.0)
+        vectors_of_files(tmp_path / "a", road.data)
     with pytest.raises(CheckpointError, match="holds no vectors"):
-        vectors_of_files(tmp_path / "nothing", road.data, 0.0)
+        vectors_of_files(tmp_path / "nothing", road.data)
 
 
 def test_a_run_of_other_items(road: Road, catalog_run: Any, tmp_path: Path) -> None:
@@ -570,6 +570,28 @@ def test_the_whole_road(road: Road, tmp_path: Path) -> None:
         run_downstream(
             road.data.path, tmp_path / "mine" / "thesis.tex", progress=progress, run=road.run
         )
+
+
+def test_the_days_that_a_run_knows_are_told_by_the_unit_of_its_times(
+    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "vectors_of_run", lambda *given: None)
+
+    def newest(*times: int) -> float:
+        log = tmp_path / "log.csv"
+        rows = [f"u,{item},{at}\n" for item, at in zip("abc", times, strict=True)]
+        log.write_text("user_id,item_id,timestamp\n" + "".join(rows))
+        past = prepare(log, tmp_path / "past", PrepareConfig(), progress=False)
+        monkeypatch.setattr(study, "open_run_dataset", lambda run, data: past)
+        return study._open_run(road.run, None, road.data, DownstreamConfig(), Quiet())[0]
+
+    last = int(moment(CUT)) - 1
+    assert newest(last - 2, last - 1, last) == last
+    assert newest(*(1000 * (last - back) for back in (2, 1, 0))) == last
+    with pytest.raises(DataError, match=r"'order only'.* give --vectors DIR with --until DATE"):
+        newest(1, 2, 3)
+    with pytest.raises(DataError, match="the unit 'unknown'"):
+        newest(50_000, 60_000, 70_000)
 
 
 def test_a_run_that_has_seen_the_test_days_is_refused(

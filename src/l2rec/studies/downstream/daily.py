@@ -23,7 +23,7 @@ from l2rec.errors import DataError
 DAY = 86_400.0
 """Seconds of a day."""
 MOST_DAYS = 4000
-"""Longest log; a longer one has timestamps in another unit."""
+"""Longest log; a longer one has timestamps of several units."""
 EXPOSURE, CLICK, REPLY = KINDS = ("exposure", "click", "reply")
 """Event types of the study."""
 SMOOTHING = 20.0
@@ -82,7 +82,7 @@ def daily_log(dataset: Dataset) -> DailyLog:
     kept = np.flatnonzero(kind >= 0)
     time = np.asarray(dataset.timestamps)[kept]
     days = np.floor(time / DAY).astype(np.int64)
-    if days.max() - days.min() >= MOST_DAYS:
+    if (dataset.order.per_second or 1.0) > 1 or days.max() - days.min() >= MOST_DAYS:
         raise DataError(
             f"{dataset.path}: timestamps from {time.min():.0f} to {time.max():.0f} would be "
             f"{days.max() - days.min() + 1:,} days; prepare the log with seconds"

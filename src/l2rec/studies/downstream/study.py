@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.disk import replacing, write_json
-from l2rec.errors import ConfigError
+from l2rec.errors import ConfigError, DataError
 from l2rec.protocols import Progress
 from l2rec.runs.folder import open_run_dataset
 from l2rec.runs.machine import hardware, versions
@@ -116,7 +116,7 @@ def run_downstream(
     else:
         assert vectors is not None and until is not None
         until = math.nextafter(until, -math.inf)  # the day that begins then is the first to train
-        source = vectors_of_files(vectors, dataset, until)
+        source = vectors_of_files(vectors, dataset)
     table = Table(dataset, config, source, until, progress)
     watch = Watch(progress, 2 * len(ARMS) * seeds, config.epochs)
     results = {name: _train_arm(table, name, seeds, watch) for name in ARMS}
@@ -151,8 +151,19 @@ def _open_run(
     config: DownstreamConfig,
     progress: Progress,
 ) -> tuple[float, Callable[[Known], Frozen]]:
-    """Return the time of the newest event that a run knows, and the run as a source of vectors."""
-    until = float(np.asarray(open_run_dataset(run, run_data).timestamps).max())
+    """Return the time of the newest event that a run knows, and the run as a source of vectors.
+
+    Raises:
+        DataError: the times of what it was trained on cannot be told as seconds.
+    """
+    past = open_run_dataset(run, run_data)
+    per_second = past.order.per_second
+    if per_second is None:
+        raise DataError(
+            f"{run}: times of {past.path} are of the unit {past.order.unit!r}, so that nobody can "
+            "tell which days it knows; embed it, and give --vectors DIR with --until DATE"
+        )
+    until = float(np.asarray(past.timestamps).max()) / per_second
     periods(until, daily_log(dataset).days[1], config.test_days)  # fails before anything is encoded
     return until, vectors_of_run(run, dataset, config.max_history, progress, run_data)
 

@@ -31,13 +31,11 @@ HISTORIES = 512
 class Frozen:
     """Vectors of users and items that stay as they are.
 
-    ``items``: [N, D] float32. ``until``: seconds, the newest event that the vectors know.
-    ``users``: ([n] users, [n] days) -> [n, D] float32. Both are zero where there is no vector.
-    ``about``: facts for the report.
+    ``items``: [N, D] float32. ``users``: ([n] users, [n] days) -> [n, D] float32. Both are zero
+    where there is no vector. ``about``: facts for the report.
     """
 
     items: Floats
-    until: float
     users: Callable[[Ints, Ints], Floats]
     about: Mapping[str, Any]
 
@@ -84,7 +82,6 @@ def vectors_of_run(
     rows = np.array([-1 if (at := predictor.row_of(item)) is None else at for item in ids])
     assert predictor.vectors is not None
     items = predictor.vectors.float().cpu().numpy()[rows] * (rows >= 0)[:, None]
-    until = float(np.asarray(past.timestamps).max())
 
     def frozen(features: Known) -> Frozen:
         def users(user: Ints, day: Ints) -> Floats:
@@ -98,7 +95,7 @@ def vectors_of_run(
             "items_by_text": int((rows >= 0).sum()) - known,
             "items_without": int((rows < 0).sum()),
         }
-        return Frozen(items.astype(np.float32), until, users, about)
+        return Frozen(items.astype(np.float32), users, about)
 
     return frozen
 
@@ -136,11 +133,10 @@ def _encoded(
     return encoded[back]
 
 
-def vectors_of_files(folder: Path, dataset: Dataset, until: float) -> Callable[[Known], Frozen]:
+def vectors_of_files(folder: Path, dataset: Dataset) -> Callable[[Known], Frozen]:
     """Read the vectors that `l2rec embed` wrote: one for each user, the same on every day.
 
-    ``until``: seconds, the newest event that the vectors know. Returns a function as
-    `vectors_of_run` does.
+    Returns a function as `vectors_of_run` does.
 
     Raises:
         CheckpointError: missing or damaged files, or a file and a folder of shards.
@@ -167,7 +163,7 @@ def vectors_of_files(folder: Path, dataset: Dataset, until: float) -> Callable[[
         "items_without": dataset.n_items - items_known,
         "users_without": dataset.n_users - users_known,
     }
-    return lambda _: Frozen(of_items, until, lambda user, day: of_users[user], about)
+    return lambda _: Frozen(of_items, lambda user, day: of_users[user], about)
 
 
 def _written(folder: Path, name: str) -> Path:
