@@ -22,7 +22,7 @@ from l2rec.runs.checkpoint import load_tensors, save_tensors
 from l2rec.runs.predictor import load
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
-from l2rec.service.follow import load_first
+from l2rec.service.follow import load_first, load_with_items
 from l2rec.service.live import (
     Live,
     deploy,
@@ -328,11 +328,40 @@ def test_a_bad_candidate_never_displaces_a_good_one(
             app.state.follower.poke()
             await until(lambda: metric_of(metrics, "l2rec_candidates_total", result="refused") == 5)
             write(folder, good)
-            await asyncio.sleep(0.1)
+            await until(lambda: live.refused is None)  # what is deployed is live again
             assert live.current() is before
             (folder / "live.json").unlink()
             await asyncio.sleep(0.1)
             assert (await client.get("/readyz")).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_candidate_that_is_rolled_back_while_it_is_loaded_is_not_served(
+    catalog_run: Finished,
+    other_run: Finished,
+    tmp_path: Path,
+    log_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deploy(catalog_run.run, tmp_path)
+
+    def load_slowly(run: Path, *given: Any, **options: Any) -> Any:
+        version = load_with_items(run, *given, **options)
+        rollback(tmp_path, check=False)
+        return version
+
+    monkeypatch.setattr("l2rec.service.follow.load_with_items", load_slowly)
+
+    async def main() -> None:
+        async with following(tmp_path, EventLog(log_url)) as (app, _):
+            live, metrics = app.state.live, app.state.metrics
+            before = live.current()
+            deploy(other_run.run, tmp_path)
+            await until(lambda: metric_of(metrics, "l2rec_candidates_total", result="loaded") == 1)
+            await asyncio.sleep(0.2)
+            assert live.current() is before and live.refused is None
+            assert metric_of(metrics, "l2rec_candidates_total", result="loaded") == 1
 
     asyncio.run(main())
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -137,12 +138,24 @@ class Follower:
         except StorageError as error:
             logger.warning("no version was exchanged, trying again: %s", error)
             self._seen = None
+            return
+        if not self._others(wanted):
+            self.service.live.refused = None
+
+    def _others(self, wanted: Deployment) -> bool:
+        """Tell whether live.json names anything that is not what is loaded."""
+        live = self.service.live
+        return _is_other(wanted.current, live.version.run, live.version, wanted) or _is_other(
+            wanted.shadow, self.shadow, live.shadow, wanted
+        )
 
     async def _apply(self, wanted: Deployment) -> None:
         live = self.service.live
         if _is_other(wanted.current, self.current, live.version, wanted):
             version = await self._load(wanted.current, wanted)
             if version is not None:
+                if not self._still(wanted, "current"):
+                    return
                 await self.service.replace("live", version)
                 self.current = wanted.current
                 logger.info("live: %s, version %s", version.name, version.version)
@@ -150,11 +163,23 @@ class Follower:
             candidate = None
             if wanted.shadow is not None:
                 candidate = await self._load(wanted.shadow, wanted)
-                if candidate is None:
+                if candidate is None or not self._still(wanted, "shadow"):
                     return
             await self.service.replace("shadow", candidate)
             self.shadow = wanted.shadow
             logger.info("shadow: %s", "none" if candidate is None else candidate.name)
+
+    def _still(self, wanted: Deployment, role: Literal["current", "shadow"]) -> bool:
+        """Tell whether live.json still names a run, and these weights of it, now that it is loaded:
+        it may have been rolled back meanwhile. Otherwise the next look sees what it names instead.
+        """
+        run: Path = getattr(wanted, role)
+        with contextlib.suppress(L2RecError):
+            now = read_deployment(self.folder)
+            if getattr(now, role) == run and now.expected(run) == wanted.expected(run):
+                return True
+        logger.info("%s was loaded, but is no longer what is deployed", run.name)
+        return False
 
     async def _load(self, run: Path, wanted: Deployment) -> Version | None:
         """Load a run in the thread beside; None where it is refused."""

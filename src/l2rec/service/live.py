@@ -65,7 +65,8 @@ class Live:
     folder: Path | None = None
     """Folder of live.json."""
     refused: dict[str, Any] | None = None
-    """The last candidate that was refused: run, reason, at (unix seconds)."""
+    """The last candidate that was refused, until what is deployed is live: run, reason, at (unix
+    seconds)."""
 
     def current(self) -> Version:
         """Return the live version; a request calls this once."""
