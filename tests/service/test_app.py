@@ -102,6 +102,7 @@ def test_allow_deny_filters(serve: Serve, catalog_run: Finished) -> None:
         ({"history": ["i1", "zz", "i2", "yy"]}, 422, "unknown item ids: 'zz', 'yy'"),
         ({"history": ["i1"], "seen": 1}, 422, "seen: Extra inputs are not permitted"),
         ({"history": ["\u0000"]}, 422, "history.0: a control character; leave it out"),
+        ({"history": ["i1\n"]}, 422, "history.0: a control character; leave it out"),
         ({"history": ["i1"], "k": True}, 422, "k: Input should be a valid integer"),
         ({"history": ["i1"], "k": "5"}, 422, "k: Input should be a valid integer"),
         ({"history": ["i1"], "k": 5.5}, 422, "k: Input should be a valid integer"),
@@ -848,6 +849,15 @@ def test_arms(catalog_run: Finished, other_run: Finished, log_url: str) -> None:
         client.put("/v1/items", json={"items": [{"id": "n1", "text": "heavy red hat"}]})
         for n in range(8):
             assert "n1" in recommend(client, user=f"u{n}", history=["i1"], k=40)
+
+
+def test_a_summary_that_failed_is_made_anew(serve: Serve, log_url: str) -> None:
+    log = Broken(EventLog(log_url))
+    client = serve(log=log, experiment=Experiment(name="exp", treatment=0.3))
+    log.writes = log.reads = True
+    assert error(client.get("/v1/experiments/exp"), 503)
+    log.writes = log.reads = False
+    assert client.get("/v1/experiments/exp").json()["reason"] == "no events of it yet"
 
 
 def test_an_experiment_is_summed_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

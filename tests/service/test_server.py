@@ -66,6 +66,7 @@ def test_what_cannot_be_served(
     run = str(catalog_run.run)
     assert "nowhere is not a folder; give a run" in command(str(tmp_path / "nowhere"))
     assert "is not a run folder: it has no config.yaml" in command(str(tmp_path))
+    assert not any(tmp_path.iterdir()), "nothing is left in a folder that is not served"
     assert command(run, "--inflight", "0").startswith("--inflight: Input should be greater than")
     assert "--queue 256: seconds that a history may wait" in command(run, "--queue", "256")
     assert command(run, "--index", "x").startswith("--index: Input should be 'auto', ")
@@ -81,6 +82,8 @@ def test_what_cannot_be_served(
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
         assert "cannot be written, and the event log lies there by default" in command(run)
+    refused = CliRunner().invoke(app, ["serve", run, "--threads", "-1"])
+    assert refused.exit_code == 2 and "--threads" in refused.output
     monkeypatch.setenv("L2REC_READ_KEYS", "hunter2")
     line = command(run, "--host", "0.0.0.0")
     assert "L2REC_READ_KEYS: key 1 has 7 characters" in line and "hunter2" not in line

@@ -324,7 +324,9 @@ def serve(
     shutdown: Annotated[
         int, setting("shutdown", "Seconds that requests in progress have at the end.")
     ],
-    threads: Annotated[int, typer.Option(help="Threads of the model; 0: one for each core.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Threads of the model; 0: one for each core.")
+    ] = 0,
     access_log: Annotated[bool, setting("access_log", "One log line for each request.")],
     images: Annotated[
         list[str] | None,

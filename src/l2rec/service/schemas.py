@@ -70,7 +70,7 @@ class Matches:
         return {**handler(schema), "pattern": self.pattern}
 
     def _check(self, text: str) -> str:
-        if re.search(self.pattern, text) is None:
+        if re.fullmatch(self.pattern, text) is None:  # $ alone passes over a newline at the end
             raise ValueError(self.sentence)
         return text
 

@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 
 from l2rec.errors import CheckpointError, ConfigError
-from l2rec.runs.folder import require_finished
+from l2rec.runs.folder import load_run_config, require_finished
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.experiments import POPULARITY, popular, record_arms, record_plan
@@ -71,7 +71,8 @@ def serve(
     if not target.is_dir():
         raise CheckpointError(f"{target} is not a folder; give a run, or what `l2rec deploy` wrote")
     if not (target / FILE).is_file():
-        require_finished(target)  # before an event log is written into it
+        load_run_config(target)  # before an event log is written into it
+        require_finished(target)
     if log_url is None and not os.access(target, os.W_OK):
         raise CheckpointError(
             f"{target} cannot be written, and the event log lies there by default; give another "

@@ -132,7 +132,7 @@ def write_routes(app: FastAPI, service: Service) -> None:
         minute old. ``reason``: why there is no result yet.
         """
         at, task = summaries.get(name, (0.0, None))
-        if task is None or (task.done() and time.monotonic() - at > SUMMARY_SECONDS):
+        if task is None or _is_over(task, time.monotonic() - at):
             for old in [n for n, (_, other) in summaries.items() if other.done()]:
                 del summaries[old]
             if len(summaries) >= SUMMARIES:
@@ -144,6 +144,13 @@ def write_routes(app: FastAPI, service: Service) -> None:
         if summary is None:
             raise Refused(404, f"no experiment {name!r}: none of that name runs or has events")
         return as_json(summary)
+
+
+def _is_over(task: asyncio.Task[Any], age: float) -> bool:
+    """Tell whether a summary is too old to be shown, or was not made: storage may be back."""
+    return task.done() and (
+        age > SUMMARY_SECONDS or task.cancelled() or task.exception() is not None
+    )
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
