@@ -59,6 +59,7 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
         training: Mapping[str, Any] | None = None,
         stopped: str = "patience",
         command: str = "",
+        earlier: Sequence[Mapping[str, Any]] = (),
     ) -> Path:
         values = {"method": "l2rec.methods.sasrec:SASRec", "seed": seed, "model": {"dim": dim}}
         values["training"] = dict(training or {})
@@ -69,6 +70,7 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
             "config": resolve(values, where="test").model_dump(mode="json"),
             "dataset": {"path": str(data.path), "name": "chains", "fingerprint": fingerprint},
             "backbone": None,
+            "earlier_training": list(earlier),
         }
         folder = tmp_path / name
         folder.mkdir()
@@ -266,6 +268,22 @@ def test_what_changes_no_result_is_one_recipe(
     b = make("b", ranks_of(2), seed=1, training=constant | training, stopped=stopped)
     found = compare_runs([a, b])
     assert [entry.seeds for entry in found.entries] == ([[0, 1]] if same else [[0], [1]])
+
+
+def test_options_from_before_a_resume_are_part_of_the_recipe(make: Make) -> None:
+    """But not those that change no result."""
+    constant = {"schedule": "constant"}
+    clean, more_time = (
+        make(f"r{n}", ranks_of(n), seed=n, training=constant, earlier=earlier)
+        for n, earlier in enumerate([[], [{"max_minutes": 5, "log_every": 3}]])
+    )
+    other = make("r2", ranks_of(2), seed=2, training=constant, earlier=[{"lr": 0.5}])
+    entries = compare_runs([clean, more_time, other]).entries
+    assert [entry.seeds for entry in entries] == [[0, 1], [2]]
+    slow = {"schedule": "cosine"}  # the limit set the rate
+    timed = make("r3", ranks_of(3), seed=3, training=slow, earlier=[{"max_minutes": 5}])
+    whole = make("r4", ranks_of(4), seed=4, training=slow)
+    assert len(compare_runs([timed, whole]).entries) == 2
 
 
 def test_pre_training_is_part_of_the_recipe(make: Make, tmp_path: Path) -> None:

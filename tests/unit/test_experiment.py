@@ -55,7 +55,7 @@ from l2rec.studies.experiment.plan import (
     read_state,
 )
 from l2rec.studies.experiment.report import to_json, write_page
-from l2rec.studies.experiment.results import compared, read_results
+from l2rec.studies.experiment.results import _compared, compared, read_results
 from l2rec.studies.experiment.run import PATIENCE, run
 
 ROW = {"name": "narrow", "recipe": "sasrec", "overrides": ["model.dim=8"]}
@@ -140,6 +140,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "column": ({"metrics": ["recal@10"]}, r"recal@10: no such metric; did you mean 'recall@10'"),
     "figure": ({"figure": {"x": "width"}}, r"a figure needs rows with x"),
+    "no logarithm": (
+        {"figure": {"x": "share", "log": True}, "rows": [ROW | {"x": 0}]},
+        r"row 'narrow': x=0 has no place on a logarithmic axis",
+    ),
     "priority": ({"priority": ["wid"]}, r"priority: no row 'wid'; did you mean 'wide'"),
 }
 
@@ -1062,5 +1066,11 @@ def test_comparisons_are_adjusted_together_and_machines_named(
     ps = [one.test.p for one in tests if one.test is not None and one.test.p is not None]
     assert [one.p_holm for one in tests] == pytest.approx(holm(ps))
     assert tests[0].notes == ()
+    # A side that is made of the other's runs is not independent of it.
+    results = read_results(done)["chains"]
+    cell = replace(results["r1"][0].cell, needs=(results["r0"][0].cell,))
+    made = [replace(results["r1"][0], cell=cell), results["r1"][1]]
+    (note,) = _compared(tests[0].comparison, "chains", results | {"r1": made}).notes
+    assert note.startswith("the sides share runs, and p")
     assert all("not of one machine" in one.notes[0] for one in tests[1:])
     assert "another machine" in tests[1].notes[0]

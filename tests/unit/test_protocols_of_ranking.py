@@ -288,12 +288,14 @@ def test_compare_by_both_protocols(tied: Dataset, tied_run: Path, tmp_path: Path
     train_run(recipe().model_copy(update={"seed": 1}), tied.path, other, progress=Quiet())
     found = compare_runs([tied_run, other], group=False, tied_day=True)
     assert found.protocol == PROTOCOL and found.blocks[0].users == 24
+    assert found.notes[0].startswith("12 users are left out: their last events of one time")
     report = read_json(tied_run / "report.json")["tied_day"]["scores"]
     line = found.blocks[0].lines["tiny"]
     assert line.scores["ndcg@10"].mean == pytest.approx(report["SASRec"]["ndcg@10"])
     assert found.floors["popularity"] == report["popularity"]
     assert {b.segment for b in found.blocks} == {"all", "history 1-5"}
-    assert compare_runs([tied_run, other], group=False).blocks[0].users == 36
+    own = compare_runs([tied_run, other], group=False)
+    assert own.blocks[0].users == 36 and not any("left out" in note for note in own.notes)
     shown = CliRunner().invoke(app, ["compare", str(tied_run), str(other), "--tied-day"])
     assert shown.exit_code == 0, shown.output
     (other / "ranks-tied-day.parquet").unlink()

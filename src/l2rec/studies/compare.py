@@ -58,6 +58,7 @@ from l2rec.runs.folder import (
     load_shown_config,
     read_report,
     require_finished,
+    resumed_from,
     split_of,
 )
 from l2rec.runs.numbers import MAIN, METRICS
@@ -395,7 +396,7 @@ def compare(
             for segment, rows in segments.items()
         ],
         floors=_floors(runs, tied_day),
-        notes=_notes(runs, known),
+        notes=_notes(runs, known, tied_day),
     )
 
 
@@ -448,16 +449,24 @@ def _recipe_key(config: RunConfig, identity: Mapping[str, Any], stopped: str | N
 
     They may differ in the seed, also that of their pre-training, and in what cannot have changed
     the result: how often logs and checkpoints were written, and a time limit that neither ended the
-    run nor shaped its learning rate (with a cosine schedule it does).
+    run nor shaped its learning rate (with a cosine schedule it does). What options were before a
+    resume that changed them counts too.
     """
     start = identity.get("init")
     if start is not None and (Path(start) / "config.yaml").is_file():
         start = _recipe_key(*load_shown_config(Path(start)))
     options = config.model_dump(mode="json") | {"seed": None}
     training = options["training"]
-    del training["log_every"], training["checkpoint_minutes"]
-    if training["schedule"] == "constant" and stopped not in (None, "max_minutes"):
-        training["max_minutes"] = None
+    of_no_effect = {"log_every", "checkpoint_minutes"}
+    if training["schedule"] == "constant":
+        of_no_effect.add("max_minutes")
+        if stopped in (None, "max_minutes"):
+            options["ended_by"] = training["max_minutes"]
+    stages = [
+        {key: value for key, value in stage.items() if key not in of_no_effect}
+        for stage in (*resumed_from(identity), training)
+    ]
+    options["training"] = [stage for stage in stages if stage]
     trained_on = [identity["dataset"]["fingerprint"], identity["backbone"], start]
     return json.dumps([options, trained_on], sort_keys=True)
 
@@ -557,9 +566,14 @@ def _tests(
     return tests
 
 
-def _notes(runs: Sequence[FinishedRun], known: Population | None) -> list[str]:
-    """Say what is missing and why, and how to read scores of cold targets."""
+def _notes(runs: Sequence[FinishedRun], known: Population | None, tied_day: bool) -> list[str]:
+    """Say what and who is missing and why, and how to read scores of cold targets."""
     notes = []
+    if tied_day and (left_out := runs[0].report.get("tied_day", {}).get("users_left_out")):
+        notes.append(
+            f"{left_out:,} users are left out: their last events of one time are more than two, "
+            "and runs that are trained leave-one-out have seen some of them"
+        )
     if known is None:
         path = runs[0].identity["dataset"]["path"]
         notes.append(

@@ -227,6 +227,13 @@ class Experiment(_Closed):
                 raise ValueError(f"priority: no row {name!r}{nearest(name, rows)}")
         if self.figure is not None and not any(row.x is not None for row in self.rows):
             raise ValueError("a figure needs rows with x")
+        if self.figure is not None and self.figure.log:
+            for row in self.rows:
+                if row.x is not None and row.x <= 0:
+                    raise ValueError(
+                        f"row {row.name!r}: x={row.x:g} has no place on a logarithmic axis; give "
+                        "one above 0, or leave log out of the figure"
+                    )
         return self
 
     def _check_bases(self, row: Row, rows: Mapping[str, Row]) -> None:

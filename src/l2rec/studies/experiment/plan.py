@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "Planned",
     "State",
+    "below",
     "claim",
     "fitted",
     "look_at",
@@ -301,9 +302,9 @@ class _Grid:
                     if row.blend:
                         places[self._blend(cell)] = (at_seed, at_data, at_row, 1)
         for cell in list(places):  # a base is as important as the most important made of it
-            for base in _below(cell):
+            for base in below(cell):
                 places[base] = min(places.get(base, places[cell]), places[cell])
-        order = sorted(places, key=lambda cell: (places[cell], len(list(_below(cell)))))
+        order = sorted(places, key=lambda cell: (places[cell], len(list(below(cell)))))
         return order, left_out
 
     def _grids(self, sets: Sequence[Data]) -> Iterator[tuple[Data, str]]:
@@ -373,11 +374,11 @@ class _Grid:
         return own if own in recipe_names() else recipe
 
 
-def _below(cell: Cell) -> Iterator[Cell]:
+def below(cell: Cell) -> Iterator[Cell]:
     """Yield all cells that a cell is made of."""
     for need in cell.needs:
         yield need
-        yield from _below(need)
+        yield from below(need)
 
 
 # -- what stands ---------------------------------------------------------------------------------

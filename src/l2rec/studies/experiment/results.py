@@ -19,7 +19,7 @@ from l2rec.runs.folder import RANKS, read_report
 from l2rec.runs.scoring import PARTS, is_part
 from l2rec.studies.compare import Score, over_seeds, ranked_users
 from l2rec.studies.experiment.definition import MASKED, Comparison
-from l2rec.studies.experiment.plan import Cell, Plan, State
+from l2rec.studies.experiment.plan import Cell, Plan, State, below
 
 NO_COLD = "no item is cold: l2rec cold makes such data"
 """Why a comparison on cold or warm targets has no result."""
@@ -199,6 +199,11 @@ def _notes(sides: Sequence[Sequence[Done]]) -> list[str]:
     notes = []
     if min(map(len, sides)) < 2:
         notes.append("one seed on a side: no p, as what another seed would do is not known")
+    made_of = [{run for one in side for run in (one.cell, *below(one.cell))} for side in sides]
+    if made_of[0] & made_of[1]:
+        notes.append(
+            "the sides share runs, and p takes them for independent: it is too large if anything"
+        )
     machines = [sorted({str(one.report.get("hardware")) for one in side}) for side in sides]
     if machines[0] != machines[1] or len(machines[0]) > 1:
         both = " / ".join(", ".join(of_side) for of_side in machines)
