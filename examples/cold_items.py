@@ -1,6 +1,6 @@
 """Items that were never sold: recommended by their text alone.
 
-    python examples/cold_items.py          writes into ./example-runs
+    python examples/cold_items.py          writes into ./example-runs/cold_items
 
 A tenth of the catalog is taken out before training, and put back as new items afterwards.
 """
@@ -15,7 +15,7 @@ from shop import write_shop
 
 import l2rec
 
-out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs")
+out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs/cold_items")
 shop = write_shop(out / "shop")
 events, items = pl.read_csv(shop / "events.csv"), pl.read_csv(shop / "items.csv")
 
@@ -32,7 +32,7 @@ model = l2rec.L2Rec(
     training={"epochs": 4, "batch_users": 64, "lr": 1e-3},
     out=out / "run",
 )
-model.fit(dataset)
+model.fit(dataset, resume=True)
 predictor = model.predictor_
 predictor.add_items(dict(cold.select("item_id", "title").iter_rows()))
 

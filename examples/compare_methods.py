@@ -1,6 +1,6 @@
 """Three methods on one data set, with what they have to beat: one table, paired tests.
 
-python examples/compare_methods.py     writes into ./example-runs
+python examples/compare_methods.py     writes into ./example-runs/compare_methods
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import l2rec
 from l2rec.studies.compare import compare_runs
 from l2rec.studies.tables import markdown
 
-out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs")
+out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs/compare_methods")
 shop = write_shop(out / "shop")
 dataset = l2rec.Dataset.from_frames(
     pl.read_csv(shop / "events.csv"), pl.read_csv(shop / "items.csv"), out / "data", text="{title}"
@@ -31,7 +31,7 @@ METHODS = {
     "sasrec-table": {"training": {"epochs": 4, "batch_users": 64}},
 }
 runs = [
-    l2rec.L2Rec(name, **changes, seed=1, out=out / name).fit(dataset).run_
+    l2rec.L2Rec(name, **changes, seed=1, out=out / name).fit(dataset, resume=True).run_
     for name, changes in METHODS.items()
 ]
 

@@ -1,6 +1,6 @@
 """Vectors of users and items as Parquet, and an index that finds the nearest items.
 
-python examples/embed_and_index.py     writes into ./example-runs
+python examples/embed_and_index.py     writes into ./example-runs/embed_and_index
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from l2rec import index
 from l2rec.console import Console
 from l2rec.runs.embed import embed_run
 
-out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs")
+out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs/embed_and_index")
 shop = write_shop(out / "shop")
 dataset = l2rec.Dataset.from_frames(
     pl.read_csv(shop / "events.csv"), pl.read_csv(shop / "items.csv"), out / "data", text="{title}"
@@ -27,7 +27,7 @@ model = l2rec.L2Rec(
     training={"epochs": 4, "batch_users": 64, "lr": 1e-3},
     out=out / "run",
 )
-model.fit(dataset)
+model.fit(dataset, resume=True)
 
 # id, vector, version: what a warehouse, a vector database or another model's features can take.
 with Console() as console:

@@ -1,7 +1,7 @@
 """A method of your own, in one file outside the package.
 
     l2rec train examples/own_method.py:Fading --data DATA --out RUN model.dim=32
-    python examples/own_method.py          trains it on the made-up shop, into ./example-runs
+    python examples/own_method.py    trains it on the made-up shop, into ./example-runs/own_method
 
 A user is the mean of the vectors of their items, older ones fading by a learned factor. It is
 trained, validated, scored, compared, served and embedded like every other. What a method has to
@@ -106,7 +106,7 @@ if __name__ == "__main__":
 
     import l2rec
 
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs")
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs/own_method")
     shop = write_shop(out / "shop")
     dataset = l2rec.Dataset.from_frames(
         pl.read_csv(shop / "events.csv"),
@@ -119,7 +119,7 @@ if __name__ == "__main__":
         model={"dim": 32},
         training={"lr": 0.01, "epochs": 30, "batch_users": 128},
         out=out / "run",
-    ).fit(dataset)
+    ).fit(dataset, resume=True)
     for name, scores in model.report_["scores"].items():
         print(f"{name:22} ndcg@10 with the history masked {scores['ndcg@10_masked']:.3f}")
     print(l2rec.load(out / "run").recommend(["co0a", "co2b"], 3).items)

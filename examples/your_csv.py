@@ -1,6 +1,6 @@
 """Your CSV files to recommendations, in Python.
 
-    python examples/your_csv.py            writes into ./example-runs
+    python examples/your_csv.py            writes into ./example-runs/your_csv
 
 Replace the two tables by your own: events need a user, an item and a time, items a text.
 """
@@ -15,7 +15,7 @@ from shop import write_shop
 
 import l2rec
 
-out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs")
+out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-runs/your_csv")
 shop = write_shop(out / "shop")
 
 # 1. Tables (polars, pandas or pyarrow) become a data set: checked, fingerprinted, in a folder.
@@ -33,7 +33,7 @@ model = l2rec.L2Rec(
     model={"view_experts": 2, "rank": 8, "semantic_items": 5, "max_items": 10},
     training={"epochs": 2, "batch_users": 64},
     out=out / "run",
-).fit(dataset)
+).fit(dataset, resume=True)
 for name, scores in model.report_["scores"].items():
     print(f"{name:22} ndcg@10 with the history masked {scores['ndcg@10_masked']:.3f}")
 

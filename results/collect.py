@@ -129,7 +129,8 @@ def table(runs: dict[str, Report], shown: int | None = None) -> str:
     for name, seeds in (recipes if shown is None else of_methods(recipes)).items():
         scores = {c: mean(own(report)[c] for report in seeds) for c in COLUMNS}
         minutes = f"{mean(report['training_seconds'] for report in seeds) / 60:.0f}"
-        label = f"`{name}`{' †' * any(map(cut_by_time, seeds))}"
+        marks = " †" * any(map(cut_by_time, seeds)) + " ‡" * any(map(selected_unmasked, seeds))
+        label = f"`{name}`{marks}"
         row = line(label, str(len(seeds)), scores, minutes)
         parts[seeds[0]["blended"]].append((scores[MAIN], row))
     as_it_is, blended = (
@@ -147,7 +148,14 @@ def table(runs: dict[str, Report], shown: int | None = None) -> str:
     lines += [line(name, "–", known[name], "") for name in FLOORS if name in known]
     if any("†" in line for line in lines):
         lines += ["", "† cut by its time budget while it still got better"]
+    if any("‡" in line for line in lines):
+        lines += ["", "‡ its best step was chosen by an earlier rule, the history not masked"]
     return "\n".join(lines)
+
+
+def selected_unmasked(report: Report) -> bool:
+    """Say whether validation chose by another score than that of today, which is masked."""
+    return report.get("selected_by") != MAIN and report["steps"] > 0
 
 
 def of_recipes(runs: dict[str, Report]) -> dict[str, list[Report]]:

@@ -34,12 +34,13 @@ def test_there_are_five_scripts_and_two_notebooks_and_the_page_names_all() -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_runs(script: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "out"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / WRITTEN[script.stem]).is_file()
-    assert done.stdout.strip()
+    for _ in ("anew", "again"):
+        done = subprocess.run(
+            [sys.executable, script, tmp_path / "out"], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out" / WRITTEN[script.stem]).is_file()
+        assert done.stdout.strip()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "it writes where it was told to"
 
 

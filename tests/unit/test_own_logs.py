@@ -164,6 +164,17 @@ def test_logs_in_subfolders_are_named(tmp_path: Path) -> None:
     assert "old/2022/a.parquet, old/2023.parquet" in note
 
 
+def test_columns_that_nobody_chose_are_named(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.csv", "user_id,item_id,timestamp\nu,a,1\n")
+    items = write(tmp_path / "items.csv", "item_id,title,price,picture\na,Red cup,3.5,1.jpg\n")
+    told = prepare(log, tmp_path / "all", PrepareConfig(), items=items, progress=False)
+    [note] = [note for note in told.meta["notes"] if "reads as" in note]
+    assert note.startswith("an item reads as its columns title, price, picture, joined")
+    config = PrepareConfig(text="{title}")
+    chosen = prepare(log, tmp_path / "chosen", config, items=items, progress=False)
+    assert chosen.texts() == ["Red cup"] and "reads as" not in str(chosen.meta["notes"])
+
+
 @pytest.mark.parametrize("first", ["sep=;", "SEP=,"])
 def test_a_line_for_a_spreadsheet_is_named(tmp_path: Path, first: str) -> None:
     log = write(tmp_path / "log.csv", f"{first}\nuser_id;item_id;timestamp\nu;a;1\n")

@@ -56,7 +56,7 @@ def _options(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("runs/demo"),
     data: Annotated[Path, typer.Option(help="Folder for the data set.")] = Path("data/ml-100k"),
-    minutes: Annotated[float, typer.Option(help="Training time at most.")] = 4.0,
+    minutes: Annotated[float, typer.Option(help="Training time of each method at most.")] = 4.0,
 ) -> None:
     """Show every step on MovieLens-100K in minutes: prepare, train, blend, score, recommend."""
     from l2rec.demo import run_demo

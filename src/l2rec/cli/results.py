@@ -69,7 +69,7 @@ def compare(
     """Compare finished runs: test scores, paired tests, segments of users, costs.
 
     Segments: length of the history (1-5, 6-10, 11 and more events), and how often the target was
-    trained on: in the top fifth of the catalog (head), less often (tail), or never (cold).
+    trained on: in the top fifth of the catalog (head), or below it (tail); of these, never (cold).
 
     Example: `l2rec compare runs/sasrec-0 runs/sasrec-1 runs/l2rec --out table.md`
     """

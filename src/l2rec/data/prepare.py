@@ -202,6 +202,10 @@ class _State:
 # ---------------------------------------------------------------- the catalog
 
 
+OWN = ("csv", "parquet", "jsonl")
+"""Formats whose columns are whatever somebody has: prices and addresses of pictures, perhaps."""
+
+
 @dataclass(frozen=True)
 class _Catalog:
     """Items in catalog order. ``table``: item_id, stored fields, text. ``ids``: one array."""
@@ -229,6 +233,11 @@ def _read_catalog(source: Source, state: _State) -> _Catalog | None:
         return None
     known = (*source.fields, *source.more_fields)
     text = item_text(config.text, source.fields, known)
+    if template is None and len(source.fields) > 1 and source.format in OWN:
+        state.notes.append(
+            f"an item reads as its columns {', '.join(source.fields)}, joined; to choose, pass "
+            f'--text "{{{source.fields[0]}}}" or the like'
+        )
     named = [name for _, name in template or [] if name is not None]
     extra = [name for name in source.more_fields if name in named]
     fields = (*source.fields, *extra)

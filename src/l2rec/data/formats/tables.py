@@ -258,6 +258,8 @@ def missing_column(file: File, name: str, option: str, names: Sequence[str]) -> 
             f"user_id,item_id,timestamp, and one event in each line"
         )
     advice = f"pass {flag} COLUMN"
+    if option == "item":
+        advice += ", a name that the events and the catalog both have"
     if option == "timestamp":
         advice += ", or --timestamp none if the events are in order and have no times"
     return DataError(
@@ -284,7 +286,7 @@ def read_header(file: File, separator: str, encoding: str, *, quotes: bool = Tru
             )
         if re.fullmatch(r"sep=.", text, re.IGNORECASE):
             raise DataError(
-                f"{file}, line 1: {text!r} is a note to a spreadsheet and no header; delete the line"
+                f"{file}, line 1: {text!r} is a note to a spreadsheet, no header; delete it"
             )
         names = next(_cells([text], separator, quotes=quotes))
     check_names(file, names)
