@@ -24,7 +24,7 @@ from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
 from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import simple_text
-from l2rec.errors import CheckpointError, DataError
+from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.methods.p5 import P5
 from l2rec.runs.checkpoint import load_tensors
 from l2rec.runs.predictor import load
@@ -285,6 +285,36 @@ def test_a_test_event_that_was_trained_on_is_refused(tmp_path: Path, backbone_fo
     with pytest.raises(CheckpointError, match="such as 'few'") as error:
         update_run(run.run, source, tmp_path / "out", progress=Quiet())
     one_line(error)
+
+
+def test_a_run_whose_data_were_moved_is_updated(tmp_path: Path, backbone_folder: Path) -> None:
+    run, late = short(tmp_path, backbone_folder)
+    moved = tmp_path / "moved"
+    (tmp_path / "short").rename(moved)
+    events, _ = log(tmp_path / "log", [("few", "i2", late), ("u0", "i3", late)], [])
+    source = open_source(events, columns=Columns())
+    with pytest.raises(CheckpointError, match="give its folder with --data"):
+        update_run(run.run, source, tmp_path / "out", progress=Quiet())
+    assert not (tmp_path / "out-data").exists()
+    steps = ["training.max_steps=1"]
+    report = update_run(
+        run.run, source, tmp_path / "out", progress=Quiet(), data=moved, overrides=steps
+    )
+    assert report["steps"] == 1
+
+
+def test_a_misspelt_option_of_an_update_is_named(
+    catalog_run: Finished, chains: Dataset, tmp_path: Path
+) -> None:
+    source = open_source(newer(chains, tmp_path)[0], columns=Columns())
+    with pytest.raises(ConfigError, match="train.*did you mean 'training'"):
+        update_run(
+            catalog_run.run,
+            source,
+            tmp_path / "out",
+            progress=Quiet(),
+            overrides=["train.epochs=3"],
+        )
 
 
 def test_another_split_is_refused(catalog_run: Finished, chains: Dataset, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from l2rec.data.splits import LEAVE_ONE_OUT, TIED_DAY, Cases, Split
 from l2rec.errors import CheckpointError, DataError
 from l2rec.protocols import Progress
 from l2rec.runs.checkpoint import load_tensors, load_trained, trained_tensors, without_gone
-from l2rec.runs.folder import load_run_config, split_of
+from l2rec.runs.folder import load_run_config, open_run_dataset, split_of
 
 
 def check_start(
@@ -104,17 +104,21 @@ def _same_ids(one: Dataset | None, other: Dataset) -> bool:
     )
 
 
-def unseen(init: Path, dataset: Dataset, split: Split, progress: Progress) -> Split:
+def unseen(
+    init: Path, dataset: Dataset, split: Split, progress: Progress, data: Path | None = None
+) -> Split:
     """Leave out of validation what an earlier run on a part of these data was trained on, or what
     that one went on from by updates.
 
     Such are the last events of users who had too few to be tested then. Test events are newer.
+    ``data``: the data set of ``init``, if it was moved.
 
     Raises:
         CheckpointError: its data set is gone or was split otherwise, or it was trained on a test
             event.
     """
-    return unseen_of(init, dataset, _unseen_by(init, dataset, split, progress), progress)
+    of_init = open_run_dataset(init, data)
+    return unseen_of(init, dataset, _unseen_by(init, of_init, dataset, split, progress), progress)
 
 
 def unseen_of(run: Path, dataset: Dataset, split: Split, progress: Progress) -> Split:
@@ -124,13 +128,14 @@ def unseen_of(run: Path, dataset: Dataset, split: Split, progress: Progress) -> 
     start = _updated_from(run)
     while start is not None:
         there = (start / "config.yaml").is_file()
-        if not there or _trained_on(load_run_config(start)[1]) is None:
+        before = _trained_on(load_run_config(start)[1]) if there else None
+        if before is None:
             progress.line(
                 f"warning: {start}, which {run} goes on from, or its data set is gone: events that "
                 "it was trained on may validate"
             )
             break
-        split = _unseen_by(start, dataset, split, progress)
+        split = _unseen_by(start, before, dataset, split, progress)
         start = _updated_from(start)
     return split
 
@@ -142,13 +147,11 @@ def _updated_from(run: Path) -> Path | None:
     return None if start is None else Path(start)
 
 
-def _unseen_by(init: Path, dataset: Dataset, split: Split, progress: Progress) -> Split:
-    """Leave out of validation what one run was trained on."""
-    config, identity = load_run_config(init)
-    before = _trained_on(identity)
-    if before is None:
-        raise CheckpointError(f"{init}: its data set {identity['dataset']['path']} is gone")
-    theirs = split_of(config, before)
+def _unseen_by(
+    init: Path, before: Dataset, dataset: Dataset, split: Split, progress: Progress
+) -> Split:
+    """Leave out of validation what one run was trained on, ``before``."""
+    theirs = split_of(load_run_config(init)[0], before)
     if split.kind not in (LEAVE_ONE_OUT, TIED_DAY) or theirs.kind != split.kind:
         raise CheckpointError(
             f"{init} was trained with the split {theirs.protocol}, this is {split.protocol}; an "

@@ -92,6 +92,7 @@ def train_run(
     resume: bool = False,
     init: Path | None = None,
     update: bool = False,
+    init_data: Path | None = None,
     recipe: str = "",
     command: str = "",
 ) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def train_run(
             the start it had.
         update: the data are those of ``init`` with newer events and items (`l2rec.data.extend`):
             the rows of its items are kept, and what it was trained on does not validate.
+        init_data: the data set of ``init``, if it was moved; of an update.
 
     Launched as several processes (`l2rec.runs.launch`), they train together; the first writes.
 
@@ -134,7 +136,17 @@ def train_run(
                 progress.line(f"{out} is finished: these are its scores")
                 return report
             init = None if identity.get("init") is None else Path(identity["init"])
-        fitted = _fit(config, dataset, out, progress, identity, init, resume, update=update)
+        fitted = _fit(
+            config,
+            dataset,
+            out,
+            progress,
+            identity,
+            init,
+            resume,
+            update=update,
+            init_data=init_data,
+        )
         split, backbone, model = fitted.split, fitted.backbone, fitted.model
         sets = beside_leave_one_out(dataset, split)
         # Cold items are added to another model, so that this one goes on without them.
@@ -236,6 +248,7 @@ def _fit(
     hopeless: Callable[[float, int], bool] = lambda score, number: False,
     *,
     update: bool = False,
+    init_data: Path | None = None,
 ) -> _Fitted:
     """Build the model, write the identity of the run, train."""
     progress.line(
@@ -246,7 +259,7 @@ def _fit(
     update = update or (init is not None and bool((identity or {}).get("update")))
     if update:
         assert init is not None
-        split = unseen(init, dataset, split, progress)
+        split = unseen(init, dataset, split, progress, init_data)
     backbone = backbone_of(config)
     if backbone is not None:
         progress.line(f"backbone {backbone.name}: reading {dataset.n_warm:,} item texts")

@@ -87,6 +87,7 @@ def update_run(
         resume=resume,
         init=run,
         update=True,
+        init_data=data,
         recipe=f"update of {run.name}",
         command=command,
     )
@@ -100,7 +101,7 @@ def _few_epochs(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     values = config.model_dump(mode="json")
     values["training"] |= {"epochs": EPOCHS, "patience": PATIENCE}
     for key, value in override_values(overrides).items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return resolve(values, where="update")
 
 
