@@ -43,7 +43,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from l2rec.errors import ConfigError, nearest
+from l2rec.errors import ConfigError, closest, nearest
 
 Options = TypeVar("Options", bound=BaseModel)
 METHOD = re.compile(r"[^:]+:[A-Za-z_]\w*")
@@ -172,7 +172,8 @@ class RunConfig(_Closed):
     def _typed_model(cls, values: Any) -> Any:
         """Parse ``model`` with the Config class of the method that ``method`` names."""
         if isinstance(values, Mapping):
-            values = dict(values)
+            # A group whose lines are all commented out is as if it were not there.
+            values = {key: value for key, value in values.items() if value is not None}
             method = values.get("method", cls.model_fields["method"].default)
             model = values.get("model") or {}
             options = method_class(method).Config
@@ -370,6 +371,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
+    if "run_version" in values and isinstance(values.get("config"), dict):
+        values = values["config"]  # of a run, to train as it was
     return _with_whole_path(values, path.parent)
 
 
@@ -418,10 +421,11 @@ def _set(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
-    # YAML 1.1 reads 1e-4 (no dot) as a string; people who type it mean a number.
-    if isinstance(value, str):
+    # YAML 1.1 reads 1e-4 (no dot) as a string, and Python's None too; people who type them mean a
+    # number and nothing. What is quoted is a string.
+    if isinstance(value, str) and not text.lstrip().startswith(('"', "'")):
         with contextlib.suppress(ValueError):
-            value = float(value)
+            value = None if value == "None" else float(value)
     node = values
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -433,30 +437,31 @@ def _set(values: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _fields_at(location: tuple[Any, ...], values: Mapping[str, Any]) -> list[str]:
-    """List the known names of the group that an offending key is in."""
-    if location[:1] == ("training",):
-        return list(TrainingConfig.model_fields)
-    if location[:1] == ("backbone",):
-        return list(BackboneConfig.model_fields)
-    if location[:1] == ("split",):
-        return list(SplitConfig.model_fields)
-    if len(location) == 1 and location[0] in values:
-        return list(RunConfig.model_fields)
+def _groups(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class of each group of keys."""
     method = values.get("method", RunConfig.model_fields["method"].default)
-    return list(method_class(method).Config.model_fields)
-
-
-def _group_of(name: str, values: Mapping[str, Any]) -> str | None:
-    """Return the group of keys that has a key of this name; None if there is none."""
-    method = values.get("method", RunConfig.model_fields["method"].default)
-    groups = {
+    return {
         "training": TrainingConfig,
         "backbone": BackboneConfig,
         "split": SplitConfig,
         "model": method_class(method).Config,
     }
-    return next((group for group, kind in groups.items() if name in kind.model_fields), None)
+
+
+def _meant(location: tuple[Any, ...], values: Mapping[str, Any]) -> str:
+    """Return "; did you mean 'x'?" for a key that is not known: what has its name elsewhere, else
+    the nearest, in its group or, of no group, anywhere; or an empty string.
+    """
+    name, group = str(location[-1]), str(location[0])
+    groups = {group: list(kind.model_fields) for group, kind in _groups(values).items()}
+    keys = {field: f"{group}.{field}" for group in reversed(groups) for field in groups[group]}
+    keys |= {field: field for field in RunConfig.model_fields}
+    if name in keys:
+        return f"; did you mean {keys[name]!r}?"
+    if len(location) == 1 and name in values:
+        found = closest(name, RunConfig.model_fields) or closest(name, keys)
+        return "" if found is None else f"; did you mean {keys[found]!r}?"
+    return nearest(name, groups.get(group, groups["model"]))
 
 
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
@@ -464,9 +469,6 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
     location = first["loc"]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        group = _group_of(str(location[-1]), values)
-        if group is not None:
-            return f"unknown key {key!r}; did you mean '{group}.{location[-1]}'?"
-        return f"unknown key {key!r}{nearest(str(location[-1]), _fields_at(location, values))}"
+        return f"unknown key {key!r}{_meant(location, values)}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}={first['input']!r}: {message}" if key else message

@@ -20,6 +20,7 @@ __all__ = [
     "L2RecError",
     "StorageError",
     "TrainingError",
+    "closest",
     "nearest",
 ]
 
@@ -55,7 +56,12 @@ class TrainingError(L2RecError, ValueError):
     """A training that cannot go on."""
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the closest known name, or None if none is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    found = closest(name, known)
+    return "" if found is None else f"; did you mean {found!r}?"

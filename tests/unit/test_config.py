@@ -11,6 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 from tests.support.errors import one_line
+from tests.support.runs import Finished
 
 from l2rec.config import (
     RunConfig,
@@ -23,6 +24,7 @@ from l2rec.config import (
 )
 from l2rec.errors import ConfigError
 from l2rec.methods.l2rec import L2Rec, L2RecConfig
+from l2rec.runs.folder import load_run_config
 
 RECIPES = Path(str(resources.files("l2rec"))) / "recipes"
 NAMES = recipe_names()
@@ -98,6 +100,11 @@ def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
         ("model.adapt=false", lambda c: c.model.adapt, False),
         ("backbone.name=/a/b=c", lambda c: c.backbone.name, "/a/b=c"),
         ("training.max_steps=null", lambda c: c.training.max_steps, None),
+        ("training.max_steps=None", lambda c: c.training.max_steps, None),
+        ("backbone.revision=None", lambda c: c.backbone.revision, None),
+        ('backbone.revision="1234567"', lambda c: c.backbone.revision, "1234567"),
+        ("backbone.name='1e5'", lambda c: c.backbone.name, "1e5"),
+        ("training.lr='1e-4'", lambda c: c.training.lr, 1e-4),
         ("seed=0", lambda c: c.seed, 0),
         ("method=l2rec.methods.l2rec:L2Rec", lambda c: method_class(c.method), L2Rec),
     ],
@@ -158,6 +165,9 @@ def test_an_unknown_key_offers_the_nearest_and_names_the_override(
         ("rank=3", "model.rank"),
         ("model.lr=1", "training.lr"),
         ("training.rank=3", "model.rank"),
+        ("training.seed=3", "seed"),
+        ("model.seed=3", "seed"),
+        ("top_nn=3", "model.top_n"),
     ],
 )
 def test_a_key_of_another_group_is_offered_there(recipe: Path, override: str, offered: str) -> None:
@@ -196,6 +206,17 @@ def test_extends_is_looked_up_from_the_folder_of_the_recipe(tmp_path: Path) -> N
     child.write_text("extends: child.yaml\n")
     with pytest.raises(ConfigError, match="is no other recipe"):
         load_recipe(str(child))
+
+
+def test_a_group_without_keys_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("seed: 3\ntraining:\n  # epochs: 5\nbackbone:\nmodel:\n")
+    assert load_recipe(str(recipe)) == load_recipe("l2rec.methods.l2rec:L2Rec", ["seed=3"])
+
+
+def test_the_config_of_a_run_is_a_recipe(catalog_run: Finished) -> None:
+    config, _ = load_run_config(catalog_run.run)
+    assert load_recipe(str(catalog_run.run / "config.yaml")) == config
 
 
 def test_an_unknown_key_like_no_other() -> None:

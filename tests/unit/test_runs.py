@@ -27,11 +27,12 @@ from tests.support.runs import SMALL, Finished, Quiet, assert_same_training, log
 from l2rec.config import resolve
 from l2rec.data.dataset import Dataset
 from l2rec.data.prepare import prepare
+from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
 from l2rec.disk import read_json
 from l2rec.errors import BackboneError, CheckpointError, ConfigError, DataError, L2RecError
 from l2rec.evaluation.ranks import read_ranks
-from l2rec.runs import folder, scoring
+from l2rec.runs import diagnostics, folder, scoring
 from l2rec.runs import train as training
 from l2rec.runs.checkpoint import load_tensors, save_tensors, trained_tensors
 from l2rec.runs.embed import embed_run
@@ -793,6 +794,19 @@ def test_user_history(catalog_run: Finished, chains: Dataset) -> None:
     assert user_history(catalog_run.run, "u7") == [f"i{item}" for item in row]
     with pytest.raises(DataError, match=r"user 'u77'.*did you mean"):
         user_history(catalog_run.run, "u77")
+
+
+def test_examples_say_how_much_of_a_history_they_leave_out(
+    catalog_run: Finished, chains: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnostics, "SHOWN_HISTORY", 3)
+    split = leave_one_out(chains.sequences)
+    for example in diagnostics.diagnose(load(catalog_run.run), split, chains)["examples"]:
+        user = chains.user_index(example["user"])
+        ids = [f"i{item}" for item in chains.sequences[user]]
+        assert [item["id"] for item in example["history"]] == ids[:-1][-3:]
+        assert example["earlier"] == max(0, len(ids) - 1 - 3)
+        assert example["held_out"]["id"] == ids[-1]
 
 
 def test_cold_items_are_no_part_of_a_user_history(

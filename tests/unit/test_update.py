@@ -307,7 +307,7 @@ def test_a_misspelt_option_of_an_update_is_named(
     catalog_run: Finished, chains: Dataset, tmp_path: Path
 ) -> None:
     source = open_source(newer(chains, tmp_path)[0], columns=Columns())
-    with pytest.raises(ConfigError, match="train.*did you mean 'training'"):
+    with pytest.raises(ConfigError, match=r"'train'; did you mean 'training'"):
         update_run(
             catalog_run.run,
             source,

@@ -17,7 +17,8 @@ from l2rec.protocols import Coded, Inspectable
 from l2rec.runs.predictor import Predictor
 
 BINS = 20
-EXAMPLES = 6
+EXAMPLES, SHOWN_HISTORY = 6, 10
+"""Users whose recommendations are shown, and how many of their newest events."""
 SAMPLE, ROUTED = 512, 128
 """Users whose gates, and whose tokens' experts, are looked at."""
 
@@ -77,16 +78,22 @@ def _examples(
     def item(number: int) -> dict[str, Any]:
         return {"id": ids[number], "text": texts[number]}
 
+    def held_out(n: int, row: int) -> int:
+        """Of the items held out, which are one or those of a day, the best of the list."""
+        targets = cases.targets[row]
+        return int(next((i for i in best.items[n] if i in targets), targets[0]))
+
     return [
         {
             "user": dataset.user_ids[int(cases.users[row])].as_py(),
-            "history": [item(int(i)) for i in histories[n][-8:]],
+            "earlier": max(0, len(histories[n]) - SHOWN_HISTORY),
+            "history": [item(int(i)) for i in histories[n][-SHOWN_HISTORY:]],
             "items": [
                 {**item(int(i)), "score": float(s)}
                 for i, s in zip(best.items[n], best.scores[n], strict=True)
                 if i >= 0
             ],
-            "held_out": item(int(cases.targets[int(row)][0])),
+            "held_out": item(held_out(n, int(row))),
             "gate": encoded.gates[n],
         }
         for n, row in enumerate(rows)

@@ -55,8 +55,6 @@ Json = Mapping[str, Any]
 
 CURVE_POINTS = 300
 """Most points of a drawn curve."""
-SHOWN_HISTORY = 10
-"""Newest events of an example that are shown."""
 
 
 def write_report(run: Path) -> Path:
@@ -318,6 +316,8 @@ def _headline(report: Json) -> Headline | None:
     if not scores:
         return None
     trained, *floors = scores
+    if report.get("blend"):
+        floors = floors[1:]  # the first is the run that it was made of
     value = scores[trained].get(MAIN)
     # A floor that recommends what a user has already stands low where nothing repeats, and high
     # where much does: compared in the convention that suits the floors best.
@@ -687,7 +687,6 @@ def _bar(frame: Frame, low: float, high: float, share: float) -> Bar:
 
 
 def _example(example: Json) -> Example:
-    history = list(example.get("history") or [])
     held_out: Json = example.get("held_out") or {}
     items = [
         Recommended(
@@ -702,8 +701,8 @@ def _example(example: Json) -> Example:
     gate = example.get("gate")
     return Example(
         user=str(example.get("user", "")),
-        earlier=max(0, len(history) - SHOWN_HISTORY),
-        history=history[-SHOWN_HISTORY:],
+        earlier=int(example.get("earlier") or 0),
+        history=list(example.get("history") or []),
         items=items,
         held_out=str(held_out.get("text") or held_out.get("id", "")),
         held_out_rank=next((item.rank for item in items if item.hit), None),

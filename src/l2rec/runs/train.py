@@ -423,8 +423,10 @@ def evaluate_run(
         if tied_day and scores.tied is not None:
             evaluation, protocol = scores.tied, TIED_DAY
         of_parts = {part: each.metrics() for part, each in scores.parts.items()}
-        # Ranks of an unfinished run would look like its final ones; a read-only run can be scored.
-        if not unfinished(run) and os.access(run, os.W_OK):
+        # Ranks of an unfinished run would look like its final ones; a read-only run can be scored;
+        # a published one holds no ids of users.
+        published = load_run_config(run)[1].get("published")
+        if not unfinished(run) and not published and os.access(run, os.W_OK):
             scores.write(run, dataset, split)
     return {
         **evaluation.metrics(),

@@ -538,15 +538,17 @@ def _list_scores(
 ) -> dict[str, Score]:
     """Compute coverage and popularity bias of these users' lists; without lists, nothing.
 
-    Popularity bias needs histories and counts, so it is left out if ``known`` is None.
+    Popularity bias needs histories and counts, so it is left out if ``known`` is None, or where
+    training holds no item of the histories.
     """
     tops = [run.ranks.top[rows, :LISTED] for run in seeds if run.ranks.top is not None]
     if len(tops) < len(seeds):
         return {}
     scores = {COVERAGE: over_seeds([coverage(top, n_items) for top in tops])}
     if known is not None:
-        histories = known.histories.take(np.flatnonzero(rows))
-        scores[BIAS] = over_seeds([popularity_bias(top, histories, known.counts) for top in tops])
+        histories, counts = known.histories.take(np.flatnonzero(rows)), known.counts
+        if counts[histories.values].any():
+            scores[BIAS] = over_seeds([popularity_bias(top, histories, counts) for top in tops])
     return scores
 
 

@@ -101,7 +101,7 @@ def _segment_table(comparison: Comparison, metric: str, masked: bool) -> Table:
     blocks = [block for block in comparison.blocks if block.masked == masked]
     labels = [label for label in blocks[0].lines if metric in blocks[0].lines[label].scores]
     cells, best = _marked(
-        [[block.lines[label].scores[metric] for block in blocks] for label in labels],
+        [[block.lines[label].scores.get(metric) for block in blocks] for label in labels],
         [metric] * len(blocks),
     )
     rows = [
