@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,10 +147,17 @@ class Predictor:
         blend: Blend | None = None,
         sample: Sample | None = None,
     ) -> None:
-        self.model, self.blend, self.sample = model, blend, sample
-        self.ids, self.texts, self.vectors, self.version = ids, texts, vectors, version
-        self._index = {item: n for n, item in enumerate(ids)}
+        self.model, self.version = model, version
+        self.blend, self.sample = blend, sample
         self.run: Path | None = None
+        self._know(ids, texts, vectors)
+
+    def _know(self, ids: list[str], texts: list[str], vectors: Tensor | None) -> None:
+        """Take these rows of the model as the catalog; a row without an id is no item of it."""
+        self.ids, self.texts, self.vectors = ids, texts, vectors
+        self._index = {item: n for n, item in enumerate(ids)}
+        gaps = self._index.pop("", None) is not None
+        self._gaps = [n for n, item in enumerate(ids) if not item] if gaps else []
         self._scorer: Scorer | None = None
 
     # -- the hub ---------------------------------------------------------------------------------
@@ -187,17 +195,24 @@ class Predictor:
 
     @property
     def n_items(self) -> int:
-        """N, items of the model's catalog, those added later included."""
-        return int(self.model.n_items)
+        """N, rows of this predictor's catalog, those added later included."""
+        return len(self.ids)
 
     def scorer(self) -> Scorer:
         """Return the scorer of the method, blended where it is: what is evaluated. It ranks as
         `scores` does, on a scale of its own.
         """
-        if self.blend is not None:
-            return self.blend.scorer(self.model)
-        scorer: Scorer = self.model.scorer()
-        return scorer
+        scorer = self.model.scorer() if self.blend is None else self.blend.scorer(self.model)
+        return lambda histories: self._own(scorer(histories))
+
+    def _own(self, scores: Tensor) -> Tensor:
+        """Cut scores of the model's rows, which other predictors may have added to, to those that
+        are known here, [B, N]: -inf for gaps among them.
+        """
+        scores = scores[:, : len(self.ids)]
+        if not self._gaps:
+            return scores
+        return scores.index_fill(1, torch.tensor(self._gaps, device=scores.device), -math.inf)
 
     @torch.inference_mode()
     def encode(self, rows: Ragged) -> Encoded:
@@ -228,7 +243,7 @@ class Predictor:
         if self.vectors is None:
             return encoded.vectors
         products = encoded.vectors @ self.vectors.T
-        return products if encoded.prior is None else products + encoded.prior
+        return self._own(products if encoded.prior is None else products + encoded.prior)
 
     def costs(self, rows: Ragged) -> npt.NDArray[np.int64]:
         """Return what it takes to encode each history, [B]: tokens for a method that reads texts,
@@ -294,23 +309,27 @@ class Predictor:
         Of the two, and with whatever else runs the model, only one call may be made at a time.
 
         Raises:
-            DataError: an empty text. ConfigError: the method cannot take new items.
+            DataError: an empty text or id. ConfigError: the method cannot take new items.
         """
+        grown = self._grown(items)
+        return Predictor(self.model, *grown, self.version, self.blend, self.sample)
+
+    def _grown(self, items: Mapping[str, str]) -> tuple[list[str], list[str], Tensor | None]:
+        """Add rows to the model; return ids, texts and vectors of all that are known then."""
         self._require(TakesNewItems, "ranks the items it was trained on; train it again for others")
+        if "" in items:
+            raise DataError("an item with an empty id; give it one")
+        known, vectors = len(self.ids), self.vectors
+        if not items:
+            return [*self.ids], [*self.texts], vectors
         with torch.inference_mode():
             added = self.model.add_items(list(items.values()))
-            # Rows of a predictor that was given up may lie in between: they have no id.
-            gap = int(added[0]) - len(self.ids) if len(added) else 0
-            vectors = self.vectors
             if vectors is not None:
-                last = int(added[-1]) + 1 if len(added) else len(vectors)
-                fresh = np.arange(len(vectors), last, dtype=np.int32)
+                fresh = np.arange(known, int(added[-1]) + 1, dtype=np.int32)
                 vectors = torch.cat((vectors, self.model.encode_items(fresh)))
-        ids = [*self.ids, *[""] * gap, *items]
-        texts = [*self.texts, *[""] * gap, *items.values()]
-        grown = Predictor(self.model, ids, texts, vectors, self.version, self.blend, self.sample)
-        grown._index.pop("", None)
-        return grown
+        # Rows of another predictor, or of one that was given up, may lie in between.
+        gap = [""] * (int(added[0]) - known)
+        return [*self.ids, *gap, *items], [*self.texts, *gap, *items.values()], vectors
 
     def blended(self, blend: Blend, version: str) -> Predictor:
         """Return this predictor with co-occurrence and repeats beside its scores."""
@@ -401,20 +420,12 @@ class Predictor:
         """Add items by id and text alone: from now on ranked and allowed in histories.
 
         Raises:
-            DataError: an id that is in the catalog already, or an empty text.
+            DataError: an id that is in the catalog already, or an empty text or id.
         """
         known = [i for i in items if i in self._index]
         if known:
             raise DataError(f"item {known[0]!r} is in the catalog already")
-        self._require(TakesNewItems, "ranks the items it was trained on; train it again for others")
-        added = self.model.add_items(list(items.values()))
-        self._scorer = None
-        if self.vectors is not None:
-            self.vectors = torch.cat((self.vectors, self.model.encode_items(added)))
-        for item, text in items.items():
-            self._index[item] = len(self.ids)
-            self.ids.append(item)
-            self.texts.append(text)
+        self._know(*self._grown(items))
 
 
 def load(
