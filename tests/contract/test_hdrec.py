@@ -274,6 +274,11 @@ def test_what_is_refused() -> None:
     for design in ("id", "late"):
         with pytest.raises(ConfigError, match=f"design={design} ranks what it was trained on"):
             build(design=design).add_items(["a red lamp"])
+    for changes in ({"align": 0.0}, {"training_loss": "fused"}, {"design": "text", "align": 0.0}):
+        model = build(**changes)  # [ALIGN] is no trained parameter
+        with pytest.raises(ConfigError, match=r"HDRec without Task 1 .* train it with align=1"):
+            model.add_items(["a red lamp"])
+        assert model.n_items == N
     with pytest.raises(ConfigError, match="max_items=50 of item_tokens=6 and the prompt may need"):
         build(max_items=50)
     with pytest.raises(ValueError, match="heads=2 and training_loss=fused need design=hybrid"):

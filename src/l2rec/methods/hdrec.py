@@ -40,7 +40,8 @@ Choices where the paper leaves one, and deviations:
   so that every [SEQ] can predict the next item.
 
 The softmax is over the items of training. A new item enters by its text: its row of IPL, and its
-SASRec row, are weighted means of the rows of those items that its [ALIGN] state predicts.
+SASRec row, are weighted means of the rows of those items that its [ALIGN] state predicts. A model
+without Task 1 takes none.
 """
 
 from __future__ import annotations
@@ -665,12 +666,19 @@ class HDRec(nn.Module):
         Task 1 finds likeliest for its text, weighted by their probabilities.
 
         Raises:
-            DataError: an empty text. ConfigError: a model that reads no texts.
+            DataError: an empty text. ConfigError: a model that reads no texts, or was not trained
+                on Task 1.
         """
         if self.config.design in ("id", "late"):
             raise ConfigError(
                 f"HDRec with design={self.config.design} ranks what it was trained on: its id side "
                 "knows no other item"
+            )
+        if not self._aligns:
+            raise ConfigError(
+                "HDRec without Task 1 (align=0 or training_loss=fused) ranks what it was trained "
+                "on: nothing says what a new item reads like; train it with align=1 and "
+                "training_loss=separate"
             )
         check_new_texts(texts)
         first = self.n_items
