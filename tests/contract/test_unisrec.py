@@ -251,6 +251,18 @@ def test_pre_training_alone_ranks_chains() -> None:
     assert best.tolist() == rows.values[rows.offsets[1:] - 1].tolist()
 
 
+def test_what_no_stage_trains_is_no_part_of_an_item() -> None:
+    build(pretrain_epochs=1)
+    drawn = torch.get_rng_state()
+    alone = build(pretrain_epochs=1, finetune=False).eval()
+    # Drawn all the same, so that what is drawn later is what it always was.
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert alone.config.transductive and "items.weight" not in names(alone, 0)
+    torch.testing.assert_close(
+        alone.encode_items(np.arange(N)), alone.encode_items(TEXTS), rtol=0, atol=1e-5
+    )
+
+
 # ------------------------------------------------------------------------------- promises
 
 

@@ -199,6 +199,8 @@ class UniSRec(nn.Module):
         if config.transductive:
             self.items = nn.Embedding(len(catalog), config.dim)
             self.items.apply(initialize)
+            if not config.finetune:  # no stage trains e_i: items are their texts
+                nn.init.zeros_(self.items.weight)
 
     @property
     def text_tokens(self) -> int:
