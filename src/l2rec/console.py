@@ -62,7 +62,8 @@ class Console:
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = RichConsole(stderr=True, quiet=quiet, highlight=False, emoji=False)
-        self._live = self._console.is_terminal and not quiet
+        terminal = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = terminal and not quiet
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
@@ -550,7 +551,7 @@ def _time(seconds: float) -> str:
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.2g} s"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def _empty(value: Any) -> bool:
@@ -567,7 +568,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.4g}"
+        return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     if isinstance(value, Sequence):
         return "; ".join(_shown(v) for v in value)
     return str(value)

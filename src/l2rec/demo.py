@@ -42,6 +42,7 @@ def run_demo(out: Path, data: Path, minutes: float) -> None:
     Raises:
         DataError: a run is of another data set, or a blended run is of another run.
     """
+    out = out if out.name else out.resolve()  # "." has no name to put beside it
     rival = out.with_name(f"{out.name}-sasrec")
     command = f"l2rec demo --out {out} --data {data} --minutes {minutes:g}"
     with Console() as console:

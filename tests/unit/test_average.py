@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from l2rec.errors import CheckpointError
 from l2rec.evaluation.ranks import read_ranks
 from l2rec.runs.predictor import load
 from l2rec.studies.average import Average, average_runs
+from l2rec.studies.compare import compare_runs
 
 
 def test_scores_are_the_mean(catalog_run: Finished, paper_run: Finished) -> None:
@@ -40,12 +42,17 @@ def test_what_one_run_did_not_reach_is_not_lost_for_the_others(
 
 
 def test_a_run_averaged_with_itself_is_itself(catalog_run: Finished, tmp_path: Path) -> None:
-    found = average_runs(
-        [catalog_run.run, catalog_run.run], tmp_path / "both", progress=runs.Quiet()
-    )
+    again = shutil.copytree(catalog_run.run, tmp_path / "again")
+    found = average_runs([catalog_run.run, again], tmp_path / "both", progress=runs.Quiet())
     report = read_json(catalog_run.run / "report.json")
     own, averaged = (one["scores"][one["method"]] for one in (report, found))
     assert averaged == pytest.approx(own, abs=1e-6)
+    with pytest.raises(CheckpointError, match="one of these is given twice"):
+        average_runs(
+            [again, tmp_path / "x" / ".." / "again"], tmp_path / "y", progress=runs.Quiet()
+        )
+    with pytest.raises(CheckpointError, match="both is an average, not a run"):
+        compare_runs([catalog_run.run, tmp_path / "both"])
 
 
 def test_two_seeds_become_a_folder_of_scores(

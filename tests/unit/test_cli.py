@@ -382,6 +382,12 @@ def test_debug_shows_the_traceback(
         (["prepare", "x.csv", "--out", "d"], "l2rec.data.prepare.prepare", "; what was at --out"),
         (["train", "l2rec", "--data", "d", "--out", "r"], "l2rec.runs.train.train_run", "--resume"),
         (
+            ["update", "r", "--events", "nothing.csv", "--out", "o"],
+            "l2rec.runs.folder.open_run_dataset",
+            "--resume",
+        ),
+        (["demo"], "l2rec.demo.run_demo", "; go on with the same command"),
+        (
             ["tune", "sasrec", "--data", "d", "--out", "train"],
             "l2rec.studies.tune.tune",
             "; go on with the same command",

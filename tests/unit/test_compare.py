@@ -27,7 +27,16 @@ from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.ranking import Evaluation
 from l2rec.evaluation.ranks import write_ranks
 from l2rec.metrics import coverage, popularity_bias, rank_values, ranking_metrics
-from l2rec.studies.compare import Block, Comparison, compare, compare_runs, population, read_run
+from l2rec.studies import compare as comparing
+from l2rec.studies.compare import (
+    Block,
+    Comparison,
+    Population,
+    compare,
+    compare_runs,
+    population,
+    read_run,
+)
 from l2rec.studies.tables import csv_text, markdown, tables, write_comparison
 
 Make = Callable[..., Path]
@@ -208,6 +217,23 @@ def test_coverage_and_bias_are_of_the_lists(make: Make, chains: Dataset) -> None
         expected = popularity_bias(top[chosen], histories, counts)
         assert scores["popularity_bias@10"].mean == pytest.approx(expected)
     assert "coverage@10" not in block(found, masked=True).lines["sasrec"].scores
+
+
+def test_people_of_new_items_alone_have_no_popularity_bias(
+    make: Make, chains: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a split by time: a segment whose histories hold nothing that was trained on."""
+    split = leave_one_out(chains.sequences)
+    counts = np.bincount(split.train.values, minlength=chains.n_items)
+    counts[split.test.histories.take(np.array([0])).values] = 0
+    first = np.arange(len(split.test)) == 0
+    known = Population({"newcomers": first}, split.test.histories, counts)
+    monkeypatch.setattr(comparing, "_population_of", lambda *_, **__: known)
+    found = compare_runs([make("a", ranks_of(1))])
+    scores = {b.segment: b.lines["sasrec"].scores for b in found.blocks if not b.masked}
+    assert "popularity_bias@10" in scores["all"]
+    assert "popularity_bias@10" not in scores["newcomers"] and "coverage@10" in scores["newcomers"]
+    assert "bias@10" in markdown(found)
 
 
 def test_seeds_of_a_recipe_are_one_row(make: Make) -> None:

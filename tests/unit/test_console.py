@@ -142,3 +142,25 @@ def test_new_items_have_a_rank_or_were_not_found(capsys: pytest.CaptureFixture[s
         "  new1 is rank 2 of 3 (new: known by its text alone)",
         "  new2 is not among the 3 items that were found (new: known by its text alone)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.1234, "0.12 s"), (9.94, "9.9 s"), (99.6, "100 s"), (115.0, "115 s"), (120.0, "2.0 min")],
+)
+def test_times(seconds: float, shown: str) -> None:
+    assert console._time(seconds) == shown
+
+
+def test_numbers_are_written_out() -> None:
+    assert [console._shown(n) for n in (0.12345, 1234.5, 12345.6)] == ["0.1235", "1,234", "12,346"]
+
+
+def test_a_dumb_terminal_gets_plain_lines(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    with Console() as out:
+        out.training(0.1, 1, 10, "loss 1.000")
+    assert "step 1/10  epoch 0.10  loss 1.000" in capsys.readouterr().err

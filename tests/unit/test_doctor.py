@@ -21,7 +21,7 @@ from l2rec.errors import BackboneError, ConfigError
 from l2rec.methods.l2rec import L2Rec
 from l2rec.studies.doctor.backbones import BUILT_IN, shape_backbone, weights_at_hand
 from l2rec.studies.doctor.shapes import ShapesOnly
-from l2rec.studies.doctor.study import doctor, parts_of
+from l2rec.studies.doctor.study import _course, doctor, parts_of
 
 
 def shapes_of(recipe: RunConfig, data: Dataset, *backbones: str, **options: Any) -> Any:
@@ -156,6 +156,21 @@ def test_what_it_refuses(chains: Dataset) -> None:
         shapes_of(load_recipe("sasrec"), chains, gpu_memory=0)
     with pytest.raises(ConfigError, match=r"--backbone minilm: .* reads no backbone"):
         shapes_of(load_recipe("sasrec"), chains, "minilm")
+
+
+def test_a_training_takes_no_longer_than_its_limits() -> None:
+    stage = {"epochs": 10, "steps_an_epoch": 4, "seconds_epoch": 60.0, "validated": True}
+    found = {"seconds_reading": 5.0, "seconds_validation": 6.0, "stages": {"train": stage}}
+
+    def at_most(*options: str) -> float:
+        config = load_recipe("l2rec.methods.sasrec:SASRec", list(options))
+        seconds: float = _course(config, found)["seconds_at_most"]
+        return seconds
+
+    assert at_most() == 5 + 600 + 11 * 6
+    assert at_most("training.max_steps=20") == 5 + 300 + 6 * 6
+    assert at_most("training.max_minutes=2") == 5 + 120 + 3 * 6
+    assert at_most("training.max_minutes=60") == at_most()
 
 
 @pytest.mark.slow

@@ -14,15 +14,17 @@ from huggingface_hub import ModelCard
 from tests.support import hub as fake
 from tests.support.command import Call
 from tests.support.errors import one_line
-from tests.support.runs import Finished
+from tests.support.runs import Finished, Quiet
 
 import l2rec
 from l2rec.config import BackboneConfig
+from l2rec.data.dataset import Dataset
 from l2rec.errors import CheckpointError, ConfigError
 from l2rec.modules.backbone import load_tokenizer
 from l2rec.runs.folder import read_report
 from l2rec.runs.hub import FILES, save_pretrained
 from l2rec.runs.predictor import Predictor, load
+from l2rec.runs.train import evaluate_run
 
 BACKBONE = "org/tiny-bert"
 HISTORY = ["i1", "i2", "i3"]
@@ -101,6 +103,16 @@ def test_a_published_folder_stays_as_it_is_when_it_is_loaded(
     before = sorted(saved.rglob("*"))
     load(saved)
     assert sorted(saved.rglob("*")) == before
+
+
+def test_a_published_folder_that_is_scored_holds_no_users(
+    sasrec_run: Path, chains: Dataset, tmp_path: Path
+) -> None:
+    saved = save_pretrained(sasrec_run, tmp_path / "saved")
+    before = sorted(saved.rglob("*"))
+    assert evaluate_run(saved, "test", Quiet(), chains.path)["users"] == chains.n_users
+    assert sorted(saved.rglob("*")) == before
+    save_pretrained(sasrec_run, saved)
 
 
 def test_texts_are_read_with_the_tokenizer_that_was_saved(

@@ -133,6 +133,8 @@ def _interrupted(arguments: list[str]) -> str:
     """Return what to say after Ctrl-C: how the verb goes on, if it does."""
     after = {
         "train": "; go on with the same command and --resume",
+        "update": "; go on with the same command and --resume",
+        "demo": "; go on with the same command",
         "tune": "; go on with the same command",
         "experiment": "; go on with the same command",
         "prepare": "; what was at --out before is as it was",

@@ -73,11 +73,13 @@ def average_runs(
     Costs in the report are those of all runs together; their peak memory is the largest.
 
     Raises:
-        CheckpointError: fewer than two runs, or of different data, splits or items; or ``out``
+        CheckpointError: fewer than two runs, one of them twice, or of different data, splits or items; or ``out``
             holds something.
     """
     if len(runs) < 2:
         raise CheckpointError("an average needs two runs or more")
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise CheckpointError("an average counts each run once; one of these is given twice")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is not empty; choose another --out")
     started = time.monotonic()

@@ -47,7 +47,7 @@ from l2rec.config import RunConfig
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Cases
-from l2rec.errors import DataError, L2RecError
+from l2rec.errors import CheckpointError, DataError, L2RecError
 from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import paired_values_test
 from l2rec.evaluation.tied_day import beside_leave_one_out
@@ -121,6 +121,12 @@ def read_run(path: Path, dataset: Dataset | None = None, *, tied_day: bool = Fal
         DataError: ``dataset`` is not the one that the run was trained on, or there are no ranks by
             the tied-day protocol.
     """
+    if not (path / "config.yaml").is_file() and (path / "report.json").is_file():
+        if "averaged" in read_report(path):
+            raise CheckpointError(
+                f"{path} is an average, not a run; a row `average_of` of an experiment of your own "
+                "is tested against runs (l2rec experiment)"
+            )
     config, identity = load_shown_config(path)
     require_finished(path)
     trained_on = identity["dataset"]["fingerprint"]

@@ -64,6 +64,7 @@ def update_run(
         CheckpointError: the run is not finished, its data set is not there, or it cannot be
             trained on from there. DataError: the log cannot be added to its data set.
     """
+    out = out if out.name else out.resolve()  # "." has no name to put beside it
     require_finished(run)
     config, identity = load_run_config(run)
     refuse_of_one_catalog(method_class(config.method), run)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 __all__ = ["doctor", "parts_of"]
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -342,9 +343,14 @@ def _course(config: RunConfig, found: dict[str, Any]) -> dict[str, Any]:
     """Add how long the whole training takes at most: patience may end it before. The model is
     validated before its first step, too.
     """
-    seconds = found["seconds_validation"]
+    training = validations = 0.0
+    options = config.training
     for stage in found["stages"].values():
-        validations = stage["epochs"] / config.training.eval_every if stage["validated"] else 0
-        seconds += stage["epochs"] * stage["seconds_epoch"]
-        seconds += validations * found["seconds_validation"]
+        epochs = min(stage["epochs"], (options.max_steps or math.inf) / stage["steps_an_epoch"])
+        training += epochs * stage["seconds_epoch"]
+        validations += epochs / options.eval_every if stage["validated"] else 0
+    if options.max_minutes is not None and training:
+        share = min(1.0, 60 * options.max_minutes / training)
+        training, validations = share * training, share * validations
+    seconds = training + (1 + validations) * found["seconds_validation"]
     return {**found, "seconds_at_most": found["seconds_reading"] + seconds}
