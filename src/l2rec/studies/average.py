@@ -73,8 +73,8 @@ def average_runs(
     Costs in the report are those of all runs together; their peak memory is the largest.
 
     Raises:
-        CheckpointError: fewer than two runs, one of them twice, or of different data, splits or items; or ``out``
-            holds something.
+        CheckpointError: fewer than two runs, one of them twice, or of different data, splits or
+            items; or ``out`` holds something.
     """
     if len(runs) < 2:
         raise CheckpointError("an average needs two runs or more")

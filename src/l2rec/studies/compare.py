@@ -121,12 +121,12 @@ def read_run(path: Path, dataset: Dataset | None = None, *, tied_day: bool = Fal
         DataError: ``dataset`` is not the one that the run was trained on, or there are no ranks by
             the tied-day protocol.
     """
-    if not (path / "config.yaml").is_file() and (path / "report.json").is_file():
-        if "averaged" in read_report(path):
-            raise CheckpointError(
-                f"{path} is an average, not a run; a row `average_of` of an experiment of your own "
-                "is tested against runs (l2rec experiment)"
-            )
+    bare = not (path / "config.yaml").is_file() and (path / "report.json").is_file()
+    if bare and "averaged" in read_report(path):
+        raise CheckpointError(
+            f"{path} is an average, not a run; a row `average_of` of an experiment of your own is "
+            "tested against runs (l2rec experiment)"
+        )
     config, identity = load_shown_config(path)
     require_finished(path)
     trained_on = identity["dataset"]["fingerprint"]
