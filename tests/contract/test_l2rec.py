@@ -384,10 +384,50 @@ def test_options_of_the_catalog_need_it() -> None:
         tiny.small(text_dropout=0.5)
 
 
-@pytest.mark.parametrize("option", [{"normalize_views": True}, {"behavioral_pool": "encoder"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"normalize_views": True},
+        {"behavioral_pool": "encoder"},
+        {"negatives": 50},
+        {"share_negatives": True},
+    ],
+)
 def test_options_of_the_paper_s_form_need_it(option: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=f"{next(iter(option))} needs form=paper"):
         tiny.small(**CATALOG | option)
+    (name,) = option
+    as_ever = {name: L2RecConfig.model_fields[name].default}  # what run folders name
+    assert tiny.small(**CATALOG | as_ever) == tiny.small(**CATALOG)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({}, 6),
+        ({"views": ("behavioral",)}, 6),
+        ({"views": ("behavioral",), "behavioral_pool": "encoder"}, 12),
+        ({"views": ("behavioral",), **CATALOG}, 12),
+    ],
+    ids=["both views", "means of words", "means of outputs", "catalog"],
+)
+def test_what_is_said_to_be_read_of_a_text_is_read(
+    options: dict[str, Any], limit: int, layers: int
+) -> None:
+    """Two catalogs whose texts differ after the limit, or at it, and what a user is."""
+    (word, *_), other = TEXTS[0].split(), TEXTS[1].split()[-1]
+    assert word != other
+
+    def user(cut: int) -> Tensor:
+        """Encode a user of an item whose text has another word after `cut` words."""
+        texts = [" ".join([word] * cut + [other]), *TEXTS[1:]]
+        model = shaken(build(texts=texts, item_layers=layers, **options))
+        assert model.text_tokens == limit
+        return model.encode_users(Ragged.from_rows([[0]]))
+
+    assert torch.equal(user(limit), user(limit + 1))
+    assert not torch.allclose(user(limit), user(limit - 1), atol=1e-4)
 
 
 def test_options_of_earlier_versions_are_read_where_they_change_nothing() -> None:

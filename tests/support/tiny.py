@@ -146,6 +146,7 @@ def small(**changes: Any) -> L2RecConfig:
         "view_experts": 4,
         "rank": 2,
         "router_width": 4,
-        "negatives": 3,
     }
+    if changes.get("form") != "catalog":
+        values["negatives"] = 3
     return L2RecConfig(**values | changes)

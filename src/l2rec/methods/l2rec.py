@@ -114,6 +114,8 @@ OPTIONS_OF_FORMS = {
     "sampled_items": "catalog",
     "behavioral_pool": "paper",
     "normalize_views": "paper",
+    "negatives": "paper",
+    "share_negatives": "paper",
 }
 """The form that alone has an option."""
 GONE: dict[str, Any] = {
@@ -209,7 +211,7 @@ class L2RecConfig(BaseModel):
     alone."""
     residual_prior: float = Field(0.0, ge=0)
     """Ours: kappa; r_i ~ N(0, 1/kappa), so that items of few events stay near their texts. 0 is no
-    prior. Of form=catalog alone."""
+    prior. Of item_residual alone."""
     sampled_items: int = Field(0, ge=0)
     """Ours: items, beside those to predict, that a step compares with, for catalogs too large to
     encode in every step; 0: all. Of form=catalog alone."""
@@ -224,7 +226,8 @@ class L2RecConfig(BaseModel):
     negatives: int = Field(10, ge=0)
     """Paper: sampled negatives of each user. Of the paper's form alone."""
     share_negatives: bool = False
-    """Ours: every user is also contrasted with the negatives sampled for the others."""
+    """Ours: every user is also contrasted with the negatives sampled for the others. Of the paper's
+    form alone."""
     bpc: float = Field(0.1, ge=0)
     """Paper: gamma. Ablation: 0 is "w/o BPC"."""
     bpc_distance: float = Field(1e-4, ge=0)
@@ -263,6 +266,11 @@ class L2RecConfig(BaseModel):
                 raise ValueError(f"{option} needs form={form}")
         return self
 
+    @property
+    def pools_words(self) -> bool:
+        """Whether an item's vector of Eq. 2 is the mean of its token embeddings."""
+        return self.form == "paper" and self.behavioral_pool == "embeddings"
+
 
 def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
     """Refuse rows that the backbone cannot hold."""
@@ -297,8 +305,7 @@ def _check_lengths(config: L2RecConfig, backbone: Backbone) -> None:
 
 def _entry(config: L2RecConfig, backbone: Backbone, tokens: Ragged, cache: Path | None) -> Entry:
     if config.item_layers:
-        pooled = config.form == "paper" and config.behavioral_pool == "embeddings"
-        read = "semantic" in config.views or pooled
+        read = "semantic" in config.views or config.pools_words
         return LayerEntry(
             backbone, tokens, config.item_tokens, config.item_layers, cache, read=read
         )
@@ -445,9 +452,8 @@ class L2Rec(nn.Module):
             gate_norm=config.gate_norm,
         )
         self.experts.attach()
-        of_words = config.form == "paper" and config.behavioral_pool == "embeddings"
         self.projector = BehavioralProjector(
-            self.entry.width if of_words else backbone.dim, self.entry.width
+            self.entry.width if config.pools_words else backbone.dim, self.entry.width
         )
         self.fusion = AdaptiveFusion(backbone.dim)
         # The place of an item in its row, where the layers that know places are below the views.
@@ -499,7 +505,8 @@ class L2Rec(nn.Module):
     def text_tokens(self) -> int:
         """Most tokens of an item's text that are read, by the semantic view where there is one."""
         config = self.config
-        return config.item_tokens if "semantic" in config.views else config.text_tokens
+        inside = "semantic" in config.views or config.pools_words
+        return config.item_tokens if inside else config.text_tokens
 
     def freeze(self) -> None:
         """Switch to evaluation mode and compute once what no history changes."""
