@@ -176,6 +176,27 @@ def test_the_user_s_share_of_what_a_router_decides_by() -> None:
     assert len(signals) == len(SHAPES) * len(slices), "nothing is collected outside the context"
 
 
+def test_the_load_of_a_block_that_runs_several_times_is_that_of_all_its_runs() -> None:
+    """As ALBERT's only block does; the balance has a term for each run, as training always had."""
+    moe = mixture_of(3, 1, 4, 2, True)
+    slices, _, n = packed(False)
+    first, other, again = (torch.randn(n, SHAPES[j][0]).double() for j in (0, 1, 0))
+    apart = []
+    for j, x in ((0, first), (1, other), (0, again)):
+        with moe.routed(slices) as routing:
+            update(moe, j, x, routing)
+        apart.append(routing)
+    with moe.routed(slices) as whole:
+        for j, x in ((1, other), (0, first), (0, again)):
+            update(moe, j, x, whole)
+    for part in slices:
+        one, two, three = (routing.load[part.view][0] for routing in apart)
+        expected = torch.stack([(one + three) / 2, two])  # in the order of names
+        torch.testing.assert_close(whole.load[part.view], expected)
+        terms = [apart[run].balance[part.view] for run in (1, 0, 2)]
+        torch.testing.assert_close(whole.balance[part.view], torch.cat(terms))
+
+
 def test_every_parameter_is_trained() -> None:
     moe = mixture_of(0, 1, 4, 2, True)
     slices, _, n = packed(False)

@@ -124,40 +124,49 @@ class Routing:
     from_user: per slice and group, the terms that depend on the user alone, float32: what is added
         to the hidden layers of the routers, [U, G, 2 W] (context: b1^c; interaction: b1^f and the
         u-half of R1^f [u; x]), and g^u, [U, G, E]. Empty where the router does not know the user.
-    chosen: per slice, of each group that was passed: g_hat [G, n, E] float32 and the chosen
-        experts [G, n, E] bool. Emptied once they are summed up; None where nothing is collected,
-        because a part of the pass is computed once more.
+    chosen: per slice, of each passage of a group: its matrices j, g_hat [G, n, E] float32 and the
+        chosen experts [G, n, E] bool. Emptied once they are summed up; None where nothing is
+        collected, because a part of the pass is computed once more.
     ready: by module, the input of its group and the output that was computed with it, until the
         module is called.
     """
 
     slices: Sequence[ViewSlice]
     from_user: list[Sequence[tuple[Tensor, Tensor]]]
-    chosen: list[list[tuple[Tensor, Tensor]]] | None
+    chosen: list[list[tuple[list[int], Tensor, Tensor]]] | None
     ready: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def balance(self) -> dict[int, Tensor]:
-        """Load-balancing term of each matrix that was passed, [J] float32, by view."""
-        return {view: terms for view, (terms, _) in self._summed_up.items()}
+        """Load-balancing term of each passage of a matrix, float32, by view: [J], or more where a
+        block runs several times.
+        """
+        return {view: terms for view, (terms, _, _) in self._summed_up.items()}
 
     @property
     def load(self) -> dict[int, Tensor]:
-        """Share of choices that each expert received, [J, E] float32, detached, by view."""
-        return {view: load for view, (_, load) in self._summed_up.items()}
+        """Share of choices that each expert of the matrices that were passed received, [J, E]
+        float32, detached, by view.
+        """
+        found = {}
+        for view, (_, load, matrices) in self._summed_up.items():
+            _, row, times = matrices.unique(return_inverse=True, return_counts=True)
+            total = load.new_zeros(len(times), load.shape[1])
+            total.index_add_(0, row.to(load.device), load)
+            found[view] = total / times.to(load.device)[:, None]  # all are of the same tokens
+        return found
 
     @cached_property
-    def _summed_up(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def _summed_up(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         # At the first question: nobody asks when a user is served.
         assert self.chosen is not None, "a part that is computed once more is no whole pass"
         found = {}
         for part, chosen in zip(self.slices, self.chosen, strict=True):
             if chosen:
-                scores, in_top = (
-                    torch.cat(of_groups)[:, : part.tokens]
-                    for of_groups in zip(*chosen, strict=True)
-                )
-                found[part.view] = load_balance(scores, in_top)
+                groups, *rest = zip(*chosen, strict=True)
+                scores, in_top = (torch.cat(of_groups)[:, : part.tokens] for of_groups in rest)
+                matrices = torch.tensor([j for group in groups for j in group])
+                found[part.view] = *load_balance(scores, in_top), matrices
                 chosen.clear()
         return found
 
@@ -611,7 +620,7 @@ class DPMoE(Keeps, Adapter[Routing]):
         scores = self._fused_scores(group, joined, hidden.unflatten(-1, (matrices, -1)), k, routing)
         chosen = top_n(scores, self.top)
         if routing.chosen is not None:
-            routing.chosen[k].append((scores, chosen))
+            routing.chosen[k].append((self.groups[group], scores, chosen))
         gates = scores * chosen
         if self.gate_norm:
             gates = gates / gates.sum(-1, keepdim=True)
