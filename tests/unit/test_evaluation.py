@@ -314,6 +314,14 @@ def test_top_k_accepts_a_recommender_and_leaves_its_scores_alone() -> None:
     assert top_k(table, Ragged.from_rows([]), 7).items.shape == (0, 7)
 
 
+def test_a_bare_scorer_is_asked_for_few_rows_until_its_catalog_is_known() -> None:
+    table, (histories, _) = tied_table(), some_users()
+    done: list[int] = []
+    got = top_k(table.scorer(), histories, 7, progress=done.append)
+    assert (table.blocks, done) == ([16, 84], [16, 100])
+    assert np.array_equal(got.items, top_k(table, histories, 7).items)
+
+
 def test_top_k_limits() -> None:
     table, user = tied_table(), Ragged.from_rows([[0]])
     for source in (table, table.scorer()):

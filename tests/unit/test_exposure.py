@@ -19,6 +19,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.data.splits import leave_one_out
 from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.evaluation import ranking
 from l2rec.evaluation.ranking import evaluate
 from l2rec.runs.predictor import load
 from l2rec.studies import exposure
@@ -165,6 +166,21 @@ def test_a_list_without_items_is_no_list_of_no_group(
     assert found["overall"]["popularity_bias"] is not None
     [everyone] = found["both"][0]["groups"]
     assert sum(part["exposure"] for part in everyone["shares"].values()) == pytest.approx(1)
+
+
+def test_lists_are_made_in_blocks_that_fit_the_catalog(
+    sasrec_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the ranking before them, and as visibly."""
+
+    class Watched(Quiet):
+        def validating(self, done: int, total: int) -> None:
+            steps.append((done, total))
+
+    steps: list[tuple[int, int]] = []
+    monkeypatch.setattr(ranking, "_BLOCK_SCORES", 1)
+    exposure_of(sasrec_run, ["popularity"], progress=Watched(), k=K)
+    assert steps == 2 * [(16, 40), (32, 40), (40, 40)]
 
 
 def test_the_command_prints_and_writes_it(

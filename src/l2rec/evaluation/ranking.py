@@ -36,6 +36,7 @@ _TOP = 20
 # Scores of a block, 16 MB: beyond 32 MB the C library maps fresh memory for every block, and the
 # first touch of its pages costs more than the ranking.
 _BLOCK_SCORES = 1 << 22
+_LEAST_ROWS, _MOST_ROWS = 16, 1024
 _COVERAGE_AT = 10
 
 
@@ -245,12 +246,14 @@ def top_k(
     exclude: Ragged | None = None,
     candidates: IntArray | None = None,
     batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> TopK:
     """List the ``k`` best items of each of B histories: items [B, k] int64, scores [B, k] float32.
 
     Best first; equal scores in order of item int. ``exclude``: B rows of items never listed.
     ``candidates``: [C] item ints, nothing else is listed (to anyone). Where fewer than ``k``
-    items are left, and for items scored -inf, the rest is item -1 with score -inf.
+    items are left, and for items scored -inf, the rest is item -1 with score -inf. ``progress`` is
+    called after each block with the number of histories done so far.
 
     Raises:
         DataError: ``k`` below 1 or above the catalog, rows that do not fit, or items outside the
@@ -271,8 +274,10 @@ def top_k(
             scorer = scorer_or_recommender.scorer()
         else:
             scorer = scorer_or_recommender
-        size = _block_rows(known or 0) if batch_size is None else batch_size
-        for rows in _blocks(len(histories), size):
+        done = 0
+        while done < len(histories):
+            size = _block_rows(known) if batch_size is None else batch_size
+            rows = next(_blocks(len(histories), size, done))
             block = _score(scorer, _rows(histories, rows), known)
             if known is None:
                 known = block.shape[1]
@@ -282,6 +287,9 @@ def top_k(
             values, columns = _best_of(block, k, chosen, rows.start)
             items[rows, : columns.shape[1]] = columns.cpu().numpy()
             scores[rows, : columns.shape[1]] = values.cpu().numpy()
+            done = rows.stop
+            if progress is not None:
+                progress(done)
     items[np.isneginf(scores)] = -1
     return TopK(items, scores)
 
@@ -401,16 +409,18 @@ def _without(scores: Tensor, exclude: Ragged) -> Tensor:
     return scores
 
 
-def _block_rows(n_items: int) -> int:
-    """Choose how many users are scored at once."""
+def _block_rows(n_items: int | None) -> int:
+    """Choose how many users are scored at once; few while nobody knows of how many items."""
+    if n_items is None:
+        return _LEAST_ROWS
     scores = 4 * _BLOCK_SCORES if torch.cuda.is_available() else _BLOCK_SCORES  # few, large blocks
-    return max(16, min(1024, scores // max(1, n_items)))
+    return max(_LEAST_ROWS, min(_MOST_ROWS, scores // max(1, n_items)))
 
 
-def _blocks(total: int, size: int) -> Iterator[slice]:
+def _blocks(total: int, size: int, start: int = 0) -> Iterator[slice]:
     if size < 1:
         raise ConfigError(f"batch_size={size}; score at least 1 user at a time")
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+    return (slice(at, min(at + size, total)) for at in range(start, total, size))
 
 
 def _rows(ragged: Ragged, rows: slice) -> Ragged:

@@ -194,7 +194,13 @@ def exposure_of(
         )
     cases = _some(split.test)
     values = rank(predictor, cases, progress).values(METRIC, masked=True)
-    top = top_k(predictor.scorer(), cases.histories, k, exclude=cases.histories).items
+    top = top_k(
+        predictor,
+        cases.histories,
+        k,
+        exclude=cases.histories,
+        progress=lambda done: progress.validating(done, len(cases)),
+    ).items
     seen = _Lists(cases, top, values, counts)
     items = [
         item_attribute(name, catalog, counts, separator)
