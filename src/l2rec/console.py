@@ -14,14 +14,15 @@ __all__ = [
     "print_trials",
 ]
 
+import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import markup
 from rich.console import Console as RichConsole
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -50,6 +51,13 @@ SHOWN = ("recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked", "c
 """Metrics of `print_rows`."""
 HISTORY_SHOWN = 10
 """Newest items of a history that are printed."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What a terminal takes for commands, and a text of a catalog should not give it."""
+
+
+def escape(text: str) -> str:
+    """Return a text as it is to be read, whatever a terminal or Rich's markup make of it."""
+    return markup.escape(CONTROL.sub(" ", text))
 
 
 def _rest() -> Column:
@@ -78,6 +86,7 @@ class Console:
         self._tasks: dict[str, TaskID] = {}
         self._last = 0.0
         self._seen: deque[tuple[int, float]] = deque(maxlen=10)
+        self._ranking: tuple[int, float] | None = None  # users and time as a ranking began
         """Steps and times of the newest plain lines: the duration of a step differs by stage."""
 
     def __enter__(self) -> Console:
@@ -89,7 +98,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(text, soft_wrap=True, markup=False)
+        self._console.print(CONTROL.sub(" ", text), soft_wrap=True, markup=False)
 
     def training(self, epoch: float, step: int, total: int, text: str) -> None:
         """Show that step ``step`` of ``total`` is done."""
@@ -111,6 +120,17 @@ class Console:
             self._bar("ranking users", done, total, "")
             if done >= total:
                 self._bars.remove_task(self._tasks.pop("ranking users"))
+            return
+        now = time.monotonic()
+        if self._ranking is None or done < self._ranking[0]:
+            self._ranking = done, now
+        first, began = self._ranking
+        if done >= total:
+            self._ranking = None
+        elif done > first and now - max(self._last, began) > PLAIN_EVERY:
+            self._last = now
+            left = (now - began) / (done - first) * (total - done) / 60
+            self.line(f"ranking users {done:,}/{total:,}  ~{left:.0f} min left")
 
     def _bar(self, name: str, done: int, total: int, text: str) -> None:
         if name not in self._tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -501,6 +502,14 @@ def saved(folder: Path, family: str, changes: dict[str, Any], draw: float) -> Pa
     model.save_pretrained(folder)
     tiny.tokenizer("qwen").save_pretrained(folder)
     return folder
+
+
+def test_an_adapter_is_no_backbone(backbone_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(backbone_folder, tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')
+    with pytest.raises(BackboneError, match="is an adapter and no model") as error:
+        load_backbone(BackboneConfig(name=str(folder)))
+    one_line(error)
 
 
 @pytest.mark.parametrize(

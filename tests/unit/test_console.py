@@ -144,6 +144,18 @@ def test_new_items_have_a_rank_or_were_not_found(capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_a_long_ranking_says_where_it_is(
+    capsys: pytest.CaptureFixture[str], clock: SimpleNamespace
+) -> None:
+    with Console() as out:
+        for total in (600, 60):  # a short one after the long one
+            for done in range(0, total + 1, 10):
+                out.validating(done, total)
+                clock.time += 1 if total == 600 else 0.1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "ranking users 160/600  ~1 min left" and len(lines) == 3
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(0.1234, "0.12 s"), (9.94, "9.9 s"), (99.6, "100 s"), (115.0, "115 s"), (120.0, "2.0 min")],
@@ -164,3 +176,13 @@ def test_a_dumb_terminal_gets_plain_lines(
     with Console() as out:
         out.training(0.1, 1, 10, "loss 1.000")
     assert "step 1/10  epoch 0.10  loss 1.000" in capsys.readouterr().err
+
+
+def test_a_text_gives_a_terminal_no_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "red\x1b]0;mine\x07 lamp\x9b2J"
+    print_table("items", {name: name})
+    with Console() as out:
+        out.line(name)
+    captured = capsys.readouterr()
+    assert "lamp" in captured.out and "lamp" in captured.err
+    assert not console.CONTROL.search(captured.out + captured.err)

@@ -287,6 +287,21 @@ def test_csv_separators_and_byte_order_mark(tmp_path: Path, name: str, separator
     assert events_of(open_source(log)) == [("u", "i", 1.0)]
 
 
+@pytest.mark.parametrize(("at", "value"), [(6, b"\x01"), (8, b"\x09")], ids=["locked", "deflate64"])
+def test_a_zip_that_cannot_be_unpacked(tmp_path: Path, at: int, value: bytes) -> None:
+    path = tmp_path / "log.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("events.csv", "user_id,item_id,timestamp\nu,i,1\n")
+    packed = bytearray(path.read_bytes())
+    for header, offset in ((b"PK\x03\x04", at), (b"PK\x01\x02", at + 2)):
+        place = packed.index(header) + offset
+        packed[place : place + 1] = value
+    path.write_bytes(packed)
+    with pytest.raises(DataError, match=r"cannot be unpacked: .*; pack it again") as error:
+        events_of(open_source(path))
+    one_line(error)
+
+
 def test_csv_gzipped(tmp_path: Path) -> None:
     (tmp_path / "log.csv.gz").write_bytes(gzip.compress(b"user_id,item_id,timestamp\nu,i,1\n"))
     assert events_of(open_source(tmp_path / "log.csv.gz")) == [("u", "i", 1.0)]

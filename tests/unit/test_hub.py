@@ -22,7 +22,7 @@ from l2rec.data.dataset import Dataset
 from l2rec.errors import CheckpointError, ConfigError
 from l2rec.modules.backbone import load_tokenizer
 from l2rec.runs.folder import read_report
-from l2rec.runs.hub import FILES, save_pretrained
+from l2rec.runs.hub import FILES, _without_paths, save_pretrained
 from l2rec.runs.predictor import Predictor, load
 from l2rec.runs.train import evaluate_run
 
@@ -270,6 +270,10 @@ def test_a_run_of_the_hub_that_brings_code_is_refused(
         l2rec.load("org/trap")
     with pytest.raises(SystemExit, match="imported"):
         l2rec.load("org/trap", trust_remote_code=True)
+    edited(saved, method=f"l2rec.methods./..{tmp_path}/a_trap.py:Method")  # begins as ours do
+    hub.put("org/trap", saved)
+    with pytest.raises(ConfigError, match=r"a_trap\.py:Method'; read it"):
+        l2rec.load("org/trap")
     edited(saved, method="l2rec.methods.l2rec:L2Rec", backbone={"trust_remote_code": True})
     hub.put("org/trap", saved)
     with pytest.raises(ConfigError, match="runs code of the repository") as e:
@@ -332,6 +336,25 @@ def test_ids_follow_the_rules_of_the_hub(
     with pytest.raises(ConfigError, match="no id for the hub"):
         save_pretrained(sasrec_run, tmp_path / "a", dataset=name)
     save_pretrained(sasrec_run, tmp_path / "a", dataset=offered)
+
+
+@pytest.mark.parametrize(
+    ("word", "published"),
+    [
+        ("../clients/acme/2026/", "2026"),
+        ("--data=/home/me/data", "--data=data"),
+        ("training.tracker=sqlite:////home/me/runs.db", "training.tracker=runs.db"),
+        ("C:\\\\clients\\\\acme", "acme"),
+        ("scientific/sasrec", "scientific/sasrec"),
+        ("backbone.name=org/model", "backbone.name=org/model"),
+        ("model.views=[behavioral]", "'model.views=[behavioral]'"),
+    ],
+)
+def test_commands_say_what_was_read_and_not_where_it_lay(word: str, published: str) -> None:
+    report = {"backbone": {"name": "org/model"}, "command": f"l2rec train '{word}'", "recipe": word}
+    told = _without_paths(report)
+    assert told["command"] == f"l2rec train {published}"
+    assert told["recipe"] == published.strip("'")
 
 
 def test_the_command_writes_a_folder_or_uploads(

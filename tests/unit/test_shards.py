@@ -175,6 +175,14 @@ def test_a_shard_that_was_exchanged(catalog_run: Finished, tmp_path: Path) -> No
         read_vectors(folder)
 
 
+def test_a_shard_lies_in_the_folder(catalog_run: Finished, tmp_path: Path) -> None:
+    embed_run(catalog_run.run, tmp_path, Quiet(), sharding=Sharding(rows=8))
+    manifest = tmp_path / "users" / MANIFEST
+    manifest.write_text(manifest.read_text().replace("shard-00001", "../shard-00001"))
+    with pytest.raises(CheckpointError, match="names a file that is not in the folder"):
+        read_vectors(tmp_path / "users")
+
+
 def test_rows_that_changed_are_not_taken_for_those_that_were_encoded(
     catalog_run: Finished, tmp_path: Path
 ) -> None:

@@ -190,6 +190,8 @@ def _read_shards(folder: Path) -> Vectors:
         raise CheckpointError(f"{folder} is not complete; give the same `l2rec embed` again")
     parts = []
     for shard in manifest["shards"]:
+        if Path(shard["name"]).name != shard["name"]:
+            raise CheckpointError(f"{folder / MANIFEST} names a file that is not in the folder")
         part, digest = read_file(folder / shard["name"])
         if digest != shard["sha256"] or part.version != manifest["version"]:
             raise CheckpointError(

@@ -895,6 +895,7 @@ def _load_model(
     rounds to one part in 256, a whole turn off at far positions.
     """
     from transformers import AutoModel
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     dtype = _dtype(config)
     if config.random_weights:
@@ -905,6 +906,13 @@ def _load_model(
         for parameter in drawn.parameters():  # buffers stay as they are
             parameter.data = parameter.data.to(dtype)
         return drawn
+    # With peft installed, an adapter's folder would load the model that it names, and its own
+    # weights by pickle if there are no others.
+    if find_adapter_config_file(source, revision=config.revision) is not None:
+        raise BackboneError(
+            f"backbone {config.name!r} is an adapter and no model; merge it into its model, and "
+            "name that"
+        )
     options = common | quantization(config.name, settings, config.quantize, dtype)
     model: nn.Module
     model, loading = AutoModel.from_pretrained(

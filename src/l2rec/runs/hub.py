@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from l2rec.config import BackboneConfig, RunConfig, method_class, names_file
+from l2rec.config import BackboneConfig, RunConfig, method_class, names_file, recipe_names
 from l2rec.disk import replacing_folder, write_json, write_text
 from l2rec.errors import CheckpointError, ConfigError
 from l2rec.modules.backbone import MINILM_HUB, load_tokenizer
@@ -45,7 +45,7 @@ CARD, CONFIG, REPORT = "README.md", "config.yaml", "report.json"
 COPIED = ("catalog.parquet", MODEL, BLEND, ITEMS)
 FILES = (CARD, CONFIG, REPORT, *COPIED, f"{TOKENIZER}/*.json")
 """All that is published, and all that is downloaded."""
-OURS = "l2rec.methods."
+OURS = re.compile(r"l2rec\.methods\.\w+:\w+")
 """Where the methods are that may be loaded without ``trust_remote_code``."""
 COMPARED = 64
 """Texts that a saved tokenizer has to read as the backbone's own does."""
@@ -257,7 +257,7 @@ def _check_trusted(folder: Path, name: str, trust_remote_code: bool) -> None:
     if trust_remote_code:
         return
     needs = []
-    if not method.startswith(OURS):
+    if not OURS.fullmatch(method):
         needs.append(f"imports {method!r}")
     if backbone.get("trust_remote_code"):
         needs.append(f"runs code of the repository of {backbone.get('name')!r}")
@@ -312,19 +312,20 @@ def _start_of(run: Path) -> Mapping[str, Any] | None:
 
 def _without_paths(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return a report whose commands name files and folders, but not where they lay."""
-    words = shlex.split(str(report.get("command") or ""))
-    command = " ".join(word if word == "&&" else shlex.quote(_last_part(word)) for word in words)
-    recipe = str(report.get("recipe") or "")
-    plain = Path(recipe).name if Path(recipe).is_absolute() else recipe
     backbone = dict(report["backbone"])
-    return {**report, "backbone": backbone, "command": command, "recipe": plain}
+    names = {*recipe_names(), str(backbone["name"])} - {""}
 
+    def plain(word: str) -> str:
+        """Leave of a path, or of an address, the last part; not of names with a slash in them."""
+        key, sep, value = word.rpartition("=")
+        if value in names and not Path(value).is_absolute():
+            return word
+        return key + sep + re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
-def _last_part(word: str) -> str:
-    """Return a word of a command without the folders of an absolute path in it."""
-    key, sep, value = word.rpartition("=")
-    absolute = Path(value).is_absolute() or value.startswith("~")
-    return f"{key}{sep}{Path(value).name}" if absolute else word
+    words = shlex.split(str(report.get("command") or ""))
+    command = " ".join(word if word == "&&" else shlex.quote(plain(word)) for word in words)
+    recipe = plain(str(report.get("recipe") or ""))
+    return {**report, "backbone": backbone, "command": command, "recipe": recipe}
 
 
 def _save_tokenizer(run: Path, config: RunConfig, folder: Path) -> None:

@@ -250,6 +250,10 @@ def reading(file: File, encoding: str = "utf-8") -> Iterator[None]:
         raise DataError(
             f"{file} is incomplete: its compressed data ends early; fetch the file again"
         ) from error
+    except (NotImplementedError, RuntimeError) as error:  # of zipfile
+        raise DataError(
+            f"{file} cannot be unpacked: {error}; pack it again, without a password and by deflate"
+        ) from error
     except (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(
             f"{file} is damaged ({error}); fetch the file again, or rename it if it is not gzip"

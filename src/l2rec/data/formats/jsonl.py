@@ -81,6 +81,8 @@ def json_lines(file: File, block: bytes, first: int) -> list[Row]:
 def _json_line(file: File, line: str, number: int) -> Row:
     try:
         row = json.loads(line)
+    except RecursionError:
+        row = None
     except ValueError:
         try:
             row = ast.literal_eval(line.strip())
