@@ -598,8 +598,8 @@ class EventLog:
 
     @property
     def _name(self) -> str:
-        """The URL without its password."""
-        return str(self.engine.url.render_as_string(hide_password=True))
+        """The URL without its password, and without its query, which may have one too."""
+        return str(self.engine.url.set(query={}).render_as_string(hide_password=True))
 
     def _prepare(self) -> None:
         """Create the tables, once; later where the database was away when the log was opened."""

@@ -429,7 +429,8 @@ class Service:
     async def problems(self) -> list[str]:
         """List the reasons why requests would fail, by a real inference and a look into the log.
 
-        Concurrent calls share one check, as do calls within `READY_REUSED` seconds.
+        Concurrent calls share one check, as do calls within `READY_REUSED` seconds. Whoever asks
+        needs no key, so addresses and paths are in the log alone.
         """
         now = time.monotonic()
         if self._ready is None or (self._ready[1].done() and now - self._ready[0] > READY_REUSED):
@@ -445,7 +446,7 @@ class Service:
             problems.append(f"the model gave no answer within {READY_SECONDS:g} s")
         except CheckpointError as error:
             logger.error("not ready: %s", error)
-            problems.append(f"the model is not the one that was trained: {error}")
+            problems.append("the model is not the one that was trained")
         except Exception as error:
             logger.exception("the model cannot infer")
             problems.append(f"the model cannot infer: {type(error).__name__}")
@@ -455,7 +456,8 @@ class Service:
         except TimeoutError:
             problems.append(f"the event log gave no answer within {READY_SECONDS:g} s")
         except L2RecError as error:
-            problems.append(str(error))
+            logger.error("not ready: %s", error)
+            problems.append("the event log is away")
         return problems
 
     async def close(self) -> None:
