@@ -249,6 +249,44 @@ def test_a_body_has_its_own_time(connected: Any) -> None:
     assert received(connection).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n", b"200"),
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"200"),
+        (b"POST /v1/events HTTP/1.1\r\nHost: example.com\r\nContent-Length: 1000\r\n\r\n", b"400"),
+    ],
+)
+def test_a_body_that_is_not_read_does_not_keep_a_connection(
+    head: bytes, status: bytes, connected: Any
+) -> None:
+    connection = connected()
+    connection.sendall(head)
+    answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    closed, deadline = False, time.monotonic() + 3
+    while not closed and time.monotonic() < deadline:
+        try:
+            connection.sendall(b"1")
+        except OSError:
+            closed = True
+        time.sleep(0.05)
+    assert closed
+
+
+def test_what_is_left_of_a_refused_body_may_come(connected: Any) -> None:
+    """Whoever sends all of it may go on with the connection."""
+    connection = connected()
+    connection.sendall(b"POST /v1/events HTTP/1.1\r\nHost: x.org\r\nContent-Length: 4\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 400")
+    connection.sendall(b"1234" + HEAD + b"Connection: close\r\nContent-Length: 19\r\n\r\n")
+    connection.sendall(b'{"history": ["i1"]}')
+    assert received(connection).startswith(b"HTTP/1.1 200")
+
+
 def test_two_lengths_of_one_body_are_refused(connected: Any) -> None:
     connection = connected()
     chunks = b'1b\r\n{"history": ["i1"], "k": 3}\r\n0\r\n\r\n'

@@ -1,5 +1,5 @@
-"""HTTP/1.1 of the server: uvicorn's, with a time for the head of a request; its own errors are
-problem details too.
+"""HTTP/1.1 of the server: uvicorn's, with a time for the head of a request, and for a body that is
+not read; its own errors are problem details too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from l2rec.service.security import PROBLEM, problem
 
 HEAD_SECONDS = 10.0
-"""Time for the head of a request to arrive, and for the first one of a connection to begin."""
+"""Time for the head of a request to arrive, for the first one of a connection to begin, and for the
+rest of a body whose request is answered already.
+"""
 
 
 class Http(H11Protocol):
-    """A connection that is closed where the head of a request takes longer than `HEAD_SECONDS`."""
+    """A connection that is closed where the head of a request, or the rest of a body whose request is
+    answered already, takes longer than `HEAD_SECONDS`. A body that is read has a time of its own.
+    """
 
     _late: asyncio.TimerHandle | None = None
 
@@ -30,6 +34,11 @@ class Http(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -54,7 +63,10 @@ class Http(H11Protocol):
         self.transport.close()
 
     def _watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        their = self.conn.their_state
+        # Not closed at once: a client may send its body before it reads that it was refused.
+        unread = their is h11.SEND_BODY and self.cycle.response_complete
+        if their is not h11.IDLE and not unread:
             self._settle()
         elif self._late is None:
             self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
