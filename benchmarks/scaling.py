@@ -378,8 +378,9 @@ PRODUCTS_ALONE = (
 
 ID_BYTES = 12
 """Of a user id, such as those of the generated log."""
-PAIR_BYTES = 24
-"""Two item numbers and a weight."""
+PAIR_BYTES = 31
+"""Most memory of counting 47 million pairs, for each: two item numbers and a weight, the same once
+more as a matrix, and the pairs of one distance."""
 WINDOW = 10
 """Distance of co-occurrence, both ways."""
 
@@ -398,8 +399,8 @@ def breaks(unit: Mapping[str, Cost]) -> list[str]:
         f"{small.users:,}, each time, on one core. `split.users=10000` ranks so many, evenly "
         "spread; all are trained on.",
         f"**Counting pairs**, for the floors of `l2rec train` and for `l2rec blend`: {PAIR_BYTES} "
-        f"bytes a pair are {pairs} for {small.events:,} events. A machine has "
-        "to have that much, or does not come to its test.",
+        f"bytes a pair, measured with 47 million, are {pairs} for {small.events:,} events. A "
+        "machine has to have that much, or does not come to its test.",
         f"**r_i** (`item_residual`), dense: {unit['free'].shown} a step beside "
         f"{unit['train'].shown}, and {unit['free_peak'].shown} of memory. Half of a card holds "
         f"those, with gradients and AdamW, of the items of {fit}. Beyond: "

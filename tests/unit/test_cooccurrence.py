@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,24 @@ def test_counts_and_recall_are_what_a_loop_counts(seed: int) -> None:
     histories = [row for row in random_rows(seed + 10) if row]
     recalled = found.recall(Ragged.from_rows(histories)).toarray()
     np.testing.assert_allclose(recalled, [literal_recall(h, counts) for h in histories], rtol=1e-6)
+
+
+def test_pairs_take_little_more_memory_than_their_numbers() -> None:
+    """As docs/scaling.md says it: 31 bytes a pair."""
+    users, length, n = 3000, 30, 20_000
+    items = np.random.default_rng(0).integers(n, size=users * length, dtype=np.int32)
+    rows = Ragged(items, np.arange(0, len(items) + 1, length, dtype=np.int64))
+    pairs = 2 * users * sum(length - distance for distance in range(1, 11))
+    found = CoOccurrence(n)
+    found.count(Ragged.from_rows([[0, 1]]))  # imports what it needs
+    tracemalloc.start()  # sees what numpy allocates
+    try:
+        found.count(rows)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found.items) > pairs / 2
+    assert peak < 36 * pairs
 
 
 def test_nothing_is_recalled_before_anything_is_counted_or_for_an_item_that_came_later() -> None:

@@ -117,13 +117,19 @@ class CoOccurrence(nn.Module):
         often = np.maximum(np.bincount(values, minlength=self.n_items), 1).astype(np.float64)
         near, far = often**-0.5, often**-self.rarity
         place = np.arange(len(values)) - np.repeat(rows.offsets[:-1], lengths)
-        parts = []
-        for distance in range(1, self.window + 1):
+        distances = range(1, self.window + 1)
+        total = 2 * sum(int(np.count_nonzero(place >= distance)) for distance in distances)
+        # Numbers as narrow as scipy has them, which would copy others.
+        first, second = np.empty(total, np.int32), np.empty(total, np.int32)
+        weights, end = np.empty(total), 0
+        for distance in distances:
             later = np.flatnonzero(place >= distance)
             a, b = values[later - distance], values[later]
             weight = self.decay ** (distance - 1)
-            parts += [(a, b, weight * near[a] * far[b]), (b, a, weight * near[b] * far[a])]
-        first, second, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+            for i, j in ((a, b), (b, a)):
+                at = slice(end, end + len(later))
+                first[at], second[at], weights[at] = i, j, weight * near[i] * far[j]
+                end = at.stop
         return _csr(weights, first, second, (self.n_items, self.n_items))
 
     def counts(self) -> Sparse:
