@@ -21,8 +21,8 @@ rest of a body whose request is answered already.
 
 
 class Http(H11Protocol):
-    """A connection that is closed where the head of a request, or the rest of a body whose request is
-    answered already, takes longer than `HEAD_SECONDS`. A body that is read has a time of its own.
+    """A connection that is closed where the head of a request, or the rest of a body whose request
+    is answered already, takes longer than `HEAD_SECONDS`. A body that is read has its own time.
     """
 
     _late: asyncio.TimerHandle | None = None

@@ -250,6 +250,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, sent, detail = time.perf_counter(), 0, ""
+        _CALLER.set(None)  # a context may be that of the request before on its connection
         scope["l2rec.request"] = request = uuid.uuid4().hex
         counted = scope["path"] not in PROBES
 
@@ -284,7 +285,9 @@ class Guard:
             template = getattr(route, "path", None) or "other"
             seconds = time.perf_counter() - started
             self._metrics.answered(template, scope["method"], sent, seconds)
-            if sent >= 400 and counted:
+            # Whoever has no key must not push the failures of the others out of the list.
+            known = _CALLER.get() is not None or not self.settings.secured
+            if sent >= 400 and counted and known:
                 failure = Failure(time.time(), scope["method"], template, sent, detail, request)
                 self._metrics.failures.append(failure)
             if self.settings.access_log:
@@ -299,15 +302,18 @@ class Guard:
             # Whoever stands in between may have taken the other one to end the request.
             raise Refused(400, "both Content-Length and Transfer-Encoding", closes=True)
         self._check_host(headers)
+        key, public = PUBLIC_KEY, is_public(method, path)
+        if not public:
+            key = self._key(headers)
+            _CALLER.set(Caller(key, self._limit, self._writer(key)))
         if counted and self.inflight > settings.inflight:
             self._metrics.refused.labels("inflight").inc()
             raise Refused(
                 503, f"{settings.inflight} requests are being answered already", retry_after=1
             )
-        key = PUBLIC_KEY
-        if not is_public(method, path):
-            key = self._key(headers, may_write(method, path))
-            _CALLER.set(Caller(key, self._limit, self._writer(key)))
+        if not public:
+            if may_write(method, path) and current_writer() is None:
+                raise Refused(403, "a read key: items and events need a write key")
             if wait := self._limit.wait(key):
                 self._metrics.refused.labels("rate").inc()
                 raise Refused(429, f"more than {settings.rate:g} tokens a minute", retry_after=wait)
@@ -368,7 +374,7 @@ class Guard:
                 400, "a server without keys answers to localhost alone; set keys to use other names"
             )
 
-    def _key(self, headers: dict[bytes, bytes], write: bool) -> int:
+    def _key(self, headers: dict[bytes, bytes]) -> int:
         """Return the number of the key that was sent, counting read keys first.
 
         Every key is compared, in constant time, so that the duration reveals nothing about them.
@@ -385,8 +391,6 @@ class Guard:
                 match = number
         if match < 0:
             raise Refused(401, "unknown key")
-        if write and match < len(self._read):
-            raise Refused(403, "a read key: items and events need a write key")
         return match
 
     def _writer(self, key: int) -> str | None:
