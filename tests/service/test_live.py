@@ -307,7 +307,7 @@ def test_a_bad_candidate_never_displaces_a_good_one(
                         "item vectors that are not finite numbers: torn or badly trained",
                     ),
                     (candidate(good, torn), "catalog.parquet: missing or torn"),
-                    (candidate(good, Path("/etc")), "/etc is not a run folder"),
+                    (candidate(good, Path("/etc")), "etc is not a run folder"),
                     ("{", "live.json: not readable"),
                 ],
                 1,
@@ -319,6 +319,7 @@ def test_a_bad_candidate_never_displaces_a_good_one(
                     )
                 )
                 assert reason in live.refused["reason"] and live.current() is before
+                assert str(folder.parent) not in live.refused["reason"]
                 answer = await client.post("/v1/recommend", json={"history": ["i1"]})
                 assert answer.json()["version"] == before.version
             assert live.status()["refused"]["run"] == "serving"

@@ -20,6 +20,7 @@ from l2rec.errors import CheckpointError
 from l2rec.service.app import create_app
 from l2rec.service.events import EventLog
 from l2rec.service.live import STEPS, deploy, end_shadow, read_deployment, rollback
+from l2rec.service.security import Guard
 from l2rec.service.server import load_live
 from l2rec.service.settings import Settings
 
@@ -56,13 +57,31 @@ def test_few_failures_are_remembered_and_no_probes(serve: Serve) -> None:
     assert found[0]["detail"].endswith("'gone-59'") and found[-1]["detail"].endswith("'gone-10'")
 
 
-def test_a_failure_names_no_key(serve: Serve) -> None:
+def test_who_has_no_key_leaves_no_failure(serve: Serve) -> None:
     client = serve(**KEYS)
-    client.get("/v1/live", headers={"Authorization": f"Bearer wrong-{WRITE_KEY}"})
     client.request("DELETE", "/v1/items", params={"id": "i1"}, headers=READ)
-    text = client.get("/v1/failures", headers=READ).text
-    assert '"status":401' in text and '"status":403' in text
-    assert WRITE_KEY not in text and READ_KEY not in text
+    client.post("/v1/recommend", json={"history": ["gone"]}, headers=READ)
+    for headers in ({}, {"Authorization": f"Bearer wrong-{WRITE_KEY}"}):
+        for address in ("/v1/live", "/static/nothing", "/nowhere"):
+            assert client.get(address, headers=headers).status_code in (401, 404)
+    answer = client.get("/v1/failures", headers=READ)
+    assert [each["status"] for each in answer.json()["failures"]] == [422, 403]
+    assert WRITE_KEY not in answer.text and READ_KEY not in answer.text
+    metrics = client.app.state.metrics  # type: ignore[attr-defined]
+    assert metric_of(metrics, "l2rec_requests_total", status="401") == 4
+
+
+def test_failures_of_an_overload_are_those_of_who_has_a_key(serve: Serve) -> None:
+    client = serve(**KEYS, inflight=2)
+    guard: Any = client.app.middleware_stack  # type: ignore[attr-defined]
+    while not isinstance(guard, Guard):
+        guard = guard.app
+    guard.inflight += 2
+    error(client.get("/v1/live"), 401)
+    error(client.get("/v1/live", headers=READ), 503)
+    guard.inflight -= 2
+    found = client.get("/v1/failures", headers=READ).json()["failures"]
+    assert [each["status"] for each in found] == [503]
 
 
 def test_gauges_of_the_process(serve: Serve) -> None:
@@ -186,7 +205,7 @@ def test_rolling_back_by_http(followed: Callable[..., TestClient]) -> None:
     assert after["current"] == done.json() and after["previous"] == []
     assert after["steps"][0]["by"] == "write key 1" and after["steps"][0]["action"] == "rollback"
     message = error(client.post(place, json=after["current"], headers=WRITE), 409)
-    assert "nothing was deployed before" in message
+    assert message == "serving: nothing was deployed before catalog"
 
 
 def test_a_run_that_is_gone_is_not_gone_back_to(
@@ -198,7 +217,7 @@ def test_a_run_that_is_gone_is_not_gone_back_to(
     path.write_text(json.dumps(value | {"previous": [str(tmp_path / "gone")]}))
     current = client.get("/v1/deployments").json()["current"]
     message = error(client.post("/v1/deployments/rollback", json=current), 409)
-    assert message.endswith("is no longer there")
+    assert message == "gone was served before other, and is no longer there"
     assert client.get("/v1/deployments").json()["current"] == current
 
 
@@ -231,4 +250,6 @@ def test_one_run_cannot_be_rolled_back(serve: Serve) -> None:
 def test_a_torn_deployment_is_said(followed: Callable[..., TestClient], tmp_path: Path) -> None:
     client = followed()
     (tmp_path / "serving" / "live.json").write_text("{")
-    assert "live.json" in error(client.get("/v1/deployments"), 409)
+    answer = client.get("/v1/deployments")
+    assert error(answer, 409).startswith("serving/live.json: not readable")
+    assert str(tmp_path) not in answer.text

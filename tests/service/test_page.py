@@ -101,10 +101,11 @@ def test_what_is_held_beside_it(serve: Serve, catalog_run: Finished, other_run: 
     client = serve()
     held: Live = client.app.state.live  # type: ignore[attr-defined]
     held.shadow = load_version(other_run.run)
-    held.refuse("/somewhere/bad", "its tensors are torn")
+    held.refuse(Path("/somewhere/bad"), "/somewhere/bad/model.safetensors: torn")
     live = get(client, "/v1/live")
     assert live["shadow"] == {"name": "other", "version": held.shadow.version}
-    assert live["refused"]["run"] == "bad" and live["refused"]["reason"] == "its tensors are torn"
+    assert live["refused"]["run"] == "bad"
+    assert live["refused"]["reason"] == "bad/model.safetensors: torn"
 
 
 def test_a_method_that_has_neither_gate_nor_experts(serve: Serve, sasrec_run: Path) -> None:

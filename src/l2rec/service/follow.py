@@ -206,7 +206,7 @@ class Follower:
     def _refuse(self, run: Path, error: Exception) -> None:
         reason = str(error) if isinstance(error, L2RecError) else type(error).__name__
         logger.error("refused %s: %s", run.name, reason)
-        self.service.live.refuse(str(run), reason)
+        self.service.live.refuse(run, reason)
         self.service.metrics.swaps.labels("refused").inc()
 
     def close(self) -> None:

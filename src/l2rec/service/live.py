@@ -17,6 +17,7 @@ __all__ = [
     "Live",
     "Step",
     "Version",
+    "by_name",
     "deploy",
     "end_shadow",
     "read_deployment",
@@ -96,9 +97,9 @@ class Live:
             assert role == "shadow", role
             self.shadow = version
 
-    def refuse(self, run: str, reason: str) -> None:
+    def refuse(self, run: Path, reason: str) -> None:
         """Remember a candidate that was refused."""
-        self.refused = {"run": run, "reason": reason, "at": time.time()}
+        self.refused = {"run": run.name, "reason": by_name(reason, run), "at": time.time()}
 
     def status(self) -> dict[str, Any]:
         """Describe the versions for people: names, hashes, times, and the last refusal."""
@@ -115,13 +116,22 @@ class Live:
                 "method": version.report.get("method"),
             }
 
-        refused = self.refused and {**self.refused, "run": Path(self.refused["run"]).name}
         return {
             "live": shown(self.version),
             "control": shown(self.control),
             "shadow": shown(self.shadow),
-            "refused": refused,
+            "refused": self.refused,
         }
+
+
+def by_name(text: str, *paths: Path) -> str:
+    """Return a text with these paths by their names alone: whoever asks a server is not told where
+    they lie.
+    """
+    for path in paths:
+        if path.name:
+            text = text.replace(str(path), path.name)
+    return text
 
 
 # -- live.json -----------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def load_live(
         follow = (target, run if refused is None else wanted.current, None)
         live = Live(version, folder=target)
         if refused is not None:
-            live.refuse(str(wanted.current), refused)
+            live.refuse(wanted.current, refused)
     else:
         live = Live(load_with_items(target, log, index=settings.index))
     if control == POPULARITY:

@@ -10,12 +10,15 @@ from __future__ import annotations
 __all__ = ["router"]
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
+from l2rec.errors import L2RecError
 from l2rec.service import live, schemas
 from l2rec.service.live import Action
 from l2rec.service.metrics import Failure
@@ -121,7 +124,13 @@ async def deployments(request: Request) -> Deployments:
     folder = service_of(request).live.folder
     if folder is None:
         return Deployments(current=None, previous=[], shadow=None, steps=[])
-    known = await asyncio.to_thread(live.read_deployment, folder)
+
+    def read() -> live.Deployment:
+        assert folder is not None
+        with _by_name(folder):
+            return live.read_deployment(folder)
+
+    known = await asyncio.to_thread(read)
 
     def run(path: Path) -> Run:
         return Run(run=path.name, version=known.expected(path))
@@ -146,7 +155,8 @@ async def rollback(request: Request, body: RollBack) -> RolledBack:
     def change() -> RolledBack:
         assert folder is not None
         leaving = (body.run, body.version)
-        new = live.rollback(folder, leaving=leaving, by=current_writer(), check=False)
+        with _by_name(folder):
+            new = live.rollback(folder, leaving=leaving, by=current_writer(), check=False)
         return RolledBack(run=new.current.name, version=new.expected(new.current))
 
     done = await asyncio.to_thread(change)
@@ -154,3 +164,16 @@ async def rollback(request: Request, body: RollBack) -> RolledBack:
     if follower is not None:
         follower.poke()
     return done
+
+
+@contextlib.contextmanager
+def _by_name(folder: Path) -> Iterator[None]:
+    """Let errors name a folder and its runs without their paths."""
+    try:
+        yield
+    except L2RecError as error:
+        paths = [folder]
+        with contextlib.suppress(L2RecError):
+            known = live.read_deployment(folder)
+            paths = [known.current, *known.previous, folder]
+        raise type(error)(live.by_name(str(error), *paths)) from error
