@@ -177,7 +177,8 @@ def costs(found: Documents) -> dict[str, Cost]:
         unit[short] = Cost(what, value, form.format(value), part)
 
     log = row(found["preparation"], step="prepare")
-    add("preparation", "prepare", "preparing an event", log["seconds"] / log["events"], "{:.2e} s")
+    what = f"preparing an event, of {log['events']:,} of {log['users']:,} users"
+    add("preparation", "prepare", what, log["seconds"] / log["events"], "{:.2e} s")
     size = log["disk_mb"] * 2**20 / log["events"]
     add("preparation", "disk", "an event of a data set on disk", size, "{:.1f} bytes")
     peak = gigabytes(log["peak_mb"])
@@ -377,7 +378,7 @@ PRODUCTS_ALONE = (
 )
 
 ID_BYTES = 12
-"""Of a user id, such as those of the generated log."""
+"""Characters of a user id, such as those of the generated log; 8 more say where it begins."""
 PAIR_BYTES = 31
 """Most memory of counting 47 million pairs, for each: two item numbers and a weight, the same once
 more as a matrix, and the pairs of one distance."""
@@ -393,6 +394,7 @@ def breaks(unit: Mapping[str, Cost]) -> list[str]:
     pairs = shown_bytes(PAIR_BYTES * 2.0 * WINDOW * small.events)
     states = shown_bytes(large.items * (ITEM_TOKENS + 1) * SMALL.dim * 2.0)
     fit = ", ".join(f"{half / (16 * s.dim):,.0f} of {s.name}" for s in (SMALL, LARGE))
+    ids = shown_bytes((8.0 + ID_BYTES) * large.users)
     whole, bits = 4.0 * large.items * SMALL.dim, large.items * SMALL.dim / 8
     return [
         f"**Validation and test of everybody**: {unit['rank'].shown} a user are {everybody} for "
@@ -407,11 +409,12 @@ def breaks(unit: Mapping[str, Cost]) -> list[str]:
         "`model.item_residual=false`.",
         f"**States of all tokens** (`item_layers` with the semantic view): {states} on disk for "
         f"{large.items:,} items of {SMALL.name}. The behavioural view alone keeps a sample.",
-        f"**The user ids of one data set**: a column of Arrow strings ends at 2^31 bytes, "
-        f"{2**31 // ID_BYTES:,} ids of {ID_BYTES} characters. {large.users:,} users have to be "
-        "divided before `l2rec prepare`, which nothing here does yet.",
+        f"**The user ids of one data set** are all in memory while it is prepared: {ids} for "
+        f"{large.users:,} users with ids of {ID_BYTES} characters, and a table to find them by on "
+        "top. Nothing here divides the users yet.",
         f"**Preparing in one process**: {shown_time(unit['prepare'].value * large.events)} for "
-        f"{large.events:,} events.",
+        f"{large.events:,} events, and more: an event was measured among {small.users:,} users, "
+        "and among more its ids take longer to find.",
         f"**One index**: {shown_bytes(whole)} in float32 and {shown_bytes(whole / 4)} in int8 are "
         f"more than a card holds; bits take {shown_bytes(bits)}. Partitions of Milvus, or several "
         "servers of which each has a part of the items.",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from tests.support import runs
 from tests.support.runs import Finished
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from l2rec.cli import app
 from l2rec.data.cold import hold_out_items
 from l2rec.data.dataset import Dataset, open_dataset
-from l2rec.data.extend import extend
+from l2rec.data.extend import Known, extend
 from l2rec.data.formats.open import open_source
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.errors import ConfigError, DataError, StorageError
@@ -146,6 +147,23 @@ def test_what_a_data_set_has_of_the_log_is_left_out_one_for_one(tmp_path: Path) 
         again = turn(more, dataset.path, tmp_path / f"{name}-more")
         assert again.n_events == 8
         assert turn(more, again.path, tmp_path / f"{name}-last").n_events == 8
+
+
+def test_a_log_read_in_small_parts_is_looked_up_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    unknown = Known._unknown
+
+    def counted(known: Known, table: pa.Table) -> Any:
+        calls.append(len(table))
+        return unknown(known, table)
+
+    monkeypatch.setattr("l2rec.service.events.READ_ROWS", 2)
+    monkeypatch.setattr(Known, "_unknown", counted)
+    base = past(tmp_path / "base")
+    url = clicks(tmp_path / "a.db", *[("u", "a", 1.7e9 + n) for n in range(5)])
+    assert turn(url, base.path, tmp_path / "served").n_events == 3 + 5 and calls == [5]
 
 
 def test_clicks_follow_a_past_in_milliseconds(tmp_path: Path) -> None:

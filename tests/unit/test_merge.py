@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from l2rec.data.merge import merge
+from l2rec.data.merge import _prefixed, merge
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.synthetic import chain_dataset
 from l2rec.errors import DataError
@@ -51,6 +52,12 @@ def test_merge_keeps_order_and_its_facts(tmp_path: Path) -> None:
     assert (both.order.tied, both.order.ascending, both.order.neighbours) == (6, 6, 8 + 12)
     assert (both.order.unit, both.order.resolution, both.order.ties) == ("mixed",) * 3
     assert both.describe()["order"] == both.order.to_json()
+
+
+def test_ids_of_more_bytes_than_a_narrow_column_holds() -> None:
+    """Which is 2^31; here the type is looked at alone."""
+    ids = _prefixed("a", pa.array(["x", "y"]))
+    assert ids.type == pa.large_string() and ids.to_pylist() == ["a/x", "a/y"]
 
 
 def test_merge_refuses_one_part_and_equal_names(tmp_path: Path) -> None:

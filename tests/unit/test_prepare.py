@@ -291,6 +291,43 @@ def test_chunks_do_not_change_a_byte(tmp_path: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+def test_ids_are_looked_up_more_rarely_where_there_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time is as much work as there are ids."""
+    sizes: list[int] = []
+    encode = prepare_module._Ids.encode
+
+    def encoded(ids: prepare_module._Ids, column: pa.Array) -> np.ndarray:
+        sizes.extend([len(column)] * (not ids.closed))
+        return encode(ids, column)
+
+    monkeypatch.setattr(prepare_module._Ids, "encode", encoded)
+    events = [(f"u{n}", str(n % 10), float(n)) for n in range(250)]
+    config = PrepareConfig()
+    dataset = build(source_of(events, 7), tmp_path / "out", config, origin="test", chunk_events=10)
+    assert sizes == [10, 10, 20, 40, 80, 80, 10]
+    assert rows_of(dataset) == {user: [item] for user, item, _ in events}
+
+
+def test_counts_of_all_users_are_not_added_up_for_a_few_events(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events, users = 600, 300
+    drawn = np.random.default_rng(0).integers(users, size=(2, events), dtype=np.int32)
+    ok = np.array([True] * users + [False])
+    calls: list[int] = []
+    count = np.bincount
+
+    def counted(values: np.ndarray, **options: Any) -> np.ndarray:
+        calls.append(len(values))
+        return count(values, **options)
+
+    monkeypatch.setattr(np, "bincount", counted)
+    kept = core(*drawn, ok, n_users=users, user_min=1, item_min=0, chunk=1)
+    assert kept.counts.sum() == events and calls == [301, 299]
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -6,8 +6,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from tests.support import runs
@@ -19,7 +22,7 @@ from l2rec.config import load_recipe, method_class
 from l2rec.data.catalog import Catalog
 from l2rec.data.cold import hold_out_items
 from l2rec.data.dataset import Dataset
-from l2rec.data.extend import extend
+from l2rec.data.extend import Known, extend
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
 from l2rec.data.ragged import Ragged
@@ -85,6 +88,28 @@ def test_events_that_are_there_already_are_not_added_again(chains: Dataset, tmp_
     again = extend(grown, source, tmp_path / "again", progress=False)
     assert again.n_events == grown.n_events + 2
     assert f"{len(rows)} events of the log were there already; left out" in again.meta["notes"]
+
+
+def test_small_batches_are_joined_before_they_are_looked_up(
+    chains: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look-up goes through all ids and events of the data set."""
+    calls, find = [], pc.index_in
+
+    def found(values: Any, *, value_set: pa.Array) -> Any:
+        calls.append(value_set.type)
+        return find(values, value_set=value_set)
+
+    [events] = chains.event_batches()
+    later = pa.array([0.5 + time for time in events["timestamp"].to_pylist()])
+    columns = [events["user_id"], events["item_id"], later]
+    rows = pa.RecordBatch.from_arrays(columns, schema=events.schema)
+    batches = [one.slice(n, 3) for n in range(0, len(events), 3) for one in (events, rows)]
+    monkeypatch.setattr(pc, "index_in", found)
+    known = Known(chains)
+    left = pa.Table.from_batches(known.without(batches))
+    assert calls == 2 * [pa.large_string()], "of users and items, of any number of bytes"
+    assert known.found == len(events) and left.equals(pa.Table.from_batches([rows]))
 
 
 def test_newer_events_are_of_the_types_that_the_data_set_was_made_of(tmp_path: Path) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 __all__ = ["EARLIER", "Known", "extend", "may_grow"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from l2rec.data.dataset import EVENT_COLUMNS, Dataset
 from l2rec.data.formats.source import Source
-from l2rec.data.prepare import PrepareConfig, build, item_text
+from l2rec.data.prepare import CHUNK_EVENTS, PrepareConfig, build, item_text, rechunk
 from l2rec.data.ties import per_second_of, unit_of
 from l2rec.errors import DataError
 
@@ -56,11 +57,16 @@ def extend(
     def events() -> Iterator[pa.RecordBatch]:
         yield from dataset.event_batches()
         known, newest, others = Known(dataset), -np.inf, 0
-        for read in newer.events():
-            batch = _of_types(read, only, dataset, newer)
-            others += len(read) - len(batch)
-            newest = max(newest, float(np.max(batch["timestamp"].to_numpy(), initial=-np.inf)))
-            yield known.without(batch.select(list(EVENT_COLUMNS)))
+
+        def chosen() -> Iterator[pa.RecordBatch]:
+            nonlocal newest, others
+            for read in newer.events():
+                batch = _of_types(read, only, dataset, newer)
+                others += len(read) - len(batch)
+                newest = max(newest, float(np.max(batch["timestamp"].to_numpy(), initial=-np.inf)))
+                yield batch.select(list(EVENT_COLUMNS))
+
+        yield from known.without(chosen())
         if others and newest == -np.inf:
             raise DataError(
                 f"{newer.files[0]}: none of its {others:,} events is of the types that "
@@ -162,7 +168,8 @@ class Known:
     """
 
     def __init__(self, dataset: Dataset, *, since: float = -np.inf, types: bool = False) -> None:
-        self._ids = dataset.user_ids.cast(pa.string()), dataset.item_ids.cast(pa.string())
+        text = pa.large_string()  # a column of the other kind ends at 2^31 bytes
+        self._ids = dataset.user_ids.cast(text), dataset.item_ids.cast(text)
         at = np.flatnonzero(dataset.timestamps >= since)
         users = np.searchsorted(dataset.offsets, at, side="right") - 1
         events: dict[str, Any] = {"user": users, "item": dataset.items[at]}
@@ -179,19 +186,27 @@ class Known:
         self._met: dict[tuple[int, int, float, int], int] = {}
         self.found = 0
 
-    def without(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Return the events of a batch that the data set does not have."""
-        users, items = self._ids
-        columns = {
-            "user": pc.index_in(batch["user_id"], value_set=users),
-            "item": pc.index_in(batch["item_id"], value_set=items),
-            "time": batch["timestamp"],
-        }
+    def without(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the events that the data set does not have, many at a time: all its ids and events
+        are looked through each time.
+        """
+        for table in rechunk(batches, lambda: CHUNK_EVENTS):
+            keep = self._unknown(table)
+            self.found += int((~keep).sum())
+            yield from table.filter(pa.array(keep)).to_batches()
+
+    def _unknown(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Mark the events that the data set does not have."""
+        users, items = (
+            pc.index_in(table[name].cast(ids.type), value_set=ids)
+            for name, ids in zip(("user_id", "item_id"), self._ids, strict=True)
+        )
+        columns = {"user": users, "item": items, "time": table["timestamp"]}
         if self._types is not None:
-            columns["type"] = pc.index_in(batch["event_type"], value_set=pa.array(self._types))
+            columns["type"] = pc.index_in(table["event_type"], value_set=pa.array(self._types))
         frame = cast(pl.DataFrame, pl.from_arrow(pa.table(columns))).with_row_index("row")
         any_type = frame.with_columns(type=pl.lit(-1, pl.Int32))
-        keep = np.ones(len(batch), bool)
+        keep = np.ones(len(table), bool)
         for some in (any_type,) if self._types is None else (frame, any_type):
             known = some.select("row", *KEY).join(self._copies, on=KEY, maintain_order="left")
             for row, user, item, time, kind, copies in known.iter_rows():
@@ -199,8 +214,7 @@ class Known:
                 if keep[row] and met < copies:
                     self._met[user, item, time, kind] = met + 1
                     keep[row] = False
-        self.found += int((~keep).sum())
-        return batch.filter(pa.array(keep))
+        return keep
 
 
 def _catalog(

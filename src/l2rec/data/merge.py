@@ -20,6 +20,9 @@ from l2rec.data.parts import leave_one_out_marks
 from l2rec.data.prepare import PrepareConfig, build
 from l2rec.errors import DataError
 
+TEXT = pa.large_string()
+"""Of all ids: a column of `pa.string` ends at 2^31 bytes."""
+
 
 def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True) -> Dataset:
     """Write one data set folder ``out`` with the users and items of all ``parts``.
@@ -82,7 +85,8 @@ def _parts(dataset: Dataset) -> dict[str, str]:
 
 
 def _prefixed(name: str, ids: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    return pc.binary_join_element_wise(pa.scalar(name), ids.cast(pa.string()), "/")
+    parts = pa.scalar(name, TEXT), ids.cast(TEXT), pa.scalar("/", TEXT)
+    return pc.binary_join_element_wise(*parts)
 
 
 def _events(dataset: Dataset, *, with_splits: bool) -> Iterator[pa.RecordBatch]:

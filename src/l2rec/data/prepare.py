@@ -12,7 +12,16 @@ In memory are the ids, the catalog, a byte or eight per user and item, and one c
 
 from __future__ import annotations
 
-__all__ = ["PrepareConfig", "build", "item_text", "may_write", "prepare", "write_parquet"]
+__all__ = [
+    "CHUNK_EVENTS",
+    "PrepareConfig",
+    "build",
+    "item_text",
+    "may_write",
+    "prepare",
+    "rechunk",
+    "write_parquet",
+]
 
 import contextlib
 import json
@@ -21,7 +30,7 @@ import shutil
 import string
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -58,6 +67,8 @@ from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import DataError, nearest
 
 CHUNK_EVENTS = 1 << 20
+MOST_CHUNKS = 8
+"""Read at once where there are many users: a column of Arrow strings ends at 2^31 bytes."""
 ROOM = "free some space (about 60 bytes per event) or choose another disk"
 Ints = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -422,12 +433,17 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
     users, items, types = _Ids(), _Ids(known_items), _Ids()
     unknown, wanted = _Unknown(), _Wanted(state.config)
     total, has_splits = 0, False
+
+    def at_once() -> int:
+        """Count whole chunks, no more events than there are users to look them up among."""
+        return state.chunk * min(MOST_CHUNKS, max(1, len(users.values) // state.chunk))
+
     with contextlib.ExitStack() as stack:
         files = {
             name: stack.enter_context((state.work / name).open("wb"))
             for name in ("users", "items", "times", "types", "splits")
         }
-        for read in _rechunk(source.events(), state):
+        for read in rechunk(source.events(), at_once):
             table = wanted.of(read)
             item_ints = items.encode(_one(table["item_id"]))
             unknown.see(item_ints, table["item_id"])
@@ -448,6 +464,7 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
                 if has_splits:
                     _append(files["splits"], _one(table["split"]).to_numpy())
             total += len(item_ints)
+            state.report.rows("events", len(read))
     wanted.check(source)
     if not total:
         raise DataError(f"{source.files[0]} has no events; give a log with at least one")
@@ -554,26 +571,22 @@ class _Unknown:
         )
 
 
-def _rechunk(batches: Iterable[pa.RecordBatch], state: _State) -> Iterator[pa.Table]:
-    """Join or cut batches to ``state.chunk`` rows: the cost of looking ids up grows with the number
-    of all ids, so it must not happen for every small batch.
+def rechunk(batches: Iterable[pa.RecordBatch], rows: Callable[[], int]) -> Iterator[pa.Table]:
+    """Join or cut batches to ``rows()`` rows, the last to fewer: the cost of looking ids up grows
+    with the number of all ids, so it must not happen for every small batch.
     """
     waiting: list[pa.RecordBatch] = []
-    rows = 0
+    waiting_rows = 0
     for batch in batches:
         waiting.append(batch)
-        rows += batch.num_rows
-        if rows >= state.chunk:
+        waiting_rows += batch.num_rows
+        while waiting_rows >= (size := rows()):
             table = pa.Table.from_batches(waiting)
-            whole = rows - rows % state.chunk
-            for at in range(0, whole, state.chunk):
-                yield table.slice(at, state.chunk)
-                state.report.rows("events", state.chunk)
-            waiting = table.slice(whole).to_batches()
-            rows -= whole
-    if rows:
+            yield table.slice(0, size)
+            waiting = table.slice(size).to_batches()
+            waiting_rows -= size
+    if waiting_rows:
         yield pa.Table.from_batches(waiting)
-        state.report.rows("events", rows)
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:
@@ -652,6 +665,7 @@ def core(
     order of dropping.
     """
     user_ok = np.ones(n_users, dtype=np.bool_)
+    chunk = max(chunk, n_users, len(item_ok))  # each chunk adds up counts of all of them
     while True:
         user_counts = np.zeros(n_users, dtype=np.int64)
         item_counts = np.zeros(len(item_ok), dtype=np.int64)

@@ -61,21 +61,26 @@ def export_log(
         per_second = earlier.order.per_second or 1.0
     if catalog is None and earlier is not None:
         catalog = earlier.path / "catalog.parquet"
-    log = EventLog(url, create=False)
+    log, rows = EventLog(url, create=False), 0
+
+    def logged() -> Iterator[pa.RecordBatch]:
+        nonlocal rows
+        for batch in log.read(types=types):
+            rows += len(batch)
+            columns = [batch[name] for name in NAMES]
+            columns[-1] = pc.multiply(columns[-1], per_second)
+            yield pa.RecordBatch.from_arrays(columns, schema=EXPORTED)
+
     try:
         known = None
         if earlier is not None:
             known = Known(earlier, since=_oldest(log, types) * per_second, types=True)
-        events, rows = folder / "events.parquet", 0
+        events = folder / "events.parquet"
         with pq.ParquetWriter(events, EXPORTED) as writer:
             for batch in () if earlier is None else _events(earlier):
                 writer.write_batch(batch)
-            for logged in log.read(types=types):
-                columns = [logged[name] for name in NAMES]
-                columns[-1] = pc.multiply(columns[-1], per_second)
-                batch = pa.RecordBatch.from_arrays(columns, schema=EXPORTED)
-                writer.write_batch(batch if known is None else known.without(batch))
-                rows += len(batch)
+            for batch in logged() if known is None else known.without(logged()):
+                writer.write_batch(batch)
         put = log.texts()
     finally:
         log.close()
