@@ -67,6 +67,15 @@ def test_co_occurrence_fades_with_distance_and_age() -> None:
         floor.scorer()(Ragged.from_rows([[N_ITEMS]]))
 
 
+def test_popularity_never_hides_what_was_met_once() -> None:
+    """Near an item of so many events that a pair with it says little."""
+    users = [[0, *[3] * 9, 1], [0] * 60_000, [2] * 70_000]
+    floor = CoOccurrenceFloor.from_sequences(Ragged.from_rows(users), 12)
+    assert floor.scorer()(Ragged.from_rows([[5]])).argmax() == 2
+    row = floor.scorer()(Ragged.from_rows([[0, *range(4, 12), 4]]))[0]
+    assert row[1] > row[2] > row[4], "item 1 was ten away from the oldest that is looked at"
+
+
 def test_popularity_never_reorders_counts() -> None:
     for count in (1, 1000, 2**22):
         followers = sparse.csr_array(np.array([[count, count + 1, count], [0, 0, 0], [0, 0, 0]]))

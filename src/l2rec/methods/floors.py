@@ -130,8 +130,15 @@ class CoOccurrenceFloor:
 
     def scorer(self) -> Scorer:
         """Return histories of B users -> [B, N] float32; ``DataError`` for an item out of range."""
-        # Below the smallest faded count, so that popularity orders equal counts alone.
-        tie_break = (1e-4 * self.counts / max(int(self.counts.max(initial=0)), 1)).astype("f4")
+        # Below the smallest faded count: that of a pair at the window's end, with the most frequent
+        # item, which is the oldest that is looked at. Popularity orders equal counts alone.
+        met, most = self.together, max(int(self.counts.max(initial=0)), 1)
+        smallest = (
+            met.decay ** (met.window - 1)
+            * met.fade ** (met.newest - 1)
+            / most ** (0.5 + met.rarity)
+        )
+        tie_break = (min(1e-4, smallest / 2) * self.counts / most).astype("f4")
 
         def score(histories: Ragged) -> Tensor:
             _check_range(histories.values, self.n_items)
