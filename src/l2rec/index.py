@@ -853,6 +853,9 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> tuple[Index, list[str], 
     if kind not in FILES:
         raise CheckpointError(f"{folder}: index kind {kind!r} is not known here")
     paths = {role: folder / file["name"] for role, file in manifest["files"].items()}
+    for path in paths.values():
+        if path.parent != folder:  # whoever wrote the manifest may have sealed any name
+            raise CheckpointError(f"{folder}: {path} is outside of it; build the index again")
     for role, path in paths.items():
         try:
             whole = _sha256(path) == manifest["files"][role]["sha256"]

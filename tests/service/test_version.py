@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.support.service import Serve
 
 from l2rec.data.ragged import Ragged
 from l2rec.errors import CheckpointError, ConfigError, DataError
-from l2rec.index import Exact, build, save
+from l2rec.index import Exact, Milvus, build, save
 from l2rec.runs.checkpoint import load_tensors, save_tensors
 from l2rec.service.attributes import Attributes
 from l2rec.service.loading import check_version, load_version
@@ -367,6 +368,20 @@ def test_an_index_of_the_run_folder(copied: Path) -> None:
         file.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"index.*ids-.*(torn|edited|bytes)"):
         load_version(copied)
+
+
+def test_the_log_says_which_milvus_an_index_asks(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = load_version(copied)
+    index = Milvus.__new__(Milvus)
+    index.uri, index.rows = "http://127.0.0.1:1", len(first)
+    (copied / "index").mkdir()
+    found = index, list(first.ids), first.version
+    monkeypatch.setattr("l2rec.service.loading.load_index", lambda folder: found)
+    with caplog.at_level(logging.INFO, logger="l2rec.service"):
+        assert load_version(copied).index is index
+    assert "index is searched by Milvus at http://127.0.0.1:1" in caplog.text
 
 
 def test_an_index_that_fails_is_not_needed(catalog_run: Finished) -> None:

@@ -691,6 +691,11 @@ def test_what_is_refused_from_disk(kind: str, tmp_path: Path) -> None:
     refused("index kind 'annoy' is not known here")
     edit(folder, sealed=True, rows=5)
     refused("600 ids and an index of 600 rows of 16, its manifest says 5 of 16")
+    files = json.loads((good / ix.MANIFEST).read_text())["files"]
+    for name in ("../good/{}", "../index/{}", f"{good}/{{}}"):
+        elsewhere = {**files["ids"], "name": name.format(files["ids"]["name"])}
+        edit(folder, sealed=True, files={**files, "ids": elsewhere})
+        refused("is outside of it; build the index again")
     edit(folder, sealed=True, files={})
     refused("cannot be read, build it again: 'ids'")
     for text, message in (("{", "not readable"), ("[]", "not a manifest"), ("", "not readable")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["check_version", "load_version", "next_serial", "read_served"]
 
 import itertools
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,15 @@ import numpy as np
 import torch
 
 from l2rec.errors import CheckpointError
-from l2rec.index import Index, build
+from l2rec.index import Index, Milvus, build
 from l2rec.index import load as load_index
 from l2rec.runs.folder import RunFolder, read_report, read_run, require_finished, unfinished
 from l2rec.runs.predictor import Predictor, load_folder
 from l2rec.service.attributes import Attributes
 from l2rec.service.ranking import Query, are_numbers, encode, rank, rank_exactly, score
 from l2rec.service.version import ItemState, Version
+
+logger = logging.getLogger("l2rec.service")
 
 INDEX = "index"
 """Folder of a run that an index may lie in."""
@@ -110,6 +113,8 @@ def _index(run: Path, predictor: Predictor, kind: str, base: int) -> tuple[Index
         return None, len(predictor.ids)
     if kind == "auto" and (run / INDEX).is_dir():
         index, ids, version = load_index(run / INDEX)
+        if isinstance(index, Milvus):  # the folder has chosen who is asked
+            logger.info("%s is searched by Milvus at %s", run / INDEX, index.uri)
         if version != predictor.version or ids != predictor.ids[:base]:
             raise CheckpointError(
                 f"{run / INDEX}: of vectors of model {version}, the run is {predictor.version}; "
