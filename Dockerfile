@@ -1,7 +1,8 @@
 # A server of `l2rec serve`, on processors.
 #   docker build -t l2rec .
-#   docker run -p 127.0.0.1:8000:8000 -v "$PWD/serving:/serving" -v "$PWD/runs:$PWD/runs:ro" \
-#     --env-file keys.env l2rec
+#   docker run --user "$(id -u):$(id -g)" -p 127.0.0.1:8000:8000 --env-file keys.env \
+#     -v "$PWD/serving:/serving" -v "$PWD/runs:$PWD/runs:ro" l2rec
+# The user is the owner of the folder that is served, which the server writes into.
 # Paths in live.json are those of `l2rec deploy`: mount runs where they lie, or deploy in here.
 # Keys come from the environment of the container (keys.env: L2REC_READ_KEYS, L2REC_WRITE_KEYS);
 # nothing in the image is a secret. It listens on all addresses of the container and so does not
