@@ -24,6 +24,7 @@ from l2rec.data.splits import Split
 from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 from l2rec.metrics import expected_ranks, rank_values
+from l2rec.modules import item_text
 from l2rec.modules.cooccurrence import Blend, text_neighbors
 from l2rec.runs import scoring
 from l2rec.runs.checkpoint import load_trained, save_tensors
@@ -145,14 +146,23 @@ def ndcg(scores: Tensor, targets: np.ndarray) -> float:
     return float(rank_values(ranks.numpy(), "ndcg@10").mean())
 
 
-def test_texts_are_among_the_counts_of_a_method_that_reads_them(catalog_run: Finished) -> None:
-    """Check that the run's own backbone finds the neighbours that the model's table has."""
-    predictor = load(catalog_run.run)
-    found = blend._alike(load_run_config(catalog_run.run)[0], predictor.texts)
+def test_texts_are_among_the_counts_of_a_method_that_reads_them(
+    catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that the run's own backbone finds the neighbours that the model's table has, and reads
+    each text once.
+    """
+    predictor, progress = load(catalog_run.run), Quiet()
+    config = load_run_config(catalog_run.run)[0]
+    found = blend._alike(config, predictor.texts, tmp_path, progress)
+    assert progress.lines == [f"comparing {predictor.n_items} texts"]
     table = predictor.model.items.table
     np.testing.assert_allclose(
         found.toarray(), text_neighbors(table.text).toarray(), rtol=1e-3, atol=1e-5
     )
+    monkeypatch.setattr(item_text, "text_vectors", None)
+    again = blend._alike(config, predictor.texts, tmp_path, progress)
+    np.testing.assert_array_equal(found.toarray(), again.toarray())
 
 
 def test_a_blend_is_a_run_to_compare(catalog_run: Finished, blended_run: Finished) -> None:

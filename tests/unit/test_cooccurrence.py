@@ -113,6 +113,7 @@ def test_text_neighbors_are_what_a_loop_finds(
 ) -> None:
     monkeypatch.setattr(cooccurrence, "TEXT_NEIGHBORS", most)
     monkeypatch.setattr(cooccurrence, "BLOCK_SCORES", block)
+    monkeypatch.setattr(cooccurrence, "TEXT_ROWS", 2)
     vectors = torch.nn.functional.normalize(torch.randn(N, 4, dtype=torch.float64), dim=-1)
     found = text_neighbors(vectors).toarray()
     for i in range(N):

@@ -62,6 +62,8 @@ REPEATS = (-8.0, 0.0, 2.0)
 TEXT_SHARE = 0.2
 TEXT_NEIGHBORS = 20
 TEXT_TEMPERATURE = 0.05
+TEXT_ROWS = 256
+"""Texts that are compared with all others at once, at least: products of few rows are slow."""
 
 
 class CoOccurrence(nn.Module):
@@ -193,7 +195,7 @@ def text_neighbors(vectors: Tensor) -> Sparse:
     n = len(vectors)
     k = min(TEXT_NEIGHBORS, n - 1)
     columns, weights = [], []
-    size = max(1, 16 * _block_scores() // n)
+    size = max(TEXT_ROWS, 16 * _block_scores() // n)
     for start in range(0, n, size):
         cosines = vectors[start : start + size] @ vectors.T
         own = torch.arange(len(cosines), device=vectors.device)

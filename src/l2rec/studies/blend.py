@@ -26,7 +26,7 @@ from l2rec.errors import CheckpointError
 from l2rec.evaluation.ranking import Evaluation
 from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.modules.cooccurrence import CHOSEN_ON, Blend, Sparse, text_neighbors
-from l2rec.modules.item_text import text_vectors
+from l2rec.modules.item_text import catalog_vectors
 from l2rec.protocols import Progress
 from l2rec.runs.diagnostics import diagnose
 from l2rec.runs.folder import (
@@ -75,11 +75,12 @@ def blend_run(
     split = unseen_of(run, dataset, training_split(config, dataset), progress)
     started = time.monotonic()
     blend = Blend(dataset.n_warm).to(device())
+    reader = find_backbone(run, config, identity)
     blend.calibrate(
         predictor.scorer(),
         split.train,
         *split.valid.pairs(),
-        texts=_alike(find_backbone(run, config, identity), predictor.texts),
+        texts=_alike(reader, predictor.texts, dataset.path / "cache", progress),
         progress=progress.validating,
     )
     weights = blend.weights
@@ -149,11 +150,14 @@ def _check_free(out: Path) -> None:
         raise CheckpointError(f"{out} is not empty; choose another --out")
 
 
-def _alike(config: RunConfig, texts: Sequence[str]) -> Sparse | None:
+def _alike(
+    config: RunConfig, texts: Sequence[str], cache: Path, progress: Progress
+) -> Sparse | None:
     """Return K of `text_neighbors`, read by the run's backbone; None for a method without one."""
     backbone = backbone_of(config)
     if backbone is None:
         return None
-    tokens = tokenize(texts, backbone.tokenizer, TEXT_TOKENS)
-    vectors = text_vectors(backbone, tokens, TEXT_TOKENS)
+    progress.line(f"comparing {len(texts):,} texts")
+    tokens = tokenize(texts, backbone.tokenizer, TEXT_TOKENS, cache)
+    vectors, _ = catalog_vectors(backbone, tokens, TEXT_TOKENS, cache)
     return text_neighbors(F.normalize(vectors - vectors.mean(0), dim=-1))
