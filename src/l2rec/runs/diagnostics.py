@@ -79,7 +79,7 @@ def _examples(
         return {"id": ids[number], "text": texts[number]}
 
     def held_out(n: int, row: int) -> int:
-        """Of the items held out, which are one or those of a day, the best of the list."""
+        """Return the best in the list of the items held out: one, or those of a day."""
         targets = cases.targets[row]
         return int(next((i for i in best.items[n] if i in targets), targets[0]))
 
