@@ -86,8 +86,9 @@ class Console:
         self._tasks: dict[str, TaskID] = {}
         self._last = 0.0
         self._seen: deque[tuple[int, float]] = deque(maxlen=10)
-        self._ranking: tuple[int, float] | None = None  # users and time as a ranking began
         """Steps and times of the newest plain lines: the duration of a step differs by stage."""
+        self._ranking: tuple[int, float] | None = None
+        """Users and time as a ranking began."""
 
     def __enter__(self) -> Console:
         self._bars.start()

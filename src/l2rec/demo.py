@@ -15,6 +15,7 @@ from l2rec.console import Console, print_new_items, print_recommendations
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.sources import SOURCES, fetch
+from l2rec.disk import beside
 from l2rec.errors import DataError
 from l2rec.runs.folder import MODEL, finished_report, read_report
 from l2rec.runs.predictor import Predictor, load
@@ -42,8 +43,7 @@ def run_demo(out: Path, data: Path, minutes: float) -> None:
     Raises:
         DataError: a run is of another data set, or a blended run is of another run.
     """
-    out = out if out.name else out.resolve()  # "." has no name to put beside it
-    rival = out.with_name(f"{out.name}-sasrec")
+    rival = beside(out, "sasrec")
     command = f"l2rec demo --out {out} --data {data} --minutes {minutes:g}"
     with Console() as console:
         dataset = _dataset(data, console)
@@ -103,7 +103,7 @@ def _train(
 
 def _blend(run: Path, dataset: Dataset, console: Console) -> Path:
     """Put co-occurrence and repeats beside a run, unless it is done; return the blended run."""
-    blended = run.with_name(f"{run.name}-blended")
+    blended = beside(run, "blended")
     if not blended.exists():
         console.line(f"blending {run} with co-occurrence and repeats into {blended}")
         blend_run(run, blended, progress=console, data=dataset.path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "LOCK",
+    "beside",
     "digest_of",
     "locked",
     "move_into_place",
@@ -130,6 +131,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 # -- folders -------------------------------------------------------------------------------------
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """Return the folder NAME-SUFFIX beside a folder, which may be "." and have no name."""
+    named = folder if folder.name else folder.resolve()
+    return named.with_name(f"{named.name}-{suffix}")
 
 
 @contextmanager

@@ -552,8 +552,8 @@ def test_embeddings_and_explanations_yield_to_recommendations(
     asyncio.run(main())
 
 
-def test_items_are_put_in_slices(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = serve(slice_tokens=8)
+def slices_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Watch how many items are embedded at once."""
     made: list[int] = []
     plain = Version.with_items
 
@@ -562,6 +562,12 @@ def test_items_are_put_in_slices(serve: Serve, monkeypatch: pytest.MonkeyPatch) 
         return plain(self, items)
 
     monkeypatch.setattr(Version, "with_items", with_items)
+    return made
+
+
+def test_items_are_put_in_slices(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve(slice_tokens=8)
+    made = slices_made(monkeypatch)
     items = [{"id": f"n{n}", "text": "heavy red hat"} for n in range(7)]
     assert client.put("/v1/items", json={"items": items}).status_code == 200
     assert made == [2, 2, 2, 1]
@@ -572,14 +578,7 @@ def test_items_of_other_servers_are_taken_over_in_slices(
     catalog_run: Finished, log_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, other = EventLog(log_url), EventLog(log_url)
-    made: list[int] = []
-    plain = Version.with_items
-
-    def with_items(self: Version, items: Any) -> Version:
-        made.append(len(items))
-        return plain(self, items)
-
-    monkeypatch.setattr(Version, "with_items", with_items)
+    made = slices_made(monkeypatch)
 
     async def main() -> None:
         live = Live(load_version(catalog_run.run))

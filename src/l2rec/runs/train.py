@@ -409,7 +409,8 @@ def evaluate_run(
         raise ConfigError(f"split={split_name!r}: choose valid or test")
     dataset = open_run_dataset(run, data)
     predictor = load(run)
-    split = split_of(load_run_config(run)[0], dataset)
+    config, identity = load_run_config(run)
+    split = split_of(config, dataset)
     sets = beside_leave_one_out(dataset, split) if split_name == "test" else None
     if tied_day and sets is None:
         raise ConfigError(f"{run}: {_why_no_tied_day(split_name, split)}")
@@ -425,8 +426,7 @@ def evaluate_run(
         of_parts = {part: each.metrics() for part, each in scores.parts.items()}
         # Ranks of an unfinished run would look like its final ones; a read-only run can be scored;
         # a published one holds no ids of users.
-        published = load_run_config(run)[1].get("published")
-        if not unfinished(run) and not published and os.access(run, os.W_OK):
+        if not unfinished(run) and not identity.get("published") and os.access(run, os.W_OK):
             scores.write(run, dataset, split)
     return {
         **evaluation.metrics(),

@@ -552,10 +552,19 @@ def _list_scores(
         return {}
     scores = {COVERAGE: over_seeds([coverage(top, n_items) for top in tops])}
     if known is not None:
-        histories, counts = known.histories.take(np.flatnonzero(rows)), known.counts
-        if counts[histories.values].any():
-            scores[BIAS] = over_seeds([popularity_bias(top, histories, counts) for top in tops])
+        histories = known.histories.take(np.flatnonzero(rows))
+        found = [bias_of(top, histories, known.counts) for top in tops]
+        if biases := [bias for bias in found if bias is not None]:
+            scores[BIAS] = over_seeds(biases)
     return scores
+
+
+def bias_of(
+    top: npt.NDArray[np.integer], histories: Ragged, counts: npt.NDArray[np.integer]
+) -> float | None:
+    """Return `popularity_bias`; None where no history has an item that was trained on."""
+    trained = bool(counts[histories.values].any())
+    return popularity_bias(top, histories, counts) if trained else None
 
 
 def _tests(

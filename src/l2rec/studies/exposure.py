@@ -35,12 +35,12 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Cases
 from l2rec.errors import ConfigError, DataError, nearest
 from l2rec.evaluation.ranking import top_k
-from l2rec.metrics import coverage, popularity_bias
+from l2rec.metrics import coverage
 from l2rec.protocols import Progress
 from l2rec.runs.folder import load_run_config, open_run_dataset, require_finished, training_split
 from l2rec.runs.predictor import load
 from l2rec.runs.scoring import rank, with_cold_items
-from l2rec.studies.compare import HEAD, MEDIUM, SHORT
+from l2rec.studies.compare import HEAD, MEDIUM, SHORT, bias_of
 
 Floats = npt.NDArray[np.floating]
 
@@ -318,19 +318,11 @@ def _by_users(attribute: Attribute, seen: _Lists) -> list[dict[str, Any]]:
                 **_score(seen.scores, attribute.shares[:, g]),
                 **{f"head_{name}": float(values[inside].mean()) for name, values in chosen.items()},
                 "head_exposure": float(_mean(exposed, listed)[0]),
-                "popularity_bias": _bias(seen.top[listed], histories, seen.counts),
+                "popularity_bias": bias_of(seen.top[listed], histories, seen.counts),
                 "coverage": coverage(seen.top[inside], len(seen.counts)),
             }
         )
     return rows
-
-
-def _bias(
-    top: npt.NDArray[np.int64], histories: Ragged, counts: npt.NDArray[np.integer]
-) -> float | None:
-    """Return `popularity_bias`; None where no history has an item that was trained on."""
-    trained = bool(counts[histories.values].sum())
-    return popularity_bias(top, histories, counts) if trained else None
 
 
 def _mean(values: Floats, rows: npt.NDArray[np.bool_]) -> Floats:

@@ -19,6 +19,7 @@ from l2rec.config import RunConfig, method_class, override_values, resolve
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.extend import extend
 from l2rec.data.formats.source import Source
+from l2rec.disk import beside
 from l2rec.errors import CheckpointError
 from l2rec.modules import processes
 from l2rec.protocols import Progress
@@ -64,7 +65,6 @@ def update_run(
         CheckpointError: the run is not finished, its data set is not there, or it cannot be
             trained on from there. DataError: the log cannot be added to its data set.
     """
-    out = out if out.name else out.resolve()  # "." has no name to put beside it
     require_finished(run)
     config, identity = load_run_config(run)
     refuse_of_one_catalog(method_class(config.method), run)
@@ -79,7 +79,7 @@ def update_run(
         if done is not None:
             progress.line(f"{out} is finished: these are its scores")
             return done
-    trained = out.with_name(f"{out.name}-trained") if blended else out
+    trained = beside(out, "trained") if blended else out
     report = train_run(
         config,
         folder,
@@ -123,7 +123,7 @@ def _grown(
     resume: bool,
 ) -> Dataset:
     """Write the data set of the new run, or open the one that a run to resume has."""
-    folder = grown or out.with_name(f"{out.name}-data")
+    folder = grown or beside(out, "data")
     if resume and folder.exists():
         there = open_dataset(folder)
         theirs = [(file["name"], file["bytes"]) for file in there.meta["source"]["files"][1:]]

@@ -104,7 +104,7 @@ class Clock:
         without separators.
         """
         low, high = RUN_TOGETHER
-        together = (numbers >= low) & (numbers < high) | _days_run_together(numbers)
+        together = (numbers >= low) & (numbers < high) | _are_days(numbers)
         for at in np.flatnonzero(together)[:1]:
             raise DataError(
                 f"{where(int(at))}: timestamp {column[int(at)]!r} looks like a date without "
@@ -124,17 +124,15 @@ class Clock:
             )
 
 
-def _days_run_together(
-    numbers: np.ndarray[Any, np.dtype[np.float64]],
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Tell which numbers are days such as 20231128: all, or none if one of them is not.
+def _are_days(numbers: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
+    """Tell whether all numbers are days such as 20231128.
 
     Alone, such a number may be a second of August 1970 or a count; a whole log of them is not.
     """
     years, months, days = numbers // 10_000, numbers // 100 % 100, numbers % 100
     of_days = (years >= 1970) & (years < 2100) & (months >= 1) & (months <= 12)
     of_days &= (days >= 1) & (days <= 31) & (numbers % 1 == 0)
-    return np.full(len(numbers), bool(len(numbers)) and bool(of_days.all()))
+    return bool(of_days.all())
 
 
 def seconds_of_dates(texts: pl.Series) -> pl.Series:
