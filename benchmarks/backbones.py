@@ -41,7 +41,8 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from l2rec.config import load_recipe
 from l2rec.console import Console
 from l2rec.errors import BackboneError
-from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import Backbone
+from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.studies.doctor.study import doctor
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "backbones.md"

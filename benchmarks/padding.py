@@ -34,7 +34,8 @@ from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
 from l2rec.methods.l2rec import L2Rec
-from l2rec.modules.backbone import Packing, load_backbone
+from l2rec.modules.backbone import load_backbone
+from l2rec.modules.packing import Packing
 from l2rec.runs.predictor import build_model
 
 RECIPES = {

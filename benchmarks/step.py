@@ -63,8 +63,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from l2rec.config import BackboneConfig
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import Attend, Backbone, Packing, fast_bfloat16, load_backbone, pack
+from l2rec.modules.backbone import Backbone, fast_bfloat16, load_backbone
 from l2rec.modules.experts import DPMoE, ViewSlice
+from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.modules.views import BehavioralProjector, mean_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -19,16 +19,9 @@ from l2rec.config import BackboneConfig
 from l2rec.data.catalog import Catalog
 from l2rec.errors import BackboneError
 from l2rec.methods.l2rec import L2Rec
-from l2rec.modules import backbone as backbone_module
-from l2rec.modules.backbone import (
-    Attend,
-    Backbone,
-    Packing,
-    load_backbone,
-    minilm_source,
-    pack,
-    packed_attention,
-)
+from l2rec.modules import packing as packing_module
+from l2rec.modules.backbone import Backbone, load_backbone, minilm_source
+from l2rec.modules.packing import Attend, Packing, pack, packed_attention
 
 FAMILIES = tuple(tiny.CONFIGS)
 ENCODERS = ("bert", "roberta", "electra")
@@ -243,7 +236,7 @@ def test_biases_are_added_inside_each_row(
     attend: Attend, kind: str, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compare biases of ALiBi, T5 and DeBERTa with the scores of each row, written out."""
-    monkeypatch.setattr(backbone_module, "LONG_ROW", {torch.float64: longest})
+    monkeypatch.setattr(packing_module, "LONG_ROW", {torch.float64: longest})
     torch.manual_seed(0)
     lengths, scale = [5, 1, 9, 3, 8], 0.7
     blocks = block_ids(lengths)

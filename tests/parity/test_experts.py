@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from l2rec.errors import BackboneError, ConfigError
 from l2rec.modules.adapters import ACTIVE, find_linears, side_by_side
-from l2rec.modules.backbone import Attend, Packing, pack
 from l2rec.modules.experts import (
     DPMoE,
     Routers,
@@ -23,6 +22,7 @@ from l2rec.modules.experts import (
     user_share,
 )
 from l2rec.modules.lora import LoRA
+from l2rec.modules.packing import Attend, Packing, pack
 
 DIM = 5
 SHAPES = [(DIM, DIM), (4, 6)]  # of the adapted matrices: d_in, d_out

@@ -18,10 +18,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModel
 
 from l2rec.errors import BackboneError
 from l2rec.modules.adapters import find_linears, part_of, side_by_side
-from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import Backbone
 from l2rec.modules.experts import DPMoE, ViewSlice
 from l2rec.modules.fused import Part, fused_parts
 from l2rec.modules.lora import LoRA
+from l2rec.modules.packing import Attend, Packing, pack
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 PLAIN, GATED, ATTENTION = ("q", "k", "v", "o", "up", "down"), ALL, ("q", "k", "v")

@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModel
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules import gguf as gguf_module
-from l2rec.modules.backbone import Attend, Backbone, Packing, load_backbone, pack
+from l2rec.modules.backbone import Backbone, load_backbone
+from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.studies.doctor.backbones import shape_backbone, weights_at_hand
 
 ROPE = {

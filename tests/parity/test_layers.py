@@ -17,8 +17,9 @@ from l2rec.data.ragged import Ragged
 from l2rec.errors import BackboneError
 from l2rec.methods.l2rec import L2Rec
 from l2rec.modules import entry
-from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import Backbone
 from l2rec.modules.entry import LayerEntry
+from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.modules.views import mean_of
 
 TEXTS = ["red round lamp", "old bowl", "blue silk kite of the sea", "drum", "tall green chair"]

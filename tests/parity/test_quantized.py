@@ -18,10 +18,11 @@ from l2rec.config import BackboneConfig, resolve
 from l2rec.errors import BackboneError, ConfigError
 from l2rec.modules import quantized
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import Attend, Backbone, Packing, load_backbone, pack
+from l2rec.modules.backbone import Backbone, load_backbone
 from l2rec.modules.experts import DPMoE, ViewSlice
 from l2rec.modules.fused import Part, is_matrix
 from l2rec.modules.lora import LoRA
+from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.modules.quantized import QuantizedLinear, bits_of, held_bytes
 
 SHAPE: dict[str, Any] = {

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel
 
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import Backbone
 from l2rec.modules.experts import DPMoE, ViewSlice
 from l2rec.modules.lora import LoRA
+from l2rec.modules.packing import Attend, Packing, pack
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 60,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2rec.modules import backbone
-from l2rec.modules.backbone import Attend, pack
+from l2rec.modules import packing as packing_module
+from l2rec.modules.packing import Attend, Packing, pack, packed_attention
 
 
 @pytest.mark.parametrize("attend", list(Attend))
@@ -17,15 +17,15 @@ def test_explicit_products_equal_the_fused_kernel(
 ) -> None:
     blocks = torch.cat([torch.arange(n) // 2 for n in lengths])
     group, positions = pack(torch.tensor(lengths), attend, blocks=blocks)
-    packing = backbone.Packing((group,), positions)
+    packing = Packing((group,), positions)
     results: list[list[Tensor]] = []
     for longest in (0, 1000):
-        monkeypatch.setattr(backbone, "LONG_ROW", {torch.float64: longest})
+        monkeypatch.setattr(packing_module, "LONG_ROW", {torch.float64: longest})
         torch.manual_seed(0)
         inputs = [torch.randn(1, 2, sum(lengths), 8, dtype=torch.float64) for _ in range(3)]
         for x in inputs:
             x.requires_grad_()
-        out, _ = backbone.packed_attention(torch.nn.Identity(), *inputs, None, packing=packing)
+        out, _ = packed_attention(torch.nn.Identity(), *inputs, None, packing=packing)
         (out * torch.linspace(-1, 1, 8)).square().sum().backward()
         results.append([out.detach(), *(x.grad for x in inputs if x.grad is not None)])
     fused, explicit = results

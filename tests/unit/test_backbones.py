@@ -16,15 +16,9 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
-from l2rec.modules import backbone as backbone_module
-from l2rec.modules.backbone import (
-    Attend,
-    Backbone,
-    Packing,
-    load_backbone,
-    multiplies_bfloat16,
-    pack,
-)
+from l2rec.modules import packing as packing_module
+from l2rec.modules.backbone import Backbone, load_backbone, multiplies_bfloat16
+from l2rec.modules.packing import Attend, Packing, pack
 
 ENCODER: dict[str, Any] = {
     "vocab_size": 60,
@@ -339,7 +333,7 @@ def test_other_formulas_are_the_same_with_gradients_and_for_every_length(
     rows = [torch.arange(8, 8 + n) for n in (3, 40, 1, 29)]
     fused = packed(backbone, rows)
     for longest in (0, 1000):  # the two ways of `_attend`
-        monkeypatch.setattr(backbone_module, "LONG_ROW", {torch.float32: longest})
+        monkeypatch.setattr(packing_module, "LONG_ROW", {torch.float32: longest})
         with torch.enable_grad():
             torch.testing.assert_close(packed(backbone, rows), fused, rtol=1e-3, atol=1e-4)
 

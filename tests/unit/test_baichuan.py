@@ -20,8 +20,9 @@ from transformers.utils import sentencepiece_model_pb2_new as spm
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import Attend, Backbone, Packing, load_backbone, pack
+from l2rec.modules.backbone import Backbone, load_backbone
 from l2rec.modules.baichuan import convert_sentencepiece
+from l2rec.modules.packing import Attend, Packing, pack
 
 DIM, HEADS, LAYERS, WORDS, WIDE = 16, 4, 2, 280, 24
 # The fields of config.json of Baichuan2-7B-Base, at the size of a test.

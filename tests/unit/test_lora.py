@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from l2rec.errors import BackboneError
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import Backbone
 from l2rec.modules.lora import LoRA
+from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.modules.words import WordHead, mask_token
 
 LENGTHS = torch.tensor([5, 3, 4])

@@ -18,8 +18,9 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.synthetic import simple_text
 from l2rec.methods.l2rec import L2Rec
 from l2rec.modules import memory
-from l2rec.modules.backbone import Attend, Packing, lay, load_backbone, pack, split_groups
+from l2rec.modules.backbone import load_backbone
 from l2rec.modules.experts import ViewSlice
+from l2rec.modules.packing import Attend, Packing, lay, pack, split_groups
 
 HISTORIES = Ragged.from_rows(
     [[3, 1, 4, 1, 5, 9], [2], [6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4], [6, 2, 6, 4]]

@@ -68,10 +68,11 @@ from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
 from l2rec.methods.sasrec import SASRec, SASRecConfig
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import ENCODED_TOKENS, Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import ENCODED_TOKENS, Backbone
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.modules.sequences import (
     as_index,
     check_new_texts,

@@ -61,18 +61,11 @@ from l2rec.data.text import tokenize
 from l2rec.disk import replacing
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import (
-    ENCODED_ROWS,
-    ENCODED_TOKENS,
-    Attend,
-    Backbone,
-    lay,
-    pack,
-    split_groups,
-)
+from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Backbone
 from l2rec.modules.code_generator import CodeGenerator, GeneratorConfig
 from l2rec.modules.item_text import catalog_key, separators
 from l2rec.modules.lora import LoRA
+from l2rec.modules.packing import Attend, lay, pack, split_groups
 from l2rec.modules.sequences import as_index, check_new_texts
 from l2rec.modules.textual_ids import (
     END_OF_ID,

@@ -66,20 +66,14 @@ from l2rec.data.ragged import Ragged, flat_index
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import (
-    ENCODED_ROWS,
-    ENCODED_TOKENS,
-    Attend,
-    Backbone,
-    Packing,
-    split_groups,
-)
+from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Backbone
 from l2rec.modules.entry import Entry, LayerEntry, WordEntry
 from l2rec.modules.experts import DPMoE, Routing, ViewSlice, user_share
 from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_side import CatalogItems, EncodedItems, ItemSide, LookUp
 from l2rec.modules.item_text import separators
 from l2rec.modules.objectives import bpc_loss
+from l2rec.modules.packing import Attend, Packing, split_groups
 from l2rec.modules.sequences import (
     check_new_texts,
     evaluating,

@@ -63,18 +63,12 @@ from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
 from l2rec.methods.sasrec import SASRec, SASRecConfig
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import (
-    ENCODED_ROWS,
-    ENCODED_TOKENS,
-    Attend,
-    Backbone,
-    Packing,
-    pack,
-)
+from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Backbone
 from l2rec.modules.beam import CausalDecoder, beam_search, item_scores
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.modules.probe import check_search
 from l2rec.modules.sequences import as_index, evaluating, in_batches, stacked
 from l2rec.modules.trie import Trie

@@ -48,11 +48,12 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import find_linears
-from l2rec.modules.backbone import Attend, Backbone, Packing, pack
+from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.modules.sequences import (
     ItemBatches,
     as_index,

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from l2rec.data.ragged import Ragged, flat_index
 from l2rec.disk import replacing
-from l2rec.modules.backbone import Backbone, Packing
+from l2rec.modules.backbone import Backbone
 from l2rec.modules.item_text import catalog_key, read_texts, separators
+from l2rec.modules.packing import Packing
 from l2rec.modules.sequences import as_index, stacked
 from l2rec.modules.views import Segments, mean_of, semantic_tokens
 

@@ -57,9 +57,9 @@ from torch.nn import functional as F
 
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import Adapter, Forward, side_by_side
-from l2rec.modules.backbone import Group, split
 from l2rec.modules.fused import Matrix, Part
 from l2rec.modules.kept import Keeps
+from l2rec.modules.packing import Group, split
 from l2rec.modules.processes import summed
 
 Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]

@@ -28,16 +28,8 @@ from l2rec.data.batches import plan_batches
 from l2rec.data.ragged import Ragged
 from l2rec.data.text import special_tokens
 from l2rec.disk import replacing
-from l2rec.modules.backbone import (
-    ENCODED_ROWS,
-    ENCODED_TOKENS,
-    Attend,
-    Backbone,
-    Packing,
-    lay,
-    pack,
-    split_groups,
-)
+from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Backbone
+from l2rec.modules.packing import Attend, Packing, lay, pack, split_groups
 from l2rec.modules.views import mean_of, semantic_tokens
 
 

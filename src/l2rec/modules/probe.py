@@ -29,9 +29,10 @@ from torch.nn import functional as F
 
 from l2rec.errors import BackboneError
 from l2rec.modules.families import accepted, own_attention
+from l2rec.modules.packing import ATTENTION, LED, Attend, Packing, pack, packed_attention
 
 if TYPE_CHECKING:
-    from l2rec.modules.backbone import Backbone, Packing
+    from l2rec.modules.backbone import Backbone
     from l2rec.modules.layers import LayerCut
 
 ROWS = (6, 1, 9)
@@ -170,8 +171,6 @@ def _agrees(backbone: Backbone, lengths: Sequence[int]) -> bool:
 def _windows(backbone: Backbone) -> set[int]:
     """Find the sliding windows that layers give to the attention function."""
     from transformers import AttentionInterface
-
-    from l2rec.modules.backbone import ATTENTION, LED, packed_attention
 
     windows: set[int] = set()
 
@@ -315,8 +314,6 @@ def _packed(backbone: Backbone, rows: Sequence[Tensor]) -> list[Tensor]:
 def _packing(
     backbone: Backbone, lengths: Sequence[int], device: str | torch.device | None = None
 ) -> Packing:
-    from l2rec.modules.backbone import Attend, Packing, pack
-
     attend = Attend.CAUSAL if backbone.causal else Attend.FULL
     group, positions = pack(torch.tensor(lengths, device=device or backbone.device), attend)
     return Packing((group,), positions)

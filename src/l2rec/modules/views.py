@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.ragged import Ragged, flat_index
-from l2rec.modules.backbone import Attend, Packing, lay, pack
+from l2rec.modules.packing import Attend, Packing, lay, pack
 
 View = Literal["semantic", "behavioral"]
 

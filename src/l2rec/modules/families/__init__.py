@@ -1,6 +1,6 @@
 """Families whose attention, or what goes with it, has to be led to the packed one by hand.
 
-Most models ask for their attention by name, and get the packed one (`backbone.packed_attention`).
+Most models ask for their attention by name, and get the packed one (`packing.packed_attention`).
 The modules of the families below do not, or make something for one sequence of all tokens:
 
     attention in code of its own     BERT's many copies, XGLM, GPT-1, GPT-J, CodeGen, GPT-Neo
