@@ -124,7 +124,7 @@ class Stage:
     ``loss`` of a batch: one update, or several, one after the other: each is computed with the
     weights that the one before has left, and moves only the parameters it has a gradient for.
     ``validates``: what is ranked to validate this stage, if not the method itself.
-    ``epochs``: instead of ``training.epochs``.
+    ``epochs``, ``patience``, ``eval_every``: instead of those of ``training``.
     ``begin_epoch``: called before each epoch. What it changes must be part of the model's state,
     or a run resumed within the epoch would lack it.
     """
@@ -136,6 +136,8 @@ class Stage:
     select: bool = True
     validates: Recommender | None = None
     epochs: int | None = None
+    patience: int | None = None
+    eval_every: float | None = None
     begin_epoch: Callable[[int], None] | None = None
 
 

@@ -54,7 +54,7 @@ def test_weights_are_the_softmax_over_the_experts() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert found.std(0).min() > 0.01, "users differ"
     ranks = model.rank_weights(HISTORIES.tail(4))
-    assert torch.equal(ranks, found[:, [0, 0, 1, 1, 2, 2]])
+    assert torch.equal(ranks, K * found[:, [0, 0, 1, 1, 2, 2]])
 
 
 @pytest.mark.parametrize("kind", [Batch, TextOnly])
@@ -95,11 +95,13 @@ def test_items_are_compared_by_each_users_own_model() -> None:
         torch.testing.assert_close(scores[user], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_one_expert_is_llara() -> None:
-    one, llara = build(experts=1), build(method=LLaRA)
-    llara.load_state_dict(one.state_dict(), strict=False)
-    with torch.no_grad():
-        assert float(one.loss(batch()).total) == pytest.approx(float(llara.loss(batch()).total))
+@pytest.mark.parametrize("experts", [1, 2, 6])
+@torch.no_grad()
+def test_experts_of_even_weights_are_llara(experts: int) -> None:
+    even, llara = build(experts=experts), build(method=LLaRA)
+    even.gate.weight.zero_()
+    llara.load_state_dict(even.state_dict(), strict=False)
+    assert float(even.loss(batch()).total) == pytest.approx(float(llara.loss(batch()).total))
 
 
 def test_the_gate_is_all_that_is_added() -> None:

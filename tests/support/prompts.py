@@ -60,9 +60,9 @@ def prompt(
 
 
 def merged(model: Any, family: str, weights: Sequence[float] = (1.0,), **changes: Any) -> nn.Module:
-    """Copy the bare model, each matrix W as W + alpha/R sum_k w_k B_k A_k for the given w.
+    """Copy the bare model, each matrix W as W + alpha/r sum_k w_k B_k A_k for the given w.
 
-    B_k and A_k are the k-th of as many slices of the ranks as there are weights.
+    B_k and A_k are the k-th of as many slices of the ranks as there are weights, r ranks each.
     """
     bare = copy.deepcopy(tiny.random_model(family, **changes)).double()
     config = model.config
@@ -72,7 +72,7 @@ def merged(model: Any, family: str, weights: Sequence[float] = (1.0,), **changes
         for k, weight in enumerate(weights):
             ranks = slice(k * width, (k + 1) * width)
             update = b[:, ranks] @ a[ranks]
-            matrix.data += config.lora_alpha / config.rank * weight * update
+            matrix.data += config.lora_alpha / width * weight * update
     return bare
 
 

@@ -160,6 +160,7 @@ def test_what_it_refuses(chains: Dataset) -> None:
 
 def test_a_training_takes_no_longer_than_its_limits() -> None:
     stage = {"epochs": 10, "steps_an_epoch": 4, "seconds_epoch": 60.0, "validated": True}
+    stage["eval_every"] = 1.0
     found = {"seconds_reading": 5.0, "seconds_validation": 6.0, "stages": {"train": stage}}
 
     def at_most(*options: str) -> float:

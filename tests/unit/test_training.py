@@ -886,6 +886,21 @@ def test_a_stage_may_validate_another_recommender(tmp_path: Path, whole: int, pa
     assert result.valid["ndcg@10"] == scores[2] and result.best_step == result.steps
 
 
+def test_a_stage_may_have_a_patience_of_its_own(tmp_run: Path) -> None:
+    """Check that stage 1 waits as long, and looks as often, as it asks for itself; not stage 2."""
+    data = unique_histories()
+
+    class Waits(Scripted):
+        def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+            one, two = super().stages(lr, weight_decay)
+            return [dataclasses.replace(one, patience=3, eval_every=0.5), two]
+
+    model = Waits([9, 2, 3, 4, 5, 6, 7, 8, 9], data, stages=2)
+    fit(tmp_run, model, data, epochs=9, patience=1)
+    epochs = [r["epoch"] for r in log(tmp_run, "valid")]
+    assert epochs == pytest.approx([0, 0.5, 1.0, 1.5, 2.0, 1.0])
+
+
 def test_a_method_is_calibrated_before_each_validation(tmp_path: Path) -> None:
     """Check that the ranked recommender, the model or its replacement, is calibrated first."""
     data = unique_histories()

@@ -6,18 +6,18 @@ Kong, Wu, Zhang, Sheng, Lin, Wang, He. NeurIPS '24, https://arxiv.org/abs/2408.1
     cut into K experts of rank R / K, A in rows and B in columns, weighed for each user:
 
     w        = softmax(W_g z)             z: the frozen SASRec's state after the user's newest item
-    dW x     = alpha/R sum_k w_k B_k A_k x
+    dW x     = alpha/(R / K) sum_k w_k B_k A_k x
 
 One w for all tokens of a user's prompt and answer, all matrices and all layers. LoRA has as many
 weights as LLaRA's; W_g [K, id_dim] is all that is added.
 
 Choices where the paper leaves one, and deviations, beside LLaRA's:
 
-- alpha/R is the scale of the whole rank, not that of an expert. As the weights add up to one, an
-  update begins at 1 / K of LLaRA's with the same alpha.
+- alpha/(R / K) is the scale of an expert, of its own rank, as in the authors' code: with even
+  weights an update is LLaRA's of the same alpha.
 - All K experts are used, with no loss that balances them. W_g has no bias.
 - z is read without dropout, in training too: SASRec is frozen.
-- K = 4. The equations are followed from the paper's text; no code of the authors was compared.
+- K = 4. The gate is the paper's W_g; that of the authors' code is said to be a small convolution.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ class ILoRA(LLaRA):
         return self.gate(users).softmax(-1)  # type: ignore[no-any-return]
 
     def rank_weights(self, histories: Ragged) -> Tensor:
-        """Return w_k at each of the R / K ranks of expert k, [B, R]."""
-        weights = self.expert_weights(histories)
-        return weights.repeat_interleave(self.config.rank // self.config.experts, dim=1)
+        """Return K w_k at each of the R / K ranks of expert k, [B, R]: LoRA's own scale is alpha/R,
+        an expert's K times that.
+        """
+        k = self.config.experts
+        weights = k * self.expert_weights(histories)
+        return weights.repeat_interleave(self.config.rank // k, dim=1)

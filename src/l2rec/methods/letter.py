@@ -20,7 +20,10 @@ Deviations:
   up to twenty rounds, which may leave some together.
 - SASRec sees training prefixes alone. The authors' vectors come from a model of whole sequences.
 - The ranking loss of the T5 has temperature 1, where it is the cross-entropy, as in their script.
-- As for TIGER: text vectors of the recipe's backbone, a processor's number of steps.
+- Clusters are made anew once in fifty passes; the authors' code makes them at each. The coder's
+  layers are TIGER's, narrower than theirs.
+- As for TIGER: text vectors of the recipe's backbone, codes that nothing is nearest to are moved
+  (the authors' code has no such step), AdamW, a processor's number of steps.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ class SASRec(ItemTable):
         ]
 
     def for_vectors(self, lr: float, epochs: int) -> Stage:
-        """Return a stage of a method that only wants the item vectors, with batches of a size for
-        SASRec, whatever that of the method is.
+        """Return a stage of a method that only wants the item vectors, with batches and a patience
+        for SASRec, whatever those of the method are.
         """
 
         def batches(
@@ -141,6 +141,8 @@ class SASRec(ItemTable):
             self.loss,
             validates=self,
             epochs=epochs,
+            patience=10,
+            eval_every=1.0,
         )
 
     def loss(self, batch: Batch) -> Losses:

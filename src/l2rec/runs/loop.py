@@ -271,6 +271,8 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
     run.stages = len(stages)
     if state is None:
         _start(run)
+        if stages:
+            run.counters.next_eval = _eval_every(run, stages[0])
         if stages and stages[0].validates is not None:
             run.counters.best = -math.inf  # the stage validates another recommender than this one
     else:
@@ -314,7 +316,6 @@ def _start(run: _Run) -> None:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
     run.untrained = run.best = _validate(run, 0.0)
     run.counters.best = run.untrained[run.counters.select]
-    run.counters.next_eval = run.config.eval_every
     _save_best(run)
 
 
@@ -350,7 +351,7 @@ def _begin_stage(run: _Run, number: int, stage: Stage, before: Stage) -> None:
         c.best = -math.inf  # scores of another recommender do not compare with this one's
     c.stage, c.stage_start, c.stage_seconds = number, c.step, c.seconds
     c.epoch = c.batch = c.bad = 0
-    c.next_eval = run.config.eval_every
+    c.next_eval = _eval_every(run, stage)
     run.progress.line(
         f"stage {number + 1}: {stage.name}, from the best weights so far (step {c.best_step})"
     )
@@ -389,20 +390,20 @@ def _train_stage(run: _Run, stage: Stage, state: State | None, averaged: Average
     optimizer = _optimizer(stage)
     if state is not None:
         restore_optimizer(optimizer, state.optimizer)
-        if reached := _limit_reached(run):
+        if reached := _limit_reached(run, stage):
             return reached
     planned = _planned_steps(run, stage)
     run.saved_at = time.monotonic()
     run.model.train()
     for batch, position, last in _batches_left(run, stage):
         _step(run, stage, batch, optimizer, planned, averaged)
-        ended = _limit_reached(run) or ("epochs" if last else "")
+        ended = _limit_reached(run, stage) or ("epochs" if last else "")
         validating = bool(ended) or _validation_due(run, stage, position)
         if validating or run.counters.step % run.config.log_every == 0:
             _log_steps(run, position, planned)
         if validating:
             better = _validate_stage(run, stage, position)
-            ended = ended or _limit_reached(run)
+            ended = ended or _limit_reached(run, stage)
             _save_state(run, optimizer)  # first: the best model can be restored from it
             if better:
                 _save_best(run)
@@ -440,6 +441,14 @@ def _epochs(run: _Run, stage: Stage) -> int:
     return stage.epochs or run.config.epochs
 
 
+def _patience(run: _Run, stage: Stage) -> int:
+    return stage.patience or run.config.patience
+
+
+def _eval_every(run: _Run, stage: Stage) -> float:
+    return stage.eval_every or run.config.eval_every
+
+
 def _batches(run: _Run, stage: Stage, epoch: int) -> EpochBatches:
     return stage.batches(
         run.split.train,
@@ -473,7 +482,7 @@ def _begin_epoch(run: _Run, begin: Callable[[int], None], epoch: int) -> None:
     run.counters.seconds += _Done(time.monotonic() - started).of_all().seconds
 
 
-def _limit_reached(run: _Run) -> str:
+def _limit_reached(run: _Run, stage: Stage) -> str:
     """Return the limit that ends this stage before its epochs do, or an empty string."""
     config, c = run.config, run.counters
     if run.pruned:
@@ -482,7 +491,7 @@ def _limit_reached(run: _Run) -> str:
         return "max_steps"
     if _time_used(run) >= 1:
         return "max_minutes"
-    return "patience" if c.bad >= config.patience else ""
+    return "patience" if c.bad >= _patience(run, stage) else ""
 
 
 # -- step ----------------------------------------------------------------------------------------
@@ -606,7 +615,7 @@ def _validate_stage(run: _Run, stage: Stage, position: float) -> bool:
     run.model.train()
     c = run.counters
     score = metrics[c.select]
-    c.next_eval = position + run.config.eval_every
+    c.next_eval = position + _eval_every(run, stage)
     if stage.select:
         run.pruned = run.hopeless(score, c.selections)
         c.selections += 1

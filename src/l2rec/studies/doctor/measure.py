@@ -159,6 +159,7 @@ def _stage(model: Any, split: Split, config: RunConfig, stage: Stage) -> dict[st
         "costs_a_second": float(costs.mean()) / step,
         "epochs": stage.epochs or config.training.epochs,
         "validated": stage.select,
+        "eval_every": stage.eval_every or config.training.eval_every,
     }
 
 

@@ -348,7 +348,7 @@ def _course(config: RunConfig, found: dict[str, Any]) -> dict[str, Any]:
     for stage in found["stages"].values():
         epochs = min(stage["epochs"], (options.max_steps or math.inf) / stage["steps_an_epoch"])
         training += epochs * stage["seconds_epoch"]
-        validations += epochs / options.eval_every if stage["validated"] else 0
+        validations += epochs / stage["eval_every"] if stage["validated"] else 0
     if options.max_minutes is not None and training:
         share = min(1.0, 60 * options.max_minutes / training)
         training, validations = share * training, share * validations
