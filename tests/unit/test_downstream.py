@@ -193,6 +193,16 @@ def test_comparison_by_hand() -> None:
         assert one[of_seeds] is None
 
 
+def test_arms_that_differ_by_rounding_do_not_differ() -> None:
+    def of(value: float) -> dict[str, Scored | None]:
+        return {"m": Scored(value, np.array([value, -value]))}
+
+    sums = {"control": [of(0.3), of(0.3)], "treatment": [of(0.1 + 0.2), of(0.1 + 0.2)]}
+    assert 0.1 + 0.2 != 0.3
+    m = compared(sums, 2, alpha=0.05)["m"]
+    assert (m["difference"], m["error_users"], m["p"], m["p_holm"]) == (0, 0, 1, 1)
+
+
 def test_user_hash_is_splitmix64() -> None:
     def reference(x: int) -> int:
         mask = (1 << 64) - 1

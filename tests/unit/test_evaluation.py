@@ -518,6 +518,13 @@ def test_rounding_is_no_difference() -> None:
     assert (a - b).mean() != 0
     got = paired_values_test(a, b, users)
     assert (got.difference, got.standard_error, got.t, got.p) == (0.0, 0.0, 0.0, 1.0)
+    third = np.full(20, 0.3)
+    for sums in (np.full(20, 0.1) + 0.2, np.where(np.arange(20) < 9, 0.1 + 0.2, 0.3)):
+        assert (sums != third).any()
+        got = paired_values_test(sums, third)
+        assert (got.difference, got.standard_error, got.t, got.p) == (0.0, 0.0, 0.0, 1.0)
+    surely = paired_values_test(third + 1e-9, third)
+    assert (surely.difference, surely.p) == (pytest.approx(1e-9), 0.0)
     same = [np.full(n, 0.1) for n in range(2, 40)]
     assert any(values.var() > 0 for values in same)
     assert all(without_rounding(values) == (0.1, 0.0) for values in same)

@@ -35,6 +35,8 @@ from l2rec.data.synthetic import chain_dataset
 from l2rec.disk import read_json, working_on
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.evaluation.significance import holm, paired_values_test, seeded_test
+from l2rec.metrics import rank_values
+from l2rec.runs.numbers import METRICS
 from l2rec.runs.predictor import backbone_of, build_model
 from l2rec.runs.train import train_run
 from l2rec.studies.experiment.definition import (
@@ -1021,6 +1023,16 @@ def test_without_variance_over_seeds_it_is_the_paired_test() -> None:
     assert (surely.difference, surely.p) == (1, 0)
     with pytest.raises(DataError):
         seeded_test(np.ones((2, 1)), np.ones((2, 1)))
+
+
+@pytest.mark.parametrize("seeds", [(3, 2), (6, 3)])
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_ranking_does_not_differ_from_itself(metric: str, seeds: tuple[int, int]) -> None:
+    """The means of several equal values differ from one another, by their rounding."""
+    ranks = np.random.default_rng(0).integers(1, 40, 500).astype(np.float64)
+    values = rank_values(ranks, metric)
+    found = seeded_test(*(np.stack([values] * n) for n in seeds))
+    assert (found.difference, found.standard_error, found.p) == (0, 0, 1)
 
 
 def test_false_positives_are_as_many_as_they_should_be() -> None:

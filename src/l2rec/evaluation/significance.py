@@ -6,6 +6,7 @@ __all__ = [
     "PairedTest",
     "SeededTest",
     "by_segment",
+    "differences",
     "holm",
     "paired_test",
     "paired_values_test",
@@ -38,6 +39,22 @@ def without_rounding(values: FloatArray) -> tuple[float, float]:
     if float(np.ptp(values)) <= ROUNDING * float(np.abs(values).max()):
         return float(values[0]), 0.0
     return float(values.mean()), float(values.var(ddof=1))
+
+
+def differences(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Subtract b from a; what is only the rounding of these values is 0."""
+    found: FloatArray = a - b
+    found[np.abs(found) <= _rounding(a, b)] = 0.0
+    return found
+
+
+def _rounding(a: FloatArray, b: FloatArray) -> float:
+    """Return the greatest difference of two values that is only rounding.
+
+    In units of the values, not of their differences: where there is no other difference, all of
+    these are rounding.
+    """
+    return ROUNDING * float(max(np.abs(a).max(), np.abs(b).max()))
 
 
 @dataclass(frozen=True)
@@ -79,19 +96,19 @@ def paired_values_test(
     Raises:
         DataError: lengths that differ, or fewer than 2 users.
     """
-    differences = a - b if len(a) == len(b) else np.empty(0)
-    n = len(differences)
-    difference = float(differences.mean()) if n else 0.0
-    off = differences - difference
-    if users is not None and n:
+    n = len(a) if users is None else len(np.unique(users))
+    if len(a) != len(b) or n < 2:
+        raise DataError(f"{len(a)} and {len(b)} ranks; a paired test needs 2 or more users in both")
+    each = differences(a, b)
+    difference = float(each.mean())
+    off = each - difference
+    if users is not None:
         of_users = np.unique(users, return_inverse=True)[1]
         off = np.bincount(of_users, weights=off).astype(np.float64)
-    if len(off) < 2:
-        raise DataError(f"{len(a)} and {len(b)} ranks; a paired test needs 2 or more users in both")
     from scipy.special import stdtr  # scipy is slow to import and only tests need it
 
-    error = math.sqrt(float(off @ off) * len(off) / (len(off) - 1)) / n
-    rounding = ROUNDING * float(np.abs(differences).max())
+    error = math.sqrt(float(off @ off) * n / (n - 1)) / len(a)
+    rounding = _rounding(a, b)
     if error <= rounding:
         error = 0.0
         difference = difference if abs(difference) > rounding else 0.0
@@ -99,7 +116,7 @@ def paired_values_test(
         t = difference / error
     else:  # every user differs by the same amount: by nothing, or surely by something
         t = math.copysign(math.inf, difference) if difference else 0.0
-    p = 2.0 * float(stdtr(len(off) - 1, -abs(t)))
+    p = 2.0 * float(stdtr(n - 1, -abs(t)))
     return PairedTest(float(a.mean()), float(b.mean()), difference, error, t, p)
 
 
@@ -142,7 +159,7 @@ def seeded_test(
         return SeededTest(*plain, seeds_error=None, standard_error=None, p=None)
     from scipy.special import stdtr
 
-    of_seeds = [float(side.mean(1).var(ddof=1)) / len(side) for side in (a, b)]
+    of_seeds = [without_rounding(side.mean(1))[1] / len(side) for side in (a, b)]
     parts = [paired.standard_error**2, *of_seeds]
     counts = [a.shape[1] if users is None else len(np.unique(users)), len(a), len(b)]
     error, freedom = satterthwaite(parts, counts)

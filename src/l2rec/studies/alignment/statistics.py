@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from l2rec.evaluation.significance import ROUNDING
+
 TINY = 1e-150
 """Least scale of the kernel, whose square is above 0: where most vectors are equal."""
 
@@ -38,9 +40,15 @@ def on_sphere(x: Tensor) -> Tensor:
     return F.normalize(x.detach().double().cpu(), dim=-1)
 
 
+def _centred(x: Tensor) -> Tensor:
+    """Subtract the mean of each column; all are 0 where rows differ by rounding alone."""
+    off = x - x.mean(0)
+    return off * (off.abs().max() > ROUNDING * x.abs().max())
+
+
 def linear_cka(x: Tensor, y: Tensor) -> float:
     """Compute ||Y'X||² / (||X'X|| ||Y'Y||) of centred columns; nan where all rows are equal."""
-    x, y = x - x.mean(0), y - y.mean(0)
+    x, y = _centred(x), _centred(y)
     across = (y.T @ x).square().sum()
     within = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
     return float(across / within)
@@ -80,11 +88,11 @@ def uniformity(x: Tensor) -> float:
 
 
 def effective_rank(x: Tensor) -> float:
-    """Compute exp of the entropy of the singular values of x, centred, taken as shares."""
-    values = torch.linalg.svdvals(x - x.mean(0))
-    shares = values / values.sum()
-    shares = shares[shares > 0]
-    return float((-shares * shares.log()).sum().exp())
+    """Compute exp of the entropy of the singular values of x, centred, taken as shares; nan where
+    all rows are equal.
+    """
+    values = torch.linalg.svdvals(_centred(x))
+    return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
 def statistics(semantic: Tensor, behavioral: Tensor, seed: int = 0) -> dict[str, float]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from l2rec.evaluation.significance import holm, satterthwaite
+from l2rec.evaluation.significance import differences, holm, satterthwaite, without_rounding
 from l2rec.studies.downstream.daily import Doubles, Exposures, Ints
 from l2rec.studies.downstream.features import Clicks
 from l2rec.studies.downstream.options import ARMS, CONTROL, TASKS, TREATMENT
@@ -157,39 +157,41 @@ def compared(
     """
     from scipy.special import stdtr, stdtrit
 
-    differences: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for metric in arms[CONTROL][0]:
         scored = {name: [seed[metric] for seed in runs] for name, runs in arms.items()}
         pairs = list(zip(scored[TREATMENT], scored[CONTROL], strict=True))
         values = {name: [s.value for s in each if s is not None] for name, each in scored.items()}
-        differences[metric] = {name: _spread(values[name]) for name in ARMS}
+        found[metric] = {name: _spread(values[name]) for name in ARMS}
         real = [(t, c) for t, c in pairs if t is not None and c is not None]
         if len(real) < len(pairs):
-            differences[metric] |= {"difference": None}
+            found[metric] |= {"difference": None}
             continue
-        by_seed = np.array([t.value - c.value for t, c in real])
-        influence = np.mean([t.influence - c.influence for t, c in real], axis=0)
+        by_seed = differences(
+            *(np.array([s.value for s in arm]) for arm in zip(*real, strict=True))
+        )
+        influence = np.mean([differences(t.influence, c.influence) for t, c in real], axis=0)
         error = math.sqrt(float(influence.var(ddof=1)) / n_users) if n_users > 1 else math.nan
         difference = float(by_seed.mean())
         unknown = ("low", "high", "sd_seeds", "p", "p_holm")
-        found: dict[str, float | None] = dict.fromkeys(unknown)
+        sampled: dict[str, float | None] = dict.fromkeys(unknown)
         if len(real) > 1 and n_users > 1:
-            seeds = float(by_seed.std(ddof=1))
+            seeds = math.sqrt(without_rounding(by_seed)[1])
             parts, counts = [error**2, seeds**2 / len(real)], [n_users, len(real)]
             whole, freedom = satterthwaite(parts, counts)
             half = float(stdtrit(freedom, 1 - alpha / 2)) * whole
             t = difference / whole if whole > 0 else (math.inf if difference else 0.0)
-            found |= {
+            sampled |= {
                 "low": difference - half,
                 "high": difference + half,
                 "sd_seeds": seeds,
                 "p": 2.0 * float(stdtr(freedom, -abs(t))),
             }
-        differences[metric] |= {"difference": difference, "error_users": error, **found}
-    tested = [m for m, result in differences.items() if result.get("p") is not None]
-    for metric, p in zip(tested, holm([differences[m]["p"] for m in tested]), strict=True):
-        differences[metric]["p_holm"] = p
-    return differences
+        found[metric] |= {"difference": difference, "error_users": error, **sampled}
+    tested = [m for m, result in found.items() if result.get("p") is not None]
+    for metric, p in zip(tested, holm([found[m]["p"] for m in tested]), strict=True):
+        found[metric]["p_holm"] = p
+    return found
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
