@@ -10,6 +10,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from l2rec.config import resolve
 from l2rec.data.dataset import Dataset
@@ -31,6 +33,7 @@ from l2rec.studies import compare as comparing
 from l2rec.studies.compare import (
     Block,
     Comparison,
+    FinishedRun,
     Population,
     compare,
     compare_runs,
@@ -337,6 +340,56 @@ def test_against_a_run(make: Make) -> None:
     assert [entry.label for entry in outside.entries] == ["sasrec", "other", "bad"]
 
 
+def test_tests_are_corrected_for_all_of_their_table(make: Make) -> None:
+    """By statsmodels, over every pair of rows where the best is the reference."""
+    first, *others = (
+        make(f"r{n}", ranks_of(n, best=1 + 3 * n), recipe=f"r{n}", dim=8 + 2 * n) for n in range(4)
+    )
+    best, fixed = compare_runs([first, *others]), compare_runs([first, *others], against=first)
+    for found, pairs in ((best, 6), (fixed, 3)):
+        for metric, masked in product(comparing.TESTED, (False, True)):
+            tested = [b for b in found.blocks if b.masked == masked and b.users > 1]
+            tests = [line.tests[metric] for b in tested for line in b.lines.values() if line.tests]
+            assert len(tests) == 3 * len(tested) and len(tested) > 2
+            others_unknown = [1.0] * ((pairs - 3) * len(tested))  # no test is later than they are
+            theirs = multipletests([t.p for t in tests] + others_unknown, method="holm")[1]
+            assert [t.p_holm for t in tests] == pytest.approx(theirs[: len(tests)].tolist())
+            assert all(t.p <= (t.p_holm or 0) for t in tests)
+    assert all(t.p_holm is None for b in best.blocks for t in b.lead.values())
+
+
+@pytest.mark.parametrize("against", [None, "r0"])
+def test_where_nothing_differs_there_is_no_dagger(make: Make, against: str | None) -> None:
+    """Nine runs whose ranks are drawn alike; of uncorrected tests, some are called most times."""
+    draw = np.random.default_rng(0)
+    users, base = 300, read_run(make("base", ranks_of(0)))
+    ids = [str(user) for user in range(users)]
+    ranks = draw.integers(1, 28, users).astype(np.float64)
+    empty = Ragged.from_rows([[] for _ in range(users)])
+    first = np.arange(users) < users // 2
+    known = Population({"first": first, "last": ~first}, empty, np.zeros(1, dtype=np.int64))
+
+    def drawn(n: int) -> FinishedRun:
+        new = draw.choice(ranks, users)
+        of_run = replace(
+            base.ranks, users=ids, ranks=new, ranks_masked=new, targets=np.arange(users), top=None
+        )
+        return replace(base, path=Path(f"r{n}"), ranks=of_run)
+
+    marked = uncorrected = 0
+    for _ in range(40):  # 95% of them is 38
+        runs = [drawn(n) for n in range(9)]
+        reference = None if against is None else Path(against)
+        found = compare(runs, known, group=False, against=reference)
+        table = next(t for t in tables(found) if "N@10 by segment" in t.title)
+        marked += any("†" in cell for row in table.rows for cell in row)
+        tests = [x.tests for b in found.blocks for x in b.lines.values() if not b.masked]
+        uncorrected += any(t["ndcg@10"].p < 0.05 for t in tests if t)
+    assert marked <= 2 and uncorrected > 15
+    assert "corrected by Holm's method" in table.caption
+    assert ("all 108 pairs of two rows" if against is None else "24 tests") in table.caption
+
+
 def test_one_run_alone(make: Make) -> None:
     found = compare_runs([make("a", ranks_of(1))])
     got = block(found)
@@ -486,6 +539,7 @@ def test_markdown(three: Comparison) -> None:
     assert "0.2500" in floor and "0.1250" in floor and "**" not in floor
     assert "best by N@10: sasrec; against the best rival, a|b: N@10 +" in text
     assert "| 0.0" in text and "† differs from" in text
+    assert "pairs of two rows in all columns." in text
     costs = text[text.index("### chains: costs") :]
     assert "| sasrec | SASRec | 1 2 | none | 1,234 | 1.0 min | 2.0 M | – | a processor |" in costs
     assert "means over seeds." in costs
@@ -504,6 +558,7 @@ def test_csv_has_every_number(three: Comparison) -> None:
             assert record[f"{metric}_sd"] == ("" if score.sd is None else str(score.sd))
         for metric, test in line.tests.items():
             assert float(record[f"{metric}_p"]) == test.p
+            assert float(record[f"{metric}_p_holm"]) == test.p_holm
         assert (record["coverage@10"] == "") == masked
         assert record["training_seconds"] == "60.0" and record["peak_memory_mb"] == ""
 

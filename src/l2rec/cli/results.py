@@ -70,6 +70,9 @@ def compare(
 
     Segments: length of the history (1-5, 6-10, 11 and more events), and how often the target was
     trained on: in the top fifth of the catalog (head), or below it (tail); of these, never (cold).
+    Of these tables † is a difference at p < 0.05 after Holm's correction for all tests of the table
+    (p_holm of --json and CSV). Where the best is the reference, all pairs of rows count, since any
+    could have been the best. The p of other tables is not corrected.
 
     Example: `l2rec compare runs/sasrec-0 runs/sasrec-1 runs/l2rec --out table.md`
     """

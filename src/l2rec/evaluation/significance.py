@@ -200,10 +200,15 @@ def by_segment(
     return segments
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number (Holm, 1979), in the order given."""
+def holm(ps: Sequence[float], count: int | None = None) -> list[float]:
+    """Adjust p-values for their number (Holm, 1979), in the order given.
+
+    ``count``: of how many tests these are the ones that were made; all by default. Where it could
+    as well have been others, the adjusted values are no smaller than with the p-values of all.
+    """
+    count = len(ps) if count is None else count
     order = np.argsort(ps, kind="stable")
-    steps = [(len(ps) - rank) * float(ps[at]) for rank, at in enumerate(order)]
+    steps = [(count - rank) * float(ps[at]) for rank, at in enumerate(order)]
     rising = np.minimum(1.0, np.maximum.accumulate(steps))
     adjusted = np.empty(len(ps))
     adjusted[order] = rising

@@ -6,7 +6,8 @@
 
 Runs of one recipe that differ only in the seed, or in options that cannot change the result, are
 one row, mean ± standard deviation over seeds; the tests compare each user's mean over seeds. Every
-test is a two-sided paired t-test over users, not corrected for the number of comparisons.
+test is a two-sided paired t-test over users. The tests of all rows and segments by one metric in
+one view of the history, a table, are a family: beside p stands p_holm, which is corrected for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = [
     "Score",
     "compare",
     "compare_runs",
+    "family_size",
     "over_seeds",
     "population",
     "ranked_users",
@@ -49,7 +51,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Cases
 from l2rec.errors import CheckpointError, DataError, L2RecError
 from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
-from l2rec.evaluation.significance import paired_values_test
+from l2rec.evaluation.significance import holm, paired_values_test
 from l2rec.evaluation.tied_day import beside_leave_one_out
 from l2rec.metrics import coverage, popularity_bias
 from l2rec.runs.folder import (
@@ -243,10 +245,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference over users and the p value of its two-sided paired t-test."""
+    """A mean difference over users and the p value of its two-sided paired t-test.
+
+    ``p_holm``: p, corrected for all tests of its family; None of a lead, which is in none.
+    """
 
     difference: float
     p: float
+    p_holm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -300,6 +306,8 @@ class Comparison:
     """The result of `compare`.
 
     ``blocks``: every segment with the history not masked, then masked; all users come first.
+    ``against``: the row that was asked for as the reference of all tests; None: the best of each
+    block.
     ``floors``: scores of the baselines that need no training, by name. ``notes``: what is missing,
     and why.
     """
@@ -309,6 +317,7 @@ class Comparison:
     protocol: str
     entries: list[Entry]
     blocks: list[Block]
+    against: str | None
     floors: dict[str, dict[str, float]]
     notes: list[str]
 
@@ -391,16 +400,22 @@ def compare(
     segments = {EVERYONE: np.ones(len(users), dtype=bool)}
     segments |= {} if known is None else known.segments
     data = first.report["dataset"]
+    views = [
+        [
+            _block(recipes, segment, rows, users, masked, known, int(data["items"]), reference)
+            for segment, rows in segments.items()
+        ]
+        for masked in (False, True)
+    ]
+    for blocks in views:
+        _correct(blocks, reference)
     return Comparison(
         data=data["name"],
         fingerprint=first.ranks.fingerprint,
         protocol=first.ranks.protocol,
         entries=[_entry(label, seeds) for label, seeds in recipes.items()],
-        blocks=[
-            _block(recipes, segment, rows, users, masked, known, int(data["items"]), reference)
-            for masked in (False, True)
-            for segment, rows in segments.items()
-        ],
+        blocks=[block for blocks in views for block in blocks],
+        against=reference,
         floors=_floors(runs, tied_day),
         notes=_notes(runs, known, tied_day),
     )
@@ -581,6 +596,26 @@ def _tests(
             test = paired_values_test(a, b, users)
             tests[metric] = Difference(test.difference, test.p)
     return tests
+
+
+def family_size(blocks: Sequence[Block], against: str | None) -> int:
+    """Count the tests of one metric in the blocks of one view of the history.
+
+    The best row of a block was chosen by the scores that are tested, and could have been any: then
+    all pairs of rows count, whatever the tests that are made.
+    """
+    tested = [len(block.lines) for block in blocks if block.lead]
+    return sum(n - 1 if against is not None else n * (n - 1) // 2 for n in tested)
+
+
+def _correct(blocks: Sequence[Block], against: str | None) -> None:
+    """Give the tests in the blocks of one view of the history their ``p_holm``."""
+    lines = [line.tests for block in blocks for line in block.lines.values()]
+    for metric in TESTED:
+        tested = [tests for tests in lines if metric in tests]
+        ps = holm([tests[metric].p for tests in tested], family_size(blocks, against))
+        for tests, p in zip(tested, ps, strict=True):
+            tests[metric] = replace(tests[metric], p_holm=p)
 
 
 def _notes(runs: Sequence[FinishedRun], known: Population | None, tied_day: bool) -> list[str]:

@@ -42,6 +42,7 @@ from l2rec.studies.compare import (
     Entry,
     Line,
     Score,
+    family_size,
 )
 
 
@@ -121,13 +122,18 @@ def _segment_table(comparison: Comparison, metric: str, masked: bool) -> Table:
         if len({b.reference for b in blocks}) > 1
         else blocks[0].reference
     )
-    caption = f"† differs from {reference} at p < {SIGNIFICANT}" if metric in TESTED else ""
+    number = f"{family_size(blocks, comparison.against):,}"
+    counted = f"all {number} pairs of two rows" if comparison.against is None else f"{number} tests"
+    caption = (
+        f"† differs from {reference} at p < {SIGNIFICANT}, by paired t-tests over users, corrected "
+        f"by Holm's method for the {counted} in all columns"
+    )
     return Table(
         f"{comparison.data}: {name} by segment of users, {_view(masked)}",
         header,
         rows,
         [[False, *row] for row in best],
-        caption if len(labels) > 1 else "",
+        caption if metric in TESTED and len(labels) > 1 else "",
     )
 
 
@@ -196,8 +202,8 @@ def _against(test: Difference | None) -> str:
 
 
 def _dagger(test: Difference | None) -> str:
-    """Mark a significant difference."""
-    return "†" if test is not None and test.p < SIGNIFICANT else ""
+    """Mark a difference that is significant among all of its table."""
+    return "†" if test is not None and test.p_holm is not None and test.p_holm < SIGNIFICANT else ""
 
 
 def _verdict(block: Block) -> str:
@@ -266,7 +272,8 @@ def _record(entry: Entry, line: Line, block: Block) -> dict[str, Any]:
         record |= {metric: score.mean, f"{metric}_sd": score.sd}
     record["reference"] = block.reference
     for metric, test in line.tests.items():
-        record |= {f"{metric}_difference": test.difference, f"{metric}_p": test.p}
+        numbers = {"difference": test.difference, "p": test.p, "p_holm": test.p_holm}
+        record |= {f"{metric}_{name}": value for name, value in numbers.items()}
     costs = ("trained_parameters", "training_seconds", "tokens_seen", "peak_memory_mb", "hardware")
     return record | {cost: getattr(entry, cost) for cost in costs}
 
