@@ -724,6 +724,18 @@ def test_an_unfinished_run_is_not_blended(stopped: Path, tmp_path: Path) -> None
     assert not (tmp_path / "blend").exists()
 
 
+def test_an_unfinished_run_is_no_start(
+    stopped: Path, catalog_run: Finished, tmp_path: Path
+) -> None:
+    config, out = runs.config(catalog_run.backbone), tmp_path / "run"
+    with pytest.raises(
+        CheckpointError, match=r"stopped is not finished.*stopped --resume"
+    ) as error:
+        train_run(config, catalog_run.data, out, progress=Quiet(), init=stopped)
+    one_line(error)
+    assert not out.exists()
+
+
 def test_an_unfinished_blend_is_blended_again(blended_run: Finished, tmp_path: Path) -> None:
     run = copied(blended_run, tmp_path / "run")
     (run / "report.json").unlink()

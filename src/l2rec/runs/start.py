@@ -1,6 +1,6 @@
 """The start of a run that goes on from another: by fine-tuning, or with newer events.
 
-check_start   what it was trained on must not be what this run is tested on
+check_start   it is finished, and what it was trained on is not what this run is tested on
 unseen        what it was trained on does not validate an update
 start_from    its trained tensors
 """
@@ -27,20 +27,22 @@ from l2rec.data.splits import LEAVE_ONE_OUT, TIED_DAY, Cases, Split
 from l2rec.errors import CheckpointError, DataError
 from l2rec.protocols import Progress
 from l2rec.runs.checkpoint import load_tensors, load_trained, trained_tensors, without_gone
-from l2rec.runs.folder import load_run_config, open_run_dataset, split_of
+from l2rec.runs.folder import load_run_config, open_run_dataset, require_finished, split_of
 
 
 def check_start(
     init: Path, dataset: Dataset, split: Split, progress: Progress, *, update: bool = False
 ) -> None:
-    """Refuse a start that was trained on other events of this very data set: on its test, perhaps.
+    """Refuse a start that has not come to its end, or that was trained on other events of this very
+    data set: on its test, perhaps.
 
     Its own start counts too. Warn of one whose data are the same log, prepared in another way, and
     of one that is gone. Of an ``update``, what ``init`` has seen is left out: `unseen`.
 
     Raises:
-        CheckpointError: it was.
+        CheckpointError: it has not, or was.
     """
+    require_finished(init)
     start: Path | None = init
     while start is not None:
         if not (start / "config.yaml").is_file():
