@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from l2rec.errors import DataError
 
 LOG = "user_id,item_id,timestamp\nu,a,1\né,b,2\n"
 UNREAD = "not read, though by type, name or content it holds lists"
+PREFIXES = ["u,a,b,1", "u,a b,c,2", "v,b,c,1", "v,b c,a,2", "u,a b c,d,3"]
+"""Users, the items before, an item, a time."""
 EVENTS = [("u", "a", 1.0), ("é", "b", 2.0)]
 
 
@@ -60,12 +63,53 @@ def test_recbole_samples_are_refused(tmp_path: Path) -> None:
         ("user_id,item_seq,parent_asin,timestamp", ["u,a,b,1"]),
         ("user_id,clicks_list,parent_asin,timestamp", ["u,a|b,c,1"]),
         ("user_id,hist,parent_asin,timestamp", ["u,a b,c,1"]),
+        ("user_id,past_items,parent_asin,timestamp", PREFIXES),
+        ("user_id,prev,parent_asin,timestamp", [row.replace(" ", "|") for row in PREFIXES]),
+        ("user_id,input,parent_asin,timestamp", [row.replace(" ", ";") for row in PREFIXES]),
+        ("user_id,clicked_before,parent_asin,timestamp", [*PREFIXES[::-1]]),
+        ("user_id,seen,parent_asin,timestamp", ["u,a,b,1", 'u,"b,a",c,2', 'u,"c,b,a",d,3']),
+        ("user_id,seen,parent_asin,timestamp", ["u,['a'],b,1", "u,\"['a', 'b']\",c,2"]),
     ],
 )
 def test_separated_samples_are_refused(tmp_path: Path, header: str, rows: list[str]) -> None:
     path = tmp_path / "test.csv"
     path.write_text("\n".join([header, *rows]) + "\n")
     assert "test.csv has samples, not events" in refusal(path, item="parent_asin")
+
+
+@pytest.mark.parametrize("separated", [True, False])
+def test_samples_of_json_lines_are_refused_by_what_they_hold(
+    tmp_path: Path, separated: bool
+) -> None:
+    path = tmp_path / "t.jsonl"
+    rows = [
+        {"user_id": user, "item_id": n, "seen": list(range(10, n)), "timestamp": n}
+        for user in (1, 2)
+        for n in range(11, 15)
+    ]
+    for row in rows if separated else ():
+        row["seen"] = " ".join(map(str, row["seen"]))
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert "column 'seen' holds the history before" in refusal(path)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    assert "column 'seen' holds the history before" in refusal(tmp_path / "t.parquet")
+
+
+def test_what_is_no_history_is_not_taken_for_one(tmp_path: Path) -> None:
+    """Labels, texts and numbers that are also ids; what was bought together is named at least."""
+    path = tmp_path / "log.csv"
+    draw = random.Random(0)
+    lines = ["user_id,item_id,timestamp,tags,rating,title,together,others"]
+    for user in range(40):
+        for basket in range(3):
+            bought = [str(n) for n in draw.sample(range(1, 50), draw.randint(2, 3))]
+            for item in bought:
+                tags = "|".join(draw.sample(["new", "red", "for a walk", "5"], 2))
+                others = " ".join(other for other in bought if other != item)
+                cells = [f"u{user}", item, str(basket), tags, str(draw.randint(1, 5))]
+                lines.append(",".join([*cells, "12 red 7 or more", " ".join(bought), others]))
+    path.write_text("\n".join(lines) + "\n")
+    assert opened(path).notes == [f"log.csv: {UNREAD}: 'together', 'others'"]
 
 
 def test_other_lists_are_named_and_scalars_are_not(tmp_path: Path) -> None:

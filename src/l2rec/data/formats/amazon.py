@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -20,10 +19,12 @@ from l2rec.data.formats.files import (
     reading,
     split_note,
 )
-from l2rec.data.formats.ignored import check_ignored
+from l2rec.data.formats.ignored import SAMPLE_ROWS
 from l2rec.data.formats.jsonl import (
     Keys,
+    check_lists,
     first_keys,
+    first_rows,
     json_block,
     json_lines,
     keys_of,
@@ -118,13 +119,8 @@ def amazon(
             f"other JSON Lines pass --format jsonl, and name their keys by --user, --item and "
             f"--timestamp"
         )
-    check_ignored(
-        file,
-        names.names,
-        {name: [""] for name in keys},
-        [name for name in keys if re.fullmatch(r"(.*_)?history(_.*)?", name)],
-        context.notes,
-    )
+    # Other lists of reviews, such as pictures, are known: nobody needs a note on them.
+    check_lists(file, names, first_rows(file, encoding, SAMPLE_ROWS), [])
     context.notes.extend(split_note(file))
     catalog = open_catalog(items, context) if items else None
     by_line = items and items.ends(".json", ".jsonl") and one_value(items, encoding) is None

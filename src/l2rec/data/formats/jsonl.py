@@ -288,15 +288,12 @@ def _missing_key(
 
 def check_lists(file: File, keys: Keys, rows: Sequence[Row], notes: list[str]) -> None:
     """Refuse a log whose lines hold histories; note other lists that nobody reads."""
-    texts: dict[str, list[str]] = {}
-    lists = []
-    for row in rows:
-        for key, value in row.items():
-            if isinstance(value, (list, tuple)):
-                lists.append(key)
-            elif isinstance(value, str):
-                texts.setdefault(key, []).append(value)
-    check_ignored(file, keys.names, texts, list(dict.fromkeys(lists)), notes)
+    names = dict.fromkeys([*keys.names, *(key for row in rows for key in row)])
+    samples = {name: [value_at(row, name) for row in rows] for name in names}
+    lists = [
+        n for n, values in samples.items() if any(isinstance(v, (list, tuple)) for v in values)
+    ]
+    check_ignored(file, keys.names, samples, lists, notes)
 
 
 # ---------------------------------------------------------------- the catalog

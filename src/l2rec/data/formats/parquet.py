@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import polars as pl
 import pyarrow as pa
@@ -91,10 +91,11 @@ def parquet(
                 raise missing_column(file, name, option, names)
     if event_type is None and "event_type" in schemas[logs[0]].names:
         event_type = "event_type"
-    used = [columns.user, columns.item, columns.timestamp, event_type]
+    used = (columns.user, columns.item, columns.timestamp, event_type)
+    names = [name for name in used if name is not None]
     for file, schema in schemas.items():
         lists = [f.name for f in schema if is_list(f.type)]
-        check_ignored(file, [n for n in used if n is not None], _sample(file), lists, context.notes)
+        check_ignored(file, names, _sample(file, names[:2]), lists, context.notes)
     if splits:
         context.notes.append(splits_note(logs))
     elif len(logs) > 1:
@@ -172,17 +173,21 @@ def parquet_catalog(file: File, item: str) -> CatalogReader:
     return CatalogReader(catalog, texts, more, separators)
 
 
-def _sample(file: File) -> dict[str, list[str]]:
-    """Return the first values of the text columns by column."""
+def _sample(file: File, used: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the first values by column, of those of ``used`` and of those of texts and of ids."""
     opened = parquet_file(file)
-    texts = [f.name for f in opened.schema_arrow if _is_text(f.type) and not is_list(f.type)]
-    if not texts:
-        return {}
+    fields = [
+        f for f in opened.schema_arrow if f.name in used or _is_text(f.type) or _is_ids(f.type)
+    ]
     with reading(file):
-        for batch in opened.iter_batches(batch_size=SAMPLE_ROWS, columns=texts):
-            rows = batch.to_pylist()
-            return {name: [row[name] or "" for row in rows] for name in texts}
-    return {}
+        batches = opened.iter_batches(SAMPLE_ROWS, columns=[f.name for f in fields])
+        batch = next(batches, None)
+    return {} if batch is None else batch.to_pydict()
+
+
+def _is_ids(kind: pa.DataType) -> bool:
+    """Tell whether a type is a list of whole numbers."""
+    return is_list(kind) and bool(pa.types.is_integer(kind.value_type))
 
 
 def is_list(kind: pa.DataType) -> bool:
