@@ -474,6 +474,8 @@ def test_remote_code_does_not_run_unless_allowed(folder: Path, tmp_path: Path, k
         assert load(folder).weight_hash() == tiny.random_backbone("bert").weight_hash()
     else:
         change_config(folder, model_type="custom")
-        with pytest.raises(BackboneError, match="custom code"):
+        asked = r"custom code.*read it, and pass backbone\.trust_remote_code=true if you trust it"
+        with pytest.raises(BackboneError, match=asked) as error:
             load(folder)
+        one_line(error)
     assert not ran.exists()

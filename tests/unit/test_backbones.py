@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.support import tiny
 from tests.support.benchmarks import FOLDER, script
 from tests.support.errors import one_line
@@ -19,6 +20,7 @@ from l2rec.errors import BackboneError
 from l2rec.modules import packing as packing_module
 from l2rec.modules.backbone import Backbone, load_backbone, multiplies_bfloat16
 from l2rec.modules.packing import Attend, Packing, pack
+from l2rec.studies.doctor.backbones import shape_backbone
 
 ENCODER: dict[str, Any] = {
     "vocab_size": 60,
@@ -498,12 +500,24 @@ def saved(folder: Path, family: str, changes: dict[str, Any], draw: float) -> Pa
     return folder
 
 
-def test_an_adapter_is_no_backbone(backbone_folder: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(backbone_folder, tmp_path / "adapter")
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')
-    with pytest.raises(BackboneError, match="is an adapter and no model") as error:
-        load_backbone(BackboneConfig(name=str(folder)))
-    one_line(error)
+@pytest.mark.parametrize("alone", [True, False], ids=["as peft writes it", "beside a model"])
+def test_an_adapter_is_no_backbone(backbone_folder: Path, tmp_path: Path, alone: bool) -> None:
+    folder = tmp_path / "adapter"
+    if alone:
+        folder.mkdir()
+        save_file(
+            {"base_model.model.a.lora_A.weight": torch.ones(2, 2)},
+            folder / "adapter_model.safetensors",
+        )
+    else:
+        shutil.copytree(backbone_folder, folder)
+    (folder / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "org/other"}'
+    )
+    for load in (load_backbone, shape_backbone):
+        with pytest.raises(BackboneError, match="is an adapter and no model; merge it") as error:
+            load(BackboneConfig(name=str(folder)))
+        one_line(error)
 
 
 @pytest.mark.parametrize(

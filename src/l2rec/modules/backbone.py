@@ -18,6 +18,8 @@ __all__ = [
     "Backbone",
     "load_backbone",
     "load_tokenizer",
+    "reason_of",
+    "refuse_adapter",
 ]
 
 import hashlib
@@ -430,6 +432,7 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
     try:
         file = gguf.find_gguf(source)
         if file is None:
+            refuse_adapter(config, source)
             settings = AutoConfig.from_pretrained(source, **common)
             model = _load_model(config, source, settings, common)
             tokenizer = _load_tokenizer(config, source, common)
@@ -453,11 +456,11 @@ def load_backbone(config: BackboneConfig, device: str | torch.device = "cpu") ->
         AttributeError,
         SafetensorError,
     ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         missing = "" if Path(source).exists() else f"there is no folder {source!r}, and the hub: "
         raise BackboneError(
-            f"backbone {config.name!r} cannot be loaded: {missing}{reason} (give 'minilm', a hub "
-            "id, a folder with config.json, safetensors weights and a tokenizer, or a GGUF file)"
+            f"backbone {config.name!r} cannot be loaded: {missing}{reason_of(error)} "
+            "(give 'minilm', a hub id, a folder with config.json, safetensors weights and a "
+            "tokenizer, or a GGUF file)"
         ) from error
     finally:
         transformers.logging.set_verbosity(level)
@@ -486,6 +489,32 @@ def _source_of(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
     return source, {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
+def refuse_adapter(config: BackboneConfig, source: str, *, here_alone: bool = False) -> None:
+    """Raise BackboneError for an adapter, whose folder may hold no config.json.
+
+    With peft installed it would load the model that it names, and its own weights by pickle if
+    there are no others. ``here_alone``: look into folders and the cache, not at the hub.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    found = find_adapter_config_file(source, revision=config.revision, local_files_only=here_alone)
+    if found is not None:
+        raise BackboneError(
+            f"backbone {config.name!r} is an adapter and no model; merge it into its model, and "
+            "name that"
+        )
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what transformers says, and our option where it asks for theirs."""
+    text = str(error).strip()
+    reason = text.splitlines()[0].strip() if text else type(error).__name__
+    if "trust_remote_code" in text:
+        allow = "read it, and pass backbone.trust_remote_code=true if you trust it"
+        return f"{reason.rstrip(' .')}; {allow}"
+    return reason
+
+
 def _load_model(
     config: BackboneConfig, source: str, settings: Any, common: dict[str, Any]
 ) -> nn.Module:
@@ -495,7 +524,6 @@ def _load_model(
     rounds to one part in 256, a whole turn off at far positions.
     """
     from transformers import AutoModel
-    from transformers.utils.peft_utils import find_adapter_config_file
 
     dtype = _dtype(config)
     if config.random_weights:
@@ -506,13 +534,6 @@ def _load_model(
         for parameter in drawn.parameters():  # buffers stay as they are
             parameter.data = parameter.data.to(dtype)
         return drawn
-    # With peft installed, an adapter's folder would load the model that it names, and its own
-    # weights by pickle if there are no others.
-    if find_adapter_config_file(source, revision=config.revision) is not None:
-        raise BackboneError(
-            f"backbone {config.name!r} is an adapter and no model; merge it into its model, and "
-            "name that"
-        )
     options = common | quantization(config.name, settings, config.quantize, dtype)
     model: nn.Module
     model, loading = AutoModel.from_pretrained(
@@ -577,7 +598,9 @@ def _load_tokenizer(config: BackboneConfig, source: str, common: dict[str, Any])
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **common)
     except (OSError, ValueError) as error:
-        raise BackboneError(f"backbone {config.name!r} has no usable tokenizer: {error}") from error
+        raise BackboneError(
+            f"backbone {config.name!r} has no usable tokenizer: {reason_of(error)}"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise BackboneError(f"backbone {config.name!r} has no tokenizer files beside its weights")
     return tokenizer

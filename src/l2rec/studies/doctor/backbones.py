@@ -22,7 +22,7 @@ from transformers import (
 from l2rec.config import BackboneConfig
 from l2rec.errors import BackboneError
 from l2rec.modules import gguf
-from l2rec.modules.backbone import Backbone, minilm_source
+from l2rec.modules.backbone import Backbone, minilm_source, reason_of, refuse_adapter
 
 _LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
@@ -80,20 +80,23 @@ def _settings(config: BackboneConfig) -> tuple[str, PretrainedConfig]:
     if file is not None:
         return source, gguf.load_settings(file)
     built_in = {_key(name): settings for name, settings in BUILT_IN.items()}
+    here_alone = _key(source) in built_in
     try:
+        refuse_adapter(config, source, here_alone=here_alone)
         return source, AutoConfig.from_pretrained(
             source,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
-            local_files_only=_key(source) in built_in,
+            local_files_only=here_alone,
         )
+    except BackboneError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         if not Path(source).exists() and _key(source) in built_in:
             return source, built_in[_key(source)]
-        reason = str(error).strip().splitlines()[0]
         raise BackboneError(
-            f"backbone {config.name!r} has no shapes: {reason} (give a folder with a config.json, "
-            f"a hub id, or one of {', '.join(BUILT_IN)})"
+            f"backbone {config.name!r} has no shapes: {reason_of(error)} (give a folder with a "
+            f"config.json, a hub id, or one of {', '.join(BUILT_IN)})"
         ) from error
 
 
