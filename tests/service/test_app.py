@@ -285,7 +285,8 @@ def test_embeddings(serve: Serve, catalog_run: Finished) -> None:
     np.testing.assert_allclose(items["vectors"], predictor.encode_items(["red hat"]), atol=1e-5)
     assert users["version"] == items["version"] == predictor.version
     bad = {"histories": [["i1"], ["zz"]]}
-    assert error(client.post("/v1/embed/users", json=bad), 422) == "unknown item ids: 'zz'"
+    message = error(client.post("/v1/embed/users", json=bad), 422)
+    assert message.startswith("unknown item ids: 'zz'")
     assert metric(client, "l2rec_batch_histories_sum") == 2
     assert error(client.post("/v1/embed/items", json={"texts": ["  "]}), 422)
 

@@ -43,7 +43,7 @@ def test_what_fails_is_remembered(serve: Serve) -> None:
     assert first["request"] == refused.headers["x-request-id"]
     assert before <= first["at"] <= unknown["at"] <= time.time()
     assert first["method"] == "POST" and first["route"] == "/v1/recommend"
-    assert first["status"] == 422 and first["detail"] == "unknown item ids: 'gone'"
+    assert first["status"] == 422 and first["detail"].startswith("unknown item ids: 'gone'")
     assert unknown["status"] == 404 and unknown["route"] == "other"
 
 
@@ -54,7 +54,7 @@ def test_few_failures_are_remembered_and_no_probes(serve: Serve) -> None:
         client.post("/v1/recommend", json={"history": [f"gone-{n}"]})
     found = client.get("/v1/failures").json()["failures"]
     assert len(found) == 50
-    assert found[0]["detail"].endswith("'gone-59'") and found[-1]["detail"].endswith("'gone-10'")
+    assert "'gone-59'" in found[0]["detail"] and "'gone-10'" in found[-1]["detail"]
 
 
 def test_who_has_no_key_leaves_no_failure(serve: Serve) -> None:

@@ -13,12 +13,14 @@ import numpy as np
 import polars as pl
 import pytest
 from starlette.testclient import TestClient
-from tests.support.runs import Finished
+from tests.support.runs import Finished, Quiet
 from tests.support.service import Serve, error, metric_of
 
+from l2rec.config import load_recipe
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.runs.folder import user_history
 from l2rec.runs.predictor import load
+from l2rec.runs.train import train_run
 from l2rec.service.app import create_app
 from l2rec.service.audience import Audience
 from l2rec.service.events import Event, EventLog
@@ -123,6 +125,53 @@ def test_a_past_in_milliseconds_and_what_is_of_the_log_in_it(
     far = events.with_columns(pl.col("timestamp") * 2)
     data = Dataset.from_frames(far, out=tmp_path / "far", progress=False)
     assert asyncio.run(counted()) == {"i1": 1, "i2": 4, "i3": 1}
+
+
+@pytest.fixture(scope="module")
+def long_run(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a run on users with up to 650 events."""
+    folder, names = tmp_path_factory.mktemp("long"), ["user_id", "item_id", "timestamp"]
+    lengths = {"data": 650, "both": 300, "log": 3, "later": 3}
+    rows = [(user, f"i{n}", 1e9 + n) for user, length in lengths.items() for n in range(length)]
+    rows += [("later", "i650", 1.8e9), ("others", "i0", 1e9)]
+    rows += [(f"u{n}", f"i{n + more}", 1e9 + more) for n in range(0, 700, 5) for more in range(5)]
+    events = pl.DataFrame(rows, schema=names, orient="row")
+    data = Dataset.from_frames(events, out=folder / "data", progress=False)
+    config = load_recipe("sasrec", ["training.max_steps=4"])
+    train_run(config, data.path, folder / "run", progress=Quiet(), recipe="sasrec")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("user", ["data", "log", "both", "later"])
+def test_what_a_user_ever_had_is_left_out(user: str, serve: Serve, long_run: Path) -> None:
+    client, predictor = serve(long_run), load(long_run)
+    more = {"log": 620, "both": 300, "later": 20}.get(user, 0)
+    click(client, user, *[f"i{n}" for n in range(640 - more, 640)], "unknown")
+    past, logged = user_history(long_run, user), [f"i{n}" for n in range(640 - more, 640)]
+    # What the data set has from after the first event of the log is seen, and not read.
+    read = [*(past[:3] if user == "later" else past), *logged]
+    seen = {*past, *logged}
+    body: dict[str, Any] = {"user": user, "k": 50}
+    answer = recommend(client, **body)
+    batch = client.post("/v1/recommend/batch", json={"requests": [body]}).json()["answers"]
+    assert not set(ids(answer)) & seen
+    ranked = [i["id"] for i in predictor.recommend(read, len(predictor.ids) - len({*read})).items]
+    best = [item for item in ranked if item not in seen][:50]
+    assert ids(answer) == ids(batch[0]) == best
+    assert client.post("/v1/explain", json={"user": user}).json()["item"]["id"] == best[0]
+    assert set(ids(recommend(client, exclude_seen=False, **body))) & seen
+
+
+def test_a_shadow_leaves_out_what_was_left_out(
+    serve: Serve, long_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, offered = serve(long_run), []
+    shadow = client.app.state.shadow  # type: ignore[attr-defined]
+    monkeypatch.setattr(shadow, "offer", lambda *given: offered.append(given))
+    recommend(client, user="data", deny=["i660"])
+    ((history, without, _),) = offered
+    assert history == user_history(long_run, "data")[-500:]
+    assert set(without) == {"i660", *user_history(long_run, "data")}
 
 
 def test_without_its_data_set_a_run_knows_the_log_alone(
@@ -255,7 +304,9 @@ def test_segments_that_are_refused(users: Any, message: str, serve: Serve) -> No
 # -- unknown items -------------------------------------------------------------------------------
 
 
-def test_unknown_items_of_a_history_are_skipped_if_wished(serve: Serve) -> None:
+def test_unknown_items_of_a_history_are_skipped_if_wished(
+    serve: Serve, catalog_run: Finished
+) -> None:
     client = serve()
     answer = recommend(client, history=["i1", "zz", "i2", "yy", "zz"], unknown="skip", k=5)
     assert answer["unknown"] == ["zz", "yy"] and not answer["fallback"]
@@ -264,7 +315,47 @@ def test_unknown_items_of_a_history_are_skipped_if_wished(serve: Serve) -> None:
     nothing = recommend(client, history=["zz"], unknown="skip", k=5)
     assert nothing["fallback"] and nothing["unknown"] == ["zz"] and len(nothing["items"]) == 5
     refused = client.post("/v1/recommend", json={"history": ["i1", "zz"], "unknown": "fail"})
-    assert error(refused, 422) == "unknown item ids: 'zz'"
+    remedy = '("unknown": "skip" reads the others)'
+    assert error(refused, 422) == f"unknown item ids: 'zz' {remedy}"
+
+    def explained(**body: Any) -> Any:
+        found = client.post("/v1/explain", json=body)
+        value = found.json()
+        assert "detail" in value or value.pop("unknown") == [
+            item for item in body.get("history", ()) if item in ("zz", "yy")
+        ]
+        return found if "detail" in value else value
+
+    skipped = explained(history=["i1", "zz", "i2", "yy"], unknown="skip")
+    assert skipped == explained(history=["i1", "i2"]) and len(skipped["history"]) == 2
+    refused = explained(history=["i1", "zz"])
+    assert error(refused, 422) == f"unknown item ids: 'zz' {remedy}"
+    assert explained(user="u3") == explained(history=user_history(catalog_run.run, "u3"))
+    for whose, body in {
+        "this history": {"history": ["zz"]},
+        "user 'nobody'": {"user": "nobody"},
+    }.items():
+        refused = explained(**body, unknown="skip")
+        message = f"nothing is known of {whose}, so there is no rank to explain"
+        assert error(refused, 404) == message
+
+    def embedded(**body: Any) -> Any:
+        return client.post("/v1/embed/users", json=body)
+
+    histories = [["i1", "zz"], ["yy", "zz"], ["i2"]]
+    found = embedded(histories=histories, unknown="skip").json()
+    assert found["unknown"] == ["zz", "yy"] and found["vectors"][1] is None
+    known = embedded(histories=[["i1"], ["i2"]]).json()
+    assert found["vectors"][::2] == known["vectors"] and known["unknown"] == []
+    message = f"unknown item ids: 'zz', 'yy' {remedy}"
+    assert error(embedded(histories=histories), 422) == message
+    found = embedded(users=["u3", "nobody"], unknown="skip").json()
+    known = embedded(histories=[user_history(catalog_run.run, "u3")]).json()
+    assert found["vectors"] == [*known["vectors"], None] and found["unknown"] == []
+    message = f"nothing is known of users 'nobody' {remedy}"
+    assert error(embedded(users=["u3", "nobody"]), 404) == message
+    for body in ({}, {"users": ["u3"], "histories": [["i1"]]}):
+        assert error(embedded(**body), 422) == "give either users or histories"
 
 
 # -- many at once --------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def recommend(
     """
     from l2rec.console import print_new_items, print_recommendations
     from l2rec.errors import DataError
+    from l2rec.protocols import TakesNewItems
     from l2rec.runs.folder import user_history
     from l2rec.runs.predictor import load
 
@@ -88,6 +89,12 @@ def recommend(
                 f"--history {history!r} is read as {len(ids)} ids between commas; give ids with a "
                 f"comma by --item, one at a time: {shlex.join(['--item', whole])}"
             )
+    try:
+        predictor.rows([ids])
+    except DataError as error:
+        if not isinstance(predictor.model, TakesNewItems):
+            raise
+        raise DataError(f'{error} (--new-item "ID=its text" adds an item by its text)') from None
     if k is None:
         k = min(10, len(predictor.ids))
     result = predictor.recommend(ids, k, exclude_seen=not include_seen)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["Audience", "History", "Popular"]
+__all__ = ["Audience", "History", "Popular", "known_of"]
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from l2rec.errors import DataError
+from l2rec.service import schemas
 from l2rec.service.attributes import Floats, Mask, Rows
 from l2rec.service.events import EventLog
 from l2rec.service.people import People
@@ -31,12 +33,15 @@ Stored = Callable[..., Awaitable[Any]]
 
 @dataclass(frozen=True)
 class History:
-    """What a user did. items: known to the version, oldest first. logged: whether any of it is in
-    the event log; otherwise all of it is of the data set.
+    """What a user did. items: the newest that the version knows, oldest first, which are what it
+    reads. seen: all items, however long ago. logged: whether any of it is in the event log;
+    otherwise all of it is of the data set. unknown: ids of a request that were skipped.
     """
 
     items: list[str]
-    logged: bool
+    seen: Set[str]
+    logged: bool = False
+    unknown: Sequence[str] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,17 +88,33 @@ class Audience:
         Raises:
             StorageError: the log is away.
         """
-        stored, began = await self._stored("history", self._logged, user, most)
-        logged = _known(version, stored)
-        if len(logged) >= most:
-            return History(logged[-most:], logged=True)
+        stored, seen, began = await self._stored("history", self._logged, user, most)
         people = self.people(version)
-        before = await asyncio.to_thread(people.history, user, most - len(logged), began)
-        return History([*_known(version, before), *logged], logged=bool(logged))
+        past, seen_before = await asyncio.to_thread(
+            lambda: (people.history(user, most, began), people.seen(user))
+        )
+        logged = _known(version, stored)
+        items = [*_known(version, past), *logged][-most:]
+        return History(items, seen | seen_before, logged=bool(logged))
 
-    def _logged(self, user: str, most: int) -> tuple[list[str], float | None]:
-        """Return a user's newest ``most`` items in the log, and the time of the first event."""
-        return self._log.history(user, most), self._log.began(user)
+    async def whose(self, version: Version, latest: Version, who: schemas.Somebody) -> History:
+        """Return the history that a request gives, or that of its user. latest: also knows ids of
+        items, which this version then skips.
+
+        Raises:
+            DataError: ids that neither knows, unless they are to be skipped.
+            StorageError: the log is away.
+        """
+        if who.history is None:
+            return await self.history(version, str(who.user), schemas.MAX_HISTORY)
+        (items,), unknown = known_of(version, latest, [who.history], who.unknown)
+        return History(items, set(items), unknown=unknown)
+
+    def _logged(self, user: str, most: int) -> tuple[list[str], set[str], float | None]:
+        """Return a user's newest ``most`` items in the log, all of them, and the time of the first
+        event.
+        """
+        return self._log.history(user, most), self._log.seen(user), self._log.began(user)
 
     async def popular(
         self, version: Version, segment: str | None, user: str | None = None
@@ -140,6 +161,28 @@ class Audience:
         """
         users = None if segment is None else self._log.users_in(segment)
         return self._log.counts(segment, after), users
+
+
+def known_of(
+    version: Version,
+    latest: Version,
+    histories: Sequence[Sequence[str]],
+    unknown: schemas.Unknown,
+) -> tuple[list[list[str]], list[str]]:
+    """Return of each history the ids that a version knows, and the others of all of them, once.
+
+    Raises:
+        DataError: the latest version does not know them either, and they are not to be skipped.
+    """
+    row_of = version.predictor.row_of
+    others = [item for history in histories for item in history if row_of(item) is None]
+    others = list(dict.fromkeys(others))
+    if unknown == "fail":
+        try:
+            latest.predictor.rows([others])
+        except DataError as error:
+            raise DataError(f'{error} ("unknown": "skip" reads the others)') from None
+    return [_known(version, history) for history in histories], others
 
 
 def _known(version: Version, items: Sequence[str]) -> list[str]:

@@ -265,6 +265,16 @@ class EventLog:
                 page = connection.execute(query.where(e.timestamp <= at, older)).all()
         return steps[:limit][::-1]
 
+    def seen(self, user: str) -> set[str]:
+        """Return all items that a user ever clicked or replied to."""
+        from sqlalchemy import select
+
+        _check("user", user)
+        e = self._events.c
+        query = select(e.item).distinct().where(e.user == user, _positive(e))
+        with self._reading() as connection:
+            return {str(item) for (item,) in connection.execute(query)}
+
     def users(self, prefix: str = "", limit: int = 20) -> list[str]:
         """Return users with a history whose id begins with ``prefix``, in order of id."""
         from sqlalchemy import select

@@ -120,6 +120,13 @@ class People:
             items = items[: np.searchsorted(self._data.timestamps[start:stop], before)]
         return self._names(items[-most:])
 
+    def seen(self, user: str) -> set[str]:
+        """Return all items of a user; none of a user who is not known."""
+        row = self._row(user)
+        if row is None or self._data is None:
+            return set()
+        return set(self._names(np.unique(self._data.sequences[row])))
+
     @cached_property
     def newest(self) -> float | None:
         """Time of the newest event, in seconds since 1970; None without one."""

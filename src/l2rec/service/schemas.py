@@ -6,11 +6,13 @@ __all__ = [
     "MAX_HISTORY",
     "MAX_ITEMS",
     "MAX_K",
+    "SOMEBODY",
     "Changed",
     "Closed",
     "EmbedItems",
     "EmbedUsers",
     "Embedded",
+    "EmbeddedUsers",
     "EventIn",
     "Events",
     "ItemIn",
@@ -21,16 +23,18 @@ __all__ = [
     "RecommendMany",
     "Recommended",
     "RecommendedMany",
+    "Somebody",
     "Status",
     "Stored",
     "Summary",
+    "Unknown",
     "UsersIn",
     "UsersPut",
 ]
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -119,15 +123,38 @@ class Problem(BaseModel):
     request: str | None = None
 
 
-class Recommend(Closed):
-    """A user whose history is read from the event log, or a history."""
+Unknown = Literal["fail", "skip"]
+SOMEBODY: list[dict[str, Any]] = [
+    {"required": ["user"], "properties": {"user": {"type": "string"}}},
+    {"required": ["history"], "properties": {"history": {"type": "array"}}},
+]
+"""What of a `Somebody` has to be there, as JSON schemas."""
+
+
+class Somebody(Closed):
+    """A user whose history is read from the data set and the event log, or a history."""
+
+    user: Id | None = None
+    """User whose history is read, unless one is given."""
+    history: History | None = None
+    """Item ids, oldest first."""
+    unknown: Unknown = "fail"
+    """What to do about ids of the history that the catalog does not have: refuse the request, or
+    read the others. What a user's own events name is always skipped."""
+
+    @model_validator(mode="after")
+    def _somebody(self) -> Self:
+        if self.user is None and self.history is None:
+            raise ValueError("give a user or a history")
+        return self
+
+
+class Recommend(Somebody):
+    """A user, who is also assigned to an arm, or a history."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            "anyOf": [
-                {"required": ["user"], "properties": {"user": {"type": "string"}}},
-                {"required": ["history"], "properties": {"history": {"type": "array"}}},
-            ],
+            "anyOf": SOMEBODY,
             "examples": [
                 {"history": ["50", "172", "181"], "k": 5},
                 {"user": "u42", "k": 10, "deny": ["50"]},
@@ -142,18 +169,11 @@ class Recommend(Closed):
         },
     )
 
-    user: Id | None = None
-    """User whose history is read, unless one is given, and who is assigned to an arm."""
-    history: History | None = None
-    """Item ids, oldest first."""
-    unknown: Literal["fail", "skip"] = "fail"
-    """What to do about ids of the history that the catalog does not have: refuse the request, or
-    read the others. What a user's own events name is always skipped."""
     segment: Name | None = None
     """Segment of the user, for one who is not known; that of `PUT /v1/users`, if left out."""
     k: Annotated[int, Field(ge=1, le=MAX_K), BeforeValidator(_whole)] = 10
     exclude_seen: bool = True
-    """Leave out the items of the history."""
+    """Leave out the items of the history; of a user, all items ever."""
     allow: Annotated[list[Id], Field(max_length=MAX_LIST)] | None = None
     """Ids outside which nothing is recommended; unknown ids are ignored."""
     deny: Annotated[list[Id], Field(max_length=MAX_LIST)] = []
@@ -165,12 +185,6 @@ class Recommend(Closed):
     """Attribute -> values: an item must have one of the values of every attribute."""
     experiment: Name | None = None
     """The experiment to take part in; the one that runs, if left out."""
-
-    @model_validator(mode="after")
-    def _somebody(self) -> Recommend:
-        if self.user is None and self.history is None:
-            raise ValueError("give a user or a history")
-        return self
 
 
 class Recommendation(BaseModel):
@@ -242,12 +256,35 @@ class RecommendedMany(BaseModel):
 
 
 class EmbedUsers(Closed):
-    """Histories of item ids, oldest first."""
+    """Users whose histories are read from the data set and the event log, or histories of item ids,
+    oldest first.
+    """
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"histories": [["50", "172"], ["181"]]}]},
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["users"], "properties": {"users": {"type": "array"}}},
+                {"required": ["histories"], "properties": {"histories": {"type": "array"}}},
+            ],
+            "examples": [
+                {"histories": [["50", "172"], ["181"]]},
+                {"users": ["u42", "7"]},
+                {"histories": [["50", "sold-out"]], "unknown": "skip"},
+            ],
+        },
     )
-    histories: Annotated[list[History], Field(min_length=1, max_length=MAX_HISTORIES)]
+    users: Annotated[list[Id], Field(min_length=1, max_length=MAX_HISTORIES)] | None = None
+    histories: Annotated[list[History], Field(min_length=1, max_length=MAX_HISTORIES)] | None = None
+    unknown: Unknown = "fail"
+    """What to do about ids of the histories that the catalog does not have, and about users of whom
+    nothing is known: refuse the request, or read the others. What a user's own events name is
+    always skipped."""
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if (self.users is None) == (self.histories is None):
+            raise ValueError("give either users or histories")
+        return self
 
 
 class EmbedItems(Closed):
@@ -263,6 +300,16 @@ class Embedded(BaseModel):
     """Vectors, in the order of the request; scores are inner products."""
 
     vectors: list[list[float]]
+    version: str
+
+
+class EmbeddedUsers(BaseModel):
+    """Vectors of users, in the order of the request; null where none of a history is known, and
+    that was to be skipped. unknown: ids of the histories that were skipped.
+    """
+
+    vectors: list[list[float] | None]
+    unknown: list[str]
     version: str
 
 

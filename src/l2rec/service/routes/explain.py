@@ -22,9 +22,10 @@ from l2rec.service.routes.state import (
     fields_of,
     item_at,
     memory_of,
+    rows_of,
     service_of,
 )
-from l2rec.service.schemas import Closed, History, Id
+from l2rec.service.schemas import SOMEBODY, Id, Somebody
 from l2rec.service.security import Refused, current_key
 from l2rec.service.serving import Service
 from l2rec.service.version import Version
@@ -35,14 +36,16 @@ REMEMBERED = 64
 """Histories whose experts are remembered: they are the same for every item of one ranking."""
 
 
-class Explain(Closed):
-    """A history, oldest first, and the item to explain; by default the best one."""
+class Explain(Somebody):
+    """A user or a history, and the item to explain; by default the best one."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"history": ["50", "172"], "item": "181"}]},
+        json_schema_extra={
+            "anyOf": SOMEBODY,
+            "examples": [{"history": ["50", "172"], "item": "181"}, {"user": "u42"}],
+        },
     )
 
-    history: History
     item: Id | None = None
 
 
@@ -70,7 +73,7 @@ class Reasons(BaseModel):
     """Reasons for the rank of an item. score: null where the method searches among tokens that name
     items, and did not find this one. added: the part of the score that comes from co-occurrence
     and repeats, not from vectors. gate: 1 all behavioural, 0 all semantic. Both, and experts, are
-    null for methods that have none.
+    null for methods that have none. unknown: ids of the history that were skipped.
     """
 
     model_config = example(
@@ -86,6 +89,7 @@ class Reasons(BaseModel):
         history=[
             {**ITEM, "id": "50", "text": "Star Wars (1977)", "title": "Star Wars", "score": 0.42},
         ],
+        unknown=[],
         version="0f3a6d1c2b4e5f60",
     )
 
@@ -95,6 +99,7 @@ class Reasons(BaseModel):
     gate: float | None
     experts: Experts | None
     history: list[Without]
+    unknown: list[str]
     version: str
 
 
@@ -105,12 +110,16 @@ async def explain(request: Request, body: Explain) -> Reasons:
     """
     service, version = service_of(request), current_version(request)
     predictor, memory = version.predictor, memory_of(request)
-    history = body.history
+    known = await service.audience.whose(version, version, body)
+    history = known.items
+    if not history:
+        whose = "this history" if body.history is not None else f"user {body.user!r}"
+        raise Refused(404, f"nothing is known of {whose}, so there is no rank to explain")
     rows = predictor.rows([history, [] if body.item is None else [body.item]])
     everyone = await service.users(version, reasons.variants(history))
     experts = await _experts(memory, service, version, history)
     if body.item is None:
-        query = Query(version, everyone[0], 1, np.unique(rows[0]).astype(np.int64))
+        query = Query(version, everyone[0], 1, rows_of(version, known.seen))
         best = await service.ranking.submit(query, of=current_key())
         if not len(best.rows):
             raise Refused(
@@ -139,6 +148,7 @@ async def explain(request: Request, body: Explain) -> Reasons:
             Without(**fields_of(service, version, int(n)), score=left)
             for n, left in zip(rows[0], without, strict=True)
         ],
+        unknown=list(known.unknown),
         version=version.version,
     )
 

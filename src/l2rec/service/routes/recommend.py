@@ -2,7 +2,7 @@
 
 - POST /v1/recommend: ranked items for a user or a history
 - POST /v1/recommend/batch: the same for many
-- POST /v1/embed/users: vectors of histories
+- POST /v1/embed/users: vectors of users or histories
 - POST /v1/embed/items: vectors of texts
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from l2rec.errors import DataError
 from l2rec.service import schemas
-from l2rec.service.attributes import Mask, Rows
+from l2rec.service.attributes import Mask
+from l2rec.service.audience import History, known_of
 from l2rec.service.follow import Shadow
 from l2rec.service.ranking import Query, User
 from l2rec.service.routes.answers import ANY, CANNOT, NOT_FOUND, as_json, as_refused
+from l2rec.service.routes.state import rows_of
 from l2rec.service.security import Refused, current_key, problem
 from l2rec.service.serving import Service
 from l2rec.service.settings import Settings
@@ -35,21 +37,19 @@ from l2rec.studies.arms import arm
 @dataclass(frozen=True, eq=False)
 class Asked:
     """A request for recommendations. filtering: the version by whose attributes is filtered.
-    history: ids that the version knows, empty where nothing is known of the user. unknown: ids that
-    were skipped.
+    history: empty where nothing is known of the user.
     """
 
     body: schemas.Recommend
     version: Version
     filtering: Version
     arm: str | None
-    history: Sequence[str]
-    unknown: Sequence[str]
+    history: History
 
     @property
     def ranked(self) -> bool:
         """Whether the version ranks for who asks; otherwise what is popular is listed."""
-        return bool(self.history) or self.version.same_for_all
+        return bool(self.history.items) or self.version.same_for_all
 
 
 def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
@@ -68,7 +68,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         """
         started = time.perf_counter()
         asked = await _asked(body)
-        user = await service.user(asked.version, asked.history) if asked.ranked else None
+        user = await service.user(asked.version, asked.history.items) if asked.ranked else None
         answer = await _answer(asked, user, request.scope["l2rec.request"])
         metrics.recommend_seconds.labels(asked.arm or "none").observe(time.perf_counter() - started)
         return as_json(answer)
@@ -89,7 +89,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         read = [one for one in asked if isinstance(one, Asked) and one.ranked]
         for version in dict.fromkeys(one.version for one in read):
             some = [one for one in read if one.version is version]
-            found = await service.users(version, [one.history for one in some])
+            found = await service.users(version, [one.history.items for one in some])
             users |= {id(one): user for one, user in zip(some, found, strict=True)}
         answered = iter(
             await asyncio.gather(
@@ -121,20 +121,14 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         version, latest = live.of_arm(arm), live.current()
         filtering = version if body.filters.keys() <= {*version.attributes.names} else latest
         filtering.attributes.check(body.filters)
-        if body.history is None:
-            known = await service.audience.history(version, str(body.user), schemas.MAX_HISTORY)
-            return Asked(body, version, filtering, arm, known.items, [])
-        row_of = version.predictor.row_of
-        history = [item for item in body.history if row_of(item) is not None]
-        unknown = [item for item in dict.fromkeys(body.history) if row_of(item) is None]
-        if body.unknown == "fail":
-            latest.predictor.rows([unknown])
-        return Asked(body, version, filtering, arm, history, unknown)
+        history = await service.audience.whose(version, latest, body)
+        return Asked(body, version, filtering, arm, history)
 
     async def _answer(asked: Asked, user: User | None, request: str) -> dict[str, Any]:
         """Rank for a user; list what is popular for None, and where a search finds nothing."""
         body, version = asked.body, asked.version
-        without, only = _listed(asked)
+        left_out = {*body.deny, *(asked.history.seen if body.exclude_seen else ())}
+        without, only = rows_of(version, left_out), _only(asked)
         segment, gate, ranked = None, None, None
         if user is not None:
             query = Query(version, user, body.k, without, only)
@@ -151,8 +145,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
             for row, score in zip(ranked.rows.tolist(), ranked.scores.tolist(), strict=True)
         ]
         if version is live.version and only is None and user is not None:
-            seen = asked.history if body.exclude_seen else ()
-            shadow.offer(asked.history, (*seen, *body.deny), [item["id"] for item in items])
+            shadow.offer(asked.history.items, [*left_out], [item["id"] for item in items])
         metrics.recommendations.labels(asked.arm or "none", version.version).inc()
         running = settings.experiment
         return {
@@ -160,7 +153,7 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
             "gate": gate,
             "fallback": fallback,
             "segment": segment,
-            "unknown": asked.unknown,
+            "unknown": asked.history.unknown,
             "version": version.version,
             "experiment": None
             if asked.arm is None or running is None
@@ -169,15 +162,39 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         }
 
     @app.post(
-        "/v1/embed/users", response_model=schemas.Embedded, responses=ANY | CANNOT, tags=["embed"]
+        "/v1/embed/users",
+        response_model=schemas.EmbeddedUsers,
+        responses=ANY | NOT_FOUND | CANNOT,
+        tags=["embed"],
     )
     async def embed_users(body: schemas.EmbedUsers) -> Response:
-        """Embed histories: the vectors whose inner products with items' are the scores."""
+        """Embed users or histories: the vectors whose inner products with items' are the scores."""
         version = live.current()
         if version.matrix is None:
             raise Refused(409, f"{version.name} has no vectors: its method only ranks")
-        users = await service.users(version, body.histories)
-        return await _embedded([user.vector for user in users], version)
+        histories, unknown = known_of(version, version, body.histories or [], body.unknown)
+        if body.users is not None:
+            histories = await _histories(version, body)
+        found = iter(await service.users(version, [history for history in histories if history]))
+        vectors = [next(found).vector if history else None for history in histories]
+        return await _embedded(vectors, version, unknown=unknown)
+
+    async def _histories(version: Version, body: schemas.EmbedUsers) -> list[list[str]]:
+        """Read the histories of users; an empty one of whom nothing is known, if they are skipped.
+
+        Raises:
+            Refused: 404, nothing is known of some of them; all are named. StorageError.
+        """
+        users = body.users or []
+        read = (service.audience.history(version, user, schemas.MAX_HISTORY) for user in users)
+        histories = [known.items for known in await asyncio.gather(*read)]
+        nobody = [user for user, items in zip(users, histories, strict=True) if not items]
+        if nobody and body.unknown == "fail":
+            named = ", ".join(map(repr, dict.fromkeys(nobody)))
+            raise Refused(
+                404, f'nothing is known of users {named} ("unknown": "skip" reads the others)'
+            )
+        return histories
 
     @app.post(
         "/v1/embed/items", response_model=schemas.Embedded, responses=ANY | CANNOT, tags=["embed"]
@@ -191,13 +208,14 @@ def rank_routes(app: FastAPI, service: Service, shadow: Shadow) -> None:
         return await _embedded(vectors, version)
 
 
-async def _embedded(vectors: Sequence[Tensor], version: Version) -> Response:
+async def _embedded(vectors: Sequence[Tensor | None], version: Version, **more: Any) -> Response:
     """Answer with vectors, which are written in a thread: they are many digits."""
-    return await asyncio.to_thread(
-        lambda: as_json(
-            {"vectors": [vector.tolist() for vector in vectors], "version": version.version}
-        )
-    )
+
+    def written() -> Response:
+        numbers = [None if vector is None else vector.tolist() for vector in vectors]
+        return as_json({"vectors": numbers, **more, "version": version.version})
+
+    return await asyncio.to_thread(written)
 
 
 def _arm(settings: Settings, body: schemas.Recommend) -> str | None:
@@ -214,14 +232,9 @@ def _arm(settings: Settings, body: schemas.Recommend) -> str | None:
     return arm(body.user, running.name, salt=running.salt, treatment=running.treatment)
 
 
-def _listed(asked: Asked) -> tuple[Rows, Mask | None]:
-    """Translate what may be listed into rows of the version: rows that may not be, and [N] bool of
-    those that alone may be, None for all.
-    """
+def _only(asked: Asked) -> Mask | None:
+    """Return [N] bool of the rows of the version that alone may be listed, None for all."""
     body, version, filtering = asked.body, asked.version, asked.filtering
-    row_of = version.predictor.row_of
-    left_out = (*body.deny, *asked.history) if body.exclude_seen else body.deny
-    without = {row for item in left_out if (row := row_of(item)) is not None}
     only = filtering.attributes.mask(body.filters) if body.filters else None
     if only is not None and filtering is not version:
         matching = np.flatnonzero(only & ~filtering.hidden).tolist()
@@ -229,11 +242,11 @@ def _listed(asked: Asked) -> tuple[Rows, Mask | None]:
     if body.allow is not None:
         allowed = _mask(version, body.allow)
         only = allowed if only is None else only & allowed
-    return np.fromiter(without, dtype=np.int64, count=len(without)), only
+    return only
 
 
-def _mask(version: Version, items: Sequence[str]) -> Mask:
+def _mask(version: Version, items: Iterable[str]) -> Mask:
     """Return [N] bool of the rows of these ids; unknown ones are ignored."""
     mask = np.zeros(len(version), dtype=np.bool_)
-    mask[[row for item in items if (row := version.predictor.row_of(item)) is not None]] = True
+    mask[rows_of(version, items)] = True
     return mask

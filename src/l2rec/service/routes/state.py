@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict
 
+from l2rec.service.attributes import Rows
 from l2rec.service.explain import Experts
 from l2rec.service.search import Items
 from l2rec.service.security import Refused
@@ -110,6 +113,12 @@ def fields_of(service: Service, version: Version, row: int) -> dict[str, Any]:
 def item_at(service: Service, version: Version, row: int) -> Item:
     """Return the item of a row."""
     return Item(**fields_of(service, version, row))
+
+
+def rows_of(version: Version, items: Iterable[str]) -> Rows:
+    """Return the rows of ids, [n] int64; unknown ones are ignored."""
+    rows = [row for item in items if (row := version.predictor.row_of(item)) is not None]
+    return np.array(rows, dtype=np.int64)
 
 
 def row_of(version: Version, item: str) -> int:
