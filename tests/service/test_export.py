@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from tests.support import runs
+from tests.support.command import Call
 from tests.support.runs import Finished
 from tests.support.service import Serve
 from typer.testing import CliRunner
@@ -171,6 +174,54 @@ def test_clicks_follow_a_past_in_milliseconds(tmp_path: Path) -> None:
     served = turn(url, past(tmp_path / "base", 1000.0).path, tmp_path / "served")
     assert served.timestamps.tolist()[2:] == [1e12 + 2000, 1.7e12, 1.7e12 + 250]
     assert turn(url, served.path, tmp_path / "again").n_events == 5
+
+
+def prepared(source: str, base: Dataset, *options: str) -> Any:
+    out = base.path.with_name("out")
+    arguments = ["prepare", source, "--after", str(base.path), "--out", str(out), *options]
+    return CliRunner().invoke(app, arguments)
+
+
+def test_a_data_set_of_a_log_says_what_it_is_of(tmp_path: Path, postgres_url: str) -> None:
+    clicks(tmp_path / "events.db", ("u", "b", 1.7e9), ("u", "a", 1.7e9 + 1))
+    base, out = past(tmp_path / "base"), tmp_path / "out"
+    secret = postgres_url.replace("postgres:@", "postgres:hunter2@")
+    assert "hunter2" in secret
+    theirs = EventLog(secret)
+    theirs.prune(1e11)
+    theirs.append([Event("e", "u", "b", "click", 1.7e9)])
+    theirs.close()
+    shown = "postgresql+psycopg://postgres:***@/postgres"
+    for source, name in ((str(tmp_path / "events.db"), "events.db"), (secret, shown)):
+        assert prepared(source, base).exit_code == 0
+        described = CliRunner().invoke(app, ["describe", str(out), "--json"]).stdout
+        origin = f"event log {name} (click,reply) after base {base.fingerprint}"
+        assert json.loads(described)["source"]["origin"] == origin
+        assert tempfile.gettempdir() not in described.replace(str(tmp_path), "")
+        assert "hunter2" not in (out / "dataset.json").read_text()
+
+
+def test_types_are_chosen_where_all_events_have_one(call: Call, tmp_path: Path) -> None:
+    clicks(tmp_path / "events.db", ("u", "b", 1.7e9), ("u", "a", 1.7e9 + 1))
+    log, base = str(tmp_path / "events.db"), past(tmp_path / "base")
+    served = turn(f"sqlite:///{log}", base.path, tmp_path / "served")
+    for data in (base, served):  # of the latter, some have a type
+        out = ["--out", str(tmp_path / "refused")]
+        refused = call("prepare", log, "--after", str(data.path), "--only", "click", *out)
+        assert refused.code == 2 and "has events without a type" in refused.err
+        assert "--events click" in refused.err and not (tmp_path / "refused").exists()
+    rows = [
+        ("u", item, 1e9 + n, kind)
+        for n, (item, kind) in enumerate(zip("ab", ("view", "click"), strict=True))
+    ]
+    events = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "kind"], orient="row")
+    items = pl.DataFrame({"item_id": ["a", "b"], "text": ["a", "b"]})
+    typed = Dataset.from_frames(
+        events, items, tmp_path / "typed", progress=False, event_type="kind"
+    )
+    done = prepared(log, typed, "--only", "click")
+    assert done.exit_code == 0 and "1 of 4 events are left out by only=click" in done.output
+    assert open_dataset(tmp_path / "out").n_events == 3
 
 
 def test_what_the_log_cannot_come_after(tmp_path: Path) -> None:

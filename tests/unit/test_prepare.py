@@ -398,6 +398,7 @@ def test_only_and_before_choose_events(tmp_path: Path) -> None:
     assert rows_of(clicks) == {"u": ["a"], "v": ["b"]}
     assert clicks.event_type_names == ["click"]
     assert clicks.meta["counters"]["events_left_out"] == 2
+    assert "2 of 4 events are left out by only=click" in clicks.meta["notes"]
     early = typed(tmp_path, before="1970-01-03")  # the second of midnight is out
     assert rows_of(early) == {"u": ["a", "a"]}
     assert early.meta["options"]["before"] == 172800.0

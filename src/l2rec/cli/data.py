@@ -9,7 +9,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -193,21 +193,48 @@ def prepare(
                     f"--text {text!r}: items of an event log have the texts that they are served "
                     "with; leave it out, and change texts with PUT /v1/items"
                 )
+            if only and after is not None and not _all_have_types(after):
+                raise ConfigError(
+                    f"--only {only}: {after} has events without a type, which it would leave out; "
+                    f"to choose among those of the event log, --events {only}"
+                )
             if keep_all_items is None:
                 config = config.model_copy(update={"keep_all_items": True})
         elif after is not None:
             raise ConfigError(
                 f"--after {after}: {source} is no event log; l2rec merge joins data sets"
             )
-        path, items, template = log_at(stack, source, items, events, cache, after)
-        if template and not text:
-            config = config.model_copy(update={"text": template})
-        dataset = run_prepare(path, out, config, items=items, format=format)
+        log = log_at(stack, source, items, events, cache, after)
+        if log.template and not text:
+            config = config.model_copy(update={"text": log.template})
+        dataset = run_prepare(
+            log.path, out, config, items=log.items, format=format, origin=log.origin
+        )
     typer.echo(
         f"{out}: {dataset.n_users:,} users, {dataset.n_items:,} items, {dataset.n_events:,} "
         f"events, fingerprint {dataset.fingerprint}"
     )
     typer.echo(_next_of(out, dataset))
+
+
+def _all_have_types(data: Path) -> bool:
+    """Tell whether every event of a data set has a type."""
+    from l2rec.data.dataset import open_dataset
+    from l2rec.data.extend import EARLIER
+
+    dataset = open_dataset(data)
+    return dataset.event_types is not None and EARLIER not in dataset.event_type_names
+
+
+class Log(NamedTuple):
+    """A log to read. items: its catalog. template: of its texts. origin: what it is of, where
+    ``path`` is only made of that.
+    """
+
+    path: Path
+    items: Path | None
+    template: str | None = None
+    origin: str | None = None
 
 
 def log_at(
@@ -218,27 +245,32 @@ def log_at(
     cache: Path = CACHE,
     after: Path | None = None,
     per_second: float = 1.0,
-) -> tuple[Path, Path | None, str | None]:
+) -> Log:
     """Find a log: a path, a public source by its name, or an event log, which is exported until
     the stack ends, after what a data set has of it, or in a unit of time of which ``per_second``
-    are a second. Return it, its catalog, and the template of its texts.
+    are a second.
     """
     import tempfile
 
+    from l2rec.data.dataset import open_dataset
     from l2rec.data.sources import locate
-    from l2rec.service.events import is_event_log
+    from l2rec.service.events import is_event_log, shown
     from l2rec.service.export import export_log
 
     if not is_event_log(source):
         path, template = locate(source, cache.expanduser())
-        return path, items, template
+        return Log(path, items, template)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l2rec-")))
     url = source if "://" in source else f"sqlite:///{source}"
     types = (events or event_types()).split(",")
     exported = export_log(
         url, folder, types=types, catalog=items, after=after, per_second=per_second
     )
-    return *exported, "{text}"
+    origin = f"event log {shown(url) if '://' in source else Path(source).name} ({','.join(types)})"
+    if after is not None:
+        base = open_dataset(after)
+        origin += f" after {base.name} {base.fingerprint}"
+    return Log(*exported, "{text}", origin)
 
 
 def describe(

@@ -176,10 +176,11 @@ def update(
     options = dataset.meta.get("options") or {}
     named = {name: options[name] for name in COLUMN_OPTIONS if name in options}
     with contextlib.ExitStack() as stack:
-        path, catalog, _ = log_at(stack, events, items, per_second=dataset.order.per_second or 1.0)
+        log = log_at(stack, events, items, per_second=dataset.order.per_second or 1.0)
         logged = is_event_log(events)  # then its columns and types are those of the export
         columns = Columns() if logged else Columns(**named)
-        newer = replace(open_source(path, items=catalog, columns=columns), chosen=logged)
+        newer = open_source(log.path, items=log.items, columns=columns)
+        newer = replace(newer, chosen=logged, origin=log.origin)
         world = stack.enter_context(joined())
         console = stack.enter_context(Console(quiet=not world.main))
         report = update_run(

@@ -69,20 +69,20 @@ def extend(
         yield from known.without(chosen())
         if others and newest == -np.inf:
             raise DataError(
-                f"{newer.files[0]}: none of its {others:,} events is of the types that "
+                f"{newer.called}: none of its {others:,} events is of the types that "
                 f"{dataset.path} was made of ({', '.join(only)})"
             )
         if newest == -np.inf:
-            raise DataError(f"{newer.files[0]} has no events; give a log with at least one")
+            raise DataError(f"{newer.called} has no events; give a log with at least one")
         units = dataset.order.unit, unit_of(newest)
         if units[0] != units[1] and all(per_second_of(unit) for unit in units):
             raise DataError(
-                f"{newer.files[0]}: its newest event (time {newest:.15g}) is in {units[1]}, those "
+                f"{newer.called}: its newest event (time {newest:.15g}) is in {units[1]}, those "
                 f"of {dataset.path} are in {units[0]}; write the log in {units[0]}"
             )
         if newest < float(dataset.timestamps.min()):
             raise DataError(
-                f"{newer.files[0]}: its newest event (time {newest:.15g}) is older than all of "
+                f"{newer.called}: its newest event (time {newest:.15g}) is older than all of "
                 f"{dataset.path} (from {float(dataset.timestamps.min()):.15g} on); are both in one "
                 "unit of time?"
             )
@@ -113,7 +113,7 @@ def extend(
         ties=options.get("ties", "file"),
         ties_seed=options.get("ties_seed", 0),
     )
-    origin = f"{dataset.name} + {newer.files[0].name}"
+    origin = f"{dataset.name} + {newer.origin or newer.files[0].name}"
     recorded = {name: options[name] for name in KEPT_OPTIONS if name in options}
     return build(source, Path(out), config, origin=origin, progress=progress, recorded=recorded)
 
@@ -148,7 +148,7 @@ def _of_types(
         return batch
     if "event_type" not in batch.schema.names:
         raise DataError(
-            f"{newer.files[0]} has no event types, and {dataset.path} was made of "
+            f"{newer.called} has no event types, and {dataset.path} was made of "
             f"{', '.join(only)} only; give its column of types the name "
             f"{(dataset.meta.get('options') or {}).get('event_type') or 'event_type'!r}"
         )

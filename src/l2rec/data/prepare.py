@@ -132,11 +132,13 @@ def prepare(
     *,
     items: str | Path | None = None,
     format: str | None = None,
+    origin: str | None = None,
     progress: bool = True,
 ) -> Dataset:
     """Read a log in any of `formats.FORMATS` and write the data set folder ``out``.
 
-    ``items``: the catalog file where it does not lie beside the events. ``progress``: report
+    ``items``: the catalog file where it does not lie beside the events. ``origin``: what the log is
+    of, if not ``source`` itself: dataset.json and errors name it. ``progress``: report
     rows and notes on standard error. An existing data set at ``out`` is replaced once the new
     one is complete; on any error ``out`` stays as it was.
 
@@ -154,7 +156,8 @@ def prepare(
         config.quotes,
     )
     opened = open_source(source, items=items, format=format, columns=columns)
-    return build(opened, Path(out), config, origin=str(source), progress=progress)
+    opened = replace(opened, origin=origin)
+    return build(opened, Path(out), config, origin=origin or str(source), progress=progress)
 
 
 def build(
@@ -467,9 +470,13 @@ def _read_events(source: Source, known_items: pa.Array | None, state: _State) ->
             state.report.rows("events", len(read))
     wanted.check(source)
     if not total:
-        raise DataError(f"{source.files[0]} has no events; give a log with at least one")
+        raise DataError(f"{source.called} has no events; give a log with at least one")
     if wanted.left_out:
         state.counters["events_left_out"] = wanted.left_out
+        read = wanted.left_out + wanted.passed
+        state.notes.append(
+            f"{wanted.left_out:,} of {read:,} events are left out by {wanted.limits}"
+        )
     state.counters |= {
         "events_read": total,
         "users_read": len(users.values),
@@ -517,6 +524,12 @@ class _Wanted:
         self.passed += len(rows)
         return rows
 
+    @property
+    def limits(self) -> str:
+        """The options, as errors and notes name them."""
+        only = [f"only={','.join(self.only)}"] if self.only else []
+        return " ".join([*only, *([] if self.before is None else [f"before={self.before}"])])
+
     def _limit(self, times: pa.ChunkedArray) -> float:
         """Return ``before`` in the unit of these times, where it is in seconds, as of a date."""
         assert self.before is not None
@@ -531,14 +544,15 @@ class _Wanted:
         for name in self.only:
             if name not in self.types:
                 shown = ", ".join(list(self.types)[:10])
+                log = source.origin or source.files[0].name
                 raise DataError(
-                    f"only={name}: no event of {source.files[0].name} is of this type"
+                    f"only={name}: no event of {log} is of this type"
                     f"{nearest(name, self.types)}; there are {shown}"
                 )
         if self.left_out and not self.passed:
             raise DataError(
-                f"none of the {self.left_out:,} events is kept by only={','.join(self.only)} "
-                f"before={self.before}; choose wider limits"
+                f"none of the {self.left_out:,} events is kept by {self.limits}; choose wider "
+                f"limits"
             )
 
 

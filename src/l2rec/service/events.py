@@ -15,7 +15,7 @@ share one transaction, since a transaction costs a wait for the disk.
 
 from __future__ import annotations
 
-__all__ = ["TYPES", "Event", "EventLog", "Plan", "Served", "is_event_log"]
+__all__ = ["TYPES", "Event", "EventLog", "Plan", "Served", "is_event_log", "shown"]
 
 import contextlib
 import json
@@ -157,6 +157,15 @@ def is_event_log(source: str) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(16) == b"SQLite format 3\0"
+
+
+def shown(url: Any) -> str:
+    """Return the URL of an event log without its password, and without its query, which may have
+    one too.
+    """
+    from sqlalchemy import make_url
+
+    return str(make_url(url).set(query={}).render_as_string(hide_password=True))
 
 
 class EventLog:
@@ -608,8 +617,8 @@ class EventLog:
 
     @property
     def _name(self) -> str:
-        """The URL without its password, and without its query, which may have one too."""
-        return str(self.engine.url.set(query={}).render_as_string(hide_password=True))
+        """Its URL, as errors name it."""
+        return shown(self.engine.url)
 
     def _prepare(self) -> None:
         """Create the tables, once; later where the database was away when the log was opened."""

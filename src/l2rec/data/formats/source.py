@@ -34,7 +34,7 @@ class Source:
     between the values of a field that has several. ``files``: the files read.
     ``notes``: what the user should know of the files, complete when all was read. ``parts``:
     fingerprints of the data sets that were merged, by name. ``chosen``: whether the events are
-    those of chosen types already.
+    those of chosen types already. ``origin``: what they are of, where the files are made of it.
     """
 
     format: str
@@ -47,6 +47,12 @@ class Source:
     notes: list[str] = field(default_factory=list)
     parts: Mapping[str, str] = field(default_factory=dict)
     chosen: bool = False
+    origin: str | None = None
+
+    @property
+    def called(self) -> str:
+        """What errors call the log."""
+        return self.origin or str(self.files[0])
 
 
 @dataclass(frozen=True)
