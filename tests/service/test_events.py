@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import documents
 from tests.support.service import postgres_address
 
 from l2rec.errors import ConfigError, DataError, StorageError
@@ -168,6 +170,43 @@ def test_pruning_goes_in_steps(log: EventLog, monkeypatch: pytest.MonkeyPatch) -
     log.append([click(n) for n in range(10)])
     assert log.prune(1008.0) == 8 and log.history("u", 9) == ["i8", "i9"]
     assert log.append([click(0)]) == 1, "an id that is gone is new again"
+
+
+def test_a_backup_has_all_that_was_acknowledged_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.umask", lambda _: None)  # of this process
+    blocks = documents.blocks(documents.ROOT / "docs" / "serving.md")
+    (backup,) = (block.text for block in blocks if ".backup(" in block.text)
+    log, stop = EventLog("sqlite:///serving/events.db"), threading.Event()
+    acknowledged: list[str] = []
+
+    def write(writer: int) -> None:
+        for n in itertools.count():
+            if stop.is_set():
+                return
+            event = click(n, id=f"{writer}-{n}")
+            log.append([event])
+            acknowledged.append(event.id)
+
+    writers = [threading.Thread(target=write, args=(n,)) for n in range(3)]
+    for writer in writers:
+        writer.start()
+    try:
+        for least in (50, 100):  # over the copy before it, too
+            while len(acknowledged) < least:
+                time.sleep(0.001)
+            before = set(acknowledged)
+            exec(backup, {})
+            copy = EventLog("sqlite:///serving/backup.db", create=False)
+            assert before <= {i for batch in copy.read() for i in batch["id"].to_pylist()}
+            copy.close()
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+        log.close()
 
 
 def test_items_survive_and_may_come_back(log: EventLog) -> None:
