@@ -124,11 +124,13 @@ class Problem(BaseModel):
 
 
 Unknown = Literal["fail", "skip"]
-SOMEBODY: list[dict[str, Any]] = [
-    {"required": ["user"], "properties": {"user": {"type": "string"}}},
-    {"required": ["history"], "properties": {"history": {"type": "array"}}},
-]
-"""What of a `Somebody` has to be there, as JSON schemas."""
+SOMEBODY: dict[str, Any] = {
+    "anyOf": [
+        {"required": ["user"], "properties": {"user": {"type": "string"}}},
+        {"required": ["history"], "properties": {"history": {"type": "array"}}},
+    ]
+}
+"""What of a `Somebody` has to be there, as a JSON schema."""
 
 
 class Somebody(Closed):
@@ -154,7 +156,7 @@ class Recommend(Somebody):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "anyOf": SOMEBODY,
+            **SOMEBODY,
             "examples": [
                 {"history": ["50", "172", "181"], "k": 5},
                 {"user": "u42", "k": 10, "deny": ["50"]},

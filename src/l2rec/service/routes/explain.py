@@ -41,7 +41,7 @@ class Explain(Somebody):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "anyOf": SOMEBODY,
+            **SOMEBODY,
             "examples": [{"history": ["50", "172"], "item": "181"}, {"user": "u42"}],
         },
     )
