@@ -18,6 +18,8 @@ __all__ = [
     "RunConfig",
     "SplitConfig",
     "TrainingConfig",
+    "as_trained",
+    "check_use",
     "find_recipe",
     "from_options",
     "load_recipe",
@@ -63,6 +65,7 @@ class BackboneConfig(_Closed):
     """``minilm`` (the real pretrained all-MiniLM-L6-v2), a Hugging Face hub id, a folder, or a GGUF
     file of Llama or Qwen (or a folder with one), which is read as plain weights."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id; null: its main branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 where the processor multiplies it faster, else float32. Weights saved in
     float16 are rounded to bfloat16 by the former; ``float32`` keeps them as they are."""
@@ -71,6 +74,7 @@ class BackboneConfig(_Closed):
     needs `pip install 'l2rec[quantized]'`. Products are made in ``dtype``. Weights that are stored
     so by bitsandbytes are read as they are, with ``none`` too."""
     trust_remote_code: bool = False
+    """Run code that comes with the weights of a hub id, which can do anything."""
     random_weights: bool = False
     """Seeded random weights instead of the pretrained ones: for tests and timings."""
 
@@ -94,10 +98,13 @@ class TrainingConfig(_Closed):
     user_share: float = Field(1.0, gt=0, le=1)
     """Share of the users to train on, drawn by the seed; all users are evaluated."""
     lr: float = Field(1e-4, gt=0)
+    """Learning rate of AdamW at its highest; parts of a method may have one of their own."""
     weight_decay: float = Field(0.01, ge=0)
+    """Weight decay of AdamW, of matrices alone."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the planned steps in which the learning rate rises linearly."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: falling to 0 along a cosine, or staying."""
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
     batch_users: int = Field(32, ge=1)
@@ -161,7 +168,9 @@ class RunConfig(_Closed):
     """Configuration of a whole run, as ``config.yaml`` of a run folder stores it."""
 
     method: str = "l2rec.methods.l2rec:L2Rec"
+    """Import path of the method, or FILE.py:Class."""
     seed: int = Field(0, ge=0)
+    """Of the first weights, the order of users, dropout and whatever else is drawn."""
     backbone: BackboneConfig = BackboneConfig()
     model: Any = None
     split: SplitConfig = SplitConfig()
@@ -311,10 +320,36 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         _set(values, override)
     values = _with_whole_path(values, Path())
     try:
-        return RunConfig(**values)
+        config = RunConfig(**values)
     except ValidationError as error:
         where = recipe if path is None else _origin(path, overrides, _faults_of(error)[0])
         raise ConfigError(f"{where}: {_explain(error, values)}") from None
+    given = [f"override {word!r}" for word in overrides if word.startswith("backbone")]
+    check_use(values, config.method, [recipe if path is None else str(path), *given][-1])
+    return config
+
+
+def check_use(values: Mapping[str, Any], method: str, where: str) -> None:
+    """Check that a backbone is named only for a method that reads one; ``where``: as in `resolve`.
+
+    Raises:
+        ConfigError: it would change nothing but what ``config.yaml`` says.
+    """
+    group = values.get("backbone")
+    if group and not method_class(method).uses_backbone:
+        keys = ", ".join(f"backbone.{key}" for key in group)
+        raise ConfigError(
+            f"{where}: {keys} changes nothing: {method.rpartition(':')[2]} reads no language "
+            "model; leave it out, or choose a method that reads texts"
+        )
+
+
+def as_trained(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config that a run folder holds, without a backbone that its method never read."""
+    method = values.get("method", RunConfig.model_fields["method"].default)
+    if method_class(method).uses_backbone:
+        return dict(values)
+    return {key: value for key, value in values.items() if key != "backbone"}
 
 
 Fault = tuple[tuple[int | str, ...], str]
@@ -372,7 +407,7 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
     if "run_version" in values and isinstance(values.get("config"), dict):
-        values = values["config"]  # of a run, to train as it was
+        values = as_trained(values["config"])  # of a run, to train as it was
     return _with_whole_path(values, path.parent)
 
 
@@ -449,19 +484,35 @@ def _groups(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _meant(location: tuple[Any, ...], values: Mapping[str, Any]) -> str:
-    """Return "; did you mean 'x'?" for a key that is not known: what has its name elsewhere, else
-    the nearest, in its group or, of no group, anywhere; or an empty string.
+    """Return what to do about a key that is not known: "; did you mean 'x'?", which is what has its
+    name elsewhere, else the nearest, in its group or, of no group, anywhere; or all keys of the
+    group. And the command that lists them.
     """
     name, group = str(location[-1]), str(location[0])
     groups = {group: list(kind.model_fields) for group, kind in _groups(values).items()}
     keys = {field: f"{group}.{field}" for group in reversed(groups) for field in groups[group]}
     keys |= {field: field for field in RunConfig.model_fields}
+    group = group if group in groups else "model"  # whose Config names its keys alone
+    offered: str | None
     if name in keys:
-        return f"; did you mean {keys[name]!r}?"
-    if len(location) == 1 and name in values:
+        offered, known = keys[name], []
+    elif len(location) == 1 and name in values:
         found = closest(name, RunConfig.model_fields) or closest(name, keys)
-        return "" if found is None else f"; did you mean {keys[found]!r}?"
-    return nearest(name, groups.get(group, groups["model"]))
+        offered, known = keys[found] if found else None, list(RunConfig.model_fields)
+        group = "a recipe"
+    else:
+        offered, known = closest(name, groups[group]), groups[group]
+    listed = f"`l2rec recipes {_short_name(values)}` says what each is"
+    if offered is None:
+        return f"; {group} has {', '.join(known)}: {listed}"
+    return f"; did you mean {offered!r}? {listed.replace('each', 'every key')}"
+
+
+def _short_name(values: Mapping[str, Any]) -> str:
+    """Return the name of the shipped recipe of a method's defaults, or else the method's path."""
+    method = str(values.get("method", RunConfig.model_fields["method"].default))
+    bare = (name for name in recipe_names() if "/" not in name)
+    return next((name for name in bare if _read(find_recipe(name)).get("method") == method), method)
 
 
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from l2rec.config import RunConfig, load_recipe
+from l2rec.config import RunConfig, as_trained, load_recipe
 from l2rec.console import Console
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.errors import ConfigError
@@ -74,7 +74,8 @@ class L2Rec:
             CheckpointError: it is no finished run, or its data set is gone or another one.
         """
         config, _ = load_run_config(Path(run))
-        groups = {name: config.model_dump(mode="json")[name] for name in GROUPS}
+        keys = as_trained(config.model_dump(mode="json"))
+        groups = {name: keys[name] for name in GROUPS if name in keys}
         fitted = cls(config.method, **groups, seed=config.seed, out=run)
         fitted._take(Path(run), open_run_dataset(Path(run), None if data is None else Path(data)))
         return fitted

@@ -58,7 +58,7 @@ VERBS = {
     "alignment": ["--out", "--users", "--seed", "--data", "--json"],
     "floors": ["--split", "--valid-from", "--test-from", "--backbone", "--out", "--json"],
     "tune": ["--data", "--out", "--trials", "--search", "--seed", "--json"],
-    "recipes": [],
+    "recipes": ["--json"],
     "evaluate": ["--split", "--data", "--json"],
     "compare": ["--data", "--against", "--group", "--no-group", "--out", "--json"],
     "experiment": [

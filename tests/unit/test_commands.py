@@ -151,6 +151,8 @@ def _l2rec(command: Command) -> None:
         raise
     if words[0] in ("train", "tune", "doctor"):
         _recipe(given["recipe"], given["overrides"] or ())
+    if words[0] == "recipes" and given["recipe"] is not None:
+        _recipe(given["recipe"], ())
     if words[0] == "update":
         _recipe("l2rec-plus", given["overrides"] or ())
     if words[0] == "experiment" and not placeholder(given["name"].removesuffix(".yaml")):

@@ -28,6 +28,7 @@ from l2rec.runs.folder import load_run_config
 
 RECIPES = Path(str(resources.files("l2rec"))) / "recipes"
 NAMES = recipe_names()
+OWN = Path(__file__).parents[2] / "examples" / "own_method.py"
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_an_unknown_key_offers_the_nearest_and_names_the_override(
     ],
 )
 def test_a_key_of_another_group_is_offered_there(recipe: Path, override: str, offered: str) -> None:
-    with pytest.raises(ConfigError, match=f"; did you mean '{offered}'\\?$"):
+    with pytest.raises(ConfigError, match=f"; did you mean '{offered}'\\? `l2rec rec"):
         load_recipe(str(recipe), [override])
 
 
@@ -219,9 +220,42 @@ def test_the_config_of_a_run_is_a_recipe(catalog_run: Finished) -> None:
     assert load_recipe(str(catalog_run.run / "config.yaml")) == config
 
 
-def test_an_unknown_key_like_no_other() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'qqqqq'$"):
-        load_recipe("l2rec", ["model.qqqqq=1"])
+@pytest.mark.parametrize(
+    ("recipe", "override", "keys", "listed"),
+    [
+        ("l2rec-plus", "model.qqqqq=1", "model has form, views, ", "l2rec"),
+        ("games/sasrec", "training.qqqqq=1", "training has epochs, max_steps, ", "sasrec"),
+        ("sasrec", "qqqqq=1", "a recipe has method, seed, ", "sasrec"),
+        (f"{OWN}:Fading", "model.qqqqq=1", "model has dim, max_items: ", f"{OWN}:Fading"),
+    ],
+)
+def test_an_unknown_key_like_no_other_lists_those_of_its_group(
+    recipe: str, override: str, keys: str, listed: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, [override])
+    message = str(caught.value)
+    assert f"'; {keys}" in message
+    assert message.endswith(f": `l2rec recipes {listed}` says what each is")
+
+
+def test_a_backbone_that_the_method_does_not_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"^override 'backbone\.name=x': backbone\.name changes nothing: SASRec reads no lang",
+    ):
+        load_recipe("sasrec", ["seed=1", "backbone.name=x", "training.epochs=1"])
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: sasrec\nbackbone: {dtype: float32}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: backbone\.dtype changes nothing.*leave it"):
+        load_recipe(str(mine))
+    mine.write_text("extends: sasrec\nbackbone:\n")
+    assert load_recipe(str(mine)) == load_recipe("sasrec")
+    # As runs of earlier versions have it.
+    config = load_recipe("sasrec").model_dump(mode="json")
+    config["backbone"]["name"] = "zzz"
+    mine.write_text(yaml.safe_dump({"run_version": 1, "config": config}))
+    assert load_recipe(str(mine)) == load_recipe("sasrec")
 
 
 @pytest.mark.parametrize(

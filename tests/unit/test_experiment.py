@@ -259,6 +259,23 @@ def test_recipes_are_those_of_the_data_set(tmp_path: Path) -> None:
     ] * 2
 
 
+def test_a_backbone_of_all_rows_is_that_of_those_that_read_one(
+    chains: Dataset, tmp_path: Path
+) -> None:
+    rows = [ROW, {"name": "texts", "recipe": "learn"}]
+    path = experiments.written(tmp_path / "f.yaml", rows=rows, overrides=["backbone.name=a"])
+    more = ["backbone.name=b", "model.dim=4"]
+    planned = planned_of(path, chains, tmp_path / "out", overrides=more)
+    assert {one.cell.line: one.cell.overrides for one in planned.cells} == {
+        "narrow": ("model.dim=8", "model.dim=4"),
+        "texts": ("backbone.name=a", "backbone.name=b", "model.dim=4"),
+    }
+    own = ROW | {"overrides": ["backbone.name=a"]}
+    path = experiments.written(tmp_path / "g.yaml", rows=[own])
+    with pytest.raises(ConfigError, match=r"^row 'narrow': .*backbone\.name changes nothing"):
+        planned_of(path, chains, tmp_path / "out")
+
+
 def test_numbers_of_the_paper() -> None:
     """A few cells, and the improvements that the paper computes from others."""
     published = load_experiment("l2rec-table2").published

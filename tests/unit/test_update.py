@@ -34,7 +34,7 @@ from l2rec.runs.predictor import load
 from l2rec.runs.start import refuse_of_one_catalog, start_from
 from l2rec.runs.train import evaluate_run
 from l2rec.studies.blend import blend_run
-from l2rec.studies.update import update_run
+from l2rec.studies.update import _few_epochs, update_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -353,6 +353,12 @@ def test_another_split_is_refused(catalog_run: Finished, chains: Dataset, tmp_pa
             progress=Quiet(),
             overrides=["split.kind=tied-day"],
         )
+
+
+def test_a_backbone_for_a_method_of_ids_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^update: backbone\.name changes nothing: SASRec reads"):
+        _few_epochs(load_recipe("sasrec"), ["backbone.name=x"])
+    assert _few_epochs(load_recipe("sasrec"), ["training.lr=0.5"]).training.lr == 0.5
 
 
 @pytest.mark.parametrize("method", ["p5", "tiger", "letter", "idgenrec"])

@@ -249,9 +249,34 @@ def tune(
         typer.echo(next_step("l2rec", "train", result.recipe, "--data", data, "--out", "RUN"))
 
 
-def recipes() -> None:
-    """List the shipped recipes."""
-    from l2rec.config import recipe_names
+def recipes(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="Shipped recipe, YAML file, or method name.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes; or, of one, every option with its value.
 
-    for name in recipe_names():
-        typer.echo(name)
+    What is printed of one is a whole recipe: each key with what it means, what it may be, and its
+    default where the recipe has another. It can be kept as a file and changed.
+
+    Example: `l2rec recipes sasrec`
+    """
+    from dataclasses import asdict
+
+    from l2rec.config import load_recipe, recipe_names
+    from l2rec.options import as_recipe, options_of
+
+    if recipe is None:
+        names = recipe_names()
+        if as_json:
+            print_json({"recipes": names})
+        else:
+            typer.echo("\n".join(names))
+        return
+    options = options_of(load_recipe(recipe))
+    if as_json:
+        print_json({"recipe": recipe, "options": [asdict(one) for one in options]})
+    else:
+        typer.echo(as_recipe(recipe, options), nl=False)

@@ -75,7 +75,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from l2rec.config import RunConfig, resolve
+from l2rec.config import RunConfig, as_trained, resolve
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import Ragged
@@ -480,7 +480,7 @@ def load_run_config(run: Path) -> tuple[RunConfig, dict[str, Any]]:
         ConfigError: it has an option, or a value of one, that is gone.
     """
     identity = _identity(run)
-    return resolve(identity["config"], where=str(run / "config.yaml")), identity
+    return resolve(as_trained(identity["config"]), where=str(run / "config.yaml")), identity
 
 
 class EarlierOptions(BaseModel):

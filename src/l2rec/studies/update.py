@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l2rec.config import RunConfig, method_class, override_values, resolve
+from l2rec.config import RunConfig, check_use, method_class, override_values, resolve
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.extend import extend
 from l2rec.data.formats.source import Source
@@ -101,7 +101,9 @@ def _few_epochs(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Return the recipe of a run with the few epochs of an update, and with other changes."""
     values = config.model_dump(mode="json")
     values["training"] |= {"epochs": EPOCHS, "patience": PATIENCE}
-    for key, value in override_values(overrides).items():
+    changes = override_values(overrides)
+    check_use(changes, config.method, where="update")
+    for key, value in changes.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return resolve(values, where="update")
 

@@ -36,7 +36,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from l2rec.config import RunConfig, load_recipe, recipe_names
+from l2rec.config import RunConfig, load_recipe, method_class, recipe_names
 from l2rec.data.dataset import open_dataset
 from l2rec.disk import read_json, write_json
 from l2rec.errors import CheckpointError, ConfigError, L2RecError
@@ -333,7 +333,7 @@ class _Grid:
             recipe, config = self._config(row, data, split)
             config = config.model_copy(update={"seed": seeds[0]})
             cell = replace(
-                cell, recipe=recipe, overrides=self._overrides(row, split), config=config
+                cell, recipe=recipe, overrides=self._overrides(row, data, split), config=config
             )
         self.built[row.name, f"{data.name}@{split}", seeds] = cell
         return cell
@@ -346,9 +346,14 @@ class _Grid:
         seeds = "+".join(map(str, cell.seeds))
         return self.out / "cells" / cell.grid / f"{folder_of(cell.line)}-s{seeds}"
 
-    def _overrides(self, row: Row, split: str) -> tuple[str, ...]:
+    def _overrides(self, row: Row, data: Data, split: str) -> tuple[str, ...]:
+        """Return the overrides of a row: its own, and those of all rows that are for its method."""
         splits = self.experiment.splits.get(split, ())
-        return (*self.experiment.overrides, *row.overrides, *splits, *self.overrides)
+        of_all = self.experiment.overrides, self.overrides
+        recipe = load_recipe(self._recipe(row, data))
+        if not method_class(recipe.method).uses_backbone:
+            of_all = tuple(tuple(w for w in words if w[:9] != "backbone.") for words in of_all)
+        return (*of_all[0], *row.overrides, *splits, *of_all[1])
 
     def _config(self, row: Row, data: Data, split: str) -> tuple[str, RunConfig]:
         """Return the name of a row's recipe on a data set, and what it is with its overrides.
@@ -360,7 +365,7 @@ class _Grid:
         if at not in self.configs:
             recipe = self._recipe(row, data)
             try:
-                self.configs[at] = recipe, load_recipe(recipe, self._overrides(row, split))
+                self.configs[at] = recipe, load_recipe(recipe, self._overrides(row, data, split))
             except ConfigError as error:
                 raise ConfigError(f"row {row.name!r}: {error}") from None
         return self.configs[at]
