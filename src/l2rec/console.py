@@ -60,6 +60,11 @@ def escape(text: str) -> str:
     return markup.escape(CONTROL.sub(" ", text))
 
 
+def named(dataset: Mapping[str, Any]) -> str:
+    """Return how a data set is named beside its scores."""
+    return f"{dataset['name']}, fingerprint {dataset['fingerprint']}"
+
+
 def _rest() -> Column:
     """Return a column that takes the width that the others leave, and is cut there."""
     return Column(ratio=1, no_wrap=True, overflow="ellipsis")
@@ -140,15 +145,17 @@ class Console:
 
     def scores(self, report: Mapping[str, Any]) -> None:
         """Print the score tables of a report on standard output."""
-        self._scores(f"test scores, {report['dataset']['name']}", report["scores"])
+        data = named(report["dataset"])
+        self._scores(f"test scores, {data}", report["scores"])
         if (sets := report.get("tied_day")) is not None:
             title = f"the same by the tied-day protocol, {sets['users_tested']:,} users"
-            self._scores(title, sets["scores"])
+            self._scores(f"{title}, {data}", sets["scores"])
         for part, found in report.get("parts", {}).items():
-            self._scores(f"{part} targets, {found['users_tested']:,} tests", found["scores"])
+            title = f"{part} targets, {found['users_tested']:,} tests, {data}"
+            self._scores(title, found["scores"])
 
     def _scores(self, title: str, scores_of: Mapping[str, Mapping[str, float]]) -> None:
-        table = Table(title=title)
+        table = Table(title=escape(title))
         keys = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
         table.add_column("model", no_wrap=True)
         for key in keys:
@@ -175,9 +182,9 @@ def print_table(title: str, facts: Mapping[str, Any]) -> None:
     _out().print(table)
 
 
-def print_trials(trials: Sequence[Trial]) -> None:
+def print_trials(trials: Sequence[Trial], dataset: Mapping[str, Any]) -> None:
     """Print the trials of a search on standard output, best first."""
-    table = Table(title="validation, best first")
+    table = Table(title=escape(f"validation, best first, {named(dataset)}"))
     for name in ("trial", "ndcg@10 masked", "ended by"):
         table.add_column(name, justify="left" if name == "ended by" else "right")
     keys = list(trials[0].options)
@@ -211,7 +218,7 @@ def print_exposure(report: Mapping[str, Any]) -> None:
     """Print what `l2rec diagnose` found: a table for each attribute, and how to read it."""
     for what, columns in EXPOSURE.items():
         for name, rows in report[what].items():
-            table = Table(title=escape(f"{what} by {name}"))
+            table = Table(title=escape(f"{what} by {name}, {named(report['dataset'])}"))
             table.add_column("group", overflow="fold")
             for heading in columns:
                 table.add_column(heading, justify="right")
@@ -280,9 +287,9 @@ EXPOSURE: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
 """Columns of `print_exposure`, and how a row fills them."""
 
 
-def print_losses(losses: Mapping[str, Mapping[str, float]]) -> None:
+def print_losses(losses: Mapping[str, Mapping[str, float]], dataset: Mapping[str, Any]) -> None:
     """Print what vectors of each precision save and lose, on standard output."""
-    table = Table(title="test users, by the precision of vectors")
+    table = Table(title=escape(f"test users, by the precision of vectors, {named(dataset)}"))
     table.add_column("precision")
     columns = list(next(iter(losses.values())))
     for name in columns:

@@ -76,7 +76,8 @@ class Processes:
             patch.setattr(sys, "argv", ["l2rec", *arguments])
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(messages):
                 if arguments[0] == "fusion":  # that of a model there is none of
-                    print(json.dumps({"0.5": {"ndcg@10": 0.25, "ndcg@10_masked": 0.5}}))
+                    scores = {"0.5": {"ndcg@10": 0.25, "ndcg@10_masked": 0.5}}
+                    print(json.dumps({"scores": scores}))
                     code = 0
                 else:
                     with pytest.raises(SystemExit) as stop:

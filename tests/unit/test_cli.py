@@ -330,14 +330,18 @@ def test_fusion_weights_of_a_trained_hdrec(
         return read(self, histories, side, every=every)
 
     monkeypatch.setattr(HDRec, "read", counted)
-    found = json.loads(call("fusion", run, "--alpha", "0,0.5,2", "--json").out)
+    found = only_json(call("fusion", run, "--alpha", "0,0.5,2", "--json"))
     assert reads == ["text", "id"]
+    assert found.pop("fingerprint") == own["fingerprint"]
+    assert (found.pop("split"), found.pop("protocol")) == ("valid", own["protocol"])
+    found = found.pop("scores")
     assert list(found) == ["0.0", "0.5", "2.0"]
     assert found["0.5"]["ndcg@10"] == own["ndcg@10"] != found["0.0"]["ndcg@10"]
     swapped = json.loads(call("fusion", run, "--alpha", "0", "--dominant", "id", "--json").out)
-    assert swapped["0.0"]["ndcg@10"] != found["0.0"]["ndcg@10"]
+    assert swapped["scores"]["0.0"]["ndcg@10"] != found["0.0"]["ndcg@10"]
     shown = call("fusion", run, "--alpha", "0,2", "--split", "test").out
     assert "alpha" in shown and "ndcg@10 masked" in shown and "2.0" in shown
+    assert own["fingerprint"] in shown
 
     refused(call("fusion", run, "--alpha", "x"), "numbers between commas")
     refused(call("fusion", run, "--alpha", "-1"), "none below 0")
@@ -602,12 +606,17 @@ def test_evaluate_json(call: Call, catalog_run: Finished, chains: Dataset) -> No
     assert "ndcg@10" in call("evaluate", catalog_run.run).out
 
 
-def test_compare(call: Call, catalog_run: Finished, paper_run: Finished, tmp_path: Path) -> None:
+def test_compare(
+    call: Call, catalog_run: Finished, paper_run: Finished, chains: Dataset, tmp_path: Path
+) -> None:
     both = (catalog_run.run, paper_run.run)
     shown = call("compare", *both, "--out", tmp_path / "table.md")
     assert shown.code == 0 and shown.err == ""
     assert all(name in shown.out for name in ("N@10 by segment", "bias@10", "costs", "popularity"))
-    assert "### chains: costs" in (tmp_path / "table.md").read_text()
+    assert (
+        f"### chains, fingerprint {chains.fingerprint}: costs"
+        in (tmp_path / "table.md").read_text()
+    )
     found = only_json(call("compare", *both, "--against", paper_run.run, "--json"))
     (ours, theirs) = found["entries"]
     assert ours["runs"] == [str(catalog_run.run)] and ours["label"] == f"tiny ({catalog_run.run})"
@@ -616,6 +625,37 @@ def test_compare(call: Call, catalog_run: Finished, paper_run: Finished, tmp_pat
     overall = found["blocks"][0]["lines"][ours["label"]]["scores"]
     for metric in ("recall@5", "ndcg@10", "mrr", "coverage@10"):
         assert overall[metric]["mean"] == pytest.approx(report["scores"]["L2Rec"][metric], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "floors {data} --backbone none",
+        "train {copy}/config.yaml --data {data} --out {copy} --resume",
+        "tune sasrec training.max_steps=1 --data {data} --out {tmp}/tuned --trials 1",
+        "evaluate {run}",
+        "compare {run} {other}",
+        "diagnose {run}",
+        "blend {run} --out {tmp}/blended",
+        "average {run} {other} --out {tmp}/mean",
+        "embed {run} --out {tmp}/vectors --precision int8",
+    ],
+)
+def test_the_fingerprint_is_printed_beside_every_score(
+    call: Call,
+    catalog_run: Finished,
+    paper_run: Finished,
+    chains: Dataset,
+    tmp_path: Path,
+    command: str,
+) -> None:
+    places = {"run": catalog_run.run, "other": paper_run.run, "data": catalog_run.data}
+    places |= {"tmp": tmp_path, "copy": tmp_path / "copy"}
+    shutil.copytree(catalog_run.run, tmp_path / "copy")
+    outcome = call(*(word.format(**places) for word in command.split()))
+    assert outcome.code == 0, outcome
+    assert re.search(r"n(dcg)?@10", outcome.out, re.IGNORECASE), outcome.out
+    assert chains.fingerprint in outcome.out
 
 
 def test_compare_refuses(call: Call, catalog_run: Finished, tmp_path: Path) -> None:

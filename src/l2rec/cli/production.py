@@ -190,8 +190,8 @@ def embed(
         )
         for path, count, dim in written.files:
             console.line(f"{path}: {count:,} vectors of {dim} numbers, {precision}")
-    if written.losses:
-        print_losses(written.losses)
+    if written.losses and written.dataset is not None:
+        print_losses(written.losses, written.dataset)
 
 
 def index(

@@ -224,13 +224,14 @@ def fusion(
     except ValueError:
         raise ConfigError(f"--alpha {alpha}: numbers between commas, such as 0,0.5,1") from None
     with Console(quiet=as_json) as console:
-        scores_of = fusion_sweep(
+        report = fusion_sweep(
             run, alphas, dominant=dominant, split_name=split, progress=console, data=data
         )
     if as_json:
-        print_json({str(weight): scores for weight, scores in scores_of.items()})
+        print_json(report)
     else:
-        print_rows(f"{run} on {split}", "alpha", scores_of)
+        title = f"{run} on {split}, fingerprint {report['fingerprint']}"
+        print_rows(title, "alpha", report["scores"])
 
 
 def alignment(

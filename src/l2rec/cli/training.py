@@ -243,9 +243,15 @@ def tune(
             seed=seed,
         )
     if as_json:
-        print_json({"trials": [asdict(t) for t in result.trials], "recipe": str(result.recipe)})
+        print_json(
+            {
+                "fingerprint": result.dataset["fingerprint"],
+                "trials": [asdict(trial) for trial in result.trials],
+                "recipe": str(result.recipe),
+            }
+        )
     else:
-        print_trials(result.trials)
+        print_trials(result.trials, result.dataset)
         typer.echo(next_step("l2rec", "train", result.recipe, "--data", data, "--out", "RUN"))
 
 

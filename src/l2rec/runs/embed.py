@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,11 +43,13 @@ class Sharding:
 @dataclass(frozen=True)
 class Embedded:
     """What was written: (path, rows, D) of each file or folder of shards; and what the precision
-    loses, by precision, empty for float32 and without users of the data set.
+    loses, by precision, empty for float32 and without users of the data set, whose identity is
+    ``dataset``.
     """
 
     files: list[tuple[Path, int, int]]
     losses: dict[str, dict[str, float]]
+    dataset: dict[str, Any] | None
 
 
 def embed_run(
@@ -117,7 +120,7 @@ def embed_run(
     if dataset is not None and with_users and precision != "float32":
         split = split_of(load_run_config(run)[0], dataset)
         losses = precision_losses(predictor, split.test, progress)
-    return Embedded(written, losses)
+    return Embedded(written, losses, None if dataset is None else dataset.identity)
 
 
 def _write_users(

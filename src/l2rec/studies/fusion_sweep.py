@@ -24,11 +24,10 @@ def fusion_sweep(
     split_name: str = "valid",
     progress: Progress,
     data: Path | None = None,
-) -> dict[float, dict[str, float]]:
+) -> dict[str, Any]:
     """Score a trained HDRec at other weights of its two sides (HDRec, Fig. 6 right).
 
-    Both sides read every history once, whatever the number of weights. Returns the metrics by
-    weight.
+    Both sides read every history once, whatever the number of weights.
 
     Args:
         run: a finished run of HDRec.
@@ -36,6 +35,10 @@ def fusion_sweep(
         dominant: another way to fuse (variants of Fig. 5), by default the run's.
         split_name: ``valid`` or ``test``.
         data: folder of the data set, by default the path that the run was trained on.
+
+    Returns:
+        ``fingerprint`` of the data set, ``protocol``, ``split``, and ``scores``: the metrics by
+        weight, as text.
 
     Raises:
         ConfigError: not an HDRec with two sides, a blended run, or a weight that is negative
@@ -58,7 +61,8 @@ def fusion_sweep(
     if not isinstance(model, HDRec):
         raise ConfigError(f"{run} is no HDRec but {type(model).__name__}: it has no sides to fuse")
     scorers = model.fused_scorers(alphas, dominant)
-    cases = split_of(load_run_config(run)[0], dataset).cases(split_name)
+    split = split_of(load_run_config(run)[0], dataset)
+    cases = split.cases(split_name)
     evaluations = evaluate_each(
         model.n_items,
         {str(alpha): scorer for alpha, scorer in zip(alphas, scorers, strict=True)},
@@ -67,4 +71,9 @@ def fusion_sweep(
         users=cases.users,
         progress=lambda done: progress.validating(done, len(cases)),
     )
-    return {alpha: evaluations[str(alpha)].metrics() for alpha in alphas}
+    return {
+        "fingerprint": dataset.fingerprint,
+        "protocol": split.protocol,
+        "split": split_name,
+        "scores": {alpha: evaluation.metrics() for alpha, evaluation in evaluations.items()},
+    }

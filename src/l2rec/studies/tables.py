@@ -93,7 +93,7 @@ def _overall_table(comparison: Comparison, block: Block) -> Table:
         rows.append([name, NONE, *floor, *[NONE] * len(TESTED)])
         marks.append([False] * len(rows[-1]))
     header = ["run", "seeds", *shown.values(), *(f"Δ {METRICS[m]} (p)" for m in TESTED)]
-    title = f"{comparison.data}: test scores of {block.users:,} users, {_view(block.masked)}"
+    title = f"{_data(comparison)}: test scores of {block.users:,} users, {_view(block.masked)}"
     return Table(title, header, rows, marks, _verdict(block))
 
 
@@ -129,7 +129,7 @@ def _segment_table(comparison: Comparison, metric: str, masked: bool) -> Table:
         f"by Holm's method for the {counted} in all columns"
     )
     return Table(
-        f"{comparison.data}: {name} by segment of users, {_view(masked)}",
+        f"{_data(comparison)}: {name} by segment of users, {_view(masked)}",
         header,
         rows,
         [[False, *row] for row in best],
@@ -157,7 +157,7 @@ def _cost_table(comparison: Comparison) -> Table:
     header = ["run", "method", "seeds", "backbone", "trained parameters", "training"]
     header += ["tokens", "peak memory", "hardware"]
     caption = "means over seeds" if any(len(e.seeds) > 1 for e in comparison.entries) else ""
-    return Table(f"{comparison.data}: costs", header, rows, [[False] * 9 for _ in rows], caption)
+    return Table(f"{_data(comparison)}: costs", header, rows, [[False] * 9 for _ in rows], caption)
 
 
 def _marked(
@@ -189,6 +189,11 @@ def mean_and_sd(score: Score | None, metric: str) -> str:
     form = "{:+.2f}" if metric == BIAS else "{:.4f}"
     deviation = "" if score.sd is None else f" ± {form.format(score.sd).lstrip('+')}"
     return form.format(score.mean) + deviation
+
+
+def _data(comparison: Comparison) -> str:
+    """Name the data in the title of a table."""
+    return f"{comparison.data}, fingerprint {comparison.fingerprint}"
 
 
 def _view(masked: bool) -> str:

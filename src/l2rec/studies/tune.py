@@ -66,10 +66,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The result of a search. ``trials``: best first. ``recipe``: file of the best trial."""
+    """The result of a search. ``trials``: best first. ``recipe``: file of the best trial.
+    ``dataset``: identity of the data set.
+    """
 
     trials: list[Trial]
     recipe: Path
+    dataset: dict[str, Any]
 
 
 def tune(
@@ -108,13 +111,14 @@ def tune(
     base = load_recipe(recipe, overrides)
     spaces = _spaces(search) if search else _default_spaces(base)
     _check_ends(recipe, overrides, spaces)
+    dataset = open_dataset(data)
     about = {
         "recipe": recipe,
         "overrides": list(overrides),
         "options": base.model_dump(mode="json"),
         "search": spaces,
         "seed": seed,
-        "data": open_dataset(data).fingerprint,
+        "data": dataset.fingerprint,
         "metric": SELECT,
     }
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -137,7 +141,7 @@ def tune(
         ended = _ended_trials(study)
         if ended[0].score is None:
             raise TrainingError(f"none of {len(ended)} trials succeeded{_last_reason(study)}")
-        return Tuned(ended, _write_best(out, recipe, overrides, ended[0]))
+        return Tuned(ended, _write_best(out, recipe, overrides, ended[0]), dataset.identity)
 
 
 def _run(

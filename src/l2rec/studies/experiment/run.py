@@ -270,7 +270,10 @@ class _Running:
             report = read_report(cell.path)
             score = as_score(report["scores"][report["method"]].get(f"{MAIN}_masked"))
             took = as_duration(job.seconds)
-            self._say(f"{cell.key} finished in {took}: ndcg@10, history masked, {score}")
+            data = report["dataset"]["fingerprint"]
+            self._say(
+                f"{cell.key} finished in {took}: ndcg@10, history masked, {score}, data {data}"
+            )
         else:
             self._fail(cell, _last_line(job.log) if code else NO_REPORT, code)
 
@@ -318,11 +321,11 @@ def _last_line(log: Path) -> str:
     return last.removeprefix("l2rec: ")
 
 
-def _write_fusion(cell: Cell, scores_of: Mapping[str, Any], seconds: float) -> None:
+def _write_fusion(cell: Cell, answer: Mapping[str, Any], seconds: float) -> None:
     """Write a report of what `l2rec fusion` printed, as a run folder has one."""
     fusion = cell.row.fusion
     assert fusion is not None
-    (scores,) = scores_of.values()
+    (scores,) = answer["scores"].values()
     base = read_report(cell.needs[0].path)
     kept = ("dataset", "protocol", "seed", "backbone", "peak_memory_mb")
     report = {key: base[key] for key in kept} | {
