@@ -197,7 +197,8 @@ class L2Rec:
         if isinstance(users, str):
             raise ConfigError(f"users={users!r}: give a list of user ids")
         ids = dataset.user_ids.to_pylist() if users is None else [str(user) for user in users]
-        rows = list(range(dataset.n_users)) if users is None else list(map(dataset.user_index, ids))
+        rows: Sequence[int]
+        rows = range(dataset.n_users) if users is None else dataset.user_indices(ids).tolist()
         items = self.predictor_.ids
         histories = {
             user: [items[int(i)] for i in dataset.warm_items(row)]

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 from tests.support import runs
@@ -66,7 +67,10 @@ VERBS = {
         *("--source", "--take", "--list", "--json"),
     ],
     "fusion": ["--alpha", "--dominant", "--split", "--data", "--json"],
-    "recommend": ["--history", "--user", "--new-item", "--include-seen", "--json"],
+    "recommend": [
+        *("--history", "--user", "--new-item", "--include-seen", "--json"),
+        *("--all", "--users", "--histories", "--out"),
+    ],
     "embed": [
         *("--out", "--users", "--data", "--precision"),
         *("--histories", "--texts", "--engine", "--shard-rows", "--cpus"),
@@ -255,6 +259,27 @@ def test_data_that_cannot_be_trained_on(call: Call, backbone_folder: Path, tmp_p
         (["recommend", "{run}", "--item", "i1", "--user", "u1"], "give either --history"),
         (["recommend", "{run}", "--item", "i1,i2"], "unknown item ids: 'i1,i2'"),
         (["recommend", "{run}", "--item", "n1"], r"'n1'.* \(--new-item .ID=its text. adds an item"),
+        (["recommend", "{run}", "--all"], r"with --out FILE; this has --all without --out$"),
+        (["recommend", "{run}", "--user", "u1", "--out", "x.parquet"], "this has --user with --o"),
+        (["recommend", "{run}", "--out", "x.parquet"], "this has none of them with --out"),
+        (
+            ["recommend", "{run}", "--all", "--users", "x.csv", "--out", "x.parquet"],
+            "this has --all and --users with --out",
+        ),
+        (["recommend", "{run}", "--all", "--out", "{tmp}"], r"give a file that ends in \.parquet"),
+        (["recommend", "{run}", "--all", "--out", "x.csv"], r"x\.csv: give a file that ends in"),
+        (
+            ["recommend", "{run}", "--all", "--out", "{tmp}/x.parquet", "-k", "31"],
+            r"k=31: .*choose 1\.\.30",
+        ),
+        (
+            ["recommend", "{run}", "--histories", "{tmp}", "--out", "{tmp}/x.parquet"],
+            "no Parquet file there",
+        ),
+        (
+            ["recommend", "{run}", "--users", "{tmp}/x.parquet", "--out", "{tmp}/x.parquet"],
+            "is what is read; choose another",
+        ),
     ],
 )
 def test_what_other_verbs_refuse(
@@ -508,6 +533,23 @@ def test_ids_with_commas(call: Call, catalog_run: Finished) -> None:
     refused(call(*run, "--history", "a,b"), message)
 
 
+def test_ids_with_blanks_at_an_end(call: Call, catalog_run: Finished, tmp_path: Path) -> None:
+    odd = ("--new-item", "n=a lamp")
+    refused(call("recommend", catalog_run.run, "--history", " n2 ", *odd), "unknown item ids: 'n2'")
+    log, items = tmp_path / "log.csv", tmp_path / "items.csv"
+    names = ["a", "b", " c ", "d"]
+    rows = [f"u{u},{names[(u + n) % 4]},{n}" for u in range(8) for n in range(4)]
+    log.write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    items.write_text("item_id,title\n" + "".join(f"{name},a lamp\n" for name in names))
+    data, run = tmp_path / "data", tmp_path / "run"
+    assert call("prepare", log, "--out", data).code == 0
+    small = ["model.dim=8", "training.max_steps=1"]
+    assert call("train", "sasrec", *small, "--data", data, "--out", run).code == 0
+    outcome = call("recommend", run, "--history", "a, c ", "-k", 1)
+    refused(outcome, r"without blanks at the ends of ids; .*by --item, .*: --item ' c '$")
+    assert call("recommend", run, "--history", " a , b", "--item", " c ", "-k", 1).code == 0
+
+
 def test_the_next_line_fits_the_data(call: Call, tmp_path: Path) -> None:
     log, items = tmp_path / "my log.csv", tmp_path / "items.csv"
     log.write_text("user_id,item_id,timestamp\nann,a,1\nann,b,2\nann,c,3\nbob,a,1\n")
@@ -683,6 +725,60 @@ def test_recommend_json(call: Call, catalog_run: Finished) -> None:
     )
     by_id = {item["id"]: item["text"] for item in seen["items"]}
     assert len(by_id) == 32 and by_id["n2"] == "a = b" and "i3" in by_id
+
+
+@pytest.mark.parametrize("blended", [False, True])
+def test_lists_of_many_users_are_those_of_each(
+    call: Call, catalog_run: Finished, chains: Dataset, tmp_path: Path, blended: bool
+) -> None:
+    run = catalog_run.run
+    if blended:
+        run = tmp_path / "blended"
+        assert call("blend", catalog_run.run, "--out", run).code == 0
+    out = tmp_path / "lists" / "all.parquet"
+    outcome = call("recommend", run, "--all", "--out", out, "-k", 4)
+    assert (outcome.code, outcome.out) == (0, f"{out}: 160 rows of 40 users\n")
+    every = pl.read_parquet(out)
+    assert every.columns == ["user_id", "item_id", "score", "rank"]
+    assert every["user_id"].unique(maintain_order=True).to_list() == chains.user_ids.to_pylist()
+    for user in ("u3", "u17"):
+        items = only_json(call("recommend", run, "--user", user, "-k", 4, "--json"))["items"]
+        rows = every.filter(pl.col("user_id") == user)
+        assert rows["item_id"].to_list() == [item["id"] for item in items]
+        assert rows["score"].to_list() == pytest.approx([i["score"] for i in items], abs=1e-5)
+        assert rows["rank"].to_list() == [1, 2, 3, 4]
+
+    some = tmp_path / "some.csv"
+    some.write_text("user_id,age\nu17,1\nu3,2\n")
+    facts = only_json(call("recommend", run, "--users", some, "--out", out, "-k", 4, "--json"))
+    assert (facts["out"], facts["users"], facts["rows"]) == (str(out), 2, 8)
+    chosen = pl.read_parquet(out)  # in the place of the earlier file
+    assert chosen["user_id"].unique(maintain_order=True).to_list() == ["u17", "u3"]
+    of_one = every.filter(pl.col("user_id") == "u3")["item_id"]
+    assert chosen.filter(pl.col("user_id") == "u3")["item_id"].equals(of_one)
+    some.write_text("user_id\nu17\nu98\nnobody\n")
+    message = r"--users .*some\.csv: users 'u98', 'nobody' are not among the 40 users"
+    refused(call("recommend", run, "--users", some, "--out", out), message)
+    assert pl.read_parquet(out).equals(chosen)  # as it was
+
+
+def test_lists_of_histories(call: Call, catalog_run: Finished, tmp_path: Path) -> None:
+    tonight, out = tmp_path / "tonight.parquet", tmp_path / "lists.parquet"
+    lists = {"user_id": ["x", "nobody", "y"], "history": [["i3", "n1"], [], ["i7"]]}
+    pl.DataFrame(lists).write_parquet(tonight)
+    new = ("--new-item", "n1=small red lamp", "--include-seen")
+    many = ("recommend", catalog_run.run, "--histories", tonight, "--out", out)
+    assert call(*many, *new, "-k", 31).code == 0
+    found = pl.read_parquet(out)
+    assert found["user_id"].unique(maintain_order=True).to_list() == ["x", "y"]
+    one = only_json(
+        call("recommend", catalog_run.run, "--history", "i3,n1", *new, "-k", 31, "--json")
+    )
+    rows = found.filter(pl.col("user_id") == "x")
+    assert rows["item_id"].to_list() == [item["id"] for item in one["items"]]
+    refused(call(*many), r"tonight\.parquet, rows 0 to 2: unknown item ids: 'n1'")
+    pl.DataFrame({"user_id": ["x", "x"], "history": [["i3"], ["i7"]]}).write_parquet(tonight)
+    refused(call(*many), "user_id 'x' is in 2 rows")
 
 
 def test_describe_json(call: Call, chains: Dataset) -> None:

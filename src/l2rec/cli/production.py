@@ -6,6 +6,7 @@ __all__ = ["abtest", "deploy", "embed", "index", "onnx", "recommend", "rollback"
 
 import gc
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,24 @@ def recommend(
         ),
     ] = None,
     user: Annotated[str | None, typer.Option(help="Id of a user of the data set.")] = None,
+    everybody: Annotated[
+        bool, typer.Option("--all", help="All users of the data set; needs --out.")
+    ] = False,
+    users: Annotated[
+        Path | None,
+        typer.Option(help="Users of the data set: CSV or Parquet with user_id; needs --out."),
+    ] = None,
+    histories: Annotated[
+        Path | None,
+        typer.Option(
+            help="Parquet (a file or a folder) with user_id and history, a list of item ids, "
+            "oldest first; needs --out."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File of the lists of many users: FILE.parquet", show_default=False),
+    ] = None,
     k: Annotated[
         int | None,
         typer.Option("-k", "--k", help="How many items; 10, or all of a smaller catalog."),
@@ -47,13 +66,21 @@ def recommend(
         list[str] | None,
         typer.Option(help='Item to add by its text: "ID=its text". Repeatable.'),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Data set folder, for --user.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data set folder, for --user, --users and --all.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rank the next items for a history, or for a user of the data set.
+    """Rank the next items for a history, for a user of the data set, or for many users.
 
     Users and items need not be known from training: `--new-item "N1=Cordless drill, 18 V"` enters
     the ranking by its text, and may be part of the history.
+
+    Lists of many users are written as Parquet: user_id, item_id, score, rank (from 1), best first.
+    A user for whom fewer items are left has fewer rows.
+
+    Example: `l2rec recommend runs/ml --history 50,172 -k 5`, or
+    `l2rec recommend runs/ml --all --out lists.parquet`
     """
     from l2rec.console import print_new_items, print_recommendations
     from l2rec.errors import DataError
@@ -61,10 +88,21 @@ def recommend(
     from l2rec.runs.folder import user_history
     from l2rec.runs.predictor import load
 
-    gc.disable()  # as in `serve`; this process is short
-    if (history is None and not item) == (user is None):
+    asked = {
+        "--history and --item": history is not None or bool(item),
+        "--user": user is not None,
+        "--all": everybody,
+        "--users": users is not None,
+        "--histories": histories is not None,
+    }
+    named = [name for name, given in asked.items() if given]
+    many = everybody or users is not None or histories is not None
+    if len(named) != 1 or many != (out is not None):
         raise DataError(
-            "give either --history ID,ID,... or --user ID; an id with a comma is given by --item ID"
+            "give either --history ID,ID,... or --user ID (an id with a comma is given by "
+            "--item ID); or one of --all, --users FILE and --histories PARQUET, with --out FILE"
+            f"; this has {' and '.join(named) or 'none of them'}{' with' if out else ' without'} "
+            "--out"
         )
     added = {}
     for entry in new_item or ():
@@ -74,6 +112,15 @@ def recommend(
         if name.strip() in added:
             raise DataError(f"--new-item names {name.strip()!r} twice")
         added[name.strip()] = text.strip()
+    if out is not None:
+        facts = _write_lists(
+            run, out, k, added, data, users, histories, exclude_seen=not include_seen, quiet=as_json
+        )
+        if as_json:
+            print_json(facts)
+        else:
+            typer.echo(f"{out}: {facts['rows']:,} rows of {facts['users']:,} users")
+        return
     if user is not None:
         ids = user_history(run, user, data)
     else:
@@ -83,12 +130,7 @@ def recommend(
     if added:
         predictor.add_items(added)
     if history is not None and not set(ids) <= set(predictor.ids):
-        whole = next((i for i in predictor.ids if "," in i and i in history), None)
-        if whole is not None:
-            raise DataError(
-                f"--history {history!r} is read as {len(ids)} ids between commas; give ids with a "
-                f"comma by --item, one at a time: {shlex.join(['--item', whole])}"
-            )
+        _check_history(history, ids, predictor.ids)
     try:
         predictor.rows([ids])
     except DataError as error:
@@ -106,6 +148,64 @@ def recommend(
         if unseen := set(added) - set(ids) - {listed["id"] for listed in result.items}:
             ranking = predictor.recommend(ids, predictor.n_items, exclude_seen=not include_seen)
             print_new_items([listed["id"] for listed in ranking.items], sorted(unseen))
+
+
+def _check_history(history: str, ids: Sequence[str], known: Sequence[str]) -> None:
+    """Raise DataError for a history that was cut or stripped where an id was meant as it is."""
+    from l2rec.errors import DataError
+
+    whole = next((i for i in known if "," in i and i in history), None)
+    if whole is not None:
+        raise DataError(
+            f"--history {history!r} is read as {len(ids)} ids between commas; give ids with a "
+            f"comma by --item, one at a time: {shlex.join(['--item', whole])}"
+        )
+    parts = (part for part in history.split(",") if part.strip() not in known)
+    meant = next((part for part in parts if part in known), None)
+    if meant is not None:
+        raise DataError(
+            f"--history {history!r} is read without blanks at the ends of ids; give ids that have "
+            f"some by --item, one at a time: {shlex.join(['--item', meant])}"
+        )
+
+
+def _write_lists(
+    run: Path,
+    out: Path,
+    k: int | None,
+    added: Mapping[str, str],
+    data: Path | None,
+    users: Path | None,
+    histories: Path | None,
+    *,
+    exclude_seen: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Write the lists of many users, and return what `recommend --out` says of them."""
+    from l2rec.console import Console
+    from l2rec.errors import ConfigError
+    from l2rec.runs.lists import of_dataset, of_parquet, write_lists
+    from l2rec.runs.predictor import load
+
+    if out.suffix != ".parquet" or out.is_dir():
+        raise ConfigError(f"--out {out}: give a file that ends in .parquet")
+    read = next((path for path in (users, histories) if path is not None), None)
+    if read is not None and out.resolve() in (read.resolve(), *read.resolve().glob("*.parquet")):
+        raise ConfigError(f"--out {out} is what is read; choose another file")
+    asked = of_dataset(run, data, users) if histories is None else of_parquet(run, histories)
+    predictor = load(run)
+    if added:
+        predictor.add_items(added)
+    with Console(quiet=quiet) as console:
+        many, rows = write_lists(
+            predictor,
+            asked,
+            out,
+            min(10, predictor.n_items) if k is None else k,
+            exclude_seen=exclude_seen,
+            progress=console,
+        )
+    return {"out": str(out), "users": many, "rows": rows, "version": predictor.version}
 
 
 def embed(

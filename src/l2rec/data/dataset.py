@@ -194,20 +194,27 @@ class Dataset:
             )
         return index
 
+    def user_indices(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
+        """Return user ints of external ids, [len(ids)] int32. Raises DataError for unknown ids."""
+        return self._indices("user", ids, self.user_ids)
+
     def item_indices(self, ids: Sequence[str]) -> npt.NDArray[np.int32]:
         """Return item ints of external ids, [len(ids)] int32. Raises DataError for unknown ids."""
-        wanted = pa.array([str(i) for i in ids], type=self.item_ids.type)
-        rows = pc.fill_null(pc.index_in(wanted, value_set=self.item_ids), -1)
+        return self._indices("item", ids, self.item_ids)
+
+    def _indices(self, kind: str, ids: Sequence[str], known: pa.Array) -> npt.NDArray[np.int32]:
+        """Return the places of ids among those that are known."""
+        wanted = pa.array([str(i) for i in ids], type=known.type)
+        rows = pc.fill_null(pc.index_in(wanted, value_set=known), -1)
         indices: npt.NDArray[np.int32] = rows.to_numpy(zero_copy_only=False).astype(np.int32)
         unknown = list(dict.fromkeys(str(ids[int(i)]) for i in np.flatnonzero(indices < 0)))
         if unknown:
             shown = ", ".join(repr(i) for i in unknown[:5])
             more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
-            items = "item" if len(unknown) == 1 else "items"
-            verb = "is" if len(unknown) == 1 else "are"
+            named = f"{kind} {shown} is" if len(unknown) == 1 else f"{kind}s {shown}{more} are"
             raise DataError(
-                f"{items} {shown}{more} {verb} not among the {self.n_items:,} items of data set "
-                f"{self.name!r}{_nearest_id(unknown[0], self.item_ids)}"
+                f"{named} not among the {len(known):,} {kind}s of data set "
+                f"{self.name!r}{_nearest_id(unknown[0], known)}"
             )
         return indices
 

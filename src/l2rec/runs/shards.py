@@ -222,6 +222,20 @@ class Shard:
                 break
         return pa.Table.from_batches(taken)
 
+    def columns(self, kind: str) -> tuple[list[str], list[Any]]:
+        """Read ids and what is encoded of them, as `COLUMNS` names them, none of them null.
+
+        Raises:
+            DataError: something is null, or of a type that cannot be encoded.
+        """
+        ids, values = _columns_of(self.read(COLUMNS[kind]), kind, self.place)
+        return ids.to_pylist(), values.to_pylist()
+
+    @property
+    def place(self) -> str:
+        """Where its rows lie, for an error."""
+        return _place(self.file, self.first, self.last)
+
 
 def _parquet_files(path: Path) -> list[Path]:
     """Return a file, or the Parquet files of a folder by their names."""
@@ -325,35 +339,24 @@ class Encoder:
         return ids, encode_users(self.predictor, self.dataset.sequences.take(users)), None
 
     def _histories(self, shard: Shard) -> tuple[list[str], Tensor, None]:
-        ids, histories = self._columns(shard)
+        ids, histories = shard.columns("histories")
         known = [n for n, history in enumerate(histories) if history]
         try:
             rows = self.predictor.rows([histories[n] for n in known])
         except DataError as error:
-            raise self._of(shard, error) from error
+            raise DataError(f"{shard.place}: {error}") from error
         return [ids[n] for n in known], encode_users(self.predictor, rows), None
 
     def _texts(self, shard: Shard) -> tuple[list[str], Tensor, float]:
         """Encode texts; in int8, with the scale of the run's own items."""
-        ids, texts = self._columns(shard)
+        ids, texts = shard.columns("texts")
         blocks = [torch.zeros(0, _dim(self.predictor))]
         try:
             for start in range(0, len(texts), BLOCK):
                 blocks.append(self.predictor.encode_items(texts[start : start + BLOCK]).cpu())
         except DataError as error:
-            raise self._of(shard, error) from error
+            raise DataError(f"{shard.place}: {error}") from error
         return ids, torch.cat(blocks), self._scale
-
-    def _columns(self, shard: Shard) -> tuple[list[str], list[Any]]:
-        """Read ids and what is encoded of them, none of them null."""
-        kind = self.job.source.kind
-        place = _place(shard.file, shard.first, shard.last)
-        ids, values = _columns_of(shard.read(COLUMNS[kind]), kind, place)
-        return ids.to_pylist(), values.to_pylist()
-
-    def _of(self, shard: Shard, reason: object) -> DataError:
-        """Return an error that says where its rows lie."""
-        return DataError(f"{_place(shard.file, shard.first, shard.last)}: {reason}")
 
 
 def _locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:

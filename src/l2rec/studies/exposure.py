@@ -38,6 +38,7 @@ from l2rec.evaluation.ranking import top_k
 from l2rec.metrics import coverage
 from l2rec.protocols import Progress
 from l2rec.runs.folder import load_run_config, open_run_dataset, require_finished, training_split
+from l2rec.runs.lists import user_table
 from l2rec.runs.predictor import load
 from l2rec.runs.scoring import rank, with_cold_items
 from l2rec.studies.compare import HEAD, MEDIUM, SHORT, bias_of
@@ -375,24 +376,8 @@ def _gini(top: npt.NDArray[np.int64], n_items: int) -> float:
 
 def _read_users(path: Path) -> dict[str, dict[str, str]]:
     """Read attributes of users: by column, the value of each user id; null is none."""
-    import polars as pl
-
-    try:
-        if path.suffix == ".parquet":
-            table = pl.read_parquet(path)
-        else:
-            table = pl.read_csv(path, infer_schema=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"--users {path}: not readable: {str(error).splitlines()[0]}") from error
-    if "user_id" not in table.columns:
-        raise DataError(
-            f"--users {path}: no column user_id (it has: {', '.join(table.columns)}); name the "
-            "column of the users' ids so"
-        )
-    table = table.cast(pl.String, strict=False).drop_nulls("user_id")
+    table = user_table(path)
     ids = table["user_id"].to_list()
-    if len(set(ids)) < len(ids):
-        raise DataError(f"--users {path}: a user has two rows; give one row each")
     return {
         name: {user: value or "" for user, value in zip(ids, table[name].to_list(), strict=True)}
         for name in table.columns
