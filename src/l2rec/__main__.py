@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["main"]
 
+import signal
 import sys
 
 
@@ -12,6 +13,7 @@ def main() -> None:
     try:
         from l2rec.cli import main as run
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `l2rec.cli` does
         sys.stderr.write("l2rec: interrupted\n")
         sys.exit(130)
     run()

@@ -10,6 +10,7 @@ are inner products. The other protocols are optional abilities, asked for with `
     Calibrated      calibrate       what is taken from the training sequences, not by gradient
     TakesNewItems   add_items       an item is its text
     Inspectable     users_and_gates, expert_load, has_gate, has_experts
+    Coded           code_usage      an item is a few codes, whose use is reported
     Costed          costs           histories differ in what they cost to encode
     Freezable       freeze          something can be computed once for a model that no longer learns
     Cached          cached          cache entries that travel with a run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,8 +37,10 @@ def caller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["l2rec", *map(str, arguments)])
         capsys.readouterr()
+        on_interrupt = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as stop:
             cli.main()
+        signal.signal(signal.SIGINT, on_interrupt)  # ignored once a command was interrupted
         captured = capsys.readouterr()
         return Outcome(int(stop.value.code or 0), captured.out, captured.err)
 

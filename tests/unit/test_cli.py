@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -452,9 +453,26 @@ def test_ctrl_c_while_modules_load(
 
     monkeypatch.delitem(sys.modules, "l2rec.cli")
     monkeypatch.setattr(sys, "meta_path", [Pressed, *sys.meta_path])
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
         __main__.main()
+    signal.signal(signal.SIGINT, on_interrupt)
     assert (stop.value.code, capsys.readouterr().err) == (130, "l2rec: interrupted\n")
+
+
+@pytest.mark.parametrize("caught", [KeyboardInterrupt, SystemExit])
+def test_a_second_ctrl_c_prints_nothing(caught: type[BaseException]) -> None:
+    script = (
+        "import atexit, os, signal, sys\n"
+        "from l2rec import cli\n"
+        f"def app(_): raise {caught.__name__}(130)\n"
+        "cli.app, sys.argv = app, ['l2rec', 'train']\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    expected = "l2rec: interrupted; go on with the same command and --resume\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", expected)
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "x"), OSError("a\nb")])
@@ -505,6 +523,10 @@ def test_the_whole_road(call: Call, backbone_folder: Path, tmp_path: Path) -> No
     outcome = call("prepare", log, "--items", items, "--text", "{title}", "--out", data)
     assert outcome.code == 0, outcome
     assert f"{data}: 15 users, 12 items, 90 events, fingerprint " in outcome.out
+    assert "fingerprint" not in outcome.err  # once
+    assert call("prepare", log, "--items", items, "--out", tmp_path / "more").code == 0
+    both = call("merge", data, tmp_path / "more", "--out", tmp_path / "both")
+    assert both.out.count("fingerprint") == 1 and "fingerprint" not in both.err
     outcome = call("describe", data, "--json")
     facts = json.loads(outcome.out)
     assert (facts["users"], facts["items"], facts["events"]) == (15, 12, 90)

@@ -501,5 +501,4 @@ def test_progress_goes_to_standard_error(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "events: 6 (" in captured.err
-    assert "out: 3 users, 3 items, 6 events, fingerprint " in captured.err
     assert "note: 2 users have fewer than 3 events" in captured.err

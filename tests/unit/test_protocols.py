@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ def members() -> set[str]:
         if inspect.isclass(value) and getattr(value, "_is_protocol", False):
             names |= {n for n in {**vars(value), **inspect.get_annotations(value)} if n[0] != "_"}
     return names
+
+
+def test_the_head_lists_every_protocol_of_a_method() -> None:
+    listed = dict(re.findall(r"^    (\w+) +(\S.*)$", protocols.__doc__ or "", re.MULTILINE))
+    for name, value in vars(protocols).items():
+        if getattr(value, "_is_runtime_protocol", False) and value.__module__ == protocols.__name__:
+            own = {member for member in vars(value) if member[0] != "_"}
+            assert name in listed and all(member in listed[name] for member in own), name
 
 
 def read_of_methods(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -117,16 +117,24 @@ def main() -> None:
         sys.stderr.write(f"l2rec: {' '.join(str(error).split())}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write(_interrupted(arguments))
-        sys.exit(130)
+        _end_interrupted(arguments)
     except SystemExit as stop:
         if stop.code == 130:  # typer has caught the KeyboardInterrupt
-            sys.stderr.write(_interrupted(arguments))
+            _end_interrupted(arguments)
         raise
 
 
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _end_interrupted(arguments: list[str]) -> NoReturn:
+    """Exit with 130 after Ctrl-C; another one would print tracebacks of what runs at the exit."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stderr.write(_interrupted(arguments))
+    sys.exit(130)
 
 
 def _interrupted(arguments: list[str]) -> str:

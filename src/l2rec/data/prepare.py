@@ -1065,14 +1065,9 @@ class _Report:
             print(f"{what}: {self._counts[what]:,} ({rate:,.0f}/s)", file=sys.stderr)
 
     def notes(self, dataset: Dataset) -> None:
-        """Print the result and all warnings, once."""
+        """Print all warnings, once. The result is for who called."""
         if not self._on:
             return
-        print(
-            f"{dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
-            f"{dataset.n_events:,} events, fingerprint {dataset.fingerprint}",
-            file=sys.stderr,
-        )
         for note in dataset.meta["notes"]:
             print(f"note: {note}", file=sys.stderr)
         for line in dataset.order.lines():
