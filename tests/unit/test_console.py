@@ -110,10 +110,11 @@ def test_lines_are_as_given(capsys: pytest.CaptureFixture[str]) -> None:
 def test_scores(capsys: pytest.CaptureFixture[str]) -> None:
     keys = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
     rows = {name: dict.fromkeys(keys, 0.12345) for name in ("L2Rec", "popularity")}
-    Console().scores({"dataset": {"name": "toys"}, "scores": rows})
+    dataset = {"name": "toys", "fingerprint": "f00d"}
+    Console().scores({"dataset": dataset, "scores": rows})
     captured = capsys.readouterr()
     assert captured.err == "" and captured.out.count("0.1235") + captured.out.count("0.1234") == 10
-    assert "toys" in captured.out and "popularity" in captured.out
+    assert "toys, fingerprint f00d" in captured.out and "popularity" in captured.out
 
 
 def test_table_of_facts(capsys: pytest.CaptureFixture[str]) -> None:
