@@ -16,7 +16,7 @@ from tests.support.experiments import Processes
 from tests.support.rows import rows_of
 from tests.support.runs import Finished
 
-from l2rec.config import load_recipe
+from l2rec.config import SplitConfig, load_recipe
 from l2rec.data.cold import hold_out_items
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.merge import merge
@@ -37,6 +37,7 @@ from l2rec.studies.experiment.plan import plan
 from l2rec.studies.experiment.report import page, to_json
 from l2rec.studies.experiment.run import run as run_plan
 from l2rec.studies.exposure import exposure_of
+from l2rec.studies.floors import score_floors
 
 ITEMS = 24
 SASREC = ["training.max_steps=6", "model.dim=8", "model.dropout=0", "training.batch_users=16"]
@@ -227,6 +228,21 @@ def test_what_knows_ids_alone_ranks_them_last(ids_alone: Path, cold: Dataset) ->
     is_cold = ranks.targets >= cold.n_warm
     assert set(ranks.ranks[is_cold]) == {cold.n_warm + (cold.n_cold + 1) / 2}
     assert ranks.ranks[~is_cold].max() <= cold.n_warm
+
+
+def test_floors_rank_them_last_alike(tmp_path: Path) -> None:
+    """Below warm items without a training event too, whose counts are zero as well."""
+    few = hold_out_items(logs.dated(tmp_path / "all", TEXTS, 10).path, tmp_path / "cold", 0.25)
+    counts = np.bincount(split_events(few).train.values, minlength=few.n_warm)
+    assert (counts == 0).any(), "or nothing is tested here"
+    run = runs.finished(load_recipe("sasrec", SASREC), few.path, tmp_path / "run").run
+    of_run = read_json(run / "report.json")
+    of_data = score_floors(few.path, SplitConfig(), backbone="none", progress=runs.Quiet())
+    of_ids = of_run["parts"]["cold"]["scores"]["SASRec"]["mrr"]
+    assert of_ids == pytest.approx(1 / (few.n_warm + (few.n_cold + 1) / 2))
+    for floor in ("popularity", "last item neighbour", "co-occurrence"):
+        for report in (of_run, of_data):
+            assert report["parts"]["cold"]["scores"][floor]["mrr"] == pytest.approx(of_ids)
 
 
 def test_it_is_said_how_often_they_are_listed(

@@ -3,7 +3,7 @@
 ``Popularity`` knows no user, ``LastItemNeighbour`` which item followed which, ``CoOccurrenceFloor``
 which items are near each other, and ``TextNeighbour`` only the item texts: it is the untrained
 backbone's own ranking. Fit them on training prefixes only: an event that is validated or tested
-must not be counted.
+must not be counted. Of data with cold items they know the others alone, as whatever is trained.
 """
 
 from __future__ import annotations

@@ -335,8 +335,11 @@ def _floor_scores(
     """Rank the test split by the floors, and by the model before any training (``start``)."""
     split, model = fitted.split, fitted.model
     progress.line(f"scoring the floors: popularity, last item neighbour, co-occurrence, {start}")
-    floors = floors_of(split.train, dataset.n_items)
-    scores = {name: score(floor, split, sets, progress) for name, floor in floors.items()}
+    floors = floors_of(split.train, dataset.n_warm)
+    scores = {
+        name: score(with_cold_items(floor, dataset), split, sets, progress)
+        for name, floor in floors.items()
+    }
     tensors = load_tensors(out / START)[0]
     if dataset.n_cold:
         catalog, cache = Catalog(dataset.warm_catalog), dataset.path / "cache"

@@ -19,7 +19,7 @@ from l2rec.modules.backbone import load_backbone
 from l2rec.modules.item_text import catalog_vectors
 from l2rec.protocols import Progress
 from l2rec.runs.machine import device, hardware, versions
-from l2rec.runs.scoring import score, summed_up
+from l2rec.runs.scoring import score, summed_up, with_cold_items
 
 NO_BACKBONE = "none"
 TEXT_TOKENS = 128
@@ -49,7 +49,8 @@ def score_floors(
     dataset = open_dataset(data)
     found = split_events(dataset, **dict(split))
     sets = beside_leave_one_out(dataset, found)
-    floors = floors_of(found.train, dataset.n_items)
+    counted = floors_of(found.train, dataset.n_warm)
+    floors = {name: with_cold_items(floor, dataset) for name, floor in counted.items()}
     if backbone != NO_BACKBONE and any(dataset.texts()):
         floors[UNTRAINED] = _untrained(dataset, backbone)
     scores = {}
