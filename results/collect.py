@@ -27,7 +27,8 @@ import yaml
 
 from l2rec.data.dataset import open_dataset
 from l2rec.runs.folder import cut_by_time, load_run_config, split_of
-from l2rec.runs.train import PRETRAINED, UNTRAINED, UNTRAINED_BACKBONE
+from l2rec.runs.numbers import PRETRAINED, UNTRAINED
+from l2rec.runs.train import UNTRAINED_BACKBONE
 from l2rec.studies.compare import FLOORS
 
 HERE = Path(__file__).parent

@@ -687,7 +687,7 @@ def stopped(catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_an_unfinished_run_is_named_and_used(
     stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    note = f"note: {stopped} is not finished: this is its best model so far, the untrained one"
+    note = f"note: {stopped} is not finished: this is its best model so far, untrained"
     before = sorted(stopped.iterdir())
     assert len(load(stopped).recommend(["i1"], 3).items) == 3
     assert evaluate_run(stopped, "test", Quiet())["users"] == 40

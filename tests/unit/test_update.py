@@ -201,6 +201,9 @@ def test_a_run_goes_on_from_its_weights(
         "--out", out,
     )  # fmt: skip
     assert done.code == 0, done.err
+    assert "(before fine-tuning)" in done.err and "untrained" not in done.err
+    page = " ".join((out / "report.html").read_text().split())
+    assert "Step 0 is the model before fine-tuning." in page and "untrained" not in page
     assert "2 items are new" in done.err and "next: l2rec deploy" in done.err
     start = load_tensors(out / "state/start.safetensors")[0]
     earlier = load_tensors(catalog_run.run / "model.safetensors")[0]

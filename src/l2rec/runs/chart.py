@@ -59,7 +59,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A dot of the validation curve; the untrained model and the best step have a label."""
+    """A dot of the validation curve; the model of step 0 and the best step have a label."""
 
     x: float
     y: float

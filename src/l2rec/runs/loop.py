@@ -75,6 +75,7 @@ from l2rec.runs.checkpoint import (
     write_state,
 )
 from l2rec.runs.machine import peak_memory_mb
+from l2rec.runs.numbers import UNTRAINED
 from l2rec.runs.trackers import Points, tracking
 
 SELECT = "ndcg@10_masked"
@@ -215,6 +216,8 @@ class _Run:
     progress: Progress
     points: Points
     hopeless: Callable[[float, int], bool]
+    start: str = UNTRAINED
+    """What the model is called before the first step."""
     pruned: bool = False
     stages: int = 1
     """Number of stages of the method."""
@@ -236,12 +239,13 @@ def train(
     progress: Progress,
     resume: bool = False,
     hopeless: Callable[[float, int], bool] = lambda score, number: False,
+    start: str = UNTRAINED,
 ) -> TrainingResult:
     """Train to early stopping; the model and RUN/model.safetensors then hold the best step.
 
     ``hopeless`` receives the score that selects (`SELECT`) of each validation of a stage that
     does, and its number, from 0, earlier processes included; if it returns True, the run ends
-    ("pruned").
+    ("pruned"). ``start``: what the model is called before the first step.
 
     Raises:
         TrainingError: the loss became NaN or infinite (step and cause are named; the last good
@@ -257,7 +261,7 @@ def train(
     options = config.model_dump(mode="json") | {"seed": seed, "method": type(model).__name__}
     with tracking(config.tracker, run, first, options) as points:
         return _train_stages(
-            _Run(model, split, config, seed, run, progress, points, hopeless), state
+            _Run(model, split, config, seed, run, progress, points, hopeless, start), state
         )
 
 
@@ -311,7 +315,7 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
 
 
 def _start(run: _Run) -> None:
-    """Validate the untrained model: the score to beat."""
+    """Validate the model of step 0: the score to beat."""
     if processes.current().main:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
     run.untrained = run.best = _validate(run, 0.0)
@@ -753,7 +757,7 @@ def _log_validation(run: _Run, position: float, metrics: dict[str, float]) -> No
     run.progress.line(
         f"validation at step {step} (epoch {position:.2f}): "
         f"recall@10 {metrics['recall@10']:.4f}  ndcg@10 {metrics['ndcg@10']:.4f}  "
-        f"ndcg@10 masked {metrics['ndcg@10_masked']:.4f}" + ("  (untrained)" if step == 0 else "")
+        f"ndcg@10 masked {metrics['ndcg@10_masked']:.4f}" + f"  ({run.start})" * (step == 0)
     )
 
 

@@ -18,6 +18,8 @@ METRICS = {
 """Column heading of each metric."""
 MAIN = "ndcg@10"
 """Metric that decides which model is best."""
+UNTRAINED, PRETRAINED = "untrained", "before fine-tuning"
+"""What the model of step 0 is called: as a seed has made it, and as another run has left it."""
 NONE = "–"
 """Text of a cell without a value."""
 SIGNIFICANT = 0.05

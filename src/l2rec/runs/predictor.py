@@ -61,6 +61,7 @@ from l2rec.runs.folder import (
     unfinished,
 )
 from l2rec.runs.machine import device
+from l2rec.runs.numbers import PRETRAINED, UNTRAINED
 
 logger = logging.getLogger("l2rec")
 
@@ -451,7 +452,8 @@ def load(
     folder = read_run(place)
     if unfinished(folder.path):
         step = load_tensors(folder.path / MODEL)[1].get("step", "0")
-        shown = "the untrained one" if step == "0" else f"of step {step}"
+        at_0 = UNTRAINED if folder.identity.get("init") is None else PRETRAINED
+        shown = at_0 if step == "0" else f"of step {step}"
         logger.warning(
             "note: %s is not finished: this is its best model so far, %s", folder.path, shown
         )

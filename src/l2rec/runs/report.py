@@ -38,7 +38,9 @@ from l2rec.runs.numbers import (
     MAIN,
     METRICS,
     NONE,
+    PRETRAINED,
     SIGNIFICANT,
+    UNTRAINED,
     as_count,
     as_duration,
     as_large,
@@ -516,28 +518,29 @@ def _validation_chart(events: Sequence[Json], report: Json) -> Chart | None:
     lines = [Line(frame.path(chosen), "main", by)]
     if other:
         lines.append(Line(frame.path(other), "second", beside))
-    start = f" from {chosen[0][1]:.4f} untrained" if chosen[0][0] == 0 else ""
+    at_0 = PRETRAINED if PRETRAINED in (report.get("scores") or {}) else UNTRAINED
+    start = f" from {chosen[0][1]:.4f} {at_0}" if chosen[0][0] == 0 else ""
     return Chart(
         title="Validation NDCG@10",
         summary=f"Validation NDCG@10, {by}, over steps,{start} to {best[1]:.4f} at step "
         f"{best[0]:,.0f}.",
-        note=f"Step 0 is the untrained model. The best step is chosen by the score with the {by}.",
+        note=f"Step 0 is the model {at_0}. The best step is chosen by the score with the {by}.",
         x_label="step",
         frame=frame,
         x_ticks=x_ticks,
         y_ticks=y_ticks,
         lines=lines,
-        marks=_validation_marks(frame, chosen, best),
+        marks=_validation_marks(frame, chosen, best, at_0),
     )
 
 
-def _validation_marks(frame: Frame, points: Sequence[Point], best: Point) -> list[Mark]:
+def _validation_marks(frame: Frame, points: Sequence[Point], best: Point, at_0: str) -> list[Mark]:
     marks = []
     for point in points:
         if point == best:
             text, style = f"best {point[1]:.4f}", "best"
         elif point[0] == 0:
-            text, style = f"untrained {point[1]:.4f}", "start"
+            text, style = f"{at_0} {point[1]:.4f}", "start"
         else:
             text, style = "", "dot"
         marks.append(placed(frame, point, text, style))

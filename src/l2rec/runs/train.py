@@ -60,6 +60,7 @@ from l2rec.runs.folder import (
 )
 from l2rec.runs.loop import TrainingResult, train
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
+from l2rec.runs.numbers import PRETRAINED, UNTRAINED
 from l2rec.runs.predictor import (
     Predictor,
     backbone_of,
@@ -72,9 +73,7 @@ from l2rec.runs.report import write_report
 from l2rec.runs.scoring import Scores, compared, rank, score, with_cold_items
 from l2rec.runs.start import check_start, start_from, unseen, unseen_of
 
-UNTRAINED = "untrained"
 UNTRAINED_BACKBONE = "untrained backbone"
-PRETRAINED = "before fine-tuning"
 START = "state/start.safetensors"
 SAMPLED, SAMPLED_ITEMS = 4, 20
 """Users, and their newest items, whose vectors a run keeps so that it can be verified."""
@@ -305,6 +304,7 @@ def _fit(
         progress=progress,
         resume=resume,
         hopeless=hopeless,
+        start=UNTRAINED if init is None else PRETRAINED,
     )
     progress.line(
         f"stopped ({result.stopped}) after {result.steps} steps; best step {result.best_step}"
