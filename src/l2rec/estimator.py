@@ -40,7 +40,7 @@ class L2Rec:
         ``backbone="minilm"`` stands for its name, ``split="time"`` for its kind.
     seed: instead of the recipe's.
     out: run folder to write; None: a temporary one, deleted with this object.
-    init: finished run to start from.
+    init: finished run to start from; rows of its items are kept where the catalog is the same.
     progress: report on standard error.
 
     After `fit`: ``run_`` (the run folder), ``report_`` (its report.json: test scores of the model

@@ -370,7 +370,7 @@ def test_users_are_scored_against_the_table_they_were_trained_with() -> None:
         "without a table: encoded when asked"
     )
     pretrain, finetune, fixed = model.stages(1e-3, 0.0)
-    assert pretrain.begin_epoch is None and not pretrain.select
+    assert pretrain.begin_epoch is not None and not pretrain.select
     assert finetune.begin_epoch is not None and fixed.begin_epoch is not None
     finetune.begin_epoch(0)
     table = model.encode_items(items).clone()
@@ -382,6 +382,9 @@ def test_users_are_scored_against_the_table_they_were_trained_with() -> None:
     assert torch.equal(model.encode_items(items), table), "the last stage keeps it"
     finetune.begin_epoch(1)
     assert not torch.allclose(model.encode_items(items), table)
+    assert bool(model.kept)
+    pretrain.begin_epoch(0)
+    assert not bool(model.kept), "of a start that was fine-tuned: pre-training makes it older"
 
 
 def test_the_last_stage_makes_a_table_where_there_is_none() -> None:

@@ -25,13 +25,14 @@ from tests.support.errors import one_line
 from tests.support.runs import SMALL, Finished, Quiet, assert_same_training, log
 
 from l2rec.config import resolve
-from l2rec.data.dataset import Dataset
+from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.prepare import prepare
 from l2rec.data.splits import leave_one_out
 from l2rec.data.synthetic import chain_dataset
 from l2rec.disk import read_json
 from l2rec.errors import BackboneError, CheckpointError, ConfigError, DataError, L2RecError
 from l2rec.evaluation.ranks import read_ranks
+from l2rec.methods.sasrec import SASRec
 from l2rec.runs import diagnostics, folder, scoring
 from l2rec.runs import train as training
 from l2rec.runs.checkpoint import load_tensors, save_tensors, trained_tensors
@@ -39,6 +40,7 @@ from l2rec.runs.embed import embed_run
 from l2rec.runs.folder import user_history
 from l2rec.runs.loop import TrainingResult
 from l2rec.runs.predictor import Predictor, load
+from l2rec.runs.start import start_from
 from l2rec.runs.train import evaluate_run, train_run
 from l2rec.studies.blend import blend_run
 
@@ -437,6 +439,56 @@ def test_fine_tuning_refuses_another_recipe(
             train_run(config, target_data.path, tmp_path / "run", progress=Quiet(), init=init)
         one_line(error)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["catalog_run", "paper_run", "sasrec_run", "beam_run"])
+def test_a_start_on_the_same_items_is_taken_whole(
+    name: str, request: pytest.FixtureRequest, chains: Dataset, tmp_path: Path
+) -> None:
+    """Before its first step the run scores as its start does, on test and on validation."""
+    found = request.getfixturevalue(name)
+    start = found.run if isinstance(found, Finished) else found
+    values = folder.load_run_config(start)[0].model_dump(mode="json")
+    values["training"] |= {"max_steps": 1}
+    out, progress = tmp_path / "run", Quiet()
+    report = train_run(
+        resolve(values, where="test"), chains.path, out, progress=progress, init=start
+    )
+    assert any("rows of its items kept: the catalog is the same" in li for li in progress.lines)
+    before = read_json(start / "report.json")
+    assert report["scores"]["before fine-tuning"] == pytest.approx(
+        before["scores"][before["method"]], abs=1e-6
+    )
+    first = log(out, "valid")[0]
+    assert first["step"] == 0
+    assert {key: first[key] for key in before["valid"]} == pytest.approx(before["valid"], abs=1e-6)
+
+
+def test_items_of_one_name_with_other_texts_are_others(
+    catalog_run: Finished, chains: Dataset, tmp_path: Path
+) -> None:
+    texts = [f"{text} anew" for text in chains.texts()]
+    column = chains.catalog.column_names.index("text")
+    table = chains.catalog.set_column(column, "text", [texts])
+    other = tmp_path / "other"
+    shutil.copytree(chains.path, other)
+    pq.write_table(table, other / "catalog.parquet")
+    model = load(catalog_run.run).model
+    line = start_from(model, catalog_run.run, open_dataset(other))
+    assert line.endswith("the rows of its items left out")
+
+
+def test_a_start_of_which_nothing_can_be_taken_is_refused(
+    sasrec_run: Path, target_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method all of whose tensors belong to its items learns nothing that other data can use."""
+    tensors, _ = load_tensors(sasrec_run / "model.safetensors")
+    monkeypatch.setattr(SASRec, "item_tensors", frozenset(tensors))
+    config, run = folder.load_run_config(sasrec_run)[0], tmp_path / "run"
+    with pytest.raises(CheckpointError, match="all that SASRec learns belongs to its") as error:
+        train_run(config, target_data.path, run, progress=Quiet(), init=sasrec_run)
+    one_line(error)
+    assert "leave --init out" in str(error.value) and not run.exists()
 
 
 # -- loading -------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from l2rec.data.extend import Known, extend
 from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
 from l2rec.data.ragged import Ragged
-from l2rec.data.synthetic import simple_text
+from l2rec.data.synthetic import chain_dataset, simple_text
 from l2rec.errors import CheckpointError, ConfigError, DataError
 from l2rec.methods.p5 import P5
 from l2rec.runs.checkpoint import load_tensors
@@ -382,13 +382,14 @@ def test_such_a_run_is_refused_before_anything_is_written(
 
 
 def test_a_start_elsewhere_leaves_the_numbers_of_items_to_the_data_at_hand(
-    beam_run: Path, chains: Dataset
+    beam_run: Path, tmp_path: Path
 ) -> None:
     """Numbers are those of this data's sequences, not of chance."""
     config = load(beam_run).model.config
-    fresh, started = (P5(config, Catalog(chains.catalog)) for _ in range(2))
-    start_from(started, beam_run)
+    other = chain_dataset(tmp_path / "other", 40, 25, 8, seed=1)
+    fresh, started = (P5(config, Catalog(other.catalog)) for _ in range(2))
+    start_from(started, beam_run, other)
     nothing = Ragged.from_rows([])
     for model in (fresh, started):
-        model.calibrate(chains.sequences, nothing, nothing.values)
+        model.calibrate(other.sequences, nothing, nothing.values)
     assert torch.equal(started.generator.codes, fresh.generator.codes)

@@ -90,7 +90,11 @@ def train(
         bool, typer.Option("--resume", help="Continue from the last checkpoint.")
     ] = False,
     init: Annotated[
-        Path | None, typer.Option(help="Start from this run (fine-tune after pre-training).")
+        Path | None,
+        typer.Option(
+            help="Start from this run (fine-tune after pre-training). Rows of its items are kept "
+            "where the catalog is the same, and left out otherwise."
+        ),
     ] = None,
     split: SplitKind = None,
     valid_from: ValidFrom = None,

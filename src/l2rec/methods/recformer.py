@@ -349,6 +349,7 @@ class RecFormer(nn.Module):
             self.pretraining_loss,
             select=False,
             epochs=config.pretrain_epochs,
+            begin_epoch=self._drop_table,
         )
         finetune = Stage(
             "fine-tuning", tuned, self.batches, self.loss, begin_epoch=self._renew_table
@@ -472,6 +473,10 @@ class RecFormer(nn.Module):
         """Encode all items with the current weights into the table, which is saved with these."""
         self.table.copy_(self._encode(np.arange(self.n_items)))
         self.kept.fill_(True)
+
+    def _drop_table(self, epoch: int) -> None:
+        """Forget the table of a start on the same items, which pre-training makes older."""
+        self.kept.fill_(False)
 
     def _have_table(self, epoch: int) -> None:
         """Encode the table if no epoch before this stage has left one."""

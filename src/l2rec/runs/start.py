@@ -25,9 +25,15 @@ from l2rec.data.dataset import GIVEN, Dataset, open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import LEAVE_ONE_OUT, TIED_DAY, Cases, Split
 from l2rec.errors import CheckpointError, DataError
-from l2rec.protocols import Progress
+from l2rec.protocols import Progress, SizedByData
 from l2rec.runs.checkpoint import load_tensors, load_trained, trained_tensors, without_gone
-from l2rec.runs.folder import load_run_config, open_run_dataset, require_finished, split_of
+from l2rec.runs.folder import (
+    load_run_config,
+    open_run_dataset,
+    read_catalog,
+    require_finished,
+    split_of,
+)
 
 
 def check_start(
@@ -192,15 +198,16 @@ def _hold(cases: Cases, trained: npt.NDArray[np.int64], dataset: Dataset) -> npt
     return ~np.isin(cases.users, lacking)
 
 
-def start_from(model: Any, init: Path, grown: Dataset | None = None) -> str:
+def start_from(model: Any, init: Path, dataset: Dataset, *, update: bool = False) -> str:
     """Load the trained tensors of another run; return a line that says so.
 
-    grown: data whose catalog begins with that of the other run; rows of its items are kept then,
-    and left out otherwise.
+    What belongs to its items is kept where the data have the same catalog, and left out otherwise.
+
+    update: the catalog begins with that of the other run; rows of its items are kept.
 
     Raises:
-        CheckpointError: tensors that do not fit, or a method whose items have codes or words that
-            are made for one catalog.
+        CheckpointError: tensors that do not fit, none that can be taken, or an update of a method
+            whose items have codes or words that are made for one catalog.
     """
     load_run_config(init)  # refuses what is no run
     own = trained_tensors(model)
@@ -214,18 +221,30 @@ def start_from(model: Any, init: Path, grown: Dataset | None = None) -> str:
             f"--init {init}: {(wrong or missing)[0]} does not fit this recipe; pre-train with the "
             "same backbone and model options"
         )
-    if grown is None:
-        load_trained(model, {**own, **shared}, str(init))
-        return f"starting from {init}: {len(shared)} tensors, the rows of its items left out"
-    refuse_of_one_catalog(type(model), init)
-    before = pq.read_metadata(init / "catalog.parquet").num_rows
-    rows = {
-        name: _with_rows(own[name], tensors[name], before, grown.n_items, f"{init}: {name}")
-        for name in of_items & tensors.keys() & own.keys()
-    }
+    common = of_items & tensors.keys() & own.keys()
+    if update:
+        refuse_of_one_catalog(type(model), init)
+        before = pq.read_metadata(init / "catalog.parquet").num_rows
+        rows = {
+            name: _with_rows(own[name], tensors[name], before, dataset.n_items, f"{init}: {name}")
+            for name in common
+        }
+        of_them = f"; {dataset.n_items - before:,} items are new"
+    elif read_catalog(init).table.equals(dataset.warm_catalog):
+        free = model.sized_by_data if isinstance(model, SizedByData) else frozenset()
+        fit = (n for n in common if n in free or own[n].shape == tensors[n].shape)
+        rows = {name: tensors[name] for name in fit}
+        of_them = ", the rows of its items kept: the catalog is the same"
+    else:
+        rows, of_them = {}, ", the rows of its items left out"
+    if not (shared or rows or update):
+        raise CheckpointError(
+            f"--init {init}: nothing of it fits, as all that {type(model).__name__} learns belongs "
+            "to its items and the catalog here is another; leave --init out, or use l2rec update "
+            "to train a run on with newer events"
+        )
     load_trained(model, {**own, **shared, **rows}, str(init))
-    new = grown.n_items - before
-    return f"starting from {init}: {len(shared) + len(rows)} tensors; {new:,} items are new"
+    return f"starting from {init}: {len(shared) + len(rows)} tensors{of_them}"
 
 
 def refuse_of_one_catalog(method: Any, run: Path) -> None:

@@ -101,8 +101,8 @@ def train_run(
         resume: go on from the last state of ``out``; without one, start. A finished run is left
             as it is.
         init: a finished run whose trained tensors are the start (fine-tuning after pre-training
-            on other data); tensors that belong to its items are left out. A resumed run keeps
-            the start it had.
+            on other data); tensors that belong to its items are left out, unless the catalog is
+            the same. A resumed run keeps the start it had.
         update: the data are those of ``init`` with newer events and items (`l2rec.data.extend`):
             the rows of its items are kept, and what it was trained on does not validate.
         init_data: the data set of ``init``, if it was moved; of an update.
@@ -275,7 +275,7 @@ def _fit(
         load_trained(model, load_tensors(out / START)[0], str(out / START))
     elif init is not None:
         check_start(init, dataset, split, progress, update=update)
-        progress.line(start_from(model, init, dataset if update else None))
+        progress.line(start_from(model, init, dataset, update=update))
 
     def written() -> None:
         earlier = resumed_from(identity or {})
