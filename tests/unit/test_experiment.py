@@ -1103,3 +1103,20 @@ def test_comparisons_are_adjusted_together_and_machines_named(
     assert note.startswith("the sides share runs, and p")
     assert all("not of one machine" in one.notes[0] for one in tests[1:])
     assert "another machine" in tests[1].notes[0]
+    # The number of threads is no part of a machine.
+    results = read_results(done)["chains"]
+
+    def note_of(*found: str) -> list[str]:
+        sides = {
+            name: [replace(one, report={**one.report, "hardware": h}) for one in results[name]]
+            for name, h in zip(("r0", "r1"), found, strict=True)
+        }
+        return list(_compared(tests[0].comparison, "chains", results | sides).notes)
+
+    assert note_of("CPU, 1 threads", "CPU, 1 threads") == []
+    assert note_of("CPU, 1 threads", "CPU, 2 threads") == [
+        "with other numbers of threads: CPU, 1 threads / CPU, 2 threads"
+    ]
+    for other in ("GPU", "CPU, quick, 1 threads"):
+        (note,) = note_of("CPU, 1 threads", other)
+        assert note.startswith("not of one machine")

@@ -12,6 +12,8 @@ import torch
 
 from l2rec._version import __version__
 
+THREADS = " threads"
+
 
 def peak_memory_mb() -> float:
     """Return the peak memory in MB of the GPU, else of the process; 0 if unknown."""
@@ -41,7 +43,13 @@ def hardware() -> str:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {torch.get_num_threads()}{THREADS}"
+
+
+def without_threads(found: str) -> str:
+    """Return what `hardware` found without the number of threads, which is no machine's own."""
+    name, _, threads = found.rpartition(", ")
+    return name if threads.endswith(THREADS) else found
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from l2rec.errors import DataError, L2RecError
 from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import SeededTest, holm, seeded_test
 from l2rec.runs.folder import RANKS, read_report
+from l2rec.runs.machine import without_threads
 from l2rec.runs.scoring import PARTS, is_part
 from l2rec.studies.compare import Score, over_seeds, ranked_users
 from l2rec.studies.experiment.definition import MASKED, Comparison
@@ -207,7 +208,8 @@ def _notes(sides: Sequence[Sequence[Done]]) -> list[str]:
     machines = [sorted({str(one.report.get("hardware")) for one in side}) for side in sides]
     if machines[0] != machines[1] or len(machines[0]) > 1:
         both = " / ".join(", ".join(of_side) for of_side in machines)
-        notes.append(f"not of one machine: {both}")
+        one = len({without_threads(found) for of_side in machines for found in of_side}) == 1
+        notes.append(f"{'with other numbers of threads' if one else 'not of one machine'}: {both}")
     commits = {str((o.report.get("versions") or {}).get("commit", "")) for s in sides for o in s}
     if len(commits) > 1:
         notes.append(f"of several commits: {', '.join(sorted(commits))}")
