@@ -17,7 +17,7 @@ from l2rec.data.synthetic import chain_dataset
 from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 from l2rec.evaluation.ranks import read_ranks
-from l2rec.runs.predictor import load
+from l2rec.runs.predictor import Predictor, load
 from l2rec.studies.average import Average, average_runs
 from l2rec.studies.compare import compare_runs
 
@@ -37,8 +37,36 @@ def test_what_one_run_did_not_reach_is_not_lost_for_the_others(
     beam, every = (load(run).scorer()(histories) for run in (beam_run, sasrec_run))
     found = Average([beam_run, sasrec_run]).scorer()(histories)
     for row in range(2):
-        lowest = beam[row][~beam[row].isneginf()].min()
-        torch.testing.assert_close(found[row], (beam[row].clamp(min=lowest) + every[row]) / 2)
+        known = beam[row][~beam[row].isneginf()]
+        first = (beam[row].clamp(min=known.min()) - known.mean()) / known.std(correction=0)
+        second = (every[row] - every[row].mean()) / every[row].std()
+        torch.testing.assert_close(found[row], (first + second) / 2)
+
+
+def test_several_methods_have_one_say_each(
+    catalog_run: Finished, blended_run: Finished, sasrec_run: Path, tmp_path: Path
+) -> None:
+    """Whatever the size of their numbers; a blended run is another method."""
+    histories = Ragged.from_rows([[0, 1], [3]])
+
+    class Larger:
+        def __init__(self, run: Predictor) -> None:
+            self.n_items, self.scorer = run.n_items, lambda: lambda rows: 100 * run.scorer()(rows)
+
+    for runs_ in ([catalog_run.run, sasrec_run], [catalog_run.run, blended_run.run]):
+        both = Average(runs_)
+        plain = both.scorer()(histories)
+        z = [
+            (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+            for scores in (load(run).scorer()(histories) for run in runs_)
+        ]
+        torch.testing.assert_close(plain, (z[0] + z[1]) / 2)
+        both._runs[0] = Larger(both._runs[0])
+        torch.testing.assert_close(both.scorer()(histories), plain)
+    progress = runs.Quiet()
+    report = average_runs([catalog_run.run, sasrec_run], tmp_path / "x", progress=progress)
+    assert any("scores are standardised" in line for line in progress.lines)
+    assert report["standardised"] is True
 
 
 def test_a_run_averaged_with_itself_is_itself(catalog_run: Finished, tmp_path: Path) -> None:

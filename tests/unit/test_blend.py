@@ -25,7 +25,7 @@ from l2rec.disk import read_json
 from l2rec.errors import CheckpointError
 from l2rec.metrics import expected_ranks, rank_values
 from l2rec.modules import item_text
-from l2rec.modules.cooccurrence import Blend, text_neighbors
+from l2rec.modules.cooccurrence import Blend, standardised, text_neighbors
 from l2rec.runs import scoring
 from l2rec.runs.checkpoint import load_trained, save_tensors
 from l2rec.runs.folder import load_run_config
@@ -122,7 +122,7 @@ def test_what_a_beam_did_not_reach_is_as_the_last_that_it_reached(
     assert len(load(tmp_path / "blended").recommend(["i3", "i4"], 10).items) == 10
     one = torch.full((1, model.n_items), -torch.inf)
     one[0, 5] = -1.5
-    assert made._standard(one).eq(0).all(), "one item that was reached tells no scale"
+    assert standardised(one, model.n_items).eq(0).all(), "one item that was reached tells no scale"
 
 
 def test_weights_follow_what_validation_says(catalog_run: Finished) -> None:

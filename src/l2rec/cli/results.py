@@ -179,6 +179,8 @@ def average(
     """Score the mean of several runs' scores: what two seeds are worth together.
 
     The control for whatever joins two models: it has to beat two seeds of one of them, averaged.
+    Scores of runs that differ in method, or of which one is blended, are standardised for each
+    user first.
     The folder holds `report.json` and `ranks.parquet`, and no model.
 
     Example: `l2rec average runs/sasrec-1 runs/sasrec-2 --out runs/sasrec-averaged`

@@ -28,6 +28,7 @@ __all__ = [
     "Weights",
     "choose",
     "reached",
+    "standardised",
     "text_neighbors",
 ]
 
@@ -273,29 +274,12 @@ class Blend(nn.Module):
         met, seen = self.together.dense(histories, scores.shape[1])
         return self.weights.added(met.to(scores), seen.to(scores.device))
 
-    def _spread(self, scores: Tensor) -> Tensor:
-        """Return each user's deviation [B, 1] of scores over the counted catalog, so that items
-        added later change nothing.
-        """
-        return scores[:, : self.together.n_items].std(1, keepdim=True).clamp(min=1e-12)
-
-    def _standard(self, scores: Tensor) -> Tensor:
-        """Return z [B, N]."""
-        if not scores.isneginf().any():
-            mean = scores[:, : self.together.n_items].mean(1, keepdim=True)
-            return (scores - mean) / self._spread(scores)
-        found = ~scores.isneginf()
-        count = found.sum(1, keepdim=True).clamp(min=1)
-        apart = reached(scores) - torch.where(found, scores, 0.0).sum(1, keepdim=True) / count
-        spread = (torch.where(found, apart, 0.0).square().sum(1, keepdim=True) / count).sqrt()
-        return torch.where(spread > SAME, apart / spread.clamp(min=SAME), 0.0)
-
     def scorer(self, method: Recommender) -> Scorer:
         """Return the scorer of s."""
         score = method.scorer()
 
         def blended(histories: Ragged) -> Tensor:
-            z = self._standard(score(histories).float())
+            z = standardised(score(histories).float(), self.together.n_items)
             return z + self._term(histories, z)
 
         return blended
@@ -304,7 +288,7 @@ class Blend(nn.Module):
         """Return what to add to scores [B, N] so that they rank as s does: sigma (s - z), with
         sigma each user's deviation.
         """
-        return self._spread(scores) * self._term(histories, scores)
+        return _spread(scores, self.together.n_items) * self._term(histories, scores)
 
     @torch.no_grad()
     def calibrate(
@@ -324,7 +308,7 @@ class Blend(nn.Module):
         self.together.count(sequences, texts)
 
         def parts(rows: Ragged) -> tuple[Tensor, Tensor, Tensor]:
-            z = self._standard(scorer(rows).float())
+            z = standardised(scorer(rows).float(), self.together.n_items)
             met, seen = self.together.dense(rows, z.shape[1])
             return z, met.to(z), seen.to(z.device)
 
@@ -332,6 +316,25 @@ class Blend(nn.Module):
         best = choose(parts, self.together.n_items, histories, targets, tried, progress)
         self.near.fill_(best.near)
         self.repeat.fill_(best.repeat)
+
+
+def standardised(scores: Tensor, n_items: int) -> Tensor:
+    """Return scores [B, N], of each user centred and scaled to deviation 1 over the first
+    ``n_items``, so that items added later change nothing; over those reached, where not all were.
+    """
+    if not scores.isneginf().any():
+        mean = scores[:, :n_items].mean(1, keepdim=True)
+        return (scores - mean) / _spread(scores, n_items)
+    found = ~scores.isneginf()
+    count = found.sum(1, keepdim=True).clamp(min=1)
+    apart = reached(scores) - torch.where(found, scores, 0.0).sum(1, keepdim=True) / count
+    spread = (torch.where(found, apart, 0.0).square().sum(1, keepdim=True) / count).sqrt()
+    return torch.where(spread > SAME, apart / spread.clamp(min=SAME), 0.0)
+
+
+def _spread(scores: Tensor, n_items: int) -> Tensor:
+    """Return each user's deviation [B, 1] of scores over the first ``n_items``."""
+    return scores[:, :n_items].std(1, keepdim=True).clamp(min=1e-12)
 
 
 def reached(scores: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The mean of several runs' scores, as the control for whatever joins two models.
 
 Two seeds of one recipe, averaged, score better than either. A method with two parts has to beat
-that, not one of its parts alone. Scores are averaged as the runs give them: of one recipe they are
-on one scale.
+that, not one of its parts alone. Scores of one method are on one scale, and averaged as the runs
+give them. Those of several, or of blended runs and others, are not: each user's are standardised
+first, as `l2rec blend` does it, or the method with the larger numbers would decide.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from l2rec.data.ragged import Ragged
 from l2rec.data.splits import Split
 from l2rec.disk import replacing_folder, write_json
 from l2rec.errors import CheckpointError
-from l2rec.modules.cooccurrence import reached
+from l2rec.modules.cooccurrence import reached, standardised
 from l2rec.protocols import Progress, Scorer
 from l2rec.runs.folder import load_run_config, open_run_dataset, read_report, split_of
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
@@ -34,10 +35,14 @@ from l2rec.runs.scoring import score, summed_up, with_cold_items
 class Average:
     """Several recommenders of one catalog as one: the mean of their scores. What one of them did
     not reach counts as the last that it reached. Cold items of a ``dataset`` are added.
+
+    standardised: whether each user's scores are brought to one scale, as the runs differ in method.
     """
 
     def __init__(self, runs: Sequence[Path], dataset: Dataset | None = None) -> None:
         self._runs = [load(run) for run in runs]
+        methods = {(type(run.model).__qualname__, run.blend is None) for run in self._runs}
+        self.standardised = len(methods) > 1
         if dataset is not None:
             self._runs = [with_cold_items(run, dataset) for run in self._runs]
         self._n_warm = self._runs[0].n_items if dataset is None else dataset.n_warm
@@ -48,7 +53,11 @@ class Average:
         scorers = [run.scorer() for run in self._runs]
 
         def of_one(scorer: Scorer, histories: Ragged) -> Tensor:
-            warm, cold = scorer(histories).tensor_split((self._n_warm,), dim=1)
+            scores = scorer(histories)
+            warm, cold = scores.tensor_split((self._n_warm,), dim=1)
+            if self.standardised:
+                warm, new = standardised(scores, self._n_warm).tensor_split((self._n_warm,), dim=1)
+                cold = new.masked_fill(cold.isneginf(), -torch.inf)
             # -inf in one of the runs would leave the others no say.
             return torch.cat((reached(warm), cold), dim=1)
 
@@ -88,7 +97,12 @@ def average_runs(
     reports = [read_report(run) for run in runs]
     backbone = {**reports[0]["backbone"]}
     backbone["trained_parameters"] = sum(r["backbone"]["trained_parameters"] for r in reports)
-    scores = score(Average(runs, dataset), split, None, progress)
+    average = Average(runs, dataset)
+    if average.standardised:
+        progress.line(
+            "the runs differ in method: each user's scores are standardised, then averaged"
+        )
+    scores = score(average, split, None, progress)
     method = "average of " + " and ".join(dict.fromkeys(str(r["method"]) for r in reports))
     report = {
         **reports[0],
@@ -96,6 +110,7 @@ def average_runs(
         "recipe": " and ".join(dict.fromkeys(str(r["recipe"]) for r in reports)),
         "command": command,
         "averaged": [str(run) for run in runs],
+        "standardised": average.standardised,
         "backbone": backbone,
         "hardware": hardware(),
         "versions": versions(),
