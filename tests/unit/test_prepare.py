@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +22,7 @@ from l2rec.data import prepare as prepare_module
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.data.formats.source import Source
-from l2rec.data.prepare import PrepareConfig, build, core, prepare
+from l2rec.data.prepare import PrepareConfig, build, core, item_text, prepare
 from l2rec.errors import DataError
 
 Event = tuple[str, str, float]
@@ -88,12 +89,49 @@ def test_the_whole_catalog_may_stay(tmp_path: Path) -> None:
 
 def test_template_fills_fields_and_may_name_numbers(tmp_path: Path) -> None:
     dataset = make(tmp_path, text="{title} by {brand}: {price}")
-    assert dataset.texts() == ["Cup by ACME: 3", "Apple by : 1", "by : 2"]
+    assert dataset.texts() == ["Cup by ACME: 3", "Apple: 1", "2"]
     assert "price" in dataset.catalog.column_names
 
 
 def test_template_of_empty_fields_is_no_text(tmp_path: Path) -> None:
-    assert make(tmp_path, text="{title}. {brand}.").texts() == ["Cup. ACME.", "Apple. .", ""]
+    assert make(tmp_path, text="{title}. {brand}.").texts() == ["Cup. ACME.", "Apple.", ""]
+
+
+@pytest.mark.parametrize(
+    ("template", "values", "text"),
+    [
+        ("{a}. {b}", "AB", "A. B"),
+        ("{a}. {b}", "-B", "B"),
+        ("{a}. {b}", "A-", "A"),
+        ("{a}. {b}", "--", ""),
+        ("{a} costs {b}", "-B", "B"),
+        *(("{a}, {b}: {c}", values, text) for values, text in [
+            ("ABC", "A, B: C"), ("AB-", "A, B"), ("A-C", "A: C"), ("-BC", "B: C"),
+            ("A--", "A"), ("-B-", "B"), ("--C", "C"), ("---", ""),
+        ]),
+        ("Title: {a}", "A", "Title: A"),
+        ("Title: {a}", "-", ""),
+        ("Title: {a}, {b} now", "-B", "Title: B now"),
+        ("Title: {a}, {b} now", "A-", "Title: A now"),
+        # Fields in brackets are one part.
+        ("{a} ({b}), {c}", "ABC", "A (B), C"),
+        ("{a} ({b}), {c}", "A-C", "A, C"),
+        ("{a} ({b})", "A-", "A"),
+        ("{a} ({b})", "-B", "(B)"),
+        ("{a} (by {b}, {c})", "ABC", "A (by B, C)"),
+        ("{a} (by {b}, {c})", "A-C", "A (by C)"),
+        ("{a} (by {b}, {c})", "A--", "A"),
+        ("{a} [{b} ({c})]", "AB-", "A [B]"),
+        ("{a} (new), {b}", "-B", "B"),
+        ("{a} (new), {b}", "AB", "A (new), B"),
+        ("{a}) ({b}", "AB", "A) (B"),
+        ("{a}) ({b}", "-B", "B"),
+    ],
+)  # fmt: skip
+def test_an_empty_field_goes_with_what_joins_it(template: str, values: str, text: str) -> None:
+    row = {name: value.replace("-", " ") for name, value in zip("abc", values, strict=False)}
+    found = pl.DataFrame(row).select(item_text(template, [*row], [*row]).alias("text"))
+    assert found["text"].to_list() == [text]
 
 
 @pytest.mark.parametrize(

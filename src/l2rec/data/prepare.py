@@ -70,6 +70,7 @@ CHUNK_EVENTS = 1 << 20
 MOST_CHUNKS = 8
 """Read at once where there are many users: a column of Arrow strings ends at 2^31 bytes."""
 ROOM = "free some space (about 60 bytes per event) or choose another disk"
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
 Ints = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
@@ -79,9 +80,10 @@ class PrepareConfig(BaseModel):
 
     ``k_core``: drop users and items with fewer events, again and again, until none is left.
     ``min_history``: likewise for users alone. ``max_history``: keep each user's newest events.
-    ``text``: a template over catalog fields, such as ``"{title}. {brand}"``; by default all
-    fields that are not empty, joined by ". ". ``drop_unknown_items``: drop events of items that
-    the catalog does not have, instead of refusing. ``drop_textless``: drop items without text.
+    ``text``: a template over catalog fields, such as ``"{title}. {brand}"``, of which empty fields
+    are left out with what joins them; by default all fields that are not empty, joined by ". ".
+    ``drop_unknown_items``: drop events of items that the catalog does not have, instead of
+    refusing. ``drop_textless``: drop items without text.
     ``keep_all_items``: keep catalog items without events. ``duplicate_items``: what to do about
     different catalog rows with one id. ``only``: keep events of these types alone. ``before``:
     keep earlier events (a time in the log's unit, or a date such as 2023-11-28, midnight UTC).
@@ -352,15 +354,71 @@ def _parse_template(template: str) -> list[tuple[str, str | None]]:
 
 
 def _apply(template: list[tuple[str, str | None]]) -> pl.Expr:
-    """Fill the template; an item of which every named field is empty has no text at all."""
-    parts = []
+    """Fill the template without what is empty; an item that has none of the fields has no text."""
+    return _filled(_nested(template)).str.strip_chars().fill_null("")
+
+
+@dataclass
+class _Span:
+    """A template, or what is between two brackets of it: elements, and the literals around them.
+
+    literals: one more than there are elements, with the brackets.
+    """
+
+    literals: list[str]
+    elements: list[str | _Span] = field(default_factory=list)
+
+    def add(self, element: str | _Span) -> None:
+        """Add a field, or a span of fields."""
+        self.elements.append(element)
+        self.literals.append("")
+
+    def take(self, other: _Span) -> None:
+        """Add what another span has, one by one."""
+        self.literals[-1] += other.literals[0]
+        self.literals += other.literals[1:]
+        self.elements += other.elements
+
+
+def _nested(template: list[tuple[str, str | None]]) -> _Span:
+    """Put fields in brackets together: they are empty as one, brackets included."""
+    spans = [_Span([""])]
     for literal, name in template:
-        parts.append(pl.lit(literal))
+        for sign in literal:
+            if sign in BRACKETS:
+                spans.append(_Span([sign]))
+                continue
+            spans[-1].literals[-1] += sign
+            if len(spans) > 1 and sign == BRACKETS[spans[-1].literals[0][0]]:
+                closed = spans.pop()
+                if closed.elements:
+                    spans[-1].add(closed)
+                else:
+                    spans[-1].take(closed)
         if name is not None:
-            parts.append(pl.col(name))
-    named = [pl.col(name).str.strip_chars() != "" for _, name in template if name is not None]
-    filled = pl.concat_str(parts).str.strip_chars()
-    return pl.when(pl.any_horizontal(named)).then(filled).otherwise(pl.lit(""))
+            spans[-1].add(name)
+    while len(spans) > 1:  # never closed
+        left = spans.pop()
+        spans[-1].take(left)
+    return spans[0]
+
+
+def _filled(span: _Span) -> pl.Expr:
+    """Write the elements that are not empty, each after the literal before it, the first of them
+    without; null where all are empty.
+    """
+    first, *between, last = span.literals
+    parts, some = [pl.lit(first)], pl.lit(False)
+    for joint, element in zip(["", *between], span.elements, strict=True):
+        if isinstance(element, _Span):
+            value = _filled(element)
+        else:
+            value = pl.when(pl.col(element).str.strip_chars() != "").then(pl.col(element))
+        parts.append(
+            (pl.when(some).then(pl.lit(joint)).otherwise(pl.lit("")) + value).fill_null("")
+        )
+        some = some | value.is_not_null()
+    return pl.when(some).then(pl.concat_str([*parts, pl.lit(last)]))
 
 
 def _default_text(fields: Sequence[str]) -> pl.Expr:
