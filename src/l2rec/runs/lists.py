@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -53,7 +54,7 @@ def of_dataset(run: Path, data: Path | None = None, users: Path | None = None) -
     """
     dataset = open_run_dataset(run, data)
     if users is None:
-        chosen = np.flatnonzero(dataset.sequences.lengths > 0)
+        chosen: npt.NDArray[np.integer] = shards.users_with_events(dataset)
     else:
         try:
             chosen = dataset.user_indices(user_table(users)["user_id"].to_list())

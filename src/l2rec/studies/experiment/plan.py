@@ -349,11 +349,13 @@ class _Grid:
     def _overrides(self, row: Row, data: Data, split: str) -> tuple[str, ...]:
         """Return the overrides of a row: its own, and those of all rows that are for its method."""
         splits = self.experiment.splits.get(split, ())
-        of_all = self.experiment.overrides, self.overrides
-        recipe = load_recipe(self._recipe(row, data))
-        if not method_class(recipe.method).uses_backbone:
-            of_all = tuple(tuple(w for w in words if w[:9] != "backbone.") for words in of_all)
-        return (*of_all[0], *row.overrides, *splits, *of_all[1])
+        reads = method_class(load_recipe(self._recipe(row, data)).method).uses_backbone
+
+        def of_all(words: Sequence[str]) -> list[str]:
+            return [word for word in words if reads or not word.startswith("backbone.")]
+
+        shared, last = of_all(self.experiment.overrides), of_all(self.overrides)
+        return (*shared, *row.overrides, *splits, *last)
 
     def _config(self, row: Row, data: Data, split: str) -> tuple[str, RunConfig]:
         """Return the name of a row's recipe on a data set, and what it is with its overrides.
