@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import tomllib
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import l2rec
@@ -60,6 +61,20 @@ def test_constraints_are_exact_and_free_of_cuda() -> None:
     pinned = [line for line in lines if line and not line.startswith("#")]
     assert [line for line in pinned if not EXACT_PIN.match(line)] == []
     assert [name for name in pins() if name.startswith(("nvidia", "triton", "cuda"))] == []
+
+
+def test_pins_are_for_the_oldest_python_too() -> None:
+    """Debian 12's is 3.11.2: what asks for a later 3.11 cannot be installed there."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    needed = {
+        each.metadata["Name"]: each.metadata["Requires-Python"]
+        for each in metadata.distributions()
+        if pins().get(canonicalize_name(each.metadata["Name"])) == each.version
+    }
+    assert len(needed) > 50
+    assert [
+        n for n, spec in needed.items() if spec and not SpecifierSet(spec).contains(oldest)
+    ] == []
 
 
 def test_package_data_ships() -> None:
