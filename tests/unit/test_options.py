@@ -57,7 +57,10 @@ def test_an_option_says_what_it_may_be() -> None:
 def test_the_command_prints_a_recipe(call: Call, tmp_path: Path) -> None:
     outcome = call("recipes", "scientific/sasrec")
     assert outcome.code == 0 and outcome.err == ""
-    assert "# Width of item vectors and states.\n  dim: 300  # whole number from 1; default 64\n" in outcome.out
+    assert (
+        "# Width of item vectors and states.\n  dim: 300  # whole number from 1; default 64\n"
+        in outcome.out
+    )
     assert "; default 0.0001\n" in outcome.out and "training.lr" in outcome.out.split("\n\n")[0]
     mine = tmp_path / "mine.yaml"
     mine.write_text(outcome.out)
@@ -87,4 +90,4 @@ def test_a_method_of_a_file_is_listed_by_the_strings_in_it(call: Call) -> None:
     example = Path(__file__).parents[2] / "examples" / "own_method.py"
     outcome = call("recipes", f"{example}:Fading")
     assert outcome.code == 0
-    assert "  # Width of the vectors.\n  dim: 300  # whole number from 1; default 64\n" in outcome.out
+    assert "  # Width of the vectors.\n  dim: 64  # whole number from 1\n" in outcome.out
