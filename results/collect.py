@@ -60,6 +60,8 @@ def keep(name: str, run: Path) -> None:
     identity = yaml.safe_load((run / "config.yaml").read_text())
     dataset = open_dataset(Path(identity["dataset"]["path"]))
     identity["dataset"]["path"] = f"data/{dataset.name}"
+    if identity.get("init") is not None:  # of this machine, where its place says nothing to others
+        identity["init"] = f"runs/{Path(identity['init']).name}"
     (folder / "config.yaml").write_text(yaml.safe_dump(identity, sort_keys=False))
     ranks = pq.ParquetFile(run / "ranks.parquet").read()
     users = split_of(load_run_config(run)[0], dataset).test.users

@@ -680,6 +680,7 @@ def test_numbers_that_were_kept_are_taken(
     for one in first.cells:
         results.keep(one.cell.path.name, one.cell.path)
         assert "user" not in pq.read_schema(kept / one.cell.path.name / "ranks.parquet").names
+        assert str(tmp_path) not in (kept / one.cell.path.name / "config.yaml").read_text()
     count = len(processes.begun)
     second = run(planned_of(path, chains, tmp_path / "2", take=kept), progress=runs.Quiet())
     assert {one.state for one in second.cells} == {State.FINISHED}
@@ -692,6 +693,20 @@ def test_numbers_that_were_kept_are_taken(
     shutil.rmtree(kept / "narrow-blended-s1")
     planned = planned_of(path, chains, tmp_path / "3", take=kept)
     assert {one.state for one in planned.cells} == {State.MISSING}
+
+
+def test_the_place_of_a_start_is_not_kept(
+    chains: Dataset, tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = experiments.written(tmp_path / "e.yaml", rows=[ROW], seeds=[1])
+    (one,) = run(planned_of(path, chains, tmp_path / "first"), progress=runs.Quiet()).cells
+    config = one.cell.path / "config.yaml"
+    config.write_text(config.read_text().replace("init: null", f"init: {tmp_path}/pretrained"))
+    results = experiments.collector()
+    monkeypatch.setattr(results, "HERE", tmp_path / "kept")
+    results.keep("tuned", one.cell.path)
+    kept = (tmp_path / "kept" / "tuned" / "config.yaml").read_text()
+    assert "init: runs/pretrained\n" in kept and str(tmp_path) not in kept
 
 
 def test_what_a_killed_call_left_is_no_obstacle(
