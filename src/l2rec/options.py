@@ -61,11 +61,11 @@ def options_of(config: RunConfig) -> list[Option]:
         group = getattr(config, name)
         if isinstance(group, BaseModel):
             options += _options(group, f"{name}.")
-        elif name == "method":  # each has defaults of its own
-            field, meaning = RunConfig.model_fields[name], _meanings(RunConfig)[name]
-            options.append(Option(name, value, value, _allowed(field), meaning))
-    plain = [one for one in _options(config, "") if one.key == "seed"]
-    return [*options[:1], *plain, *options[1:]]
+            continue
+        field, meaning = RunConfig.model_fields[name], _meanings(RunConfig)[name]
+        default = value if name == "method" else field.default  # each method has its own defaults
+        options.append(Option(name, value, default, _allowed(field), meaning))
+    return options
 
 
 def _options(group: BaseModel, prefix: str) -> list[Option]:

@@ -88,6 +88,8 @@ def recommend(
     from l2rec.runs.folder import user_history
     from l2rec.runs.predictor import load
 
+    if out is None:
+        gc.disable()  # as in `serve`; a process of one list is short
     asked = {
         "--history and --item": history is not None or bool(item),
         "--user": user is not None,

@@ -277,8 +277,8 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
         _start(run)
         if stages:
             run.counters.next_eval = _eval_every(run, stages[0])
-        if stages and stages[0].validates is not None:
-            run.counters.best = -math.inf  # the stage validates another recommender than this one
+            if stages[0].validates is not None:  # scores of another recommender than this one
+                run.counters.best = -math.inf
     else:
         _resume(run, state)
     stopped = "untrained"

@@ -114,7 +114,10 @@ class Audience:
         """Return a user's newest ``most`` items in the log, all of them, and the time of the first
         event.
         """
-        return self._log.history(user, most), self._log.seen(user), self._log.began(user)
+        newest = self._log.history(user, most)
+        # A shorter history is whole: the log is not asked once more for what nearly all have.
+        seen = set(newest) if len(newest) < most else self._log.seen(user)
+        return newest, seen, self._log.began(user)
 
     async def popular(
         self, version: Version, segment: str | None, user: str | None = None

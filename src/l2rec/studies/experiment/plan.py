@@ -273,7 +273,9 @@ class _Grid:
     source: Data | None
     seeds: int | None
     built: dict[tuple[str, str, tuple[int, ...]], Cell] = field(default_factory=dict)
-    configs: dict[tuple[str, str], tuple[str, RunConfig]] = field(default_factory=dict)
+    configs: dict[tuple[str, str], tuple[str, tuple[str, ...], RunConfig]] = field(
+        default_factory=dict
+    )
 
     def cells(self, sets: Sequence[Data]) -> tuple[list[Cell], list[LeftOut]]:
         """Return all cells by importance: more seeds come after more data sets, and these after
@@ -330,11 +332,9 @@ class _Grid:
         cell = Cell(row, row.name, data, split, seeds, Path(), needs=needs)
         cell = replace(cell, path=self._folder(cell))
         if row.recipe is not None:
-            recipe, config = self._config(row, data, split)
+            recipe, overrides, config = self._config(row, data, split)
             config = config.model_copy(update={"seed": seeds[0]})
-            cell = replace(
-                cell, recipe=recipe, overrides=self._overrides(row, data, split), config=config
-            )
+            cell = replace(cell, recipe=recipe, overrides=overrides, config=config)
         self.built[row.name, f"{data.name}@{split}", seeds] = cell
         return cell
 
@@ -346,10 +346,10 @@ class _Grid:
         seeds = "+".join(map(str, cell.seeds))
         return self.out / "cells" / cell.grid / f"{folder_of(cell.line)}-s{seeds}"
 
-    def _overrides(self, row: Row, data: Data, split: str) -> tuple[str, ...]:
+    def _overrides(self, row: Row, recipe: str, split: str) -> tuple[str, ...]:
         """Return the overrides of a row: its own, and those of all rows that are for its method."""
         splits = self.experiment.splits.get(split, ())
-        reads = method_class(load_recipe(self._recipe(row, data)).method).uses_backbone
+        reads = method_class(load_recipe(recipe).method).uses_backbone
 
         def of_all(words: Sequence[str]) -> list[str]:
             return [word for word in words if reads or not word.startswith("backbone.")]
@@ -357,8 +357,8 @@ class _Grid:
         shared, last = of_all(self.experiment.overrides), of_all(self.overrides)
         return (*shared, *row.overrides, *splits, *last)
 
-    def _config(self, row: Row, data: Data, split: str) -> tuple[str, RunConfig]:
-        """Return the name of a row's recipe on a data set, and what it is with its overrides.
+    def _config(self, row: Row, data: Data, split: str) -> tuple[str, tuple[str, ...], RunConfig]:
+        """Return the name of a row's recipe on a data set, its overrides, and what it is with them.
 
         Raises:
             ConfigError: it cannot be, by the name of the row.
@@ -367,7 +367,8 @@ class _Grid:
         if at not in self.configs:
             recipe = self._recipe(row, data)
             try:
-                self.configs[at] = recipe, load_recipe(recipe, self._overrides(row, data, split))
+                overrides = self._overrides(row, recipe, split)
+                self.configs[at] = recipe, overrides, load_recipe(recipe, overrides)
             except ConfigError as error:
                 raise ConfigError(f"row {row.name!r}: {error}") from None
         return self.configs[at]
