@@ -23,20 +23,37 @@ from tests.support.errors import one_line
 from tests.support.runs import Finished, Quiet
 from typer.testing import CliRunner
 
-from l2rec import index as ix
 from l2rec.cli import app
 from l2rec.data.catalog import with_separator
 from l2rec.data.dataset import open_dataset
 from l2rec.data.prepare import PrepareConfig, prepare
-from l2rec.data.vectors import read_vectors, vectors_hash, vectors_table
+from l2rec.data.vectors import Floats, read_vectors, vectors_hash, vectors_table
 from l2rec.errors import CheckpointError, ConfigError, DataError, StorageError
-from l2rec.index import Exact, build, build_folder, load, recall, save
+from l2rec.index import (
+    KINDS,
+    Attribute,
+    Exact,
+    Milvus,
+    build,
+    build_folder,
+    building,
+    load,
+    recall,
+    save,
+)
+from l2rec.index import exact as exact_module
+from l2rec.index import folder as folder_module
+from l2rec.index import milvus as milvus_module
+from l2rec.index.building import searched
+from l2rec.index.faiss import SMALL
+from l2rec.index.folder import MANIFEST
+from l2rec.index.protocol import Rows
 from l2rec.runs.embed import embed_run
 
 milvus_is_loud = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 
-def unit(n: int, dim: int = 16, seed: int = 0) -> ix.Floats:
+def unit(n: int, dim: int = 16, seed: int = 0) -> Floats:
     rows = np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -55,7 +72,7 @@ def options(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def embedded(
-    path: Path, vectors: ix.Floats, version: str = "v1", ids: list[str] | None = None
+    path: Path, vectors: Floats, version: str = "v1", ids: list[str] | None = None
 ) -> Path:
     named = [f"item-{n}" for n in range(len(vectors))] if ids is None else ids
     pq.write_table(vectors_table(named, vectors, version), path)
@@ -66,7 +83,7 @@ def embedded(
 
 
 @milvus_is_loud
-@pytest.mark.parametrize("kind", ix.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_finds_what_there_is_and_comes_back_from_disk(kind: str, tmp_path: Path) -> None:
     made = build(VECTORS, kind, **options(kind, tmp_path))
     assert (made.kind, len(made), made.dim) == (kind, 600, 16)
@@ -75,7 +92,7 @@ def test_every_kind_finds_what_there_is_and_comes_back_from_disk(kind: str, tmp_
     assert rows.dtype == np.int64 and scores.dtype == np.float32
     real = rows >= 0
     asked = np.broadcast_to(np.arange(40)[:, None], rows.shape)[real]
-    rounding = 1e-2 if kind in ix.SMALL else 1e-5
+    rounding = 1e-2 if kind in SMALL else 1e-5
     np.testing.assert_allclose(
         scores[real], (QUERIES[asked] * VECTORS[rows[real]]).sum(-1), atol=rounding
     )
@@ -108,7 +125,7 @@ def test_fewer_bits_take_less_room(tmp_path: Path) -> None:
     asked = embedded(tmp_path / "users.parquet", wide[:50] + 0.02 * unit(50, 128, seed=2))
     facts = {
         kind: build_folder(source, tmp_path / kind, kind=kind, queries=asked)
-        for kind in ("flat", *ix.SMALL)
+        for kind in ("flat", *SMALL)
     }
     assert facts["int8"]["recall@10"] > 0.95 and facts["binary"]["recall@10"] > 0.6
     assert facts["int8"]["megabytes"] < 0.35 * facts["flat"]["megabytes"]
@@ -137,13 +154,13 @@ def test_exact_in_blocks_is_the_sorted_matrix(monkeypatch: pytest.MonkeyPatch) -
     whole = Exact(VECTORS).search(QUERIES, 600)
     best = np.argsort(-(QUERIES @ VECTORS.T), axis=1, kind="stable")
     assert (whole[0] == best).mean() > 0.999, "but for rounding"
-    monkeypatch.setattr(ix, "BLOCK_SCORES", 7 * 600)
+    monkeypatch.setattr(exact_module, "BLOCK_SCORES", 7 * 600)
     np.testing.assert_array_equal(Exact(VECTORS).search(QUERIES, 600)[0], whole[0])
 
 
 def test_size_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss", reason="FAISS is not installed")
-    monkeypatch.setattr(ix, "EXACT_ROWS", 100)
+    monkeypatch.setattr(building, "EXACT_ROWS", 100)
     assert [build(VECTORS[:n]).kind for n in (100, 101)] == ["exact", "hnsw"]
     assert build(VECTORS * 3).kind == "exact", "a graph is for unit vectors"
     monkeypatch.setitem(sys.modules, "faiss", None)
@@ -184,7 +201,7 @@ def test_options_of_faiss() -> None:
 
 def test_recall_counts_rows_that_tie_with_the_last() -> None:
     class Found(Exact):
-        def search(self, queries: ix.Floats, k: int) -> tuple[ix.Rows, ix.Floats]:
+        def search(self, queries: Floats, k: int) -> tuple[Rows, Floats]:
             rows = np.broadcast_to(np.array([self.rows]), (len(queries), k))
             return rows, np.zeros((len(queries), k), dtype=np.float32)
 
@@ -232,7 +249,7 @@ def test_a_collection_belongs_to_one_folder_and_must_be_whole(tmp_path: Path) ->
         facts = build_folder(one, tmp_path / out, kind="milvus", uri=uri)
         assert facts["recall@10"] > 0.9 and facts["kind"] == "milvus"
     a, b = (load(tmp_path / out)[0] for out in ("a", "b"))
-    assert isinstance(a, ix.Milvus) and isinstance(b, ix.Milvus)
+    assert isinstance(a, Milvus) and isinstance(b, Milvus)
     assert a.collection != b.collection
     build_folder(two, tmp_path / "a", kind="milvus", uri=uri)
     index, ids, version = load(tmp_path / "a")
@@ -264,7 +281,7 @@ def test_folders_of_one_path_on_two_machines_have_collections_of_their_own(tmp_p
     ours = build_folder(one, out, kind="milvus", uri=uri)["collection"]
     assert ours != theirs
     index = load(out)[0]
-    assert isinstance(index, ix.Milvus)
+    assert isinstance(index, Milvus)
     newer = build_folder(two, out, kind="milvus", uri=uri)["collection"]
     assert set(index.client.list_collections()) == {theirs, newer}
 
@@ -284,11 +301,11 @@ def test_a_folder_from_before_there_were_tokens_keeps_its_collections(
     uri, out = options("milvus", tmp_path)["uri"], tmp_path / "index"
     one, two = embedded(tmp_path / "1", VECTORS), embedded(tmp_path / "2", VECTORS[::-1], "v2")
     with monkeypatch.context() as patch:
-        patch.setattr(ix, "_own_collections", lambda folder: None)
+        patch.setattr(building, "own_collections", lambda folder: None)
         first = build_folder(one, out, kind="milvus", uri=uri, alias="shop")["collection"]
     second = build_folder(two, out, kind="milvus", uri=uri)["collection"]
     index = load(out)[0]
-    assert isinstance(index, ix.Milvus) and second[:23] == first[:23]
+    assert isinstance(index, Milvus) and second[:23] == first[:23]
     assert index.client.list_collections() == [second]
     assert index.client.describe_alias("shop")["collection_name"] == second
 
@@ -303,7 +320,7 @@ def test_the_recall_that_is_printed_is_that_of_the_index_that_is_loaded(tmp_path
     assert facts["search"] == "HNSW graph, 32 links, ef 128"
     some = vectors[np.unique(np.linspace(0, 1499, 1000).astype(np.int64))]
     index = load(tmp_path / "index")[0]
-    assert isinstance(index, ix.Milvus) and index.ef == 128
+    assert isinstance(index, Milvus) and index.ef == 128
     assert facts["recall@10"] == round(recall(index, vectors, some, 10), 4)
     # And it is a graph that is searched, no wider than it says.
     index.ef = 10
@@ -316,26 +333,26 @@ def test_the_recall_that_is_printed_is_that_of_the_index_that_is_loaded(tmp_path
 def test_a_collection_that_left_its_index_to_milvus(tmp_path: Path) -> None:
     """Of an earlier l2rec: searched as ever, named as what it is, and not taken for a new one."""
     uri = options("milvus", tmp_path)["uri"]
-    old = ix.Milvus(uri, "old", *VECTORS.shape)
+    old = Milvus(uri, "old", *VECTORS.shape)
     old.client.create_collection("old", dimension=16, metric_type="IP")
     rows = [{"id": n, "vector": vector} for n, vector in enumerate(VECTORS.tolist())]
     old.client.insert("old", rows)
-    assert ix.searched(old) == "AUTOINDEX of Milvus" and len(old.search(QUERIES, 3)[0]) == 40
+    assert searched(old) == "AUTOINDEX of Milvus" and len(old.search(QUERIES, 3)[0]) == 40
     made = build(VECTORS, "milvus", uri=uri, collection="old")
-    assert ix.searched(made) == "HNSW graph, 32 links, ef 128"
+    assert searched(made) == "HNSW graph, 32 links, ef 128"
     (name,) = made.client.list_indexes("old")
     assert made.client.describe_index("old", name)["index_type"] == "HNSW"
 
 
 def test_a_search_says_how_broad_it_is(tmp_path: Path) -> None:
-    assert ix.searched(build(VECTORS, "exact")) == "every row"
+    assert searched(build(VECTORS, "exact")) == "every row"
     options("flat", tmp_path)
-    assert ix.searched(build(VECTORS, "flat")) == "every row"
-    assert ix.searched(build(VECTORS, "ivf", lists=12, probes=3)) == "3 of 12 inverted lists"
+    assert searched(build(VECTORS, "flat")) == "every row"
+    assert searched(build(VECTORS, "ivf", lists=12, probes=3)) == "3 of 12 inverted lists"
     wide = build(VECTORS, "hnsw", ef=300)
     save(wide, tmp_path / "index", ids=IDS, version="v1")
     for index in (wide, load(tmp_path / "index")[0]):
-        assert ix.searched(index) == "HNSW graph, 32 links, ef 300"
+        assert searched(index) == "HNSW graph, 32 links, ef 300"
 
 
 @milvus_is_loud
@@ -347,7 +364,7 @@ def test_an_alias_is_moved_to_the_new_version(tmp_path: Path) -> None:
     one, two = embedded(tmp_path / "1", VECTORS), embedded(tmp_path / "2", VECTORS[::-1], "v2")
     build_folder(one, out, kind="milvus", uri=uri)
     before = load(out)[0]
-    assert isinstance(before, ix.Milvus)
+    assert isinstance(before, Milvus)
     facts = build_folder(two, out, kind="milvus", uri=uri, alias="shop")
     assert facts["alias"] == "shop" and facts["collection"] != before.collection
     client = before.client
@@ -374,16 +391,16 @@ def test_an_alias_stays_where_the_new_version_is_not_good(
     uri, out = options("milvus", tmp_path)["uri"], tmp_path / "index"
     one, two = embedded(tmp_path / "1", VECTORS), embedded(tmp_path / "2", VECTORS[::-1], "v2")
     before = build_folder(one, out, kind="milvus", uri=uri, alias="shop")["collection"]
-    search = ix.Milvus.search
+    search = Milvus.search
     monkeypatch.setattr(
-        ix.Milvus, "search", lambda *a, **o: (0 * search(*a, **o)[0], search(*a, **o)[1])
+        Milvus, "search", lambda *a, **o: (0 * search(*a, **o)[0], search(*a, **o)[1])
     )
     with pytest.raises(CheckpointError, match="the alias shop, which stays as it was") as raised:
         build_folder(two, out, kind="milvus", uri=uri, alias="shop")
     assert one_line(raised)
     monkeypatch.undo()
     index, _, version = load(out)
-    assert isinstance(index, ix.Milvus) and version == "v1"
+    assert isinstance(index, Milvus) and version == "v1"
     assert index.client.describe_alias("shop")["collection_name"] == before
 
 
@@ -394,12 +411,12 @@ def test_an_alias_after_a_kill_before_it_was_moved(
     uri, out = options("milvus", tmp_path)["uri"], tmp_path / "index"
     one, two = embedded(tmp_path / "1", VECTORS), embedded(tmp_path / "2", VECTORS[::-1], "v2")
     build_folder(one, out, kind="milvus", uri=uri, alias="shop")
-    monkeypatch.setattr(ix.Milvus, "take_over", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Milvus, "take_over", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build_folder(two, out, kind="milvus", uri=uri, alias="shop")
     monkeypatch.undo()
     index = load(out)[0]
-    assert isinstance(index, ix.Milvus) and len(index.client.list_collections()) == 2
+    assert isinstance(index, Milvus) and len(index.client.list_collections()) == 2
     build_folder(two, out, kind="milvus", uri=uri, alias="shop")
     assert index.client.list_collections() == [index.collection]
     assert index.client.describe_alias("shop")["collection_name"] == index.collection
@@ -418,19 +435,19 @@ def test_aliases_of_an_earlier_collection_after_a_kill_before_they_were_moved(
     def killed(source: Path, **kind: str) -> None:
         with monkeypatch.context() as patch:
             for name in ("take_over", "drop"):
-                patch.setattr(ix.Milvus, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                patch.setattr(Milvus, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 build_folder(source, out, **kind)
 
     first = build_folder(one, out, kind="milvus", uri=uri, alias="shop")["collection"]
     killed(two, kind="milvus", uri=uri)
     index = load(out)[0]
-    assert isinstance(index, ix.Milvus)
+    assert isinstance(index, Milvus)
     assert index.client.describe_alias("shop")["collection_name"] == first != index.collection
     build_folder(two, out, kind="milvus", uri=uri)
     assert index.client.list_collections() == [index.collection]
     assert index.client.describe_alias("shop")["collection_name"] == index.collection
-    assert "replaces" not in json.loads((out / ix.MANIFEST).read_text())
+    assert "replaces" not in json.loads((out / MANIFEST).read_text())
 
     killed(three, kind="milvus", uri=uri)
     killed(one, kind="exact")
@@ -488,7 +505,7 @@ def test_a_server_keeps_what_an_alias_names(monkeypatch: pytest.MonkeyPatch) -> 
             self.collections.remove(collection)
             calls.append(f"drop {collection}")
 
-    index = ix.Milvus.__new__(ix.Milvus)
+    index = Milvus.__new__(Milvus)
     index.uri, index.collection, index.client = "http://host:19530", "l2rec_a_2", Server()
     index.take_over(set(), "shop", "l2rec_a_")
     assert calls == ["alter shop", "drop l2rec_a_1"]
@@ -511,7 +528,7 @@ def test_a_search_within_partitions(tmp_path: Path) -> None:
     facts = build_folder(items, out, partition_by="brand", **given)
     assert facts["recall@10 within one brand"] > 0.9
     index = load(out)[0]
-    assert isinstance(index, ix.Milvus) and index.attribute == "brand"
+    assert isinstance(index, Milvus) and index.attribute == "brand"
     for some in (*([brand] for brand in brands), brands[:2]):
         rows = np.flatnonzero(np.isin(values, some))
         best = rows[np.argmax(QUERIES @ VECTORS[rows].T, axis=1)]
@@ -570,15 +587,15 @@ def test_options_of_milvus(tmp_path: Path, arguments: dict[str, Any], message: s
     ("attribute", "message"),
     [
         (
-            ix.Attribute("a-b", ["x"] * 600),
+            Attribute("a-b", ["x"] * 600),
             "--partition-by a-b: Milvus takes letters, digits and _; id,",
         ),
-        (ix.Attribute("vector", ["x"] * 600), "vector and item_id are taken"),
-        (ix.Attribute("brand", ["é" * 33_000] * 600), "brand .é.*is longer than 65535 bytes"),
+        (Attribute("vector", ["x"] * 600), "vector and item_id are taken"),
+        (Attribute("brand", ["é" * 33_000] * 600), "brand .é.*is longer than 65535 bytes"),
     ],
 )
 def test_attributes_that_cannot_be_fields(
-    tmp_path: Path, attribute: ix.Attribute, message: str
+    tmp_path: Path, attribute: Attribute, message: str
 ) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         build(VECTORS, "milvus", uri=str(tmp_path / "m.db"), attribute=attribute)
@@ -588,7 +605,7 @@ def test_attributes_that_cannot_be_fields(
 def test_a_milvus_that_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("pymilvus", reason="pymilvus is not installed")
     monkeypatch.setenv("L2REC_MILVUS_TOKEN", "root:secret")
-    monkeypatch.setattr(ix, "MILVUS_SECONDS", 0.2)
+    monkeypatch.setattr(milvus_module, "MILVUS_SECONDS", 0.2)
     with pytest.raises(
         StorageError, match=r"Milvus at http://127\.0\.0\.1:1: is it up, and L2"
     ) as e:
@@ -596,10 +613,10 @@ def test_a_milvus_that_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "secret" not in str(e.value)
     source = embedded(tmp_path / "items.parquet", VECTORS)
     build_folder(source, tmp_path / "index")
-    manifest = json.loads((tmp_path / "index" / ix.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "index" / MANIFEST).read_text())
     manifest |= {"kind": "milvus", "options": {"uri": str(tmp_path / "x.db"), "collection": "c"}}
-    manifest["sha256"] = ix._seal(manifest)
-    (tmp_path / "index" / ix.MANIFEST).write_text(json.dumps(manifest))
+    manifest["sha256"] = folder_module._seal(manifest)
+    (tmp_path / "index" / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"its Milvus file .*x\.db is missing"):
         load(tmp_path / "index")
     assert not (tmp_path / "x.db").exists()
@@ -636,7 +653,7 @@ def test_a_kill_while_milvus_is_filled(tmp_path: Path) -> None:
     index, ids, version = load(tmp_path / "index")
     assert (len(index), len(ids), version) == (600, 600, "one")
     assert recall(index, VECTORS, QUERIES, 10) > 0.9
-    assert isinstance(index, ix.Milvus)
+    assert isinstance(index, Milvus)
     build_folder(two, tmp_path / "index", kind="milvus", uri=uri)
     assert load(tmp_path / "index")[2] == "two"
     assert len(index.client.list_collections()) == 1, "what the kill left was taken up"
@@ -647,10 +664,10 @@ def test_a_kill_while_milvus_is_filled(tmp_path: Path) -> None:
 
 def edit(folder: Path, *, sealed: bool = False, **change: Any) -> None:
     """A manifest with other values; sealed: and with the right hash, as another writer's."""
-    path = folder / ix.MANIFEST
+    path = folder / MANIFEST
     manifest = json.loads(path.read_text()) | change
     if sealed:
-        manifest["sha256"] = ix._seal(manifest)
+        manifest["sha256"] = folder_module._seal(manifest)
     path.write_text(json.dumps(manifest))
 
 
@@ -691,7 +708,7 @@ def test_what_is_refused_from_disk(kind: str, tmp_path: Path) -> None:
     refused("index kind 'annoy' is not known here")
     edit(folder, sealed=True, rows=5)
     refused("600 ids and an index of 600 rows of 16, its manifest says 5 of 16")
-    files = json.loads((good / ix.MANIFEST).read_text())["files"]
+    files = json.loads((good / MANIFEST).read_text())["files"]
     for name in ("../good/{}", "../index/{}", f"{good}/{{}}"):
         elsewhere = {**files["ids"], "name": name.format(files["ids"]["name"])}
         edit(folder, sealed=True, files={**files, "ids": elsewhere})
@@ -699,9 +716,9 @@ def test_what_is_refused_from_disk(kind: str, tmp_path: Path) -> None:
     edit(folder, sealed=True, files={})
     refused("cannot be read, build it again: 'ids'")
     for text, message in (("{", "not readable"), ("[]", "not a manifest"), ("", "not readable")):
-        (folder / ix.MANIFEST).write_text(text)
+        (folder / MANIFEST).write_text(text)
         refused(message)
-    (folder / ix.MANIFEST).unlink()
+    (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="is not an index; choose another folder"):
         save(made, folder, ids=IDS, version="v")
     assert load(good)[2] == "v"
@@ -716,9 +733,9 @@ def test_where_an_index_may_be_is_asked_before_it_is_built(
     assert load(empty)[2] == "v"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    monkeypatch.setattr(ix, "read_vectors", lambda source: pytest.fail("read"))
+    monkeypatch.setattr(building, "read_vectors", lambda source: pytest.fail("read"))
     with pytest.raises(CheckpointError, match="is not an index; choose another folder"):
-        ix.build_folder(tmp_path / "vectors", other)
+        build_folder(tmp_path / "vectors", other)
 
 
 def test_a_folder_that_is_exchanged_keeps_what_is_not_the_indexs(tmp_path: Path) -> None:
@@ -737,14 +754,14 @@ def test_one_that_is_exchanged_while_it_is_read(
 ) -> None:
     folder = tmp_path / "index"
     save(build(VECTORS, "exact"), folder, ids=IDS, version="one")
-    read = ix._read
+    read = folder_module._read
 
     def meanwhile(*given: Any) -> Any:
-        monkeypatch.setattr(ix, "_read", read)
+        monkeypatch.setattr(folder_module, "_read", read)
         save(build(VECTORS[:7], "exact"), folder, ids=IDS[:7], version="two")
         return read(*given)
 
-    monkeypatch.setattr(ix, "_read", meanwhile)
+    monkeypatch.setattr(folder_module, "_read", meanwhile)
     index, ids, version = load(folder)
     assert (len(index), len(ids), version) == (7, 7, "two")
 
@@ -937,7 +954,7 @@ def test_the_facts_of_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Sizes are those of the files; every time is between two readings of a clock."""
     source = embedded(tmp_path / "items.parquet", unit(3000))
     clock = iter([0.0, 2.0, 10.0, 10.5, 20.0, 20.25])  # build, search, exact search
-    monkeypatch.setattr(ix.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(building.time, "monotonic", lambda: next(clock))
     facts = build_folder(source, tmp_path / "index", kind="exact", k=3)
     monkeypatch.undo()
     files = [p for p in (tmp_path / "index").iterdir() if p.name != "index.json"]
