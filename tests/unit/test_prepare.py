@@ -22,7 +22,12 @@ from l2rec.data import prepare as prepare_module
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset
 from l2rec.data.formats.source import Source
-from l2rec.data.prepare import PrepareConfig, build, core, item_text, prepare
+from l2rec.data.preparation import sequences
+from l2rec.data.preparation.events import Ids
+from l2rec.data.preparation.filtering import core
+from l2rec.data.preparation.state import Report
+from l2rec.data.preparation.texts import item_text
+from l2rec.data.prepare import PrepareConfig, build, prepare
 from l2rec.errors import DataError
 
 Event = tuple[str, str, float]
@@ -334,13 +339,13 @@ def test_ids_are_looked_up_more_rarely_where_there_are_many(
 ) -> None:
     """Each time is as much work as there are ids."""
     sizes: list[int] = []
-    encode = prepare_module._Ids.encode
+    encode = Ids.encode
 
-    def encoded(ids: prepare_module._Ids, column: pa.Array) -> np.ndarray:
+    def encoded(ids: Ids, column: pa.Array) -> np.ndarray:
         sizes.extend([len(column)] * (not ids.closed))
         return encode(ids, column)
 
-    monkeypatch.setattr(prepare_module._Ids, "encode", encoded)
+    monkeypatch.setattr(Ids, "encode", encoded)
     events = [(f"u{n}", str(n % 10), float(n)) for n in range(250)]
     config = PrepareConfig()
     dataset = build(source_of(events, 7), tmp_path / "out", config, origin="test", chunk_events=10)
@@ -505,7 +510,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "_reserve", full)
+    monkeypatch.setattr(sequences, "_reserve", full)
     message = refuse(tmp_path, EVENTS)
     assert "the disk is full; nothing was replaced, free some space" in message
 
@@ -533,7 +538,7 @@ def test_config_is_closed_and_frozen() -> None:
 def test_progress_goes_to_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module._Report, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(Report, "SECONDS_BETWEEN_LINES", 0.0)
     source = write(tmp_path / "source", EVENTS, ITEMS)
     prepare(source, tmp_path / "out")
     captured = capsys.readouterr()

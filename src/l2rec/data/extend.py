@@ -16,7 +16,9 @@ import pyarrow.compute as pc
 
 from l2rec.data.dataset import EVENT_COLUMNS, Dataset
 from l2rec.data.formats.source import Source
-from l2rec.data.prepare import CHUNK_EVENTS, PrepareConfig, build, item_text, rechunk
+from l2rec.data.preparation.events import CHUNK_EVENTS, rechunk
+from l2rec.data.preparation.texts import item_text
+from l2rec.data.prepare import PrepareConfig, build
 from l2rec.data.ties import per_second_of, unit_of
 from l2rec.errors import DataError
 

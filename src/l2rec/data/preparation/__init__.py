@@ -1,0 +1,1 @@
+"""The steps of `data.prepare`: options, texts, events, filtering, sequences."""
