@@ -22,10 +22,12 @@ __all__ = [
     "TrainingError",
     "closest",
     "nearest",
+    "shown",
 ]
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class L2RecError(Exception):
@@ -54,6 +56,11 @@ class StorageError(L2RecError, ValueError):
 
 class TrainingError(L2RecError, ValueError):
     """A training that cannot go on."""
+
+
+def shown(value: Any) -> str:
+    """Return what an error says of a value: it, in one line of not too many characters."""
+    return " ".join(repr(value).split())[:60]
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

@@ -21,6 +21,7 @@ from typing import Any
 from l2rec.config import RunConfig, as_trained, load_recipe
 from l2rec.console import Console
 from l2rec.data.dataset import Dataset, open_dataset
+from l2rec.data.ids import as_ids
 from l2rec.errors import ConfigError
 from l2rec.runs.folder import load_run_config, open_run_dataset, read_report
 from l2rec.runs.frames import Frame, recommendations
@@ -194,9 +195,10 @@ class L2Rec:
         users, those who have any.
         """
         dataset = self._fitted("_dataset")
-        if isinstance(users, str):
-            raise ConfigError(f"users={users!r}: give a list of user ids")
-        ids = dataset.user_ids.to_pylist() if users is None else [str(user) for user in users]
+        given = (
+            None if users is None else as_ids(users, "users", "user ids, or of histories by them")
+        )
+        ids = dataset.user_ids.to_pylist() if given is None else given
         rows: Sequence[int]
         rows = range(dataset.n_users) if users is None else dataset.user_indices(ids).tolist()
         items = self.predictor_.ids

@@ -72,6 +72,14 @@ def test_unknown_items_are_all_named(dataset: Dataset) -> None:
         dataset.item_indices([f"x{i}" for i in range(7)])
 
 
+@pytest.mark.parametrize("given", ["b1", b"b1", 3, None])
+def test_a_string_is_no_list_of_ids(dataset: Dataset, given: Any) -> None:
+    with pytest.raises(DataError, match=rf"^items={given!r}: give a list of item ids$"):
+        dataset.item_indices(given)
+    with pytest.raises(DataError, match=rf"^users={given!r}: give a list of user ids$"):
+        dataset.user_indices(given)
+
+
 def test_describe(dataset: Dataset) -> None:
     found = dataset.describe()
     assert found["density"] == 5 / 6

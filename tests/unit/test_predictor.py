@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.support import models, tiny
@@ -97,3 +99,92 @@ def test_nothing_is_added(predictor: Predictor) -> None:
         with pytest.raises(DataError, match="an item with an empty id") as error:
             add({"": TEXTS[2]})
         one_line(error)
+
+
+NUMBERED = [str(n) for n in range(N)]
+
+
+def of_numbers(method: Any) -> Predictor:
+    """Make a predictor whose ids are the digits of numbers, so that a string is a list of some."""
+    predictor = make(method)
+    return Predictor(predictor.model, NUMBERED, predictor.texts, predictor.vectors, "v")
+
+
+CALLS: dict[str, Callable[[Predictor, Any], Any]] = {
+    "recommend": lambda p, given: p.recommend(given, 2),
+    "rows of one": lambda p, given: p.rows([given]),
+    "rows": lambda p, given: p.rows(given),
+    "encode_users of one": lambda p, given: p.encode_users([given]),
+    "encode_users": lambda p, given: p.encode_users(given),
+    "encode_items": lambda p, given: p.encode_items(given),
+    "recommendations": lambda p, given: recommendations(p, {"u": given}, 2),
+    "candidates": lambda p, given: recommendations(p, {"u": ["1"]}, 2, items_to_recommend=given),
+}
+
+
+@pytest.mark.parametrize("given", ["12", b"12", 12, None], ids=repr)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_string_is_no_list(call: str, given: Any) -> None:
+    if (call, given) == ("candidates", None):
+        return  # all items
+    with pytest.raises(DataError, match=rf"={given!r}: give a list of ") as error:
+        CALLS[call](of_numbers(SASRecTable), given)
+    one_line(error)
+
+
+def test_lists_of_one_id_are_lists() -> None:
+    predictor = of_numbers(SASRecTable)
+    for given in (["11"], ("11",), np.array([11]), [11]):
+        assert predictor.recommend(given, 2) == predictor.recommend(["11"], 2)  # type: ignore[arg-type]
+        allowed = recommendations(predictor, {"u": ["1"]}, 2, items_to_recommend=given)  # type: ignore[arg-type]
+        assert allowed["item_id"].to_list() == ["11"]
+
+
+@pytest.mark.parametrize("k", [2.0, None, "2", [2]], ids=repr)
+def test_a_number_of_items_is_whole(k: Any) -> None:
+    predictor = make(SASRecTable)
+    for call in (
+        lambda: predictor.recommend(HISTORY, k),
+        lambda: recommendations(predictor, {"u": HISTORY}, k),
+    ):
+        with pytest.raises(DataError, match=r"^k=.* is no whole number; choose 1\.\.12$") as error:
+            call()
+        one_line(error)
+    assert len(predictor.recommend(HISTORY, np.int64(2)).items) == 2
+
+
+def test_numbers_stand_for_ids_of_new_items(predictor: Predictor) -> None:
+    predictor.add_items({100: TEXTS[3]})  # type: ignore[dict-item]
+    assert predictor.ids[-1] == "100" and predictor.row_of(100) == predictor.row_of("100") == N  # type: ignore[arg-type]
+    assert predictor.recommend([100], 3) == predictor.recommend(["100"], 3)  # type: ignore[list-item]
+    table = recommendations(predictor, {"u": [100]}, N + 1, filter_viewed=False)  # type: ignore[list-item]
+    assert "100" in table["item_id"].to_list()
+    with pytest.raises(DataError, match="item '100' is in the catalog already"):
+        predictor.add_items({100: TEXTS[4]})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ({"q": None}, "a new item needs a text"),
+        ({"q": float("nan")}, "a new item needs a text"),
+        ({"q": 3}, "a new item needs a text"),
+        ({"q": " "}, "a new item needs a text"),
+        ({3: "a lamp", "3": "a cup"}, "two items with the id '3'; give each its own"),
+        ([("q", "a lamp")], r"items=\[.*: give a dictionary of texts by item id"),
+        (None, "items=None: give a dictionary"),
+    ],
+)
+def test_what_is_no_new_item(predictor: Predictor, items: Any, message: str) -> None:
+    for add in (predictor.add_items, predictor.with_items):
+        with pytest.raises(DataError, match=message) as error:
+            add(items)
+        one_line(error)
+    assert predictor.ids == IDS and predictor.model.n_items == N
+
+
+@pytest.mark.parametrize("texts", [["a lamp", None], [float("nan")], [1, 2], ["a lamp", ""]])
+def test_what_is_no_text_is_not_encoded(texts: Any) -> None:
+    with pytest.raises(DataError, match="needs a text") as error:
+        make(SASRecTable).encode_items(texts)
+    one_line(error)

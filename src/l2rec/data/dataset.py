@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from l2rec.data.ids import as_ids
 from l2rec.data.parts import MIN_EVENTS, TEST, VALID, with_validation
 from l2rec.data.ragged import Ragged
 from l2rec.data.ties import EventOrder, measure_order
@@ -204,10 +205,11 @@ class Dataset:
 
     def _indices(self, kind: str, ids: Sequence[str], known: pa.Array) -> npt.NDArray[np.int32]:
         """Return the places of ids among those that are known."""
-        wanted = pa.array([str(i) for i in ids], type=known.type)
+        texts = as_ids(ids, f"{kind}s", f"{kind} ids")
+        wanted = pa.array(texts, type=known.type)
         rows = pc.fill_null(pc.index_in(wanted, value_set=known), -1)
         indices: npt.NDArray[np.int32] = rows.to_numpy(zero_copy_only=False).astype(np.int32)
-        unknown = list(dict.fromkeys(str(ids[int(i)]) for i in np.flatnonzero(indices < 0)))
+        unknown = list(dict.fromkeys(texts[i] for i in np.flatnonzero(indices < 0)))
         if unknown:
             shown = ", ".join(repr(i) for i in unknown[:5])
             more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""

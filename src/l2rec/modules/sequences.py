@@ -256,9 +256,10 @@ def check_new_texts(texts: Sequence[str]) -> None:
     """Refuse new items that have no text.
 
     Raises:
-        DataError: an empty text.
+        DataError: an empty text, or what is no text.
     """
-    if any(not text.strip() for text in texts):
+    # What stands for a missing text in a table, None or nan, is none either.
+    if not all(isinstance(text, str) and text.strip() for text in texts):
         raise DataError("a new item needs a text: it is all that is known of it")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from l2rec.data.ids import as_list
 from l2rec.data.ragged import Ragged
 from l2rec.errors import ConfigError, DataError
 from l2rec.evaluation.ranking import top_k
@@ -53,15 +54,16 @@ def recommendations(
     if frame not in ("polars", "pandas", "arrow"):
         raise ConfigError(f"frame={frame!r}: choose polars, pandas or arrow")
     users = list(histories)
-    empty = [user for user in users if not len(histories[user])]
-    if empty:
-        raise DataError(f"user {empty[0]!r} has an empty history: give at least one item id")
     rows = predictor.rows(list(histories.values()))
+    empty = np.flatnonzero(rows.lengths == 0)
+    if len(empty):
+        raise DataError(f"user {users[empty[0]]!r} has an empty history: give at least one item id")
     candidates = None
     if items_to_recommend is not None:
-        if not len(items_to_recommend):
+        allowed = as_list(items_to_recommend, "items_to_recommend", "item ids, or None for all")
+        if not allowed:
             raise DataError("items_to_recommend is empty: give item ids, or None for all")
-        candidates = predictor.rows([list(items_to_recommend)])[0]
+        candidates = predictor.rows([allowed])[0]
 
     def scores(block: Ragged) -> Tensor:
         return predictor.scores(predictor.encode(block))

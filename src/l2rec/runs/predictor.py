@@ -20,6 +20,7 @@ __all__ = [
 
 import logging
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +34,14 @@ from torch import Tensor
 
 from l2rec.config import BackboneConfig, RunConfig, method_class
 from l2rec.data.catalog import Catalog
+from l2rec.data.ids import as_ids, as_list
 from l2rec.data.ragged import Ragged
-from l2rec.errors import CheckpointError, ConfigError, DataError, nearest
+from l2rec.errors import CheckpointError, ConfigError, DataError, nearest, shown
 from l2rec.evaluation.ranking import top_k
 from l2rec.modules import processes
 from l2rec.modules.backbone import Backbone, load_backbone, load_tokenizer
 from l2rec.modules.cooccurrence import Blend
+from l2rec.modules.sequences import check_new_texts
 from l2rec.protocols import (
     Costed,
     Embedder,
@@ -256,8 +259,8 @@ class Predictor:
         """Return the text of an item id."""
         return self.texts[int(self._ints([item])[0])]
 
-    def _ints(self, given: Sequence[str]) -> npt.NDArray[np.int32]:
-        ids = [str(item) for item in given]  # numbers stand for their texts, as in a log
+    def _ints(self, history: Sequence[str]) -> npt.NDArray[np.int32]:
+        ids = as_ids(history, "history", "item ids")
         unknown = [i for i in ids if i not in self._index]
         if unknown:
             named = ", ".join(repr(i) for i in unknown[:5])
@@ -273,9 +276,9 @@ class Predictor:
         Raises:
             DataError: an empty history, unknown ids (all are named), k outside 1..N.
         """
-        if not len(history):
+        rows = self.rows([history])
+        if not len(rows.values):
             raise DataError("an empty history: give at least one item id")
-        rows = Ragged.from_rows([self._ints(history)])
         encoded = self.encode(rows)
         best = top_k(
             lambda _: self.scores(encoded),
@@ -294,13 +297,14 @@ class Predictor:
         """Turn histories of external ids into item ints.
 
         Raises:
-            DataError: unknown ids, all of them named.
+            DataError: unknown ids, all of them named; a string where a list of them belongs.
         """
-        return Ragged.from_rows([self._ints(history) for history in histories])
+        given = as_list(histories, "histories", "histories, each a list of item ids")
+        return Ragged.from_rows([self._ints(history) for history in given])
 
     def row_of(self, item: str) -> int | None:
         """Return the item int of an id, or None."""
-        return self._index.get(item)
+        return self._index.get(str(item))
 
     def with_items(self, items: Mapping[str, str]) -> Predictor:
         """Return another predictor that also knows these items; this one stays as it is.
@@ -310,27 +314,27 @@ class Predictor:
         Of the two, and with whatever else runs the model, only one call may be made at a time.
 
         Raises:
-            DataError: an empty text or id. ConfigError: the method cannot take new items.
+            DataError: an empty text or id, or two that are the same id. ConfigError: the method
+                cannot take new items.
         """
-        grown = self._grown(items)
+        grown = self._grown(texts_by_id(items))
         return Predictor(self.model, *grown, self.version, self.blend, self.sample)
 
     def _grown(self, items: Mapping[str, str]) -> tuple[list[str], list[str], Tensor | None]:
         """Add rows to the model; return ids, texts and vectors of all that are known then."""
         self._require(TakesNewItems, "ranks the items it was trained on; train it again for others")
-        if "" in items:
-            raise DataError("an item with an empty id; give it one")
         known, vectors = len(self.ids), self.vectors
         if not items:
             return [*self.ids], [*self.texts], vectors
+        texts = list(items.values())
         with torch.inference_mode():
-            added = self.model.add_items(list(items.values()))
+            added = self.model.add_items(texts)
             if vectors is not None:
                 fresh = np.arange(known, int(added[-1]) + 1, dtype=np.int32)
                 vectors = torch.cat((vectors, self.model.encode_items(fresh)))
         # Rows of another predictor, or of one that was given up, may lie in between.
         gap = [""] * (int(added[0]) - known)
-        return [*self.ids, *gap, *items], [*self.texts, *gap, *items.values()], vectors
+        return [*self.ids, *gap, *items], [*self.texts, *gap, *texts], vectors
 
     def blended(self, blend: Blend, version: str) -> Predictor:
         """Return this predictor with co-occurrence and repeats beside its scores."""
@@ -389,13 +393,17 @@ class Predictor:
         """Return a number of items to recommend.
 
         Raises:
-            DataError: the catalog has fewer, or it is below 1.
+            DataError: the catalog has fewer, or it is below 1 or no whole number.
         """
-        if not 1 <= k <= len(self.ids):
+        try:
+            count = operator.index(k)
+        except TypeError:
+            raise DataError(f"k={shown(k)} is no whole number; choose 1..{len(self.ids)}") from None
+        if not 1 <= count <= len(self.ids):
             raise DataError(
                 f"k={k}: the catalog has {len(self.ids)} items; choose 1..{len(self.ids)}"
             )
-        return k
+        return count
 
     def encode_users(self, histories: Sequence[Sequence[str]]) -> Tensor:
         """Return user vectors [B, D] float32 of histories of external ids.
@@ -404,7 +412,7 @@ class Predictor:
             ConfigError: the method only ranks. DataError: an empty history, unknown ids.
         """
         self._require(Embedder, "has no user vectors: it only ranks")
-        rows: Tensor = self.model.encode_users(Ragged.from_rows([self._ints(h) for h in histories]))
+        rows: Tensor = self.model.encode_users(self.rows(histories))
         return rows
 
     def encode_items(self, texts: Sequence[str]) -> Tensor:
@@ -414,19 +422,41 @@ class Predictor:
             ConfigError: the method only ranks. DataError: an empty text.
         """
         self._require(Embedder, "has no item vectors: it only ranks")
-        rows: Tensor = self.model.encode_items(list(texts))
+        given = as_list(texts, "texts", "texts")
+        check_new_texts(given)
+        rows: Tensor = self.model.encode_items(given)
         return rows
 
     def add_items(self, items: Mapping[str, str]) -> None:
         """Add items by id and text alone: from now on ranked and allowed in histories.
 
         Raises:
-            DataError: an id that is in the catalog already, or an empty text or id.
+            DataError: an id that is in the catalog already, and as `with_items`.
         """
-        known = [i for i in items if i in self._index]
+        new = texts_by_id(items)
+        known = [item for item in new if item in self._index]
         if known:
             raise DataError(f"item {known[0]!r} is in the catalog already")
-        self._know(*self._grown(items))
+        self._know(*self._grown(new))
+
+
+def texts_by_id(items: Mapping[str, str]) -> dict[str, str]:
+    """Return new items as texts by their ids.
+
+    Raises:
+        DataError: an empty id, two that are the same, an item without a text.
+    """
+    if not isinstance(items, Mapping):
+        raise DataError(f"items={shown(items)}: give a dictionary of texts by item id")
+    ids, texts = as_ids(items, "items", "item ids"), list(items.values())
+    if "" in ids:
+        raise DataError("an item with an empty id; give it one")
+    new = dict(zip(ids, texts, strict=True))
+    if len(new) < len(items):  # such as 3 and "3"
+        twice = next(item for item in new if ids.count(item) > 1)
+        raise DataError(f"two items with the id {twice!r}; give each its own")
+    check_new_texts(texts)
+    return new
 
 
 def load(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from l2rec.data.catalog import ID
-from l2rec.errors import CheckpointError, DataError
+from l2rec.errors import CheckpointError
 from l2rec.protocols import Scorer
 from l2rec.runs.folder import load_run_config, open_run_dataset, read_catalog, training_split
 from l2rec.runs.predictor import Predictor
@@ -72,8 +72,6 @@ class Counts:
 
     def add_items(self, texts: Sequence[str]) -> npt.NDArray[np.int32]:
         """Add items that nobody has taken yet."""
-        if not all(text.strip() for text in texts):
-            raise DataError("an item with an empty text")
         first = self.n_items
         self.counts = np.append(self.counts, np.zeros(len(texts), dtype=np.int64))
         return np.arange(first, self.n_items, dtype=np.int32)
