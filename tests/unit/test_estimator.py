@@ -16,7 +16,7 @@ from tests.support.runs import Quiet, assert_same_weights
 
 import l2rec
 from l2rec import L2Rec
-from l2rec.config import load_recipe
+from l2rec.config import load_recipe, method_class
 from l2rec.data.cold import hold_out_items
 from l2rec.data.dataset import Dataset
 from l2rec.errors import CheckpointError, ConfigError, DataError
@@ -144,6 +144,11 @@ def test_other_tables(fitted: L2Rec, chains: Dataset) -> None:
         ({"items_to_recommend": ["x"]}, "unknown item ids: 'x'"),
         ({"frame": "spark"}, "frame='spark': choose polars, pandas or arrow"),
         ({"users": "u1"}, "users='u1': give a list of user ids"),
+        ({"users": 3}, "users=3: give a list of user ids"),
+        ({"users": {"u": None}}, "history=None: give a list of item ids"),
+        ({"users": {"u": "i1"}}, "history='i1': give a list of item ids"),
+        ({"items_to_recommend": "i1"}, "items_to_recommend='i1': give a list of item ids"),
+        ({"k": 2.0}, "k=2.0 is no whole number"),
     ],
 )
 def test_what_cannot_be_recommended(
@@ -222,6 +227,16 @@ def test_a_method_in_a_file_is_trained_and_loaded(
     with pytest.raises(ConfigError, match="put it into a package that others can install") as e:
         again.save_pretrained(tmp_path / "published")
     one_line(e)
+
+
+def test_a_file_that_was_edited_is_read_again(chains: Dataset, tmp_path: Path) -> None:
+    """Within a second, and to the same size: what is edited in a notebook is fitted at once."""
+    file = tmp_path / "mine.py"
+    model = L2Rec(f"{file}:Mine", training=QUICK, progress=False)
+    for note in ("one", "two"):
+        file.write_text(f"{OWN}    note = {note!r}\n")
+        assert type(model.fit(chains).predictor_.model).note == note
+    assert method_class(f"{file}:Mine") is method_class(f"{file}:Mine")
 
 
 def test_a_recipe_names_a_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
