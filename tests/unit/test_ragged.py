@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.rows import rows_of
@@ -20,6 +21,16 @@ def test_round_trip(rows: list[list[int]]) -> None:
     assert len(ragged) == len(rows)
     assert ragged.values.dtype == np.int32
     assert ragged.offsets.dtype == np.int64
+
+
+@given(ROWS)
+def test_rows_are_counted_from_either_end(rows: list[list[int]]) -> None:
+    ragged = Ragged.from_rows(rows)
+    for n in range(1, len(rows) + 1):
+        assert ragged[-n].tolist() == ragged[len(rows) - n].tolist() == rows[-n]
+    for outside in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError):
+            ragged[outside]
 
 
 @given(ROWS, st.integers(0, 7))

@@ -55,6 +55,9 @@ class Ragged:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> npt.NDArray[np.integer]:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        row %= len(self)
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     def take(self, rows: IntArray) -> Ragged:
