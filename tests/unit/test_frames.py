@@ -218,6 +218,63 @@ def test_what_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+EXTRA: dict[str, Callable[[], Any]] = {
+    "interval": lambda: _pandas().cut([1, 2, 3, 4, 5], 2),
+    "period": lambda: _pandas().period_range("2024", "2028", freq="Y"),
+    "mixed": lambda: [1, "a", None, 2.0, "b"],
+    "objects": lambda: [object()] * 5,
+    "complex": lambda: np.ones(5, complex),
+    "empty objects": lambda: [{}] * 5,
+}
+
+
+def _pandas() -> Any:
+    return pytest.importorskip("pandas")
+
+
+def with_extra(columns: dict[str, list[Any]], kind: str) -> Any:
+    """Return a table with one more column, ``x``."""
+    frame = as_pandas(columns).reset_index(drop=True)
+    return frame.assign(x=EXTRA[kind]()[: len(frame)])
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+def test_columns_that_nobody_reads_may_hold_anything(kind: str) -> None:
+    plain, items = build(pl.DataFrame(EVENTS)), {name: ITEMS[name] for name in ("item_id", "title")}
+    assert build(with_extra(EVENTS, kind)).fingerprint == plain.fingerprint
+    ours = build(pl.DataFrame(EVENTS), with_extra(items, kind))
+    assert ours.fingerprint == build(pl.DataFrame(EVENTS), pl.DataFrame(items)).fingerprint
+    left = [note for note in ours.meta["notes"] if note.startswith("items: left out, ")]
+    assert left == ([] if kind == "period" else [left[0]]) and all("'x'" in n for n in left)
+
+
+def test_columns_of_polars_and_arrow_that_nobody_reads() -> None:
+    plain, log = build(pl.DataFrame(EVENTS)).fingerprint, pa.table(EVENTS)
+    objects = pl.Series("x", [object()] * 5, dtype=pl.Object)
+    assert build(pl.DataFrame(EVENTS).with_columns(objects)).fingerprint == plain
+    two = log.append_column("x", pa.array([1] * 5)).append_column("x", pa.array([2] * 5))
+    assert build(two).fingerprint == plain
+    assert build(Stream({**EVENTS, "x": [{}] * 5})).fingerprint == plain
+    frame = as_pandas({**EVENTS, "x": [1] * 5, "y": [2] * 5}).rename(columns={"y": "x"})
+    assert build(frame).fingerprint == plain
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+@pytest.mark.parametrize("column", ["user_id", "item_id", "timestamp", "event_type"])
+def test_columns_that_are_read_may_not(column: str, kind: str) -> None:
+    frame = with_extra(EVENTS, kind).drop(columns=column, errors="ignore")
+    with pytest.raises(DataError) as error:
+        build(frame.rename(columns={"x": column}))
+    one_line(error)
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+def test_columns_that_a_text_names_are_not_left_out(kind: str) -> None:
+    with pytest.raises(DataError, match=r"'x'|\bx\b|items cannot be read") as error:
+        build(pl.DataFrame(EVENTS), with_extra(ITEMS, kind), text="{title} {x}")
+    one_line(error)
+
+
 def test_pandas_columns_of_mixed_types_are_refused() -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({**EVENTS, "user_id": [1, "bob", 2, 3, 4]})

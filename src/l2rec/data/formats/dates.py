@@ -54,6 +54,8 @@ class Clock:
             DataError: a time is neither a number nor a date, or some are numbers and some dates,
                 or some numbers are seconds and some of a finer unit.
         """
+        if isinstance(times.type, pa.BaseExtensionType):  # whose numbers count something else
+            raise DataError(f"{where(0)}: timestamps of type {times.type}; {_ADVICE}")
         column = cast(pl.Series, pl.from_arrow(times))
         if column.dtype in (pl.Categorical, pl.Enum):
             column = column.cast(pl.String)

@@ -34,6 +34,7 @@ from l2rec.data.formats.source import (
     as_source,
     catalog_batch,
     event_batch,
+    is_compound,
 )
 from l2rec.data.formats.tables import file_order, missing_column, split_column
 from l2rec.errors import DataError
@@ -151,7 +152,7 @@ def parquet_catalog(file: File, item: str) -> CatalogReader:
         raise missing_column(file, item, "item", schema.names)
     kinds = {f.name: f.type for f in schema if f.name != item}
     texts = tuple(name for name, kind in kinds.items() if _is_text(kind))
-    more = tuple(n for n, kind in kinds.items() if n not in texts and not pa.types.is_nested(kind))
+    more = tuple(n for n, kind in kinds.items() if n not in texts and not is_compound(kind))
 
     def catalog(fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
         first = 0

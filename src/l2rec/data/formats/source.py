@@ -72,6 +72,15 @@ def _strings(column: pa.Array) -> pa.Array:
     return column if column.type == pa.string() else column.cast(pa.string())
 
 
+def is_compound(kind: pa.DataType) -> bool:
+    """Tell whether a type has parts, or a meaning that its plain value does not show."""
+    return pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)
+
+
+def _no_plain(what: str, kind: pa.DataType, where: Where) -> DataError:
+    return DataError(f"{where(0)}: {what} of type {kind}; write them as text or as numbers")
+
+
 def _ids(column: pa.Array, what: str, where: Where) -> pa.Array:
     """Return ids as strings. Whole numbers that come as floats, as where one was missing, are
     written as whole numbers, and UUIDs as UUIDs are.
@@ -84,8 +93,8 @@ def _ids(column: pa.Array, what: str, where: Where) -> pa.Array:
         return _ids(column.dictionary_decode(), what, where)
     if getattr(kind, "extension_name", "") == "arrow.uuid":
         return pa.array([None if one is None else str(one) for one in column.to_pylist()])
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
-        raise DataError(f"{where(0)}: {what} ids of type {kind}; write them as text or as numbers")
+    if is_compound(kind) or pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        raise _no_plain(f"{what} ids", kind, where)
     if pa.types.is_floating(kind):
         numbers = column.cast(pa.float64())
         fits = pc.less(pc.abs(numbers), WHOLE_UP_TO)
@@ -118,6 +127,8 @@ def event_batch(
     seconds = (clock or Clock()).seconds(times, where, unit)
     columns["timestamp"] = pa.array(seconds, type=pa.float64())
     if types is not None:
+        if is_compound(types.type):
+            raise _no_plain("event types", types.type, where)
         columns["event_type"] = pc.fill_null(_strings(types), "")
     if splits is not None:
         columns["split"] = splits.cast(pa.int8())
