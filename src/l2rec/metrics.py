@@ -110,9 +110,12 @@ def rank_values(
     ``"mrr"``: 1 / the smallest rank, without a cut-off.
 
     Raises:
-        ValueError: another metric, or a rank that is NaN or below 1.
+        ValueError: another metric, a rank that is NaN or below 1, or offsets that leave a row
+            without a relevant item or do not end with the ranks.
     """
     ranks = np.asarray(ranks)
+    if offsets is not None:
+        _check_offsets(np.asarray(offsets), len(ranks))
     if not bool(np.all(ranks >= 1.0)):
         bad = int(np.flatnonzero(~(ranks >= 1.0))[0])
         raise ValueError(f"rank {ranks[bad]} at row {bad}: ranks count from 1")
@@ -283,6 +286,16 @@ def _check_columns(values: IntArray, n_items: int, what: str) -> None:
     if len(values) and (int(values.min()) < 0 or int(values.max()) >= n_items):
         bad = int(values.min()) if int(values.min()) < 0 else int(values.max())
         raise ValueError(f"{what} {bad} is outside the {n_items} scored items (0..{n_items - 1})")
+
+
+def _check_offsets(offsets: npt.NDArray[np.int64], ranks: int) -> None:
+    if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or offsets[-1] != ranks:
+        raise ValueError(f"offsets have to be [M + 1], from 0 to the {ranks} ranks")
+    empty = np.flatnonzero(np.diff(offsets) < 1)
+    if len(empty):
+        raise ValueError(
+            f"row {int(empty[0])} has no relevant item, so it has no metric; leave it out"
+        )
 
 
 def _reject_nan(scores: Tensor) -> None:

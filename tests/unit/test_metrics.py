@@ -202,6 +202,28 @@ def test_no_ranks_have_no_mean() -> None:
         ranking_metrics(np.array([]))
 
 
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 0, 3], "row 0 has no relevant item"),
+        ([0, 2, 2, 3], "row 1 has no relevant item"),
+        ([0, 2, 1, 3], "row 1 has no relevant item"),
+        ([0, 3, 3], "row 1 has no relevant item"),
+        ([1, 3], "from 0 to the 3 ranks"),
+        ([0, 2], "from 0 to the 3 ranks"),
+        ([0, 4], "from 0 to the 3 ranks"),
+        ([], "from 0 to the 3 ranks"),
+    ],
+)
+def test_every_user_needs_a_relevant_item(offsets: list[int], message: str) -> None:
+    ranks, given = np.array([1.0, 4.0, 2.0]), np.array(offsets, dtype=np.int64)
+    for metric in ("mrr", "ndcg@10", "recall@10"):
+        with pytest.raises(ValueError, match=message):
+            rank_values(ranks, metric, given)
+    with pytest.raises(ValueError, match=message):
+        ranking_metrics(ranks, offsets=given)
+
+
 def test_lists_by_hand() -> None:
     top, counts = np.array([[0, 1], [0, -1]]), np.array([4, 2, 0, 2])
     assert coverage(top, 4) == 0.5
