@@ -15,6 +15,7 @@ are inner products. The other protocols are optional abilities, asked for with `
     Freezable       freeze          something can be computed once for a model that no longer learns
     Cached          cached          cache entries that travel with a run
     SizedByData     sized_by_data   tensors whose length is that of the data
+    OfOneCatalog    one_catalog     items have codes or words that are made for one catalog
     ReadsTexts      text_tokens     texts longer than a limit are cut
     Exportable      user_encoder    users are a function of stored vectors of their items
 
@@ -39,6 +40,7 @@ __all__ = [
     "Losses",
     "MakeBatches",
     "Method",
+    "OfOneCatalog",
     "ParameterGroup",
     "Progress",
     "ReadsTexts",
@@ -363,6 +365,15 @@ class ReadsTexts(Protocol):
     def text_tokens(self) -> int:
         """Most tokens of an item's text that are read."""
         ...
+
+
+@runtime_checkable
+class OfOneCatalog(Protocol):
+    """A method whose items have codes or words that are made for one catalog."""
+
+    one_catalog: ClassVar[bool]
+    """Whether they are: with other items they would be others, so that `l2rec update` refuses it.
+    """
 
 
 @runtime_checkable

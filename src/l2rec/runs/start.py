@@ -25,7 +25,7 @@ from l2rec.data.dataset import GIVEN, Dataset, open_dataset
 from l2rec.data.ragged import Ragged
 from l2rec.data.splits import LEAVE_ONE_OUT, TIED_DAY, Cases, Split
 from l2rec.errors import CheckpointError, DataError
-from l2rec.protocols import Progress, SizedByData
+from l2rec.protocols import OfOneCatalog, Progress, SizedByData
 from l2rec.runs.checkpoint import load_tensors, load_trained, trained_tensors, without_gone
 from l2rec.runs.folder import (
     load_run_config,
@@ -251,7 +251,7 @@ def refuse_of_one_catalog(method: Any, run: Path) -> None:
     """Raise CheckpointError for a method to which an item is codes or words of one catalog: with
     other items they would be others, and what was learned of them of no use.
     """
-    if getattr(method, "one_catalog", False):
+    if isinstance(method, OfOneCatalog) and method.one_catalog:
         raise CheckpointError(
             f"{run}: {method.__name__} gives codes or words to the items of one catalog; train it "
             "anew"
