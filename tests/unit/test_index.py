@@ -118,6 +118,17 @@ def test_every_kind_finds_what_there_is_and_comes_back_from_disk(kind: str, tmp_
             again.search(asked, k)
 
 
+def test_places_may_be_named_by_texts(tmp_path: Path) -> None:
+    source, out = embedded(tmp_path / "items.parquet", VECTORS), tmp_path / "index"
+    facts = build_folder(str(source), str(out), kind="exact", queries=str(source))
+    assert facts["rows"] == len(load(str(out))[0]) == len(VECTORS)
+    index, ids, version = load(out)
+    save(index, str(tmp_path / "again"), ids=ids, version=version)
+    assert load(tmp_path / "again")[1:] == (ids, version)
+    with pytest.raises(CheckpointError, match=r"is no index: index\.json is missing"):
+        load(source)
+
+
 def test_fewer_bits_take_less_room(tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="FAISS is not installed")
     wide = unit(2000, 128)

@@ -119,16 +119,16 @@ def searched(index: Index) -> str:
 
 
 def build_folder(
-    source: Path,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     *,
     kind: str = "auto",
-    queries: Path | None = None,
+    queries: str | Path | None = None,
     k: int = 10,
     uri: str | None = None,
     alias: str | None = None,
     partition_by: str | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
 ) -> dict[str, Any]:
     """Read vectors, build an index, measure and save it; return the facts to print.
 
@@ -151,9 +151,10 @@ def build_folder(
         raise ConfigError(f"--alias {alias}: Milvus takes letters, digits and _, no digit first")
     if (partition_by is None) != (data is None):
         raise ConfigError("--partition-by FIELD and --data DATA, which has the field, go together")
+    out = Path(out)
     may_hold(out)  # before hours of work
-    given = read_vectors(source)
-    asked = given if queries is None else read_vectors(queries)
+    given = read_vectors(Path(source))
+    asked = given if queries is None else read_vectors(Path(queries))
     if asked.version != given.version:
         raise DataError(f"{queries} is of model {asked.version}, {source} of {given.version}")
     if not given.ids or not asked.ids:
@@ -162,7 +163,7 @@ def build_folder(
     attribute = None
     if kind == "milvus":
         if partition_by is not None and data is not None:
-            attribute = _attribute(data, partition_by, given.ids)
+            attribute = _attribute(Path(data), partition_by, given.ids)
         own_collections(out)
         # For this folder alone, and the same name when a killed build is tried again.
         content = [vectors_hash(given.ids, given.vectors, given.version), "item_id"]

@@ -41,7 +41,7 @@ FILES = {
 
 
 def save(
-    index: Index, folder: Path, *, ids: Sequence[str], version: str, alias: str | None = None
+    index: Index, folder: str | Path, *, ids: Sequence[str], version: str, alias: str | None = None
 ) -> None:
     """Write an index with the ids of its rows, whole or not at all.
 
@@ -56,6 +56,7 @@ def save(
         CheckpointError: ``folder`` is something else, or cannot be written.
         DataError: ids that do not fit, or one of them twice.
     """
+    folder = Path(folder)
     if len(ids) != len(index):
         raise DataError(f"{len(ids)} ids for an index of {len(index)} rows")
     if len(set(ids)) != len(ids):
@@ -184,13 +185,14 @@ def _collections_of(folder: Path) -> set[tuple[str, str]]:
     return set()
 
 
-def load(folder: Path) -> tuple[Index, list[str], str]:
+def load(folder: str | Path) -> tuple[Index, list[str], str]:
     """Read an index that `save` wrote: (index, ids of its rows, version of its vectors).
 
     Raises:
         CheckpointError: no index, torn, edited, or of another format.
         StorageError: its Milvus is away.
     """
+    folder = Path(folder)
     while True:
         manifest = read_manifest(folder)
         try:
@@ -210,7 +212,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} is no index: {MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable: {' '.join(str(error).split())}") from error
