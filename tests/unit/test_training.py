@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from tests.support.errors import one_line
 from tests.support.rows import rows_of
 from tests.support.runs import (
@@ -412,7 +413,7 @@ def test_nan_stops_with_step_and_cause(tmp_run: Path, where: str, cause: str) ->
     with pytest.raises(TrainingError, match=f"^step 7: {cause} is not finite") as caught:
         fit(tmp_run, model)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert "training.lr" in one_line(caught)
+    assert one_line(caught).endswith("lower training.lr")
     tensors, _ = load_tensors(tmp_run / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in tensors.values())
     assert all(math.isfinite(loss) for _, loss in losses(tmp_run))
@@ -420,6 +421,14 @@ def test_nan_stops_with_step_and_cause(tmp_run: Path, where: str, cause: str) ->
     fit(tmp_run, resume=True)
     fit(tmp_run.parent / "clean")
     assert_same_run(tmp_run.parent / "clean", tmp_run)
+
+
+def test_a_backbone_that_rounds_is_named_where_one_is_read(tmp_run: Path) -> None:
+    class Reading(Poisoned):
+        Config, uses_backbone, item_tensors = BaseModel, True, frozenset[str]()
+
+    with pytest.raises(TrainingError, match=r"lower training\.lr, or use backbone\.dtype=float32$"):
+        fit(tmp_run, Reading(7, "loss"))
 
 
 def test_nan_scores_name_the_evaluation(tmp_run: Path) -> None:

@@ -56,6 +56,7 @@ from l2rec.protocols import (
     Calibrated,
     EpochBatches,
     Losses,
+    Method,
     Progress,
     Recommender,
     Stage,
@@ -568,10 +569,11 @@ def _check_finite(run: _Run, losses: Losses, norm: torch.Tensor) -> None:
         return
     bad = [name for name, part in losses.parts.items() if not torch.isfinite(part)]
     cause = f"the loss part {', '.join(bad)}" if bad else "the gradient"
+    rounds = isinstance(run.model, Method) and run.model.uses_backbone
     raise TrainingError(
         f"step {run.counters.step + 1}: {cause} is not finite (gradient norm {float(norm):.3g}); "
         f"the best model so far (step {run.counters.best_step}) and the last state are kept; "
-        "lower training.lr, or use backbone.dtype=float32"
+        f"lower training.lr{', or use backbone.dtype=float32' if rounds else ''}"
     )
 
 
