@@ -20,12 +20,14 @@ __all__ = [
     "L2RecError",
     "StorageError",
     "TrainingError",
+    "as_arguments",
     "closest",
     "nearest",
     "shown",
 ]
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,6 +58,17 @@ class StorageError(L2RecError, ValueError):
 
 class TrainingError(L2RecError, ValueError):
     """A training that cannot go on."""
+
+
+def as_arguments(text: str, names: Iterable[str]) -> str:
+    """Name flags of the command line in an error as arguments of Python, ``--k-core`` as
+    ``k_core``; whole commands (``l2rec train ...``) stay as they are.
+
+    names: of the arguments, with a value where the flag has none (``resume=True``).
+    """
+    flags = {f"--{name.partition('=')[0].replace('_', '-')}": name for name in names}
+    of_flags = "|".join(rf"{flag}\b(?!-)" for flag in flags)
+    return re.sub(rf"l2rec [a-z]+ [^;`]*|{of_flags}", lambda m: flags.get(m[0], m[0]), text)
 
 
 def shown(value: Any) -> str:

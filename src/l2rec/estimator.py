@@ -14,7 +14,8 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from l2rec.config import RunConfig, as_trained, load_recipe
 from l2rec.console import Console
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ids import as_ids
-from l2rec.errors import ConfigError
+from l2rec.errors import ConfigError, L2RecError, as_arguments, shown
 from l2rec.runs.folder import load_run_config, open_run_dataset, read_report
 from l2rec.runs.frames import Frame, recommendations
 from l2rec.runs.predictor import Predictor, load
@@ -30,13 +31,15 @@ from l2rec.runs.train import train_run
 
 GROUPS = {"model": None, "training": None, "backbone": "name", "split": "kind"}
 """Groups of a recipe's keys, and the key that a plain value is for."""
+ARGUMENTS = ("out", "init", "data", "split", "text", "resume=True")
+"""What errors of a training name as flags of the command line."""
 
 
 class L2Rec:
     """A recipe that can be fitted: any method of l2rec, or one of your own.
 
     recipe: what `l2rec train` takes: a shipped recipe or method (``"l2rec-plus"``, ``"sasrec"``), a
-        YAML file, or a class (``"my_method.py:MyMethod"``).
+        YAML file, or the name of a class (``"my_method.py:MyMethod"``).
     model, training, backbone, split: keys of these groups that differ from the recipe's;
         ``backbone="minilm"`` stands for its name, ``split="time"`` for its kind.
     seed: instead of the recipe's.
@@ -50,7 +53,7 @@ class L2Rec:
 
     def __init__(
         self,
-        recipe: str = "l2rec-plus",
+        recipe: str | Path = "l2rec-plus",
         *,
         model: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
@@ -74,11 +77,14 @@ class L2Rec:
         Raises:
             CheckpointError: it is no finished run, or its data set is gone or another one.
         """
-        config, _ = load_run_config(Path(run))
-        keys = as_trained(config.model_dump(mode="json"))
-        groups = {name: keys[name] for name in GROUPS if name in keys}
-        fitted = cls(config.method, **groups, seed=config.seed, out=run)
-        fitted._take(Path(run), open_run_dataset(Path(run), None if data is None else Path(data)))
+        with _as_arguments():
+            config, identity = load_run_config(Path(run))
+            keys = as_trained(config.model_dump(mode="json"))
+            groups = {name: keys[name] for name in GROUPS if name in keys}
+            start = identity.get("init")
+            fitted = cls(config.method, **groups, seed=config.seed, out=run, init=start)
+            dataset = open_run_dataset(Path(run), None if data is None else Path(data))
+            fitted._take(Path(run), dataset)
         return fitted
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -107,6 +113,11 @@ class L2Rec:
         Raises:
             ConfigError: an unknown recipe or key, or a value that is not allowed.
         """
+        if not isinstance(self.recipe, str | Path):
+            raise ConfigError(
+                f"recipe={shown(self.recipe)}: give a name or a file; a class is named by where it "
+                "stands, as 'my_method.py:MyMethod' or 'package.module:MyMethod'"
+            )
         overrides = [] if self.seed is None else [f"seed={self.seed}"]
         for group, plain in GROUPS.items():
             keys = getattr(self, group)
@@ -117,13 +128,14 @@ class L2Rec:
             if not isinstance(keys, Mapping):
                 raise ConfigError(f"{group}={keys!r}: give a dictionary of the recipe's keys")
             overrides += [f"{group}.{key}={_as_yaml(value)}" for key, value in keys.items()]
-        return load_recipe(self.recipe, overrides)
+        return load_recipe(str(self.recipe), overrides)
 
     def fit(self, dataset: Dataset | str | Path, *, resume: bool = False) -> L2Rec:
         """Train on a data set as ``l2rec train`` does, to the end of its test; return this object.
 
         One event of each user is held out for validation, which stops the training, and one for
-        test, unless ``split`` says otherwise.
+        test, unless ``split`` says otherwise. The seed sets torch's global random state: of two
+        fits at once in one process, in threads, neither is what its seed says.
 
         Args:
             dataset: `Dataset`, or its folder.
@@ -139,7 +151,7 @@ class L2Rec:
             weakref.finalize(self, shutil.rmtree, run, ignore_errors=True)
         else:
             run = Path(self.out)
-        with Console(quiet=not self.progress) as console:
+        with _as_arguments(), Console(quiet=not self.progress) as console:
             train_run(
                 config,
                 opened.path,
@@ -147,7 +159,7 @@ class L2Rec:
                 progress=console,
                 resume=resume,
                 init=None if self.init is None else Path(self.init),
-                recipe=self.recipe,
+                recipe=str(self.recipe),
             )
         self._take(run, opened)
         return self
@@ -218,6 +230,15 @@ class L2Rec:
         if getattr(self, "predictor_", None) is None:
             raise ConfigError("this model is not fitted: call fit(dataset) first")
         return getattr(self, name)
+
+
+@contextmanager
+def _as_arguments() -> Iterator[None]:
+    """Name arguments in errors as they are called here, not as flags of the command line."""
+    try:
+        yield
+    except L2RecError as error:
+        raise type(error)(as_arguments(str(error), ARGUMENTS)) from error
 
 
 def _as_yaml(value: Any) -> str:

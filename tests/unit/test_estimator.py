@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
 from sklearn.base import clone
 from tests.support.errors import one_line
@@ -20,6 +22,7 @@ from l2rec.config import load_recipe, method_class
 from l2rec.data.cold import hold_out_items
 from l2rec.data.dataset import Dataset
 from l2rec.errors import CheckpointError, ConfigError, DataError
+from l2rec.methods.sasrec import SASRec
 from l2rec.runs.folder import load_run_config
 from l2rec.runs.train import train_run
 
@@ -115,6 +118,20 @@ def test_a_loaded_model_has_the_recipe_of_its_run(fitted: L2Rec) -> None:
     assert L2Rec(**loaded.get_params()).config == fitted.config
 
 
+def test_a_loaded_model_has_the_start_and_the_data_set_of_its_run(
+    fitted: L2Rec, chains: Dataset, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(chains.path, tmp_path / "data"))
+    model = L2Rec("sasrec", training=QUICK, init=fitted.run_, out=tmp_path / "run", progress=False)
+    model.fit(data)
+    assert L2Rec.load(tmp_path / "run").get_params()["init"] == str(fitted.run_)
+    data.rename(tmp_path / "moved")
+    assert L2Rec.load(tmp_path / "run", tmp_path / "moved").recommend(k=2).height
+    with pytest.raises(CheckpointError, match=r"give its folder with data$") as e:
+        L2Rec.load(tmp_path / "run")
+    one_line(e)
+
+
 def test_histories_of_people_who_are_not_in_the_data(fitted: L2Rec) -> None:
     found = fitted.recommend({"new": ["i1", "i2"], "other": ["i3"]}, 2)
     assert found["user_id"].to_list() == ["new", "new", "other", "other"]
@@ -197,8 +214,40 @@ def test_parameters_are_those_of_scikit_learn() -> None:
 def test_what_is_not_fitted_says_so(chains: Dataset, fitted: L2Rec) -> None:
     with pytest.raises(ConfigError, match=r"not fitted: call fit\(dataset\) first"):
         L2Rec("sasrec").recommend()
-    with pytest.raises(CheckpointError, match="holds a run already"):
+    with pytest.raises(CheckpointError, match="holds a run already; add resume=True to go on") as e:
         L2Rec("sasrec", out=fitted.run_, progress=False).fit(chains)
+    assert "--" not in one_line(e)
+
+
+def test_what_is_no_recipe_and_no_data_set_says_so(chains: Dataset, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: sasrec\nmodel: {dim: 8}\n")
+    assert L2Rec(file).config == L2Rec(str(file)).config
+    for recipe in (SASRec, 3, None):
+        with pytest.raises(
+            ConfigError, match=r"^recipe=.*: give a name or a file; a class is"
+        ) as e:
+            L2Rec(recipe).fit(chains)  # type: ignore[arg-type]
+        one_line(e)
+    for data in (pl.DataFrame({"user_id": ["u"]}), 3, None):
+        with pytest.raises(
+            DataError, match=r"l2rec\.Dataset\.from_frames makes one of tables"
+        ) as d:
+            L2Rec("sasrec", progress=False).fit(data)  # type: ignore[arg-type]
+        one_line(d)
+
+
+def test_a_file_of_a_run_is_no_run(fitted: L2Rec) -> None:
+    for call in (l2rec.load, L2Rec.load):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is not a run folder") as e:
+            call(fitted.run_ / "model.safetensors")
+        one_line(e)
+
+
+def test_loading_draws_nothing(fitted: L2Rec) -> None:
+    before = torch.get_rng_state()
+    l2rec.load(fitted.run_)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_run_without_a_folder_goes_with_its_model(chains: Dataset) -> None:

@@ -136,6 +136,14 @@ def test_a_temporary_data_set_lives_as_long_as_it_is_used() -> None:
     assert items.tolist() == [0, 0, 2, 1, 0]  # an array that was taken from it stays
 
 
+def test_notes_name_arguments() -> None:
+    notes = build(pl.DataFrame(EVENTS), pl.DataFrame(ITEMS).select("item_id", "title")).meta[
+        "notes"
+    ]
+    assert any(note.endswith("use drop_textless to drop them") for note in notes)
+    assert not any("--" in note for note in notes)
+
+
 def test_types_of_columns() -> None:
     """Numbers, categories and dates are read as those of a Parquet file are."""
     day = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)

@@ -329,6 +329,11 @@ def open_dataset(path: str | Path) -> Dataset:
     Raises:
         DataError: it is missing, torn, of another version, or its parts disagree on the counts.
     """
+    if not isinstance(path, str | Path):
+        raise DataError(
+            f"a data set is opened by its folder, not by a {type(path).__name__}; "
+            "l2rec.Dataset.from_frames makes one of tables"
+        )
     path = Path(path)
     meta = _read_meta(path)
     offsets = _load_array(path, "offsets.npy", np.dtype(np.int64))

@@ -15,6 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from l2rec.data.formats.columns import Columns
 from l2rec.data.formats.open import open_source
 from l2rec.data.preparation.texts import parse_template
 from l2rec.data.prepare import PrepareConfig, build
-from l2rec.errors import ConfigError, DataError, nearest
+from l2rec.errors import ConfigError, DataError, as_arguments, nearest
 
 NAME = "frames"
 """Name of a data set without a folder of its own, and of the format and origin of each."""
@@ -83,6 +84,7 @@ def _prepare(events: Any, items: Any, out: Path, config: PrepareConfig, progress
         if items is not None:
             catalog = Path(folder) / "items.parquet"
             left = _write(items, catalog, [config.item, *of_text])
+        words = partial(_as_arguments, files=[file for file in (log, catalog) if file])
         try:
             source = open_source(log, items=catalog, format="parquet", columns=columns)
             source = replace(source, format=NAME)
@@ -91,19 +93,16 @@ def _prepare(events: Any, items: Any, out: Path, config: PrepareConfig, progress
                     f"items: left out, as their values have no one type that a file can hold: "
                     f"{', '.join(map(repr, left))}"
                 )
-            return build(source, out, config, origin=NAME, progress=progress)
+            return build(source, out, config, origin=NAME, progress=progress, reworded=words)
         except DataError as error:
-            files = [file for file in (log, catalog) if file is not None]
-            raise DataError(_as_arguments(str(error), files)) from error
+            raise DataError(words(str(error))) from error
 
 
 def _as_arguments(text: str, files: Sequence[Path]) -> str:
-    """Put an error into words of the arguments, not of temporary files and command-line flags."""
+    """Put a message into words of the arguments, not of temporary files and command-line flags."""
     for file in files:
         text = text.replace(str(file), file.stem).replace(file.name, file.stem)
-    for option in ("items", *PrepareConfig.model_fields):
-        text = re.sub(rf"--{option.replace('_', '-')}\b(?!-)", option, text)
-    return text
+    return as_arguments(text, ("items", *PrepareConfig.model_fields))
 
 
 def _write(frame: Any, file: Path, needed: Collection[str | None]) -> list[str]:

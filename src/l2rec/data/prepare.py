@@ -17,7 +17,7 @@ __all__ = ["PrepareConfig", "build", "may_write", "prepare", "write_parquet"]
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,14 @@ def build(
     chunk_events: int = CHUNK_EVENTS,
     order: EventOrder | None = None,
     recorded: Mapping[str, Any] | None = None,
+    reworded: Callable[[str], str] = str,
 ) -> Dataset:
     """Prepare a log that is open already. ``origin``: its name in dataset.json.
 
     ``chunk_events``: events in memory at a time; the result does not depend on it. ``order``: facts
     about the order of events where they are known; by default they are measured. ``recorded``:
-    options that dataset.json names in place of those of ``config``.
+    options that dataset.json names in place of those of ``config``. ``reworded``: puts notes into
+    other words than those of the command line.
     """
     report = Report(progress)
     may_write(out)
@@ -119,7 +121,15 @@ def build(
         _write_tables(log, catalog, remaining.users, item_ok, folder)
         options = config.model_dump(mode="json") | dict(recorded or {})
         _write_meta(
-            source, catalog, folder, state, options, name=out.name, origin=origin, order=order
+            source,
+            catalog,
+            folder,
+            state,
+            options,
+            name=out.name,
+            origin=origin,
+            order=order,
+            reworded=reworded,
         )
         shutil.rmtree(work)
     dataset = open_dataset(out)
@@ -150,6 +160,7 @@ def _write_meta(
     name: str,
     origin: str,
     order: EventOrder | None,
+    reworded: Callable[[str], str],
 ) -> None:
     arrays = [np.load(folder / f"{n}.npy", mmap_mode="r") for n in _array_names(state)]
     users = pq.read_table(folder / "users.parquet")["user_id"]
@@ -186,7 +197,7 @@ def _write_meta(
         },
         "options": dict(options),
         "counters": state.counters,
-        "notes": notes,
+        "notes": [reworded(note) for note in notes],
     }
     offsets, items, times = arrays[:3]
     order = order or order_of(meta, offsets, items, times, table["item_id"])

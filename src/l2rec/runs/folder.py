@@ -516,7 +516,7 @@ def _identity(run: Path) -> dict[str, Any]:
         if absent:
             raise CheckpointError(f"{path}: torn or edited: it has no {min(absent)!r}")
         return identity
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{run} is not a run folder: it has no config.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())

@@ -492,6 +492,12 @@ def load(
 
 def load_folder(folder: RunFolder) -> Predictor:
     """Build the model of a run that was read; raises as `load`."""
+    # First weights are drawn, and then replaced: that is no reason to set the caller's own draws.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        return _built(folder)
+
+
+def _built(folder: RunFolder) -> Predictor:
     run, catalog = folder.path, folder.catalog
     backbone = backbone_of(find_backbone(run, folder.config, folder.identity))
     check_backbone(run, folder.identity, backbone)
