@@ -252,7 +252,7 @@ def catalog_rows(
     return torch.from_numpy(np.asarray(items, dtype=np.int64)).to(device)
 
 
-def check_new_texts(texts: Sequence[str]) -> None:
+def check_new_texts(texts: Sequence[object]) -> None:
     """Refuse new items that have no text.
 
     Raises:
