@@ -251,10 +251,10 @@ def refuse_of_one_catalog(method: Any, run: Path) -> None:
     """Raise CheckpointError for a method to which an item is codes or words of one catalog: with
     other items they would be others, and what was learned of them of no use.
     """
+    name = method.__name__
     if isinstance(method, OfOneCatalog) and method.one_catalog:
         raise CheckpointError(
-            f"{run}: {method.__name__} gives codes or words to the items of one catalog; train it "
-            "anew"
+            f"{run}: {name} gives codes or words to the items of one catalog; train it anew"
         )
 
 
