@@ -54,6 +54,8 @@ BUDGET = {
     "UniSRec": (1e-2, 25),
 }
 """Learning rate and epochs of what learns the chain slowly, or takes long about an epoch."""
+WHOLE_SOFTMAX: dict[str, dict[str, Any]] = {"ESASRec": {"loss": "ce"}}
+"""Options of a method whose default loss is another."""
 
 
 @dataclass
@@ -280,6 +282,46 @@ def test_same_seed_same_losses(name: str, chain: tuple[Catalog, Split]) -> None:
         a_few_steps(build(name, catalog, seed), split.train) for seed in (0, 0, 1)
     )
     assert first == again != other
+
+
+@pytest.mark.parametrize(
+    "name", ["BERT4Rec", "ESASRec", "FDSA", "FamouSRec", "GRU4Rec", "S3Rec", "SAID", "SASRec"]
+)
+def test_a_step_keeps_no_score_of_all_items(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients are those of the softmax over the whole [P, N], which is never there."""
+    count = 997  # the size of nothing else
+    dataset = chain_dataset(tmp_path / "chain", n_users=12, n_items=count, length=9, seed=0)
+    model = build(name, Catalog(dataset.catalog), **WHOLE_SOFTMAX.get(name, {}))
+    *_, (stage, parameters) = ready(model)
+    batch = batches_of(stage, leave_one_out(dataset.sequences).train)[0]
+
+    def step() -> tuple[list[Tensor], bool]:
+        kept = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor.shape)
+            return tensor
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            (losses,) = protocols.updates(stage.loss(batch))
+        gradients = torch.autograd.grad(losses.total, parameters)
+        wide = any(len(shape) == 2 and shape[1] == count for shape in kept)
+        return [losses.total.detach(), *gradients], wide
+
+    def whole(users: Tensor, items: Tensor, positive: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(users @ items.T, positive)
+
+    ours, wide = step()
+    assert not wide
+    for module in {inspect.getmodule(base) for base in type(model).__mro__}:
+        if hasattr(module, "fused_catalog_loss"):
+            monkeypatch.setattr(module, "fused_catalog_loss", whole)
+    theirs, wide = step()
+    assert wide
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_held_out_items_leave_no_trace(name: str, chain: tuple[Catalog, Split]) -> None:

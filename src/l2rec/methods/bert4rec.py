@@ -41,7 +41,7 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
-from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.objectives import fused_catalog_loss
 from l2rec.modules.sequences import catalog_rows, encode_rows, last_of, pad, sequence_batches
 from l2rec.protocols import Losses, Scorer, Stage, UserEncoder, decayed, inner_product_scorer
 
@@ -148,8 +148,8 @@ class BERT4Rec(nn.Module):
         """Compute the cross-entropy of the hidden items, mean over the batch."""
         items, real = pad(batch.histories, self.items.weight.device)
         hidden = self.hide(real)
-        scores = self(items, real, hidden) @ self.items.weight.T + self.bias
-        total = catalog_loss(scores, items[hidden])
+        outputs = F.pad(self(items, real, hidden), (0, 1), value=1.0)  # 1 meets an item's bias
+        total = fused_catalog_loss(outputs, self._rows(), items[hidden])
         return Losses(total, {"rec": total.detach()}, int(real.sum()), computed_positions(real))
 
     def hide(self, real: Tensor) -> Tensor:
@@ -204,7 +204,11 @@ class BERT4Rec(nn.Module):
             DataError: raw texts, which BERT4Rec cannot read.
         """
         rows = catalog_rows(items, "BERT4Rec", self.items.weight.device)
-        return torch.cat((self.items.weight, self.bias[:, None]), 1).detach()[rows]
+        return self._rows().detach()[rows]
+
+    def _rows(self) -> Tensor:
+        """Return the rows of E with their biases, [N, h + 1]."""
+        return torch.cat((self.items.weight, self.bias[:, None]), 1)
 
     def scorer(self) -> Scorer:
         return inner_product_scorer(self)

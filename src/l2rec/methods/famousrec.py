@@ -57,7 +57,7 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, initialize
 from l2rec.modules.experts import load_balance, top_n
 from l2rec.modules.item_table import ItemTable
-from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.objectives import fused_catalog_loss
 from l2rec.modules.processes import everyone
 from l2rec.modules.sequences import as_index, encode_rows, last_of, pad, sequence_batches
 from l2rec.protocols import Losses, Stage, decayed
@@ -386,7 +386,7 @@ class FamouSRec(ItemTable):
         device = mixture.user.device
         targets = as_index(batch.targets, device)
         parts = {
-            "rec": catalog_loss(mixture.user @ self.items.weight.T, targets),
+            "rec": fused_catalog_loss(mixture.user, self.items.weight, targets),
             "balance": load_balance(mixture.scores, mixture.chosen)[0],
         }
         total = parts["rec"] + config.balance * parts["balance"]

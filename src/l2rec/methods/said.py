@@ -52,7 +52,7 @@ from l2rec.modules.backbone import Backbone
 from l2rec.modules.encoder import SequenceEncoder, check_heads, computed_positions, initialize
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
-from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.objectives import fused_catalog_loss
 from l2rec.modules.packing import Attend, Packing, pack
 from l2rec.modules.sequences import (
     ItemBatches,
@@ -321,7 +321,7 @@ class SAID(nn.Module):
         states, real = self(batch.histories, rows)
         users = states[real]
         targets = as_index(batch.targets, users.device)
-        total = catalog_loss(users @ rows.T, targets)
+        total = fused_catalog_loss(users, rows, targets)
         return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))
 
     # -- inference -------------------------------------------------------------------------------

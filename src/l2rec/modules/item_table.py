@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from l2rec.data.batches import Batch
 from l2rec.data.ragged import Ragged
 from l2rec.modules.encoder import computed_positions
-from l2rec.modules.objectives import catalog_loss
+from l2rec.modules.objectives import fused_catalog_loss
 from l2rec.modules.sequences import as_index, catalog_rows, encode_rows, last_of
 from l2rec.protocols import Losses, Scorer, inner_product_scorer
 
@@ -58,7 +58,8 @@ class ItemTable(nn.Module):
         users = states[real]  # [P, h], in the order of the flat histories and targets
         targets = as_index(batch.targets, users.device)
         if sampled is None:
-            total = catalog_loss(users @ (self.items.weight if table is None else table).T, targets)
+            items = self.items.weight if table is None else table
+            total = fused_catalog_loss(users, items, targets)
         else:
             total = sampled(users, targets)
         return Losses(total, {"rec": total.detach()}, len(users), computed_positions(real))

@@ -1,4 +1,4 @@
-"""Losses of the baselines beside the full softmax, which is `objectives.catalog_loss`.
+"""Losses of the baselines beside the full softmax, which is `objectives.fused_catalog_loss`.
 
 Legend: P positions, k sampled negatives of each, B rows.
 """
