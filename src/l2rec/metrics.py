@@ -21,6 +21,7 @@ __all__ = [
     "popularity_bias",
     "rank_values",
     "ranking_metrics",
+    "reject_nan",
 ]
 
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def expected_ranks(scores: Tensor, targets: Tensor, exclude: Ragged | None = Non
         ValueError: shapes that do not fit, items outside the N columns, or NaN scores.
     """
     _check(scores, targets)
-    _reject_nan(scores)
+    reject_nan(scores)
     ranks = 1.0 + items_ahead(scores, targets)
     if exclude is not None:
         ranks -= items_ahead_among(scores, targets, exclude)
@@ -298,7 +299,8 @@ def _check_offsets(offsets: npt.NDArray[np.int64], ranks: int) -> None:
         )
 
 
-def _reject_nan(scores: Tensor) -> None:
+def reject_nan(scores: Tensor) -> None:
+    """Raise a ValueError if one of the scores [B, N] is NaN."""
     if scores.numel() == 0:
         return
     # The maximum of a row is NaN as soon as one score is: one cheap pass, no boolean block.

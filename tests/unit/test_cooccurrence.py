@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from l2rec.data.ragged import Ragged
+from l2rec.metrics import expected_ranks
 from l2rec.modules import cooccurrence
 from l2rec.modules.cooccurrence import CoOccurrence, Weights, choose, text_neighbors
 
@@ -188,6 +189,30 @@ def test_the_best_weights_are_chosen(block: int, monkeypatch: pytest.MonkeyPatch
         return total
 
     assert best == max(tried, key=ndcg) == Weights(2.0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_cells_that_no_weight_moves_are_ranked_once(share: float) -> None:
+    """Ranks are those of the dense sum, ties and all, whatever share of the cells is moved."""
+    made = torch.Generator().manual_seed(7)
+    users, items = 9, 50
+    own = torch.randint(6, (users, items), generator=made).float()
+    own[4] = 1.0
+    met = torch.randint(1, 4, (users, items), generator=made).float() / 2
+    met *= torch.rand(users, items, generator=made) < share
+    seen = torch.rand(users, items, generator=made) < share / 2
+    wanted = torch.randint(items, (users,), generator=made)
+    tried = [Weights(near, repeat) for repeat in (-8.0, 0.0, 2.0) for near in (0.0, 0.5, 2.0)]
+    found = list(cooccurrence._ranks(own, met, seen, wanted, tried))
+    for weights, ranks in zip(tried, found, strict=True):
+        dense = expected_ranks(own + weights.added(met, seen), wanted)
+        assert torch.equal(ranks, dense) and ranks.dtype == dense.dtype
+    with pytest.raises(ValueError, match="NaN among the scores of row 2"):
+        next(
+            cooccurrence._ranks(
+                own.index_fill(0, torch.tensor(2), math.nan), met, seen, wanted, tried
+            )
+        )
 
 
 def test_of_many_users_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

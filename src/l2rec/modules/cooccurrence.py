@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rec.data.ragged import IntArray, Ragged
-from l2rec.metrics import expected_ranks, rank_values
+from l2rec.metrics import rank_values, reject_nan
 from l2rec.protocols import Recommender, Scorer
 
 Sparse = Any
@@ -234,11 +234,47 @@ def choose(
         rows = some[start : start + size]
         own, met, seen = parts(histories.take(rows))
         wanted = torch.from_numpy(targets[rows].astype(np.int64))
-        for number, weights in enumerate(tried):
-            ranks = expected_ranks(own + weights.added(met, seen), wanted).numpy()
-            totals[number] += rank_values(ranks, "ndcg@10").sum()
+        for number, ranks in enumerate(_ranks(own, met, seen, wanted.to(own.device), tried)):
+            totals[number] += rank_values(ranks.numpy(), "ndcg@10").sum()
         progress(start + len(rows), len(some))
     return tried[int(totals.argmax())]
+
+
+def _ranks(
+    own: Tensor, met: Tensor, seen: Tensor, wanted: Tensor, tried: Sequence[Weights]
+) -> Iterator[Tensor]:
+    """Yield for each of the weights what `expected_ranks` says of own + added: [B] float64, CPU.
+
+    Cells that no weight moves, most of them, are sorted once; only the others are added up for
+    each of the weights. own: [B, N], finite. wanted: [B] int64, columns of the targets.
+
+    Raises:
+        ValueError: NaN scores.
+    """
+    reject_nan(own)
+    moved = ((met != 0) | seen).scatter_(
+        1, wanted[:, None], True
+    )  # the target: never with the rest
+    rest = own.masked_fill(moved, -math.inf)
+    if rest.device.type == "cpu":  # numpy sorts three times as fast as torch
+        rest = torch.from_numpy(np.sort(rest.numpy()))
+    else:
+        rest = rest.sort(1).values
+    row, column = moved.nonzero(as_tuple=True)
+    own, met, seen = own[row, column], met[row, column], seen[row, column]
+    target = (column == wanted[row]).nonzero()[:, 0]
+    counts = moved.sum(1)
+    last = counts.cumsum(0) - 1
+    for weights in tried:
+        scores = own + weights.added(met, seen)
+        goal = scores[target, None]
+        limit = scores[target].repeat_interleave(counts)
+        ahead = ((scores > limit).to(torch.int8) + (scores >= limit)).cumsum(0)[last]
+        ahead = ahead.diff(prepend=ahead.new_zeros(1))
+        for right in (False, True):
+            ahead += rest.shape[1] - torch.searchsorted(rest, goal, right=right)[:, 0]
+        # Twice those above and once those level, as in `items_ahead`; the target is level itself.
+        yield 1.0 + (ahead - 1).double().cpu() / 2.0
 
 
 class Blend(nn.Module):
