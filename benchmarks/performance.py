@@ -13,7 +13,11 @@ finished runs; without them the parts that need them are left out. All parts use
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -24,6 +28,8 @@ from typing import Any, Literal
 
 import torch
 from measure import shown
+
+from l2rec.config import recipe_names
 
 BENCHMARKS = Path(__file__).parent
 ROOT = BENCHMARKS.parent
@@ -88,6 +94,14 @@ PARTS = (
     Part("serving", "run"),
     Part("limits", "run"),
 )
+NAMED = {
+    "earlier": ("work", "WORK"),
+    "loss": ("contender", "CONTENDERS"),
+    "memory": ("work", "WORK"),
+    "padding": ("recipe", "RECIPES"),
+    "systems": ("system", "SYSTEMS"),
+}
+"""By script: the column that says what a row measures, and the script's table of what there is."""
 
 
 # -- measuring -----------------------------------------------------------------------------------
@@ -121,9 +135,13 @@ def page(found: Mapping[str, Document], plots: Mapping[str, str]) -> str:
     blocks = [
         "# Performance",
         "Written by `python benchmarks/performance.py`: every figure comes from the command under "
-        "its table, run on the machine that is named there. Compare ratios and slopes; seconds "
-        "depend on the machine. A MB is 2^20 bytes. A goal that was not reached stays in the "
-        "table.",
+        "its table, run on the machine and day that are named there; where today's command gives "
+        "other rows, a line says so. Compare ratios and slopes; seconds depend on the machine. A "
+        "MB is 2^20 bytes. A goal that was not reached stays in the table.",
+        "Data sets that a command names were made by `l2rec prepare`; `runs/demo-blended` is what "
+        "`make demo` leaves, and `../earlier` a checkout of an earlier build, as the head of "
+        "`benchmarks/earlier.py` makes it. How the other runs were trained is not recorded: any "
+        "finished run can take their place, and gives other figures.",
         "## Goals",
         table(
             [("path", "path"), ("goal", "goal"), ("measured", "measured"), ("reached", "reached")],
@@ -145,9 +163,33 @@ def section(name: str, document: Document, plot: str | None) -> list[str]:
     blocks.append(table([tuple(column) for column in document["columns"]], document["rows"]))
     if plot:
         blocks.append(f"![Curves of the part {name}, with their slopes]({plot})")
-    blocks += document["notes"]
+    blocks += [*document["notes"], *remarks(document)]
     where = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     return [*blocks, f"`{document['command']}`: {where}."]
+
+
+def remarks(document: Document) -> list[str]:
+    """Say how what was measured differs from what the same command measures today."""
+    if names := gone(document):
+        listed = ", ".join(f"`{name}`" for name in names)
+        return [f"Of an earlier version, which had {listed}: today's command gives other rows."]
+    return []
+
+
+def gone(document: Document) -> list[str]:
+    """Name what a part has measured that its script, or the package, no longer has."""
+    _, path, *options = shlex.split(document["command"])
+    column, known = NAMED.get(Path(path).stem, ("", ""))
+    rows = [row[column] for row in document["rows"] if column in row]
+    there = vars(importlib.import_module(Path(path).stem))[known] if rows else ()
+    said = re.findall(r"\brecipe ([\w/-]+)", "\n".join(document["notes"]))
+    said += [row["recipe"] for row in document["rows"] if "recipe" in row]
+    for word, value in itertools.pairwise(options):
+        said += [value] if word == "--recipe" else []
+    recipes = recipe_names()
+    return sorted(
+        {name for name in rows if name not in there} | {r for r in said if r not in recipes}
+    )
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Quality in bfloat16 and float32: the same trained run scored in both, user by user.
 
-    python benchmarks/precision.py --run runs/sci-table    its tensors, in float32 and bfloat16
+    python benchmarks/precision.py --run RUN               its tensors, in float32 and bfloat16
     python benchmarks/precision.py --runs runs/a runs/b    two finished runs, such as one trained
                                                            in each precision, by their ranks
     python benchmarks/precision.py                         a run of its own, on generated chains

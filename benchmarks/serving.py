@@ -1,7 +1,7 @@
 """Requests a second and their latency: `l2rec serve` against a bare service on the same backbone.
 
-    python benchmarks/serving.py --run runs/sci-table
-    python benchmarks/serving.py --run runs/sci-table --quick     1 round of 3 seconds
+    python benchmarks/serving.py --run RUN
+    python benchmarks/serving.py --run RUN --quick     1 round of 3 seconds
     python benchmarks/serving.py --run RUN --earlier CHECKOUT ITS_RUN
 
 Both are real processes on this machine, asked over loopback by as many clients as stand in the

@@ -6,10 +6,10 @@
 A step is everything that one batch of users asks of a system, forward and backward, without the
 optimiser: for HDRec with T = 2 one update of either side, which reads the texts twice and the ids
 once, and its item alignment; for L2Rec both views of the users and, in the paper's form, their
-target items and negatives; in the table form no item is read. All read the same newest items of the
-same training sequences, cut at as many tokens, on the same frozen backbone, with adapters of rank 8
-on the same matrices. Seconds are medians of interleaved rounds, the ratio is taken within rounds;
-memory is the peak above what was loaded, in a process of its own.
+target items and negatives; in the catalog form no item is read. All read the same newest items of
+the same training sequences, cut at as many tokens, on the same frozen backbone, with adapters of
+rank 8 on the same matrices. Seconds are medians of interleaved rounds, the ratio is taken within
+rounds; memory is the peak above what was loaded, in a process of its own.
 """
 
 from __future__ import annotations

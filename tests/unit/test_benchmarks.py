@@ -303,6 +303,39 @@ def test_the_page_is_made_of_what_was_measured(tmp_path: Path) -> None:
     assert drawn.read_bytes() == before and target.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "names"),
+    [
+        ("systems", {"rows": [{"system": "HDRec, text alone"}, {"system": "older"}]}, ["older"]),
+        ("earlier", {"rows": [{"work": "paper"}, {"work": "whole"}]}, ["whole"]),
+        ("padding", {"rows": [{"recipe": "l2rec-was"}]}, ["l2rec-was"]),
+        ("layers", {"notes": ["Validation; recipe scientific/was, seed 0."]}, ["scientific/was"]),
+        ("layers", {"notes": ["Read as recipe scientific/l2rec does."]}, []),
+        (
+            "update",
+            {"command": "python benchmarks/update.py --recipe l2rec-was --x"},
+            ["l2rec-was"],
+        ),
+        ("step", {}, []),
+    ],
+)
+def test_the_page_says_what_a_command_no_longer_measures(
+    part: str, changes: dict[str, Any], names: list[str]
+) -> None:
+    found = document(part, **changes)
+    assert performance.gone(found) == names
+    text = performance.page({part: found}, {})
+    assert ("today's command gives other rows" in text.split("## Goals")[1]) == bool(names)
+    assert all(f"`{name}`" in text for name in names)
+
+
+def test_the_kept_page_is_that_of_the_kept_results() -> None:
+    """A script that loses rows, too, needs `python benchmarks/performance.py --only none`."""
+    found = performance.documents()
+    plots = {name: f"performance/{name}.svg" for name in found if found[name].get("curves")}
+    assert performance.PAGE.read_text(encoding="utf-8") == performance.page(found, plots)
+
+
 def test_parts_are_chosen() -> None:
     def names(only: str, gpu: bool, *given: str) -> list[str]:
         return [p.name for p in performance.chosen_parts(only, {"nothing", *given}, gpu)]
