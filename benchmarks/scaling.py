@@ -393,6 +393,7 @@ def breaks(unit: Mapping[str, Cost]) -> list[str]:
     everybody = shown_time(unit["rank"].value * small.users)
     pairs = shown_bytes(PAIR_BYTES * 2.0 * WINDOW * small.events)
     states = shown_bytes(large.items * (ITEM_TOKENS + 1) * SMALL.dim * 2.0)
+    alike = [f"{2.0 * plan.items**2 * SMALL.dim:.1e} for {plan.items:,}" for plan in PLANS]
     fit = ", ".join(f"{half / (16 * s.dim):,.0f} of {s.name}" for s in (SMALL, LARGE))
     ids = shown_bytes((8.0 + ID_BYTES) * large.users)
     whole, bits = 4.0 * large.items * SMALL.dim, large.items * SMALL.dim / 8
@@ -403,6 +404,10 @@ def breaks(unit: Mapping[str, Cost]) -> list[str]:
         f"**Counting pairs**, for the floors of `l2rec train` and for `l2rec blend`: {PAIR_BYTES} "
         f"bytes a pair, measured with 47 million, are {pairs} for {small.events:,} events. A "
         "machine has to have that much, or does not come to its test.",
+        "**Texts that are alike**, for `l2rec blend` of a method that reads texts: the text of "
+        "every item is compared with all others, 2 N^2 D operations in float32, in one process. "
+        f"With vectors of {SMALL.name} they are {alike[0]} items and {alike[1]}: ten times the "
+        "items take a hundred times as long.",
         f"**r_i** (`item_residual`), dense: {unit['free'].shown} a step beside "
         f"{unit['train'].shown}, and {unit['free_peak'].shown} of memory. Half of a card holds "
         f"those, with gradients and AdamW, of the items of {fit}. Beyond: "
