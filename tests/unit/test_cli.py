@@ -784,6 +784,18 @@ def test_lists_of_many_users_are_those_of_each(
     assert pl.read_parquet(out).equals(chosen)  # as it was
 
 
+def test_lists_of_a_data_set_look_no_id_up(
+    call: Call, catalog_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Histories are the data set's item ints, which are the run's."""
+    from l2rec.runs.predictor import Predictor
+
+    monkeypatch.delattr(Predictor, "rows")
+    out = tmp_path / "all.parquet"
+    assert call("recommend", catalog_run.run, "--all", "--out", out, "-k", 4).code == 0
+    assert len(pl.read_parquet(out)) == 160
+
+
 def test_lists_of_histories(call: Call, catalog_run: Finished, tmp_path: Path) -> None:
     tonight, out = tmp_path / "tonight.parquet", tmp_path / "lists.parquet"
     lists = {"user_id": ["x", "nobody", "y"], "history": [["i3", "n1"], [], ["i7"]]}

@@ -151,6 +151,14 @@ def test_too_many_cold_items_leave_nobody(data: Dataset, tmp_path: Path) -> None
 # -- runs ----------------------------------------------------------------------------------------
 
 
+def test_what_training_may_know_of_many_users(cold: Dataset) -> None:
+    users = np.arange(cold.n_users)[::-2]
+    rows = cold.warm(users)
+    assert len(rows) == len(users) and len(rows.values) < cold.sequences.take(users).lengths.sum()
+    for user, row in zip(users, rows, strict=True):
+        np.testing.assert_array_equal(row, cold.warm_items(int(user)))
+
+
 @pytest.fixture(scope="module")
 def run(cold: Dataset, backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     config = runs.config(backbone_folder, "catalog")

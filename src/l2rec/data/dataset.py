@@ -146,6 +146,13 @@ class Dataset:
         row = self.sequences[user]
         return row[row < self.n_warm]
 
+    def warm(self, users: npt.NDArray[np.integer]) -> Ragged:
+        """Return the rows of `warm_items` of many users, in the given order."""
+        rows = self.sequences.take(users)
+        known = rows.values < self.n_warm
+        before = np.concatenate(([0], np.cumsum(known)))
+        return Ragged(rows.values[known], before[rows.offsets])
+
     @property
     def n_events(self) -> int:
         return len(self.items)

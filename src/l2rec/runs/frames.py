@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["COLUMNS", "recommendations"]
+__all__ = ["COLUMNS", "recommendations", "table_of"]
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from l2rec.data.ids import as_list
 from l2rec.data.ragged import Ragged
@@ -16,6 +17,7 @@ from l2rec.evaluation.ranking import top_k
 from l2rec.runs.predictor import Predictor
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
 
 Frame = Literal["polars", "pandas", "arrow"]
@@ -64,6 +66,26 @@ def recommendations(
         if not allowed:
             raise DataError("items_to_recommend is empty: give item ids, or None for all")
         candidates = predictor.rows([allowed])[0]
+    table = table_of(predictor, users, rows, k, filter_viewed=filter_viewed, candidates=candidates)
+    return _as(table, frame)
+
+
+def table_of(
+    predictor: Predictor,
+    users: Sequence[str],
+    rows: Ragged,
+    k: int,
+    *,
+    filter_viewed: bool,
+    candidates: npt.NDArray[np.integer] | None = None,
+) -> pa.Table:
+    """Rank for users by ``rows``, a row of item ints for each of them, none empty; return the
+    table of `recommendations`.
+
+    Raises:
+        DataError: k outside 1..N.
+    """
+    import pyarrow as pa
 
     def scores(block: Ragged) -> Tensor:
         return predictor.scores(predictor.encode(block))
@@ -79,21 +101,17 @@ def recommendations(
     listed = best.items >= 0
     at, place = np.nonzero(listed)
     ids = np.asarray(predictor.ids, dtype=object)
-    columns = {
-        "user_id": [str(users[row]) for row in at],
-        "item_id": list(ids[best.items[listed]]),
-        "score": best.scores[listed],
-        "rank": (place + 1).astype(np.int64),
-    }
-    return _table(columns, frame)
+    columns = (  # strings typed even where there are no rows
+        pa.array([str(users[row]) for row in at], pa.string()),
+        pa.array(ids[best.items[listed]], pa.string()),
+        best.scores[listed],
+        (place + 1).astype(np.int64),
+    )
+    return pa.table(dict(zip(COLUMNS, columns, strict=True)))
 
 
-def _table(columns: Mapping[str, Any], frame: Frame) -> Any:
-    """Return columns as a table of a library, strings typed even where there are no rows."""
-    import pyarrow as pa
-
-    texts = {name: pa.array(columns[name], pa.string()) for name in ("user_id", "item_id")}
-    table = pa.table({**columns, **texts})
+def _as(table: pa.Table, frame: Frame) -> Any:
+    """Return the table as one of a library."""
     if frame == "arrow":
         return table
     if frame == "polars":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["Asked", "of_dataset", "of_parquet", "user_table", "write_lists"]
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2rec.data.ragged import Ragged
 from l2rec.disk import replacing
 from l2rec.errors import DataError
 from l2rec.protocols import Progress
 from l2rec.runs import shards
 from l2rec.runs.folder import open_run_dataset
-from l2rec.runs.frames import BLOCK, COLUMNS, recommendations
+from l2rec.runs.frames import BLOCK, COLUMNS, table_of
 from l2rec.runs.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Asked:
-    """Who gets a list. ``users``: how many at most. ``blocks``: where rows come from, for an error,
-    and item ids by user, oldest first, none of them empty.
+    """Who gets a list. ``users``: how many at most. ``blocks``: user ids, and what each has had as
+    item ints of a predictor, oldest first, none of them empty.
     """
 
     users: int
-    blocks: Iterator[tuple[str, dict[str, list[str]]]]
+    blocks: Callable[[Predictor], Iterator[tuple[list[str], Ragged]]]
 
 
 def of_dataset(run: Path, data: Path | None = None, users: Path | None = None) -> Asked:
@@ -61,24 +62,20 @@ def of_dataset(run: Path, data: Path | None = None, users: Path | None = None) -
         except DataError as error:
             raise DataError(f"--users {users}: {error}") from None
 
-    def blocks() -> Iterator[tuple[str, dict[str, list[str]]]]:
+    def blocks(_: Predictor) -> Iterator[tuple[list[str], Ragged]]:  # whose ints are the data set's
         for start in range(0, len(chosen), ROWS):
-            rows = chosen[start : start + ROWS]
-            names = dataset.user_ids.take(pa.array(rows)).to_pylist()
-            items = [dataset.warm_items(int(row)) for row in rows]
-            histories = {
-                name: dataset.item_ids.take(pa.array(row)).to_pylist()
-                for name, row in zip(names, items, strict=True)
-                if len(row)
-            }
-            if users is not None and len(histories) < len(names):
-                cold = next(name for name in names if name not in histories)
+            some = chosen[start : start + ROWS]
+            names = dataset.user_ids.take(pa.array(some)).to_pylist()
+            rows = dataset.warm(some)
+            warm = np.flatnonzero(rows.lengths)
+            if users is not None and len(warm) < len(names):
+                cold = names[int(np.flatnonzero(rows.lengths == 0)[0])]
                 raise DataError(
                     f"--users {users}: user {cold!r} has no items that {run} knows; leave it out"
                 )
-            yield str(dataset.path), histories
+            yield [names[row] for row in warm], rows.take(warm)
 
-    return Asked(len(chosen), blocks())
+    return Asked(len(chosen), blocks)
 
 
 def of_parquet(run: Path, histories: Path) -> Asked:
@@ -91,12 +88,16 @@ def of_parquet(run: Path, histories: Path) -> Asked:
     parts = source.shards(ROWS)
     source.check()
 
-    def blocks() -> Iterator[tuple[str, dict[str, list[str]]]]:
+    def blocks(predictor: Predictor) -> Iterator[tuple[list[str], Ragged]]:
         for part in parts:
             names, items = part.columns("histories")
-            yield part.place, {n: row for n, row in zip(names, items, strict=True) if row}
+            try:
+                rows = predictor.rows([row for row in items if row])
+            except DataError as error:
+                raise DataError(f"{part.place}: {error}") from error
+            yield [name for name, row in zip(names, items, strict=True) if row], rows
 
-    return Asked(sum(part.last - part.first for part in parts), blocks())
+    return Asked(sum(part.last - part.first for part in parts), blocks)
 
 
 def write_lists(
@@ -120,15 +121,10 @@ def write_lists(
         replacing(out, remedy="free some space") as partial,
         pq.ParquetWriter(partial, SCHEMA) as writer,
     ):
-        for place, histories in asked.blocks:
-            try:
-                table = recommendations(
-                    predictor, histories, k, filter_viewed=exclude_seen, frame="arrow"
-                )
-            except DataError as error:
-                raise DataError(f"{place}: {error}") from error
+        for names, histories in asked.blocks(predictor):
+            table = table_of(predictor, names, histories, k, filter_viewed=exclude_seen)
             writer.write_table(table.cast(SCHEMA))
-            users, rows = users + len(histories), rows + len(table)
+            users, rows = users + len(names), rows + len(table)
             done = min(done + ROWS, asked.users)
             progress.validating(done, asked.users)
     return users, rows
