@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from l2rec.data.dataset import open_dataset
-from l2rec.runs.folder import cut_by_time, load_run_config, split_of
+from l2rec.runs.folder import cut_by_time, load_run_config, load_shown_config, split_of
 from l2rec.runs.numbers import PRETRAINED, UNTRAINED
+from l2rec.runs.remarks import remarks_of, together
 from l2rec.runs.train import UNTRAINED_BACKBONE
 from l2rec.studies.compare import FLOORS
 
@@ -92,6 +93,7 @@ def collected() -> dict[str, dict[str, Report]]:
     for path in sorted(HERE.glob("*/*/report.json")):
         report = json.loads(path.read_text())
         report["blended"] = "blend" in report
+        report["remarks"] = remarks_of([load_shown_config(path.parent)[0]])
         name = path.parent.relative_to(HERE).as_posix()
         found.setdefault(report["dataset"]["fingerprint"], {})[name] = report
     return {
@@ -128,6 +130,7 @@ def table(runs: dict[str, Report], shown: int | None = None) -> str:
         return f"| {name} | {seeds} | {values} | {minutes} |"
 
     parts: dict[bool, list[tuple[float, str]]] = {False: [], True: []}
+    remarks: dict[str, list[str]] = {}
     recipes = of_recipes(runs)
     for name, seeds in (recipes if shown is None else of_methods(recipes)).items():
         scores = {c: mean(own(report)[c] for report in seeds) for c in COLUMNS}
@@ -136,9 +139,11 @@ def table(runs: dict[str, Report], shown: int | None = None) -> str:
         label = f"`{name}`{marks}"
         row = line(label, str(len(seeds)), scores, minutes)
         parts[seeds[0]["blended"]].append((scores[MAIN], row))
+        remarks[label] = seeds[0]["remarks"]
     as_it_is, blended = (
         [row for _, row in sorted(rows, reverse=True)[:shown]] for rows in parts.values()
     )
+    remarks = {n: r for n, r in remarks.items() if any(n in row for row in as_it_is + blended)}
     if as_it_is and blended:
         empty = " |" * (len(COLUMNS) + 2)
         as_it_is = [f"| *as it is* |{empty}", *as_it_is]
@@ -153,6 +158,8 @@ def table(runs: dict[str, Report], shown: int | None = None) -> str:
         lines += ["", "† cut by its time budget while it still got better"]
     if any("‡" in line for line in lines):
         lines += ["", "‡ its best step was chosen by an earlier rule, the history not masked"]
+    for remark in together(remarks):
+        lines += ["", remark]
     return "\n".join(lines)
 
 

@@ -153,6 +153,8 @@ class Console:
         for part, found in report.get("parts", {}).items():
             title = f"{part} targets, {found['users_tested']:,} tests, {data}"
             self._scores(title, found["scores"])
+        for remark in report.get("remarks", ()):
+            _note(f"{report['method']}: {remark}")
 
     def _scores(self, title: str, scores_of: Mapping[str, Mapping[str, float]]) -> None:
         table = Table(title=escape(title))
@@ -622,7 +624,12 @@ def print_comparison(comparison: Comparison) -> None:
             table.add_row(*(Text(c, "bold" if b else "") for c, b in zip(row, best, strict=True)))
         out.print(table)
     for note in comparison.notes:
-        out.print(f"note: {note}", soft_wrap=True, markup=False)
+        _note(note)
+
+
+def _note(text: str) -> None:
+    """Print what to know when reading a table."""
+    _out().print(f"note: {text}", soft_wrap=True, markup=False)
 
 
 def print_recommendations(history: Sequence[tuple[str, str]], result: Recommendation) -> None:

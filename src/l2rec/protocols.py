@@ -18,6 +18,7 @@ are inner products. The other protocols are optional abilities, asked for with `
     OfOneCatalog    one_catalog     items have codes or words that are made for one catalog
     ReadsTexts      text_tokens     texts longer than a limit are cut
     Exportable      user_encoder    users are a function of stored vectors of their items
+    Remarked        remarks         its options: what scores alone do not say
 
 Evaluation, runs and the service read no other attribute of a method.
 Shapes: B histories (users), N catalog items, D embedding size.
@@ -45,6 +46,7 @@ __all__ = [
     "Progress",
     "ReadsTexts",
     "Recommender",
+    "Remarked",
     "Scorer",
     "SizedByData",
     "Stage",
@@ -407,6 +409,18 @@ class Exportable(Protocol):
         """Return what `Embedder.encode_users` computes, as one function of the model's weights and
         of item vectors in evaluation mode.
         """
+        ...
+
+
+@runtime_checkable
+class Remarked(Protocol):
+    """Options of a method about whose scores a reader must know something. It is asked of the
+    options, not of the model, so that kept results, which have no model, say it as well.
+    """
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """Return what to know beside the scores, each without a subject, such as "ranks ..."."""
         ...
 
 

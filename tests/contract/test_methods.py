@@ -31,7 +31,16 @@ from l2rec.data.synthetic import chain_dataset, simple_text
 from l2rec.errors import DataError
 from l2rec.evaluation.ranking import evaluate
 from l2rec.methods.floors import Popularity
-from l2rec.protocols import Embedder, Losses, Method, Recommender, Stage, TakesNewItems, Trainable
+from l2rec.protocols import (
+    Embedder,
+    Losses,
+    Method,
+    Recommender,
+    Remarked,
+    Stage,
+    TakesNewItems,
+    Trainable,
+)
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.loop import train
 
@@ -465,6 +474,15 @@ def _scores(model: Any, histories: Ragged) -> Tensor:
     with torch.inference_mode():
         found: Tensor = model.scorer()(histories)
     return found
+
+
+def test_what_a_search_does_not_reach_is_said_beside_the_scores(name: str) -> None:
+    few = {"beams": 2} if "beams" in METHODS[name].Config.model_fields else {}
+    model = build(name, Catalog.of_texts([simple_text(97 * code) for code in range(N)]), **few)
+    searches = bool(_scores(model, Ragged.from_rows([[1, 2, 3]])).isneginf().any())
+    remarks = model.config.remarks if isinstance(model.config, Remarked) else ()
+    assert any("MRR@2 " in remark for remark in remarks) == searches
+    assert not (isinstance(model, Embedder) and remarks)
 
 
 def test_other_data_can_start_from_it(trained: Trained) -> None:

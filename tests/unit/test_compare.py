@@ -60,6 +60,7 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
         ranks: Sequence[float] | np.ndarray[Any, Any],
         *,
         seed: int = 0,
+        method: str = "sasrec:SASRec",
         recipe: str = "sasrec",
         dim: int = 64,
         data: Dataset = chains,
@@ -73,7 +74,7 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
         command: str = "",
         earlier: Sequence[Mapping[str, Any]] = (),
     ) -> Path:
-        values = {"method": "l2rec.methods.sasrec:SASRec", "seed": seed, "model": {"dim": dim}}
+        values = {"method": f"l2rec.methods.{method}", "seed": seed, "model": {"dim": dim}}
         values["training"] = dict(training or {})
         fingerprint = fingerprint or data.fingerprint
         identity = {
@@ -388,6 +389,16 @@ def test_where_nothing_differs_there_is_no_dagger(make: Make, against: str | Non
     assert marked <= 2 and uncorrected > 15
     assert "corrected by Holm's method" in table.caption
     assert ("all 108 pairs of two rows" if against is None else "24 tests") in table.caption
+
+
+def test_what_to_know_beside_the_scores_is_said_of_its_row(make: Make) -> None:
+    """By the recipe alone: reports of earlier versions say nothing of it."""
+    beam = make("p", ranks_of(0), method="p5:P5", recipe="p5")
+    vectors = make("v", ranks_of(1))
+    text = markdown(compare_runs([beam, vectors]))
+    assert "- p5: ranks the items of the 50 codes that its beam search reaches" in text
+    assert "MRR@50" in text and "- p5: its T5 is trained from nothing" in text
+    assert "beam" not in markdown(compare_runs([vectors]))
 
 
 def test_one_run_alone(make: Make) -> None:

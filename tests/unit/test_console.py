@@ -111,9 +111,11 @@ def test_scores(capsys: pytest.CaptureFixture[str]) -> None:
     keys = ["recall@10", "ndcg@10", "mrr", "recall@10_masked", "ndcg@10_masked"]
     rows = {name: dict.fromkeys(keys, 0.12345) for name in ("L2Rec", "popularity")}
     dataset = {"name": "toys", "fingerprint": "f00d"}
-    Console().scores({"dataset": dataset, "scores": rows})
+    report = {"method": "L2Rec", "dataset": dataset, "scores": rows}
+    Console().scores(report | {"remarks": ["ranks [what] it reaches"]})
     captured = capsys.readouterr()
     assert captured.err == "" and captured.out.count("0.1235") + captured.out.count("0.1234") == 10
+    assert captured.out.endswith("note: L2Rec: ranks [what] it reaches\n")
     assert "toys, fingerprint f00d" in captured.out and "popularity" in captured.out
 
 

@@ -213,6 +213,7 @@ def test_a_card_without_a_licence_says_so(sasrec_run: Path, tmp_path: Path) -> N
     text = (save_pretrained(sasrec_run, tmp_path / "s") / "README.md").read_text()
     assert "license: unknown" in text and "has not said under which licence" in text
     assert "language model" not in text.split("## Limits")[0]
+    assert "beam" not in text
 
 
 # -- the hub -------------------------------------------------------------------------------------

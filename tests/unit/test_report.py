@@ -241,6 +241,13 @@ def test_missing_parts_are_noted(tmp_run: Path, present: str | None) -> None:
     assert ("No gate histogram" in text) == (present != "diagnostics")
 
 
+def test_remarks_stand_beside_the_scores(tmp_run: Path) -> None:
+    fill(tmp_run, report=report() | {"remarks": ["ranks what <it> reaches"]})
+    assert "l2rec: ranks what <it> reaches." in outline(tmp_run).text
+    fill(tmp_run, report=report() | {"remarks": []})
+    assert "reaches" not in outline(tmp_run).text
+
+
 def test_codes_are_shown_where_items_have_some(tmp_run: Path) -> None:
     codes = {"used": [1.0, 0.984], "perplexity": [240.26, 177.0], "collisions": 0.133}
     fill(tmp_run, report=report(), diagnostics=diagnostics() | {"codes": codes})

@@ -62,7 +62,7 @@ from l2rec.disk import replacing
 from l2rec.errors import ConfigError
 from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Backbone
-from l2rec.modules.code_generator import CodeGenerator, GeneratorConfig
+from l2rec.modules.code_generator import PRETRAINED, CodeGenerator, GeneratorConfig
 from l2rec.modules.item_text import catalog_key, separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.packing import Attend, lay, pack, split_groups
@@ -109,6 +109,12 @@ class IDGenRecConfig(GeneratorConfig):
     """Scale of the updates: they are multiplied by ``lora_alpha / lora_rank``."""
     matrices: tuple[str, ...] = ("q", "v")
     """Matrices that are updated."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to know beside the scores."""
+        rule = "its ids are made by a rule of ours, not by a model" * (self.generator == "keywords")
+        return (*super().remarks, PRETRAINED, *filter(None, [rule]))
 
     @model_validator(mode="after")
     def _consistent(self) -> IDGenRecConfig:

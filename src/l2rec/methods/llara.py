@@ -64,7 +64,7 @@ from l2rec.errors import ConfigError
 from l2rec.methods.sasrec import SASRec, SASRecConfig
 from l2rec.modules.adapters import find_linears
 from l2rec.modules.backbone import ENCODED_ROWS, ENCODED_TOKENS, Backbone
-from l2rec.modules.beam import CausalDecoder, beam_search, item_scores
+from l2rec.modules.beam import CausalDecoder, beam_remark, beam_search, item_scores
 from l2rec.modules.item_text import separators
 from l2rec.modules.lora import LoRA
 from l2rec.modules.objectives import catalog_loss
@@ -125,6 +125,13 @@ class LLaRAConfig(BaseModel):
     """Most epochs of SASRec's stage."""
     sasrec_lr: float = Field(1e-3, gt=0)
     """Learning rate of SASRec's stage."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to know beside the scores."""
+        if self.head == "titles":
+            return (beam_remark(self.beams, "titles"),)
+        return ("its head, one state that is compared with all items, is ours, not the paper's",)
 
 
 class TextOnly(Batch):

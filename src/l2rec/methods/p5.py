@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
-from l2rec.modules.code_generator import CodeGenerator, GeneratorConfig
+from l2rec.modules.code_generator import PRETRAINED, CodeGenerator, GeneratorConfig
 from l2rec.modules.sequences import stacked
 from l2rec.modules.spectral import together, tree_codes
 from l2rec.protocols import Scorer, Stage, decayed
@@ -71,6 +71,11 @@ class P5Config(GeneratorConfig):
     ``index=collaborative`` the most items of a cluster that is not clustered again."""
     clusters: int = Field(20, ge=2)
     """Clusters of a cluster, with ``index=collaborative``; at most ``digits``."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to know beside the scores."""
+        return (*super().remarks, PRETRAINED)
 
     @model_validator(mode="after")
     def _consistent(self) -> P5Config:

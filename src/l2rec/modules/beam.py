@@ -22,6 +22,7 @@ __all__ = [
     "Decoder",
     "Seq2SeqDecoder",
     "as_inputs",
+    "beam_remark",
     "beam_search",
     "item_scores",
 ]
@@ -87,6 +88,15 @@ def beam_search(decoder: Decoder, trie: Trie, beams: int, users: int) -> Beams:
         if depth + 1 < trie.depth:
             logits = decoder.extend(said.flatten(1).gather(1, best), parents)
     return Beams(nodes, scores)
+
+
+def beam_remark(beams: int, names: str) -> str:
+    """Say how a method ranks by a search of so many beams; ``names``: what names an item."""
+    return (
+        f"ranks the items of the {beams} {names} that its beam search reaches; all others tie "
+        f"behind them, so that MRR is MRR@{beams} but for what ties add, and items of the history "
+        "take places of the beam where they are masked too"
+    )
 
 
 def item_scores(beams: Beams, trie: Trie) -> Tensor:

@@ -10,7 +10,7 @@ beginning of another's codes for all of its own.
 
 from __future__ import annotations
 
-__all__ = ["CodeGenerator", "GeneratorConfig"]
+__all__ = ["PRETRAINED", "CodeGenerator", "GeneratorConfig"]
 
 from collections.abc import Sequence
 
@@ -24,11 +24,13 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from l2rec.data.batches import Batch, TrainingBatches
 from l2rec.data.ragged import Ragged, flat_index
-from l2rec.modules.beam import Seq2SeqDecoder, as_inputs, beam_search, item_scores
+from l2rec.modules.beam import Seq2SeqDecoder, as_inputs, beam_remark, beam_search, item_scores
 from l2rec.modules.sequences import as_index, evaluating, in_batches
 from l2rec.modules.trie import END, Trie
 from l2rec.protocols import Losses, Scorer
 
+PRETRAINED = "the paper's T5 is pretrained"
+"""Remark on a method of which that is so."""
 PAD = 0
 SEARCHED = 64
 """Histories whose beams are searched at once."""
@@ -60,6 +62,11 @@ class GeneratorConfig(BaseModel):
     """Positions of a user's sequence that are predicted in an epoch, drawn anew in each."""
     beams: int = Field(50, ge=1)
     """Codes that are kept while searching, and items that are ranked at the end."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to know beside the scores."""
+        return beam_remark(self.beams, "codes"), "its T5 is trained from nothing"
 
 
 class CodeGenerator(nn.Module):

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from l2rec.config import RunConfig
 from l2rec.runs.numbers import as_count, as_duration, as_score
+from l2rec.runs.remarks import remarks_of
 
 SHOWN = {
     "recall@10": "Recall@10",
@@ -70,6 +71,7 @@ def model_card(publication: Publication) -> str:
         report=report,
         dataset=report["dataset"],
         options=publication.config.model_dump(mode="json"),
+        remarks=remarks_of([publication.config]),
         metrics=list(SHOWN.values()),
         rows=rows,
         count=as_count,

@@ -263,6 +263,7 @@ class Page:
     title: str
     subtitle: str
     split: str
+    remarks: list[str]
     headline: Headline | None
     tiles: list[tuple[str, str]]
     columns: list[str]
@@ -291,6 +292,7 @@ def _page(run: Path) -> Page:
         title=f"{method} on {data['name']}" if data.get("name") else method,
         subtitle=str(report.get("recipe") or ""),
         split=str(report.get("split") or "test"),
+        remarks=[f"{method}: {remark}" for remark in report.get("remarks") or []],
         headline=_headline(report),
         tiles=_tiles(report),
         columns=list(METRICS.values()),

@@ -69,6 +69,7 @@ from l2rec.runs.predictor import (
     load,
     load_folder,
 )
+from l2rec.runs.remarks import remarks_of
 from l2rec.runs.report import write_report
 from l2rec.runs.scoring import Scores, compared, rank, score, with_cold_items
 from l2rec.runs.start import check_start, start_from, unseen, unseen_of
@@ -377,6 +378,7 @@ def _report(
         "date": datetime.date.today().isoformat(),
         "split": "test",
         "protocol": protocol_of(fitted.split.protocol),
+        "remarks": remarks_of([config]),
         "steps": result.steps,
         "best_step": result.best_step,
         "selected_by": result.selected_by,
@@ -413,6 +415,8 @@ def evaluate_run(
     dataset = open_run_dataset(run, data)
     predictor = load(run)
     config, identity = load_run_config(run)
+    for remark in remarks_of([config]):
+        progress.line(f"{config.method.rpartition(':')[2]}: {remark}")
     split = split_of(config, dataset)
     sets = beside_leave_one_out(dataset, split) if split_name == "test" else None
     if tied_day and sets is None:

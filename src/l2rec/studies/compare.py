@@ -64,6 +64,7 @@ from l2rec.runs.folder import (
     split_of,
 )
 from l2rec.runs.numbers import MAIN, METRICS
+from l2rec.runs.remarks import remarks_of, together
 
 TESTED = (MAIN, "recall@10")
 """Metrics whose differences are tested."""
@@ -417,7 +418,7 @@ def compare(
         blocks=[block for blocks in views for block in blocks],
         against=reference,
         floors=_floors(runs, tied_day),
-        notes=_notes(runs, known, tied_day),
+        notes=[*_remarks(recipes), *_notes(runs, known, tied_day)],
     )
 
 
@@ -616,6 +617,11 @@ def _correct(blocks: Sequence[Block], against: str | None) -> None:
         ps = holm([tests[metric].p for tests in tested], family_size(blocks, against))
         for tests, p in zip(tested, ps, strict=True):
             tests[metric] = replace(tests[metric], p_holm=p)
+
+
+def _remarks(recipes: Mapping[str, Sequence[FinishedRun]]) -> list[str]:
+    """Say what to know beside the scores of a row."""
+    return together({label: remarks_of(run.config for run in s) for label, s in recipes.items()})
 
 
 def _notes(runs: Sequence[FinishedRun], known: Population | None, tied_day: bool) -> list[str]:

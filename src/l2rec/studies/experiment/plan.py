@@ -112,6 +112,13 @@ class Cell:
         return self.line.endswith(BLENDED)
 
     @property
+    def trained(self) -> list[RunConfig]:
+        """What it trains or, made of others, what these do."""
+        if self.config is not None:
+            return [self.config]
+        return [config for need in self.needs for config in need.trained]
+
+    @property
     def arguments(self) -> list[str]:
         """Arguments of `l2rec` that make it, without ``--resume``."""
         data, out = ["--data", str(self.data.path)], ["--out", str(self.path)]

@@ -27,6 +27,7 @@ from l2rec.runs.numbers import (
     as_signed,
     formatted,
 )
+from l2rec.runs.remarks import remarks_of, together
 from l2rec.studies.compare import FLOORS
 from l2rec.studies.experiment.definition import BLENDED, MASKED, Experiment, Published
 from l2rec.studies.experiment.plan import LeftOut, Plan, State, claim, read_state, seconds_of
@@ -131,6 +132,10 @@ def to_json(planned: Plan) -> dict[str, Any]:
     return {
         "title": experiment.title,
         "scores": scores,
+        "remarks": {
+            grid: {line: found for line, found in _remarks(lines).items() if found}
+            for grid, lines in results.items()
+        },
         "comparisons": tests,
         "unfinished": dict(_unfinished(planned)),
     }
@@ -162,6 +167,7 @@ def _section(
         )
     if any(cut_by_time(one.report) for done in lines.values() for one in done):
         notes.append("† cut by its time budget while it still got better")
+    notes += together(_remarks(lines))
     published = experiment.published
     known = {} if published is None else published.figures
     of_paper = known.get(data["name"]) or known.get(experiment.recipes_of.get(data["name"], ""), {})
@@ -174,6 +180,14 @@ def _section(
         chart=_chart(experiment, lines),
         notes=notes,
     )
+
+
+def _remarks(lines: Mapping[str, Sequence[Done]]) -> dict[str, list[str]]:
+    """Return what to know beside the scores of each row."""
+    return {
+        name: remarks_of(config for one in done for config in one.cell.trained)
+        for name, done in lines.items()
+    }
 
 
 def _score_table(
