@@ -28,7 +28,7 @@ import yaml
 from l2rec.data.dataset import open_dataset
 from l2rec.runs.folder import cut_by_time, load_run_config, load_shown_config, split_of
 from l2rec.runs.numbers import PRETRAINED, UNTRAINED
-from l2rec.runs.remarks import remarks_of, together
+from l2rec.runs.remarks import LEAKY, is_leaky, remarks_of, together
 from l2rec.runs.train import UNTRAINED_BACKBONE
 from l2rec.studies.compare import FLOORS
 
@@ -93,7 +93,8 @@ def collected() -> dict[str, dict[str, Report]]:
     for path in sorted(HERE.glob("*/*/report.json")):
         report = json.loads(path.read_text())
         report["blended"] = "blend" in report
-        report["remarks"] = remarks_of([load_shown_config(path.parent)[0]])
+        config = load_shown_config(path.parent)[0]
+        report |= {"leaky": is_leaky([config]), "remarks": remarks_of([config])}
         name = path.parent.relative_to(HERE).as_posix()
         found.setdefault(report["dataset"]["fingerprint"], {})[name] = report
     return {
@@ -136,7 +137,7 @@ def table(runs: dict[str, Report], shown: int | None = None) -> str:
         scores = {c: mean(own(report)[c] for report in seeds) for c in COLUMNS}
         minutes = f"{mean(report['training_seconds'] for report in seeds) / 60:.0f}"
         marks = " †" * any(map(cut_by_time, seeds)) + " ‡" * any(map(selected_unmasked, seeds))
-        label = f"`{name}`{marks}"
+        label = f"`{name}`{LEAKY * seeds[0]['leaky']}{marks}"
         row = line(label, str(len(seeds)), scores, minutes)
         parts[seeds[0]["blended"]].append((scores[MAIN], row))
         remarks[label] = seeds[0]["remarks"]

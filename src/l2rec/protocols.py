@@ -19,6 +19,8 @@ are inner products. The other protocols are optional abilities, asked for with `
     ReadsTexts      text_tokens     texts longer than a limit are cut
     Exportable      user_encoder    users are a function of stored vectors of their items
     Remarked        remarks         its options: what scores alone do not say
+    MayLeak         leaks           it and its options: a published leak, to be reproduced
+    Leaky           leak            it is given held-out items where its options say so
 
 Evaluation, runs and the service read no other attribute of a method.
 Shapes: B histories (users), N catalog items, D embedding size.
@@ -38,8 +40,10 @@ __all__ = [
     "Exportable",
     "Freezable",
     "Inspectable",
+    "Leaky",
     "Losses",
     "MakeBatches",
+    "MayLeak",
     "Method",
     "OfOneCatalog",
     "ParameterGroup",
@@ -421,6 +425,30 @@ class Remarked(Protocol):
     @property
     def remarks(self) -> Sequence[str]:
         """Return what to know beside the scores, each without a subject, such as "ranks ..."."""
+        ...
+
+
+@runtime_checkable
+class MayLeak(Protocol):
+    """A method with an option to be given held-out items, as in published results, and the options
+    of such a method.
+    """
+
+    @property
+    def leaks(self) -> str:
+        """Say what is made of held-out items, such as "numbers are ..."; empty: nothing."""
+        ...
+
+
+@runtime_checkable
+class Leaky(MayLeak, Protocol):
+    """A method that takes held-out items where `leaks` says so. All others are given none."""
+
+    def leak(self, sequences: Ragged) -> None:
+        """Take the whole sequences of all users that are tested, test items included.
+
+        Called once, before the first step and whenever a training is resumed.
+        """
         ...
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from tests.support.runs import Quiet
 from torch import Tensor, nn
 
 from l2rec import protocols
-from l2rec.config import TrainingConfig
+from l2rec.config import TrainingConfig, resolve
 from l2rec.data.batches import Batch
 from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
@@ -43,6 +43,7 @@ from l2rec.protocols import (
 )
 from l2rec.runs.checkpoint import load_tensors, load_trained, save_tensors, trained_tensors
 from l2rec.runs.loop import train
+from l2rec.runs.remarks import is_leaky, remarks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -351,6 +352,39 @@ def test_held_out_items_leave_no_trace(name: str, chain: tuple[Catalog, Split]) 
     assert batches == batches_2 and losses == losses_2
     for tensor_name, tensor in tensors.items():
         assert torch.equal(tensor, tensors_2[tensor_name]), tensor_name
+
+
+@pytest.mark.parametrize(
+    ("leaky", "option"),
+    [
+        (method, option)
+        for method, found in METHODS.items()
+        for option, field in found.Config.model_fields.items()
+        if "leaky" in get_args(field.annotation)
+    ],
+)
+def test_a_published_leak_is_there_where_it_is_asked_for(
+    leaky: str, option: str, chain: tuple[Catalog, Split], tmp_path: Path
+) -> None:
+    """Other test items are another training; it says so, in the log and beside its scores."""
+    catalog, split = chain
+    targets = Ragged((split.test.targets.values + 3) % N, split.test.targets.offsets)
+    changed = replace(split, test=replace(split.test, targets=targets))
+    training = TrainingConfig(epochs=1, batch_users=32)
+    for asked in (True, False):
+        progress, tensors = Quiet(), []
+        for number, data in enumerate((split, changed)):
+            model = build(leaky, catalog, **({option: "leaky"} if asked else {}))
+            run = tmp_path / f"{asked}-{number}"
+            train(model, data, training, seed=0, run=run, progress=progress)
+            tensors.append(trained_tensors(model))
+        same = all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+        warnings = [line for line in progress.lines if line.startswith(f"warning: {option}=leaky")]
+        assert (same, len(warnings)) == ((False, 2) if asked else (True, 0))
+        values = {"method": f"{METHODS[leaky].__module__}:{leaky}"}
+        config = resolve(values | {"model": {option: "leaky"} if asked else {}}, where="test")
+        assert is_leaky([config]) == asked
+        assert remarks_of([config])[0].startswith("leaky, not to be compared: ") == asked
 
 
 def test_the_chain_is_learned(trained: Trained) -> None:

@@ -63,6 +63,7 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
         method: str = "sasrec:SASRec",
         recipe: str = "sasrec",
         dim: int = 64,
+        model: Mapping[str, Any] | None = None,
         data: Dataset = chains,
         fingerprint: str = "",
         protocol: str = "full",
@@ -74,7 +75,8 @@ def make(tmp_path: Path, chains: Dataset) -> Make:
         command: str = "",
         earlier: Sequence[Mapping[str, Any]] = (),
     ) -> Path:
-        values = {"method": f"l2rec.methods.{method}", "seed": seed, "model": {"dim": dim}}
+        options = {"dim": dim} | dict(model or {})
+        values = {"method": f"l2rec.methods.{method}", "seed": seed, "model": options}
         values["training"] = dict(training or {})
         fingerprint = fingerprint or data.fingerprint
         identity = {
@@ -399,6 +401,13 @@ def test_what_to_know_beside_the_scores_is_said_of_its_row(make: Make) -> None:
     assert "- p5: ranks the items of the 50 codes that its beam search reaches" in text
     assert "MRR@50" in text and "- p5: its T5 is trained from nothing" in text
     assert "beam" not in markdown(compare_runs([vectors]))
+
+
+def test_what_was_given_held_out_items_is_called_leaky(make: Make) -> None:
+    leaky = make("l", ranks_of(0), method="p5:P5", recipe="p5", model={"index": "leaky"})
+    found = compare_runs([leaky, make("v", ranks_of(1))])
+    assert [entry.label for entry in found.entries] == ["p5 (leaky)", "sasrec"]
+    assert any(note.startswith("p5 (leaky): leaky, not to be compared") for note in found.notes)
 
 
 def test_one_run_alone(make: Make) -> None:

@@ -900,22 +900,28 @@ def test_starts_and_fusions(chains: Dataset, tmp_path: Path, processes: Processe
 def test_what_to_know_beside_the_scores_is_on_the_page(
     chains: Dataset, tmp_path: Path, processes: Processes
 ) -> None:
-    small = ["dim=8", "layers=1", "heads=1", "head_dim=4", "beams=3"]
+    small = ["dim=8", "layers=1", "heads=1", "head_dim=4", "beams=3", "index=leaky"]
     numbers = {"name": "numbers", "recipe": "p5", "overrides": [f"model.{part}" for part in small]}
     path = experiments.written(
-        tmp_path / "e.yaml", seeds=[1], rows=[numbers | {"blend": True}, ROW]
+        tmp_path / "e.yaml",
+        seeds=[1],
+        rows=[numbers | {"blend": True}, ROW],
+        comparisons=[{"a": "narrow", "b": "numbers"}],
     )
     page, _ = write_page(
         done := run(planned_of(path, chains, tmp_path / "out"), progress=runs.Quiet())
     )
-    beam, *others = to_json(done)["remarks"]["chains"]["numbers"]
-    assert "MRR@3 " in beam and others
+    leak, beam, *others = to_json(done)["remarks"]["chains"]["numbers"]
+    assert "MRR@3 " in beam and others and leak.startswith("leaky")
+    names = [name for group in page.sections[0].table.groups for name, _ in group.rows]
+    assert names.count("numbers (leaky)") == 2 and "narrow" in names
+    assert "a side is leaky" in "; ".join(to_json(done)["comparisons"][0]["notes"])
     assert to_json(done)["remarks"]["chains"].keys() == {"numbers", "numbers, blended"}
     assert f"numbers, numbers, blended: {beam}" in page.sections[0].notes
     assert not any(note.startswith("narrow") for note in page.sections[0].notes)
     for one in done.cells:  # as in the reports
-        remarks = read_json(one.cell.path / "report.json")["remarks"]
-        assert bool(remarks) == one.cell.line.startswith("numbers")
+        report = read_json(one.cell.path / "report.json")
+        assert bool(report["remarks"]) == report["leaky"] == one.cell.line.startswith("numbers")
 
 
 def test_one_at_a_time(chains: Dataset, tmp_path: Path, processes: Processes) -> None:

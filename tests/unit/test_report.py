@@ -244,8 +244,10 @@ def test_missing_parts_are_noted(tmp_run: Path, present: str | None) -> None:
 def test_remarks_stand_beside_the_scores(tmp_run: Path) -> None:
     fill(tmp_run, report=report() | {"remarks": ["ranks what <it> reaches"]})
     assert "l2rec: ranks what <it> reaches." in outline(tmp_run).text
+    fill(tmp_run, report=report() | {"leaky": True})
+    assert "l2rec (leaky) on chains" in outline(tmp_run).text
     fill(tmp_run, report=report() | {"remarks": []})
-    assert "reaches" not in outline(tmp_run).text
+    assert not any(word in outline(tmp_run).text for word in ("reaches", "leaky"))
 
 
 def test_codes_are_shown_where_items_have_some(tmp_run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ def test_leave_one_out_equals_the_loop(rows: list[list[int]]) -> None:
     assert rows_of(split.train) == [row[:-2] if len(row) >= 3 else row for row in rows]
     assert cases_of(split.valid) == [(u, rows[u][:-2], [rows[u][-2]]) for u in users]
     assert cases_of(split.test) == [(u, rows[u][:-1], [rows[u][-1]]) for u in users]
+
+
+@given(ROWS, st.none() | st.integers(0, 10))
+def test_whole_sequences_have_no_cold_item(rows: list[list[int]], warm: int | None) -> None:
+    split = replace(leave_one_out(Ragged.from_rows(rows)), warm=warm)
+    known = [history + targets for _, history, targets in cases_of(split.test)]
+    kept = [[item for item in row if warm is None or item < warm] for row in known]
+    assert rows_of(split.whole()) == kept
 
 
 @given(ROWS, st.floats(0.01, 1.0), st.integers(0, 99))

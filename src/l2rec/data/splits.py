@@ -45,7 +45,7 @@ import numpy.typing as npt
 from l2rec.data.dataset import GIVEN, Dataset
 from l2rec.data.moments import moment, shown
 from l2rec.data.parts import MIN_EVENTS, TEST, TRAIN, VALID, with_validation
-from l2rec.data.ragged import Ragged
+from l2rec.data.ragged import Ragged, flat_index
 from l2rec.errors import DataError
 
 if TYPE_CHECKING:
@@ -106,6 +106,19 @@ class Split:
     valid: Cases
     test: Cases
     warm: int | None = None
+
+    def whole(self) -> Ragged:
+        """Return what is known of each test case, its history and then its targets, without items
+        that are cold: what no method is given but to reproduce a published leak.
+        """
+        parts = [self.test.histories, self.test.targets]
+        lengths = np.stack([part.lengths for part in parts], axis=1).ravel()
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        values = np.empty(offsets[-1], dtype=self.test.histories.values.dtype)
+        for number, part in enumerate(parts):
+            values[flat_index(offsets[number:-1:2], part.lengths)] = part.values
+        rows = Ragged(values, offsets[::2])
+        return rows if self.warm is None else _kept(rows, values < self.warm)
 
     def cases(self, name: str) -> Cases:
         """Return the cases of ``valid`` or ``test``."""

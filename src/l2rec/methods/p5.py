@@ -19,10 +19,9 @@ How items are numbered (``index``):
   the same training sequences hold, then the place in the last cluster (l2rec.modules.spectral):
   items that are chosen together begin alike. Items of no training sequence are a cluster of their
   own.
-- ``leaky``: sequential over sequences that hold the validation target too. The authors number over
-  whole sequences, test items included, so that the next item is often the next number: their scores
-  are of that. Here no method is given test items; this option shows what one leaked item does. It
-  prints a warning.
+- ``leaky``: sequential over whole sequences, test items included, as the authors number: the next
+  item is often the next number, and their scores are of that. It is there to reproduce them; it
+  prints a warning, and stands beside the scores wherever they are shown.
 
 Deviations:
 
@@ -40,7 +39,6 @@ from __future__ import annotations
 
 __all__ = ["P5", "P5Config", "by_first_appearance"]
 
-import logging
 from pathlib import Path
 from typing import Literal
 
@@ -54,11 +52,8 @@ from l2rec.data.catalog import Catalog
 from l2rec.data.ragged import Ragged
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.code_generator import PRETRAINED, CodeGenerator, GeneratorConfig
-from l2rec.modules.sequences import stacked
 from l2rec.modules.spectral import together, tree_codes
 from l2rec.protocols import Scorer, Stage, decayed
-
-logger = logging.getLogger("l2rec")
 
 
 class P5Config(GeneratorConfig):
@@ -76,6 +71,12 @@ class P5Config(GeneratorConfig):
     def remarks(self) -> tuple[str, ...]:
         """What to know beside the scores."""
         return (*super().remarks, PRETRAINED)
+
+    @property
+    def leaks(self) -> str:
+        """What is made of held-out items."""
+        whole = "index=leaky numbers items over whole sequences, so that the next often follows"
+        return whole * (self.index == "leaky")
 
     @model_validator(mode="after")
     def _consistent(self) -> P5Config:
@@ -144,15 +145,6 @@ class P5(nn.Module):
         """Give the items numbers by the training sequences, before anything is learned."""
         if bool(self.numbered):
             return
-        if self.config.index == "leaky":
-            logger.warning(
-                "index=leaky numbers items over sequences that hold what validation asks for: its "
-                "scores on validation are not to be compared with anything"
-            )
-            ends = Ragged(targets, np.arange(len(targets) + 1))
-            rows = stacked(histories, ends)
-            pairs = np.arange(2 * len(targets)).reshape(2, -1).T.flatten()
-            sequences = rows.take(pairs)
         if self.config.index == "collaborative":
             both, config = together(sequences, self.n_items), self.config
             codes = tree_codes(both, clusters=config.clusters, leaf=config.digits, seed=0)
@@ -160,6 +152,17 @@ class P5(nn.Module):
         else:
             self._number(by_first_appearance(sequences, self.n_items))
         self.numbered.fill_(True)
+
+    @property
+    def leaks(self) -> str:
+        """What is made of held-out items."""
+        return self.config.leaks
+
+    def leak(self, sequences: Ragged) -> None:
+        """Give the items numbers by whole sequences, before anything is learned."""
+        if not bool(self.numbered):
+            self._number(by_first_appearance(sequences, self.n_items))
+            self.numbered.fill_(True)
 
     # -- training --------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ from l2rec.modules import processes
 from l2rec.protocols import (
     Calibrated,
     EpochBatches,
+    Leaky,
     Losses,
     Method,
     Progress,
@@ -274,6 +275,7 @@ def _train_stages(run: _Run, state: State | None) -> TrainingResult:
     torch.manual_seed(run.seed)
     stages = run.model.stages(run.config.lr, run.config.weight_decay)
     run.stages = len(stages)
+    _leak(run)
     if state is None:
         _start(run)
         if stages:
@@ -665,6 +667,16 @@ def validation_of(
 def _calibrate(model: Recommender, split: Split) -> None:
     if isinstance(model, Calibrated):
         model.calibrate(split.train, *split.valid.pairs())
+
+
+def _leak(run: _Run) -> None:
+    """Give held-out items to a method whose options ask for them, with a warning."""
+    if isinstance(run.model, Leaky) and run.model.leaks:
+        run.progress.line(
+            f"warning: {run.model.leaks}: this training is given test items, as published; its "
+            "scores are not to be compared with any other's"
+        )
+        run.model.leak(run.split.whole())
 
 
 # -- save ----------------------------------------------------------------------------------------

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-__all__ = ["remarks_of", "together"]
+__all__ = ["LEAKY", "is_leaky", "remarks_of", "together"]
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from l2rec.config import RunConfig
-from l2rec.protocols import Remarked
+from l2rec.protocols import MayLeak, Remarked
+
+LEAKY = " (leaky)"
+"""Behind the name of what was given held-out items."""
+
+
+def is_leaky(configs: Iterable[RunConfig]) -> bool:
+    """Say whether any of what was trained with these was given held-out items."""
+    return any(map(_leak, configs))
+
+
+def _leak(config: RunConfig) -> str:
+    return config.model.leaks if isinstance(config.model, MayLeak) else ""
 
 
 def remarks_of(configs: Iterable[RunConfig]) -> list[str]:
-    """Return the remarks on what was trained with these, each once."""
-    found = [c.model.remarks for c in configs if isinstance(c.model, Remarked)]
-    return list(dict.fromkeys(remark for remarks in found for remark in remarks))
+    """Return the remarks on what was trained with these, each once; a leak comes first."""
+    known = list(configs)
+    leaks = [f"leaky, not to be compared: {leak}" for leak in map(_leak, known) if leak]
+    found = [c.model.remarks for c in known if isinstance(c.model, Remarked)]
+    return list(dict.fromkeys([*leaks, *(remark for remarks in found for remark in remarks)]))
 
 
 def together(remarks: Mapping[str, Sequence[str]]) -> list[str]:

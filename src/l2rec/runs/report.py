@@ -52,6 +52,7 @@ from l2rec.runs.numbers import (
     formatted,
     is_number,
 )
+from l2rec.runs.remarks import LEAKY
 
 Json = Mapping[str, Any]
 
@@ -288,8 +289,9 @@ def _page(run: Path) -> Page:
     events = _read_events(run / "metrics.jsonl")
     data = report.get("dataset") or {}
     method = str(report.get("method") or run.resolve().name)
+    name = f"{method}{LEAKY}" if report.get("leaky") else method
     return Page(
-        title=f"{method} on {data['name']}" if data.get("name") else method,
+        title=f"{name} on {data['name']}" if data.get("name") else name,
         subtitle=str(report.get("recipe") or ""),
         split=str(report.get("split") or "test"),
         remarks=[f"{method}: {remark}" for remark in report.get("remarks") or []],

@@ -29,7 +29,7 @@ from l2rec.protocols import Progress, Scorer
 from l2rec.runs.folder import load_run_config, open_run_dataset, read_report, split_of
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
 from l2rec.runs.predictor import load
-from l2rec.runs.remarks import remarks_of
+from l2rec.runs.remarks import is_leaky, remarks_of
 from l2rec.runs.scoring import score, summed_up, with_cold_items
 
 
@@ -96,6 +96,7 @@ def average_runs(
     dataset = open_run_dataset(runs[0], data)
     split = _common_split(runs, data)
     reports = [read_report(run) for run in runs]
+    configs = [load_run_config(run)[0] for run in runs]
     backbone = {**reports[0]["backbone"]}
     backbone["trained_parameters"] = sum(r["backbone"]["trained_parameters"] for r in reports)
     average = Average(runs, dataset)
@@ -112,7 +113,8 @@ def average_runs(
         "command": command,
         "averaged": [str(run) for run in runs],
         "standardised": average.standardised,
-        "remarks": remarks_of(load_run_config(run)[0] for run in runs),
+        "leaky": is_leaky(configs),
+        "remarks": remarks_of(configs),
         "backbone": backbone,
         "hardware": hardware(),
         "versions": versions(),

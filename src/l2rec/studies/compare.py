@@ -64,7 +64,7 @@ from l2rec.runs.folder import (
     split_of,
 )
 from l2rec.runs.numbers import MAIN, METRICS
-from l2rec.runs.remarks import remarks_of, together
+from l2rec.runs.remarks import LEAKY, is_leaky, remarks_of, together
 
 TESTED = (MAIN, "recall@10")
 """Metrics whose differences are tested."""
@@ -450,7 +450,9 @@ def _recipes(runs: Sequence[FinishedRun], group: bool) -> dict[str, list[Finishe
             )
         alike.setdefault(key, []).append(run)
     names = [
-        str(seeds[0].report.get("recipe") or seeds[0].report["method"]) for seeds in alike.values()
+        str(seeds[0].report.get("recipe") or seeds[0].report["method"])
+        + LEAKY * is_leaky(run.config for run in seeds)
+        for seeds in alike.values()
     ]
     return {
         name

@@ -27,7 +27,7 @@ from l2rec.runs.numbers import (
     as_signed,
     formatted,
 )
-from l2rec.runs.remarks import remarks_of, together
+from l2rec.runs.remarks import LEAKY, is_leaky, remarks_of, together
 from l2rec.studies.compare import FLOORS
 from l2rec.studies.experiment.definition import BLENDED, MASKED, Experiment, Published
 from l2rec.studies.experiment.plan import LeftOut, Plan, State, claim, read_state, seconds_of
@@ -220,7 +220,9 @@ def _score_table(
             cells = [Cell(_seeds(experiment, done)), *cells]
             cells += [Cell(as_score(theirs.get(metric))) for metric in shown]
             dagger = " †" if any(cut_by_time(one.report) for one in done) else ""
-            rows.append((name.removesuffix(BLENDED) + dagger, [*cells, *_costs(done, price)]))
+            leaky = LEAKY * is_leaky(config for one in done for config in one.cell.trained)
+            label = name.removesuffix(BLENDED) + leaky + dagger
+            rows.append((label, [*cells, *_costs(done, price)]))
         groups.append(Group(caption, rows))
     floors = _floors(lines)
     if floors:

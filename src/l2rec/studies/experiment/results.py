@@ -17,6 +17,7 @@ from l2rec.evaluation.ranks import Ranks, aligned, read_ranks
 from l2rec.evaluation.significance import SeededTest, holm, seeded_test
 from l2rec.runs.folder import RANKS, read_report
 from l2rec.runs.machine import without_threads
+from l2rec.runs.remarks import is_leaky
 from l2rec.runs.scoring import PARTS, is_part
 from l2rec.studies.compare import Score, over_seeds, ranked_users
 from l2rec.studies.experiment.definition import MASKED, Comparison
@@ -205,6 +206,8 @@ def _notes(sides: Sequence[Sequence[Done]]) -> list[str]:
         notes.append(
             "the sides share runs, and p takes them for independent: it is too large if anything"
         )
+    if is_leaky(config for side in sides for one in side for config in one.cell.trained):
+        notes.append("a side is leaky: it was given held-out items")
     machines = [sorted({str(one.report.get("hardware")) for one in side}) for side in sides]
     if machines[0] != machines[1] or len(machines[0]) > 1:
         both = " / ".join(", ".join(of_side) for of_side in machines)
