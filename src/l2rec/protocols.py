@@ -318,12 +318,12 @@ class CodeUsage:
 
     used: share of the codes of each level that some item has. perplexity: exp of the entropy of
     each level, the number of its codes where all are used alike. collisions: share of the items
-    that share all codes with another.
+    that share their codes up to each level with another; of the last level, all of them.
     """
 
     used: list[float]
     perplexity: list[float]
-    collisions: float
+    collisions: list[float]
 
 
 @runtime_checkable

@@ -108,4 +108,5 @@ def test_usage_is_of_the_codes_before_the_counter() -> None:
     found = model.code_usage()
     assert len(found.used) == len(found.perplexity) == 2
     shared = len(model.generator.codes[:, :-1].unique(dim=0)) < N
-    assert (found.collisions > 0) == shared
+    assert len(found.collisions) == 2 and found.collisions[0] >= found.collisions[1]
+    assert (found.collisions[-1] > 0) == shared

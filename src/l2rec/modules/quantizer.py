@@ -197,10 +197,12 @@ def balanced(distances: Tensor, epsilon: float) -> Tensor:
 
 def usage(codes: Tensor, count: int) -> CodeUsage:
     """Describe codes [N, L] of ``count`` a level."""
-    used, perplexity = [], []
-    for level in codes.T:
+    used, perplexity, collisions = [], [], []
+    for number, level in enumerate(codes.T, 1):
         share = torch.bincount(level, minlength=count).double() / len(level)
         used.append(float((share > 0).double().mean()))
         perplexity.append(float(torch.special.entr(share).sum().exp()))
-    _, which, sizes = codes.unique(dim=0, return_inverse=True, return_counts=True)
-    return CodeUsage(used, perplexity, float((sizes[which] > 1).double().mean()))
+        begun = codes[:, :number]
+        _, which, sizes = begun.unique(dim=0, return_inverse=True, return_counts=True)
+        collisions.append(float((sizes[which] > 1).double().mean()))
+    return CodeUsage(used, perplexity, collisions)

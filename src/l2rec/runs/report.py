@@ -225,11 +225,10 @@ class Histogram:
 @dataclass(frozen=True)
 class Codes:
     """What a quantiser's codes are used for: of each level its name, the share of its codes that
-    items have, and its perplexity; and the share of items that share all codes with another.
+    items have, its perplexity, and the share of items that share their codes so far with another.
     """
 
-    levels: list[tuple[str, str, str]]
-    collisions: str
+    levels: list[tuple[str, str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -663,7 +662,8 @@ def _histogram(gate: Json) -> Histogram | None:
 
 
 def _codes(codes: Json) -> Codes | None:
-    levels = list(zip(codes.get("used") or [], codes.get("perplexity") or [], strict=False))
+    kinds = [codes.get(kind) or [] for kind in ("used", "perplexity", "collisions")]
+    levels = list(zip(*kinds, strict=False))
     if not levels:
         return None
     return Codes(
@@ -672,10 +672,10 @@ def _codes(codes: Json) -> Codes | None:
                 str(number),
                 formatted(used, lambda v: f"{v:.1%}"),
                 formatted(perplexity, lambda v: f"{v:.1f}"),
+                formatted(shared, lambda v: f"{v:.1%}"),
             )
-            for number, (used, perplexity) in enumerate(levels, 1)
-        ],
-        formatted(codes.get("collisions"), lambda v: f"{v:.1%}"),
+            for number, (used, perplexity, shared) in enumerate(levels, 1)
+        ]
     )
 
 
