@@ -250,11 +250,15 @@ def test_remarks_stand_beside_the_scores(tmp_run: Path) -> None:
     assert not any(word in outline(tmp_run).text for word in ("reaches", "leaky"))
 
 
-def test_codes_are_shown_where_items_have_some(tmp_run: Path) -> None:
-    codes = {"used": [1.0, 0.984], "perplexity": [240.26, 177.0], "collisions": [0.95, 0.133]}
+@pytest.mark.parametrize(
+    ("collisions", "first"), [([0.95, 0.133], "95.0%"), (0.133, "–")], ids=["by level", "of all"]
+)
+def test_codes_are_shown_where_items_have_some(tmp_run: Path, collisions: Any, first: str) -> None:
+    """Earlier versions wrote one number, of all levels together."""
+    codes = {"used": [1.0, 0.984], "perplexity": [240.26, 177.0], "collisions": collisions}
     fill(tmp_run, report=report(), diagnostics=diagnostics() | {"codes": codes})
     text = "".join(outline(tmp_run).text.split())
-    assert "itemsthatcollide1100.0%240.395.0%298.4%177.013.3%" in text
+    assert f"itemsthatcollide1100.0%240.3{first}298.4%177.013.3%" in text
     fill(tmp_run, diagnostics=diagnostics())
     assert "Codes" not in outline(tmp_run).text
 

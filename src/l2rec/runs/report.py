@@ -662,8 +662,11 @@ def _histogram(gate: Json) -> Histogram | None:
 
 
 def _codes(codes: Json) -> Codes | None:
-    kinds = [codes.get(kind) or [] for kind in ("used", "perplexity", "collisions")]
-    levels = list(zip(*kinds, strict=False))
+    of_used, of_perplexity = codes.get("used") or [], codes.get("perplexity") or []
+    collisions = codes.get("collisions")
+    if is_number(collisions):  # of all levels together, as earlier versions wrote
+        collisions = [None] * (len(of_used) - 1) + [collisions]
+    levels = list(zip(of_used, of_perplexity, collisions or [], strict=False))
     if not levels:
         return None
     return Codes(
