@@ -102,7 +102,7 @@ def table_of(
     at, place = np.nonzero(listed)
     ids = np.asarray(predictor.ids, dtype=object)
     columns = (  # strings typed even where there are no rows
-        pa.array([str(users[row]) for row in at], pa.string()),
+        pa.array([str(users[row]) for row in at.tolist()], pa.string()),
         pa.array(ids[best.items[listed]], pa.string()),
         best.scores[listed],
         (place + 1).astype(np.int64),
