@@ -120,6 +120,13 @@ def test_queries_of_one_version_are_searched_together() -> None:
     assert a.index.searches == b.index.searches == 1  # type: ignore[union-attr]
 
 
+def test_a_prior_is_not_searched_for() -> None:
+    version = plain(np.eye(20, dtype=np.float32), 20, set())
+    blended = User(torch.eye(20)[0], None, np.asarray([7]), np.asarray([2], dtype=np.float32))
+    assert rank([Query(version, blended, 2)])[0].rows.tolist() == [7, 0]
+    assert version.index.searches == 0  # type: ignore[union-attr]
+
+
 def test_a_method_that_only_ranks() -> None:
     scores = torch.tensor([0.1, 0.9, 0.5, 0.7])
     version = replace(plain(np.eye(4, dtype=np.float32), 4, {3}), index=None)
@@ -317,6 +324,26 @@ def test_adapters_that_are_not_applied(catalog_run: Finished, tmp_path: Path) ->
 
 def test_a_blend_keeps_the_sample(blended_run: Finished) -> None:
     assert load_version(blended_run.run).predictor.sample is not None
+
+
+def test_a_blend_has_no_index(
+    blended_run: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "blended"
+    shutil.copytree(blended_run.run, run)
+    with caplog.at_level(logging.INFO, logger="l2rec.service"):
+        version = load_version(run)
+        assert not caplog.records
+        (run / "index").mkdir()
+        load_version(run), load_version(run, index="hnsw")
+    assert caplog.text.count("is blended, which takes the scores of all items: no index") == 2
+    check_version(version)
+    assert version.index is None and version.matrix is not None
+    encoded = encode(version, version.predictor.rows([["i1", "i2"]]))
+    assert len(encoded[0].rows)
+    listed = version.predictor.recommend(["i1", "i2"], k=10, exclude_seen=False).items
+    found = rank([Query(version, encoded[0], 10)])[0]
+    assert [version.ids[row] for row in found.rows] == [item["id"] for item in listed]
 
 
 def test_a_model_that_gives_no_numbers(copied: Path) -> None:

@@ -107,9 +107,14 @@ def load_version(
 
 def _index(run: Path, predictor: Predictor, kind: str, base: int) -> tuple[Index | None, int]:
     """Return an index and the number of rows in it: what `l2rec index` wrote into the run folder,
-    of the run's first ``base`` items, or one that is built now, of all.
+    of the run's first ``base`` items, or one that is built now, of all. A blended run has none: all
+    its items are scored to blend them.
     """
     if predictor.vectors is None:
+        return None, len(predictor.ids)
+    if predictor.blend is not None:
+        if kind != "auto" or (run / INDEX).is_dir():
+            logger.info("%s is blended, which takes the scores of all items: no index is used", run)
         return None, len(predictor.ids)
     if kind == "auto" and (run / INDEX).is_dir():
         index, ids, version = load_index(run / INDEX)

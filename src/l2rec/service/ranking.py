@@ -1,7 +1,7 @@
 """From histories to ranked rows of one version.
 
-The rule is the predictor's: inner products plus the prior, which is kept here as the few rows that
-it touches, so that an index can search for the rest.
+The rule is the predictor's: inner products plus the prior, which is kept here as the rows that it
+touches.
 """
 
 from __future__ import annotations
@@ -106,12 +106,14 @@ def rank(queries: Sequence[Query]) -> list[Ranked]:
     """Find the k best rows of each query that may be listed.
 
     Queries without a filter are searched together, with as many rows to spare as may be taken out;
-    where that was not enough, and where there is a filter, all rows are scored.
+    where that was not enough, and where there is a filter or a prior, all rows are scored: a prior
+    touches so many that an index would be asked for thousands.
     """
     found: list[Ranked | None] = [None] * len(queries)
     together: dict[int, list[int]] = {}
     for number, query in enumerate(queries):
-        if query.only is None and query.version.index is not None:
+        plain = query.only is None and not len(query.user.rows)
+        if plain and query.version.index is not None:
             together.setdefault(id(query.version), []).append(number)
     for numbers in together.values():
         try:
@@ -128,15 +130,12 @@ def rank(queries: Sequence[Query]) -> list[Ranked]:
 
 
 def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
-    """Search by the index, and score newer rows beside it; None where too few were left.
-
-    Rows of the prior are scored one by one, and do not count as found by the index.
-    """
+    """Search by the index, and score newer rows beside it; None where too few were left."""
     version = queries[0].version
     matrix, index = version.matrix, version.index
     assert matrix is not None and index is not None
     spare = min(len(version.deleted), HEADROOM * max(query.k for query in queries))
-    wanted = max(query.k + len(query.without) + len(query.user.rows) for query in queries)
+    wanted = max(query.k + len(query.without) for query in queries)
     wanted = min(wanted + spare, version.indexed)
     users = torch.stack([query.user.vector for query in queries])
     positions, scores = index.search(users.numpy(), wanted)
@@ -148,17 +147,10 @@ def _searched(queries: Sequence[Query]) -> list[Ranked | None]:
         scores = np.concatenate((scores, newer), axis=1)
     found: list[Ranked | None] = []
     for query, some, their in zip(queries, positions, scores, strict=True):
-        user = query.user
-        keep = (some >= 0) & ~version.hidden[some]
-        keep &= ~np.isin(some, np.concatenate((query.without, user.rows)))
+        keep = (some >= 0) & ~version.hidden[some] & ~np.isin(some, query.without)
         # Newer rows are all here: only of the index's may better ones than these be missing.
         complete = keep[:searched].sum() >= query.k or wanted == version.indexed
-        some, their = some[keep], their[keep]
-        if len(user.rows):
-            more = user.rows[~version.hidden[user.rows] & ~np.isin(user.rows, query.without)]
-            some = np.concatenate((some, more))
-            their = np.concatenate((their, score(version, user, more)))
-        found.append(_best(some, their, query.k) if complete else None)
+        found.append(_best(some[keep], their[keep], query.k) if complete else None)
     return found
 
 

@@ -37,12 +37,12 @@ class Version:
     """Everything that one request is answered from.
 
     predictor: the model with the catalog, item ints by id. index: index of the first ``indexed``
-    rows; None for a method that only ranks. deleted: rows that are never recommended (deleted, or
-    replaced by a newer row of the same id). name: name of the run folder. version: short hash of
-    the trained tensors. report: content of report.json. loaded_at: unix seconds. serial: number of
-    the loading; with it, a row is the same item for as long as the process lives. loaded: rows it
-    was loaded with. run: the folder it was loaded from. same_for_all: it ranks alike for everybody,
-    and so also for those of whom nothing is known.
+    rows; None for a method that only ranks, and for a blended run. deleted: rows that are never
+    recommended (deleted, or replaced by a newer row of the same id). name: name of the run folder.
+    version: short hash of the trained tensors. report: content of report.json. loaded_at: unix
+    seconds. serial: number of the loading; with it, a row is the same item for as long as the
+    process lives. loaded: rows it was loaded with. run: the folder it was loaded from.
+    same_for_all: it ranks alike for everybody, and so also for those of whom nothing is known.
     """
 
     predictor: Predictor

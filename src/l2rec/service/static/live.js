@@ -247,7 +247,7 @@ function facts() {
     ["Method", live.recipe ? `${live.method}, ${live.recipe}` : live.method],
     ["Loaded", moment(live.loaded_at)],
     ["Items", `${number(live.items)}${live.added ? `, ${number(live.added)} of them rows that came since` : ""}`],
-    ["Index", live.index || "none: the method only ranks"],
+    ["Index", live.index || "none: all items are scored"],
     ["Data", live.data && `${live.data.name}: ${number(live.data.users)} users, ${number(live.data.items)} items, ${number(live.data.events)} events`],
     ["Fingerprint", live.data && make("code", {}, live.data.fingerprint)],
     ["Control", live.control && live.control.name],
