@@ -24,9 +24,11 @@ from l2rec.data.ragged import Ragged
 from l2rec.errors import StorageError
 from l2rec.runs.predictor import Encoded, load
 from l2rec.service.app import create_app
+from l2rec.service.cache import Users
 from l2rec.service.events import EventLog
 from l2rec.service.live import Live
 from l2rec.service.loading import load_version
+from l2rec.service.ranking import User
 from l2rec.service.serving import Service
 from l2rec.service.settings import Experiment, Settings
 from l2rec.service.version import Version
@@ -274,6 +276,34 @@ def test_repeated_histories_are_not_encoded_again(serve: Serve) -> None:
     assert metric(client, "l2rec_user_cache_total", found="miss") == 4
     assert metric(client, "l2rec_user_cache_entries") == 2
     assert metric(client, "l2rec_batch_histories_count") == 4
+
+
+def test_the_cache_is_bounded_by_all_that_it_keeps() -> None:
+    cache = Users(most=100, within=10_000)
+    draw = np.random.default_rng(0)
+    for n in range(200):
+        prior = int(draw.integers(0, 300)) if n % 3 else 0
+        rows, added = np.arange(prior), np.zeros(prior, dtype=np.float32)
+        key = (n % 2, 0, bytes([n % 10] * 40))
+        user = User(torch.zeros(64), None, rows, added)
+        cache.keep(key, user)
+        assert cache.get(key) is user
+        kept = cache._users.items()
+        held = [len(k[2]) + 256 + 12 * len(u.rows) for k, u in kept]
+        assert sum(held) == cache.nbytes <= 10_000 and len(held) == len(cache)
+    before = cache.nbytes
+    cache.keep((0, 0, b"whole"), User(torch.zeros(2501)))
+    assert cache.nbytes == before, "one that is too large by itself"
+    for n in range(200):
+        cache.keep((n % 2, 0, bytes([n])), User(torch.zeros(1)))
+    assert len(cache) == 100 and cache.nbytes == 500
+    cache.keep_only({1})
+    assert len(cache) == 50 and cache.nbytes == 250
+    cache.keep_only(set())
+    assert len(cache) == cache.nbytes == 0
+    nothing = Users(most=0, within=10_000)
+    nothing.keep((0, 0, b""), User(torch.zeros(1)))
+    assert len(nothing) == 0
 
 
 def test_embeddings(serve: Serve, catalog_run: Finished) -> None:

@@ -10,7 +10,6 @@ __all__ = ["Service"]
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from l2rec.errors import CheckpointError, L2RecError
 from l2rec.modules.memory import trim
 from l2rec.service.audience import Audience
 from l2rec.service.batching import Batcher, Worker, slices
+from l2rec.service.cache import Users, key_of
 from l2rec.service.events import Event, EventLog
 from l2rec.service.experiments import record_arms
 from l2rec.service.live import Live
@@ -43,8 +43,8 @@ RANKED_TOGETHER = 256
 """Requests that are ranked in one batch at most."""
 CHARACTERS_OF_TOKEN = 4
 """Characters of a text that count as one token, before it is known how many they are."""
-CACHED_NUMBERS = 1 << 26
-"""Numbers of all cached vectors at most."""
+CACHED_BYTES = 1 << 28
+"""Bytes of all cached users at most."""
 STORAGE_THREADS = 4
 READY_SECONDS = 5.0
 """Time that a check of readiness may take."""
@@ -94,16 +94,6 @@ def _by_version(jobs: Sequence[J], run: Callable[[Version, list[J]], Sequence[T]
     return [results[number] for number in range(len(jobs))]
 
 
-_Key = tuple[int, int, bytes]
-
-
-def _key(version: Version, row: npt.NDArray[np.integer]) -> _Key:
-    """Return the key of a history in the cache."""
-    # What a method that only ranks says of a user is one score per item, and items may be added.
-    scores = len(version) if version.predictor.vectors is None else 0
-    return version.serial, scores, row.tobytes()
-
-
 class Service:
     """Threads, batches, cache and versions of one server.
 
@@ -147,7 +137,7 @@ class Service:
         # No waiting here: requests that come while one batch is ranked are the next batch.
         self.ranking: Batcher[Query, Ranked] = Batcher(rank, self._ranker, max_cost=RANKED_TOGETHER)
         self.audience = Audience(log, self.stored)
-        self._cache: OrderedDict[_Key, User] = OrderedDict()
+        self._cache = Users(settings.cache, CACHED_BYTES)
         self.changing = asyncio.Lock()
         """Lock for deriving a version from a loaded one and putting it in its place."""
         self._items: ItemState | None = None
@@ -219,25 +209,13 @@ class Service:
         return [next(rest) if user is None else user for user in found]
 
     def _cached(self, version: Version, row: npt.NDArray[np.integer]) -> User | None:
-        key = _key(version, row)
-        cached = self._cache.get(key)
-        if cached is None:
-            self.metrics.cache.labels("miss").inc()
-            return None
-        self._cache.move_to_end(key)
-        self.metrics.cache.labels("hit").inc()
+        cached = self._cache.get(key_of(version, row))
+        self.metrics.cache.labels("miss" if cached is None else "hit").inc()
         return cached
 
     def _keep(self, job: _Encode, user: User) -> None:
-        version = job.version
-        if self.settings.cache and any(
-            loaded.serial == version.serial for loaded in self.live.all().values()
-        ):
-            self._cache[_key(version, job.row)] = user
-            # The vector of a method that only ranks is as long as the catalog.
-            most = min(self.settings.cache, max(1, CACHED_NUMBERS // user.vector.numel()))
-            while len(self._cache) > most:
-                self._cache.popitem(last=False)
+        if any(loaded.serial == job.version.serial for loaded in self.live.all().values()):
+            self._cache.keep(key_of(job.version, job.row), user)
 
     async def vectors(self, version: Version, texts: Sequence[str]) -> list[Tensor]:
         """Return the item vectors [D] of raw texts, embedded in slices.
@@ -290,9 +268,7 @@ class Service:
             self._unstored = None
         self.metrics.loaded(versions)
         self.audience.forget_others(versions.values())
-        serials = {version.serial for version in versions.values()}
-        for key in [key for key in self._cache if key[0] not in serials]:
-            del self._cache[key]
+        self._cache.keep_only({version.serial for version in versions.values()})
 
     def thread_of(self, role: str) -> Worker:
         """Return the thread that runs the model of a role."""
