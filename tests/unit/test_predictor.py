@@ -88,6 +88,32 @@ def test_items_are_added_where_the_model_puts_them(predictor: Predictor) -> None
     assert not torch.allclose(of_a[:N], of_b[:N], atol=1e-3)
 
 
+def test_adding_does_not_copy_what_was_there() -> None:
+    predictor = make(SASRecTable)
+    predictor.model.eval()
+    predictor.model.freeze()
+    steps, before = [predictor], [predictor.vectors.clone()]  # type: ignore[union-attr]
+    for n in range(60):
+        steps.append(steps[-1].with_items({f"n{n}": TEXTS[n % N], "i3": TEXTS[n % N]}))
+        before.append(steps[-1].vectors.clone())  # type: ignore[union-attr]
+    places = {step.vectors.data_ptr() for step in steps}  # type: ignore[union-attr]
+    assert len(places) < 10, "moved when the room is full, not each time"
+    model = predictor.model
+    held = model.table().data_ptr(), model.text.vectors.data_ptr()
+    last = steps[-1].with_items({"x": TEXTS[0]})
+    assert (model.table().data_ptr(), model.text.vectors.data_ptr()) == held
+    assert last._first is predictor._first, "ids that were loaded are not copied either"
+    # One that others grew of stays as it is, and so do the two that grow of it.
+    other = steps[-1].with_items({"y": TEXTS[1]})
+    assert last.ids[-1] == "x" and other.ids[-2:] == ["", "y"]
+    for step, earlier in zip(steps, before, strict=True):
+        assert step.vectors is not None and torch.equal(step.vectors, earlier)
+        assert len(step.ids) == len(earlier)
+        assert step.row_of("i3") == (3 if step is predictor else len(earlier) - 1)
+    for step in (last, other):
+        torch.testing.assert_close(step.vectors, model.encode_items(np.arange(len(step.ids))))
+
+
 def test_nothing_is_added(predictor: Predictor) -> None:
     predictor.add_items({})
     same = predictor.with_items({})

@@ -66,6 +66,7 @@ from l2rec.modules.lora import LoRA
 from l2rec.modules.losses import in_batch_loss
 from l2rec.modules.objectives import catalog_loss
 from l2rec.modules.packing import Attend, Packing, pack
+from l2rec.modules.room import Room
 from l2rec.modules.sequences import (
     as_index,
     check_new_texts,
@@ -226,6 +227,7 @@ class RecFormer(nn.Module):
         self.kept: Tensor
         self.continues: Tensor
         self.register_buffer("table", torch.zeros(len(catalog), backbone.dim))
+        self._room = Room()
         # True once the table has the items; before that they are encoded on demand.
         self.register_buffer("kept", torch.tensor(False))
         self.register_buffer("continues", _continues_word(backbone), persistent=False)
@@ -533,7 +535,7 @@ class RecFormer(nn.Module):
         first = self.n_items
         self.tokens = self.tokens.followed_by(self._tokenize([texts]))
         new = np.arange(first, self.n_items, dtype=np.int32)
-        self.table = torch.cat((self.table, self._encode(new)))
+        self.table = self._room.followed(self.table, self._encode(new))
         return new
 
     def scorer(self) -> Scorer:

@@ -17,6 +17,7 @@ from l2rec.data.text import tokenize
 from l2rec.errors import ConfigError
 from l2rec.modules.backbone import Backbone
 from l2rec.modules.item_text import catalog_vectors, separators, text_vectors
+from l2rec.modules.room import Room
 from l2rec.modules.sequences import check_new_texts
 
 
@@ -53,6 +54,7 @@ class FrozenText(nn.Module):
         vectors, self.files = self.read_catalog(texts)
         self.register_buffer("vectors", vectors, persistent=False)
         self.vectors: Tensor
+        self._room = Room()
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -84,7 +86,7 @@ class FrozenText(nn.Module):
         tokens = tokenize(texts, backbone.tokenizer, self._max_tokens)
         vectors = text_vectors(backbone, tokens, self._max_tokens) * backbone.dim**0.5
         first = len(self)
-        self.vectors = torch.cat((self.vectors, vectors.to(self.vectors.device)))
+        self.vectors = self._room.followed(self.vectors, vectors.to(self.vectors.device))
         return np.arange(first, len(self), dtype=np.int32)
 
     @contextmanager

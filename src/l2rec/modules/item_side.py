@@ -32,6 +32,7 @@ from l2rec.modules.fusion import AdaptiveFusion
 from l2rec.modules.item_text import catalog_vectors, text_vectors
 from l2rec.modules.objectives import Cells, contrastive_loss, cosine, fused_catalog_loss
 from l2rec.modules.processes import Part, everyone, from_first
+from l2rec.modules.room import Room
 from l2rec.modules.sequences import as_index, history_cells, one_each
 from l2rec.modules.text_table import TextTable
 from l2rec.modules.views import View
@@ -176,6 +177,7 @@ class EncodedItems:
             self.rows = entry.pooled()
         else:
             self.rows = torch.empty(0, entry.width, device=backbone.device)
+        self._room = Room()
 
     def look_up(self) -> LookUp:
         """Return a function that takes the rows."""
@@ -234,7 +236,7 @@ class EncodedItems:
                 new = text_vectors(self._backbone, tokens, self._text_tokens)
             else:
                 new = self._entry.pooled(len(self.rows)) if self._pool else self.rows[:0]
-            self.rows = torch.cat((self.rows, new))
+            self.rows = self._room.followed(self.rows, new)
 
     def shrink(self, count: int) -> None:
         """Cut the rows."""

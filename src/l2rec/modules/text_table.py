@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from l2rec.data.ragged import IntArray
 from l2rec.modules.kept import Keeps
+from l2rec.modules.room import Room
 
 
 class TextTable(Keeps):
@@ -49,6 +50,7 @@ class TextTable(Keeps):
         self.held: Tensor
         self.dropout, self.text_dropout = dropout, text_dropout
         self._without_text = 0
+        self._room = Room()
 
     def keep(self) -> None:
         """Compute T once, for weights that no longer change; training or loading ends it."""
@@ -74,7 +76,7 @@ class TextTable(Keeps):
         if self._kept is None:
             self.text = torch.cat((self.text, F.normalize(text - self.mean, dim=-1)))
         else:
-            self._kept = torch.cat((self._kept, self.of_text(text)))
+            self._kept = self._room.followed(self._kept, self.of_text(text))
             self._without_text += len(text)
 
     def of_text(self, text: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "load_folder",
 ]
 
+import copy
 import logging
 import math
 import operator
@@ -41,6 +42,7 @@ from l2rec.evaluation.ranking import top_k
 from l2rec.modules import processes
 from l2rec.modules.backbone import Backbone, load_backbone, load_tokenizer
 from l2rec.modules.cooccurrence import Blend
+from l2rec.modules.room import Room
 from l2rec.modules.sequences import check_new_texts
 from l2rec.protocols import (
     Costed,
@@ -154,13 +156,12 @@ class Predictor:
         self.model, self.version = model, version
         self.blend, self.sample = blend, sample
         self.run: Path | None = None
-        self._know(ids, texts, vectors)
-
-    def _know(self, ids: list[str], texts: list[str], vectors: Tensor | None) -> None:
-        """Take these rows of the model as the catalog; a row without an id is no item of it."""
+        # Rows of the model; one without an id is no item of this catalog.
         self.ids, self.texts, self.vectors = ids, texts, vectors
-        self._index = {item: n for n, item in enumerate(ids)}
-        gaps = self._index.pop("", None) is not None
+        self._room = Room()  # behind the vectors
+        self._first = {item: n for n, item in enumerate(ids)}
+        self._later: dict[str, int] = {}  # beside the first, which are too many to copy
+        gaps = self._first.pop("", None) is not None
         self._gaps = [n for n, item in enumerate(ids) if not item] if gaps else []
         self._scorer: Scorer | None = None
 
@@ -261,12 +262,13 @@ class Predictor:
 
     def _ints(self, history: Sequence[str]) -> npt.NDArray[np.int32]:
         ids = as_ids(history, "history", "item ids")
-        unknown = [i for i in ids if i not in self._index]
+        rows = [self.row_of(item) for item in ids]
+        unknown = [item for item, row in zip(ids, rows, strict=True) if row is None]
         if unknown:
             named = ", ".join(repr(i) for i in unknown[:5])
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            raise DataError(f"unknown item ids: {named}{more}{nearest(unknown[0], self._index)}")
-        return np.asarray([self._index[i] for i in ids], dtype=np.int32)
+            raise DataError(f"unknown item ids: {named}{more}{nearest(unknown[0], self.ids)}")
+        return np.asarray(rows, dtype=np.int32)
 
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude_seen: bool = True
@@ -304,7 +306,9 @@ class Predictor:
 
     def row_of(self, item: str) -> int | None:
         """Return the item int of an id, or None."""
-        return self._index.get(str(item))
+        known = str(item)
+        row = self._later.get(known)
+        return self._first.get(known) if row is None else row
 
     def with_items(self, items: Mapping[str, str]) -> Predictor:
         """Return another predictor that also knows these items; this one stays as it is.
@@ -317,24 +321,30 @@ class Predictor:
             DataError: an empty text or id, or two that are the same id. ConfigError: the method
                 cannot take new items.
         """
-        grown = self._grown(texts_by_id(items))
-        return Predictor(self.model, *grown, self.version, self.blend, self.sample)
+        new, grown = texts_by_id(items), copy.copy(self)
+        # Two that grow of this one must not write behind the same vectors: the first gets the room.
+        grown.run, self._room = None, Room()
+        grown._add(new)
+        return grown
 
-    def _grown(self, items: Mapping[str, str]) -> tuple[list[str], list[str], Tensor | None]:
-        """Add rows to the model; return ids, texts and vectors of all that are known then."""
+    def _add(self, items: Mapping[str, str]) -> None:
+        """Add rows to the model and know them; what others know of it is replaced, not changed."""
         self._require(TakesNewItems, "ranks the items it was trained on; train it again for others")
-        known, vectors = len(self.ids), self.vectors
         if not items:
-            return [*self.ids], [*self.texts], vectors
-        texts = list(items.values())
+            return
+        known, texts = len(self.ids), list(items.values())
         with torch.inference_mode():
             added = self.model.add_items(texts)
-            if vectors is not None:
+            if self.vectors is not None:
                 fresh = np.arange(known, int(added[-1]) + 1, dtype=np.int32)
-                vectors = torch.cat((vectors, self.model.encode_items(fresh)))
+                self.vectors = self._room.followed(self.vectors, self.model.encode_items(fresh))
         # Rows of another predictor, or of one that was given up, may lie in between.
-        gap = [""] * (int(added[0]) - known)
-        return [*self.ids, *gap, *items], [*self.texts, *gap, *texts], vectors
+        first = int(added[0])
+        gap = [""] * (first - known)
+        self._gaps = [*self._gaps, *range(known, first)]
+        self.ids, self.texts = [*self.ids, *gap, *items], [*self.texts, *gap, *texts]
+        self._later = self._later | {item: first + n for n, item in enumerate(items)}
+        self._scorer = None
 
     def blended(self, blend: Blend, version: str) -> Predictor:
         """Return this predictor with co-occurrence and repeats beside its scores."""
@@ -434,10 +444,10 @@ class Predictor:
             DataError: an id that is in the catalog already, and as `with_items`.
         """
         new = texts_by_id(items)
-        known = [item for item in new if item in self._index]
+        known = [item for item in new if self.row_of(item) is not None]
         if known:
             raise DataError(f"item {known[0]!r} is in the catalog already")
-        self._know(*self._grown(new))
+        self._add(new)
 
 
 def texts_by_id(items: Mapping[str, str]) -> dict[str, str]:

@@ -181,6 +181,6 @@ class Attributes:
             raise DataError(
                 f"{len(names)} different attributes; items have at most {self.MOST} in all"
             )
-        empty = pa.array([""] * len(self), pa.string())
+        empty = pa.repeat(pa.scalar("", pa.string()), len(self))
         columns = {name: column(name, self._columns.get(name, empty)) for name in names}
         return Attributes(rows, columns, self._separators)

@@ -87,7 +87,7 @@ class Popular(Predictor):
             before, row = self.row_of(item), grown.row_of(item)
             if before is not None:
                 taken.counts[row] = taken.counts[before]
-        return Popular(taken, grown.ids, grown.texts, None, self.version)
+        return grown
 
 
 def popular(run: Path, items: ItemState) -> Version:

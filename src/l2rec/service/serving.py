@@ -287,7 +287,7 @@ class Service:
         """
         # Shielded, so that items on disk are also served if the client goes away.
         changes = await asyncio.shield(asyncio.ensure_future(self._put(items)))
-        # The vectors of all items were copied, and the C library would keep the room of the old.
+        # The vectors of all items may have moved, and the C library would keep their old room.
         await self.worker.run(trim, urgent=True, later=True)
         return changes
 
