@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from measure import arguments, from_child, interleave, median, peak_mb, ratio, report
+from measure import arguments, from_child, interleave, median, needs, peak_mb, ratio, report
 
 from l2rec.config import load_recipe
 from l2rec.data.catalog import Catalog
@@ -265,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--memory-of", choices=["items", "users"], help="only this, as a number of MB")
     p.add_argument("--times", type=int, default=1, help="with --memory-of: repeat the texts")
     args = p.parse_args(options)
+    needs(p, "bench", "sentence_transformers")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:

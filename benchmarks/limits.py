@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from measure import arguments, report
 from serving import COMMAND, Drawn, Measured, Server, client, free_port, request_of, started
 from startup import small_run
@@ -199,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             commands[EARLIER] = serve(EARLIER, its_run, folder, checkout / "src")
         mine = sorted(os.sched_getaffinity(0))
         threads = args.threads or len(mine)
+        torch.set_num_threads(threads)  # as it is reported
         servers = []
         for name, command in commands.items():
             port = free_port()

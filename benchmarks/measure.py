@@ -19,6 +19,7 @@ __all__ = [
     "machine",
     "matmul_peak",
     "median",
+    "needs",
     "peak_mb",
     "ratio",
     "report",
@@ -31,6 +32,7 @@ __all__ = [
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -192,6 +194,15 @@ def arguments(script: str, doc: str | None) -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=0, help="threads of torch (default: its own)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     return p
+
+
+def needs(p: argparse.ArgumentParser, extra: str, *packages: str) -> None:
+    """End in one line where a package that is compared with is not installed; it is in ``extra``
+    of l2rec.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        p.error(f"needs {' and '.join(missing)}: pip install 'l2rec[{extra}]'")
 
 
 def shown(value: object) -> str:

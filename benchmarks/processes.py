@@ -3,10 +3,11 @@
     python benchmarks/processes.py --data data/ml-100k
     python benchmarks/processes.py --data data/ml-100k --recipe sasrec --cores 2 3 4 5
 
-Whole trainings of one recipe with one batch size, one thread to each process: with the first core
-alone, with all cores and as many processes, and, for what the machine itself allows, as many
-trainings at once that know nothing of each other; in turn. Tokens a second are those of the steps
-(validations excluded), so batches mean the same work for all. Validation time is listed beside it.
+Whole trainings of one recipe with one batch size, one thread to each process (or ``--threads``):
+with the first core alone, with all cores and as many processes, and, for what the machine itself
+allows, as many trainings at once that know nothing of each other; in turn. Tokens a second are
+those of the steps (validations excluded), so batches mean the same work for all. Validation time is
+listed beside it.
 Linux: processes are bound to their cores.
 """
 
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import arguments, median, ratio, report
 
 GOAL_SHARE = 0.85
@@ -47,7 +49,7 @@ def train(options: Any, cores: Sequence[int], steps: int, out: Path) -> subproce
     command += [f"training.max_steps={steps}", "training.eval_every=1000", *options.override]
     return subprocess.Popen(
         command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(options.threads or 1)},
         preexec_fn=partial(os.sched_setaffinity, 0, cores),
         stdout=subprocess.DEVNULL,
     )
@@ -75,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = p.parse_args(sys.argv[1:] if argv is None else argv)
     if len(set(args.cores)) < len(args.cores):
         p.error(f"--cores {args.cores}: name each core once")
+    torch.set_num_threads(args.threads or 1)  # of each process, and as it is reported
     steps, rounds = (5, 1) if args.quick else (args.steps, args.rounds)
     most = len(args.cores)
     one, together, apart = "1 process", f"{most} processes", f"{most} trainings apart"

@@ -41,7 +41,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import arguments, median, report
+from measure import arguments, median, needs, report
 from startup import small_run
 
 from l2rec.runs.folder import load_run_config, read_catalog
@@ -442,6 +442,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
     p.add_argument("--seconds", type=float, default=5.0, help="of a round (default %(default)s)")
     args = p.parse_args(argv)
+    if not args.without_peers:
+        needs(p, "bench,faiss", "sentence_transformers", "faiss")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are ended on the way
     rounds, seconds = (1, 3.0) if args.quick else (args.rounds, args.seconds)
     threads = args.threads or torch.get_num_threads()

@@ -52,6 +52,7 @@ from measure import (
     interleave,
     matmul_peak,
     median,
+    needs,
     peak_mb,
     ratio,
     report,
@@ -559,6 +560,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         p.error(
             "--device cuda: this PyTorch sees no CUDA device; install its CUDA build, or omit it"
         )
+    needs(p, "bench", "peft")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import polars as pl
+import torch
 from measure import arguments, report
 
 from l2rec.config import load_recipe
@@ -86,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe")
     p.add_argument("--share", type=float, default=0.9, help="events before (default %(default)s)")
     args = p.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     quick = ["training.max_minutes=0.1"] if args.quick else []
     config = load_recipe(args.recipe, [*args.override, *quick])
     with tempfile.TemporaryDirectory() as temporary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -25,6 +26,7 @@ measure, step, growth = script("measure"), script("step"), script("growth")
 breakdown, performance, systems = script("breakdown"), script("performance"), script("systems")
 sasrec, rectools_child = script("sasrec"), script("rectools_child")
 layers, earlier = script("layers"), script("earlier")
+encoding, serving = script("encoding"), script("serving")
 
 
 # -- what all benchmarks share -------------------------------------------------------------------
@@ -398,6 +400,39 @@ def test_help_teaches(script: ModuleType, capsys: pytest.CaptureFixture[str]) ->
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "--quick" in text and "python benchmarks/" in text and "--threads" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "missing", "install"),
+    [
+        (step, "peft", "l2rec[bench]"),
+        (encoding, "sentence_transformers", "l2rec[bench]"),
+        (serving, "faiss", "l2rec[bench,faiss]"),
+    ],
+)
+def test_a_peer_that_is_not_installed_is_said(
+    script: ModuleType,
+    missing: str,
+    install: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else found(name)
+    )
+    with pytest.raises(SystemExit):
+        script.main(["--quick"])
+    assert f"needs {missing}: pip install '{install}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in FOLDER.glob("*.py") if "arguments(__file__" in file.read_text("utf-8")],
+    ids=lambda file: file.stem,
+)
+def test_threads_that_are_reported_are_those_that_were_asked_for(file: Path) -> None:
+    assert "torch.set_num_threads(" in file.read_text("utf-8"), "--threads would change nothing"
 
 
 # -- systems -------------------------------------------------------------------------------------
