@@ -44,6 +44,7 @@ import torch
 from measure import arguments, median, needs, report
 from startup import small_run
 
+from l2rec.modules.backbone import dtype_of
 from l2rec.runs.folder import load_run_config, read_catalog
 
 CLIENTS = (1, 8, 64)
@@ -454,11 +455,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows, loaded = measure(
             run, folder, threads, rounds, seconds, args.earlier, not args.without_peers
         )
+        backbone = load_run_config(run)[0].backbone
     ours = [row for row in rows if row["server"] == OURS]
     refused = sum(loaded["refused"].values())
     before, peak, after = loaded["MB before, at most, after"]
     rate_before, _, rate_after = loaded["rate before, during, after"]
     quick = loaded["refusals, ms p50 / p99"][0]
+    dtype = str(dtype_of(backbone)).removeprefix("torch.")
     fine = (
         refused > 0
         and not loaded["other codes"]
@@ -488,11 +491,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         rows=rows,
         notes=[
+            f"l2rec and its peers encode in {dtype}.",
             "Overload, "
             + "; ".join(f"{key}: {value}" for key, value in loaded.items() if value != [])
             + ".",
         ],
         overload=loaded,
+        dtype=dtype,
         summary=[
             *against_earlier(ours),
             *([] if args.without_peers else against_peers(ours)),

@@ -2,7 +2,7 @@
 
     python benchmarks/serving_peer.py RUN PORT [ITEM_TOKENS]
 
-It gets what the run has: the same backbone, the same items. A history is its items' texts, one
+It gets what the run has: the same backbone in the same precision, the same items. A history is its items' texts, one
 after the other, encoded by sentence-transformers; its nearest items are found by a flat FAISS
 index. ITEM_TOKENS cuts every text to as many tokens, so that it reads as much as l2rec does.
 """
@@ -19,12 +19,16 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from sentence_transformers import SentenceTransformer
 
-from l2rec.modules.backbone import minilm_source
+from l2rec.modules.backbone import dtype_of, minilm_source
 from l2rec.runs.folder import load_run_config, read_catalog
 
 run, port = Path(sys.argv[1]), int(sys.argv[2])
-name = load_run_config(run)[0].backbone.name
-encoder = SentenceTransformer(minilm_source() if name == "minilm" else name, device="cpu")
+backbone = load_run_config(run)[0].backbone
+encoder = SentenceTransformer(
+    minilm_source() if backbone.name == "minilm" else backbone.name,
+    device="cpu",
+    model_kwargs={"dtype": dtype_of(backbone)},
+)
 catalog = read_catalog(run)
 ids, texts = catalog.table["item_id"].to_pylist(), catalog.texts
 index_of = {item: n for n, item in enumerate(ids)}

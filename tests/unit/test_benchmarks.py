@@ -331,6 +331,19 @@ def test_the_page_says_what_a_command_no_longer_measures(
     assert all(f"`{name}`" in text for name in names)
 
 
+def test_servers_of_two_precisions_reach_no_goal() -> None:
+    """Results from before the dtype was kept; the peer was always of float32."""
+    line = {"path": "a", "goal": "at least the requests/s of the peer", "reached": True}
+    other = {"path": "b", "goal": "flat memory", "reached": True}
+    old = {"part": "serving", "command": "python benchmarks/serving.py", "rows": [], "notes": []}
+    old |= {"summary": [line, other]}
+    assert [goal["reached"] for goal in performance.goals(old)] == [None, True]
+    assert "float32" in performance.remarks(old)[0]
+    new = old | {"dtype": "bfloat16"}
+    assert [goal["reached"] for goal in performance.goals(new)] == [True, True]
+    assert performance.remarks(new) == []
+
+
 def test_the_kept_page_is_that_of_the_kept_results() -> None:
     """A script that loses rows, too, needs `python benchmarks/performance.py --only none`."""
     found = performance.documents()

@@ -16,6 +16,7 @@ __all__ = [
     "ENCODED_ROWS",
     "ENCODED_TOKENS",
     "Backbone",
+    "dtype_of",
     "load_backbone",
     "load_tokenizer",
     "reason_of",
@@ -525,7 +526,7 @@ def _load_model(
     """
     from transformers import AutoModel
 
-    dtype = _dtype(config)
+    dtype = dtype_of(config)
     if config.random_weights:
         torch.manual_seed(0)
         drawn: nn.Module = AutoModel.from_config(
@@ -564,7 +565,7 @@ def _load_gguf(config: BackboneConfig, file: Path) -> tuple[nn.Module, Any, Any]
         source,
         config=settings,
         quantization_config=GgufConfig(dequantize=True),
-        dtype=_dtype(config),
+        dtype=dtype_of(config),
         output_loading_info=True,
         **options,
     )
@@ -573,7 +574,8 @@ def _load_gguf(config: BackboneConfig, file: Path) -> tuple[nn.Module, Any, Any]
     return model, settings, _load_tokenizer(config, source, options)
 
 
-def _dtype(config: BackboneConfig) -> torch.dtype:
+def dtype_of(config: BackboneConfig) -> torch.dtype:
+    """Return the precision of a backbone's weights on this machine."""
     return {
         "auto": torch.bfloat16 if fast_bfloat16() else torch.float32,
         "float32": torch.float32,
