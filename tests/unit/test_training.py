@@ -895,6 +895,36 @@ def test_a_stage_may_validate_another_recommender(tmp_path: Path, whole: int, pa
     assert result.valid["ndcg@10"] == scores[2] and result.best_step == result.steps
 
 
+def test_only_scores_of_the_method_itself_are_hopeless(tmp_path: Path) -> None:
+    """A search would else stop a method by the scores of another, and take them for its own."""
+    data, asked = unique_histories(), []
+    other = Scripted([1], data)
+
+    class First(Scripted):
+        def stages(self, lr: float, weight_decay: float) -> list[Stage]:
+            one, two = super().stages(lr, weight_decay)
+            return [dataclasses.replace(one, validates=other), two]
+
+    def hopeless(score: float, number: int, done: float) -> bool:
+        asked.append((number, done))
+        return number == 1
+
+    model = First([5, 9, 8, 7, 6], data, stages=2)
+    result = training.train(
+        model,
+        data,
+        options(epochs=4),
+        seed=0,
+        run=tmp_path,
+        progress=Quiet(),
+        hopeless=hopeless,
+    )
+    scores = [r["ndcg@10_masked"] for r in log(tmp_path, "valid")]
+    assert len(scores) == 7 and result.stopped == "pruned"
+    assert asked == [(0, pytest.approx(1 / 4)), (1, pytest.approx(1 / 2))]
+    assert result.valid["ndcg@10_masked"] == max(scores[5:]) != max(scores)
+
+
 def test_a_stage_may_have_a_patience_of_its_own(tmp_run: Path) -> None:
     """Check that stage 1 waits as long, and looks as often, as it asks for itself; not stage 2."""
     data = unique_histories()

@@ -74,12 +74,12 @@ def test_a_killed_trial_is_taken_up_again(
     def killed(*arguments: Any, **named: Any) -> TrainingResult:
         asked = 0
 
-        def until(score: float, number: int) -> bool:
+        def until(score: float, number: int, done: float) -> bool:
             nonlocal asked
             asked += 1
             if asked == 2:
                 raise Killed
-            return bool(named["hopeless"](score, number))
+            return bool(named["hopeless"](score, number, done))
 
         return training.validate_run(*arguments, **{**named, "hopeless": until})
 
@@ -104,20 +104,22 @@ def compared_at(out: Path) -> list[list[int]]:
 def test_a_trial_that_trails_is_stopped(
     chains: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scripted trials: the last is worse than the median of the others from the first on."""
+    """Scripted trials, each worse than those before it from the first validation on: from the
+    fourth on they are stopped, at a third of their 12 validations.
+    """
     number = 0
 
     def scripted(*arguments: Any, hopeless: Any, **named: Any) -> TrainingResult:
         nonlocal number
         number += 1
         score = 0.9 - 0.1 * number
-        stopped = next((at for at in range(10) if hopeless(score, at)), None)
+        stopped = next((at for at in range(12) if hopeless(score, at, (at + 1) / 12)), None)
         ended = "epochs" if stopped is None else f"pruned at {stopped}"
         return TrainingResult(1, 1, {"ndcg@10_masked": score}, {}, 0, 0, 0, ended)
 
     monkeypatch.setattr(tune, "validate_run", scripted)
-    found = search(chains.path, tmp_path / "s", tune.STARTUP + 1)
-    assert [t.state for t in found.trials] == ["epochs"] * tune.STARTUP + ["pruned at 3"]
+    found = search(chains.path, tmp_path / "s", 8)
+    assert [t.state for t in found.trials] == ["epochs"] * 3 + ["pruned at 3"] * 5
 
 
 def test_a_training_that_fails_is_a_trial(

@@ -25,8 +25,10 @@ from __future__ import annotations
 
 __all__ = [
     "SELECT",
+    "Hopeless",
     "TrainingResult",
     "gradients_only_for",
+    "never_hopeless",
     "train",
     "try_steps",
     "validation_of",
@@ -87,6 +89,13 @@ SELECT_EARLIER = "ndcg@10"
 
 Averaged = Callable[[Tensor], Tensor]
 """A loss -> the same, but its gradients will be the means over all processes."""
+Hopeless = Callable[[float, int, float], bool]
+"""Score of a validation, its number, share of its stage that is done -> whether to end the run."""
+
+
+def never_hopeless(score: float, number: int, done: float) -> bool:
+    """Go on, whatever the score."""
+    return False
 
 
 @dataclass
@@ -114,7 +123,8 @@ class _Counters:
     bad: int = 0
     """Validations of this stage since the best one."""
     selections: int = 0
-    """Validations so far that choose the best step, that of the untrained model not counted."""
+    """Validations so far of the method itself that choose the best step, that of the untrained
+    model not counted."""
     cut: bool = False
     """Whether ``max_minutes`` ended a stage before this one."""
     seconds: float = 0.0
@@ -217,7 +227,7 @@ class _Run:
     folder: Path
     progress: Progress
     points: Points
-    hopeless: Callable[[float, int], bool]
+    hopeless: Hopeless
     start: str = UNTRAINED
     """What the model is called before the first step."""
     pruned: bool = False
@@ -240,14 +250,15 @@ def train(
     run: Path,
     progress: Progress,
     resume: bool = False,
-    hopeless: Callable[[float, int], bool] = lambda score, number: False,
+    hopeless: Hopeless = never_hopeless,
     start: str = UNTRAINED,
 ) -> TrainingResult:
     """Train to early stopping; the model and RUN/model.safetensors then hold the best step.
 
-    ``hopeless`` receives the score that selects (`SELECT`) of each validation of a stage that
-    does, and its number, from 0, earlier processes included; if it returns True, the run ends
-    ("pruned"). ``start``: what the model is called before the first step.
+    ``hopeless`` receives the score that selects (`SELECT`) of each validation of the method itself
+    by a stage that does, never that of another recommender (`Stage.validates`): its number, from
+    0, earlier processes included, and how much of the stage is done, from 0 to 1. If it returns
+    True, the run ends ("pruned"). ``start``: what the model is called before the first step.
 
     Raises:
         TrainingError: the loss became NaN or infinite (step and cause are named; the last good
@@ -409,7 +420,7 @@ def _train_stage(run: _Run, stage: Stage, state: State | None, averaged: Average
         if validating or run.counters.step % run.config.log_every == 0:
             _log_steps(run, position, planned)
         if validating:
-            better = _validate_stage(run, stage, position)
+            better = _validate_stage(run, stage, position, planned)
             ended = ended or _limit_reached(run, stage)
             _save_state(run, optimizer)  # first: the best model can be restored from it
             if better:
@@ -541,7 +552,7 @@ def try_steps(
     progress: Progress,
 ) -> Iterator[float]:
     """Take one step of a stage with each batch, and yield its seconds; nothing is written."""
-    run = _Run(model, split, config, 0, Path(), progress, lambda *_: None, lambda *_: False)
+    run = _Run(model, split, config, 0, Path(), progress, lambda *_: None, never_hopeless)
     optimizer = _optimizer(stage)
     planned = _planned_steps(run, stage)
     with gradients_only_for(run.model, stage):
@@ -616,7 +627,7 @@ def _validation_due(run: _Run, stage: Stage, position: float) -> bool:
     return stage.select and position >= run.counters.next_eval - 1e-9
 
 
-def _validate_stage(run: _Run, stage: Stage, position: float) -> bool:
+def _validate_stage(run: _Run, stage: Stage, position: float, planned: int) -> bool:
     """Validate; return whether to keep these weights: the best so far, or of no selection."""
     _print_cost(run, position)
     metrics = _validate(run, position, stage.validates)
@@ -624,8 +635,9 @@ def _validate_stage(run: _Run, stage: Stage, position: float) -> bool:
     c = run.counters
     score = metrics[c.select]
     c.next_eval = position + _eval_every(run, stage)
-    if stage.select:
-        run.pruned = run.hopeless(score, c.selections)
+    if stage.select and stage.validates is None:
+        done = max((c.step - c.stage_start) / planned, _time_used(run))
+        run.pruned = run.hopeless(score, c.selections, min(done, 1.0))
         c.selections += 1
     if score > c.best or not stage.select:
         c.best, c.best_step, c.bad, run.best = score, c.step, 0, metrics

@@ -13,7 +13,7 @@ import datetime
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ from l2rec.runs.folder import (
     write_item_vectors,
     write_sample,
 )
-from l2rec.runs.loop import TrainingResult, train
+from l2rec.runs.loop import Hopeless, TrainingResult, never_hopeless, train
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
 from l2rec.runs.numbers import PRETRAINED, UNTRAINED
 from l2rec.runs.predictor import (
@@ -214,7 +214,7 @@ def validate_run(
     *,
     progress: Progress,
     resume: bool = False,
-    hopeless: Callable[[float, int], bool] = lambda score, number: False,
+    hopeless: Hopeless = never_hopeless,
 ) -> TrainingResult:
     """Train as `train_run` does, and stop there: the test split is not looked at."""
     dataset = open_dataset(data)
@@ -245,7 +245,7 @@ def _fit(
     identity: Mapping[str, Any] | None,
     init: Path | None,
     resume: bool,
-    hopeless: Callable[[float, int], bool] = lambda score, number: False,
+    hopeless: Hopeless = never_hopeless,
     *,
     update: bool = False,
     init_data: Path | None = None,

@@ -3,9 +3,10 @@
 A trial is a training with sampled options, judged as a training judges its steps: by validation
 NDCG@10 over all users, the history masked; the test split is never used. The first trial is the
 recipe itself, if the search spaces contain it, so a search ends no worse than it began. The next
-ones cover the spaces evenly (a Sobol sequence); after that, options are sampled by TPE, and a trial
-below the median of the others at the same validation is stopped (Optuna's `TPESampler` and
-`MedianPruner`).
+ones cover the spaces evenly (a Sobol sequence); after that, options are sampled by TPE. A trial
+that has a third of its steps behind it and is below the median of the others at the same validation
+is stopped (Optuna's `TPESampler` and `MedianPruner`). Of a method with another recommender inside,
+such as LLaRA's SASRec, the scores of the method itself count alone.
 
 The folder holds the study (``study.db``), a folder for each trial while it runs, and ``best.yaml``,
 a recipe. A search that was killed can be resumed: finished trials count, and the trial that was
@@ -46,7 +47,11 @@ STUDY = "l2rec"
 REASON = "reason"
 """Attribute of a trial that failed: its error."""
 STARTUP = 5
-"""Number of trials before TPE samples, and that must finish before any trial is stopped."""
+"""Number of trials before TPE samples."""
+COMPARED = 3
+"""Number of trials that must end before any trial is stopped."""
+WARMUP = 1 / 3
+"""Share of its planned steps, or of its time, that a trial has before it can be stopped."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,9 @@ def _run(
 
     resume = (folder / "config.yaml").is_file()
 
-    def hopeless(score: float, number: int) -> bool:
+    def hopeless(score: float, number: int, done: float) -> bool:
         trial.report(score, number)
-        return bool(trial.should_prune())
+        return done >= WARMUP - 1e-9 and trial.should_prune()
 
     try:
         config = load_recipe(recipe, overrides)
@@ -360,7 +365,7 @@ def _study(out: Path, about: Mapping[str, Any]) -> optuna.Study:
         study_name=STUDY,
         storage=f"sqlite:///{(out / 'study.db').resolve()}",
         direction="maximize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=3),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=COMPARED),
         load_if_exists=True,
     )
     saved = study.user_attrs.get("about")
