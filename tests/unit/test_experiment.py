@@ -26,7 +26,7 @@ from tests.support.command import PROGRAM, Call
 from tests.support.errors import one_line
 from tests.support.experiments import Processes
 
-from l2rec.config import load_recipe
+from l2rec.config import load_recipe, method_class, recipe_names
 from l2rec.data.catalog import Catalog
 from l2rec.data.dataset import Dataset, open_dataset
 from l2rec.data.ragged import Ragged
@@ -257,6 +257,46 @@ def test_recipes_are_those_of_the_data_set(tmp_path: Path) -> None:
     assert [left.reason for left in planned.left_out] == [
         "its start needs a data set: --source"
     ] * 2
+
+
+NAMED = ("scientific", "games-days", "yelp", "steam")
+"""The data sets that the shipped experiments know."""
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Return data sets of these names, and those that `l2rec cold` is told to make of them."""
+    folder = tmp_path_factory.mktemp("named")
+    names = [name + ending for ending in ("", "-cold") for name in NAMED]
+    return [chain_dataset(folder / name, 30, 20, 7, seed=n).path for n, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_every_row_has_a_recipe_of_a_data_set_and_its_small_backbone(
+    name: str, named: list[Path], tmp_path: Path
+) -> None:
+    """One row's tuned recipe beside the bare one of another would be no comparison."""
+    shipped = set(recipe_names())
+    sets = [path for path in named if path.name.endswith("-cold") == (name == "cold-items")]
+    for one in plan(load_experiment(name), sets, tmp_path / "out").cells:
+        cell = one.cell
+        if cell.config is None:
+            continue
+        if cell.data.name not in cell.row.recipes:
+            owners = ("scientific", "games", "steam")
+            assert not {f"{owner}/{cell.recipe}" for owner in owners} & shipped, cell.key
+        if method_class(cell.config.method).uses_backbone:
+            assert cell.config.backbone.name == "minilm", cell.key
+
+
+def test_a_recipe_of_its_own_goes_before_those_that_are_lent(
+    named: list[Path], tmp_path: Path
+) -> None:
+    planned = plan(load_experiment("l2rec-table2"), named, tmp_path / "out")
+    recipes = {(o.cell.grid, o.cell.line): o.cell.recipe for o in planned.cells}
+    assert recipes["steam", "L2Rec+"] == "steam/l2rec-plus"
+    assert recipes["steam", "UniSRec"] == "scientific/unisrec"
+    assert recipes["yelp", "UniSRec"] == "games/unisrec"
 
 
 def test_a_backbone_of_all_rows_is_that_of_those_that_read_one(

@@ -171,6 +171,9 @@ class Published(_Closed):
     source: str
     data: str
     """Which version of the data they are of, and that ours is another."""
+    versions: dict[str, str] = {}
+    """Data sets here that are versions of one of the figures', by its name there, if that is
+    another: ``games-days: games``."""
     figures: dict[str, dict[str, dict[str, float]]]
     """Values by data set, row and metric."""
 
@@ -190,7 +193,7 @@ class Experiment(_Closed):
     splits: dict[str, tuple[str, ...]] = {}
     """Overrides by the name of a way to split; each is a grid of its own."""
     recipes_of: dict[str, str] = {}
-    """Data sets that take the recipes of another: ``games-days: games``."""
+    """Data sets that take the recipes of another where they have none: ``games-days: games``."""
     metrics: tuple[str, ...] = ("recall@10", MAIN)
     """Columns, each with the history in the ranking and with it masked."""
     comparisons: tuple[Comparison, ...] = ()

@@ -383,10 +383,10 @@ class _Grid:
     def _recipe(self, row: Row, data: Data) -> str:
         if data.name in row.recipes:
             return row.recipes[data.name]
-        recipe = str(row.recipe)
-        owner = self.experiment.recipes_of.get(data.name, data.name)
-        own = f"{owner}/{recipe}"
-        return own if own in recipe_names() else recipe
+        recipe, shipped = str(row.recipe), recipe_names()
+        owners = [data.name, self.experiment.recipes_of.get(data.name, data.name)]
+        own = (f"{owner}/{recipe}" for owner in owners)
+        return next((name for name in own if name in shipped), recipe)
 
 
 def below(cell: Cell) -> Iterator[Cell]:

@@ -170,7 +170,8 @@ def _section(
     notes += together(_remarks(lines))
     published = experiment.published
     known = {} if published is None else published.figures
-    of_paper = known.get(data["name"]) or known.get(experiment.recipes_of.get(data["name"], ""), {})
+    versions_of = {} if published is None else published.versions
+    of_paper = known.get(versions_of.get(data["name"], data["name"]), {})
     if published is not None and of_paper:
         notes.append(f"“paper”: {published.source}. {' '.join(published.data.split())}")
     return Section(
