@@ -1172,18 +1172,27 @@ def test_comparisons_are_adjusted_together_and_machines_named(
     out = tmp_path / "out"
     done = run(planned_of(path, chains, out), progress=runs.Quiet())
     file = out / "cells" / "chains" / "r2-s1" / "report.json"
-    file.write_text(json.dumps(read_json(file) | {"hardware": "another machine"}))
+    report = read_json(file)
+    file.write_text(json.dumps(report | {"hardware": "another machine"}))
     tests = compared(done, read_results(done))
-    ps = [one.test.p for one in tests if one.test is not None and one.test.p is not None]
-    assert [one.p_holm for one in tests] == pytest.approx(holm(ps))
     assert tests[0].notes == ()
+    # Of two machines there is a difference, but no p.
+    first = tests[0].test
+    assert first is not None and tests[0].p_holm == first.p is not None
+    for one in tests[1:]:
+        assert one.test is not None and one.test.p is None is one.p_holm
+    # Of one machine, all p are adjusted together.
+    file.write_text(json.dumps(read_json(file) | {"hardware": report["hardware"]}))
+    alike = compared(done, read_results(done))
+    ps = [one.test.p for one in alike if one.test is not None and one.test.p is not None]
+    assert len(ps) == 3 and [one.p_holm for one in alike] == pytest.approx(holm(ps))
     # A side that is made of the other's runs is not independent of it.
     results = read_results(done)["chains"]
     cell = replace(results["r1"][0].cell, needs=(results["r0"][0].cell,))
     made = [replace(results["r1"][0], cell=cell), results["r1"][1]]
     (note,) = _compared(tests[0].comparison, "chains", results | {"r1": made}).notes
     assert note.startswith("the sides share runs, and p")
-    assert all("not of one machine" in one.notes[0] for one in tests[1:])
+    assert all("no p, as not of one machine" in one.notes[0] for one in tests[1:])
     assert "another machine" in tests[1].notes[0]
     # The number of threads is no part of a machine.
     results = read_results(done)["chains"]
@@ -1201,4 +1210,9 @@ def test_comparisons_are_adjusted_together_and_machines_named(
     ]
     for other in ("GPU", "CPU, quick, 1 threads"):
         (note,) = note_of("CPU, 1 threads", other)
-        assert note.startswith("not of one machine")
+        assert note.startswith("no p, as not of one machine")
+    # Of other commits, those that were taken are named.
+    old = [replace(one, report={**one.report, "versions": {"commit": "old"}}) for one in made]
+    found = _compared(tests[0].comparison, "chains", results | {"r1": old}, {old[0].cell.key})
+    assert f"{old[0].cell.key} taken, of commit old" in found.notes
+    assert sum("taken" in note for note in found.notes) == 1

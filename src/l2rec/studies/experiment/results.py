@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Compared", "Done", "Results", "compared", "part_of", "read_results", "score_of"]
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from l2rec.runs.remarks import is_leaky
 from l2rec.runs.scoring import PARTS, is_part
 from l2rec.studies.compare import Score, over_seeds, ranked_users
 from l2rec.studies.experiment.definition import MASKED, Comparison
-from l2rec.studies.experiment.plan import Cell, Plan, State, below
+from l2rec.studies.experiment.plan import Cell, Plan, State, below, read_state
 
 NO_COLD = "no item is cold: l2rec cold makes such data"
 """Why a comparison on cold or warm targets has no result."""
@@ -121,8 +121,9 @@ def score_of(done: Sequence[Done], metric: str) -> Score | None:
 class Compared:
     """A named comparison on one data set.
 
-    test: None where a side is not there or they cannot be paired. p_holm: p, adjusted for all
-    tests of the experiment. seeds: of either side. notes: what to know when reading it.
+    test: None where a side is not there or they cannot be paired; without a p where a side has one
+    seed, or they were not trained on one machine. p_holm: p, adjusted for all tests of the
+    experiment. seeds: of either side. notes: what to know when reading it.
     """
 
     comparison: Comparison
@@ -137,10 +138,11 @@ def compared(planned: Plan, results: Results) -> list[Compared]:
     """Test every comparison of the experiment on every data set; adjust all p by Holm's method.
 
     Only runs of several seeds on both sides have a p: the users of one run cannot say what another
-    seed would do.
+    seed would do. Nor have runs of several machines: what differs may be the machines.
     """
+    taken = read_state(planned.out)["taken"]
     found = [
-        _compared(comparison, name, results.get(name, {}))
+        _compared(comparison, name, results.get(name, {}), taken)
         for grid in dict.fromkeys(one.cell.grid for one in _cells(results))
         for comparison in planned.experiment.comparisons
         for name in [part_of(grid, comparison.targets)]
@@ -157,7 +159,13 @@ def _cells(results: Results) -> Iterator[Done]:
     return (one for lines in results.values() for done in lines.values() for one in done)
 
 
-def _compared(comparison: Comparison, grid: str, by_line: Mapping[str, Sequence[Done]]) -> Compared:
+def _compared(
+    comparison: Comparison,
+    grid: str,
+    by_line: Mapping[str, Sequence[Done]],
+    taken: Collection[str] = (),
+) -> Compared:
+    """Test one comparison; ``taken``: keys of cells that were taken from elsewhere."""
     sides = [by_line.get(name, ()) for name in (comparison.a, comparison.b)]
     seeds = (len(sides[0]), len(sides[1]))
     missing = [n for n, side in zip((comparison.a, comparison.b), sides, strict=True) if not side]
@@ -170,7 +178,9 @@ def _compared(comparison: Comparison, grid: str, by_line: Mapping[str, Sequence[
         test = seeded_test(values[0], values[1], users)
     except L2RecError as error:
         return Compared(comparison, grid, seeds, None, None, (str(error),))
-    return Compared(comparison, grid, seeds, test, None, tuple(_notes(sides)))
+    if len(_machines(sides)) > 1:
+        test = replace(test, p=None)
+    return Compared(comparison, grid, seeds, test, None, tuple(_notes(sides, taken)))
 
 
 def _values(
@@ -197,7 +207,12 @@ def _values(
     return first, values
 
 
-def _notes(sides: Sequence[Sequence[Done]]) -> list[str]:
+def _machines(sides: Sequence[Sequence[Done]]) -> set[str]:
+    """Return the machines of all runs; the number of threads is no part of one."""
+    return {without_threads(str(one.report.get("hardware"))) for side in sides for one in side}
+
+
+def _notes(sides: Sequence[Sequence[Done]], taken: Collection[str]) -> list[str]:
     notes = []
     if min(map(len, sides)) < 2:
         notes.append("one seed on a side: no p, as what another seed would do is not known")
@@ -211,9 +226,15 @@ def _notes(sides: Sequence[Sequence[Done]]) -> list[str]:
     machines = [sorted({str(one.report.get("hardware")) for one in side}) for side in sides]
     if machines[0] != machines[1] or len(machines[0]) > 1:
         both = " / ".join(", ".join(of_side) for of_side in machines)
-        one = len({without_threads(found) for of_side in machines for found in of_side}) == 1
-        notes.append(f"{'with other numbers of threads' if one else 'not of one machine'}: {both}")
-    commits = {str((o.report.get("versions") or {}).get("commit", "")) for s in sides for o in s}
-    if len(commits) > 1:
-        notes.append(f"of several commits: {', '.join(sorted(commits))}")
+        one = len(_machines(sides)) == 1
+        what = "with other numbers of threads" if one else "no p, as not of one machine"
+        notes.append(f"{what}: {both}")
+    commits = {
+        one.cell.key: str((one.report.get("versions") or {}).get("commit", "unknown"))
+        for side in sides
+        for one in side
+    }
+    if len(set(commits.values())) > 1:
+        notes.append(f"of several commits: {', '.join(sorted(set(commits.values())))}")
+        notes += [f"{key} taken, of commit {commits[key]}" for key in commits if key in taken]
     return notes
