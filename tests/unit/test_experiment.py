@@ -299,6 +299,12 @@ def test_a_recipe_of_its_own_goes_before_those_that_are_lent(
     assert recipes["yelp", "UniSRec"] == "games/unisrec"
 
 
+def test_equal_time_is_for_every_method_of_table_2() -> None:
+    table, timed = (load_experiment(name) for name in ("l2rec-table2", "equal-time"))
+    of_table = {(r.name, r.recipe) for r in table.rows if not (r.pretraining or r.init)}
+    assert {(row.name, row.recipe) for row in timed.rows} == of_table
+
+
 def test_a_backbone_of_all_rows_is_that_of_those_that_read_one(
     chains: Dataset, tmp_path: Path
 ) -> None:
