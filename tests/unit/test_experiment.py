@@ -124,6 +124,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         },
         r"blend, init, pretraining and overrides are of rows with a recipe",
     ),
+    "improvement of nothing": ({"improvement": ["naro"]}, r"improvement: no row 'naro'"),
     "compared with nothing": (
         {"comparisons": [{"a": "narrow", "b": "weit"}]},
         r"comparison: no row 'weit'",
@@ -297,6 +298,33 @@ def test_a_recipe_of_its_own_goes_before_those_that_are_lent(
     assert recipes["steam", "L2Rec+"] == "steam/l2rec-plus"
     assert recipes["steam", "UniSRec"] == "scientific/unisrec"
     assert recipes["yelp", "UniSRec"] == "games/unisrec"
+
+
+def test_the_improvement_is_over_the_best_rival(
+    chains: Dataset, tmp_path: Path, processes: Processes
+) -> None:
+    """Of our row over the better of two others; of the paper over the best of its whole table."""
+    rows = [ROW, WIDE, WIDE | {"name": "ours", "overrides": ["model.dim=12"]}]
+    figures = {"ours": {"ndcg@10": 0.3}, "wide": {"ndcg@10": 0.1}, "not here": {"ndcg@10": 0.4}}
+    path = experiments.written(
+        tmp_path / "e.yaml",
+        rows=rows,
+        seeds=[1],
+        improvement=["ours"],
+        published={"source": "A paper", "data": "x", "figures": {"chains": figures}},
+    )
+    done = run(planned_of(path, chains, tmp_path / "out"), progress=runs.Quiet())
+    scores = to_json(done)["scores"]["chains"]
+    page = write_page(done)[0]
+    table = page.sections[0].table
+    ours, improved = (dict(table.groups[0].rows)[name] for name in ("ours", "ours, improvement"))
+    assert len(improved) == len(ours) and any("improvement" in x for x in page.sections[0].notes)
+    for metric, heading in (("ndcg@10", "N@10"), ("recall@10_masked", "R@10 masked")):
+        own, *others = (scores[name][metric]["mean"] for name in ("ours", "narrow", "wide"))
+        at = table.header.index(heading) - 1
+        expected = f"{own / max(others) - 1:+.1%}".replace("-", "−")
+        assert improved[at].text == expected
+    assert improved[table.header.index("N@10, paper") - 1].text == "−25.0%"
 
 
 def test_equal_time_is_for_every_method_of_table_2() -> None:

@@ -196,6 +196,8 @@ class Experiment(_Closed):
     """Data sets that take the recipes of another where they have none: ``games-days: games``."""
     metrics: tuple[str, ...] = ("recall@10", MAIN)
     """Columns, each with the history in the ranking and with it masked."""
+    improvement: tuple[str, ...] = ()
+    """Rows of which the table ends with their improvement over the best of all others."""
     comparisons: tuple[Comparison, ...] = ()
     priority: tuple[str, ...] = ()
     """Rows that are trained first and left out last, after those that are compared; the others
@@ -225,9 +227,10 @@ class Experiment(_Closed):
         for row in self.rows:
             self._check_bases(row, rows)
         self._check_comparisons(rows)
-        for name in self.priority:
-            if name not in rows:
-                raise ValueError(f"priority: no row {name!r}{nearest(name, rows)}")
+        for key, names in (("priority", self.priority), ("improvement", self.improvement)):
+            for name in names:
+                if name not in rows:
+                    raise ValueError(f"{key}: no row {name!r}{nearest(name, rows)}")
         if self.figure is not None and not any(row.x is not None for row in self.rows):
             raise ValueError("a figure needs rows with x")
         if self.figure is not None and self.figure.log:

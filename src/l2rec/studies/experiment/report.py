@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["page", "to_json", "write_page"]
 
 import datetime
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,11 @@ def _section(
             f"money: all of a cell's time, validation and test too, at {price:g} an hour of the "
             "machine that it ran on; of a blend or an average, what it adds to its runs"
         )
+    if experiment.improvement:
+        notes.append(
+            "improvement: over the best of the other rows of the same part of the table, in each "
+            "column; of the paper, over the best other figure of its table"
+        )
     if any(cut_by_time(one.report) for done in lines.values() for one in done):
         notes.append("† cut by its time budget while it still got better")
     notes += together(_remarks(lines))
@@ -210,7 +215,8 @@ def _score_table(
         if not part:
             continue
         scores = {name: [score_of(done, m) for m in metrics] for name, done in part.items()}
-        marked = _marked([[None if s is None else s.mean for s in r] for r in scores.values()])
+        means = {n: [None if s is None else s.mean for s in row] for n, row in scores.items()}
+        marked = _marked(list(means.values()))
         rows = []
         for (name, done), marks in zip(part.items(), marked, strict=True):
             cells = [
@@ -224,6 +230,22 @@ def _score_table(
             leaky = LEAKY * is_leaky(config for one in done for config in one.cell.trained)
             label = name.removesuffix(BLENDED) + leaky + dagger
             rows.append((label, [*cells, *_costs(done, price)]))
+        ending = BLENDED if blended else ""
+        ours = {name: name + ending for name in experiment.improvement}
+        of_ours = {published[name] for name in ours}
+        for name in (name for name, line in ours.items() if line in part):
+            texts = [
+                _improvement({n: row[at] for n, row in means.items()}, ours[name], ours.values())
+                for at in range(len(metrics))
+            ]
+            texts += [
+                _improvement({n: r.get(m) for n, r in of_paper.items()}, published[name], of_ours)
+                if not blended
+                else NONE
+                for m in shown
+            ]
+            blank = [Cell("")] * (len(header) - 2 - len(texts))
+            rows.append((f"{name}, improvement", [Cell(""), *map(Cell, texts), *blank]))
         groups.append(Group(caption, rows))
     floors = _floors(lines)
     if floors:
@@ -234,6 +256,13 @@ def _score_table(
         ]
         groups.append(Group("nothing trained", rows))
     return Table(header, groups)
+
+
+def _improvement(column: Mapping[str, float | None], name: str, ours: Collection[str]) -> str:
+    """Write by how much a row is above the best of a column that is none of ``ours``."""
+    own = column.get(name)
+    best = max((v for n, v in column.items() if n not in ours and v is not None), default=0.0)
+    return NONE if own is None or not best else _percent(own - best, best)
 
 
 def _heading(metric: str) -> str:
@@ -340,7 +369,8 @@ def _comparison_table(tests: Sequence[Compared]) -> Table:
         if test is None:
             texts += [NONE] * 6
         else:
-            texts.append(as_signed(test.difference) + _relative(test.difference, test.mean_b))
+            relative = f" ({_percent(test.difference, test.mean_b)})" if test.mean_b else ""
+            texts.append(as_signed(test.difference) + relative)
             errors = (test.standard_error, test.users_error, test.seeds_error)
             texts += [*map(as_score, errors), as_probability(test.p), as_probability(one.p_holm)]
         notes = [*([what.about] if what.about else []), *one.notes]
@@ -348,8 +378,8 @@ def _comparison_table(tests: Sequence[Compared]) -> Table:
     return Table(header, [Group(grid, rows) for grid, rows in groups.items()])
 
 
-def _relative(difference: float, base: float) -> str:
-    return f" ({difference / base:+.1%})".replace("-", "−") if base else ""
+def _percent(difference: float, base: float) -> str:
+    return f"{difference / base:+.1%}".replace("-", "−")
 
 
 def _how_compared(tests: Sequence[Compared]) -> str:
