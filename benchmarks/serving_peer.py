@@ -2,9 +2,10 @@
 
     python benchmarks/serving_peer.py RUN PORT [ITEM_TOKENS]
 
-It gets what the run has: the same backbone in the same precision, the same items. A history is its items' texts, one
-after the other, encoded by sentence-transformers; its nearest items are found by a flat FAISS
-index. ITEM_TOKENS cuts every text to as many tokens, so that it reads as much as l2rec does.
+It gets what the run has: the same backbone in the same precision, the same items. A history is its
+items' texts, one after the other, encoded by sentence-transformers; its nearest items are found by
+a flat FAISS index. ITEM_TOKENS cuts every text to as many tokens, so that it reads as much as l2rec
+does.
 """
 
 from __future__ import annotations

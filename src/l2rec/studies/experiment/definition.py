@@ -171,9 +171,20 @@ class Published(_Closed):
     source: str
     data: str
     """Which version of the data they are of, and that ours is another."""
+    backbone: str = ""
+    """That of the figures, where it is one; pages name it beside that of the rows."""
+    backbones: dict[str, dict[str, str]] = {}
+    """Figures of other backbones: by backbone and row, the row of the figures. A row with one of
+    these backbones has no other figure."""
     versions: dict[str, str] = {}
     """Data sets here that are versions of one of the figures', by its name there, if that is
     another: ``games-days: games``."""
+
+    def name_of(self, row: Row, backbone: str | None) -> str:
+        """Return the name of a row's figures, with the backbone it has here; empty if none."""
+        name = row.published or row.name
+        return name if backbone not in self.backbones else self.backbones[backbone].get(name, "")
+
     figures: dict[str, dict[str, dict[str, float]]]
     """Values by data set, row and metric."""
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from l2rec.config import method_class
 from l2rec.data.dataset import open_dataset
 from l2rec.runs.chart import Chart
 from l2rec.runs.folder import cut_by_time
@@ -30,7 +31,14 @@ from l2rec.runs.numbers import (
 from l2rec.runs.remarks import LEAKY, is_leaky, remarks_of, together
 from l2rec.studies.compare import FLOORS
 from l2rec.studies.experiment.definition import BLENDED, MASKED, Experiment, Published
-from l2rec.studies.experiment.plan import LeftOut, Plan, State, claim, read_state, seconds_of
+from l2rec.studies.experiment.plan import (
+    LeftOut,
+    Plan,
+    State,
+    claim,
+    read_state,
+    seconds_of,
+)
 from l2rec.studies.experiment.results import (
     Compared,
     Done,
@@ -62,6 +70,8 @@ STATISTICS = {
     "density": "density",
 }
 """Heading of each count of a data set."""
+HOURS = "training_hours"
+"""A published cost."""
 
 
 def page(planned: Plan, price: float | None = None) -> Page:
@@ -159,6 +169,9 @@ def _section(
     )
     if first.part:
         facts += f"; {report['parts'][first.part]['users_tested']:,} tests"
+    backbones = _backbones(lines)
+    if backbones:
+        facts += f"; {'backbones' if len(backbones) > 1 else 'backbone'} {_named(backbones)}"
     notes = ["mean ± standard deviation over seeds; best of each column bold, second underlined"]
     if price is not None:
         notes.append(
@@ -179,6 +192,12 @@ def _section(
     of_paper = known.get(versions_of.get(data["name"], data["name"]), {})
     if published is not None and of_paper:
         notes.append(f"“paper”: {published.source}. {' '.join(published.data.split())}")
+        others = [b for b in backbones if b not in (published.backbone, *published.backbones)]
+        if published.backbone and others:
+            notes.append(
+                f"“paper” has {published.backbone}, rows here have {', '.join(others)}: compare "
+                "the order of rows, not numbers"
+            )
     return Section(
         title=grid,
         facts=facts,
@@ -208,7 +227,7 @@ def _score_table(
     header = ["", "seeds", *map(_heading, metrics), *(f"{_heading(m)}, paper" for m in shown)]
     header += ["training", "tokens", "peak memory", "trained"]
     header += [] if price is None else ["money"]
-    published = {row.name: row.published or row.name for row in experiment.rows}
+    published = _published_names(experiment, lines)
     groups = []
     for blended, caption in ((False, "as it is"), (True, "blended: co-occurrence and repeats")):
         part = {name: d for name, d in lines.items() if name.endswith(BLENDED) == blended}
@@ -223,7 +242,7 @@ def _score_table(
                 Cell(mean_and_sd(score, metric), mark)
                 for score, metric, mark in zip(scores[name], metrics, marks, strict=True)
             ]
-            theirs = {} if blended else of_paper.get(published[name], {})
+            theirs = {} if blended else of_paper.get(published.get(name, ""), {})
             cells = [Cell(_seeds(experiment, done)), *cells]
             cells += [Cell(as_score(theirs.get(metric))) for metric in shown]
             dagger = " †" if any(cut_by_time(one.report) for one in done) else ""
@@ -232,17 +251,18 @@ def _score_table(
             rows.append((label, [*cells, *_costs(done, price)]))
         ending = BLENDED if blended else ""
         ours = {name: name + ending for name in experiment.improvement}
-        of_ours = {published[name] for name in ours}
+        of_ours = {published[name] for name in ours if name in published}
         for name in (name for name, line in ours.items() if line in part):
             texts = [
                 _improvement({n: row[at] for n, row in means.items()}, ours[name], ours.values())
                 for at in range(len(metrics))
             ]
+            paper = {} if blended else of_paper
             texts += [
-                _improvement({n: r.get(m) for n, r in of_paper.items()}, published[name], of_ours)
-                if not blended
-                else NONE
-                for m in shown
+                _improvement(
+                    {n: row.get(metric) for n, row in paper.items()}, published[name], of_ours
+                )
+                for metric in shown
             ]
             blank = [Cell("")] * (len(header) - 2 - len(texts))
             rows.append((f"{name}, improvement", [Cell(""), *map(Cell, texts), *blank]))
@@ -256,6 +276,42 @@ def _score_table(
         ]
         groups.append(Group("nothing trained", rows))
     return Table(header, groups)
+
+
+def _published_names(experiment: Experiment, lines: Mapping[str, Sequence[Done]]) -> dict[str, str]:
+    """Return the names of rows among the published figures, of the backbones they have here."""
+    published = experiment.published
+    if published is None:
+        return {}
+    return {
+        name: published.name_of(done[0].cell.row, next(iter(_backbones_of(done[0])), None))
+        for name, done in lines.items()
+        if not name.endswith(BLENDED)
+    }
+
+
+def _backbones_of(done: Done) -> list[str]:
+    """Return the backbones that a cell, or what it is made of, reads."""
+    trained = done.cell.trained
+    found = [c.backbone.name for c in trained if method_class(c.method).uses_backbone]
+    return list(dict.fromkeys(found))
+
+
+def _backbones(lines: Mapping[str, Sequence[Done]]) -> dict[str, list[str]]:
+    """Return the rows of a table, without blends, by their backbone."""
+    rows: dict[str, list[str]] = {}
+    for name, done in lines.items():
+        if not name.endswith(BLENDED):
+            for backbone in _backbones_of(done[0]):
+                rows.setdefault(backbone, []).append(name)
+    return rows
+
+
+def _named(backbones: Mapping[str, Sequence[str]]) -> str:
+    """Write the backbones of a table, and where there are several which rows have them."""
+    if len(backbones) == 1:
+        return next(iter(backbones))
+    return ", ".join(f"{one} ({', '.join(rows)})" for one, rows in backbones.items())
 
 
 def _improvement(column: Mapping[str, float | None], name: str, ours: Collection[str]) -> str:
@@ -324,7 +380,8 @@ def _published(published: Published) -> Section:
             for name, row in rows.items()
         ]
         groups.append(Group(data, texts))
-    heads = [METRICS.get(metric, STATISTICS.get(metric, metric)) for metric in metrics]
+    known = METRICS | STATISTICS | {HOURS: "training, hours"}
+    heads = [known.get(metric, metric) for metric in metrics]
     notes = [" ".join(published.data.split())]
     return Section(published.source, "", Table(["", *heads], groups), None, notes)
 
@@ -336,9 +393,9 @@ def _metrics_of(published: Published) -> Iterable[str]:
 
 
 def _figure(name: str, value: float | None) -> str:
-    """Write a metric, or a count of `STATISTICS`."""
+    """Write a metric, a count of `STATISTICS` or a cost."""
     forms = dict.fromkeys(("users", "items", "events"), "{:,.0f}")
-    forms |= {"mean_history": "{:.2f}", "density": "{:.1e}"}
+    forms |= {"mean_history": "{:.2f}", "density": "{:.1e}", HOURS: "{:.2f}"}
     return formatted(value, forms.get(name, "{:.4f}").format)
 
 
