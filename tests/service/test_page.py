@@ -568,7 +568,7 @@ def test_what_is_around(visit: Open, server: Server) -> None:
     assert f"recall@10 {scores['recall@10']:.4f}" in page.inner_text("#headline")
     facts = page.inner_text("#facts")
     assert version.version in facts and version.report["dataset"]["fingerprint"] in facts
-    assert "30" in facts and "exact" in facts and "40 users" in facts
+    assert "30" in facts and "none: all items are scored" in facts and "40 users" in facts
     assert "popularity" in page.inner_text("#scores")
     page.click("#to-experiments")
     page.wait_for_function("() => document.querySelector('#experiment').innerText.includes('plus')")
@@ -625,7 +625,7 @@ def test_an_experiment_with_a_result(visit: Open, running: Callable[[float], Ser
             "old => document.querySelector('#experiment svg').getAttribute('width') !== old",
             arg=wide,
         )
-        page.wait_for_function("document.documentElement.scrollWidth <= innerWidth")
+        page.wait_for_function("() => document.documentElement.scrollWidth <= innerWidth")
         broken = page.evaluate(BROKEN_WORDS)
         assert broken == [], "words that are broken in two"
     last = page.locator("#experiment svg >> nth=0").get_attribute("aria-label")
