@@ -138,10 +138,10 @@ def page(found: Mapping[str, Document], plots: Mapping[str, str]) -> str:
         "its table, run on the machine and day that are named there; where today's command gives "
         "other rows, a line says so. Compare ratios and slopes; seconds depend on the machine. A "
         "MB is 2^20 bytes. A goal that was not reached stays in the table.",
-        "Data sets that a command names were made by `l2rec prepare`; `runs/demo-blended` is what "
-        "`make demo` leaves, and `../earlier` a checkout of an earlier build, as the head of "
-        "`benchmarks/earlier.py` makes it. How the other runs were trained is not recorded: any "
-        "finished run can take their place, and gives other figures.",
+        "Data sets that a command names were made by `l2rec prepare`; `runs/demo` and "
+        "`runs/demo-blended` are what `make demo` leaves, and `../earlier` a checkout of an "
+        "earlier build, as the head of `benchmarks/earlier.py` makes it. How the other runs were "
+        "trained is not recorded: any finished run can take their place, and gives other figures.",
         "## Goals",
         table(
             [("path", "path"), ("goal", "goal"), ("measured", "measured"), ("reached", "reached")],
