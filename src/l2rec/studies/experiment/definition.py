@@ -179,14 +179,13 @@ class Published(_Closed):
     versions: dict[str, str] = {}
     """Data sets here that are versions of one of the figures', by its name there, if that is
     another: ``games-days: games``."""
+    figures: dict[str, dict[str, dict[str, float]]]
+    """Values by data set, row and metric."""
 
     def name_of(self, row: Row, backbone: str | None) -> str:
         """Return the name of a row's figures, with the backbone it has here; empty if none."""
         name = row.published or row.name
         return name if backbone not in self.backbones else self.backbones[backbone].get(name, "")
-
-    figures: dict[str, dict[str, dict[str, float]]]
-    """Values by data set, row and metric."""
 
 
 class Experiment(_Closed):

@@ -31,14 +31,7 @@ from l2rec.runs.numbers import (
 from l2rec.runs.remarks import LEAKY, is_leaky, remarks_of, together
 from l2rec.studies.compare import FLOORS
 from l2rec.studies.experiment.definition import BLENDED, MASKED, Experiment, Published
-from l2rec.studies.experiment.plan import (
-    LeftOut,
-    Plan,
-    State,
-    claim,
-    read_state,
-    seconds_of,
-)
+from l2rec.studies.experiment.plan import LeftOut, Plan, State, claim, read_state, seconds_of
 from l2rec.studies.experiment.results import (
     Compared,
     Done,
@@ -249,21 +242,8 @@ def _score_table(
             leaky = LEAKY * is_leaky(config for one in done for config in one.cell.trained)
             label = name.removesuffix(BLENDED) + leaky + dagger
             rows.append((label, [*cells, *_costs(done, price)]))
-        ending = BLENDED if blended else ""
-        ours = {name: name + ending for name in experiment.improvement}
-        of_ours = {published[name] for name in ours if name in published}
-        for name in (name for name, line in ours.items() if line in part):
-            texts = [
-                _improvement({n: row[at] for n, row in means.items()}, ours[name], ours.values())
-                for at in range(len(metrics))
-            ]
-            paper = {} if blended else of_paper
-            texts += [
-                _improvement(
-                    {n: row.get(metric) for n, row in paper.items()}, published[name], of_ours
-                )
-                for metric in shown
-            ]
+        paper = {} if blended else of_paper
+        for name, texts in _improvements(experiment, means, paper, published, shown).items():
             blank = [Cell("")] * (len(header) - 2 - len(texts))
             rows.append((f"{name}, improvement", [Cell(""), *map(Cell, texts), *blank]))
         groups.append(Group(caption, rows))
@@ -312,6 +292,32 @@ def _named(backbones: Mapping[str, Sequence[str]]) -> str:
     if len(backbones) == 1:
         return next(iter(backbones))
     return ", ".join(f"{one} ({', '.join(rows)})" for one, rows in backbones.items())
+
+
+def _improvements(
+    experiment: Experiment,
+    means: Mapping[str, Sequence[float | None]],
+    of_paper: Mapping[str, Mapping[str, float]],
+    published: Mapping[str, str],
+    shown: Sequence[str],
+) -> dict[str, list[str]]:
+    """Write the improvement of every row that an experiment asks for, in each column of a part of
+    the table and, for the metrics that are ``shown`` of it, of the paper's.
+    """
+    lines = {line.removesuffix(BLENDED): row for line, row in means.items()}
+    ours = [name for name in experiment.improvement if name in lines]
+    of_ours = {published[name] for name in experiment.improvement if name in published}
+    found = {}
+    columns = [
+        dict(zip(lines, values, strict=True)) for values in zip(*lines.values(), strict=True)
+    ]
+    for name in ours:
+        texts = [_improvement(column, name, experiment.improvement) for column in columns]
+        for metric in shown:
+            column = {n: row.get(metric) for n, row in of_paper.items()}
+            texts.append(_improvement(column, published.get(name, ""), of_ours))
+        found[name] = texts
+    return found
 
 
 def _improvement(column: Mapping[str, float | None], name: str, ours: Collection[str]) -> str:
