@@ -738,14 +738,15 @@ def test_costs_elsewhere_are_scaled_by_events(
 
 
 def test_runs_that_stand_elsewhere_are_taken(
-    chains: Dataset, tmp_path: Path, processes: Processes
+    chains: Dataset, tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     path = experiments.written(tmp_path / "e.yaml")
     run(planned_of(path, chains, tmp_path / "first"), progress=runs.Quiet())
     shutil.rmtree(tmp_path / "first" / "cells" / "chains" / "wide-s2")
     count = len(processes.begun)
     other = experiments.written(tmp_path / "f.yaml", rows=[ROW, WIDE, WIDE | {"name": "again"}])
-    planned = planned_of(other, chains, tmp_path / "second", take=tmp_path / "first")
+    planned = planned_of(other, chains, tmp_path / "second", take=Path("first"))
     found = {one.cell.key for one in planned.cells if one.state is State.FOUND}
     assert found == {f"chains/{n}" for n in ("narrow-s1", "narrow-s2", "wide-s1", "again-s1")}
     assert not (tmp_path / "second").exists()
@@ -754,8 +755,8 @@ def test_runs_that_stand_elsewhere_are_taken(
     assert len(processes.begun) == count + 2  # the seed 2 of the wide ones
     assert (tmp_path / "second" / "cells" / "chains" / "narrow-s1").is_symlink()
     _, (text, _) = write_page(done)
-    place = (tmp_path / "first" / "cells" / "chains" / "narrow-s1").resolve()
-    assert f"linked to {place}" in text.read_text()
+    # As it was named, so that a page that is kept speaks of the places of its repository alone.
+    assert f"linked to {Path('first', 'cells', 'chains', 'narrow-s1')}" in text.read_text()
     # Of other data, or with another option, nothing is taken.
     data = chain_dataset(tmp_path / "elsewhere", 40, 30, 8, seed=9)
     for where, overrides in ((data, []), (chains, ["training.lr=0.5"])):
@@ -1018,9 +1019,10 @@ def test_what_to_know_beside_the_scores_is_on_the_page(
     numbers = {"name": "numbers", "recipe": "p5", "overrides": [f"model.{part}" for part in small]}
     path = experiments.written(
         tmp_path / "e.yaml",
-        seeds=[1],
+        seeds=[1, 2],
         rows=[numbers | {"blend": True}, ROW],
         comparisons=[{"a": "narrow", "b": "numbers"}],
+        improvement=["narrow"],
     )
     page, _ = write_page(
         done := run(planned_of(path, chains, tmp_path / "out"), progress=runs.Quiet())
@@ -1029,7 +1031,13 @@ def test_what_to_know_beside_the_scores_is_on_the_page(
     assert "MRR@3 " in beam and others and leak.startswith("leaky")
     names = [name for group in page.sections[0].table.groups for name, _ in group.rows]
     assert names.count("numbers (leaky)") == 2 and "narrow" in names
-    assert "a side is leaky" in "; ".join(to_json(done)["comparisons"][0]["notes"])
+    (compared,) = to_json(done)["comparisons"]
+    assert compared["p"] is None and "as a side is leaky" in "; ".join(compared["notes"])
+    # The leaky row is the best of this table, and no rival of the other.
+    improved = {name: cells for name, cells in page.sections[0].table.groups[0].rows}[
+        "narrow, improvement"
+    ]
+    assert {cell.text for cell in improved[1:3]} == {"–"}
     assert to_json(done)["remarks"]["chains"].keys() == {"numbers", "numbers, blended"}
     assert f"numbers, numbers, blended: {beam}" in page.sections[0].notes
     assert not any(note.startswith("narrow") for note in page.sections[0].notes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["LEAKY", "is_leaky", "remarks_of", "together"]
+__all__ = ["LEAKY", "is_leaky", "of_report", "remarks_of", "together"]
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from l2rec.config import RunConfig
 from l2rec.protocols import MayLeak, Remarked
@@ -28,6 +29,12 @@ def remarks_of(configs: Iterable[RunConfig]) -> list[str]:
     leaks = [f"leaky, not to be compared: {leak}" for leak in map(_leak, known) if leak]
     found = [c.model.remarks for c in known if isinstance(c.model, Remarked)]
     return list(dict.fromkeys([*leaks, *(remark for remarks in found for remark in remarks)]))
+
+
+def of_report(configs: Iterable[RunConfig]) -> dict[str, Any]:
+    """Return what the report of a run that was made with these says: ``leaky`` and ``remarks``."""
+    known = list(configs)
+    return {"leaky": is_leaky(known), "remarks": remarks_of(known)}
 
 
 def together(remarks: Mapping[str, Sequence[str]]) -> list[str]:

@@ -69,7 +69,7 @@ from l2rec.runs.predictor import (
     load,
     load_folder,
 )
-from l2rec.runs.remarks import is_leaky, remarks_of
+from l2rec.runs.remarks import of_report, remarks_of
 from l2rec.runs.report import write_report
 from l2rec.runs.scoring import Scores, compared, rank, score, with_cold_items
 from l2rec.runs.start import check_start, start_from, unseen, unseen_of
@@ -378,8 +378,7 @@ def _report(
         "date": datetime.date.today().isoformat(),
         "split": "test",
         "protocol": protocol_of(fitted.split.protocol),
-        "leaky": is_leaky([config]),
-        "remarks": remarks_of([config]),
+        **of_report([config]),
         "steps": result.steps,
         "best_step": result.best_step,
         "selected_by": result.selected_by,

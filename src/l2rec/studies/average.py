@@ -29,7 +29,7 @@ from l2rec.protocols import Progress, Scorer
 from l2rec.runs.folder import load_run_config, open_run_dataset, read_report, split_of
 from l2rec.runs.machine import hardware, peak_memory_mb, versions
 from l2rec.runs.predictor import load
-from l2rec.runs.remarks import is_leaky, remarks_of
+from l2rec.runs.remarks import of_report
 from l2rec.runs.scoring import score, summed_up, with_cold_items
 
 
@@ -113,8 +113,7 @@ def average_runs(
         "command": command,
         "averaged": [str(run) for run in runs],
         "standardised": average.standardised,
-        "leaky": is_leaky(configs),
-        "remarks": remarks_of(configs),
+        **of_report(configs),
         "backbone": backbone,
         "hardware": hardware(),
         "versions": versions(),

@@ -42,7 +42,7 @@ from l2rec.runs.folder import (
 )
 from l2rec.runs.machine import device
 from l2rec.runs.predictor import backbone_of, load
-from l2rec.runs.remarks import is_leaky, remarks_of
+from l2rec.runs.remarks import of_report
 from l2rec.runs.report import write_report
 from l2rec.runs.scoring import rank, score, with_cold_items
 from l2rec.runs.start import unseen_of
@@ -105,8 +105,7 @@ def blend_run(
         "recipe": f"{report['recipe']} + co-occurrence",
         "command": " && ".join(filter(None, [report.get("command"), command])),
         "date": datetime.date.today().isoformat(),
-        "leaky": is_leaky([config]),
-        "remarks": remarks_of([config]),
+        **of_report([config]),
         "blend": asdict(weights),
         "blend_seconds": round(chosen, 1),
         "valid": valid.metrics(),

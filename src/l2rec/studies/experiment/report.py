@@ -28,7 +28,7 @@ from l2rec.runs.numbers import (
     as_signed,
     formatted,
 )
-from l2rec.runs.remarks import LEAKY, is_leaky, remarks_of, together
+from l2rec.runs.remarks import LEAKY, remarks_of, together
 from l2rec.studies.compare import FLOORS
 from l2rec.studies.experiment.definition import BLENDED, MASKED, Experiment, Published
 from l2rec.studies.experiment.plan import LeftOut, Plan, State, claim, read_state, seconds_of
@@ -239,11 +239,12 @@ def _score_table(
             cells = [Cell(_seeds(experiment, done)), *cells]
             cells += [Cell(as_score(theirs.get(metric))) for metric in shown]
             dagger = " †" if any(cut_by_time(one.report) for one in done) else ""
-            leaky = LEAKY * is_leaky(config for one in done for config in one.cell.trained)
+            leaky = LEAKY * any(one.is_leaky for one in done)
             label = name.removesuffix(BLENDED) + leaky + dagger
             rows.append((label, [*cells, *_costs(done, price)]))
         paper = {} if blended else of_paper
-        for name, texts in _improvements(experiment, means, paper, published, shown).items():
+        fair = {n: row for n, row in means.items() if not any(one.is_leaky for one in part[n])}
+        for name, texts in _improvements(experiment, fair, paper, published, shown).items():
             blank = [Cell("")] * (len(header) - 2 - len(texts))
             rows.append((f"{name}, improvement", [Cell(""), *map(Cell, texts), *blank]))
         groups.append(Group(caption, rows))

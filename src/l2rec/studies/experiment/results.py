@@ -45,6 +45,11 @@ class Done:
         of_part: Mapping[str, Any] = self.report["parts"][self.part] if self.part else self.report
         return of_part["scores"]  # type: ignore[no-any-return]
 
+    @property
+    def is_leaky(self) -> bool:
+        """Whether what it was trained on has held-out items."""
+        return is_leaky(self.cell.trained)
+
     def score(self, metric: str) -> float | None:
         """Return its test score; None if it has none of this metric."""
         value = self.scores[self.report["method"]].get(metric)
@@ -178,7 +183,7 @@ def _compared(
         test = seeded_test(values[0], values[1], users)
     except L2RecError as error:
         return Compared(comparison, grid, seeds, None, None, (str(error),))
-    if len(_machines(sides)) > 1:
+    if len(_machines(sides)) > 1 or _leaky(sides):
         test = replace(test, p=None)
     return Compared(comparison, grid, seeds, test, None, tuple(_notes(sides, taken)))
 
@@ -212,6 +217,10 @@ def _machines(sides: Sequence[Sequence[Done]]) -> set[str]:
     return {without_threads(str(one.report.get("hardware"))) for side in sides for one in side}
 
 
+def _leaky(sides: Sequence[Sequence[Done]]) -> bool:
+    return any(one.is_leaky for side in sides for one in side)
+
+
 def _notes(sides: Sequence[Sequence[Done]], taken: Collection[str]) -> list[str]:
     notes = []
     if min(map(len, sides)) < 2:
@@ -221,8 +230,8 @@ def _notes(sides: Sequence[Sequence[Done]], taken: Collection[str]) -> list[str]
         notes.append(
             "the sides share runs, and p takes them for independent: it is too large if anything"
         )
-    if is_leaky(config for side in sides for one in side for config in one.cell.trained):
-        notes.append("a side is leaky: it was given held-out items")
+    if _leaky(sides):
+        notes.append("no p, as a side is leaky: it was given held-out items")
     machines = [sorted({str(one.report.get("hardware")) for one in side}) for side in sides]
     if machines[0] != machines[1] or len(machines[0]) > 1:
         both = " / ".join(", ".join(of_side) for of_side in machines)

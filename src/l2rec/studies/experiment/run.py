@@ -83,13 +83,13 @@ def _take(planned: Plan, progress: Progress) -> None:
     for one in planned.cells:
         if one.state is not State.FOUND:
             continue
-        source, path = Path(one.note).resolve(), one.cell.path
+        source, path = Path(one.note), one.cell.path
         path.parent.mkdir(parents=True, exist_ok=True)
         if not _cleared(path):
             progress.line(f"{one.cell.key}: not taken, {path} is in use or holds other files")
             continue
         try:
-            path.symlink_to(source, target_is_directory=True)
+            path.symlink_to(source.resolve(), target_is_directory=True)
             how = f"linked to {source}"
         except OSError:
             with replacing_folder(path, remedy="free some space and take it again") as folder:
