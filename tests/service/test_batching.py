@@ -113,9 +113,10 @@ def test_one_bad_job_fails_alone() -> None:
 def test_what_would_wait_too_long_is_refused_at_once() -> None:
     async def body(batcher: Any, batches: list[list[int]], go: threading.Event) -> None:
         first = await held_up(batcher, go)
-        second = asyncio.ensure_future(batcher.submit(1))  # nothing is known of the pace yet
+        # Nothing is known of the pace yet.
+        second = asyncio.ensure_future(batcher.submit(1, cost=3))
         await asyncio.sleep(0.3)
-        # By now it is: at least 0.3 s for a unit of cost, and two of them are ahead.
+        # By now it is: at least 0.3 s for a batch, and the second is three quarters of another.
         with pytest.raises(Busy, match=r"0\.\d s of work wait for the test thread") as refused:
             await batcher.submit(2)
         assert refused.value.retry_after == 1
@@ -125,6 +126,24 @@ def test_what_would_wait_too_long_is_refused_at_once() -> None:
         assert [100] in batches and [2] in batches
 
     run(body, patience=0.5)
+
+
+def test_a_batch_that_was_held_up_refuses_nothing_that_would_soon_be_begun() -> None:
+    """A busy neighbour, for a moment: as slow as this, 63 more jobs would take 19 s."""
+
+    async def body(batcher: Any, batches: list[list[int]], go: threading.Event) -> None:
+        assert [await batcher.submit(n) for n in range(4)] == [0, 10, 20, 30]
+        first = await held_up(batcher, go)
+        many = [asyncio.ensure_future(batcher.submit(n)) for n in range(32)]
+        await asyncio.sleep(0.3)
+        many += [asyncio.ensure_future(batcher.submit(n)) for n in range(31)]
+        await asyncio.sleep(0)
+        go.set()
+        await first
+        many.append(asyncio.ensure_future(batcher.submit(31)))  # nor what comes next
+        assert await asyncio.gather(*many) == [10 * n for n in [*range(32), *range(32)]]
+
+    run(body, max_cost=100, patience=2)
 
 
 def test_the_expected_wait_is_of_what_comes_before() -> None:

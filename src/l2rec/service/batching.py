@@ -29,8 +29,8 @@ import torch
 R = TypeVar("R")
 J = TypeVar("J")
 
-FORGETS = 0.8
-"""Weight of what was measured before a batch, in the measured pace."""
+LATELY = 4
+"""Batches whose pace is known."""
 
 
 class Busy(Exception):
@@ -184,7 +184,8 @@ class Batcher(Generic[J, R]):
         """Jobs by caller, whose turn it is first."""
         self._cost, self._running = 0, 0
         self._began = 0.0
-        self._seconds, self._units = 0.0, 0.0
+        self._paces: deque[float] = deque(maxlen=LATELY)
+        """Seconds that a unit of cost took, of the last batches."""
         self._last = 1
         self._came = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -200,16 +201,17 @@ class Batcher(Generic[J, R]):
 
     def expected_wait(self, of: Hashable = None) -> float:
         """Return the seconds until a job of this caller would be begun: what is running, what it
-        sent before, and as much of each other caller, at the pace of the last batches, or of the
-        one that runs where that is slower.
+        sent before, and as much of each other caller, at the best pace of the last batches; or, if
+        that is longer, what the running batch has taken by now, for each batch until then. A batch
+        that was held up says little of the next, and one of few jobs little of a full one.
         """
         own = sum(one.cost for one in self._waiting.get(of, ()))
         ahead = min(self._cost, own * len(self._waiting))
-        pace = self._seconds / self._units if self._units else 0.0
-        if self._running:
-            elapsed = asyncio.get_running_loop().time() - self._began
-            pace = max(pace, elapsed / self._running)
-        return (self._running + ahead) * pace
+        usual = (self._running + ahead) * min(self._paces, default=0.0)
+        if not self._running:
+            return usual
+        elapsed = asyncio.get_running_loop().time() - self._began
+        return max(usual, elapsed * (1 + ahead / self._max_cost))
 
     async def submit(self, job: J, cost: int = 1, *, of: Hashable = None) -> R:
         """Run one job in some batch and return its result. of: the caller.
@@ -282,8 +284,7 @@ class Batcher(Generic[J, R]):
             waited = self._began - min(one.since for one in batch)
             self._observe(len(batch), self._running, waited)
             await self._answer(batch)
-            self._seconds = FORGETS * self._seconds + loop.time() - self._began
-            self._units = FORGETS * self._units + self._running
+            self._paces.append((loop.time() - self._began) / max(self._running, 1))
             self._running = 0
 
     async def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
