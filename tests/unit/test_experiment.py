@@ -148,6 +148,73 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         r"row 'narrow': x=0 has no place on a logarithmic axis",
     ),
     "priority": ({"priority": ["wid"]}, r"priority: no row 'wid'; did you mean 'wide'"),
+    "no list": ({"seeds": 3}, r"seeds: Input should be a list"),
+    "seed below 0": ({"seeds": [-1]}, r"seeds\.1: Input should be greater than or equal to 0"),
+    "yes for a seed": ({"seeds": [True]}, r"seeds\.1: Input should be a valid integer"),
+    "one seed again": ({"seeds": [1, 2, 1]}, r"seeds: 1 twice"),
+    "one seed of a row again": ({"rows": [ROW | {"seeds": [2, 2]}]}, r"rows\.1\.seeds: 2 twice"),
+    "one column again": ({"metrics": ["mrr", "mrr"]}, r"metrics: mrr twice"),
+    "seed of all": ({"overrides": ["seed=1"]}, r"give seeds: \[\.\.\.\], not the override"),
+    "seed of a split": ({"splits": {"x": ["seed=1"]}}, r"give seeds: \[\.\.\.\], not the override"),
+    "folder of a split": ({"splits": {"a/b": []}}, r"splits: 'a/b': a name is a part of a folder"),
+    "average of one run twice": (
+        {"rows": [ROW, {"name": "two", "average_of": {"rows": ["narrow", "narrow"]}}]},
+        r"'narrow' twice in one average",
+    ),
+    "start without this seed": (
+        {"rows": [ROW | {"seeds": [1]}, WIDE | {"init": "narrow"}]},
+        r"row 'wide': 'narrow' has no seed 2",
+    ),
+    "fusion without this seed": (
+        {"rows": [ROW | {"seeds": [1]}, {"name": "f", "fusion": {"row": "narrow", "alpha": 1}}]},
+        r"row 'f': 'narrow' has no seed 2",
+    ),
+    "endless weight": (
+        {"rows": [ROW, {"name": "f", "fusion": {"row": "narrow", "alpha": float("inf")}}]},
+        r"rows\.2\.fusion\.alpha: Input should be a finite number",
+    ),
+    "no place": (
+        {"figure": {"x": "width"}, "rows": [ROW | {"x": float("nan")}]},
+        r"rows\.1\.x: Input should be a finite number",
+    ),
+    "one place": (
+        {"figure": {"x": "width"}, "rows": [ROW | {"x": 1}, WIDE | {"x": 1}]},
+        r"figure: two rows of series '' with x=1",
+    ),
+    "compared again": (
+        {"comparisons": [{"a": "narrow", "b": "wide"}, {"a": "wide", "b": "narrow"}]},
+        r"comparison: 'narrow' and 'wide' twice by one metric",
+    ),
+    "two lines": ({"rows": [ROW | {"name": "a\nb"}]}, r"a name is one line of a table"),
+    "long name": ({"rows": [ROW | {"name": "a" * 300}]}, r"give a shorter one"),
+    "pretraining for nothing": (
+        {"rows": [ROW | {"pretraining": True}, WIDE]},
+        r"row 'narrow': nothing starts from it",
+    ),
+    "blend of a pretraining": (
+        {"rows": [ROW | {"pretraining": True, "blend": True}, WIDE | {"init": "narrow"}]},
+        r"in no table; no blend",
+    ),
+    "average of a pretraining": (
+        {
+            "rows": [
+                ROW | {"pretraining": True},
+                WIDE | {"init": "narrow"},
+                {"name": "two", "average_of": {"rows": ["narrow", "wide"]}},
+            ]
+        },
+        r"row 'two': 'narrow' is trained on other data",
+    ),
+    "pretraining from the target": (
+        {
+            "rows": [
+                ROW,
+                WIDE | {"init": "narrow", "pretraining": True},
+                ROW | {"name": "last", "init": "wide"},
+            ]
+        },
+        r"row 'wide': 'narrow' is not trained on --source",
+    ),
 }
 
 
@@ -172,6 +239,9 @@ def test_what_is_no_experiment(tmp_path: Path, chains: Dataset) -> None:
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(ConfigError, match="a mapping of keys"):
         load_experiment(str(tmp_path / "list.yaml"))
+    (tmp_path / "number.yaml").write_text("title: x\n3: y\n")
+    with pytest.raises(ConfigError, match="key 3 is no text; quote it"):
+        load_experiment(str(tmp_path / "number.yaml"))
     bad = experiments.written(tmp_path / "bad.yaml", rows=[ROW | {"overrides": ["model.dimm=8"]}])
     with pytest.raises(ConfigError, match=r"row 'narrow': override 'model.dimm=8'"):
         planned_of(bad, chains, tmp_path / "out")

@@ -33,13 +33,21 @@ __all__ = [
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from l2rec.errors import ConfigError, nearest
 from l2rec.runs.numbers import MAIN, METRICS
@@ -48,10 +56,16 @@ BLENDED = ", blended"
 """Ending of the name of a row that `l2rec blend` makes of another."""
 MOST_COMPARISONS = 5
 MASKED = "_masked"
+LONGEST = 200
+"""Most letters of a row's part of a folder name: with seeds and ending, file systems take 255."""
 
 
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Seed = Annotated[int, Field(strict=True, ge=0)]
+"""Strict, since YAML's ``yes`` would be 1."""
 
 
 def _checked_metric(name: str) -> str:
@@ -59,6 +73,24 @@ def _checked_metric(name: str) -> str:
         known = [m + ending for m in METRICS for ending in ("", MASKED)]
         raise ValueError(f"no such metric{nearest(name, known)} ({', '.join(known)})")
     return name
+
+
+def _twice(values: Iterable[Any]) -> list[Any]:
+    """Return what stands in a list more than once, a time for each."""
+    values = list(values)
+    return [value for at, value in enumerate(values) if value in values[:at]]
+
+
+def _checked_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if found := _twice(values):
+        raise ValueError(f"{found[0]} twice")
+    return values
+
+
+def _check_seeds(overrides: Iterable[str], where: str) -> None:
+    """Raise ValueError where an override would be the seed of all runs."""
+    if any(override.startswith("seed=") for override in overrides):
+        raise ValueError(f"{where}give seeds: [...], not the override seed=")
 
 
 def folder_of(name: str) -> str:
@@ -71,7 +103,7 @@ class Average(_Closed):
     """The mean of several runs' scores: of rows with one seed, or of one row's seeds."""
 
     rows: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[tuple[int, ...], ...] = ()
+    seeds: tuple[tuple[Seed, ...], ...] = ()
     """Groups of seeds, one average of each; by default every seed is a group of its own. Groups
     share no seed: averages of the same runs would vary too little."""
 
@@ -80,7 +112,7 @@ class Fusion(_Closed):
     """A trained HDRec at another weight or in another order of its sides (`l2rec fusion`)."""
 
     row: str
-    alpha: float = Field(ge=0)
+    alpha: FiniteFloat = Field(ge=0)
     dominant: Literal["text", "id", "both"] | None = None
 
 
@@ -95,7 +127,7 @@ class Row(_Closed):
     """Recipes by data set, where the rule above does not find the right one."""
     overrides: tuple[str, ...] = ()
     """``key=value`` of this row alone."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Instead of the experiment's."""
     blend: bool = False
     """Also make the row ``NAME, blended`` of it, with `l2rec blend`."""
@@ -107,9 +139,11 @@ class Row(_Closed):
     fusion: Fusion | None = None
     series: str = ""
     """Line of the figure that this is a point of."""
-    x: float | None = None
+    x: FiniteFloat | None = None
     published: str | None = None
     """Its name among the published figures, if it is another one there."""
+
+    _seeds = field_validator("seeds")(_checked_once)
 
     @model_validator(mode="after")
     def _one_kind(self) -> Row:
@@ -125,8 +159,13 @@ class Row(_Closed):
             raise ValueError(f"row {self.name!r}: the seeds of an average stand in average_of")
         if self.name.endswith(BLENDED):
             raise ValueError(f"row {self.name!r}: set blend: true on the row it is made of")
-        if any(override.startswith("seed=") for override in self.overrides):
-            raise ValueError(f"row {self.name!r}: give seeds: [...], not the override seed=")
+        if not self.name.isprintable():
+            raise ValueError(f"row {self.name!r}: a name is one line of a table")
+        if len(folder_of(self.name + BLENDED)) > LONGEST:
+            raise ValueError(f"row {self.name!r}: a name is that of a folder; give a shorter one")
+        if self.pretraining and self.blend:
+            raise ValueError(f"row {self.name!r}: with pretraining it is in no table; no blend")
+        _check_seeds(self.overrides, f"row {self.name!r}: ")
         return self
 
     @property
@@ -197,7 +236,7 @@ class Experiment(_Closed):
     statistics: bool = False
     """Nothing is trained: counts of the data sets."""
     rows: tuple[Row, ...] = ()
-    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    seeds: tuple[Seed, ...] = Field((1, 2, 3), min_length=1)
     overrides: tuple[str, ...] = ()
     """``key=value`` of all rows."""
     splits: dict[str, tuple[str, ...]] = {}
@@ -215,6 +254,8 @@ class Experiment(_Closed):
     figure: Figure | None = None
     published: Published | None = None
 
+    _once = field_validator("seeds", "metrics")(_checked_once)
+
     @field_validator("metrics")
     @classmethod
     def _known_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -223,11 +264,24 @@ class Experiment(_Closed):
                 raise ValueError(f"{name}: no such metric{nearest(name, METRICS)}")
         return names
 
+    @field_validator("splits")
+    @classmethod
+    def _named_splits(cls, splits: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name in splits:
+            if re.fullmatch(r"[\w.+-]+", name) is None:
+                raise ValueError(f"{name!r}: a name is a part of a folder; give letters or digits")
+        return splits
+
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
         rows = {row.name: row for row in self.rows}
+        _check_seeds((*self.overrides, *(o for s in self.splits.values() for o in s)), "")
         if self.statistics == bool(self.rows):
             raise ValueError("give rows, or statistics: true and none")
+        started_from = {row.init for row in self.rows}
+        for row in self.rows:
+            if row.pretraining and row.name not in started_from:
+                raise ValueError(f"row {row.name!r}: nothing starts from it (init)")
         folders: dict[str, str] = {}
         for row in self.rows:
             for name in self.lines_of(row):
@@ -243,6 +297,10 @@ class Experiment(_Closed):
                     raise ValueError(f"{key}: no row {name!r}{nearest(name, rows)}")
         if self.figure is not None and not any(row.x is not None for row in self.rows):
             raise ValueError("a figure needs rows with x")
+        points = [(row.series, row.x) for row in self.rows if row.x is not None]
+        if self.figure is not None and (found := _twice(points)):
+            series, x = found[0]
+            raise ValueError(f"figure: two rows of series {series!r} with x={x:g}")
         if self.figure is not None and self.figure.log:
             for row in self.rows:
                 if row.x is not None and row.x <= 0:
@@ -259,8 +317,18 @@ class Experiment(_Closed):
                 raise ValueError(f"row {row.name!r}: no row {name!r}{nearest(name, rows)}")
             if base.recipe is None:
                 raise ValueError(f"row {row.name!r}: {name!r} is not a row with a recipe")
+            if base.pretraining and row.init is None:
+                raise ValueError(f"row {row.name!r}: {name!r} is trained on other data (--source)")
+            if row.pretraining and not base.pretraining:
+                raise ValueError(
+                    f"row {row.name!r}: {name!r} is not trained on --source; set pretraining: true"
+                )
         if row.average_of is not None:
-            self._check_average(row, row.average_of, rows)
+            self._check_average(row, row.average_of)
+        drawn = {seed for group in self.groups_of(row) for seed in group}
+        for name in row.bases:
+            if missing := sorted(drawn - set(rows[name].seeds or self.seeds)):
+                raise ValueError(f"row {row.name!r}: {name!r} has no seed {missing[0]}")
         seen = [row.name]
         while row.init is not None:
             row = rows.get(row.init, row)
@@ -268,17 +336,14 @@ class Experiment(_Closed):
                 raise ValueError(f"row {row.name!r} starts from itself")
             seen.append(row.name)
 
-    def _check_average(self, row: Row, average: Average, rows: Mapping[str, Row]) -> None:
+    def _check_average(self, row: Row, average: Average) -> None:
         groups = self.groups_of(row)
-        drawn = [seed for group in groups for seed in group]
-        if len(set(drawn)) < len(drawn):
+        if _twice(seed for group in groups for seed in group):
             raise ValueError(f"row {row.name!r}: a seed is in two averages; give each its own")
+        if name := next(iter(_twice(average.rows)), None):
+            raise ValueError(f"row {row.name!r}: {name!r} twice in one average")
         if any(len(group) * len(average.rows) < 2 for group in groups):
             raise ValueError(f"row {row.name!r}: an average needs two runs: two rows or two seeds")
-        for name in average.rows:
-            missing = sorted(set(drawn) - set(rows[name].seeds or self.seeds))
-            if missing:
-                raise ValueError(f"row {row.name!r}: {name!r} has no seed {missing[0]}")
 
     def _check_comparisons(self, rows: Mapping[str, Row]) -> None:
         if len(self.comparisons) > MOST_COMPARISONS:
@@ -296,6 +361,11 @@ class Experiment(_Closed):
                     raise ValueError(f"comparison: {name!r} has no ranks of users to compare")
             if comparison.a == comparison.b:
                 raise ValueError(f"comparison: {comparison.a!r} with itself")
+        # Holm's correction would count it twice.
+        asked = [({c.a, c.b}, c.metric, c.targets) for c in self.comparisons]
+        if found := _twice(asked):
+            names_of = " and ".join(map(repr, sorted(found[0][0])))
+            raise ValueError(f"comparison: {names_of} twice by one metric")
 
     def lines_of(self, row: Row) -> tuple[str, ...]:
         """Return the names that a row has in tables: its own, and that of its blend."""
@@ -365,7 +435,7 @@ def load_experiment(name: str) -> Experiment:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: an experiment is a mapping of keys")
     try:
-        return Experiment(**_beside(values, path.parent))
+        return Experiment.model_validate(_beside(values, path.parent))
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explained(error, values)}") from None
 
@@ -404,8 +474,13 @@ def _explained(error: ValidationError, values: Mapping[str, Any]) -> str:
     """Put the first fault of an experiment into one line."""
     first = error.errors()[0]
     where = first["loc"]
+    if (
+        first["type"] == "invalid_key"
+    ):  # a number, or yes and no, which YAML reads as true and false
+        return f"key {first['input']!r} is no text; quote it"
     key = ".".join(str(part + 1) if isinstance(part, int) else part for part in where)
     message = re.sub(r"^Value error, ", "", first["msg"])
+    message = message.replace("valid tuple", "list")
     if first["type"] == "extra_forbidden":
         group = next((GROUPS[str(part)] for part in where[-2::-1] if part in GROUPS), Experiment)
         return f"unknown key {key!r}{nearest(str(where[-1]), group.model_fields)}"
