@@ -1050,6 +1050,18 @@ def test_the_first_seeds_alone(chains: Dataset, tmp_path: Path, processes: Proce
         planned_of(path, chains, out, seeds=0)
 
 
+def test_what_an_average_needs_is_not_left_out(chains: Dataset, tmp_path: Path) -> None:
+    rows = [ROW | {"blend": True}, {"name": "two", "average_of": {"rows": ["narrow"]}}]
+    rows[1]["average_of"] |= {"seeds": [[1, 2], [3, 4]]}
+    path = experiments.written(tmp_path / "e.yaml", rows=rows, seeds=[1, 2, 3, 4])
+    planned = planned_of(path, chains, tmp_path / "out", seeds=1)
+    run_too = {"narrow-s1", "narrow-blended-s1", "narrow-s2", "two-s1+2"}
+    assert {one.cell.path.name for one in planned.cells} == run_too
+    left_out = {left.key.removeprefix("chains/") for left in planned.left_out}
+    seeds = {"narrow-s3", "narrow-s4", "two-s3+4"}
+    assert left_out == seeds | {f"narrow-blended-s{seed}" for seed in (2, 3, 4)}
+
+
 def test_starts_and_fusions(chains: Dataset, tmp_path: Path, processes: Processes) -> None:
     source = chain_dataset(tmp_path / "source", 40, 20, 8, seed=5)
     path = experiments.written(

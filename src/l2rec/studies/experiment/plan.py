@@ -292,6 +292,7 @@ class _Grid:
         rows = self.experiment.ordered()
         places: dict[Cell, tuple[int, ...]] = {}
         left_out: list[LeftOut] = []
+        beyond: list[Cell] = []
         for at_row, row in enumerate(rows):
             if row.pretraining:
                 continue  # built for those that start from it
@@ -305,7 +306,7 @@ class _Grid:
                 for at_seed, seeds in enumerate(self.experiment.groups_of(row)):
                     cell = self.cell(row, data, split, seeds)
                     if self.seeds is not None and at_seed >= self.seeds:
-                        left_out.append(LeftOut(cell.key, f"--seeds {self.seeds}"))
+                        beyond += [cell, self._blend(cell)] if row.blend else [cell]
                         continue
                     places[cell] = (at_seed, at_data, at_row, 0)
                     if row.blend:
@@ -313,6 +314,9 @@ class _Grid:
         for cell in list(places):  # a base is as important as the most important made of it
             for base in below(cell):
                 places[base] = min(places.get(base, places[cell]), places[cell])
+        left_out += [  # an average may need more seeds of a row than are wanted of it
+            LeftOut(cell.key, f"--seeds {self.seeds}") for cell in beyond if cell not in places
+        ]
         order = sorted(places, key=lambda cell: (places[cell], len(list(below(cell)))))
         return order, left_out
 
