@@ -995,11 +995,12 @@ def test_no_page_replaces_that_of_something_else(
         return one_line(error)
 
     path = experiments.written(tmp_path / "e.yaml", rows=[ROW], seeds=[1])
-    for name in ("config.yaml", "report.json"):
+    # Of a run, of another study, of a search, and of a prepared data set.
+    for name in ("config.yaml", "report.json", "study.db", "dataset.json"):
         out = tmp_path / name / "out"
         out.mkdir(parents=True)
         (out / name).write_text("{}")
-        assert "holds a run or another study" in refused(planned_of(path, chains, out))
+        assert "is not empty and holds no experiment" in refused(planned_of(path, chains, out))
         assert [file.name for file in out.iterdir()] == [name]
     out = tmp_path / "out"
     write_page(planned_of(path, chains, out))

@@ -38,7 +38,7 @@ from typing import Any
 
 from l2rec.config import RunConfig, load_recipe, method_class, recipe_names
 from l2rec.data.dataset import open_dataset
-from l2rec.disk import read_json, write_json
+from l2rec.disk import LOCK, read_json, write_json
 from l2rec.errors import CheckpointError, ConfigError, L2RecError
 from l2rec.runs.folder import (
     MODEL,
@@ -53,6 +53,7 @@ from l2rec.runs.numbers import as_duration
 from l2rec.studies.experiment.definition import BLENDED, Experiment, Row, folder_of
 
 STATE = "state.json"
+CELLS = "cells"
 
 
 class State(StrEnum):
@@ -355,7 +356,7 @@ class _Grid:
 
     def _folder(self, cell: Cell) -> Path:
         seeds = "+".join(map(str, cell.seeds))
-        return self.out / "cells" / cell.grid / f"{folder_of(cell.line)}-s{seeds}"
+        return self.out / CELLS / cell.grid / f"{folder_of(cell.line)}-s{seeds}"
 
     def _overrides(self, row: Row, recipe: str, split: str) -> tuple[str, ...]:
         """Return the overrides of a row: its own, and those of all rows that are for its method."""
@@ -567,13 +568,15 @@ def claim(planned: Plan) -> None:
             would be replaced.
     """
     out, title = planned.out, planned.experiment.title
-    if any((out / name).exists() for name in ("config.yaml", "report.json")):
-        raise CheckpointError(f"{out} holds a run or another study; choose another --out")
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    pages = {"report.md", "report.html"}  # an earlier version left no more of counted data sets
+    if held - pages - {LOCK} and not held & {STATE, CELLS}:
+        raise CheckpointError(f"{out} is not empty and holds no experiment; choose another --out")
     state = read_state(out)
-    held = state["experiment"].setdefault("title", title)
-    if held != title:
+    before = state["experiment"].setdefault("title", title)
+    if before != title:
         raise CheckpointError(
-            f"{out} holds the experiment {held!r}, this is {title!r}; choose another --out"
+            f"{out} holds the experiment {before!r}, this is {title!r}; choose another --out"
         )
     if state != read_state(out):
         write_state(out, state)
