@@ -1030,7 +1030,7 @@ def test_a_budget_leaves_out_and_says_so(
     # The first fits into this; it takes a moment, and so there is time for all.
     done = run(planned, progress=runs.Quiet(), hours=1.5)
     assert len(processes.begun) == 4 and not done.left_out
-    for wrong in (0.0, -1.0):
+    for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="--hours"):
             run(planned, progress=runs.Quiet(), hours=wrong)
     with pytest.raises(ConfigError, match="--jobs 0"):
@@ -1180,6 +1180,11 @@ def test_the_command(call: Call, chains: Dataset, tmp_path: Path, processes: Pro
     assert answer["scores"]["chains"]["wide"]["seeds"] == [[1], [2]]
     listed = call("experiment", "--list")
     assert listed.code == 0 and len(listed.out.splitlines()) == len(experiment_names())
+    for option, value in (("--hours", "nan"), ("--hours", "-1"), ("--jobs", "0")):
+        wrong = call(*common, option, value, "--plan")
+        assert wrong.code == 2 and wrong.err.startswith(f"l2rec: {option} {value}: ")
+    wrong = call(*common, "--price-per-hour", "nan", "--render")
+    assert wrong.code == 2 and wrong.err.startswith("l2rec: --price-per-hour nan: a number")
     wrong = call("experiment", "tabel", "--data", chains.path, "--out", tmp_path / "x")
     assert wrong.code == 2 and wrong.err.startswith("l2rec: no experiment 'tabel'")
 

@@ -15,6 +15,7 @@ __all__ = [
     "publish",
 ]
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -346,13 +347,14 @@ def experiment(
     from l2rec.console import Console, print_plan
     from l2rec.errors import ConfigError
     from l2rec.studies.experiment.definition import load_experiment
-    from l2rec.studies.experiment.plan import fitted
+    from l2rec.studies.experiment.plan import check_limits, fitted
     from l2rec.studies.experiment.plan import plan as make_plan
     from l2rec.studies.experiment.report import to_json, write_page
     from l2rec.studies.experiment.run import run as run_plan
 
     must_be_folder(out)
-    if price_per_hour is not None and price_per_hour < 0:
+    check_limits(jobs, hours)
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise ConfigError(f"--price-per-hour {price_per_hour:g}: a number from 0 on")
     planned = make_plan(
         load_experiment(name),

@@ -20,6 +20,7 @@ __all__ = [
     "Planned",
     "State",
     "below",
+    "check_limits",
     "claim",
     "fitted",
     "look_at",
@@ -611,6 +612,18 @@ def _estimated(cells: Iterable[Planned]) -> tuple[Planned, ...]:
         return replace(one, seconds=None, basis="unknown")
 
     return tuple(estimate(one) for one in cells)
+
+
+def check_limits(jobs: int, hours: float | None) -> None:
+    """Refuse what is no number of jobs, or no time.
+
+    Raises:
+        ConfigError: no job, or no hours.
+    """
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: one or more")
+    if hours is not None and not hours > 0:  # not a number is not above it either
+        raise ConfigError(f"--hours {hours:g}: a number above 0")
 
 
 def fitted(planned: Plan, seconds: float, jobs: int = 1, busy: float = 0.0) -> Plan:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from l2rec.disk import replacing_folder, working_on, write_json
-from l2rec.errors import CheckpointError, ConfigError
+from l2rec.errors import CheckpointError
 from l2rec.protocols import Progress
 from l2rec.runs.folder import is_empty, read_report
 from l2rec.runs.machine import hardware, versions
@@ -34,6 +34,7 @@ from l2rec.studies.experiment.plan import (
     Plan,
     Planned,
     State,
+    check_limits,
     claim,
     fitted,
     look_at,
@@ -63,10 +64,7 @@ def run(planned: Plan, *, progress: Progress, jobs: int = 1, hours: float | None
         ConfigError: no job, or no hours.
         CheckpointError: another process works on the folder, or it holds something else.
     """
-    if jobs < 1:
-        raise ConfigError(f"--jobs {jobs}: one or more")
-    if hours is not None and hours <= 0:
-        raise ConfigError(f"--hours {hours:g}: a number above 0")
+    check_limits(jobs, hours)
     with working_on(planned.out):
         claim(planned)
         _take(planned, progress)
