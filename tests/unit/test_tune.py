@@ -198,6 +198,24 @@ def test_what_is_refused(chains: Dataset, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             search(chains.path, tmp_path / "s", 1, search=[one])
+    for one in ("model.dim=[8, .inf]", "model.dim=[.nan, 8]"):
+        with pytest.raises(ConfigError, match="write key="):
+            search(chains.path, tmp_path / "s", 1, search=[one])
+    for one in ("seed=[1, 4]", "split.kind={choose: [leave-one-out, time]}"):
+        with pytest.raises(ConfigError, match="trials are compared on the same users"):
+            search(chains.path, tmp_path / "s", 1, search=[one])
+    with pytest.raises(ConfigError, match="model.dim has a space already"):
+        search(chains.path, tmp_path / "s", 1, search=["model.dim=[8, 9]", "model.dim=[8, 16]"])
+    for seed in (-1, 2**32):
+        with pytest.raises(ConfigError, match=rf"--seed {seed}: a whole number from 0") as error:
+            search(chains.path, tmp_path / "s", 1, seed=seed)
+        one_line(error)
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "study.db").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"study\.db: not readable as a search") as torn:
+        search(chains.path, tmp_path / "torn", 1)
+    one_line(torn)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="file is a file; choose a folder"):
         search(chains.path, tmp_path / "file", 1)

@@ -50,6 +50,8 @@ STARTUP = 5
 """Number of trials before TPE samples."""
 COMPARED = 3
 """Number of trials that must end before any trial is stopped."""
+MOST_SEED = 2**31
+"""Optuna takes 32 bits, and each trial is drawn by the seed and its number."""
 WARMUP = 1 / 3
 """Share of its planned steps, or of its time, that a trial has before it can be stopped."""
 
@@ -113,6 +115,8 @@ def tune(
         raise ConfigError("l2rec tune needs Optuna: pip install 'l2rec[tune]'") from None
     if trials < 1:
         raise ConfigError(f"--trials {trials}: at least one")
+    if not 0 <= seed <= MOST_SEED:
+        raise ConfigError(f"--seed {seed}: a whole number from 0 to {MOST_SEED}")
     base = load_recipe(recipe, overrides)
     spaces = _spaces(search) if search else _default_spaces(base)
     _check_ends(recipe, overrides, spaces)
@@ -223,6 +227,13 @@ def _spaces(search: Sequence[str]) -> dict[str, Any]:
                 f"--search {one!r}: write key=[low, high], key=[low, high, log] or "
                 "key={choose: [a, b]}"
             )
+        if key in spaces:
+            raise ConfigError(f"--search {one!r}: {key} has a space already; give it one")
+        if key == "seed" or key.split(".")[0] == "split":
+            raise ConfigError(
+                f"--search {one!r}: trials are compared on the same users and by their options; "
+                f"give {key}=... to all of them"
+            )
         spaces[key] = space
     return spaces
 
@@ -267,8 +278,10 @@ def _readable(space: Any) -> bool:
 
 
 def _numbers(bounds: list[Any]) -> bool:
-    """Check that there are two bounds of a range, and that both are numbers."""
-    return len(bounds) == 2 and all(type(value) in (int, float) for value in bounds)
+    """Check that there are two bounds of a range, and that both are finite numbers."""
+    return len(bounds) == 2 and all(
+        type(value) in (int, float) and math.isfinite(value) for value in bounds
+    )
 
 
 def _default_spaces(base: RunConfig) -> dict[str, Any]:
@@ -354,20 +367,26 @@ def _study(out: Path, about: Mapping[str, Any]) -> optuna.Study:
     ``about``: everything that must be the same to resume a search.
 
     Raises:
-        CheckpointError: the folder holds another search, or no search.
+        CheckpointError: the folder holds another search, or no search, or one that is torn.
     """
     import optuna
+    from sqlalchemy.exc import DatabaseError  # optuna brings it
 
     others = [path for path in out.iterdir() if path.name != LOCK]
     if others and not (out / "study.db").is_file():
         raise CheckpointError(f"{out} is not empty and holds no search; choose another --out")
-    study = optuna.create_study(
-        study_name=STUDY,
-        storage=f"sqlite:///{(out / 'study.db').resolve()}",
-        direction="maximize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=COMPARED),
-        load_if_exists=True,
-    )
+    try:
+        study = optuna.create_study(
+            study_name=STUDY,
+            storage=f"sqlite:///{(out / 'study.db').resolve()}",
+            direction="maximize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=COMPARED),
+            load_if_exists=True,
+        )
+    except DatabaseError:
+        raise CheckpointError(
+            f"{out / 'study.db'}: not readable as a search; choose another --out"
+        ) from None
     saved = study.user_attrs.get("about")
     if saved is None:
         study.set_user_attr("about", saved := dict(about))
