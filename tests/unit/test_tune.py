@@ -204,7 +204,7 @@ def test_what_is_refused(chains: Dataset, tmp_path: Path) -> None:
     for one in ("seed=[1, 4]", "split.kind={choose: [leave-one-out, time]}"):
         with pytest.raises(ConfigError, match="trials are compared on the same users"):
             search(chains.path, tmp_path / "s", 1, search=[one])
-    with pytest.raises(ConfigError, match="model.dim has a space already"):
+    with pytest.raises(ConfigError, match=r"model\.dim has a space already"):
         search(chains.path, tmp_path / "s", 1, search=["model.dim=[8, 9]", "model.dim=[8, 16]"])
     for seed in (-1, 2**32):
         with pytest.raises(ConfigError, match=rf"--seed {seed}: a whole number from 0") as error:
