@@ -4,6 +4,7 @@ apart.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ def test_what_cannot_be_is_refused(
         hold_out_items(cold.path, tmp_path / "x")
     with pytest.raises(DataError, match="would be trained on"):
         merge([data.path, cold.path], tmp_path / "x")
+    own = shutil.copytree(data.path, tmp_path / "own")
+    with pytest.raises(DataError, match="is the data set that is read"):
+        hold_out_items(own, own / ".." / "own")
+    assert open_dataset(own).fingerprint == data.fingerprint
+    wrong = call("cold", data.path, "--out", tmp_path / "x", "--seed", "-1")
+    assert wrong.code == 2 and "'--seed'" in wrong.err and not (tmp_path / "x").exists()
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "mine.txt").write_text("mine")
     assert call("cold", data.path, "--out", tmp_path / "kept").code == 2

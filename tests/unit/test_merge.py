@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from l2rec.data.dataset import open_dataset
 from l2rec.data.merge import _prefixed, merge
 from l2rec.data.prepare import PrepareConfig, prepare
 from l2rec.data.synthetic import chain_dataset
@@ -66,3 +67,7 @@ def test_merge_refuses_one_part_and_equal_names(tmp_path: Path) -> None:
         merge([a.path], tmp_path / "out")
     with pytest.raises(DataError, match="of one name"):
         merge([a.path, a.path], tmp_path / "out")
+    b = chain_dataset(tmp_path / "b", n_users=4, n_items=5, length=4, seed=1)
+    with pytest.raises(DataError, match="is one of the data sets"):
+        merge([a.path, b.path], b.path)
+    assert open_dataset(b.path).fingerprint == b.fingerprint

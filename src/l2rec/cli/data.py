@@ -313,7 +313,7 @@ def cold(
     data: Annotated[Path, typer.Argument(help="Prepared data set.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Data set folder to write.")],
     share: Annotated[float, typer.Option(help="Share of the items that are held out.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Seed of the items that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the items that are drawn.")] = 0,
 ) -> None:
     """Hold items out of training: a data set of which some items are known by their texts alone.
 

@@ -562,7 +562,7 @@ def abtest(
         int | None, typer.Option(help="Simulate this many users instead of reading a log.")
     ] = None,
     lift: Annotated[float, typer.Option(help="Simulated lift of clicks.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the simulation.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Compare the click and reply rates of both arms of an experiment.

@@ -244,7 +244,7 @@ def alignment(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
     users: Annotated[int, typer.Option(help="Test users to measure, 5,000 at most.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the users that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the users that are drawn.")] = 0,
     data: Annotated[Path | None, typer.Option(help="Data set folder, if it was moved.")] = None,
     as_json: Json = False,
 ) -> None:

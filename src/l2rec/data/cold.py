@@ -33,9 +33,11 @@ def hold_out_items(data: str | Path, out: str | Path, share: float = 0.2, seed: 
 
     Raises:
         DataError: a share outside 0 to 1 or of no item, fewer items with a text than that, or data
-            that have cold items already.
+            that have cold items already or would be replaced.
     """
     dataset, out = open_dataset(data), Path(out)
+    if out.resolve() == dataset.path.resolve():
+        raise DataError(f"--out {out} is the data set that is read; choose another folder")
     if not 0 < share < 1:
         raise DataError(f"--share {share:g}: choose a number between 0 and 1")
     if dataset.n_cold:

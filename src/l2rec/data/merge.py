@@ -32,7 +32,8 @@ def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True
     splits, so does the whole: the other parts' are leave-one-out.
 
     Raises:
-        DataError: fewer than two parts, two of one name, or one with cold items.
+        DataError: fewer than two parts, two of one name, one with cold items, or one that would be
+            replaced.
     """
     datasets = [open_dataset(part) for part in parts]
     names = [dataset.name for dataset in datasets]
@@ -42,6 +43,8 @@ def merge(parts: Sequence[str | Path], out: str | Path, *, progress: bool = True
         raise DataError(f"data sets of one name cannot be merged: {', '.join(names)}")
 
     for dataset in datasets:
+        if dataset.path.resolve() == Path(out).resolve():
+            raise DataError(f"--out {out} is one of the data sets; choose another folder")
         if dataset.n_cold:
             raise DataError(
                 f"{dataset.path} has cold items, which would be trained on; merge the data set "
