@@ -55,12 +55,12 @@ USUAL = (1e-2, 15)
 BUDGET = {
     "BERT4Rec": (3e-3, 50),
     "FamouSRec": (1e-2, 8),
-    "IDGenRec": (3e-3, 40),
+    "IDGenRec": (5e-3, 20),
     "L2Rec": (3e-3, 8),
     "LEARN": (3e-3, 100),
-    "LETTER": (3e-3, 40),
-    "P5": (3e-3, 40),
-    "TIGER": (3e-3, 40),
+    "LETTER": (5e-3, 20),
+    "P5": (5e-3, 20),
+    "TIGER": (5e-3, 20),
     "UniSRec": (1e-2, 25),
 }
 """Learning rate and epochs of what learns the chain slowly, or takes long about an epoch."""
@@ -331,7 +331,7 @@ def test_a_step_keeps_no_score_of_all_items(
             monkeypatch.setattr(module, "fused_catalog_loss", whole)
     theirs, wide = step()
     assert wide
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_held_out_items_leave_no_trace(name: str, chain: tuple[Catalog, Split]) -> None:
