@@ -808,7 +808,11 @@ def test_costs_elsewhere_are_scaled_by_events(
 
 
 def test_runs_that_stand_elsewhere_are_taken(
-    chains: Dataset, tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
+    call: Call,
+    chains: Dataset,
+    tmp_path: Path,
+    processes: Processes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = experiments.written(tmp_path / "e.yaml")
@@ -827,6 +831,12 @@ def test_runs_that_stand_elsewhere_are_taken(
     _, (text, _) = write_page(done)
     # As it was named, so that a page that is kept speaks of the places of its repository alone.
     assert f"linked to {Path('first', 'cells', 'chains', 'narrow-s1')}" in text.read_text()
+    # The page alone takes them too, and runs nothing.
+    given = ["--data", chains.path, "--out", "third", "--take", "first", "--render", "--json"]
+    found = json.loads(call("experiment", other, *given).out)
+    assert set(found["unfinished"]) == {"chains/wide-s2", "chains/again-s2"}
+    assert len(processes.begun) == count + 2
+    shutil.rmtree(tmp_path / "third")
     # Of other data, or with another option, nothing is taken.
     data = chain_dataset(tmp_path / "elsewhere", 40, 30, 8, seed=9)
     for where, overrides in ((data, []), (chains, ["training.lr=0.5"])):

@@ -351,6 +351,7 @@ def experiment(
     from l2rec.studies.experiment.plan import plan as make_plan
     from l2rec.studies.experiment.report import to_json, write_page
     from l2rec.studies.experiment.run import run as run_plan
+    from l2rec.studies.experiment.run import take as take_found
 
     must_be_folder(out)
     check_limits(jobs, hours)
@@ -365,6 +366,9 @@ def experiment(
         take=take,
         seeds=seeds,
     )
+    if render and take is not None:
+        with Console(quiet=as_json) as console:
+            planned = take_found(planned, progress=console)
     if hours is not None and (plan or render):
         planned = fitted(planned, hours * 3600, jobs)
     if plan:

@@ -6,7 +6,7 @@ SIGTERM or a kill, goes on from where each cell was.
 
 from __future__ import annotations
 
-__all__ = ["run"]
+__all__ = ["run", "take"]
 
 import contextlib
 import datetime
@@ -66,9 +66,7 @@ def run(planned: Plan, *, progress: Progress, jobs: int = 1, hours: float | None
     """
     check_limits(jobs, hours)
     with working_on(planned.out):
-        claim(planned)
-        _take(planned, progress)
-        grid = _Running(looked_again(planned), progress, jobs, hours)
+        grid = _Running(_taken(planned, progress), progress, jobs, hours)
         try:
             grid.to_the_end()
         finally:
@@ -76,8 +74,19 @@ def run(planned: Plan, *, progress: Progress, jobs: int = 1, hours: float | None
         return grid.planned
 
 
-def _take(planned: Plan, progress: Progress) -> None:
+def take(planned: Plan, *, progress: Progress) -> Plan:
+    """Link the runs that were found elsewhere, and run nothing; return the plan as it stands then.
+
+    Raises:
+        CheckpointError: another process works on the folder, or it holds something else.
+    """
+    with working_on(planned.out):
+        return _taken(planned, progress)
+
+
+def _taken(planned: Plan, progress: Progress) -> Plan:
     """Link the runs that were found elsewhere into the grid, or copy them where links cannot be."""
+    claim(planned)
     for one in planned.cells:
         if one.state is not State.FOUND:
             continue
@@ -97,6 +106,7 @@ def _take(planned: Plan, progress: Progress) -> None:
         state["taken"][one.cell.key] = how
         write_state(planned.out, state)
         progress.line(f"{one.cell.key}: {how}")
+    return looked_again(planned)
 
 
 def _cleared(path: Path) -> bool:
