@@ -47,6 +47,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from l2rec.errors import ConfigError, closest, nearest
+from l2rec.yaml_files import read_yaml
 
 Options = TypeVar("Options", bound=BaseModel)
 METHOD = re.compile(r"[^:]+:[A-Za-z_]\w*")
@@ -406,12 +407,11 @@ def _base(path: Path, values: Mapping[str, Any]) -> Path | None:
 
 def _load(path: Path) -> dict[str, Any]:
     """Read the keys that stand in a recipe's file."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, got {type(values).__name__}")
+    if strange := [key for key in values if not isinstance(key, str)]:
+        raise ConfigError(f"{path}: {strange[0]!r} is no key of a recipe")
     if "run_version" in values and isinstance(values.get("config"), dict):
         values = as_trained(values["config"])  # of a run, to train as it was
     return _with_whole_path(values, path.parent)

@@ -305,6 +305,34 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: str) -> None:
         load_recipe(str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("seed: 1\nmethod: sasrec\nseed: 2\n", r"'seed' stands there twice.* line 1"),
+        (
+            "model: {dim: 8}\ntraining: {lr: 1, epochs: 2, lr: 2}\n",
+            r"'lr' stands there twice.* line 2",
+        ),
+        ("3: 4\n", "3 is no key of a recipe"),
+    ],
+)
+def test_keys_are_words_and_stand_once(tmp_path: Path, content: str, says: str) -> None:
+    """Of a key that stands twice, YAML would silently take the last."""
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"bad\.yaml: .*{says}") as error:
+        load_recipe(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_anchors_and_merges_of_yaml_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text("training: &usual {lr: 0.5, epochs: 2}\n")
+    plain = load_recipe(str(path))
+    path.write_text("training: {<<: {lr: 0.1, epochs: 2}, lr: 0.5}\n")
+    assert load_recipe(str(path)) == plain
+
+
 def test_an_empty_file_and_empty_groups_are_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("")

@@ -236,6 +236,10 @@ def test_what_is_no_experiment(tmp_path: Path, chains: Dataset) -> None:
     with pytest.raises(ConfigError, match="not readable as YAML") as error:
         load_experiment(str(tmp_path / "torn.yaml"))
     one_line(error)
+    (tmp_path / "twice.yaml").write_text("title: x\nrows: []\nrows: []\n")
+    with pytest.raises(ConfigError, match="'rows' stands there twice") as error:
+        load_experiment(str(tmp_path / "twice.yaml"))
+    one_line(error)
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(ConfigError, match="a mapping of keys"):
         load_experiment(str(tmp_path / "list.yaml"))

@@ -38,7 +38,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -51,6 +50,7 @@ from pydantic import (
 
 from l2rec.errors import ConfigError, nearest
 from l2rec.runs.numbers import MAIN, METRICS
+from l2rec.yaml_files import read_yaml
 
 BLENDED = ", blended"
 """Ending of the name of a row that `l2rec blend` makes of another."""
@@ -426,12 +426,9 @@ def load_experiment(name: str) -> Experiment:
             f"(shipped: {', '.join(_shipped())}; or a .yaml file)"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"experiment {name!r}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not readable as YAML: {reason}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: an experiment is a mapping of keys")
     try:
