@@ -471,9 +471,7 @@ def _explained(error: ValidationError, values: Mapping[str, Any]) -> str:
     """Put the first fault of an experiment into one line."""
     first = error.errors()[0]
     where = first["loc"]
-    if (
-        first["type"] == "invalid_key"
-    ):  # a number, or yes and no, which YAML reads as true and false
+    if first["type"] == "invalid_key":  # a number; or yes or no, which YAML reads as truth values
         return f"key {first['input']!r} is no text; quote it"
     key = ".".join(str(part + 1) if isinstance(part, int) else part for part in where)
     message = re.sub(r"^Value error, ", "", first["msg"])
